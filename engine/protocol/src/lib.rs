@@ -1,0 +1,1 @@
+//! Pure protocol machines: identity, registry, topology, wire frames, connections, RPC.

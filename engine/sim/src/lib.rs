@@ -1,0 +1,1 @@
+//! Seeded simulator and in-memory network for the protocol machines.

@@ -1,0 +1,1 @@
+//! QUIC connections on shards: mutual TLS, lanes, message streams, RPC, bulk bodies.

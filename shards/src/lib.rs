@@ -1,0 +1,1 @@
+//! Thread-per-core shard runtime: io_uring ring, buffers, sockets, mailboxes, chunk pool.
