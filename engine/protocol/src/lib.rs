@@ -1,1 +1,19 @@
 //! Pure protocol machines: identity, registry, topology, wire frames, connections, RPC.
+//!
+//! Everything here decides and nothing here acts: no I/O, no clock (time is an argument), no
+//! threads, no environment, no `unsafe`. A shard drives the machines; so does the simulator.
+//!
+//! Common to all machines:
+//! 1. The same inputs in the same order give the same outputs: randomness comes from a seeded
+//!    [`rng::Rng`], and no map iterates in an order that a hasher chose.
+//! 2. What a peer sends never panics and is measured before anything is allocated for it.
+//! 3. Every queue and map has a bound, and the bound is a field of a config struct.
+#![forbid(unsafe_code)]
+
+pub mod backoff;
+pub mod cid;
+pub mod frame;
+pub mod id;
+pub mod identity;
+pub mod rng;
+pub mod timer;
