@@ -1,0 +1,68 @@
+//! What a node may use of memory, summed from its config before it starts.
+
+use crate::units::ByteSize;
+
+/// One kind of memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BudgetLine {
+    /// What it is for.
+    pub name: String,
+    /// Bytes of one.
+    pub each: ByteSize,
+    /// How many there may be.
+    pub count: u64,
+}
+
+impl BudgetLine {
+    /// Bytes of all of them.
+    pub fn total(&self) -> ByteSize {
+        ByteSize(self.each.0.saturating_mul(self.count))
+    }
+}
+
+/// The sum of everything that is bounded by the config.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct MemoryBudget {
+    lines: Vec<BudgetLine>,
+}
+
+impl MemoryBudget {
+    /// Adds `count` times `each`.
+    pub fn add(&mut self, name: impl Into<String>, each: ByteSize, count: u64) {
+        self.lines.push(BudgetLine {
+            name: name.into(),
+            each,
+            count,
+        });
+    }
+
+    /// The lines, in the order they were added.
+    pub fn lines(&self) -> &[BudgetLine] {
+        &self.lines
+    }
+
+    /// Everything together.
+    pub fn total(&self) -> ByteSize {
+        ByteSize(
+            self.lines
+                .iter()
+                .fold(0, |sum, line| sum.saturating_add(line.total().0)),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_summed_without_overflow() {
+        let mut budget = MemoryBudget::default();
+        budget.add("pool", ByteSize::mib(512), 2);
+        budget.add("connection", ByteSize::kib(64), 16);
+        assert_eq!(budget.total(), ByteSize::mib(1025));
+        budget.add("absurd", ByteSize(u64::MAX), 3);
+        assert_eq!(budget.total(), ByteSize(u64::MAX));
+        assert_eq!(budget.lines().len(), 3);
+    }
+}

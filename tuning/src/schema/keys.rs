@@ -1,0 +1,408 @@
+//! The rows. Order here is the order of the printed config.
+
+use super::value::Setting;
+use super::{Field, Kind, Presence, SHARDS_NAME, Section};
+use crate::config::{CoreProfile, NodeConfig};
+use crate::units::{ByteSize, Period};
+
+/// A row: `field!(NodeConfig, "name", path.to.the.field, kind, "doc")`, with `required` or `optional` and
+/// an example before the doc where there is no default.
+macro_rules! field {
+    ($config:ty, $name:literal, $($path:ident).+, $kind:expr, $doc:literal) => {
+        field!(@row $config, $name, $($path).+, $kind, Presence::Default, "", $doc)
+    };
+    ($config:ty, $name:literal, $($path:ident).+, $kind:expr, required $example:literal, $doc:literal) => {
+        field!(@row $config, $name, $($path).+, $kind, Presence::Required, $example, $doc)
+    };
+    ($config:ty, $name:literal, $($path:ident).+, $kind:expr, optional $example:literal, $doc:literal) => {
+        field!(@row $config, $name, $($path).+, $kind, Presence::Optional, $example, $doc)
+    };
+    (@row $config:ty, $name:literal, $($path:ident).+, $kind:expr, $presence:expr, $example:literal, $doc:literal) => {
+        Field {
+            name: $name,
+            kind: $kind,
+            presence: $presence,
+            doc: $doc,
+            example: $example,
+            set: |config: &mut $config, value| {
+                config.$($path).+ = Setting::from_value(value)?;
+                Ok(())
+            },
+            get: |config: &$config| config.$($path).+.to_value(),
+        }
+    };
+}
+
+/// The keys of a [`crate::config::ShardProfile`], for `[shards]` and for `[[shards.core]]`, after `$first`.
+macro_rules! with_profile {
+    ($config:ty, $($profile:ident).+, $first:expr) => {
+        &[
+            $first,
+            field!($config, "spin", $($profile).+.spin, duration(Period::micros(0), Period::secs(3600)),
+                "How long an idle shard looks for work before it sleeps. \"0s\" sleeps at once, \"1h\" never sleeps."),
+            field!($config, "ring_entries", $($profile).+.ring_entries, integer(64, 32_768),
+                "Entries of the shard's io_uring submission ring."),
+            field!($config, "receive_slots", $($profile).+.receive_slots, integer(2, 4096),
+                "Receive slots of 64 KiB at start. They grow to receive_slots_max when the kernel finds none."),
+            field!($config, "receive_slots_max", $($profile).+.receive_slots_max, integer(2, 4096),
+                "Receive slots the shard may grow to."),
+            field!($config, "send_slots", $($profile).+.send_slots, integer(2, 4096),
+                "Send slots of 64 KiB at start: packets wait here until the kernel has taken them."),
+            field!($config, "send_slots_max", $($profile).+.send_slots_max, integer(2, 4096),
+                "Send slots the shard may grow to."),
+            field!($config, "receive_batch", $($profile).+.receive_batch, integer(1, 256),
+                "Receive completions handled before the shard sends again."),
+            field!($config, "mailbox_capacity", $($profile).+.mailbox_capacity, integer(64, 1 << 20),
+                "Messages from other threads that may wait for the shard."),
+            field!($config, "chunk_pool_bytes", $($profile).+.chunk_pool_bytes, bytes(ByteSize::mib(2), ByteSize::gib(512)),
+                "Memory for bodies, taken at start and never given back."),
+            field!($config, "huge_pages", $($profile).+.huge_pages, Kind::Choice(&["auto", "never", "require"]),
+                "2 MiB pages for the chunk pool. \"auto\" takes ordinary pages when there are none, \"require\" refuses to start."),
+        ]
+    };
+}
+
+pub(super) static CORE: &[Field<CoreProfile>] = with_profile!(
+    CoreProfile,
+    profile,
+    field!(CoreProfile, "cpu", cpu, integer(0, 4095), required "1", "The core these values are for.")
+);
+
+pub(super) static SECTIONS: &[Section] = &[
+    Section {
+        name: "node",
+        doc: "Who the node is and where it keeps what.",
+        fields: &[
+            field!(
+                NodeConfig,
+                "state_dir",
+                node.state_dir,
+                Kind::Path,
+                "Folder of everything the node writes. A relative path starts at the config file's folder."
+            ),
+            field!(
+                NodeConfig,
+                "key_file",
+                node.key_file,
+                Kind::Path,
+                "The node's secret key, made by `millrace keygen`. A relative path starts at state_dir."
+            ),
+            field!(
+                NodeConfig,
+                "subnet",
+                node.subnet,
+                Kind::Name,
+                optional "\"<subnet id>\"",
+                "Subnet to join. When absent: the first subnet of the registry that lists this node."
+            ),
+        ],
+    },
+    Section {
+        name: "listen",
+        doc: "The UDP socket of the transport.",
+        fields: &[
+            field!(
+                NodeConfig,
+                "address",
+                listen.address,
+                Kind::Address,
+                "Address and port on which all shards receive."
+            ),
+            field!(
+                NodeConfig,
+                "receive_buffer_bytes",
+                listen.receive_buffer_bytes,
+                bytes(ByteSize::kib(64), ByteSize::gib(1)),
+                "Receive buffer of each shard's socket. Above net.core.rmem_max only root gets it."
+            ),
+            field!(
+                NodeConfig,
+                "send_buffer_bytes",
+                listen.send_buffer_bytes,
+                bytes(ByteSize::kib(64), ByteSize::gib(1)),
+                "Send buffer of each shard's socket. Above net.core.wmem_max only root gets it."
+            ),
+        ],
+    },
+    Section {
+        name: "registry",
+        doc: "Where signed registry versions come from.",
+        fields: &[
+            field!(
+                NodeConfig,
+                "dir",
+                registry.dir,
+                Kind::Path,
+                "Folder of signed versions, kept by `millrace registry`. A relative path starts at state_dir."
+            ),
+            field!(
+                NodeConfig,
+                "public_key",
+                registry.public_key,
+                Kind::PublicKey,
+                required "\"<64 hexadecimal digits printed by `millrace registry init`>\"",
+                "The key that signs registry versions. What it did not sign is refused."
+            ),
+            field!(
+                NodeConfig,
+                "seeds",
+                registry.seeds,
+                Kind::Addresses,
+                "Nodes to ask for registry versions when the folder is empty or old."
+            ),
+            field!(
+                NodeConfig,
+                "poll_interval",
+                registry.poll_interval,
+                duration(Period::millis(50), Period::secs(3600)),
+                "How often the folder is read for new versions."
+            ),
+            field!(
+                NodeConfig,
+                "versions_max",
+                registry.versions_max,
+                integer(2, 65_536),
+                "Versions held in memory at once."
+            ),
+        ],
+    },
+    Section {
+        name: SHARDS_NAME,
+        doc: "Cores that run a shard each, and what a shard may use. `[[shards.core]]` overrides it for one core.",
+        fields: with_profile!(
+            NodeConfig,
+            shards.defaults,
+            field!(
+                NodeConfig,
+                "cores",
+                shards.cores,
+                Kind::Cores,
+                "Cores that run a shard each: \"auto\" is every core the process may run on."
+            )
+        ),
+    },
+    Section {
+        name: "transport",
+        doc: "QUIC connections, requests and bodies.",
+        fields: &[
+            field!(
+                NodeConfig,
+                "keep_alive",
+                transport.keep_alive,
+                duration(Period::millis(10), Period::secs(60)),
+                "Interval of keep-alives on a quiet connection."
+            ),
+            field!(
+                NodeConfig,
+                "idle_timeout",
+                transport.idle_timeout,
+                duration(Period::millis(50), Period::secs(600)),
+                "Silence after which a connection counts as lost."
+            ),
+            field!(
+                NodeConfig,
+                "connect_timeout",
+                transport.connect_timeout,
+                duration(Period::millis(50), Period::secs(600)),
+                "Time a handshake may take."
+            ),
+            field!(
+                NodeConfig,
+                "redial_min",
+                transport.redial_min,
+                duration(Period::millis(1), Period::secs(60)),
+                "First wait before a failed dial is repeated; doubles up to redial_max, with jitter."
+            ),
+            field!(
+                NodeConfig,
+                "redial_max",
+                transport.redial_max,
+                duration(Period::millis(1), Period::secs(3600)),
+                "Longest wait before a failed dial is repeated."
+            ),
+            field!(
+                NodeConfig,
+                "max_udp_payload_bytes",
+                transport.max_udp_payload_bytes,
+                bytes(ByteSize(1200), ByteSize(8972)),
+                "UDP payload per packet. 1452B fits an Ethernet path, 8972B one with jumbo frames end to end."
+            ),
+            field!(
+                NodeConfig,
+                "congestion_control",
+                transport.congestion_control,
+                Kind::Choice(&["cubic", "bbr2"]),
+                "\"cubic\" for a LAN, \"bbr2\" (paced) for long paths."
+            ),
+            field!(
+                NodeConfig,
+                "connection_window_bytes",
+                transport.connection_window_bytes,
+                bytes(ByteSize::kib(64), ByteSize::gib(1)),
+                "Bytes a peer may have in flight to us on a connection. 4MiB to 16MiB suit a LAN; bandwidth times round trip a WAN."
+            ),
+            field!(
+                NodeConfig,
+                "stream_window_bytes",
+                transport.stream_window_bytes,
+                bytes(ByteSize::kib(64), ByteSize::gib(1)),
+                "Bytes a peer may have in flight to us on one stream."
+            ),
+            field!(
+                NodeConfig,
+                "streams_max",
+                transport.streams_max,
+                integer(8, 65_536),
+                "Streams a peer may have open at once."
+            ),
+            field!(
+                NodeConfig,
+                "lanes",
+                transport.lanes,
+                integer(1, 16),
+                "Long-lived streams per connection and direction that carry small messages."
+            ),
+            field!(
+                NodeConfig,
+                "connections_max",
+                transport.connections_max,
+                integer(1, 65_536),
+                "Connections held at once by the node."
+            ),
+            field!(
+                NodeConfig,
+                "send_queue_messages",
+                transport.send_queue_messages,
+                integer(16, 1 << 20),
+                "Messages that may wait for one peer; the next one is refused."
+            ),
+            field!(
+                NodeConfig,
+                "send_queue_bytes",
+                transport.send_queue_bytes,
+                bytes(ByteSize::kib(64), ByteSize::gib(1)),
+                "Bytes of small messages that may wait for one peer; the next one is refused."
+            ),
+            field!(
+                NodeConfig,
+                "rpc_latency_max",
+                transport.rpc_latency_max,
+                integer(1, 65_536),
+                "Requests of the latency class in flight to a peer, and from it."
+            ),
+            field!(
+                NodeConfig,
+                "rpc_normal_max",
+                transport.rpc_normal_max,
+                integer(1, 65_536),
+                "Requests of the normal class in flight to a peer, and from it."
+            ),
+            field!(
+                NodeConfig,
+                "rpc_bulk_max",
+                transport.rpc_bulk_max,
+                integer(1, 4096),
+                "Requests of the bulk class in flight to a peer, and from it."
+            ),
+            field!(
+                NodeConfig,
+                "body_bytes_max",
+                transport.body_bytes_max,
+                bytes(ByteSize::mib(1), ByteSize::mib(128)),
+                "Longest body that is accepted."
+            ),
+            field!(
+                NodeConfig,
+                "receive_budget_peer_bytes",
+                transport.receive_budget_peer_bytes,
+                bytes(ByteSize::mib(1), ByteSize::gib(512)),
+                "Chunk memory one peer may hold reserved for bodies that are arriving."
+            ),
+            field!(
+                NodeConfig,
+                "receive_budget_total_bytes",
+                transport.receive_budget_total_bytes,
+                bytes(ByteSize::mib(1), ByteSize::gib(512)),
+                "Chunk memory all peers of a shard together may hold reserved for bodies that are arriving."
+            ),
+            field!(
+                NodeConfig,
+                "body_stall_timeout",
+                transport.body_stall_timeout,
+                duration(Period::millis(100), Period::secs(600)),
+                "Time an arriving body may stand still before it is refused and its chunks go back."
+            ),
+            field!(
+                NodeConfig,
+                "probe_interval",
+                transport.probe_interval,
+                duration(Period::millis(10), Period::secs(60)),
+                "Interval of health probes to every peer."
+            ),
+            field!(
+                NodeConfig,
+                "probes_missed_max",
+                transport.probes_missed_max,
+                integer(1, 64),
+                "Probes missed in a row before a peer is closed and dialled again."
+            ),
+        ],
+    },
+    Section {
+        name: "admin",
+        doc: "The admin socket: metrics, health, status and artifacts over HTTP on a Unix socket.",
+        fields: &[
+            field!(
+                NodeConfig,
+                "socket",
+                admin.socket,
+                Kind::Path,
+                "The Unix socket. A relative path starts at state_dir."
+            ),
+            field!(
+                NodeConfig,
+                "connections_max",
+                admin.connections_max,
+                integer(1, 1024),
+                "Clients at once; the next one waits."
+            ),
+            field!(
+                NodeConfig,
+                "header_timeout",
+                admin.header_timeout,
+                duration(Period::millis(100), Period::secs(600)),
+                "Time the header of a request may take."
+            ),
+            field!(
+                NodeConfig,
+                "body_timeout",
+                admin.body_timeout,
+                duration(Period::millis(100), Period::secs(600)),
+                "Time the body of a request may stand still."
+            ),
+        ],
+    },
+    Section {
+        name: "artifacts",
+        doc: "The store of the reference application.",
+        fields: &[field!(
+            NodeConfig,
+            "store_bytes",
+            artifacts.store_bytes,
+            bytes(ByteSize::mib(1), ByteSize::gib(512)),
+            "Bodies held in chunks of the pool; the oldest are dropped for new ones."
+        )],
+    },
+];
+
+const fn integer(min: u64, max: u64) -> Kind {
+    Kind::Integer { min, max }
+}
+
+const fn bytes(min: ByteSize, max: ByteSize) -> Kind {
+    Kind::Bytes { min, max }
+}
+
+const fn duration(min: Period, max: Period) -> Kind {
+    Kind::Duration { min, max }
+}

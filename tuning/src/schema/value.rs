@@ -1,0 +1,96 @@
+//! A value between the text of a config and the field that holds it.
+
+use std::fmt;
+use std::net::SocketAddr;
+
+use crate::config::Cores;
+use crate::units::{ByteSize, Period};
+
+/// A value of some [`super::Kind`]; displays as TOML.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Value {
+    /// Nothing written and no default.
+    Absent,
+    /// A whole number.
+    Integer(u64),
+    /// A size.
+    Bytes(ByteSize),
+    /// A duration.
+    Duration(Period),
+    /// A path, name, key or word.
+    Text(String),
+    /// IP address and port.
+    Address(SocketAddr),
+    /// Several of them.
+    Addresses(Vec<SocketAddr>),
+    /// Cores that run shards.
+    Cores(Cores),
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Absent => Ok(()),
+            Self::Integer(number) => write!(f, "{number}"),
+            Self::Bytes(size) => write!(f, "\"{size}\""),
+            Self::Duration(period) => write!(f, "\"{period}\""),
+            // The toml crate knows how to quote what an operator may put into a path.
+            Self::Text(text) => write!(f, "{}", toml::Value::String(text.clone())),
+            Self::Address(address) => write!(f, "\"{address}\""),
+            Self::Addresses(list) => {
+                let items: Vec<String> = list.iter().map(|a| format!("\"{a}\"")).collect();
+                write!(f, "[{}]", items.join(", "))
+            }
+            Self::Cores(Cores::Auto) => write!(f, "\"auto\""),
+            Self::Cores(Cores::List(list)) => {
+                let items: Vec<String> = list.iter().map(u64::to_string).collect();
+                write!(f, "[{}]", items.join(", "))
+            }
+        }
+    }
+}
+
+/// A field's type: how it is made from a [`Value`] and turned back into one.
+pub(super) trait Setting: Sized {
+    /// The value back when it is of another type.
+    fn from_value(value: Value) -> Result<Self, Value>;
+    fn to_value(&self) -> Value;
+}
+
+macro_rules! setting {
+    ($type:ty, $variant:ident) => {
+        impl Setting for $type {
+            fn from_value(value: Value) -> Result<Self, Value> {
+                match value {
+                    Value::$variant(inner) => Ok(inner),
+                    other => Err(other),
+                }
+            }
+
+            fn to_value(&self) -> Value {
+                Value::$variant(self.clone())
+            }
+        }
+    };
+}
+
+setting!(u64, Integer);
+setting!(ByteSize, Bytes);
+setting!(Period, Duration);
+setting!(String, Text);
+setting!(SocketAddr, Address);
+setting!(Vec<SocketAddr>, Addresses);
+setting!(Cores, Cores);
+
+impl Setting for Option<String> {
+    fn from_value(value: Value) -> Result<Self, Value> {
+        match value {
+            Value::Absent => Ok(None),
+            other => String::from_value(other).map(Some),
+        }
+    }
+
+    fn to_value(&self) -> Value {
+        self.clone().map_or(Value::Absent, Value::Text)
+    }
+}

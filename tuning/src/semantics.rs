@@ -1,0 +1,197 @@
+//! Contradictions between keys that are each fine by themselves.
+
+use crate::config::NodeConfig;
+use crate::parse::Origins;
+use crate::problem::{Problem, ProblemKind, Severity};
+
+/// All contradictions of a config.
+pub(crate) fn check(config: &NodeConfig, origins: &Origins) -> Vec<Problem> {
+    let mut found = Found {
+        origins,
+        problems: Vec::new(),
+    };
+    timing(config, &mut found);
+    memory(config, &mut found);
+    cores(config, &mut found);
+    if config
+        .registry
+        .public_key
+        .bytes()
+        .all(|digit| digit == b'0')
+        && !config.registry.public_key.is_empty()
+    {
+        found.error(
+            "registry.public_key",
+            "public_key is all zero: nobody holds the key for it".into(),
+            "copy the line that `millrace registry init` prints".into(),
+        );
+    }
+    found.problems
+}
+
+fn timing(config: &NodeConfig, found: &mut Found<'_>) {
+    let transport = &config.transport;
+    if transport.idle_timeout.get() < transport.keep_alive.get() * 2 {
+        found.error(
+            "transport.idle_timeout",
+            format!(
+                "idle_timeout {} is less than two keep_alive intervals of {}: one lost packet would cut the connection",
+                transport.idle_timeout, transport.keep_alive
+            ),
+            format!(
+                "raise idle_timeout to three times keep_alive, or lower keep_alive to at most a third of {}",
+                transport.idle_timeout
+            ),
+        );
+    }
+    if transport.redial_min > transport.redial_max {
+        found.error(
+            "transport.redial_max",
+            format!(
+                "redial_max {} is less than redial_min {}",
+                transport.redial_max, transport.redial_min
+            ),
+            "swap them, or raise redial_max".into(),
+        );
+    }
+}
+
+fn memory(config: &NodeConfig, found: &mut Found<'_>) {
+    let transport = &config.transport;
+    if transport.stream_window_bytes > transport.connection_window_bytes {
+        found.error(
+            "transport.stream_window_bytes",
+            format!(
+                "stream_window_bytes {} is more than connection_window_bytes {}: one stream can never use it",
+                transport.stream_window_bytes, transport.connection_window_bytes
+            ),
+            format!("lower it to \"{}\" or raise connection_window_bytes", transport.connection_window_bytes),
+        );
+    }
+    if transport.receive_budget_peer_bytes > transport.receive_budget_total_bytes {
+        found.error(
+            "transport.receive_budget_peer_bytes",
+            format!(
+                "receive_budget_peer_bytes {} is more than receive_budget_total_bytes {}",
+                transport.receive_budget_peer_bytes, transport.receive_budget_total_bytes
+            ),
+            format!(
+                "lower it to at most \"{}\"",
+                transport.receive_budget_total_bytes
+            ),
+        );
+    }
+    if transport.body_bytes_max > transport.receive_budget_peer_bytes {
+        found.error(
+            "transport.body_bytes_max",
+            format!(
+                "body_bytes_max {} is more than receive_budget_peer_bytes {}: the longest body could never be received",
+                transport.body_bytes_max, transport.receive_budget_peer_bytes
+            ),
+            format!("raise receive_budget_peer_bytes to at least \"{}\"", transport.body_bytes_max),
+        );
+    }
+    for (key, profile) in profiles(config) {
+        if transport.receive_budget_total_bytes > profile.chunk_pool_bytes {
+            found.error(
+                &format!("{key}.chunk_pool_bytes"),
+                format!(
+                    "chunk_pool_bytes {} of [{}] is less than transport.receive_budget_total_bytes {}: peers could reserve chunks that do not exist",
+                    profile.chunk_pool_bytes,
+                    shown(&key),
+                    transport.receive_budget_total_bytes
+                ),
+                format!(
+                    "raise it to at least \"{}\" or lower receive_budget_total_bytes",
+                    transport.receive_budget_total_bytes
+                ),
+            );
+        }
+        for (name, now, most) in [
+            (
+                "receive_slots",
+                profile.receive_slots,
+                profile.receive_slots_max,
+            ),
+            ("send_slots", profile.send_slots, profile.send_slots_max),
+        ] {
+            if now > most {
+                found.error(
+                    &format!("{key}.{name}"),
+                    format!(
+                        "{name} {now} is more than {name}_max {most} in [{}]",
+                        shown(&key)
+                    ),
+                    format!("raise {name}_max to at least {now}"),
+                );
+            }
+        }
+    }
+}
+
+fn cores(config: &NodeConfig, found: &mut Found<'_>) {
+    let shards = &config.shards;
+    for (index, core) in shards.core.iter().enumerate() {
+        let key = format!("shards.core.{index}.cpu");
+        if shards.core[..index]
+            .iter()
+            .any(|other| other.cpu == core.cpu)
+        {
+            found.error(
+                &key,
+                format!("core {} has two [[shards.core]]", core.cpu),
+                "put all its values into one".into(),
+            );
+        }
+        if let crate::config::Cores::List(list) = &shards.cores
+            && !list.contains(&core.cpu)
+        {
+            found.error(
+                &key,
+                format!(
+                    "core {} has a [[shards.core]] but runs no shard: it is not in shards.cores",
+                    core.cpu
+                ),
+                format!(
+                    "add {} to shards.cores, or remove this [[shards.core]]",
+                    core.cpu
+                ),
+            );
+        }
+    }
+}
+
+fn profiles(config: &NodeConfig) -> Vec<(String, &crate::config::ShardProfile)> {
+    let defaults = std::iter::once(("shards".to_owned(), &config.shards.defaults));
+    let cores = config.shards.core.iter().enumerate();
+    defaults
+        .chain(cores.map(|(index, core)| (format!("shards.core.{index}"), &core.profile)))
+        .collect()
+}
+
+/// `shards.core.0` as it is written in a file.
+fn shown(key: &str) -> &str {
+    if key.starts_with("shards.core") {
+        "[shards.core]"
+    } else {
+        key
+    }
+}
+
+struct Found<'a> {
+    origins: &'a Origins,
+    problems: Vec<Problem>,
+}
+
+impl Found<'_> {
+    fn error(&mut self, key: &str, reason: String, fix: String) {
+        self.problems.push(Problem {
+            position: self.origins.nearest(key),
+            key: key.to_owned(),
+            kind: ProblemKind::Contradiction,
+            severity: Severity::Error,
+            reason,
+            fix,
+        });
+    }
+}
