@@ -100,13 +100,13 @@ pub struct ShardProfile {
     /// Entries of the submission ring.
     pub ring_entries: u64,
     /// Receive slots (64 KiB each) at start.
-    pub receive_slots: u64,
+    pub rx_slots: u64,
     /// Receive slots it may grow to when starved.
-    pub receive_slots_max: u64,
+    pub rx_slots_max: u64,
     /// Send slots (64 KiB each) at start.
-    pub send_slots: u64,
+    pub tx_slots: u64,
     /// Send slots it may grow to.
-    pub send_slots_max: u64,
+    pub tx_slots_max: u64,
     /// Receive completions handled per turn.
     pub receive_batch: u64,
     /// Messages from other threads that may wait.
@@ -120,52 +120,86 @@ pub struct ShardProfile {
 /// QUIC connections, RPC and bodies.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TransportSection {
-    /// Interval of keep-alives.
+    /// Largest UDP payload sent.
+    pub udp_payload_bytes_max: ByteSize,
+    /// A PING is sent when a connection was silent this long.
     pub keep_alive: Period,
     /// Silence after which a connection is lost.
     pub idle_timeout: Period,
-    /// Time a handshake may take.
+    /// Time a handshake and the peer's hello may take, on both sides.
     pub connect_timeout: Period,
-    /// First wait before a redial.
-    pub redial_min: Period,
-    /// Longest wait before a redial.
-    pub redial_max: Period,
-    /// UDP payload offered to the path.
-    pub max_udp_payload_bytes: ByteSize,
-    /// Congestion control: `cubic` or `bbr2`.
+    /// First delay before a failed peer is dialled again; doubles with jitter up to redial_delay_max.
+    pub redial_delay_min: Period,
+    /// Longest delay between dials.
+    pub redial_delay_max: Period,
+    /// How long a replaced or stopping connection may finish what it carries.
+    pub drain_timeout: Period,
+    /// Connections to each peer, spread over the shards.
+    pub connections_per_peer: u64,
+    /// Congestion control: `cubic` for a LAN, `bbr2` (paced) for long paths.
     pub congestion_control: String,
-    /// Bytes a peer may have in flight to us on one connection.
+    /// Initial congestion window, in packets.
+    pub initial_window_packets: u64,
+    /// Round trip assumed before the first sample.
+    pub initial_rtt: Period,
+    /// What a peer may have in flight to us, unread, on a connection.
     pub connection_window_bytes: ByteSize,
-    /// Bytes a peer may have in flight to us on one stream.
+    /// What a peer may have in flight to us, unread, on one stream.
     pub stream_window_bytes: ByteSize,
-    /// Streams a peer may have open.
+    /// Unidirectional streams a peer may have open to us.
     pub streams_max: u64,
-    /// Long-lived streams for small messages.
+    /// Long-lived streams of small messages for the normal class.
     pub lanes: u64,
-    /// Connections held at once.
-    pub connections_max: u64,
-    /// Messages that may wait for one peer.
-    pub send_queue_messages: u64,
-    /// Bytes that may wait for one peer.
-    pub send_queue_bytes: ByteSize,
-    /// Latency requests in flight to a peer, and from it.
-    pub rpc_latency_max: u64,
-    /// Normal requests in flight to a peer, and from it.
-    pub rpc_normal_max: u64,
-    /// Bulk requests in flight to a peer, and from it.
-    pub rpc_bulk_max: u64,
-    /// Longest body.
-    pub body_bytes_max: ByteSize,
-    /// Chunks one peer may reserve for bodies.
+    /// Bytes of small messages of the latency class that may wait to be sent to a peer; the next one is refused.
+    pub lane_queue_latency_bytes: ByteSize,
+    /// Bytes of small messages of the normal class that may wait to be sent to a peer; the next one is refused.
+    pub lane_queue_normal_bytes: ByteSize,
+    /// Bytes of small messages of the bulk class that may wait to be sent to a peer; the next one is refused.
+    pub lane_queue_bulk_bytes: ByteSize,
+    /// Messages of the latency class with a stream of their own that may wait or be in flight to a peer.
+    pub stream_queue_latency_max: u64,
+    /// Messages of the normal class with a stream of their own that may wait or be in flight to a peer.
+    pub stream_queue_normal_max: u64,
+    /// Messages of the bulk class with a stream of their own that may wait or be in flight to a peer.
+    pub stream_queue_bulk_max: u64,
+    /// Message streams of one class that are fed at the same time.
+    pub streams_active_max: u64,
+    /// Our requests of the latency class in flight to a peer.
+    pub requests_out_latency_max: u64,
+    /// Our requests of the normal class in flight to a peer.
+    pub requests_out_normal_max: u64,
+    /// Our requests of the bulk class in flight to a peer.
+    pub requests_out_bulk_max: u64,
+    /// A peer's requests of the latency class in flight at us.
+    pub requests_in_latency_max: u64,
+    /// A peer's requests of the normal class in flight at us.
+    pub requests_in_normal_max: u64,
+    /// A peer's requests of the bulk class in flight at us.
+    pub requests_in_bulk_max: u64,
+    /// Chunk memory one peer may hold reserved on a shard for bodies that are arriving.
     pub receive_budget_peer_bytes: ByteSize,
-    /// Chunks all peers together may reserve.
-    pub receive_budget_total_bytes: ByteSize,
-    /// Time a body may stand still.
-    pub body_stall_timeout: Period,
-    /// Interval of health probes.
+    /// Chunk memory all peers together may hold reserved on a shard for bodies that are arriving.
+    pub receive_budget_bytes: ByteSize,
+    /// What a message stream must bring in each stream_progress_interval, or be done; otherwise it is refused.
+    pub stream_progress_bytes: ByteSize,
+    /// How often the progress of a message stream is judged.
+    pub stream_progress_interval: Period,
+    /// Longest body on a lane; a longer one gets a stream of its own.
+    pub lane_body_bytes_max: ByteSize,
+    /// Longest body that is accepted.
+    pub body_bytes_max: ByteSize,
+    /// Interval of health probes to every peer.
     pub probe_interval: Period,
-    /// Probes missed in a row before a peer is redialled.
-    pub probes_missed_max: u64,
+    /// Probes lost in a row before a connection is given up and the peer dialled again.
+    pub probe_failures_max: u64,
+    /// Connections one shard holds, handshakes included.
+    pub connections_max: u64,
+    /// Of them, connections that have not finished their handshake.
+    pub handshakes_max: u64,
+    /// Packets one connection may send in a turn of the shard's loop.
+    pub packets_per_turn: u64,
+    /// Requests and messages of this process that may wait for a shard's next turn.
+    pub commands_max: u64,
 }
 
 /// The admin socket.
@@ -226,13 +260,13 @@ impl Default for ShardProfile {
         Self {
             spin: Period::micros(20),
             ring_entries: 512,
-            receive_slots: 8,
-            receive_slots_max: 256,
-            send_slots: 32,
-            send_slots_max: 256,
+            rx_slots: 8,
+            rx_slots_max: 256,
+            tx_slots: 32,
+            tx_slots_max: 256,
             receive_batch: 8,
             mailbox_capacity: 4096,
-            chunk_pool_bytes: ByteSize::mib(512),
+            chunk_pool_bytes: ByteSize::mib(768),
             huge_pages: "auto".into(),
         }
     }
@@ -241,29 +275,47 @@ impl Default for ShardProfile {
 impl Default for TransportSection {
     fn default() -> Self {
         Self {
+            udp_payload_bytes_max: ByteSize(1452),
             keep_alive: Period::secs(1),
             idle_timeout: Period::secs(3),
             connect_timeout: Period::secs(10),
-            redial_min: Period::millis(50),
-            redial_max: Period::secs(10),
-            max_udp_payload_bytes: ByteSize(1452),
+            redial_delay_min: Period::millis(50),
+            redial_delay_max: Period::secs(10),
+            drain_timeout: Period::secs(2),
+            connections_per_peer: 1,
             congestion_control: "cubic".into(),
-            connection_window_bytes: ByteSize::mib(16),
-            stream_window_bytes: ByteSize::mib(16),
+            initial_window_packets: 128,
+            initial_rtt: Period::millis(2),
+            connection_window_bytes: ByteSize::mib(8),
+            stream_window_bytes: ByteSize::mib(4),
             streams_max: 1024,
             lanes: 4,
-            connections_max: 1024,
-            send_queue_messages: 8192,
-            send_queue_bytes: ByteSize::mib(4),
-            rpc_latency_max: 1024,
-            rpc_normal_max: 4096,
-            rpc_bulk_max: 16,
-            body_bytes_max: ByteSize::mib(128),
+            lane_queue_latency_bytes: ByteSize::mib(1),
+            lane_queue_normal_bytes: ByteSize::mib(4),
+            lane_queue_bulk_bytes: ByteSize::mib(4),
+            stream_queue_latency_max: 1024,
+            stream_queue_normal_max: 1024,
+            stream_queue_bulk_max: 256,
+            streams_active_max: 8,
+            requests_out_latency_max: 4096,
+            requests_out_normal_max: 4096,
+            requests_out_bulk_max: 256,
+            requests_in_latency_max: 4096,
+            requests_in_normal_max: 4096,
+            requests_in_bulk_max: 256,
             receive_budget_peer_bytes: ByteSize::mib(256),
-            receive_budget_total_bytes: ByteSize::mib(384),
-            body_stall_timeout: Period::secs(10),
+            receive_budget_bytes: ByteSize::mib(512),
+            stream_progress_bytes: ByteSize::kib(64),
+            stream_progress_interval: Period::secs(5),
+            lane_body_bytes_max: ByteSize::kib(16),
+            body_bytes_max: ByteSize::mib(128),
             probe_interval: Period::secs(1),
-            probes_missed_max: 3,
+            probe_failures_max: 3,
+            // 128 whole connections beside the handshakes: three of the largest subnets.
+            connections_max: 1152,
+            handshakes_max: 1024,
+            packets_per_turn: 180,
+            commands_max: 65_536,
         }
     }
 }

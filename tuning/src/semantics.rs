@@ -3,6 +3,7 @@
 use crate::config::NodeConfig;
 use crate::parse::Origins;
 use crate::problem::{Problem, ProblemKind, Severity};
+use crate::units::ByteSize;
 
 /// All contradictions of a config.
 pub(crate) fn check(config: &NodeConfig, origins: &Origins) -> Vec<Problem> {
@@ -44,14 +45,14 @@ fn timing(config: &NodeConfig, found: &mut Found<'_>) {
             ),
         );
     }
-    if transport.redial_min > transport.redial_max {
+    if transport.redial_delay_min > transport.redial_delay_max {
         found.error(
-            "transport.redial_max",
+            "transport.redial_delay_max",
             format!(
-                "redial_max {} is less than redial_min {}",
-                transport.redial_max, transport.redial_min
+                "redial_delay_max {} is less than redial_delay_min {}",
+                transport.redial_delay_max, transport.redial_delay_min
             ),
-            "swap them, or raise redial_max".into(),
+            "swap them, or raise redial_delay_max".into(),
         );
     }
 }
@@ -68,17 +69,24 @@ fn memory(config: &NodeConfig, found: &mut Found<'_>) {
             format!("lower it to \"{}\" or raise connection_window_bytes", transport.connection_window_bytes),
         );
     }
-    if transport.receive_budget_peer_bytes > transport.receive_budget_total_bytes {
+    if transport.handshakes_max >= transport.connections_max {
+        found.error(
+            "transport.handshakes_max",
+            format!(
+                "handshakes_max {} leaves none of connections_max {} for connections",
+                transport.handshakes_max, transport.connections_max
+            ),
+            "lower handshakes_max or raise connections_max".into(),
+        );
+    }
+    if transport.receive_budget_peer_bytes > transport.receive_budget_bytes {
         found.error(
             "transport.receive_budget_peer_bytes",
             format!(
-                "receive_budget_peer_bytes {} is more than receive_budget_total_bytes {}",
-                transport.receive_budget_peer_bytes, transport.receive_budget_total_bytes
+                "receive_budget_peer_bytes {} is more than receive_budget_bytes {}",
+                transport.receive_budget_peer_bytes, transport.receive_budget_bytes
             ),
-            format!(
-                "lower it to at most \"{}\"",
-                transport.receive_budget_total_bytes
-            ),
+            format!("lower it to at most \"{}\"", transport.receive_budget_bytes),
         );
     }
     if transport.body_bytes_max > transport.receive_budget_peer_bytes {
@@ -92,28 +100,28 @@ fn memory(config: &NodeConfig, found: &mut Found<'_>) {
         );
     }
     for (key, profile) in profiles(config) {
-        if transport.receive_budget_total_bytes > profile.chunk_pool_bytes {
+        let needed = ByteSize(
+            transport
+                .receive_budget_bytes
+                .0
+                .saturating_add(config.artifacts.store_bytes.0),
+        );
+        if needed > profile.chunk_pool_bytes {
             found.error(
                 &format!("{key}.chunk_pool_bytes"),
                 format!(
-                    "chunk_pool_bytes {} of [{}] is less than transport.receive_budget_total_bytes {}: peers could reserve chunks that do not exist",
+                    "chunk_pool_bytes {} of [{}] is less than transport.receive_budget_bytes {} and artifacts.store_bytes {} together: peers could reserve chunks that do not exist",
                     profile.chunk_pool_bytes,
                     shown(&key),
-                    transport.receive_budget_total_bytes
+                    transport.receive_budget_bytes,
+                    config.artifacts.store_bytes
                 ),
-                format!(
-                    "raise it to at least \"{}\" or lower receive_budget_total_bytes",
-                    transport.receive_budget_total_bytes
-                ),
+                format!("raise it to at least \"{needed}\", or lower one of the others"),
             );
         }
         for (name, now, most) in [
-            (
-                "receive_slots",
-                profile.receive_slots,
-                profile.receive_slots_max,
-            ),
-            ("send_slots", profile.send_slots, profile.send_slots_max),
+            ("rx_slots", profile.rx_slots, profile.rx_slots_max),
+            ("tx_slots", profile.tx_slots, profile.tx_slots_max),
         ] {
             if now > most {
                 found.error(

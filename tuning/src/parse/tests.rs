@@ -71,7 +71,7 @@ fn each_mistake_is_named_with_its_place_and_a_fix() {
             K::BadUnit,
             "4:20",
             "\"Mb\" is not a unit",
-            "`chunk_pool_bytes = \"512MiB\"`",
+            "`chunk_pool_bytes = \"768MiB\"`",
         ),
         (
             "[transport]\nlanes = 99\n",
@@ -88,10 +88,10 @@ fn each_mistake_is_named_with_its_place_and_a_fix() {
             "not negative",
         ),
         (
-            "[transport]\nmax_udp_payload_bytes = \"64B\"\n",
+            "[transport]\nudp_payload_bytes_max = \"64B\"\n",
             K::OutOfRange,
             "4:25",
-            "out of range (1200B to 8972B)",
+            "out of range (1200B to 16383B)",
             "use \"1200B\"",
         ),
         (
@@ -172,18 +172,18 @@ fn each_mistake_is_named_with_its_place_and_a_fix() {
             "raise idle_timeout",
         ),
         (
-            "[transport]\nredial_max = \"10ms\"\n",
+            "[transport]\nredial_delay_max = \"10ms\"\n",
             K::Contradiction,
             "4:1",
-            "less than redial_min",
-            "raise redial_max",
+            "less than redial_delay_min",
+            "raise redial_delay_max",
         ),
         (
             "[transport]\nstream_window_bytes = \"32MiB\"\n",
             K::Contradiction,
             "4:1",
             "more than connection_window_bytes",
-            "lower it to \"16MiB\"",
+            "lower it to \"8MiB\"",
         ),
         (
             "[transport]\nreceive_budget_peer_bytes = \"100MiB\"\n",
@@ -197,13 +197,13 @@ fn each_mistake_is_named_with_its_place_and_a_fix() {
             K::Contradiction,
             "4:1",
             "chunks that do not exist",
-            "at least \"384MiB\"",
+            "at least \"768MiB\"",
         ),
         (
-            "[shards]\nreceive_slots = 300\n",
+            "[shards]\nrx_slots = 300\n",
             K::Contradiction,
             "4:1",
-            "more than receive_slots_max 256",
+            "more than rx_slots_max 256",
             "at least 300",
         ),
     ] {
@@ -264,13 +264,13 @@ fn five_mistakes_are_five_problems() {
 #[test]
 fn syntax_errors_do_not_hide_other_mistakes() {
     let text =
-        with_key("[transport]\nlanes = = 2\nlannes = 2\n[artifacts]\nstore_bytes = \"1GiB\"\n");
+        with_key("[transport]\nlanes = = 2\nlannes = 2\n[artifacts]\nstore_bytes = \"16MiB\"\n");
     let parsed = parse(&text);
     let kinds: Vec<_> = parsed.problems.iter().map(|p| p.kind).collect();
     assert!(kinds.contains(&ProblemKind::Syntax), "{kinds:?}");
     assert!(kinds.contains(&ProblemKind::UnknownKey), "{kinds:?}");
     assert!(parsed.problems.iter().all(|p| !p.reason.contains('\n')));
-    assert_eq!(parsed.config.artifacts.store_bytes, ByteSize::gib(1));
+    assert_eq!(parsed.config.artifacts.store_bytes, ByteSize::mib(16));
 }
 
 #[test]

@@ -42,13 +42,13 @@ macro_rules! with_profile {
                 "How long an idle shard looks for work before it sleeps. \"0s\" sleeps at once, \"1h\" never sleeps."),
             field!($config, "ring_entries", $($profile).+.ring_entries, integer(64, 32_768),
                 "Entries of the shard's io_uring submission ring."),
-            field!($config, "receive_slots", $($profile).+.receive_slots, integer(2, 4096),
-                "Receive slots of 64 KiB at start. They grow to receive_slots_max when the kernel finds none."),
-            field!($config, "receive_slots_max", $($profile).+.receive_slots_max, integer(2, 4096),
+            field!($config, "rx_slots", $($profile).+.rx_slots, integer(2, 4096),
+                "Receive slots of 64 KiB at start. They grow to rx_slots_max when the kernel finds none."),
+            field!($config, "rx_slots_max", $($profile).+.rx_slots_max, integer(2, 4096),
                 "Receive slots the shard may grow to."),
-            field!($config, "send_slots", $($profile).+.send_slots, integer(2, 4096),
+            field!($config, "tx_slots", $($profile).+.tx_slots, integer(2, 4096),
                 "Send slots of 64 KiB at start: packets wait here until the kernel has taken them."),
-            field!($config, "send_slots_max", $($profile).+.send_slots_max, integer(2, 4096),
+            field!($config, "tx_slots_max", $($profile).+.tx_slots_max, integer(2, 4096),
                 "Send slots the shard may grow to."),
             field!($config, "receive_batch", $($profile).+.receive_batch, integer(1, 256),
                 "Receive completions handled before the shard sends again."),
@@ -187,122 +187,234 @@ pub(super) static SECTIONS: &[Section] = &[
         fields: &[
             field!(
                 NodeConfig,
+                "udp_payload_bytes_max",
+                transport.udp_payload_bytes_max,
+                bytes(ByteSize(1200), ByteSize(16_383)),
+                "Largest UDP payload sent. 1452B fits an Ethernet path, 8972B one with jumbo frames end to end."
+            ),
+            field!(
+                NodeConfig,
                 "keep_alive",
                 transport.keep_alive,
                 duration(Period::millis(10), Period::secs(60)),
-                "Interval of keep-alives on a quiet connection."
+                "A PING is sent when a connection was silent this long."
             ),
             field!(
                 NodeConfig,
                 "idle_timeout",
                 transport.idle_timeout,
                 duration(Period::millis(50), Period::secs(600)),
-                "Silence after which a connection counts as lost."
+                "Silence after which a connection is lost."
             ),
             field!(
                 NodeConfig,
                 "connect_timeout",
                 transport.connect_timeout,
                 duration(Period::millis(50), Period::secs(600)),
-                "Time a handshake may take."
+                "Time a handshake and the peer's hello may take, on both sides."
             ),
             field!(
                 NodeConfig,
-                "redial_min",
-                transport.redial_min,
+                "redial_delay_min",
+                transport.redial_delay_min,
                 duration(Period::millis(1), Period::secs(60)),
-                "First wait before a failed dial is repeated; doubles up to redial_max, with jitter."
+                "First delay before a failed peer is dialled again; doubles with jitter up to redial_delay_max."
             ),
             field!(
                 NodeConfig,
-                "redial_max",
-                transport.redial_max,
+                "redial_delay_max",
+                transport.redial_delay_max,
                 duration(Period::millis(1), Period::secs(3600)),
-                "Longest wait before a failed dial is repeated."
+                "Longest delay between dials."
             ),
             field!(
                 NodeConfig,
-                "max_udp_payload_bytes",
-                transport.max_udp_payload_bytes,
-                bytes(ByteSize(1200), ByteSize(8972)),
-                "UDP payload per packet. 1452B fits an Ethernet path, 8972B one with jumbo frames end to end."
+                "drain_timeout",
+                transport.drain_timeout,
+                duration(Period::millis(1), Period::secs(60)),
+                "How long a replaced or stopping connection may finish what it carries."
+            ),
+            field!(
+                NodeConfig,
+                "connections_per_peer",
+                transport.connections_per_peer,
+                integer(1, 8),
+                "Connections to each peer, spread over the shards."
             ),
             field!(
                 NodeConfig,
                 "congestion_control",
                 transport.congestion_control,
                 Kind::Choice(&["cubic", "bbr2"]),
-                "\"cubic\" for a LAN, \"bbr2\" (paced) for long paths."
+                "Congestion control: \"cubic\" for a LAN, \"bbr2\" (paced) for long paths."
+            ),
+            field!(
+                NodeConfig,
+                "initial_window_packets",
+                transport.initial_window_packets,
+                integer(2, 4096),
+                "Initial congestion window, in packets."
+            ),
+            field!(
+                NodeConfig,
+                "initial_rtt",
+                transport.initial_rtt,
+                duration(Period::micros(10), Period::secs(10)),
+                "Round trip assumed before the first sample."
             ),
             field!(
                 NodeConfig,
                 "connection_window_bytes",
                 transport.connection_window_bytes,
                 bytes(ByteSize::kib(64), ByteSize::gib(1)),
-                "Bytes a peer may have in flight to us on a connection. 4MiB to 16MiB suit a LAN; bandwidth times round trip a WAN."
+                "What a peer may have in flight to us, unread, on a connection. 4MiB to 16MiB suit a LAN; bandwidth times round trip a WAN."
             ),
             field!(
                 NodeConfig,
                 "stream_window_bytes",
                 transport.stream_window_bytes,
                 bytes(ByteSize::kib(64), ByteSize::gib(1)),
-                "Bytes a peer may have in flight to us on one stream."
+                "What a peer may have in flight to us, unread, on one stream."
             ),
             field!(
                 NodeConfig,
                 "streams_max",
                 transport.streams_max,
                 integer(8, 65_536),
-                "Streams a peer may have open at once."
+                "Unidirectional streams a peer may have open to us."
             ),
             field!(
                 NodeConfig,
                 "lanes",
                 transport.lanes,
                 integer(1, 16),
-                "Long-lived streams per connection and direction that carry small messages."
+                "Long-lived streams of small messages for the normal class."
             ),
             field!(
                 NodeConfig,
-                "connections_max",
-                transport.connections_max,
-                integer(1, 65_536),
-                "Connections held at once by the node."
-            ),
-            field!(
-                NodeConfig,
-                "send_queue_messages",
-                transport.send_queue_messages,
-                integer(16, 1 << 20),
-                "Messages that may wait for one peer; the next one is refused."
-            ),
-            field!(
-                NodeConfig,
-                "send_queue_bytes",
-                transport.send_queue_bytes,
+                "lane_queue_latency_bytes",
+                transport.lane_queue_latency_bytes,
                 bytes(ByteSize::kib(64), ByteSize::gib(1)),
-                "Bytes of small messages that may wait for one peer; the next one is refused."
+                "Bytes of small messages of the latency class that may wait to be sent to a peer; the next one is refused."
             ),
             field!(
                 NodeConfig,
-                "rpc_latency_max",
-                transport.rpc_latency_max,
+                "lane_queue_normal_bytes",
+                transport.lane_queue_normal_bytes,
+                bytes(ByteSize::kib(64), ByteSize::gib(1)),
+                "Bytes of small messages of the normal class that may wait to be sent to a peer; the next one is refused."
+            ),
+            field!(
+                NodeConfig,
+                "lane_queue_bulk_bytes",
+                transport.lane_queue_bulk_bytes,
+                bytes(ByteSize::kib(64), ByteSize::gib(1)),
+                "Bytes of small messages of the bulk class that may wait to be sent to a peer; the next one is refused."
+            ),
+            field!(
+                NodeConfig,
+                "stream_queue_latency_max",
+                transport.stream_queue_latency_max,
                 integer(1, 65_536),
-                "Requests of the latency class in flight to a peer, and from it."
+                "Messages of the latency class with a stream of their own that may wait or be in flight to a peer."
             ),
             field!(
                 NodeConfig,
-                "rpc_normal_max",
-                transport.rpc_normal_max,
+                "stream_queue_normal_max",
+                transport.stream_queue_normal_max,
                 integer(1, 65_536),
-                "Requests of the normal class in flight to a peer, and from it."
+                "Messages of the normal class with a stream of their own that may wait or be in flight to a peer."
             ),
             field!(
                 NodeConfig,
-                "rpc_bulk_max",
-                transport.rpc_bulk_max,
-                integer(1, 4096),
-                "Requests of the bulk class in flight to a peer, and from it."
+                "stream_queue_bulk_max",
+                transport.stream_queue_bulk_max,
+                integer(1, 65_536),
+                "Messages of the bulk class with a stream of their own that may wait or be in flight to a peer."
+            ),
+            field!(
+                NodeConfig,
+                "streams_active_max",
+                transport.streams_active_max,
+                integer(1, 1024),
+                "Message streams of one class that are fed at the same time."
+            ),
+            field!(
+                NodeConfig,
+                "requests_out_latency_max",
+                transport.requests_out_latency_max,
+                integer(1, 65_536),
+                "Our requests of the latency class in flight to a peer."
+            ),
+            field!(
+                NodeConfig,
+                "requests_out_normal_max",
+                transport.requests_out_normal_max,
+                integer(1, 65_536),
+                "Our requests of the normal class in flight to a peer."
+            ),
+            field!(
+                NodeConfig,
+                "requests_out_bulk_max",
+                transport.requests_out_bulk_max,
+                integer(1, 65_536),
+                "Our requests of the bulk class in flight to a peer."
+            ),
+            field!(
+                NodeConfig,
+                "requests_in_latency_max",
+                transport.requests_in_latency_max,
+                integer(1, 65_536),
+                "A peer's requests of the latency class in flight at us."
+            ),
+            field!(
+                NodeConfig,
+                "requests_in_normal_max",
+                transport.requests_in_normal_max,
+                integer(1, 65_536),
+                "A peer's requests of the normal class in flight at us."
+            ),
+            field!(
+                NodeConfig,
+                "requests_in_bulk_max",
+                transport.requests_in_bulk_max,
+                integer(1, 65_536),
+                "A peer's requests of the bulk class in flight at us."
+            ),
+            field!(
+                NodeConfig,
+                "receive_budget_peer_bytes",
+                transport.receive_budget_peer_bytes,
+                bytes(ByteSize::mib(1), ByteSize::gib(512)),
+                "Chunk memory one peer may hold reserved on a shard for bodies that are arriving."
+            ),
+            field!(
+                NodeConfig,
+                "receive_budget_bytes",
+                transport.receive_budget_bytes,
+                bytes(ByteSize::mib(1), ByteSize::gib(512)),
+                "Chunk memory all peers together may hold reserved on a shard for bodies that are arriving."
+            ),
+            field!(
+                NodeConfig,
+                "stream_progress_bytes",
+                transport.stream_progress_bytes,
+                bytes(ByteSize(1), ByteSize::mib(128)),
+                "What a message stream must bring in each stream_progress_interval, or be done; otherwise it is refused."
+            ),
+            field!(
+                NodeConfig,
+                "stream_progress_interval",
+                transport.stream_progress_interval,
+                duration(Period::millis(100), Period::secs(600)),
+                "How often the progress of a message stream is judged."
+            ),
+            field!(
+                NodeConfig,
+                "lane_body_bytes_max",
+                transport.lane_body_bytes_max,
+                bytes(ByteSize::kib(1), ByteSize::kib(64)),
+                "Longest body on a lane; a longer one gets a stream of its own."
             ),
             field!(
                 NodeConfig,
@@ -313,27 +425,6 @@ pub(super) static SECTIONS: &[Section] = &[
             ),
             field!(
                 NodeConfig,
-                "receive_budget_peer_bytes",
-                transport.receive_budget_peer_bytes,
-                bytes(ByteSize::mib(1), ByteSize::gib(512)),
-                "Chunk memory one peer may hold reserved for bodies that are arriving."
-            ),
-            field!(
-                NodeConfig,
-                "receive_budget_total_bytes",
-                transport.receive_budget_total_bytes,
-                bytes(ByteSize::mib(1), ByteSize::gib(512)),
-                "Chunk memory all peers of a shard together may hold reserved for bodies that are arriving."
-            ),
-            field!(
-                NodeConfig,
-                "body_stall_timeout",
-                transport.body_stall_timeout,
-                duration(Period::millis(100), Period::secs(600)),
-                "Time an arriving body may stand still before it is refused and its chunks go back."
-            ),
-            field!(
-                NodeConfig,
                 "probe_interval",
                 transport.probe_interval,
                 duration(Period::millis(10), Period::secs(60)),
@@ -341,10 +432,38 @@ pub(super) static SECTIONS: &[Section] = &[
             ),
             field!(
                 NodeConfig,
-                "probes_missed_max",
-                transport.probes_missed_max,
+                "probe_failures_max",
+                transport.probe_failures_max,
                 integer(1, 64),
-                "Probes missed in a row before a peer is closed and dialled again."
+                "Probes lost in a row before a connection is given up and the peer dialled again."
+            ),
+            field!(
+                NodeConfig,
+                "connections_max",
+                transport.connections_max,
+                integer(2, 65_536),
+                "Connections one shard holds, handshakes included."
+            ),
+            field!(
+                NodeConfig,
+                "handshakes_max",
+                transport.handshakes_max,
+                integer(1, 65_535),
+                "Of them, connections that have not finished their handshake. The rest, connections_max less this, is what the memory budget counts in full."
+            ),
+            field!(
+                NodeConfig,
+                "packets_per_turn",
+                transport.packets_per_turn,
+                integer(1, 4096),
+                "Packets one connection may send in a turn of the shard's loop."
+            ),
+            field!(
+                NodeConfig,
+                "commands_max",
+                transport.commands_max,
+                integer(64, 1 << 20),
+                "Requests and messages of this process that may wait for a shard's next turn."
             ),
         ],
     },
