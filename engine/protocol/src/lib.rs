@@ -15,5 +15,7 @@ pub mod cid;
 pub mod frame;
 pub mod id;
 pub mod identity;
+pub mod registry;
 pub mod rng;
 pub mod timer;
+pub mod topology;

@@ -1,0 +1,375 @@
+//! The signed, append-only series of registry versions.
+//!
+//! A version is a TOML document and a detached Ed25519 signature over [`SIGNED_PREFIX`] and the
+//! document's bytes. In a folder they stand beside each other as `000000000001.toml` and
+//! `000000000001.sig` (the signature in hex).
+//!
+//! 1. Nothing of a document is read before its size is checked and its signature verified.
+//! 2. A record that cannot be used is skipped and reported; the others work.
+//! 3. The newest number never falls, and a number never gets other bytes.
+//! 4. What is held is bounded: see [`RegistryConfig`].
+
+use crate::{
+    id::{NodeId, SubnetId},
+    identity::{BadSignature, PublicKey, SIGNATURE_BYTES, SigningKey},
+    topology::Topology,
+};
+use data_encoding::HEXLOWER;
+use std::{collections::BTreeMap, net::SocketAddr};
+use thiserror::Error;
+
+mod document;
+
+/// What is signed before the document, so that the signature can mean nothing else.
+pub const SIGNED_PREFIX: &[u8] = b"millrace registry version 1\0";
+
+/// Why a version is refused.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RegistryError {
+    /// Above the bound; not even hashed.
+    #[error("document of {bytes} bytes, at most {max_bytes} are read")]
+    TooLong {
+        /// Of the document.
+        bytes: usize,
+        /// Allowed.
+        max_bytes: usize,
+    },
+    /// Not signed by the registry's key.
+    #[error("not signed by the registry's key")]
+    BadSignature,
+    /// The signature file is not 128 hex digits.
+    #[error("signature is not {SIGNATURE_BYTES} bytes of hex")]
+    SignatureForm,
+    /// Signed, and yet no registry document.
+    #[error("document does not parse: {0}")]
+    Syntax(String),
+    /// Below the newest that is held, and not held itself.
+    #[error("version {number} is older than version {newest}, which is held")]
+    Older {
+        /// Offered.
+        number: u64,
+        /// Held.
+        newest: u64,
+    },
+    /// The registry's key signed two documents with one number.
+    #[error("version {number} is held with other contents")]
+    Conflict {
+        /// Offered and held.
+        number: u64,
+    },
+    /// A number is not one that versions have.
+    #[error("version number {0} is not between 1 and {NUMBER_MAX}")]
+    Number(u64),
+}
+
+impl RegistryError {
+    /// Stable label for metrics and logs.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::TooLong { .. } => "registry_too_long",
+            Self::BadSignature => "registry_bad_signature",
+            Self::SignatureForm => "registry_signature_form",
+            Self::Syntax(_) => "registry_syntax",
+            Self::Older { .. } => "registry_older",
+            Self::Conflict { .. } => "registry_conflict",
+            Self::Number(_) => "registry_number",
+        }
+    }
+}
+
+impl From<BadSignature> for RegistryError {
+    fn from(BadSignature: BadSignature) -> Self {
+        Self::BadSignature
+    }
+}
+
+/// Largest version number: what a file name has digits for.
+pub const NUMBER_MAX: u64 = 999_999_999_999;
+
+/// What one version says.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RegistryVersion {
+    /// Place in the series, from 1.
+    pub number: u64,
+    /// Subnets.
+    pub subnets: Vec<SubnetRecord>,
+    /// Nodes, of all subnets.
+    pub nodes: Vec<NodeRecord>,
+    /// Firewall rules, as they stand; their own compiler reads them.
+    pub firewall: Vec<toml::Table>,
+    /// Settings for all subnets.
+    pub settings: toml::Table,
+    /// Records that could not be used.
+    pub skipped: Vec<SkippedRecord>,
+}
+
+/// A subnet.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SubnetRecord {
+    /// Its name.
+    pub id: SubnetId,
+    /// What people call it.
+    pub name: Option<String>,
+    /// Settings for this subnet.
+    pub settings: toml::Table,
+}
+
+/// A node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeRecord {
+    /// Its name, which belongs to the key.
+    pub id: NodeId,
+    /// The key that its certificate must carry.
+    pub public_key: PublicKey,
+    /// Where it is a member.
+    pub subnet: SubnetId,
+    /// Where it listens, in the order to try; never empty.
+    pub addresses: Vec<SocketAddr>,
+}
+
+/// A record that was passed over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SkippedRecord {
+    /// `nodes`, `subnets` or `firewall`.
+    pub table: &'static str,
+    /// Position in that table, from 0.
+    pub index: usize,
+    /// Stable label.
+    pub reason: &'static str,
+    /// For people.
+    pub detail: String,
+}
+
+impl RegistryVersion {
+    /// Reads a document, whose signature is the caller's care.
+    pub fn parse(document: &str) -> Result<Self, RegistryError> {
+        document::parse(document)
+    }
+
+    /// The document that reads as this version; skipped records are lost.
+    pub fn to_document(&self) -> String {
+        document::write(self)
+    }
+}
+
+/// A version as it travels and lies on disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SignedVersion {
+    /// TOML.
+    pub document: String,
+    /// Over [`SIGNED_PREFIX`] and the document.
+    pub signature: [u8; SIGNATURE_BYTES],
+}
+
+impl SignedVersion {
+    /// Signs a document.
+    pub fn sign(document: String, key: &SigningKey) -> Self {
+        let signature = key.sign(&signed_bytes(&document));
+        Self {
+            document,
+            signature,
+        }
+    }
+
+    /// A version from its two files.
+    pub fn from_files(document: String, signature_hex: &str) -> Result<Self, RegistryError> {
+        let mut signature = [0; SIGNATURE_BYTES];
+        let hex = signature_hex.trim();
+        if hex.len() != 2 * SIGNATURE_BYTES {
+            return Err(RegistryError::SignatureForm);
+        }
+        HEXLOWER
+            .decode_mut(hex.as_bytes(), &mut signature)
+            .map_err(|_| RegistryError::SignatureForm)?;
+        Ok(Self {
+            document,
+            signature,
+        })
+    }
+
+    /// Contents of the signature file.
+    pub fn signature_hex(&self) -> String {
+        HEXLOWER.encode(&self.signature)
+    }
+
+    /// Checks size and signature, then reads the document.
+    pub fn verify(
+        &self,
+        key: &PublicKey,
+        config: &RegistryConfig,
+    ) -> Result<RegistryVersion, RegistryError> {
+        let (bytes, max_bytes) = (self.document.len(), config.document_bytes_max);
+        if bytes > max_bytes {
+            return Err(RegistryError::TooLong { bytes, max_bytes });
+        }
+        key.verify(&signed_bytes(&self.document), &self.signature)?;
+        RegistryVersion::parse(&self.document)
+    }
+}
+
+fn signed_bytes(document: &str) -> Vec<u8> {
+    [SIGNED_PREFIX, document.as_bytes()].concat()
+}
+
+/// File name of a version's document.
+pub fn document_file_name(number: u64) -> String {
+    format!("{number:012}.toml")
+}
+
+/// File name of a version's signature.
+pub fn signature_file_name(number: u64) -> String {
+    format!("{number:012}.sig")
+}
+
+/// The number in a document's file name; none for other files.
+pub fn number_of_document_file(name: &str) -> Option<u64> {
+    let digits = name.strip_suffix(".toml")?;
+    let all_digits = digits.len() == 12 && digits.bytes().all(|b| b.is_ascii_digit());
+    all_digits.then(|| digits.parse().ok()).flatten()
+}
+
+/// Bounds of a [`Registry`]: it holds at most their product in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegistryConfig {
+    /// Longest document.
+    pub document_bytes_max: usize,
+    /// Versions held; the oldest goes first, even if it is in use.
+    pub versions_max: usize,
+}
+
+impl Default for RegistryConfig {
+    fn default() -> Self {
+        // A node is about 300 bytes: 3,000 nodes and their rules fit.
+        Self {
+            document_bytes_max: 1 << 20,
+            versions_max: 32,
+        }
+    }
+}
+
+/// What became of an offered version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Offered {
+    /// It is the newest now.
+    Newest {
+        /// Its number.
+        number: u64,
+        /// Numbers between it and the one before it, which were never seen.
+        missing: u64,
+    },
+    /// It was held already.
+    Known {
+        /// Its number.
+        number: u64,
+    },
+}
+
+/// The versions that a node holds.
+#[derive(Clone, Debug)]
+pub struct Registry {
+    key: PublicKey,
+    config: RegistryConfig,
+    held: BTreeMap<u64, (SignedVersion, RegistryVersion)>,
+    oldest_in_use: Option<u64>,
+    dropped_in_use: u64,
+}
+
+impl Registry {
+    /// A registry that trusts `key` and holds nothing.
+    pub fn new(key: PublicKey, config: RegistryConfig) -> Self {
+        Self {
+            key,
+            config,
+            held: BTreeMap::new(),
+            oldest_in_use: None,
+            dropped_in_use: 0,
+        }
+    }
+
+    /// Takes a version, from a file or from a peer.
+    ///
+    /// Numbers may be missing: each version says everything, and a node that was away longer than
+    /// its peers keep versions must be able to come back.
+    pub fn offer(&mut self, signed: SignedVersion) -> Result<Offered, RegistryError> {
+        let version = signed.verify(&self.key, &self.config)?;
+        let (number, newest) = (version.number, self.newest_number());
+        if let Some((held, _)) = self.held.get(&number) {
+            if held.document == signed.document {
+                return Ok(Offered::Known { number });
+            }
+            return Err(RegistryError::Conflict { number });
+        }
+        if number < newest {
+            return Err(RegistryError::Older { number, newest });
+        }
+        self.held.insert(number, (signed, version));
+        self.prune();
+        let missing = if newest == 0 { 0 } else { number - newest - 1 };
+        Ok(Offered::Newest { number, missing })
+    }
+
+    /// Says from which version on members count; it never goes back.
+    pub fn set_oldest_in_use(&mut self, number: u64) {
+        let number = self.oldest_in_use.map_or(number, |old| old.max(number));
+        self.oldest_in_use = Some(number);
+        self.prune();
+    }
+
+    /// Oldest version in use; none means that only the newest counts.
+    pub fn oldest_in_use(&self) -> Option<u64> {
+        self.oldest_in_use
+    }
+
+    /// Number of the newest version; 0 before the first.
+    pub fn newest_number(&self) -> u64 {
+        self.held.last_key_value().map_or(0, |(number, _)| *number)
+    }
+
+    /// The newest version.
+    pub fn newest(&self) -> Option<&RegistryVersion> {
+        self.held.last_key_value().map(|(_, (_, version))| version)
+    }
+
+    /// Held versions above `number`, oldest first: what a peer that holds `number` lacks.
+    pub fn newer_than(&self, number: u64) -> impl Iterator<Item = (u64, &SignedVersion)> {
+        let newer = self.held.range(number.saturating_add(1)..);
+        newer.map(|(number, (signed, _))| (*number, signed))
+    }
+
+    /// Versions that the bound pushed out although they were in use.
+    pub fn dropped_in_use(&self) -> u64 {
+        self.dropped_in_use
+    }
+
+    /// The members of `subnet` that count now.
+    pub fn topology(&self, subnet: &SubnetId) -> Topology {
+        let in_use = self.held.range(self.oldest_counted()..);
+        Topology::union(subnet, in_use.map(|(_, (_, version))| version))
+    }
+
+    /// The held version that was in force at `oldest_in_use`: with numbers missing, an older one.
+    fn oldest_counted(&self) -> u64 {
+        let newest = self.newest_number();
+        let oldest = self
+            .oldest_in_use
+            .map_or(newest, |oldest| oldest.min(newest));
+        self.held
+            .range(..=oldest)
+            .next_back()
+            .map_or(0, |(number, _)| *number)
+    }
+
+    fn prune(&mut self) {
+        if self.oldest_in_use.is_some() {
+            self.held = self.held.split_off(&self.oldest_counted());
+        }
+        while self.held.len() > self.config.versions_max.max(1) {
+            self.held.pop_first();
+            self.dropped_in_use += u64::from(self.oldest_in_use.is_some());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

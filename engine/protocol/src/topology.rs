@@ -1,0 +1,227 @@
+//! Who belongs to the subnet: the union of its members over the registry versions in use.
+//!
+//! 1. A node counts while any version from the oldest in use to the newest names it, so that it is
+//!    not cut off while others still rely on it.
+//! 2. Its addresses are those of the newest version that names it.
+//! 3. A topology never changes: a newer one replaces it whole, and [`Topology::diff`] says how.
+
+use crate::{
+    id::{NodeId, SubnetId},
+    identity::PublicKey,
+    registry::RegistryVersion,
+};
+use std::{collections::BTreeMap, net::SocketAddr};
+
+/// A node of the subnet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// The key that its certificate must carry.
+    pub public_key: PublicKey,
+    /// Where it listens, in the order to try; never empty.
+    pub addresses: Vec<SocketAddr>,
+}
+
+impl Member {
+    /// The name that the key gives.
+    pub fn id(&self) -> NodeId {
+        self.public_key.node_id()
+    }
+}
+
+/// The members of one subnet at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Topology {
+    members: BTreeMap<NodeId, Member>,
+    oldest: u64,
+    newest: u64,
+}
+
+/// How one topology differs from another; each list is in the order of ids.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TopologyDiff {
+    /// In the newer only.
+    pub added: Vec<NodeId>,
+    /// In the older only.
+    pub removed: Vec<NodeId>,
+    /// In both, with other addresses.
+    pub changed: Vec<NodeId>,
+}
+
+impl TopologyDiff {
+    /// The topologies have the same members at the same addresses.
+    pub fn is_empty(&self) -> bool {
+        self.added.is_empty() && self.removed.is_empty() && self.changed.is_empty()
+    }
+}
+
+impl Topology {
+    /// A subnet without members, as before the first registry version.
+    pub fn empty() -> Self {
+        Self::default()
+    }
+
+    /// The members of `subnet` over `versions`, oldest first.
+    pub fn union<'a>(
+        subnet: &SubnetId,
+        versions: impl IntoIterator<Item = &'a RegistryVersion>,
+    ) -> Self {
+        let mut topology = Self::default();
+        for version in versions {
+            if topology.newest == 0 {
+                topology.oldest = version.number;
+            }
+            topology.newest = version.number;
+            for node in version.nodes.iter().filter(|node| node.subnet == *subnet) {
+                let Some(member) = topology.members.get_mut(&node.id) else {
+                    let addresses = node.addresses.clone();
+                    topology.members.insert(
+                        node.id,
+                        Member {
+                            public_key: node.public_key,
+                            addresses,
+                        },
+                    );
+                    continue;
+                };
+                member.addresses.clone_from(&node.addresses);
+            }
+        }
+        topology
+    }
+
+    /// A topology of these members, for tests and for a subnet without a registry.
+    pub fn from_members(members: impl IntoIterator<Item = Member>, version: u64) -> Self {
+        let members = members
+            .into_iter()
+            .map(|member| (member.id(), member))
+            .collect();
+        Self {
+            members,
+            oldest: version,
+            newest: version,
+        }
+    }
+
+    /// The node with this name.
+    pub fn member(&self, id: &NodeId) -> Option<&Member> {
+        self.members.get(id)
+    }
+
+    /// The member whose key this is: the judgement of a handshake.
+    pub fn node_of_key(&self, key: &PublicKey) -> Option<NodeId> {
+        let id = key.node_id();
+        self.members.contains_key(&id).then_some(id)
+    }
+
+    /// All members, in the order of ids.
+    pub fn iter(&self) -> impl Iterator<Item = (&NodeId, &Member)> {
+        self.members.iter()
+    }
+
+    /// Number of members.
+    pub fn len(&self) -> usize {
+        self.members.len()
+    }
+
+    /// No members.
+    pub fn is_empty(&self) -> bool {
+        self.members.is_empty()
+    }
+
+    /// Oldest registry version that counts.
+    pub fn oldest_version(&self) -> u64 {
+        self.oldest
+    }
+
+    /// Newest registry version that counts; 0 before the first.
+    pub fn newest_version(&self) -> u64 {
+        self.newest
+    }
+
+    /// What changes when this topology replaces `older`.
+    pub fn diff(&self, older: &Self) -> TopologyDiff {
+        let mut diff = TopologyDiff::default();
+        for (id, member) in &self.members {
+            match older.members.get(id) {
+                None => diff.added.push(*id),
+                Some(old) if old.addresses != member.addresses => diff.changed.push(*id),
+                Some(_) => {}
+            }
+        }
+        diff.removed.extend(
+            older
+                .members
+                .keys()
+                .filter(|id| !self.members.contains_key(id)),
+        );
+        diff
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{identity::SigningKey, registry::NodeRecord};
+
+    fn node(seed: u8, port: u16) -> NodeRecord {
+        let public_key = SigningKey::from_seed([seed; 32]).public_key();
+        let addresses = vec![SocketAddr::from(([127, 0, 0, 1], port))];
+        NodeRecord {
+            id: public_key.node_id(),
+            public_key,
+            subnet: subnet(),
+            addresses,
+        }
+    }
+
+    fn subnet() -> SubnetId {
+        SubnetId::from_public_key_der(b"subnet")
+    }
+
+    fn version(number: u64, nodes: Vec<NodeRecord>) -> RegistryVersion {
+        RegistryVersion {
+            number,
+            nodes,
+            ..RegistryVersion::default()
+        }
+    }
+
+    // Protects a subnet that still relies on a node which the newest version removed.
+    #[test]
+    fn union_keeps_removed_and_takes_newest_address() {
+        let mut stranger = node(9, 9);
+        stranger.subnet = SubnetId::from_public_key_der(b"another");
+        let versions = [
+            version(4, vec![node(1, 10), node(2, 20)]),
+            version(5, vec![node(1, 11), node(3, 30), stranger]),
+        ];
+        let both = Topology::union(&subnet(), &versions);
+        assert_eq!(
+            (both.oldest_version(), both.newest_version(), both.len()),
+            (4, 5, 3)
+        );
+        assert_eq!(
+            both.member(&node(1, 0).id).unwrap().addresses,
+            node(1, 11).addresses
+        );
+        assert_eq!(
+            both.node_of_key(&node(2, 0).public_key),
+            Some(node(2, 0).id)
+        );
+        assert_eq!(both.node_of_key(&node(9, 0).public_key), None);
+
+        let newest = Topology::union(&subnet(), &versions[1..]);
+        let diff = newest.diff(&both);
+        assert_eq!(
+            (diff.added, diff.removed, diff.changed),
+            (vec![], vec![node(2, 0).id], vec![])
+        );
+        let oldest = Topology::union(&subnet(), &versions[..1]);
+        let diff = both.diff(&oldest);
+        assert_eq!(
+            (diff.added, diff.changed),
+            (vec![node(3, 0).id], vec![node(1, 0).id])
+        );
+        assert!(both.diff(&both).is_empty() && Topology::empty().is_empty());
+    }
+}
