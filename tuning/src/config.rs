@@ -2,6 +2,7 @@
 //!
 //! Bounds and documentation of every field stand in [`crate::schema`].
 
+use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 
 use crate::units::{ByteSize, Period};
@@ -54,8 +55,8 @@ pub struct RegistrySection {
     pub dir: String,
     /// Key that signs the versions: 64 hexadecimal digits.
     pub public_key: String,
-    /// Nodes to ask for newer versions.
-    pub seeds: Vec<SocketAddr>,
+    /// Nodes to ask for versions while none is held.
+    pub seeds: Vec<Seed>,
     /// How often the folder is read.
     pub poll_interval: Period,
     /// Versions held at once.
@@ -71,6 +72,21 @@ pub struct ShardsSection {
     pub defaults: ShardProfile,
     /// Cores with values of their own.
     pub core: Vec<CoreProfile>,
+}
+
+/// A node that is known before any registry version is: written `<public key>@<address>`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seed {
+    /// Its key: 64 hexadecimal digits. The connection is pinned to it like any other.
+    pub public_key: String,
+    /// Where it listens.
+    pub address: SocketAddr,
+}
+
+impl fmt::Display for Seed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{}", self.public_key, self.address)
+    }
 }
 
 /// Cores that run a shard each.

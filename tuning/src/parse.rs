@@ -11,7 +11,7 @@ use std::ops::Range;
 use toml::Spanned;
 use toml::de::{DeArray, DeString, DeTable, DeValue};
 
-use crate::config::{CoreProfile, Cores, NodeConfig};
+use crate::config::{CoreProfile, Cores, NodeConfig, Seed};
 use crate::problem::{Position, Problem, ProblemKind, Severity};
 use crate::schema::{self, CORE_NAME, Field, Kind, Presence, SHARDS_NAME, Section, Value};
 use crate::semantics;
@@ -420,9 +420,9 @@ fn read(kind: Kind, value: &DeValue<'_>) -> Result<Value, Refusal> {
             }
             Ok(Value::Text(text.to_string()))
         }
-        (Kind::PublicKey, DeValue::String(text)) => public_key(text),
+        (Kind::PublicKey, DeValue::String(text)) => public_key(text).map(Value::Text),
         (Kind::Address, DeValue::String(text)) => address(text).map(Value::Address),
-        (Kind::Addresses, DeValue::Array(list)) => addresses(list),
+        (Kind::Seeds, DeValue::Array(list)) => seeds(list),
         (Kind::Choice(words), DeValue::String(text)) => {
             if words.contains(&text.as_ref()) {
                 return Ok(Value::Text(text.to_string()));
@@ -453,9 +453,9 @@ fn integer(value: &DeValue<'_>) -> Result<u64, Refusal> {
     })
 }
 
-fn public_key(text: &str) -> Result<Value, Refusal> {
+fn public_key(text: &str) -> Result<String, Refusal> {
     if text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-        return Ok(Value::Text(text.to_ascii_lowercase()));
+        return Ok(text.to_ascii_lowercase());
     }
     Err(Refusal::Value {
         reason: format!(
@@ -474,15 +474,22 @@ fn address(text: &str) -> Result<std::net::SocketAddr, Refusal> {
     })
 }
 
-fn addresses(list: &DeArray<'_>) -> Result<Value, Refusal> {
-    let mut addresses = Vec::new();
+fn seeds(list: &DeArray<'_>) -> Result<Value, Refusal> {
+    let mut seeds = Vec::new();
     for item in list.iter() {
         let DeValue::String(text) = item.get_ref() else {
             return Err(Refusal::Type);
         };
-        addresses.push(address(text)?);
+        let (key, at) = text.split_once('@').ok_or_else(|| Refusal::Value {
+            reason: format!("\"{text}\" has no \"@\" between public key and address"),
+            fix: "write \"<64 hexadecimal digits>@192.0.2.1:4100\"".into(),
+        })?;
+        seeds.push(Seed {
+            public_key: public_key(key)?,
+            address: address(at)?,
+        });
     }
-    Ok(Value::Addresses(addresses))
+    Ok(Value::Seeds(seeds))
 }
 
 fn cores(list: &DeArray<'_>) -> Result<Value, Refusal> {

@@ -98,7 +98,7 @@ pub fn reference_markdown() -> String {
     let defaults = NodeConfig::default();
     let mut out = String::from(
         "# Configuration\n\n\
-         Generated from the schema table (`millrace config reference`); do not edit.\n\n\
+         Generated from the schema table (`make docs`); do not edit.\n\n\
          A config is one TOML file. Unknown keys are refused. `millrace check --config FILE` reports all\n\
          mistakes at once; `millrace config default` prints a file to start from; `millrace config show\n\
          --config FILE` prints what is in force and where it comes from.\n",

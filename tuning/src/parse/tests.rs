@@ -109,6 +109,13 @@ fn each_mistake_is_named_with_its_place_and_a_fix() {
             "names are not looked up",
         ),
         (
+            "seeds = [\"192.0.2.1:4100\"]\n",
+            K::BadValue,
+            "3:9",
+            "has no \"@\"",
+            "@192.0.2.1:4100",
+        ),
+        (
             "[node]\nstate_dir = \"\"\n",
             K::BadValue,
             "4:13",
@@ -288,7 +295,7 @@ fn a_missing_required_key_points_at_its_section() {
 #[test]
 fn written_values_arrive_and_cores_start_from_the_defaults() {
     let parsed = parse(&with_key(
-        "seeds = [\"192.0.2.1:4100\", \"[2001:db8::1]:4100\"]\n[[shards.core]]\ncpu = 1\nspin = \"1h\"\n[shards]\nspin = \"50us\"\nring_entries = 0x80\n",
+        &"seeds = [\"KEY@192.0.2.1:4100\", \"KEY@[2001:db8::1]:4100\"]\n[[shards.core]]\ncpu = 1\nspin = \"1h\"\n[shards]\nspin = \"50us\"\nring_entries = 0x80\n".replace("KEY", KEY),
     ));
     assert_eq!(parsed.problems, []);
     let config = parsed.config;

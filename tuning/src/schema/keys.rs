@@ -147,8 +147,8 @@ pub(super) static SECTIONS: &[Section] = &[
                 NodeConfig,
                 "seeds",
                 registry.seeds,
-                Kind::Addresses,
-                "Nodes to ask for registry versions when the folder is empty or old."
+                Kind::Seeds,
+                "Nodes to ask for registry versions while none is held: \"<public key>@<ip>:<port>\" each."
             ),
             field!(
                 NodeConfig,

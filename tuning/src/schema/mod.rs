@@ -45,8 +45,8 @@ pub enum Kind {
     PublicKey,
     /// IP address and port.
     Address,
-    /// A list of IP addresses with ports.
-    Addresses,
+    /// A list of nodes: public key, `@`, address.
+    Seeds,
     /// One of some words.
     Choice(&'static [&'static str]),
     /// `"auto"` or a list of core numbers.
@@ -145,7 +145,7 @@ impl Kind {
             Self::Name => "a name in quotes".into(),
             Self::PublicKey => "a public key of 64 hexadecimal digits in quotes".into(),
             Self::Address => "an address with a port such as \"192.0.2.1:4100\"".into(),
-            Self::Addresses => "a list of addresses with ports such as [\"192.0.2.1:4100\"]".into(),
+            Self::Seeds => "a list of \"<public key>@<address>\"".into(),
             Self::Choice(words) => format!("one of {}", quoted(words)),
             Self::Cores => "\"auto\" or a list of core numbers such as [0, 1]".into(),
         }
@@ -172,7 +172,7 @@ impl Kind {
             Self::Name => "text",
             Self::PublicKey => "public key",
             Self::Address => "address",
-            Self::Addresses => "list of addresses",
+            Self::Seeds => "list of nodes",
             Self::Choice(_) => "choice",
             Self::Cores => "cores",
         }

@@ -9,7 +9,10 @@ fn sample(kind: Kind) -> Value {
         Kind::Path | Kind::Name | Kind::PublicKey => Value::Text("x".into()),
         Kind::Choice(words) => Value::Text(words[0].into()),
         Kind::Address => Value::Address(([127, 0, 0, 1], 1).into()),
-        Kind::Addresses => Value::Addresses(vec![([127, 0, 0, 1], 1).into()]),
+        Kind::Seeds => Value::Seeds(vec![crate::config::Seed {
+            public_key: "ab".repeat(32),
+            address: ([127, 0, 0, 1], 1).into(),
+        }]),
         Kind::Cores => Value::Cores(crate::config::Cores::List(vec![3])),
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 
-use crate::config::Cores;
+use crate::config::{Cores, Seed};
 use crate::units::{ByteSize, Period};
 
 /// A value of some [`super::Kind`]; displays as TOML.
@@ -21,8 +21,8 @@ pub enum Value {
     Text(String),
     /// IP address and port.
     Address(SocketAddr),
-    /// Several of them.
-    Addresses(Vec<SocketAddr>),
+    /// Nodes with their keys.
+    Seeds(Vec<Seed>),
     /// Cores that run shards.
     Cores(Cores),
 }
@@ -37,8 +37,8 @@ impl fmt::Display for Value {
             // The toml crate knows how to quote what an operator may put into a path.
             Self::Text(text) => write!(f, "{}", toml::Value::String(text.clone())),
             Self::Address(address) => write!(f, "\"{address}\""),
-            Self::Addresses(list) => {
-                let items: Vec<String> = list.iter().map(|a| format!("\"{a}\"")).collect();
+            Self::Seeds(list) => {
+                let items: Vec<String> = list.iter().map(|seed| format!("\"{seed}\"")).collect();
                 write!(f, "[{}]", items.join(", "))
             }
             Self::Cores(Cores::Auto) => write!(f, "\"auto\""),
@@ -79,7 +79,7 @@ setting!(ByteSize, Bytes);
 setting!(Period, Duration);
 setting!(String, Text);
 setting!(SocketAddr, Address);
-setting!(Vec<SocketAddr>, Addresses);
+setting!(Vec<Seed>, Seeds);
 setting!(Cores, Cores);
 
 impl Setting for Option<String> {
