@@ -1,1 +1,36 @@
-//! QUIC connections on shards: mutual TLS, lanes, message streams, RPC, bulk bodies.
+//! QUIC connections on shards: mutual TLS pinned to the registry, lanes, message streams, RPC, bulk bodies.
+//!
+//! One [`endpoint`](self) per shard plugs into the shard's loop. Code on a shard talks through [`Local`], any other thread through
+//! [`Transport`], and both are called back through a [`Handler`].
+//!
+//! Invariants of the crate
+//! 1. A connection belongs to one shard from its first packet to its last; nothing of it is shared.
+//! 2. A body is received into chunks and sent from chunks: there is no `Vec<u8>` of it anywhere.
+//! 3. Whatever a peer can make grow has a bound in [`TransportConfig`], and a counter with a reason when the bound is hit.
+#![forbid(unsafe_code)]
+
+mod buffers;
+pub mod carrier;
+pub mod config;
+mod connection;
+pub mod counters;
+mod endpoint;
+mod inbox;
+mod link;
+mod local;
+mod message;
+mod outbox;
+mod quic;
+mod start;
+mod status;
+mod streams;
+mod tls;
+
+pub use config::{CongestionControl, PerClass, TransportConfig};
+pub use link::PendingAnswer;
+pub use local::Local;
+pub use message::{Answer, Defer, Handler, Inbound, InboundBody, Payload, Request, Responder, RpcError};
+pub use quic::CloseCode;
+pub use start::{RemoteAnswer, StartError, Transport, TransportStart};
+pub use status::{PeerStatus, ShardStatus, StatusBoard};
+pub use tls::TlsError;

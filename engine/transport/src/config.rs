@@ -1,0 +1,152 @@
+//! What an operator may set about connections, with the defaults that the figures in `docs/` were measured with.
+//!
+//! Every bound of this crate is here: what a peer may make us hold, how long it may take, how much may wait to be sent.
+
+use std::time::Duration;
+
+use millrace_protocol::frame::Limits;
+
+/// Congestion control of a path.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CongestionControl {
+    /// RFC 9438, unpaced in quiche: for a LAN, where windows bound what is in flight.
+    #[default]
+    Cubic,
+    /// BBRv2, paced by its release times: for a WAN.
+    Bbr2,
+}
+
+/// One value for each traffic class.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PerClass<T> {
+    /// Votes, probes, acknowledgements: never waits behind the others.
+    pub latency: T,
+    /// Ordinary requests.
+    pub normal: T,
+    /// Bodies that may take their time.
+    pub bulk: T,
+}
+
+impl<T: Copy> PerClass<T> {
+    /// The value of `class`.
+    pub fn of(&self, class: millrace_protocol::frame::Class) -> T {
+        match class {
+            millrace_protocol::frame::Class::Latency => self.latency,
+            millrace_protocol::frame::Class::Normal => self.normal,
+            millrace_protocol::frame::Class::Bulk => self.bulk,
+        }
+    }
+}
+
+/// Limits, windows and times of the transport. See each field; `Default` suits a LAN.
+#[derive(Clone, Debug)]
+pub struct TransportConfig {
+    /// Largest UDP payload sent, bytes (1,200..=16,383). 1,452 fits an Ethernet MTU of 1,500 with IPv6.
+    pub udp_payload_bytes_max: usize,
+    /// A PING is sent when a connection was silent this long.
+    pub keep_alive: Duration,
+    /// A connection that was silent this long is lost (RFC 9000, 10.1).
+    pub idle_timeout: Duration,
+    /// A handshake and the peer's hello must be done in this time, on both sides.
+    pub connect_timeout: Duration,
+    /// First delay before dialling a failed peer again; doubles with jitter up to `redial_delay_max`.
+    pub redial_delay_min: Duration,
+    /// Longest delay between dials.
+    pub redial_delay_max: Duration,
+    /// How long a replaced or stopping connection may finish what it carries.
+    pub drain_timeout: Duration,
+    /// Connections to each peer, spread over the shards (1..=8).
+    pub connections_per_peer: u8,
+    /// Congestion control.
+    pub congestion_control: CongestionControl,
+    /// Initial congestion window, packets.
+    pub initial_window_packets: usize,
+    /// RTT assumed before the first sample.
+    pub initial_rtt: Duration,
+    /// Flow-control window of a connection, bytes: what a peer may have in flight to us, unread.
+    pub connection_window_bytes: u64,
+    /// Flow-control window of one stream, bytes.
+    pub stream_window_bytes: u64,
+    /// Unidirectional streams that a peer may have open to us.
+    pub streams_max: u64,
+    /// Lanes (long-lived streams of small frames) for the normal class.
+    pub lanes: u8,
+    /// Bytes that may wait to be sent to a peer on lanes, for each class; small frames of the bulk class share the normal lanes.
+    pub lane_queue_bytes: PerClass<usize>,
+    /// Messages with a stream of their own that may wait or be in flight to a peer, for each class.
+    pub stream_queue_messages: PerClass<usize>,
+    /// Message streams of one class that are fed at the same time.
+    pub streams_active_max: usize,
+    /// Requests of ours in flight to a peer, for each class.
+    pub requests_out_max: PerClass<usize>,
+    /// Requests of a peer in flight at us, for each class.
+    pub requests_in_max: PerClass<usize>,
+    /// Body bytes that one peer may make this shard reserve at a time.
+    pub receive_budget_peer_bytes: u64,
+    /// Body bytes that all peers together may make this shard reserve; at most its chunk pool.
+    pub receive_budget_bytes: u64,
+    /// A message stream must bring this much in each `stream_progress_interval`, or be done.
+    pub stream_progress_bytes: u64,
+    /// How often a message stream's progress is judged.
+    pub stream_progress_interval: Duration,
+    /// Sizes of frames and bodies.
+    pub limits: Limits,
+    /// Interval of health probes.
+    pub probe_interval: Duration,
+    /// Probes lost in a row before a connection is given up.
+    pub probe_failures_max: u32,
+    /// Connections that one shard holds, handshakes included.
+    pub connections_max: usize,
+    /// Of them, connections that have not finished their handshake.
+    pub handshakes_max: usize,
+    /// Packets that one connection may send in a turn; four trains of 45.
+    pub packets_per_turn: usize,
+    /// Commands of local tasks and handlers that may wait for the next turn.
+    pub commands_max: usize,
+}
+
+impl Default for TransportConfig {
+    fn default() -> Self {
+        Self {
+            udp_payload_bytes_max: 1_452,
+            keep_alive: Duration::from_secs(1),
+            idle_timeout: Duration::from_secs(3),
+            connect_timeout: Duration::from_secs(10),
+            redial_delay_min: Duration::from_millis(50),
+            redial_delay_max: Duration::from_secs(10),
+            drain_timeout: Duration::from_secs(2),
+            connections_per_peer: 1,
+            congestion_control: CongestionControl::Cubic,
+            initial_window_packets: 128,
+            initial_rtt: Duration::from_millis(2),
+            connection_window_bytes: 8 << 20,
+            stream_window_bytes: 4 << 20,
+            streams_max: 1_024,
+            lanes: 4,
+            lane_queue_bytes: PerClass { latency: 1 << 20, normal: 4 << 20, bulk: 4 << 20 },
+            stream_queue_messages: PerClass { latency: 1_024, normal: 1_024, bulk: 256 },
+            streams_active_max: 8,
+            requests_out_max: PerClass { latency: 4_096, normal: 4_096, bulk: 256 },
+            requests_in_max: PerClass { latency: 4_096, normal: 4_096, bulk: 256 },
+            receive_budget_peer_bytes: 256 << 20,
+            receive_budget_bytes: 512 << 20,
+            stream_progress_bytes: 64 << 10,
+            stream_progress_interval: Duration::from_secs(5),
+            limits: Limits::default(),
+            probe_interval: Duration::from_secs(1),
+            probe_failures_max: 3,
+            connections_max: 4_096,
+            handshakes_max: 1_024,
+            packets_per_turn: 180,
+            commands_max: 65_536,
+        }
+    }
+}
+
+impl TransportConfig {
+    /// What one connection may make this node hold besides chunks, bytes: queues at their bounds and a window of unread data.
+    pub fn connection_budget_bytes(&self) -> u64 {
+        let queues = self.lane_queue_bytes.latency + self.lane_queue_bytes.normal + self.lane_queue_bytes.bulk;
+        queues as u64 + self.connection_window_bytes
+    }
+}

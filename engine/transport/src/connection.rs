@@ -1,0 +1,319 @@
+//! One QUIC connection of a shard: its phases, and what it does with what arrives.
+//!
+//! ```text
+//! Handshake -> AwaitHello -> Up -> Draining -> Closing -> removed
+//!      \____________\_________\_______________/
+//! ```
+//!
+//! Invariants
+//! 1. There is a link from `AwaitHello` on, and nothing of the code above runs for this connection before its identity is proven.
+//! 2. A connection is `Up` from the peer's first frame on, not from the end of the handshake, which a client sees before the server judged it.
+//! 3. `timer` is armed at the earliest thing this connection waits for.
+
+use std::rc::Rc;
+use std::time::Instant;
+
+use millrace_protocol::budget::Reservation;
+use millrace_protocol::frame::{Carriage, FailureCode, Header, Hello, Kind};
+use millrace_protocol::health::Health;
+use millrace_protocol::id::NodeId;
+use millrace_protocol::peers::{Attempt, ConnKey};
+use millrace_protocol::timer::TimerId;
+use millrace_shards::datapath::Trains;
+
+use crate::buffers::QuicConnection;
+use crate::carrier::Pumped;
+use crate::config::TransportConfig;
+use crate::counters::{Counter, Counters, Family};
+use crate::inbox::{Arrived, Inbox, Room, StreamFault, wants_answer};
+use crate::link::Link;
+use crate::message::{Answer, Defer, Handler, Inbound, InboundBody, RpcError};
+use crate::quic::CloseCode;
+
+/// How far a connection has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// TLS is not done; given up at `until`.
+    Handshake { until: Instant },
+    /// TLS is done; the peer's first frame is still to come. `Peers` bounds the wait.
+    AwaitHello,
+    /// In use.
+    Up,
+    /// Takes no new messages of ours; closed when idle, at `until`, or when [`millrace_protocol::peers::Peers`] says so.
+    Draining { until: Option<Instant>, code: CloseCode },
+    /// CONNECTION_CLOSE was queued; quiche keeps the connection for three PTOs (RFC 9000, 10.2).
+    Closing,
+}
+
+/// What arrived that the endpoint has to act on, gathered while the connection is borrowed.
+#[derive(Debug, Default)]
+pub(crate) struct Events {
+    pub(crate) hello: Option<Hello>,
+    /// A valid frame arrived.
+    pub(crate) heard: bool,
+    pub(crate) probe_replies: Vec<u32>,
+    pub(crate) reservations: Vec<Reservation>,
+    pub(crate) fault: Option<&'static str>,
+}
+
+/// One connection.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    pub(crate) quic: QuicConnection,
+    pub(crate) key: ConnKey,
+    /// Our connection ID.
+    pub(crate) cid: [u8; 16],
+    /// The ID that the client chose for its first packets, on the listening side until the handshake is done.
+    pub(crate) initial: Option<Vec<u8>>,
+    pub(crate) is_server: bool,
+    /// The dial that this is, until its handshake is done.
+    pub(crate) attempt: Option<Attempt>,
+    /// Which of the connections of a pair of nodes this is.
+    pub(crate) index: usize,
+    /// A sign of life was asked for.
+    pub(crate) verify: bool,
+    /// Counted among the shard's handshakes.
+    pub(crate) is_handshaking: bool,
+    pub(crate) phase: Phase,
+    pub(crate) link: Option<Rc<Link>>,
+    pub(crate) inbox: Inbox,
+    pub(crate) health: Option<Health>,
+    pub(crate) timer: Option<TimerId>,
+    pub(crate) is_dirty: bool,
+    /// When the progress of unfinished messages is judged next.
+    pub(crate) judge_at: Option<Instant>,
+    lost_seen: usize,
+}
+
+impl Connection {
+    pub(crate) fn new(
+        quic: QuicConnection,
+        key: ConnKey,
+        cid: [u8; 16],
+        is_server: bool,
+        config: &TransportConfig,
+        now: Instant,
+    ) -> Self {
+        Self {
+            quic,
+            key,
+            cid,
+            initial: None,
+            is_server,
+            attempt: None,
+            index: 0,
+            verify: false,
+            is_handshaking: true,
+            phase: Phase::Handshake { until: now + config.connect_timeout },
+            link: None,
+            inbox: Inbox::new(config.limits),
+            health: None,
+            timer: None,
+            is_dirty: false,
+            judge_at: None,
+            lost_seen: 0,
+        }
+    }
+
+    /// The proven peer.
+    pub(crate) fn peer(&self) -> Option<NodeId> {
+        self.link.as_ref().map(|link| link.peer)
+    }
+
+    /// Closes the connection; the peer hears `code`.
+    pub(crate) fn close(&mut self, code: CloseCode) {
+        if self.phase == Phase::Closing {
+            return;
+        }
+        self.phase = Phase::Closing;
+        // Already closing or closed for another reason: that reason stands.
+        self.quic.close(true, code as u64, code.reason().as_bytes()).ok();
+    }
+
+    /// Reads everything that the last packets made readable, calling the handler for what is whole.
+    pub(crate) fn read<H: Handler>(
+        &mut self,
+        handler: &mut H,
+        scratch: &mut [u8],
+        room: &mut impl Room,
+        now: Instant,
+        events: &mut Events,
+    ) {
+        let Some(link) = self.link.clone() else { return };
+        while let Some(stream) = self.quic.stream_readable_next() {
+            let result = self.inbox.read(&mut self.quic, stream, scratch, room, &mut |arrived| {
+                on_arrived(&link, handler, arrived, now, events);
+            });
+            if let Err((fault, header)) = result {
+                on_fault(&link, fault, header, events);
+            }
+        }
+        while let Ok(datagram) = self.quic.dgram_recv_buf() {
+            on_datagram(&link, handler, &datagram, now, events);
+        }
+    }
+
+    /// Cuts messages that do not come forward.
+    pub(crate) fn judge_streams(&mut self, room: &mut impl Room, now: Instant, config: &TransportConfig) {
+        let Some(link) = self.link.clone() else { return };
+        self.inbox.cut_stalled(&mut self.quic, config.stream_progress_bytes, room, &mut |header| {
+            on_fault(&link, StreamFault::Stalled, header, &mut Events::default());
+        });
+        self.judge_at = (self.inbox.unfinished() > 0).then(|| now + config.stream_progress_interval);
+    }
+
+    /// Feeds quiche and builds packets into trains, within the turn's budget. True when more is waiting.
+    pub(crate) fn transmit(&mut self, trains: &mut Trains<'_>, config: &TransportConfig, counters: &Counters) -> bool {
+        let mut more = false;
+        if let Some(link) = &self.link
+            && !matches!(self.phase, Phase::Closing)
+        {
+            let mut out = link.out.borrow_mut();
+            more = out.feed(&mut self.quic) == Pumped::More;
+            counters.add(Counter::StreamsOut, out.take_streams_opened());
+        }
+        let mut packets = 0;
+        let more = loop {
+            if packets == config.packets_per_turn {
+                break true;
+            }
+            let Some(buffer) = trains.packet(config.udp_payload_bytes_max) else { break true };
+            match self.quic.send(buffer) {
+                Ok((len, info)) => {
+                    trains.push(len, info.to);
+                    packets += 1;
+                }
+                Err(quiche::Error::Done) => break more,
+                Err(_) => {
+                    self.close(CloseCode::Violation);
+                    break false;
+                }
+            }
+        };
+        counters.add(Counter::PacketsSent, packets as u64);
+        more
+    }
+
+    /// The earliest thing this connection waits for.
+    pub(crate) fn next_timeout(&self) -> Option<Instant> {
+        let phase = match self.phase {
+            Phase::Handshake { until } => Some(until),
+            Phase::Draining { until, .. } => until,
+            Phase::AwaitHello | Phase::Up | Phase::Closing => None,
+        };
+        let calls = self.link.as_ref().and_then(|link| link.next_deadline());
+        let health = self.health.as_ref().and_then(Health::next_timeout);
+        [self.quic.timeout_instant(), phase, calls, health, self.judge_at].into_iter().flatten().min()
+    }
+
+    /// Whether the path lost packets since the last look.
+    pub(crate) fn has_lost_packets(&mut self) -> bool {
+        let lost = self.quic.stats().lost;
+        std::mem::replace(&mut self.lost_seen, lost) < lost
+    }
+}
+
+fn on_arrived<H: Handler>(
+    link: &Rc<Link>,
+    handler: &mut H,
+    arrived: Arrived<'_>,
+    now: Instant,
+    events: &mut Events,
+) {
+    events.heard = true;
+    match arrived {
+        Arrived::Frame(header, body) => on_message(link, handler, header, InboundBody::Slice(body), now, events),
+        Arrived::Message(header, body, reservation) => {
+            on_message(link, handler, header, InboundBody::Chunks(body), now, events);
+            events.reservations.push(reservation);
+        }
+    }
+}
+
+/// Datagrams carry probes, and one-way messages whose sender repeats them.
+fn on_datagram<H: Handler>(link: &Rc<Link>, handler: &mut H, datagram: &[u8], now: Instant, events: &mut Events) {
+    let limits = &link.shared.config.limits;
+    let parsed = datagram.split_first_chunk().map(|(header, body)| (Header::decode(header), body));
+    let header = match parsed {
+        Some((Ok(header), body)) if header.body_bytes as usize == body.len() => Ok((header, body)),
+        Some((Err(error), _)) => Err(error.reason()),
+        _ => Err("peer_datagram_length"),
+    };
+    match header {
+        Ok((header, body)) if header.check(Carriage::Lane, limits).is_ok() => {
+            events.heard = true;
+            on_message(link, handler, header, InboundBody::Slice(body), now, events);
+        }
+        Ok(_) => link.shared.counters.count(Family::Rejected, "peer_datagram_kind"),
+        Err(reason) => link.shared.counters.count(Family::Rejected, reason),
+    }
+}
+
+fn on_message<H: Handler>(
+    link: &Rc<Link>,
+    handler: &mut H,
+    header: Header,
+    body: InboundBody<'_>,
+    now: Instant,
+    events: &mut Events,
+) {
+    let counters = &link.shared.counters;
+    let inbound = |deadline, body| Inbound {
+        peer: link.peer,
+        connection: link.number.get(),
+        class: header.class,
+        method: header.method,
+        deadline,
+        body,
+    };
+    match header.kind {
+        Kind::Request => {
+            counters.received(header.class, body.len() as usize);
+            let deadline = now + std::time::Duration::from_millis(header.arg.into());
+            let defer = Defer { link, class: header.class, id: header.id };
+            match handler.on_request(inbound(Some(deadline), body), defer) {
+                Answer::Reply(body) => link.answer(header.class, header.id, Ok(body)),
+                Answer::Failure(code) => link.answer(header.class, header.id, Err(code)),
+                Answer::Deferred => {}
+            }
+        }
+        Kind::Send => {
+            counters.received(header.class, body.len() as usize);
+            handler.on_send(inbound(None, body));
+        }
+        Kind::Response => {
+            counters.received(header.class, body.len() as usize);
+            link.on_answer(header.id, Ok(body.into_payload()));
+        }
+        Kind::Failure => link.on_answer(header.id, Err(RpcError::Refused(FailureCode::from_arg(header.arg)))),
+        Kind::Cancel => link.on_cancel(header.class, header.id),
+        Kind::Probe => link.datagram(Kind::ProbeReply, header.arg),
+        Kind::ProbeReply => events.probe_replies.push(header.arg),
+        Kind::Hello => match body {
+            InboundBody::Slice(bytes) => match Hello::decode(bytes) {
+                Ok(hello) => events.hello = Some(hello),
+                Err(_) => events.fault = Some("peer_hello_malformed"),
+            },
+            InboundBody::Chunks(_) => events.fault = Some("peer_hello_malformed"),
+        },
+    }
+}
+
+/// Counts a cut stream; a request among them is answered, since its sender may still wait.
+fn on_fault(link: &Rc<Link>, fault: StreamFault, header: Option<Header>, events: &mut Events) {
+    link.shared.counters.count(Family::Rejected, fault.reason());
+    if fault.is_fatal() {
+        events.fault = Some(fault.reason());
+        return;
+    }
+    let Some(header) = header else { return };
+    match fault {
+        StreamFault::Reset => link.shared.counters.add(Counter::RequestsCancelled, 1),
+        StreamFault::NoRoom if wants_answer(&header) => {
+            link.answer(header.class, header.id, Err(FailureCode::TooLarge));
+        }
+        _ if wants_answer(&header) => link.answer(header.class, header.id, Err(FailureCode::Malformed)),
+        _ if header.kind == Kind::Response => link.on_answer(header.id, Err(RpcError::AnswerLost)),
+        _ => {}
+    }
+}

@@ -1,0 +1,392 @@
+//! One established connection as local code sees it, and what all links of a shard share.
+//!
+//! A request, an answer or a one-way message goes straight into the link's [`Outbox`] and marks the link dirty; the endpoint feeds dirty links
+//! in the same turn. No command queue lies between, and no lock: everything here lives on one shard.
+//!
+//! Invariants
+//! 1. No `RefCell` here is borrowed while foreign code runs: handlers, wakers and callbacks are called with nothing held.
+//! 2. A link that is closed takes nothing more: its calls were answered with [`RpcError::ConnectionLost`].
+//! 3. A link is in `dirty` exactly when its flag says so, so that list is bounded by the number of links.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, VecDeque};
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Instant;
+
+use millrace_protocol::frame::{Class, FailureCode, Header, Kind, Method};
+use millrace_protocol::id::{ConnectionNumber, NodeId};
+use millrace_protocol::rpc::{InFlight, RpcTable};
+
+use crate::config::TransportConfig;
+use crate::counters::{Counter, Counters, Family};
+use crate::message::{Payload, Request, RpcError};
+use crate::outbox::Outbox;
+
+/// What the links of one shard share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) config: TransportConfig,
+    pub(crate) counters: Arc<Counters>,
+    /// The time of this turn.
+    pub(crate) now: Cell<Instant>,
+    /// Connections with something to send, oldest first, by slot.
+    pub(crate) dirty: RefCell<VecDeque<usize>>,
+    /// Links that are up.
+    pub(crate) up: RefCell<BTreeMap<NodeId, Vec<Rc<Link>>>>,
+    pub(crate) stopping: Cell<bool>,
+}
+
+impl Shared {
+    pub(crate) fn new(config: TransportConfig, counters: Arc<Counters>, now: Instant) -> Self {
+        Self {
+            config,
+            counters,
+            now: Cell::new(now),
+            dirty: RefCell::default(),
+            up: RefCell::default(),
+            stopping: Cell::new(false),
+        }
+    }
+
+    /// The link for the next message to `peer`: small ones take the first, so that they keep their order; bodies take turns.
+    pub(crate) fn link_to(&self, peer: &NodeId, body: bool) -> Option<Rc<Link>> {
+        let mut up = self.up.borrow_mut();
+        let links = up.get_mut(peer)?;
+        if body {
+            links.rotate_left(1);
+        }
+        links.first().map(Rc::clone)
+    }
+
+    pub(crate) fn peers(&self) -> Vec<NodeId> {
+        self.up.borrow().keys().copied().collect()
+    }
+}
+
+/// How the answer to a request reaches whoever asked.
+pub(crate) enum Waiter {
+    /// A future on this shard.
+    Local(Rc<Completion>),
+    /// Anything else; called on this shard's thread.
+    Call(Box<dyn FnOnce(Result<Payload, RpcError>)>),
+}
+
+impl std::fmt::Debug for Waiter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Local(_) => "Local",
+            Self::Call(_) => "Call",
+        })
+    }
+}
+
+impl Waiter {
+    pub(crate) fn complete(self, result: Result<Payload, RpcError>) {
+        match self {
+            Self::Local(completion) => completion.complete(result),
+            Self::Call(call) => call(result),
+        }
+    }
+}
+
+/// Where a local future finds its answer.
+#[derive(Debug, Default)]
+pub(crate) struct Completion {
+    result: RefCell<Option<Result<Payload, RpcError>>>,
+    waker: RefCell<Option<Waker>>,
+}
+
+impl Completion {
+    pub(crate) fn complete(&self, result: Result<Payload, RpcError>) {
+        *self.result.borrow_mut() = Some(result);
+        let waker = self.waker.borrow_mut().take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+/// The answer to a request, to be awaited on the shard that asked. Dropped before it is ready, it takes the request back: the peer sees the
+/// request's stream reset, or a cancellation.
+#[derive(Debug)]
+#[must_use = "a request is taken back when its future is dropped"]
+pub struct PendingAnswer {
+    completion: Rc<Completion>,
+    call: Option<(Rc<Link>, Header)>,
+}
+
+impl PendingAnswer {
+    pub(crate) fn failed(error: RpcError) -> Self {
+        let completion = Rc::new(Completion::default());
+        completion.complete(Err(error));
+        Self { completion, call: None }
+    }
+}
+
+impl Future for PendingAnswer {
+    type Output = Result<Payload, RpcError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        if let Some(result) = self.completion.result.borrow_mut().take() {
+            self.call = None;
+            return Poll::Ready(result);
+        }
+        let mut waker = self.completion.waker.borrow_mut();
+        match waker.as_mut() {
+            Some(held) => held.clone_from(context.waker()),
+            None => *waker = Some(context.waker().clone()),
+        }
+        Poll::Pending
+    }
+}
+
+impl Drop for PendingAnswer {
+    fn drop(&mut self) {
+        if let Some((link, header)) = self.call.take()
+            && self.completion.result.borrow().is_none()
+        {
+            link.cancel(header);
+        }
+    }
+}
+
+/// One established connection.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) shared: Rc<Shared>,
+    /// Slot of the connection in the endpoint.
+    pub(crate) slot: usize,
+    pub(crate) peer: NodeId,
+    pub(crate) number: Cell<ConnectionNumber>,
+    pub(crate) out: RefCell<Outbox>,
+    calls: RefCell<RpcTable<Waiter>>,
+    /// Requests of the peer that are answered later.
+    inbound: RefCell<InFlight>,
+    is_dirty: Cell<bool>,
+    is_closed: Cell<bool>,
+}
+
+impl Link {
+    pub(crate) fn new(shared: &Rc<Shared>, slot: usize, peer: NodeId, is_server: bool) -> Rc<Self> {
+        let config = &shared.config;
+        Rc::new(Self {
+            shared: Rc::clone(shared),
+            slot,
+            peer,
+            number: Cell::new(ConnectionNumber::default()),
+            out: RefCell::new(Outbox::new(config, is_server)),
+            calls: RefCell::new(RpcTable::new(config.requests_out_max.into(), shared.now.get())),
+            inbound: RefCell::new(InFlight::new(config.requests_in_max.into())),
+            is_dirty: Cell::new(false),
+            is_closed: Cell::new(false),
+        })
+    }
+
+    /// Puts the connection on the list of those to be fed this turn.
+    pub(crate) fn mark_dirty(&self) {
+        if !self.is_dirty.replace(true) {
+            self.shared.dirty.borrow_mut().push_back(self.slot);
+        }
+    }
+
+    /// Called by the endpoint when it took the connection from the list.
+    pub(crate) fn clear_dirty(&self) {
+        self.is_dirty.set(false);
+    }
+
+    /// Sends a request; its waiter hears exactly once.
+    pub(crate) fn request(&self, request: Request, waiter: Waiter) -> Result<Header, (RpcError, Waiter)> {
+        if self.is_closed.get() {
+            return Err((RpcError::NotConnected, waiter));
+        }
+        let limits = &self.shared.config.limits;
+        if request.body.len() > u64::from(limits.body_bytes_max) {
+            return Err((RpcError::TooLarge, waiter));
+        }
+        let body_bytes = request.body.len() as u32;
+        let arg = u32::try_from(request.deadline.as_millis()).unwrap_or(u32::MAX);
+        let deadline = self.shared.now.get() + request.deadline;
+        let id = match self.calls.borrow_mut().insert(request.class, deadline, waiter) {
+            Ok(id) => id,
+            Err(waiter) => return Err((RpcError::LocalBusy, waiter)),
+        };
+        let header = Header { kind: Kind::Request, class: request.class, method: request.method, id, body_bytes, arg };
+        if self.out.borrow_mut().push(header, request.body).is_err() {
+            let waiter = self.calls.borrow_mut().complete(id);
+            return match waiter {
+                Some(waiter) => Err((RpcError::LocalBusy, waiter)),
+                None => Ok(header),
+            };
+        }
+        self.shared.counters.sent(request.class, body_bytes as usize);
+        self.mark_dirty();
+        Ok(header)
+    }
+
+    /// Sends a request and returns the future of its answer.
+    pub(crate) fn request_local(self: &Rc<Self>, request: Request) -> PendingAnswer {
+        let completion = Rc::new(Completion::default());
+        match self.request(request, Waiter::Local(Rc::clone(&completion))) {
+            Ok(header) => PendingAnswer { completion, call: Some((Rc::clone(self), header)) },
+            Err((error, _)) => {
+                self.shared.counters.count(Family::Failed, error.reason());
+                PendingAnswer::failed(error)
+            }
+        }
+    }
+
+    /// Takes a request back.
+    pub(crate) fn cancel(&self, header: Header) {
+        if self.is_closed.get() || self.calls.borrow_mut().complete(header.id).is_none() {
+            return;
+        }
+        self.out.borrow_mut().withdraw(header);
+        self.mark_dirty();
+    }
+
+    /// Sends a one-way message (Diem's DirectSend): it is lost with the connection.
+    pub(crate) fn send(&self, class: Class, method: Method, body: Payload) -> Result<(), RpcError> {
+        let result = self.try_send(class, method, body);
+        if let Err(error) = &result {
+            self.shared.counters.count(Family::Failed, error.reason());
+        }
+        result
+    }
+
+    fn try_send(&self, class: Class, method: Method, body: Payload) -> Result<(), RpcError> {
+        if self.is_closed.get() {
+            return Err(RpcError::NotConnected);
+        }
+        if body.len() > u64::from(self.shared.config.limits.body_bytes_max) {
+            return Err(RpcError::TooLarge);
+        }
+        let body_bytes = body.len() as u32;
+        let header = Header { kind: Kind::Send, class, method, id: 0, body_bytes, arg: 0 };
+        self.out.borrow_mut().push(header, body).map_err(|_| RpcError::LocalBusy)?;
+        self.shared.counters.sent(class, body_bytes as usize);
+        self.mark_dirty();
+        Ok(())
+    }
+
+    /// Sends a small one-way message without taking it over: its bytes go straight into a lane.
+    pub(crate) fn send_slice(&self, class: Class, method: Method, body: &[u8]) -> Result<(), RpcError> {
+        if self.is_closed.get() {
+            return Err(RpcError::NotConnected);
+        }
+        let header = Header { kind: Kind::Send, class, method, id: 0, body_bytes: body.len() as u32, arg: 0 };
+        if body.len() > self.shared.config.limits.lane_body_bytes_max as usize {
+            return self.send(class, method, Payload::Bytes(bytes::Bytes::copy_from_slice(body)));
+        }
+        if self.out.borrow_mut().push_frame(header, body).is_err() {
+            self.shared.counters.count(Family::Failed, RpcError::LocalBusy.reason());
+            return Err(RpcError::LocalBusy);
+        }
+        self.shared.counters.sent(class, body.len());
+        self.mark_dirty();
+        Ok(())
+    }
+
+    /// Sends a control frame (hello, probe); never refused for want of room in practice, and lost without harm.
+    pub(crate) fn control(&self, kind: Kind, arg: u32, body: &[u8]) {
+        let header =
+            Header { kind, class: Class::Latency, method: Method(0), id: 0, body_bytes: body.len() as u32, arg };
+        if self.out.borrow_mut().push_frame(header, body).is_err() {
+            self.shared.counters.count(Family::Failed, RpcError::LocalBusy.reason());
+        }
+        self.mark_dirty();
+    }
+
+    /// Sends a probe or its reply as a datagram.
+    pub(crate) fn datagram(&self, kind: Kind, arg: u32) {
+        let header = Header { kind, class: Class::Latency, method: Method(0), id: 0, body_bytes: 0, arg };
+        self.out.borrow_mut().push_datagram(header, &[]);
+        self.mark_dirty();
+    }
+
+    /// Sends the answer to the peer's request `id`.
+    pub(crate) fn answer(&self, class: Class, id: u32, answer: Result<Payload, FailureCode>) {
+        if self.is_closed.get() {
+            return;
+        }
+        let (kind, arg, body) = match answer {
+            Ok(body) if body.len() <= u64::from(self.shared.config.limits.body_bytes_max) => (Kind::Response, 0, body),
+            Ok(_) => (Kind::Failure, FailureCode::Internal.to_arg(), Payload::Empty),
+            Err(code) => (Kind::Failure, code.to_arg(), Payload::Empty),
+        };
+        let body_bytes = body.len() as u32;
+        let header = Header { kind, class, method: Method(0), id, body_bytes, arg };
+        if self.out.borrow_mut().push(header, body).is_err() {
+            // The peer's deadline ends its wait.
+            self.shared.counters.count(Family::Failed, RpcError::LocalBusy.reason());
+            return;
+        }
+        self.shared.counters.sent(class, body_bytes as usize);
+        self.mark_dirty();
+    }
+
+    /// Hands an answer to whoever waits for it.
+    pub(crate) fn on_answer(&self, id: u32, result: Result<Payload, RpcError>) {
+        let waiter = self.calls.borrow_mut().complete(id);
+        match waiter {
+            Some(waiter) => waiter.complete(result),
+            None => self.shared.counters.add(Counter::AnswersLate, 1),
+        }
+    }
+
+    /// The next deadline of a request in flight.
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        self.calls.borrow_mut().next_deadline()
+    }
+
+    /// Ends the requests whose deadline has passed.
+    pub(crate) fn expire(&self, now: Instant) {
+        let mut late = Vec::new();
+        self.calls.borrow_mut().expire(now, &mut |_, waiter| late.push(waiter));
+        for waiter in late {
+            self.shared.counters.count(Family::Failed, RpcError::DeadlineExceeded.reason());
+            waiter.complete(Err(RpcError::DeadlineExceeded));
+        }
+    }
+
+    /// Ends everything: the connection is gone.
+    pub(crate) fn close(&self) {
+        if self.is_closed.replace(true) {
+            return;
+        }
+        self.inbound.borrow_mut().clear();
+        let mut lost = Vec::new();
+        self.calls.borrow_mut().drain(&mut |_, waiter| lost.push(waiter));
+        for waiter in lost {
+            self.shared.counters.count(Family::Failed, RpcError::ConnectionLost.reason());
+            waiter.complete(Err(RpcError::ConnectionLost));
+        }
+    }
+
+    /// Whether nothing of ours is on its way and nobody waits.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.calls.borrow().is_empty() && self.inbound.borrow().is_empty() && self.out.borrow().is_idle()
+    }
+
+    pub(crate) fn open_inbound(&self, class: Class, id: u32) -> bool {
+        self.inbound.borrow_mut().open(class, id).is_ok()
+    }
+
+    pub(crate) fn close_inbound(&self, class: Class, id: u32) -> bool {
+        self.inbound.borrow_mut().close(class, id)
+    }
+
+    pub(crate) fn is_inbound_open(&self, id: u32) -> bool {
+        self.inbound.borrow().is_open(id)
+    }
+
+    /// The peer took its request back.
+    pub(crate) fn on_cancel(&self, class: Class, id: u32) {
+        if self.inbound.borrow_mut().close(class, id) {
+            self.shared.counters.add(Counter::RequestsCancelled, 1);
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! The transport as code on a shard sees it: requests and messages to peers that this shard owns, without a lock or a hop.
+
+use std::future::Future;
+use std::rc::Rc;
+
+use millrace_protocol::frame::{Class, Method};
+use millrace_protocol::id::NodeId;
+use millrace_shards::chunk::ChunkPool;
+use millrace_shards::runtime::{Queue, ShardContext};
+
+use crate::link::{PendingAnswer, Shared};
+use crate::message::{Payload, Request, RpcError};
+use crate::start::Transport;
+
+/// Handle of one shard's transport. Cheap to clone; stays on its shard.
+#[derive(Clone, Debug)]
+pub struct Local {
+    shared: Rc<Shared>,
+    context: ShardContext,
+    transport: Transport,
+}
+
+impl Local {
+    pub(crate) fn new(shared: Rc<Shared>, context: ShardContext, transport: Transport) -> Self {
+        Self { shared, context, transport }
+    }
+
+    /// Asks `peer`. The answer comes to the returned future; dropping that takes the request back.
+    pub fn request(&self, peer: &NodeId, request: Request) -> PendingAnswer {
+        if self.shared.stopping.get() {
+            return PendingAnswer::failed(RpcError::ShuttingDown);
+        }
+        match self.shared.link_to(peer, request.class == Class::Bulk) {
+            Some(link) => link.request_local(request),
+            None => PendingAnswer::failed(RpcError::NotConnected),
+        }
+    }
+
+    /// Tells `peer`, without an answer; the message is lost with its connection.
+    pub fn send(&self, peer: &NodeId, class: Class, method: Method, body: Payload) -> Result<(), RpcError> {
+        let link = self.shared.link_to(peer, class == Class::Bulk).ok_or(RpcError::NotConnected)?;
+        link.send(class, method, body)
+    }
+
+    /// As [`Local::send`] for a small body, which is copied straight into a lane.
+    pub fn send_slice(&self, peer: &NodeId, class: Class, method: Method, body: &[u8]) -> Result<(), RpcError> {
+        let link = self.shared.link_to(peer, false).ok_or(RpcError::NotConnected)?;
+        link.send_slice(class, method, body)
+    }
+
+    /// Peers that are up and owned by this shard.
+    pub fn peers(&self) -> Vec<NodeId> {
+        self.shared.peers()
+    }
+
+    /// Where bodies are put.
+    pub fn pool(&self) -> &ChunkPool {
+        &self.context.pool
+    }
+
+    /// Index of this shard.
+    pub fn shard(&self) -> usize {
+        self.context.index
+    }
+
+    /// Runs a task on this shard.
+    pub fn spawn(&self, queue: Queue, task: impl Future<Output = ()> + 'static) {
+        self.context.spawn_local(queue, task);
+    }
+
+    /// The node's transport, for peers of other shards.
+    pub fn transport(&self) -> &Transport {
+        &self.transport
+    }
+}

@@ -1,0 +1,264 @@
+//! What the code above the transport says and hears: requests, answers, one-way messages, and the handler that a shard calls.
+
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use millrace_protocol::frame::{Class, FailureCode, Method};
+use millrace_protocol::id::{ConnectionNumber, NodeId};
+use millrace_shards::chunk::Body;
+
+use crate::link::Link;
+
+/// The body of a message. Up to 64 KiB it may be bytes; above, it is chunks and is never copied.
+#[derive(Clone, Debug, Default)]
+pub enum Payload {
+    /// No body.
+    #[default]
+    Empty,
+    /// A small body.
+    Bytes(Bytes),
+    /// A body in chunks, sent from where it lies.
+    Chunks(Body),
+}
+
+impl Payload {
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        match self {
+            Self::Empty => 0,
+            Self::Bytes(bytes) => bytes.len() as u64,
+            Self::Chunks(body) => body.len() as u64,
+        }
+    }
+
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The bytes of a small body; `None` for chunks.
+    pub fn as_slice(&self) -> Option<&[u8]> {
+        match self {
+            Self::Empty => Some(&[]),
+            Self::Bytes(bytes) => Some(bytes),
+            Self::Chunks(_) => None,
+        }
+    }
+}
+
+impl From<Bytes> for Payload {
+    fn from(bytes: Bytes) -> Self {
+        Self::Bytes(bytes)
+    }
+}
+
+impl From<Vec<u8>> for Payload {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self::Bytes(bytes.into())
+    }
+}
+
+impl From<Body> for Payload {
+    fn from(body: Body) -> Self {
+        Self::Chunks(body)
+    }
+}
+
+/// A request to a peer.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Which queue it travels in, and what may delay it.
+    pub class: Class,
+    /// What is asked; the meaning belongs to the code above.
+    pub method: Method,
+    /// The body.
+    pub body: Payload,
+    /// When the answer is no longer wanted, from now. The peer learns it.
+    pub deadline: Duration,
+}
+
+/// A message that arrived.
+#[derive(Debug)]
+pub struct Inbound<'a> {
+    /// Who sent it, as its certificate proved.
+    pub peer: NodeId,
+    /// On which connection; larger is later.
+    pub connection: ConnectionNumber,
+    /// Its class.
+    pub class: Class,
+    /// What is asked.
+    pub method: Method,
+    /// When the sender stops waiting; `None` for a one-way message.
+    pub deadline: Option<Instant>,
+    /// The body.
+    pub body: InboundBody<'a>,
+}
+
+/// The body of a message that arrived.
+#[derive(Debug)]
+pub enum InboundBody<'a> {
+    /// At most 64 KiB, valid during the call.
+    Slice(&'a [u8]),
+    /// Received into chunks; keep or send them as they are.
+    Chunks(Body),
+}
+
+impl InboundBody<'_> {
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        match self {
+            Self::Slice(slice) => slice.len() as u64,
+            Self::Chunks(body) => body.len() as u64,
+        }
+    }
+
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub(crate) fn into_payload(self) -> Payload {
+        match self {
+            Self::Slice([]) => Payload::Empty,
+            Self::Slice(slice) => Payload::Bytes(Bytes::copy_from_slice(slice)),
+            Self::Chunks(body) => Payload::Chunks(body),
+        }
+    }
+}
+
+/// Why a request has no answer. The variant names whose fault it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RpcError {
+    /// Local: no connection to that peer is up.
+    #[error("no connection to the peer")]
+    NotConnected,
+    /// Local: a queue or a table of ours for that peer and class is full.
+    #[error("too much is waiting for the peer already")]
+    LocalBusy,
+    /// Local: the body is larger than any peer accepts.
+    #[error("the body is too large")]
+    TooLarge,
+    /// Local: this node is shutting down.
+    #[error("this node is shutting down")]
+    ShuttingDown,
+    /// Path: the connection ended before the answer came.
+    #[error("the connection was lost")]
+    ConnectionLost,
+    /// Local or peer: the answer came, but its body was refused here (no room for it) or was broken.
+    #[error("the body of the answer was refused")]
+    AnswerLost,
+    /// Peer or path: no answer within the deadline.
+    #[error("no answer within the deadline")]
+    DeadlineExceeded,
+    /// Peer: it refused.
+    #[error("the peer refused: {}", .0.reason())]
+    Refused(FailureCode),
+}
+
+impl RpcError {
+    /// Label on `/metrics`.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::NotConnected => "not_connected",
+            Self::LocalBusy => "local_busy",
+            Self::TooLarge => "too_large",
+            Self::ShuttingDown => "shutting_down",
+            Self::ConnectionLost => "connection_lost",
+            Self::AnswerLost => "answer_lost",
+            Self::DeadlineExceeded => "deadline_exceeded",
+            Self::Refused(code) => code.reason(),
+        }
+    }
+}
+
+/// What a handler says to a request.
+#[derive(Debug)]
+pub enum Answer {
+    /// The answer, now.
+    Reply(Payload),
+    /// Refused, now.
+    Failure(FailureCode),
+    /// Later, through the [`Responder`] taken from [`Defer`].
+    Deferred,
+}
+
+/// Hands out the responder of a request that is answered later.
+#[derive(Debug)]
+pub struct Defer<'a> {
+    pub(crate) link: &'a Rc<Link>,
+    pub(crate) class: Class,
+    pub(crate) id: u32,
+}
+
+impl Defer<'_> {
+    /// The responder; return [`Answer::Deferred`] after taking it. `None` when the peer has too many requests of this class in flight:
+    /// answer with [`FailureCode::Busy`] then.
+    pub fn responder(&self) -> Option<Responder> {
+        if !self.link.open_inbound(self.class, self.id) {
+            return None;
+        }
+        Some(Responder { link: Rc::clone(self.link), class: self.class, id: self.id, done: false })
+    }
+}
+
+/// Answers one request later. Dropped without an answer, it says [`FailureCode::Internal`].
+#[derive(Debug)]
+pub struct Responder {
+    link: Rc<Link>,
+    class: Class,
+    id: u32,
+    done: bool,
+}
+
+impl Responder {
+    /// Sends the answer.
+    pub fn reply(mut self, body: Payload) {
+        self.finish(Ok(body));
+    }
+
+    /// Refuses.
+    pub fn fail(mut self, code: FailureCode) {
+        self.finish(Err(code));
+    }
+
+    /// Whether nobody waits for the answer any more: the peer took the request back, or its connection ended.
+    pub fn is_cancelled(&self) -> bool {
+        !self.link.is_inbound_open(self.id)
+    }
+
+    fn finish(&mut self, answer: Result<Payload, FailureCode>) {
+        self.done = true;
+        if self.link.close_inbound(self.class, self.id) {
+            self.link.answer(self.class, self.id, answer);
+        }
+    }
+}
+
+impl Drop for Responder {
+    fn drop(&mut self) {
+        if !self.done {
+            self.finish(Err(FailureCode::Internal));
+        }
+    }
+}
+
+/// The code above the transport, one for each shard, called on the shard's thread. Calls must not block.
+pub trait Handler: 'static {
+    /// A peer asks.
+    fn on_request(&mut self, request: Inbound<'_>, defer: Defer<'_>) -> Answer;
+
+    /// A peer tells, and expects no answer.
+    fn on_send(&mut self, message: Inbound<'_>);
+
+    /// A connection to `peer` is up: its first hello arrived. `connection` is larger than any before.
+    fn on_up(&mut self, peer: NodeId, connection: ConnectionNumber) {
+        let _ = (peer, connection);
+    }
+
+    /// That connection is gone.
+    fn on_down(&mut self, peer: NodeId, connection: ConnectionNumber) {
+        let _ = (peer, connection);
+    }
+}

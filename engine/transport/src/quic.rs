@@ -1,0 +1,89 @@
+//! quiche configured from [`TransportConfig`], and the error codes that we close connections with.
+
+use millrace_protocol::peers::{CloseReason, Refusal};
+
+use crate::config::{CongestionControl, TransportConfig};
+use crate::tls::{ALPN_NODE, TlsError};
+
+/// Application error code of CONNECTION_CLOSE (RFC 9000, 20.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub enum CloseCode {
+    /// A clean end: the peer may dial again at once.
+    Done = 0,
+    /// A newer connection took over.
+    Replaced = 1,
+    /// The peer is not (or no longer) a member.
+    NotAMember = 2,
+    /// The peer dialled although its id is the higher one.
+    WrongDirection = 3,
+    /// The peer broke the protocol.
+    Violation = 4,
+    /// The peer did not answer probes.
+    Unhealthy = 5,
+    /// Too many connections.
+    NoRoom = 6,
+}
+
+impl CloseCode {
+    pub(crate) fn of_refusal(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::NotAMember => Self::NotAMember,
+            Refusal::WrongDirection | Refusal::SelfConnection => Self::WrongDirection,
+            Refusal::StaleAttempt | Refusal::ShuttingDown => Self::Done,
+            _ => Self::NoRoom,
+        }
+    }
+
+    pub(crate) fn of_reason(reason: CloseReason) -> Self {
+        match reason {
+            CloseReason::NotAMember => Self::NotAMember,
+            CloseReason::Superseded | CloseReason::Drained => Self::Replaced,
+            CloseReason::Unresponsive | CloseReason::HelloTimeout => Self::Unhealthy,
+            _ => Self::Done,
+        }
+    }
+
+    /// Reason phrase on the wire and label on `/metrics`.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Replaced => "using_newer_connection",
+            Self::NotAMember => "not_a_member",
+            Self::WrongDirection => "wrong_direction",
+            Self::Violation => "protocol_violation",
+            Self::Unhealthy => "unhealthy",
+            Self::NoRoom => "no_room",
+        }
+    }
+}
+
+/// QUIC settings of one side; `builder` carries its TLS.
+pub(crate) fn quic_config(
+    config: &TransportConfig,
+    builder: boring::ssl::SslContextBuilder,
+) -> Result<quiche::Config, TlsError> {
+    let mut quic = quiche::Config::with_boring_ssl_ctx_builder(quiche::PROTOCOL_VERSION, builder)?;
+    // Never `verify_peer` from here on: it would replace the verify mode that the builder set.
+    quic.set_application_protos(&[ALPN_NODE])?;
+    quic.set_max_idle_timeout(config.idle_timeout.as_millis() as u64);
+    quic.set_max_send_udp_payload_size(config.udp_payload_bytes_max);
+    quic.set_max_recv_udp_payload_size(65_527);
+    quic.set_initial_max_data(config.connection_window_bytes);
+    quic.set_max_connection_window(config.connection_window_bytes);
+    quic.set_initial_max_stream_data_uni(config.stream_window_bytes);
+    quic.set_max_stream_window(config.stream_window_bytes);
+    quic.set_initial_max_streams_uni(config.streams_max);
+    quic.set_initial_max_streams_bidi(0);
+    quic.set_initial_congestion_window_packets(config.initial_window_packets);
+    quic.set_initial_rtt(config.initial_rtt);
+    quic.set_cc_algorithm(match config.congestion_control {
+        CongestionControl::Cubic => quiche::CongestionControlAlgorithm::CUBIC,
+        CongestionControl::Bbr2 => quiche::CongestionControlAlgorithm::Bbr2Gcongestion,
+    });
+    quic.enable_dgram(true, 256, 256);
+    quic.set_active_connection_id_limit(2);
+    quic.set_disable_active_migration(true);
+    quic.grease(false);
+    Ok(quic)
+}

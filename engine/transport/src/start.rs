@@ -1,0 +1,377 @@
+//! Starting a node's transport, and the handle that any thread may hold.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use millrace_protocol::backoff::BackoffConfig;
+use millrace_protocol::budget::{Budget, BudgetConfig};
+use millrace_protocol::frame::{Class, Method};
+use millrace_protocol::id::NodeId;
+use millrace_protocol::identity::SigningKey;
+use millrace_protocol::peers::{Peers, PeersConfig};
+use millrace_protocol::topology::Topology;
+use millrace_shards::chunk::ChunkPool;
+use millrace_shards::config::ShardConfig;
+use millrace_shards::mailbox::MailSender;
+use millrace_shards::runtime::{self, ShardHandle};
+use millrace_shards::socket::{SocketError, UdpGroupConfig, bind_group};
+use millrace_shards::stats::ShardStats;
+use ring::rand::SecureRandom;
+
+use crate::config::TransportConfig;
+use crate::counters::Counters;
+use crate::endpoint::{Endpoint, EndpointParts};
+use crate::link::{Shared, Waiter};
+use crate::local::Local;
+use crate::message::{Handler, Payload, Request, RpcError};
+use crate::quic::quic_config;
+use crate::status::StatusBoard;
+use crate::tls::{Credentials, Members, TlsError};
+
+/// What crosses into a shard.
+pub(crate) enum Message {
+    Topology(Arc<Topology>),
+    Run(Box<dyn FnOnce(&Rc<Shared>) + Send>),
+}
+
+impl std::fmt::Debug for Message {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Topology(_) => "Topology",
+            Self::Run(_) => "Run",
+        })
+    }
+}
+
+/// What a transport is started with.
+#[derive(Debug)]
+pub struct TransportStart {
+    /// The node's key.
+    pub identity: SigningKey,
+    /// Limits, windows and times.
+    pub config: TransportConfig,
+    /// One entry for each shard.
+    pub shards: Vec<ShardConfig>,
+    /// UDP sockets; `shards` in it is set from the list above.
+    pub udp: UdpGroupConfig,
+    /// The members now.
+    pub topology: Arc<Topology>,
+}
+
+/// Why a transport did not start. All causes are local.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The socket could not be had.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// A shard could not be started.
+    #[error("shard {shard}: {source}")]
+    Shard {
+        /// Which one.
+        shard: usize,
+        /// Why.
+        source: runtime::StartError,
+    },
+    /// Key or certificate could not be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// There must be a shard.
+    #[error("no shard is configured; fix: give at least one [[shards.core]], or leave the section out")]
+    NoShards,
+}
+
+#[derive(Debug)]
+struct Inner {
+    me: NodeId,
+    local: SocketAddr,
+    connections_per_peer: u8,
+    next_connection: AtomicUsize,
+    senders: OnceLock<Vec<MailSender<Message>>>,
+    handles: Mutex<Vec<ShardHandle<Message>>>,
+    pools: OnceLock<Vec<ChunkPool>>,
+    stats: OnceLock<Vec<Arc<ShardStats>>>,
+    counters: Vec<Arc<Counters>>,
+    board: Arc<StatusBoard>,
+}
+
+/// A running transport: a handle that any thread may hold and clone.
+#[derive(Clone, Debug)]
+pub struct Transport {
+    inner: Arc<Inner>,
+}
+
+impl Transport {
+    /// Binds the sockets, starts the shards and begins to dial. `handler` is called once on each shard.
+    pub fn start<H, F>(start: TransportStart, handler: F) -> Result<Self, StartError>
+    where
+        H: Handler,
+        F: Fn(Local) -> H + Send + Clone + 'static,
+    {
+        let TransportStart { identity, config, shards, mut udp, topology } = start;
+        let count = shards.len();
+        if count == 0 {
+            return Err(StartError::NoShards);
+        }
+        udp.shards = count;
+        let sockets = bind_group(&udp)?;
+        let local = sockets.first().map_or(udp.local, |socket| socket.local_addr());
+        let me = identity.node_id();
+        let connections_per_peer = config.connections_per_peer.clamp(1, count.min(8) as u8);
+        let board = Arc::new(StatusBoard::new(count));
+        let counters: Vec<_> = (0..count).map(|_| Arc::new(Counters::default())).collect();
+        let transport = Self {
+            inner: Arc::new(Inner {
+                me,
+                local,
+                connections_per_peer,
+                next_connection: AtomicUsize::new(0),
+                senders: OnceLock::new(),
+                handles: Mutex::new(Vec::new()),
+                pools: OnceLock::new(),
+                stats: OnceLock::new(),
+                counters: counters.clone(),
+                board: Arc::clone(&board),
+            }),
+        };
+        let credentials = Credentials::new(&identity)?;
+        let mut generation = [0; 1];
+        // Only a label that tells this run's packets from an earlier run's.
+        ring::rand::SystemRandom::new().fill(&mut generation).ok();
+        let mut handles = Vec::with_capacity(count);
+        for (index, (shard, socket)) in shards.into_iter().zip(sockets).enumerate() {
+            let members = Members::new(Arc::clone(&topology));
+            let counters = Arc::clone(&counters[index]);
+            let server = quic_config(&config, credentials.server(&members, &counters)?)?;
+            let client = quic_config(&config, credentials.client()?)?;
+            let (config, board, topology) = (config.clone(), Arc::clone(&board), Arc::clone(&topology));
+            let (handler, transport) = (handler.clone(), transport.clone());
+            let handle = runtime::spawn(shard, index, count, Some(socket), move |context| {
+                let now = Instant::now();
+                let mut seed = [0; 8];
+                ring::rand::SystemRandom::new().fill(&mut seed).ok();
+                let seed = u64::from_le_bytes(seed);
+                let machine = |pair| Peers::new(me, peers_config(&config, pair, index, count), 0, seed ^ u64::from(pair), now);
+                let peers = (0..connections_per_peer).map(machine).collect();
+                let budget = Budget::new(BudgetConfig {
+                    total_bytes: config.receive_budget_bytes,
+                    peer_bytes: config.receive_budget_peer_bytes,
+                    ..Default::default()
+                });
+                let shared = Rc::new(Shared::new(config, counters, now));
+                let local_transport = Local::new(Rc::clone(&shared), context.clone(), transport);
+                let parts = EndpointParts {
+                    me,
+                    local,
+                    shard: index,
+                    shards: count,
+                    generation: generation[0],
+                    server,
+                    client,
+                    members,
+                    peers,
+                    budget,
+                    pool: context.pool.clone(),
+                    shared,
+                    board,
+                    now,
+                };
+                Endpoint::new(parts, topology, handler(local_transport))
+            })
+            .map_err(|source| StartError::Shard { shard: index, source })?;
+            handles.push(handle);
+        }
+        // Set once, here: nothing reads them before `start` returns but tasks of the handlers, which see the transport as not started.
+        transport.inner.senders.set(handles.iter().map(ShardHandle::sender).collect()).ok();
+        transport.inner.pools.set(handles.iter().map(ShardHandle::pool).collect()).ok();
+        transport.inner.stats.set(handles.iter().map(ShardHandle::stats).collect()).ok();
+        *transport.inner.handles.lock().unwrap_or_else(PoisonError::into_inner) = handles;
+        Ok(transport)
+    }
+
+    /// This node.
+    pub fn node_id(&self) -> NodeId {
+        self.inner.me
+    }
+
+    /// The address that the sockets are bound to.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.inner.local
+    }
+
+    /// Number of shards.
+    pub fn shards(&self) -> usize {
+        self.inner.counters.len()
+    }
+
+    /// The chunk pool of a shard.
+    pub fn pool(&self, shard: usize) -> Option<&ChunkPool> {
+        self.inner.pools.get()?.get(shard)
+    }
+
+    /// What the transport counted, for each shard.
+    pub fn counters(&self) -> &[Arc<Counters>] {
+        &self.inner.counters
+    }
+
+    /// What the runtime counted, for each shard.
+    pub fn shard_stats(&self) -> &[Arc<ShardStats>] {
+        self.inner.stats.get().map_or(&[], Vec::as_slice)
+    }
+
+    /// What the shards published of their connections.
+    pub fn status(&self) -> &StatusBoard {
+        &self.inner.board
+    }
+
+    /// Replaces the members: removed peers are cut, added ones dialled. False when a shard's mailbox was full; call again then.
+    #[must_use]
+    pub fn update_topology(&self, topology: &Arc<Topology>) -> bool {
+        let send = |sender: &MailSender<Message>| sender.try_send(Message::Topology(Arc::clone(topology))).is_ok();
+        self.inner.senders.get().is_some_and(|senders| senders.iter().map(send).fold(true, |all, one| all & one))
+    }
+
+    /// Asks `peer`, from any thread.
+    pub fn request(&self, peer: NodeId, request: Request) -> RemoteAnswer {
+        let state = Arc::new(RemoteState::default());
+        let answer = RemoteAnswer { state: Arc::clone(&state) };
+        let body = request.class == Class::Bulk;
+        let shard = self.owner_of(&peer, body);
+        let sent = self.run_on(shard, {
+            let state = Arc::clone(&state);
+            move |shared| {
+                if shared.stopping.get() {
+                    return state.complete(Err(RpcError::ShuttingDown));
+                }
+                let Some(link) = shared.link_to(&peer, body) else {
+                    return state.complete(Err(RpcError::NotConnected));
+                };
+                let waiter = Waiter::Call(Box::new(move |result| state.complete(result)));
+                if let Err((error, waiter)) = link.request(request, waiter) {
+                    waiter.complete(Err(error));
+                }
+            }
+        });
+        if !sent {
+            state.complete(Err(RpcError::LocalBusy));
+        }
+        answer
+    }
+
+    /// Tells `peer`, from any thread. An error later than the mailbox is counted only.
+    pub fn send(&self, peer: NodeId, class: Class, method: Method, body: Payload) -> Result<(), RpcError> {
+        let bulk = class == Class::Bulk;
+        let sent = self.run_on(self.owner_of(&peer, bulk), move |shared| {
+            if let Some(link) = shared.link_to(&peer, bulk) {
+                // Counted by the link.
+                link.send(class, method, body).ok();
+            }
+        });
+        if sent { Ok(()) } else { Err(RpcError::LocalBusy) }
+    }
+
+    fn owner_of(&self, peer: &NodeId, body: bool) -> usize {
+        let per_peer = self.inner.connections_per_peer;
+        let index = if body && per_peer > 1 {
+            self.inner.next_connection.fetch_add(1, Ordering::Relaxed) % usize::from(per_peer)
+        } else {
+            0
+        };
+        usize::from(peer.owner_shard(index as u8, self.shards() as u8))
+    }
+
+    fn run_on(&self, shard: usize, run: impl FnOnce(&Rc<Shared>) + Send + 'static) -> bool {
+        let sender = self.inner.senders.get().and_then(|senders| senders.get(shard));
+        sender.is_some_and(|sender| sender.try_send(Message::Run(Box::new(run))).is_ok())
+    }
+
+    /// Closes all connections cleanly and stops the shards. Returns when their threads have ended.
+    pub fn shutdown(&self) {
+        let handles = std::mem::take(&mut *self.inner.handles.lock().unwrap_or_else(PoisonError::into_inner));
+        for handle in &handles {
+            handle.stop();
+        }
+        for handle in handles {
+            // A shard that panicked has said so; the others still end.
+            handle.join().ok();
+        }
+    }
+}
+
+fn peers_config(config: &TransportConfig, pair: u8, shard: usize, shards: usize) -> PeersConfig {
+    PeersConfig {
+        shard: shard as u8,
+        shards: shards as u8,
+        index: pair,
+        peers_max: config.connections_max / 3,
+        backoff: BackoffConfig { base: config.redial_delay_min, cap: config.redial_delay_max },
+        connect_timeout: config.connect_timeout,
+        drain_timeout: config.drain_timeout,
+        ..Default::default()
+    }
+}
+
+#[derive(Debug, Default)]
+struct RemoteState {
+    slot: Mutex<(Option<Result<Payload, RpcError>>, Option<Waker>)>,
+    ready: std::sync::Condvar,
+}
+
+impl RemoteState {
+    fn complete(&self, result: Result<Payload, RpcError>) {
+        let waker = {
+            let mut slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
+            slot.0 = Some(result);
+            slot.1.take()
+        };
+        self.ready.notify_all();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+/// The answer to a request from outside the shards: await it, or [`wait`](Self::wait) for it. Dropping it does not take the request back.
+#[derive(Debug)]
+#[must_use]
+pub struct RemoteAnswer {
+    state: Arc<RemoteState>,
+}
+
+impl RemoteAnswer {
+    /// Blocks this thread until the answer is there. The request's deadline bounds the wait; `limit` is a belt.
+    pub fn wait(self, limit: Duration) -> Result<Payload, RpcError> {
+        let until = Instant::now() + limit;
+        let mut slot = self.state.slot.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(result) = slot.0.take() {
+                return result;
+            }
+            let Some(left) = until.checked_duration_since(Instant::now()) else {
+                return Err(RpcError::DeadlineExceeded);
+            };
+            slot = self.state.ready.wait_timeout(slot, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl Future for RemoteAnswer {
+    type Output = Result<Payload, RpcError>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut slot = self.state.slot.lock().unwrap_or_else(PoisonError::into_inner);
+        match slot.0.take() {
+            Some(result) => Poll::Ready(result),
+            None => {
+                slot.1 = Some(context.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+}

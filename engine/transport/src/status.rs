@@ -1,0 +1,93 @@
+//! What each shard says of its connections, for `/status`, metrics and `wait until connected`; written every housekeeping turn.
+
+use std::net::SocketAddr;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use millrace_protocol::id::{ConnectionNumber, NodeId};
+
+/// A connection that is up.
+#[derive(Clone, Debug)]
+pub struct PeerStatus {
+    /// The peer.
+    pub node_id: NodeId,
+    /// The connection's number; larger is later.
+    pub connection: ConnectionNumber,
+    /// Where the peer is.
+    pub address: Option<SocketAddr>,
+    /// Smoothed RTT of the path, as QUIC measures it.
+    pub rtt: Option<Duration>,
+    /// Smoothed RTT of the health probes: what the peer's shard adds is in it.
+    pub probe_rtt: Option<Duration>,
+    /// Congestion window, bytes.
+    pub congestion_window_bytes: u64,
+    /// Packets sent.
+    pub packets_sent: u64,
+    /// Packets lost.
+    pub packets_lost: u64,
+    /// Bytes sent.
+    pub bytes_sent: u64,
+    /// Bytes received.
+    pub bytes_received: u64,
+    /// The shard that owns the connection.
+    pub shard: usize,
+}
+
+/// What one shard published last.
+#[derive(Clone, Debug, Default)]
+pub struct ShardStatus {
+    /// Its connections that are up.
+    pub peers: Vec<PeerStatus>,
+    /// All its connections, handshakes included.
+    pub connections: usize,
+    /// Its handshakes.
+    pub handshakes: usize,
+}
+
+/// The published state of all shards of a node.
+#[derive(Debug)]
+pub struct StatusBoard {
+    shards: Mutex<Vec<ShardStatus>>,
+    changed: Condvar,
+}
+
+impl StatusBoard {
+    pub(crate) fn new(shards: usize) -> Self {
+        Self { shards: Mutex::new(vec![ShardStatus::default(); shards]), changed: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<ShardStatus>> {
+        self.shards.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn publish(&self, shard: usize, peers: Vec<PeerStatus>, connections: usize, handshakes: usize) {
+        if let Some(held) = self.lock().get_mut(shard) {
+            *held = ShardStatus { peers, connections, handshakes };
+        }
+        self.changed.notify_all();
+    }
+
+    /// The state of every shard.
+    pub fn shards(&self) -> Vec<ShardStatus> {
+        self.lock().clone()
+    }
+
+    /// The peers that are up, over all shards.
+    pub fn peers(&self) -> Vec<PeerStatus> {
+        self.lock().iter().flat_map(|shard| shard.peers.iter().cloned()).collect()
+    }
+
+    /// Waits until `condition` holds for the peers that are up, at most `timeout`; whether it held.
+    pub fn wait(&self, timeout: Duration, mut condition: impl FnMut(&[PeerStatus]) -> bool) -> bool {
+        let until = Instant::now() + timeout;
+        let mut shards = self.lock();
+        loop {
+            let peers: Vec<_> = shards.iter().flat_map(|shard| shard.peers.iter().cloned()).collect();
+            if condition(&peers) {
+                return true;
+            }
+            let Some(left) = until.checked_duration_since(Instant::now()) else { return false };
+            shards = self.changed.wait_timeout(shards, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! The QUIC stream carrier: each message on a unidirectional stream of its own, so that none blocks another.
+//!
+//! A stream is: one byte [`StreamKind::Message`], the 16-byte header, the body, FIN. Called once per turn and connection with something to
+//! send; O(active streams), and no allocation per packet: bodies go as slices of their chunks.
+//!
+//! Invariants
+//! 1. At most `active_max` streams of a class are fed at a time, oldest first; the rest waits in order.
+//! 2. A body never takes all of the connection's send capacity: half of what is left, up to [`RESERVE_BYTES`], is kept for lanes.
+//! 3. Waiting plus active messages of a class never exceed its bound.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use millrace_protocol::frame::{Class, Header, StreamKind};
+
+use crate::buffers::{QuicConnection, TxBuffer};
+use crate::carrier::{Carrier, Outgoing, Pumped, QueueFull};
+use crate::config::PerClass;
+use crate::message::Payload;
+
+/// RESET_STREAM and STOP_SENDING code: the message is not wanted any more (the reference's value).
+pub(crate) const CODE_CANCELLED: u64 = 0x8000_0006;
+/// STOP_SENDING code: refused; a failure answer says why.
+pub(crate) const CODE_REFUSED: u64 = 0x8000_0007;
+
+/// Send capacity left to lanes while bodies flow: 11 packets of 1,452 bytes.
+const RESERVE_BYTES: usize = 16 << 10;
+/// Bytes handed to quiche at a time: it frees a slice only when all of it is acknowledged.
+const SLICE_BYTES: usize = 256 << 10;
+/// Header plus the byte that names the stream's kind.
+const OPENING_BYTES: usize = 1 + Header::BYTES;
+
+/// Urgency of a class's streams (RFC 9218 has 8 levels; quiche 256): lanes take 0 and 64.
+fn urgency(class: Class) -> u8 {
+    match class {
+        Class::Latency => 32,
+        Class::Normal => 96,
+        Class::Bulk => 192,
+    }
+}
+
+#[derive(Debug)]
+struct Active {
+    message: Outgoing,
+    stream: u64,
+    /// Bytes of opening and body that quiche has taken.
+    taken: u64,
+}
+
+impl Active {
+    fn total(&self) -> u64 {
+        OPENING_BYTES as u64 + u64::from(self.message.header.body_bytes)
+    }
+
+    /// The next bytes, at most `max`, and whether they are the last.
+    fn next(&self, max: usize) -> (TxBuffer, bool) {
+        if self.taken < OPENING_BYTES as u64 {
+            let mut opening = [0; OPENING_BYTES];
+            opening[0] = StreamKind::Message.encode();
+            opening[1..].copy_from_slice(&self.message.header.encode());
+            let rest = Bytes::copy_from_slice(&opening[self.taken as usize..]);
+            return (TxBuffer::Small(rest), self.message.body.is_empty());
+        }
+        let offset = self.taken - OPENING_BYTES as u64;
+        match &self.message.body {
+            Payload::Empty => (TxBuffer::Small(Bytes::new()), true),
+            Payload::Bytes(bytes) => (TxBuffer::Small(bytes.slice(offset as usize..)), true),
+            Payload::Chunks(body) => {
+                let Some(slice) = body.slice_at(offset as usize, max.min(SLICE_BYTES)) else {
+                    return (TxBuffer::Small(Bytes::new()), true);
+                };
+                let last = offset as usize + slice.len() == body.len();
+                (TxBuffer::Chunk(slice), last)
+            }
+        }
+    }
+}
+
+/// Outgoing message streams of one connection.
+#[derive(Debug)]
+pub(crate) struct StreamCarrier {
+    waiting: [VecDeque<Outgoing>; 3],
+    active: Vec<Active>,
+    active_in: [usize; 3],
+    queue_max: PerClass<usize>,
+    active_max: usize,
+    next_stream: u64,
+    opened: u64,
+}
+
+impl StreamCarrier {
+    /// `first_stream`: the first unidirectional stream id after the lanes (RFC 9000, 2.1).
+    pub(crate) fn new(first_stream: u64, queue_max: PerClass<usize>, active_max: usize) -> Self {
+        Self {
+            waiting: Default::default(),
+            active: Vec::with_capacity(3 * active_max),
+            active_in: [0; 3],
+            queue_max,
+            active_max,
+            next_stream: first_stream,
+            opened: 0,
+        }
+    }
+
+    /// Streams opened since the last call.
+    pub(crate) fn take_opened(&mut self) -> u64 {
+        std::mem::take(&mut self.opened)
+    }
+
+    /// Whether nothing waits or flows.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.active.is_empty() && self.waiting.iter().all(VecDeque::is_empty)
+    }
+
+    /// Opens streams for waiting messages while their class and the peer's stream limit allow.
+    fn activate(&mut self, path: &mut QuicConnection) {
+        for class in [Class::Latency, Class::Normal, Class::Bulk] {
+            while self.active_in[class as usize] < self.active_max {
+                if self.waiting[class as usize].is_empty() || path.peer_streams_left_uni() == 0 {
+                    break;
+                }
+                let stream = self.next_stream;
+                if path.stream_priority(stream, urgency(class), false).is_err() {
+                    break;
+                }
+                let Some(message) = self.waiting[class as usize].pop_front() else { break };
+                self.next_stream += 4;
+                self.opened += 1;
+                self.active_in[class as usize] += 1;
+                let active = Active { message, stream, taken: 0 };
+                // Kept in order of class, then age: `pump` feeds from the front.
+                let at = self.active.partition_point(|a| a.message.header.class as u8 <= class as u8);
+                self.active.insert(at, active);
+            }
+        }
+    }
+
+    /// Feeds one stream. True when it is done (all taken, or the peer stopped it).
+    fn feed(active: &mut Active, path: &mut QuicConnection) -> bool {
+        loop {
+            let capacity = match path.stream_capacity(active.stream) {
+                Ok(capacity) => capacity,
+                // Stopped by the peer, or the connection is closing: the answer, if any, says why.
+                Err(_) => return true,
+            };
+            let reserve = if active.message.header.class == Class::Bulk { RESERVE_BYTES.min(capacity / 2) } else { 0 };
+            let room = capacity - reserve;
+            if room == 0 {
+                return false;
+            }
+            let (buffer, last) = active.next(room);
+            let offered = buffer.as_ref().len();
+            match path.stream_send_zc(active.stream, buffer, last) {
+                Ok((taken, _)) => {
+                    active.taken += taken as u64;
+                    if active.taken == active.total() {
+                        return true;
+                    }
+                    if taken < offered {
+                        return false;
+                    }
+                }
+                Err(quiche::Error::Done) => return false,
+                Err(_) => return true,
+            }
+        }
+    }
+}
+
+impl Carrier for StreamCarrier {
+    type Path = QuicConnection;
+
+    fn offer(&mut self, message: Outgoing) -> Result<(), QueueFull> {
+        let class = message.header.class;
+        if self.queued(class) >= self.queue_max.of(class) {
+            return Err(QueueFull);
+        }
+        self.waiting[class as usize].push_back(message);
+        Ok(())
+    }
+
+    fn pump(&mut self, path: &mut QuicConnection) -> Pumped {
+        if self.is_idle() {
+            return Pumped::Blocked;
+        }
+        self.activate(path);
+        let mut at = 0;
+        let mut finished = false;
+        while at < self.active.len() {
+            if Self::feed(&mut self.active[at], path) {
+                let done = self.active.remove(at);
+                self.active_in[done.message.header.class as usize] -= 1;
+                finished = true;
+            } else {
+                at += 1;
+            }
+        }
+        if finished && self.waiting.iter().any(|queue| !queue.is_empty()) { Pumped::More } else { Pumped::Blocked }
+    }
+
+    fn withdraw(&mut self, path: Option<&mut QuicConnection>, header: &Header) -> bool {
+        let same = |message: &Outgoing| message.header.id == header.id && message.header.kind == header.kind;
+        let queue = &mut self.waiting[header.class as usize];
+        if let Some(at) = queue.iter().position(same) {
+            queue.remove(at);
+            return true;
+        }
+        if let Some(at) = self.active.iter().position(|active| same(&active.message)) {
+            let active = self.active.remove(at);
+            self.active_in[active.message.header.class as usize] -= 1;
+            if let Some(path) = path {
+                // Already reset or stopped is as good.
+                path.stream_shutdown(active.stream, quiche::Shutdown::Write, CODE_CANCELLED).ok();
+            }
+            return true;
+        }
+        false
+    }
+
+    fn queued(&self, class: Class) -> usize {
+        self.waiting[class as usize].len() + self.active_in[class as usize]
+    }
+}

@@ -1,0 +1,151 @@
+//! Pinned mutual TLS: who may connect, and as whom.
+//!
+//! A certificate is self-signed by the node's Ed25519 key; nothing in it counts but that key. The dialler accepts exactly the key of the
+//! node that it dials; the listener accepts any key that is in the current [`Members`], and the node id follows from the key.
+//! BoringSSL checks the CertificateVerify signature after the callback here said yes.
+//!
+//! Invariants
+//! 1. Both sides present a certificate; none is a refusal, counted apart from a wrong one.
+//! 2. No session is ever resumed: a resumed session skips the callback, and so would let a removed node in.
+//! 3. Only Ed25519 signatures, only X25519 (one packet less in each direction than the hybrid default).
+
+use std::sync::{Arc, RwLock};
+
+use boring::pkey::{Id, PKey};
+use boring::ssl::{
+    SslAlert, SslContextBuilder, SslMethod, SslOptions, SslRef, SslSessionCacheMode, SslSignatureAlgorithm,
+    SslVerifyError, SslVerifyMode,
+};
+use boring::x509::X509;
+use millrace_protocol::id::NodeId;
+use millrace_protocol::identity::{PublicKey, SigningKey};
+use millrace_protocol::topology::Topology;
+
+use crate::counters::{Counters, TlsRefusal};
+
+/// Application protocol of connections between nodes (RFC 7301).
+pub(crate) const ALPN_NODE: &[u8] = b"millrace/1";
+
+/// Why TLS could not be set up; always local.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TlsError {
+    /// BoringSSL refused the key, the certificate or a setting.
+    #[error("TLS set-up failed: {0}")]
+    Boring(#[from] boring::error::ErrorStack),
+    /// The certificate could not be made from the key.
+    #[error("certificate could not be made: {0}")]
+    Certificate(#[from] rcgen::Error),
+    /// quiche refused the configuration.
+    #[error("QUIC configuration refused: {0}")]
+    Quic(#[from] quiche::Error),
+}
+
+/// The members that may connect now, shared with the verify callback, which runs inside BoringSSL on the shard's thread.
+///
+/// Written on a registry change only; read once in a handshake.
+#[derive(Clone, Debug)]
+pub(crate) struct Members(Arc<RwLock<Arc<Topology>>>);
+
+impl Members {
+    pub(crate) fn new(topology: Arc<Topology>) -> Self {
+        Self(Arc::new(RwLock::new(topology)))
+    }
+
+    pub(crate) fn replace(&self, topology: Arc<Topology>) {
+        match self.0.write() {
+            Ok(mut held) => *held = topology,
+            Err(poisoned) => *poisoned.into_inner() = topology,
+        }
+    }
+
+    fn node_of(&self, key: &PublicKey) -> Option<NodeId> {
+        match self.0.read() {
+            Ok(held) => held.node_of_key(key),
+            Err(poisoned) => poisoned.into_inner().node_of_key(key),
+        }
+    }
+}
+
+/// The node's own certificate and key, in the forms that BoringSSL takes.
+#[derive(Clone)]
+pub(crate) struct Credentials {
+    key: PKey<boring::pkey::Private>,
+    certificate: X509,
+}
+
+impl Credentials {
+    pub(crate) fn new(key: &SigningKey) -> Result<Self, TlsError> {
+        // Version 0 of PKCS #8, without the public key: BoringSSL refuses version 1, which ring and rcgen write.
+        let der = key.pkcs8_v0_der();
+        let pair = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(&der.as_slice().into(), &rcgen::PKCS_ED25519)?;
+        let mut parameters = rcgen::CertificateParams::new(Vec::new())?;
+        parameters.distinguished_name = rcgen::DistinguishedName::new();
+        let certificate = parameters.self_signed(&pair)?;
+        Ok(Self { key: PKey::private_key_from_pkcs8(&der)?, certificate: X509::from_der(certificate.der())? })
+    }
+
+    fn builder(&self) -> Result<SslContextBuilder, TlsError> {
+        let mut builder = SslContextBuilder::new(SslMethod::tls())?;
+        builder.set_private_key(&self.key)?;
+        builder.set_certificate(&self.certificate)?;
+        builder.check_private_key()?;
+        // BoringSSL signs with Ed25519 by default but does not accept it by default.
+        builder.set_verify_algorithm_prefs(&[SslSignatureAlgorithm::ED25519])?;
+        builder.set_curves_list("X25519")?;
+        builder.set_options(SslOptions::NO_TICKET);
+        builder.set_session_cache_mode(SslSessionCacheMode::OFF);
+        Ok(builder)
+    }
+
+    /// The context of the listening side: any key of `members`.
+    pub(crate) fn server(&self, members: &Members, counters: &Arc<Counters>) -> Result<SslContextBuilder, TlsError> {
+        let mut builder = self.builder()?;
+        let (members, counters) = (members.clone(), Arc::clone(counters));
+        builder.set_custom_verify_callback(SslVerifyMode::PEER | SslVerifyMode::FAIL_IF_NO_PEER_CERT, move |ssl| {
+            let refuse = |why| {
+                counters.tls_refused(why);
+                Err(SslVerifyError::Invalid(SslAlert::CERTIFICATE_UNKNOWN))
+            };
+            let Some(key) = peer_key(ssl) else { return refuse(TlsRefusal::NotEd25519) };
+            if members.node_of(&key).is_none() {
+                return refuse(TlsRefusal::NotInRegistry);
+            }
+            Ok(())
+        });
+        Ok(builder)
+    }
+
+    /// The context of the dialling side; [`pin`] then names the one key that a connection accepts.
+    pub(crate) fn client(&self) -> Result<SslContextBuilder, TlsError> {
+        let mut builder = self.builder()?;
+        // Replaced by `pin` before the first packet; a connection that was not pinned must fail.
+        builder.set_custom_verify_callback(SslVerifyMode::PEER, |_| {
+            Err(SslVerifyError::Invalid(SslAlert::CERTIFICATE_UNKNOWN))
+        });
+        Ok(builder)
+    }
+}
+
+/// Makes `ssl` accept `expected` and nothing else. Call between `connect` and the first packet.
+pub(crate) fn pin(ssl: &mut SslRef, expected: PublicKey, counters: &Arc<Counters>) {
+    let counters = Arc::clone(counters);
+    ssl.set_custom_verify_callback(SslVerifyMode::PEER, move |ssl| {
+        if peer_key(ssl) == Some(expected) {
+            return Ok(());
+        }
+        counters.tls_refused(TlsRefusal::WrongKey);
+        Err(SslVerifyError::Invalid(SslAlert::CERTIFICATE_UNKNOWN))
+    });
+}
+
+/// The Ed25519 key of the peer's certificate; `None` when there is no certificate or its key is of another kind.
+pub(crate) fn peer_key(ssl: &SslRef) -> Option<PublicKey> {
+    let key = ssl.peer_certificate()?.public_key().ok()?;
+    if key.id() != Id::ED25519 {
+        return None;
+    }
+    let mut raw = [0; 32];
+    key.raw_public_key(&mut raw).ok().filter(|bytes| bytes.len() == 32)?;
+    Some(PublicKey::from_bytes(raw))
+}

@@ -1,0 +1,202 @@
+//! Nodes with real sockets on loopback, for the transport's tests.
+#![allow(dead_code)]
+
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use millrace_protocol::frame::{Class, FailureCode, Method};
+use millrace_protocol::id::{ConnectionNumber, NodeId};
+use millrace_protocol::identity::SigningKey;
+use millrace_protocol::topology::{Member, Topology};
+use millrace_shards::chunk::Body;
+use millrace_shards::config::ShardConfig;
+use millrace_shards::socket::UdpGroupConfig;
+use millrace_transport::counters::Family;
+use millrace_transport::{
+    Answer, Defer, Handler, Inbound, InboundBody, Local, Payload, Request, Responder, Transport, TransportConfig,
+    TransportStart,
+};
+
+/// Answers with the request's body.
+pub const ECHO: Method = Method(1);
+/// Answers with the body's length.
+pub const LENGTH: Method = Method(2);
+/// Never answers; tells the test when the request is there and when it was taken back.
+pub const HANG: Method = Method(3);
+
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+#[derive(Debug, PartialEq, Eq)]
+pub enum Event {
+    Up(NodeId, ConnectionNumber),
+    Down(NodeId, ConnectionNumber),
+    Hanging,
+    Message(NodeId, usize),
+}
+
+pub struct TestHandler {
+    events: Sender<Event>,
+    hanging: Arc<Mutex<Vec<Parked>>>,
+}
+
+/// A responder may only be used on its shard; the test holds none.
+struct Parked;
+
+impl Handler for TestHandler {
+    fn on_request(&mut self, request: Inbound<'_>, defer: Defer<'_>) -> Answer {
+        match request.method {
+            ECHO => Answer::Reply(match request.body {
+                InboundBody::Slice(slice) => slice.to_vec().into(),
+                InboundBody::Chunks(body) => body.into(),
+            }),
+            LENGTH => Answer::Reply((request.body.len()).to_le_bytes().to_vec().into()),
+            HANG => match defer.responder() {
+                Some(responder) => {
+                    KEPT.with_borrow_mut(|kept| kept.push(responder));
+                    self.hanging.lock().unwrap().push(Parked);
+                    self.events.send(Event::Hanging).ok();
+                    Answer::Deferred
+                }
+                None => Answer::Failure(FailureCode::Busy),
+            },
+            _ => Answer::Failure(FailureCode::UnknownMethod),
+        }
+    }
+
+    fn on_send(&mut self, message: Inbound<'_>) {
+        self.events.send(Event::Message(message.peer, message.body.len() as usize)).ok();
+    }
+
+    fn on_up(&mut self, peer: NodeId, connection: ConnectionNumber) {
+        self.events.send(Event::Up(peer, connection)).ok();
+    }
+
+    fn on_down(&mut self, peer: NodeId, connection: ConnectionNumber) {
+        self.events.send(Event::Down(peer, connection)).ok();
+    }
+}
+
+thread_local! {
+    static KEPT: std::cell::RefCell<Vec<Responder>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
+pub struct Node {
+    pub transport: Transport,
+    pub key: SigningKey,
+    pub events: Receiver<Event>,
+}
+
+pub fn key(n: u8) -> SigningKey {
+    SigningKey::from_seed([n; 32])
+}
+
+pub fn free_addr() -> SocketAddr {
+    UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap()
+}
+
+pub fn member(key: &SigningKey, addr: SocketAddr) -> Member {
+    Member { public_key: key.public_key(), addresses: vec![addr] }
+}
+
+pub fn topology(members: impl IntoIterator<Item = Member>, version: u64) -> Arc<Topology> {
+    Arc::new(Topology::from_members(members, version))
+}
+
+pub fn shard_config(pool_bytes: u64) -> ShardConfig {
+    ShardConfig { cpu: None, spin: Duration::ZERO, chunk_pool_bytes: pool_bytes, ..Default::default() }
+}
+
+impl Node {
+    pub fn start(key: SigningKey, addr: SocketAddr, topology: &Arc<Topology>, config: TransportConfig, pool_bytes: u64) -> Self {
+        Self::start_shards(key, addr, topology, config, vec![shard_config(pool_bytes)])
+    }
+
+    pub fn start_shards(
+        key: SigningKey,
+        addr: SocketAddr,
+        topology: &Arc<Topology>,
+        config: TransportConfig,
+        shards: Vec<ShardConfig>,
+    ) -> Self {
+        let (sender, events) = channel();
+        let identity = SigningKey::from_seed(*key.seed());
+        let transport = Transport::start(
+            TransportStart {
+                identity,
+                config,
+                shards,
+                udp: UdpGroupConfig { local: addr, ..Default::default() },
+                topology: Arc::clone(topology),
+            },
+            move |_local: Local| TestHandler { events: sender.clone(), hanging: Arc::default() },
+        )
+        .unwrap();
+        Self { transport, key, events }
+    }
+
+    pub fn id(&self) -> NodeId {
+        self.key.node_id()
+    }
+
+    /// Waits until exactly `peers` are up.
+    pub fn wait_for_peers(&self, peers: &[NodeId]) {
+        let held = self.transport.status().wait(PATIENCE, |up| {
+            up.len() == peers.len() && peers.iter().all(|peer| up.iter().any(|p| p.node_id == *peer))
+        });
+        assert!(held, "peers are {:?}, wanted {peers:?}", self.transport.status().peers());
+    }
+
+    pub fn wait_for(&self, wanted: impl Fn(&Event) -> bool) -> Event {
+        loop {
+            let event = self.events.recv_timeout(PATIENCE).expect("the event came in time");
+            if wanted(&event) {
+                return event;
+            }
+        }
+    }
+
+    /// Waits until the sum over shards of a reason is at least `n`.
+    pub fn wait_for_reason(&self, family: Family, reason: &str, n: u64) {
+        let held = self.transport.status().wait(PATIENCE, |_| self.reason(family, reason) >= n);
+        let all: Vec<_> = self.transport.counters().iter().flat_map(|c| c.reasons()).collect();
+        assert!(held, "{reason} was counted {} times, wanted {n}; all: {all:?}", self.reason(family, reason));
+    }
+
+    pub fn reason(&self, family: Family, reason: &str) -> u64 {
+        self.transport.counters().iter().map(|c| c.reason(family, reason)).sum()
+    }
+
+    pub fn body(&self, len: usize) -> Body {
+        let bytes: Vec<u8> = (0..len).map(|i| (i * 31 >> 5) as u8).collect();
+        Body::copy_from_slice(self.transport.pool(0).unwrap(), &bytes).expect("the pool has room")
+    }
+}
+
+pub fn request(method: Method, class: Class, body: impl Into<Payload>) -> Request {
+    Request { class, method, body: body.into(), deadline: PATIENCE }
+}
+
+pub fn bytes_of(payload: &Payload) -> Vec<u8> {
+    match payload {
+        Payload::Empty => Vec::new(),
+        Payload::Bytes(bytes) => bytes.to_vec(),
+        Payload::Chunks(body) => body.slices(1 << 20).flat_map(|slice| slice.as_ref().to_vec()).collect(),
+    }
+}
+
+/// Two connected nodes; the first has the lower id and so is the dialler.
+pub fn pair(config: &TransportConfig, pool_bytes: u64) -> (Node, Node) {
+    let (mut a, mut b) = (key(1), key(2));
+    if b.node_id() < a.node_id() {
+        std::mem::swap(&mut a, &mut b);
+    }
+    let (at, bt) = (free_addr(), free_addr());
+    let topology = topology([member(&a, at), member(&b, bt)], 1);
+    let a = Node::start(a, at, &topology, config.clone(), pool_bytes);
+    let b = Node::start(b, bt, &topology, config.clone(), pool_bytes);
+    a.wait_for_peers(&[b.id()]);
+    b.wait_for_peers(&[a.id()]);
+    (a, b)
+}

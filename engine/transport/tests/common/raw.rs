@@ -1,0 +1,110 @@
+//! A peer without manners: a bare quiche client over a blocking socket, which sends whatever a test wants.
+#![allow(dead_code)]
+
+use std::net::{SocketAddr, UdpSocket};
+use std::time::{Duration, Instant};
+
+use boring::pkey::PKey;
+use boring::ssl::{SslContextBuilder, SslMethod, SslSignatureAlgorithm, SslVerifyMode};
+use boring::x509::X509;
+use millrace_protocol::identity::SigningKey;
+
+pub struct Raw {
+    pub quic: quiche::Connection,
+    socket: UdpSocket,
+    local: SocketAddr,
+    buffer: Vec<u8>,
+}
+
+pub struct RawOptions {
+    /// Present this key's certificate; none at all otherwise.
+    pub key: Option<SigningKey>,
+    /// Accept session tickets, and resume this session.
+    pub session: Option<Vec<u8>>,
+}
+
+fn config(options: &RawOptions) -> quiche::Config {
+    let mut tls = SslContextBuilder::new(SslMethod::tls()).unwrap();
+    if let Some(key) = &options.key {
+        let der = key.pkcs8_v0_der();
+        let pair = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(&der.as_slice().into(), &rcgen::PKCS_ED25519).unwrap();
+        let certificate = rcgen::CertificateParams::new(Vec::new()).unwrap().self_signed(&pair).unwrap();
+        tls.set_private_key(&PKey::private_key_from_pkcs8(&der).unwrap()).unwrap();
+        tls.set_certificate(&X509::from_der(certificate.der()).unwrap()).unwrap();
+    }
+    tls.set_verify_algorithm_prefs(&[SslSignatureAlgorithm::ED25519]).unwrap();
+    tls.set_curves_list("X25519").unwrap();
+    tls.set_custom_verify_callback(SslVerifyMode::PEER, |_| Ok(()));
+    let mut config = quiche::Config::with_boring_ssl_ctx_builder(quiche::PROTOCOL_VERSION, tls).unwrap();
+    config.set_application_protos(&[b"millrace/1"]).unwrap();
+    config.set_max_idle_timeout(30_000);
+    config.set_max_send_udp_payload_size(1_452);
+    config.set_initial_max_data(16 << 20);
+    config.set_initial_max_stream_data_uni(4 << 20);
+    config.set_initial_max_stream_data_bidi_local(4 << 20);
+    config.set_initial_max_streams_uni(1_000);
+    config.enable_dgram(true, 100, 100);
+    config
+}
+
+impl Raw {
+    pub fn dial(to: SocketAddr, options: &RawOptions) -> Self {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(5))).unwrap();
+        let local = socket.local_addr().unwrap();
+        let scid = quiche::ConnectionId::from_ref(&[7; 16]);
+        let mut quic = quiche::connect(None, &scid, local, to, &mut config(options)).unwrap();
+        if let Some(session) = &options.session {
+            quic.set_session(session).unwrap();
+        }
+        Self { quic, socket, local, buffer: vec![0; 65_536] }
+    }
+
+    /// Sends what is to be sent, receives what is there.
+    pub fn turn(&mut self) {
+        let mut packet = [0; 1_452];
+        while let Ok((len, info)) = self.quic.send(&mut packet) {
+            self.socket.send_to(&packet[..len], info.to).ok();
+        }
+        while let Ok((len, from)) = self.socket.recv_from(&mut self.buffer) {
+            let info = quiche::RecvInfo { from, to: self.local };
+            self.quic.recv(&mut self.buffer[..len], info).ok();
+            if self.quic.timeout().is_some_and(|left| left.is_zero()) {
+                break;
+            }
+        }
+        if self.quic.timeout().is_some_and(|left| left.is_zero()) {
+            self.quic.on_timeout();
+        }
+    }
+
+    /// Takes turns until `done`, at most `limit`; whether it was done.
+    pub fn drive(&mut self, limit: Duration, mut done: impl FnMut(&mut quiche::Connection) -> bool) -> bool {
+        let until = Instant::now() + limit;
+        while Instant::now() < until {
+            self.turn();
+            if done(&mut self.quic) {
+                return true;
+            }
+        }
+        false
+    }
+
+    pub fn establish(&mut self) {
+        assert!(self.drive(Duration::from_secs(10), |quic| quic.is_established()), "no handshake");
+    }
+
+    /// Sends all of `bytes` on a stream.
+    pub fn send(&mut self, stream: u64, bytes: &[u8], fin: bool) -> bool {
+        let mut sent = 0;
+        self.drive(Duration::from_secs(10), |quic| {
+            match quic.stream_send(stream, &bytes[sent..], fin) {
+                Ok(n) => sent += n,
+                Err(quiche::Error::Done) => {}
+                // Stopped by the other side: it has had enough.
+                Err(_) => return true,
+            }
+            sent == bytes.len()
+        })
+    }
+}

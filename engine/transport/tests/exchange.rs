@@ -1,0 +1,137 @@
+//! What two nodes say to each other over real sockets: requests, bodies, one-way messages, cancellation, membership.
+
+mod common;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::*;
+use millrace_protocol::frame::{Class, FailureCode, Method};
+use millrace_transport::counters::Family;
+use millrace_transport::{Payload, RpcError, TransportConfig};
+
+#[test]
+fn a_request_is_answered_in_every_class_and_size() {
+    let (a, b) = pair(&TransportConfig::default(), 64 << 20);
+    for class in Class::ALL {
+        for len in [0, 1, 1_000, 16 << 10, (16 << 10) + 1, 64 << 10, (64 << 10) + 1, 3 << 20] {
+            let body = if len > 64 << 10 { Payload::Chunks(a.body(len)) } else { vec![len as u8; len].into() };
+            let wanted = bytes_of(&body);
+            let answer = a.transport.request(b.id(), request(ECHO, class, body)).wait(PATIENCE).unwrap();
+            assert_eq!(bytes_of(&answer), wanted, "{class:?} {len}");
+        }
+    }
+    let refused = a.transport.request(b.id(), request(Method(99), Class::Normal, vec![1])).wait(PATIENCE);
+    assert_eq!(refused.unwrap_err(), RpcError::Refused(FailureCode::UnknownMethod));
+    let nobody = a.transport.request(key(9).node_id(), request(ECHO, Class::Normal, vec![1])).wait(PATIENCE);
+    assert_eq!(nobody.unwrap_err(), RpcError::NotConnected);
+}
+
+#[test]
+fn bodies_of_100_mb_cross_both_ways_at_once() {
+    const LEN: usize = 100_000_000;
+    let (a, b) = pair(&TransportConfig::default(), 320 << 20);
+    let to_b = a.transport.request(b.id(), request(ECHO, Class::Bulk, a.body(LEN)));
+    let to_a = b.transport.request(a.id(), request(ECHO, Class::Bulk, b.body(LEN)));
+    let (from_b, from_a) = (to_b.wait(PATIENCE * 4).unwrap(), to_a.wait(PATIENCE * 4).unwrap());
+    let wanted: Vec<u8> = (0..LEN).map(|i| (i * 31 >> 5) as u8).collect();
+    assert!(bytes_of(&from_b) == wanted);
+    assert!(bytes_of(&from_a) == wanted);
+    drop((from_a, from_b));
+}
+
+#[test]
+fn one_way_messages_arrive() {
+    let (a, b) = pair(&TransportConfig::default(), 16 << 20);
+    for i in 0..100 {
+        a.transport.send(b.id(), Class::Normal, Method(7), vec![0; i].into()).unwrap();
+    }
+    for i in 0..100 {
+        assert_eq!(b.wait_for(|e| matches!(e, Event::Message(..))), Event::Message(a.id(), i));
+    }
+}
+
+#[test]
+fn a_deadline_ends_the_wait_of_the_asker() {
+    let (a, b) = pair(&TransportConfig::default(), 16 << 20);
+    let mut hang = request(HANG, Class::Normal, vec![1]);
+    hang.deadline = Duration::from_millis(200);
+    let late = a.transport.request(b.id(), hang).wait(PATIENCE);
+    assert_eq!(late.unwrap_err(), RpcError::DeadlineExceeded);
+    assert_eq!(a.reason(Family::Failed, "deadline_exceeded"), 1);
+}
+
+#[test]
+fn requests_in_flight_are_bounded_and_fail_with_the_connection() {
+    let mut config = TransportConfig::default();
+    config.requests_in_max.normal = 4;
+    let (a, b) = pair(&config, 16 << 20);
+    let hanging: Vec<_> = (0..4).map(|_| a.transport.request(b.id(), request(HANG, Class::Normal, vec![1]))).collect();
+    let busy = a.transport.request(b.id(), request(HANG, Class::Normal, vec![1])).wait(PATIENCE);
+    assert_eq!(busy.unwrap_err(), RpcError::Refused(FailureCode::Busy));
+    b.transport.shutdown();
+    for answer in hanging {
+        assert!(matches!(answer.wait(PATIENCE).unwrap_err(), RpcError::ConnectionLost | RpcError::Refused(_)));
+    }
+}
+
+#[test]
+fn a_topology_change_cuts_and_joins_live_nodes() {
+    let mut keys = [key(1), key(2), key(3)];
+    keys.sort_by_key(|key| key.node_id());
+    let [a, b, c] = keys;
+    let addrs = [free_addr(), free_addr(), free_addr()];
+    let all = [member(&a, addrs[0]), member(&b, addrs[1]), member(&c, addrs[2])];
+    let two = topology(all[..2].to_vec(), 1);
+    let three = topology(all.to_vec(), 2);
+    let start = |key, addr, topology| Node::start(key, addr, topology, TransportConfig::default(), 16 << 20);
+    let (a, b) = (start(a, addrs[0], &two), start(b, addrs[1], &two));
+    let c = start(c, addrs[2], &three);
+    a.wait_for_peers(&[b.id()]);
+    // c knows the others, but they do not know it yet.
+    c.wait_for_reason(Family::Closed, "transport_error", 0);
+    for node in [&a, &b] {
+        assert!(node.transport.update_topology(&three));
+    }
+    a.wait_for_peers(&[b.id(), c.id()]);
+    b.wait_for_peers(&[a.id(), c.id()]);
+    c.wait_for_peers(&[a.id(), b.id()]);
+    for node in [&a, &b] {
+        assert!(node.transport.update_topology(&topology(all[..2].to_vec(), 3)));
+    }
+    a.wait_for_peers(&[b.id()]);
+    b.wait_for_peers(&[a.id()]);
+    c.wait_for_peers(&[]);
+    // Connection numbers rise when it comes back.
+    let four = topology(all.to_vec(), 4);
+    for node in [&a, &b] {
+        assert!(node.transport.update_topology(&four));
+    }
+    a.wait_for_peers(&[b.id(), c.id()]);
+    let numbers: Vec<_> = a.events.try_iter().filter_map(|e| match e {
+        Event::Up(peer, number) if peer == c.id() => Some(number),
+        _ => None,
+    }).collect();
+    assert!(numbers.is_sorted() && numbers.len() == 2, "{numbers:?}");
+}
+
+#[test]
+fn shards_share_the_work_and_each_peer_has_its_owner() {
+    let keys: Vec<_> = (1..=6).map(key).collect();
+    let addrs: Vec<_> = keys.iter().map(|_| free_addr()).collect();
+    let topology = topology(keys.iter().zip(&addrs).map(|(key, addr)| member(key, *addr)), 1);
+    let nodes: Vec<_> = keys.into_iter().zip(&addrs).map(|(key, addr)| {
+        let shards = (0..3).map(|_| shard_config(16 << 20)).collect();
+        Node::start_shards(key, *addr, &topology, TransportConfig::default(), shards)
+    }).collect();
+    for node in &nodes {
+        let others: Vec<_> = nodes.iter().map(Node::id).filter(|id| *id != node.id()).collect();
+        node.wait_for_peers(&others);
+        for peer in node.transport.status().peers() {
+            assert_eq!(peer.shard, usize::from(peer.node_id.owner_shard(0, 3)));
+            let answer = node.transport.request(peer.node_id, request(ECHO, Class::Normal, vec![7; 100])).wait(PATIENCE);
+            assert_eq!(bytes_of(&answer.unwrap()), vec![7; 100]);
+        }
+    }
+    let _ = Arc::strong_count(&topology);
+}

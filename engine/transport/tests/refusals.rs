@@ -1,0 +1,121 @@
+//! Who is not let in: a wrong key, a stranger, nobody at all, a former member with a ticket; each refused with its counter.
+
+mod common;
+#[path = "common/raw.rs"]
+mod raw;
+
+use std::time::Duration;
+
+use common::*;
+use millrace_protocol::frame::Class;
+use millrace_transport::TransportConfig;
+use millrace_transport::counters::Family;
+use raw::{Raw, RawOptions};
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A listener whose topology also has the node of key 1, with a lower id, that the tests play.
+fn listener_and_dialler() -> (Node, millrace_protocol::identity::SigningKey) {
+    let (mut a, mut b) = (key(1), key(2));
+    if b.node_id() < a.node_id() {
+        std::mem::swap(&mut a, &mut b);
+    }
+    let addr = free_addr();
+    let topology = topology([member(&a, free_addr()), member(&b, addr)], 1);
+    (Node::start(b, addr, &topology, TransportConfig::default(), 16 << 20), a)
+}
+
+#[test]
+fn a_stranger_is_refused() {
+    let (node, _) = listener_and_dialler();
+    let mut raw = Raw::dial(node.transport.local_addr(), &RawOptions { key: Some(key(77)), session: None });
+    assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
+    assert_eq!(raw.quic.peer_error().unwrap().error_code, 302, "certificate_unknown");
+    node.wait_for_reason(Family::Refused, "not_in_registry", 1);
+}
+
+#[test]
+fn a_dialler_without_a_certificate_is_refused() {
+    let (node, _) = listener_and_dialler();
+    let mut raw = Raw::dial(node.transport.local_addr(), &RawOptions { key: None, session: None });
+    assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
+    assert_eq!(raw.quic.peer_error().unwrap().error_code, 372, "certificate_required");
+    node.wait_for_reason(Family::Refused, "no_certificate", 1);
+}
+
+#[test]
+fn a_node_with_another_key_at_a_members_address_is_refused_by_the_dialler() {
+    let (mut a, mut b) = (key(1), key(2));
+    if b.node_id() < a.node_id() {
+        std::mem::swap(&mut a, &mut b);
+    }
+    let impostor = key(50);
+    let (at, bt) = (free_addr(), free_addr());
+    // The impostor listens where b should, and would accept a.
+    let liar = topology([member(&a, at), member(&impostor, bt)], 1);
+    let truth = topology([member(&a, at), member(&b, bt)], 1);
+    let _impostor = Node::start(impostor, bt, &liar, TransportConfig::default(), 16 << 20);
+    let a = Node::start(a, at, &truth, TransportConfig::default(), 16 << 20);
+    a.wait_for_reason(Family::Refused, "wrong_key", 1);
+    a.wait_for_peers(&[]);
+}
+
+#[test]
+fn a_dial_in_the_wrong_direction_is_refused() {
+    let (mut low, mut high) = (key(1), key(2));
+    if high.node_id() < low.node_id() {
+        std::mem::swap(&mut low, &mut high);
+    }
+    let addr = free_addr();
+    let topology = topology([member(&low, addr), member(&high, free_addr())], 1);
+    let node = Node::start(low, addr, &topology, TransportConfig::default(), 16 << 20);
+    let mut raw = Raw::dial(addr, &RawOptions { key: Some(high), session: None });
+    assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
+    assert!(raw.quic.peer_error().unwrap().is_app);
+    node.wait_for_reason(Family::Refused, "wrong_direction", 1);
+}
+
+#[test]
+fn a_removed_node_cannot_come_back_by_a_session() {
+    let (node, dialler) = listener_and_dialler();
+    let same = || millrace_protocol::identity::SigningKey::from_seed(*dialler.seed());
+    let mut raw = Raw::dial(node.transport.local_addr(), &RawOptions { key: Some(same()), session: None });
+    raw.establish();
+    node.wait_for_peers(&[]);
+    // Whatever session the listener is willing to give.
+    raw.drive(Duration::from_millis(300), |quic| quic.session().is_some());
+    let session = raw.quic.session().map(<[u8]>::to_vec);
+    assert!(session.is_none(), "a listener that gives no tickets cannot be asked to resume one");
+    let only_node = topology([member(&node.key, node.transport.local_addr())], 2);
+    assert!(node.transport.update_topology(&only_node));
+    assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()), "cut at the change of the registry");
+    // A session of another listener with the same ticket key would be worth nothing either: the full handshake is asked for.
+    let mut again = Raw::dial(node.transport.local_addr(), &RawOptions { key: Some(same()), session: None });
+    assert!(again.drive(LIMIT, |quic| quic.peer_error().is_some()));
+    assert!(!again.quic.is_resumed());
+    node.wait_for_reason(Family::Refused, "not_in_registry", 1);
+}
+
+#[test]
+fn a_request_dropped_half_way_is_seen_as_reset() {
+    let (node, dialler) = listener_and_dialler();
+    let mut raw = Raw::dial(node.transport.local_addr(), &RawOptions { key: Some(dialler), session: None });
+    raw.establish();
+    let mut opening = vec![2];
+    opening.extend(
+        millrace_protocol::frame::Header {
+            kind: millrace_protocol::frame::Kind::Request,
+            class: Class::Normal,
+            method: ECHO,
+            id: 1,
+            body_bytes: 10_000,
+            arg: 1_000,
+        }
+        .encode(),
+    );
+    opening.extend([0; 5_000]);
+    assert!(raw.send(2, &opening, false));
+    raw.quic.stream_shutdown(2, quiche::Shutdown::Write, 0x8000_0006).unwrap();
+    raw.drive(Duration::from_millis(200), |_| false);
+    node.wait_for_reason(Family::Rejected, "peer_reset", 1);
+}
