@@ -1,1 +1,36 @@
 //! Thread-per-core shard runtime: io_uring ring, buffers, sockets, mailboxes, chunk pool.
+//!
+//! A shard is one pinned thread with one glommio executor, one ring of its own, one UDP socket of a
+//! reuseport group, one mailbox and one chunk pool. A protocol plugs into its loop by implementing
+//! [`Datapath`]; this crate knows no protocol. See [`runtime`] for the loop, [`datapath`] for what
+//! the loop calls and when, [`chunk`] for the memory that bodies live in.
+//!
+//! Invariants of the crate:
+//!
+//! 1. Nothing is shared between shards but bounded queues, chunks and counters.
+//! 2. A busy shard allocates nothing, takes no lock and logs nothing per packet, and enters the
+//!    kernel once per turn.
+//! 3. `unsafe` lives in `buf`, `ring` and `sys`, each of which opens with its argument.
+
+mod buf;
+pub mod chunk;
+pub mod config;
+pub mod datapath;
+mod local;
+pub mod mailbox;
+mod park;
+mod ring;
+pub mod runtime;
+pub mod socket;
+pub mod stats;
+mod sys;
+mod watchdog;
+
+pub use chunk::{Body, BodyMut, CHUNK_BYTES, Chunk, ChunkMut, ChunkPool, ChunkSlice, PageKind};
+pub use config::{HugePages, ShardConfig};
+pub use datapath::{Datagrams, Datapath, Trains, Transmit};
+pub use local::{Queue, Spawner, outside, sleep, yield_now};
+pub use mailbox::{MailError, MailReceiver, MailSender, mailbox};
+pub use runtime::{ShardContext, ShardHandle, StartError, spawn, spawn_with_mailbox};
+pub use socket::{ShardSocket, SocketError, UdpGroupConfig, bind_group};
+pub use stats::{ShardStats, ShardStatsSnapshot};

@@ -1,0 +1,398 @@
+//! Bodies in chunks: what an artifact or a file in flight is made of.
+//!
+//! Invariants:
+//!
+//! 1. Every chunk of a body but the last is full, so that a byte's chunk is a division.
+//! 2. A body being received owns all its chunks before its first byte arrives.
+//! 3. A length from a peer is checked against the pool before anything is allocated for it.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+pub use crate::buf::{CHUNK_BYTES, Chunk, ChunkMut, ChunkPool, ChunkSlice, PageKind, PoolError};
+
+/// A body that is complete: a list of chunks, cheap to clone.
+#[derive(Clone)]
+pub struct Body {
+    chunks: Arc<[Chunk]>,
+    len: usize,
+}
+
+impl Body {
+    /// A body of these chunks, or `None` when one before the last is not full.
+    #[must_use]
+    pub fn from_chunks(chunks: Vec<Chunk>) -> Option<Self> {
+        let (last, full) = match chunks.split_last() {
+            Some(parts) => parts,
+            None => {
+                return Some(Self {
+                    chunks: Arc::from([]),
+                    len: 0,
+                });
+            }
+        };
+        if full.iter().any(|chunk| chunk.len() != CHUNK_BYTES) {
+            return None;
+        }
+        let len = full.len() * CHUNK_BYTES + last.len();
+        Some(Self {
+            chunks: Arc::from(chunks),
+            len,
+        })
+    }
+
+    /// A copy of `bytes` in chunks of `pool`, or `None` when it has too few.
+    #[must_use]
+    pub fn copy_from_slice(pool: &ChunkPool, bytes: &[u8]) -> Option<Self> {
+        let mut body = BodyMut::with_len(pool, bytes.len())?;
+        let mut rest = bytes;
+        while !body.is_full() {
+            let spare = body.spare();
+            let (now, later) = rest.split_at(spare.len());
+            spare.copy_from_slice(now);
+            body.advance(now.len());
+            rest = later;
+        }
+        Some(body.freeze())
+    }
+
+    /// Bytes of the body.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the body has no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The chunks, in order.
+    #[must_use]
+    pub fn chunks(&self) -> &[Chunk] {
+        &self.chunks
+    }
+
+    /// The body as slices of at most `max_bytes`, none across a chunk's end.
+    ///
+    /// # Panics
+    /// When `max_bytes` is zero.
+    #[must_use]
+    pub fn slices(&self, max_bytes: usize) -> BodySlices {
+        assert!(max_bytes > 0, "slices of no bytes would never end");
+        BodySlices {
+            body: self.clone(),
+            offset: 0,
+            max_bytes,
+        }
+    }
+
+    /// The slice at `offset`: at most `max_bytes`, up to the chunk's end; empty at the body's end.
+    #[must_use]
+    pub fn slice_at(&self, offset: usize, max_bytes: usize) -> Option<ChunkSlice> {
+        let chunk = self.chunks.get(offset / CHUNK_BYTES)?;
+        let start = offset % CHUNK_BYTES;
+        if start >= chunk.len() {
+            return None;
+        }
+        let end = chunk.len().min(start.saturating_add(max_bytes));
+        Some(ChunkSlice::new(chunk.clone(), start..end))
+    }
+
+    /// Reads the body from its start.
+    #[must_use]
+    pub fn reader(&self) -> BodyReader {
+        BodyReader {
+            body: self.clone(),
+            offset: 0,
+        }
+    }
+}
+
+impl fmt::Debug for Body {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Body")
+            .field("len", &self.len)
+            .field("chunks", &self.chunks.len())
+            .finish()
+    }
+}
+
+/// The slices of a body, in order.
+#[derive(Debug)]
+pub struct BodySlices {
+    body: Body,
+    offset: usize,
+    max_bytes: usize,
+}
+
+impl Iterator for BodySlices {
+    type Item = ChunkSlice;
+
+    fn next(&mut self) -> Option<ChunkSlice> {
+        let slice = self.body.slice_at(self.offset, self.max_bytes)?;
+        self.offset += slice.len();
+        Some(slice)
+    }
+}
+
+/// Reads a body; see [`Body::reader`].
+#[derive(Debug)]
+pub struct BodyReader {
+    body: Body,
+    offset: usize,
+}
+
+impl io::Read for BodyReader {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let part = io::BufRead::fill_buf(self)?;
+        let len = part.len().min(buf.len());
+        buf[..len].copy_from_slice(&part[..len]);
+        self.offset += len;
+        Ok(len)
+    }
+}
+
+impl io::BufRead for BodyReader {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        let chunk = self.body.chunks.get(self.offset / CHUNK_BYTES);
+        Ok(chunk.map_or(&[], |chunk| {
+            chunk.get(self.offset % CHUNK_BYTES..).unwrap_or(&[])
+        }))
+    }
+
+    fn consume(&mut self, amount: usize) {
+        self.offset += amount;
+    }
+}
+
+/// A body being received: all its chunks are reserved, its bytes arrive.
+#[derive(Debug)]
+pub struct BodyMut {
+    chunks: Vec<ChunkMut>,
+    len: usize,
+    filled: usize,
+}
+
+/// Bytes were written past the announced length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{bytes} bytes at {offset} exceed the announced length {len}")]
+pub struct OutOfBody {
+    /// Where the bytes were to go.
+    pub offset: usize,
+    /// How many there were.
+    pub bytes: usize,
+    /// The announced length.
+    pub len: usize,
+}
+
+impl OutOfBody {
+    /// The error as a metric label.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        "out_of_body"
+    }
+}
+
+impl BodyMut {
+    /// Reserves the chunks for `len` bytes, all or none.
+    #[must_use]
+    pub fn with_len(pool: &ChunkPool, len: usize) -> Option<Self> {
+        let count = len.div_ceil(CHUNK_BYTES);
+        // Checked before the list is allocated: the length comes from a peer.
+        if count > pool.free_chunks() {
+            return None;
+        }
+        let mut chunks = Vec::with_capacity(count);
+        for _ in 0..count {
+            chunks.push(pool.take()?);
+        }
+        Some(Self {
+            chunks,
+            len,
+            filled: 0,
+        })
+    }
+
+    /// The contiguous free space behind the bytes so far, up to the chunk's end; empty when full.
+    pub fn spare(&mut self) -> &mut [u8] {
+        let start = self.filled % CHUNK_BYTES;
+        let left = self.len - self.filled;
+        match self.chunks.get_mut(self.filled / CHUNK_BYTES) {
+            Some(chunk) => &mut chunk[start..CHUNK_BYTES.min(start + left)],
+            None => &mut [],
+        }
+    }
+
+    /// Takes the first `bytes` of [`Self::spare`] as received.
+    ///
+    /// # Panics
+    /// When the spare space was shorter.
+    pub fn advance(&mut self, bytes: usize) {
+        assert!(bytes <= self.spare().len(), "advanced past the spare space");
+        self.filled += bytes;
+    }
+
+    /// Writes at an offset, for a carrier that tracks ranges itself; does not move `filled`.
+    ///
+    /// # Errors
+    /// When the bytes exceed the announced length; nothing is written then.
+    pub fn write_at(&mut self, offset: usize, bytes: &[u8]) -> Result<(), OutOfBody> {
+        let fits = offset
+            .checked_add(bytes.len())
+            .is_some_and(|end| end <= self.len);
+        if !fits {
+            return Err(OutOfBody {
+                offset,
+                bytes: bytes.len(),
+                len: self.len,
+            });
+        }
+        let mut at = offset;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let start = at % CHUNK_BYTES;
+            let (now, later) = rest.split_at(rest.len().min(CHUNK_BYTES - start));
+            self.chunks[at / CHUNK_BYTES][start..start + now.len()].copy_from_slice(now);
+            at += now.len();
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// The free space from `offset` to its chunk's end or the body's, for a carrier that opens
+    /// packets straight into place; empty past the end.
+    pub fn space_at(&mut self, offset: usize) -> &mut [u8] {
+        let start = offset % CHUNK_BYTES;
+        let left = self.len.saturating_sub(offset);
+        match self.chunks.get_mut(offset / CHUNK_BYTES) {
+            Some(chunk) => &mut chunk[start..CHUNK_BYTES.min(start + left)],
+            None => &mut [],
+        }
+    }
+
+    /// The announced length.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no bytes were announced.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Bytes taken by [`Self::advance`].
+    #[must_use]
+    pub fn filled(&self) -> usize {
+        self.filled
+    }
+
+    /// Whether all announced bytes were taken.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.filled == self.len
+    }
+
+    /// Ends receiving. The body has the announced length: the caller checked that all of it came.
+    #[must_use]
+    pub fn freeze(self) -> Body {
+        let mut left = self.len;
+        let chunks: Arc<[Chunk]> = self
+            .chunks
+            .into_iter()
+            .map(|chunk| {
+                let len = left.min(CHUNK_BYTES);
+                left -= len;
+                chunk.freeze(len)
+            })
+            .collect();
+        Body {
+            chunks,
+            len: self.len,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+    use crate::config::HugePages;
+
+    fn pool(chunks: u64) -> ChunkPool {
+        ChunkPool::new(chunks << 20, HugePages::Never).unwrap()
+    }
+
+    fn pattern(len: usize) -> Vec<u8> {
+        (0..len).map(|i| (i % 251) as u8).collect()
+    }
+
+    /// Bytes come back as they went in, across chunk ends, by reader and by slices.
+    #[test]
+    fn round_trip() {
+        let pool = pool(3);
+        for len in [
+            0,
+            1,
+            CHUNK_BYTES - 1,
+            CHUNK_BYTES,
+            CHUNK_BYTES + 1,
+            3 * CHUNK_BYTES,
+        ] {
+            let bytes = pattern(len);
+            let body = Body::copy_from_slice(&pool, &bytes).unwrap();
+            assert_eq!(body.len(), len);
+            let mut read = Vec::new();
+            body.reader().read_to_end(&mut read).unwrap();
+            assert!(read == bytes);
+            let joined: Vec<u8> = body
+                .slices(65_537)
+                .flat_map(|slice| slice.as_ref().to_vec())
+                .collect();
+            assert!(joined == bytes);
+            assert!(
+                body.slices(1000)
+                    .all(|slice| !slice.is_empty() && slice.len() <= 1000)
+            );
+        }
+        assert_eq!(pool.free_chunks(), 3);
+    }
+
+    /// A body that does not fit takes nothing from the pool.
+    #[test]
+    fn reserve_all_or_none() {
+        let pool = pool(2);
+        assert!(BodyMut::with_len(&pool, 2 * CHUNK_BYTES + 1).is_none());
+        assert!(BodyMut::with_len(&pool, usize::MAX).is_none());
+        assert_eq!(pool.free_chunks(), 2);
+    }
+
+    /// Writing by offset crosses chunk ends and never leaves the body.
+    #[test]
+    fn write_at_stays_inside() {
+        let pool = pool(2);
+        let mut body = BodyMut::with_len(&pool, CHUNK_BYTES + 10).unwrap();
+        body.write_at(CHUNK_BYTES - 2, b"abcd").unwrap();
+        assert!(body.write_at(CHUNK_BYTES + 8, b"abc").is_err());
+        assert!(body.write_at(usize::MAX, b"a").is_err());
+        assert_eq!(body.space_at(CHUNK_BYTES + 4).len(), 6);
+        assert_eq!(body.space_at(CHUNK_BYTES + 10).len(), 0);
+        let body = body.freeze();
+        assert_eq!(&body.chunks()[0][CHUNK_BYTES - 2..], b"ab");
+        assert_eq!(&body.chunks()[1][..2], b"cd");
+    }
+
+    /// A list with a short chunk in the middle is not a body.
+    #[test]
+    fn short_chunk_only_at_the_end() {
+        let pool = pool(2);
+        let short = || pool.take().unwrap().freeze(5);
+        assert!(Body::from_chunks(vec![short(), short()]).is_none());
+        assert_eq!(Body::from_chunks(vec![short()]).unwrap().len(), 5);
+    }
+}

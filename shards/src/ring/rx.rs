@@ -1,0 +1,286 @@
+//! Receive slots: memory the kernel fills with GRO messages through a ring of provided buffers.
+//!
+//! Cost per message: a parse of fixed offsets and one entry written back.
+//!
+//! Invariants:
+//!
+//! 1. A slot is offered to the kernel at most once at a time; `offered` counts those.
+//! 2. A slot's bytes are read and written here only between its completion and its return.
+//! 3. Slots grow only when small messages waste them: bulk messages fill a slot each, and more
+//!    slots would only leave the cache.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use io_uring::{IoUring, opcode, squeue, types};
+
+use crate::buf::Mapping;
+use crate::config::{RX_SLOT_BYTES, ShardConfig};
+use crate::datapath::Datagrams;
+use crate::socket::ShardSocket;
+use crate::stats::ShardStats;
+use crate::sys;
+
+/// The one buffer group of a shard's ring.
+const GROUP: u16 = 0;
+/// `struct io_uring_recvmsg_out`: four u32.
+const HEADER_BYTES: usize = 16;
+/// Room for one control message with an int, and some.
+const CONTROL_BYTES: usize = 32;
+/// `struct cmsghdr`: a length of a word, level, type.
+const CMSG_HEADER_BYTES: usize = 16;
+
+pub(super) struct Rx {
+    slots: Mapping,
+    entries: Mapping,
+    mask: u16,
+    tail: u16,
+    /// Slots that exist.
+    count: u16,
+    count_max: u16,
+    /// Slots in the kernel's hands.
+    offered: u16,
+    name_bytes: usize,
+    /// Copied by the kernel when a receive is armed; says how a slot is laid out.
+    template: Box<libc::msghdr>,
+    starved: bool,
+    window_messages: u64,
+    window_bytes: u64,
+}
+
+impl Rx {
+    pub(super) fn new(
+        config: &ShardConfig,
+        socket: &ShardSocket,
+        uring: &IoUring,
+    ) -> io::Result<Self> {
+        let count = config.rx_slots.max(1);
+        // The kernel takes rings of at most 32,768 buffers, a power of two.
+        let count_max = config.rx_slots_max.clamp(count, 1 << 15);
+        let ring_entries = count_max.next_power_of_two();
+        let slots = Mapping::for_slots(usize::from(count_max) * RX_SLOT_BYTES)?;
+        let entries_bytes = usize::from(ring_entries) * size_of::<types::BufRingEntry>();
+        let entries = Mapping::for_slots(entries_bytes)?;
+        entries.populate(0, entries_bytes);
+        // SAFETY: the entries are mapped, page aligned, of the length given, and outlive the
+        // registration: `unregister` or the ring's end comes first.
+        unsafe {
+            uring.submitter().register_buf_ring_with_flags(
+                entries.as_ptr().as_ptr() as u64,
+                ring_entries,
+                GROUP,
+                0,
+            )
+        }?;
+        let name_bytes = if socket.local_addr().is_ipv4() {
+            16
+        } else {
+            28
+        };
+        // SAFETY: a message header of zeros is valid: no name, no buffers, no control data.
+        let mut template: Box<libc::msghdr> = Box::new(unsafe { std::mem::zeroed() });
+        template.msg_namelen = name_bytes as libc::socklen_t;
+        template.msg_controllen = CONTROL_BYTES;
+        let mut rx = Self {
+            slots,
+            entries,
+            mask: ring_entries - 1,
+            tail: 0,
+            count: 0,
+            count_max,
+            offered: 0,
+            name_bytes,
+            template,
+            starved: false,
+            window_messages: 0,
+            window_bytes: 0,
+        };
+        rx.add_slots(count);
+        Ok(rx)
+    }
+
+    pub(super) fn unregister(&self, uring: &IoUring) {
+        // Fails only when the ring is gone already.
+        let _ = uring.submitter().unregister_buf_ring(GROUP);
+    }
+
+    pub(super) fn slots_max(&self) -> u16 {
+        self.count_max
+    }
+
+    /// The multishot receive into the slots.
+    pub(super) fn recv_entry(&self, socket: types::Fixed) -> squeue::Entry {
+        opcode::RecvMsgMulti::new(socket, &raw const *self.template, GROUP).build()
+    }
+
+    /// Whether a receive may be armed: a slot is offered. Grows first where that helps.
+    pub(super) fn may_arm(&mut self, stats: &ShardStats) -> bool {
+        if std::mem::take(&mut self.starved) {
+            let small = self.window_bytes < self.window_messages * (RX_SLOT_BYTES as u64 / 4);
+            self.window_messages = 0;
+            self.window_bytes = 0;
+            let more = self.count.min(self.count_max - self.count);
+            if small && more > 0 {
+                self.add_slots(more);
+                stats.rx_slots_grown.add(u64::from(more));
+            }
+        }
+        self.offered > 0
+    }
+
+    /// The kernel found no slot.
+    pub(super) fn starved(&mut self) {
+        self.starved = true;
+    }
+
+    /// The kernel took a slot for a completion of this many bytes.
+    pub(super) fn taken(&mut self, bytes: usize) {
+        self.offered -= 1;
+        self.window_messages += 1;
+        self.window_bytes += bytes as u64;
+    }
+
+    /// The datagrams in a slot, or `None` when they are cut or their sender has no address.
+    pub(super) fn message(
+        &mut self,
+        slot: u16,
+        bytes: u32,
+        local: SocketAddr,
+    ) -> Option<Datagrams<'_>> {
+        let payload_at = HEADER_BYTES + self.name_bytes + CONTROL_BYTES;
+        let bytes = (bytes as usize).min(RX_SLOT_BYTES);
+        if slot >= self.count || bytes < payload_at {
+            return None;
+        }
+        // SAFETY: the slot's completion was reaped and it was not given back, so nobody else
+        // touches its bytes (invariant 2), which are mapped and initialised.
+        let slot = unsafe { std::slice::from_raw_parts_mut(self.slot_ptr(slot), bytes) };
+        let (head, payload) = slot.split_at_mut(payload_at);
+        let word =
+            |at: usize| u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+        let (name_len, control_len) = (word(0) as usize, word(4) as usize);
+        let (payload_len, flags) = (word(8) as usize, word(12));
+        if flags & (libc::MSG_TRUNC as u32) != 0 || payload_len != payload.len() {
+            return None;
+        }
+        let name = &head[HEADER_BYTES..HEADER_BYTES + self.name_bytes];
+        let from = sys::decode_addr(&name[..name_len.min(self.name_bytes)])?;
+        let control = &head[HEADER_BYTES + self.name_bytes..];
+        let segment_bytes =
+            gro_segment(&control[..control_len.min(CONTROL_BYTES)]).unwrap_or(payload.len());
+        Some(Datagrams {
+            from,
+            local,
+            segment_bytes,
+            payload,
+        })
+    }
+
+    /// Offers a slot to the kernel again.
+    pub(super) fn give_back(&mut self, slot: u16) {
+        let at = usize::from(self.tail & self.mask);
+        let base = self.entries.as_ptr().as_ptr().cast::<types::BufRingEntry>();
+        // SAFETY: `at` is below the ring's entries, all of which are mapped.
+        let entry = unsafe { base.add(at) };
+        // SAFETY: the kernel reads an entry only below the tail, which is published after this;
+        // at most as many slots as entries exist, so this one is not among those below.
+        let entry = unsafe { &mut *entry };
+        entry.set_addr(self.slot_ptr(slot) as u64);
+        entry.set_len(RX_SLOT_BYTES as u32);
+        entry.set_bid(slot);
+        self.tail = self.tail.wrapping_add(1);
+        // SAFETY: `base` is the first entry of the registered ring.
+        let tail = unsafe { types::BufRingEntry::tail(base) };
+        // SAFETY: the tail is an aligned u16 in the mapping; only this thread writes it, and the
+        // kernel reads it atomically.
+        let tail = unsafe { AtomicU16::from_ptr(tail.cast_mut()) };
+        tail.store(self.tail, Ordering::Release);
+        self.offered += 1;
+    }
+
+    fn add_slots(&mut self, more: u16) {
+        let from = self.count;
+        self.slots.populate(
+            usize::from(from) * RX_SLOT_BYTES,
+            usize::from(more) * RX_SLOT_BYTES,
+        );
+        self.count += more;
+        for slot in from..self.count {
+            self.give_back(slot);
+        }
+    }
+
+    fn slot_ptr(&self, slot: u16) -> *mut u8 {
+        // SAFETY: slots are numbered below `count`, and the mapping has room for `count_max`.
+        unsafe {
+            self.slots
+                .as_ptr()
+                .as_ptr()
+                .add(usize::from(slot) * RX_SLOT_BYTES)
+        }
+    }
+}
+
+/// The segment size in a GRO control message; `None` when the message is one datagram.
+fn gro_segment(control: &[u8]) -> Option<usize> {
+    let mut rest = control;
+    while rest.len() >= CMSG_HEADER_BYTES {
+        let len = usize::from_ne_bytes(rest[..8].try_into().ok()?);
+        let level = i32::from_ne_bytes(rest[8..12].try_into().ok()?);
+        let kind = i32::from_ne_bytes(rest[12..16].try_into().ok()?);
+        if len < CMSG_HEADER_BYTES || len > rest.len() {
+            return None;
+        }
+        if level == libc::SOL_UDP && kind == libc::UDP_GRO {
+            let value = rest.get(16..20)?.try_into().ok()?;
+            return usize::try_from(i32::from_ne_bytes(value))
+                .ok()
+                .filter(|&bytes| bytes > 0);
+        }
+        rest = rest.get(len.next_multiple_of(8)..)?;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cmsg(len: usize, level: i32, kind: i32, value: i32) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        bytes.extend(len.to_ne_bytes());
+        bytes.extend(level.to_ne_bytes());
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(value.to_ne_bytes());
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        bytes
+    }
+
+    /// The segment size is found behind other control data, and nonsense is no segment size.
+    #[test]
+    fn gro_control() {
+        let gro = cmsg(20, libc::SOL_UDP, libc::UDP_GRO, 1452);
+        assert_eq!(gro_segment(&gro), Some(1452));
+        let other = cmsg(20, 0, 8, 7);
+        assert_eq!(
+            gro_segment(&[other.clone(), gro.clone()].concat()),
+            Some(1452)
+        );
+        assert_eq!(gro_segment(&other), None);
+        assert_eq!(gro_segment(&[]), None);
+        assert_eq!(
+            gro_segment(&cmsg(3, libc::SOL_UDP, libc::UDP_GRO, 1452)),
+            None
+        );
+        assert_eq!(
+            gro_segment(&cmsg(400, libc::SOL_UDP, libc::UDP_GRO, 1452)),
+            None
+        );
+        assert_eq!(
+            gro_segment(&cmsg(20, libc::SOL_UDP, libc::UDP_GRO, -1)),
+            None
+        );
+        assert_eq!(gro_segment(&gro[..18]), None);
+    }
+}

@@ -1,0 +1,312 @@
+//! The loop: what a shard does in one turn, in which order, and how it falls asleep.
+//!
+//! Cost of a busy turn beyond the datapath's own: one clock read, one `io_uring_enter`, a few loads.
+//!
+//! Invariants:
+//!
+//! 1. Every step has a budget; what is left over is taken up in the next turn, before any park.
+//! 2. A park is announced before the last look for work, and undone when there is any.
+//! 3. The eventfd speaks only during a park in glommio.
+
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Instant;
+
+use glommio::io::BufferedFile;
+
+use crate::config::ShardConfig;
+use crate::datapath::{Datapath, Trains, Transmit};
+use crate::local::Local;
+use crate::mailbox::MailReceiver;
+use crate::park::{self, Class, Parker};
+use crate::ring::Ring;
+use crate::stats::ShardStats;
+
+/// How often woken local tasks may wake others in one turn.
+const LOCAL_ROUNDS: usize = 4;
+
+/// A shard on its thread.
+pub(super) struct Shard<D: Datapath> {
+    pub(super) config: ShardConfig,
+    pub(super) datapath: D,
+    pub(super) ring: Ring,
+    pub(super) mailbox: MailReceiver<D::Message>,
+    pub(super) local: Rc<Local>,
+    pub(super) parker: Arc<Parker>,
+    pub(super) stats: Arc<ShardStats>,
+    pub(super) eventfd: BufferedFile,
+}
+
+/// What the loop remembers from turn to turn.
+struct Pace {
+    /// When this turn began.
+    now: Instant,
+    /// When the datapath's timer is due.
+    deadline: Option<Instant>,
+    /// `transmit` has more.
+    more: bool,
+    /// Since when nothing happened.
+    idle_since: Option<Instant>,
+    housekeeping_at: Instant,
+    glommio_at: Instant,
+    stopping: bool,
+}
+
+impl<D: Datapath> Shard<D> {
+    /// Runs the shard until its datapath has stopped.
+    pub(super) async fn run(mut self) {
+        self.show_executor().await;
+        let mut pace = Pace::new(&self.config);
+        pace.deadline = self.datapath.next_timeout();
+        loop {
+            self.parker.beat();
+            self.stats.turns.add(1);
+
+            // 1. Messages, up to a budget.
+            let mut worked = self.take_messages(pace.now);
+            if self.parker.stop_requested() && !pace.stopping {
+                pace.stopping = true;
+                worked = true;
+                self.datapath.on_stop(pace.now);
+            }
+
+            // 2. Completions. The submit of the turn before ran what was deferred, so that this
+            //    enters the kernel only while nothing is sent.
+            if self.ring.needs_enter() {
+                self.ring.submit();
+            }
+            worked |= self.ring.reap();
+
+            // 3. Datagrams, up to a budget, then the end of their batch.
+            worked |= self.take_datagrams(pace.now);
+
+            // 4. Timers.
+            worked |= self.local.fire_timers(pace.now);
+            if pace.deadline.is_some_and(|deadline| deadline <= pace.now) {
+                self.datapath.on_timeout(pace.now);
+                worked = true;
+            }
+
+            // 5. Local tasks that any of this woke, so that what they send leaves in this turn.
+            if self.run_tasks().await {
+                pace.now = Instant::now();
+                worked = true;
+            }
+
+            // 6. Packets to send, up to a budget, and one submit for all.
+            if worked || pace.more || self.datapath.has_pending() {
+                worked = true;
+                self.ring.begin_transmit();
+                let sent = self.datapath.transmit(
+                    &mut Trains {
+                        ring: &mut self.ring,
+                    },
+                    pace.now,
+                );
+                self.ring.end_transmit();
+                pace.more = sent == Transmit::More;
+                pace.deadline = self.datapath.next_timeout();
+            }
+            self.ring.submit();
+
+            // 7. Now and then: counters, glommio's turn, the end.
+            if pace.now >= pace.housekeeping_at {
+                pace.housekeeping_at = pace.now + self.config.housekeeping;
+                self.datapath.on_housekeeping(pace.now, &self.stats);
+            }
+            if pace.stopping && self.datapath.is_stopped(pace.now) {
+                break;
+            }
+            self.give_glommio_a_turn(&mut pace).await;
+
+            // 8. Spin a little, then park.
+            self.rest(&mut pace, worked).await;
+        }
+        self.parker.set_executor(None);
+    }
+
+    fn take_messages(&mut self, now: Instant) -> bool {
+        let mut count = 0;
+        while count < self.config.mailbox_batch
+            && let Some(message) = self.mailbox.try_recv()
+        {
+            count += 1;
+            self.datapath.on_message(message, now);
+        }
+        if count > 0 {
+            self.stats.messages.add(count as u64);
+        }
+        count > 0
+    }
+
+    fn take_datagrams(&mut self, now: Instant) -> bool {
+        let mut any = false;
+        for _ in 0..self.config.receive_batch {
+            if !self
+                .ring
+                .receive(|datagrams| self.datapath.on_datagrams(datagrams, now))
+            {
+                break;
+            }
+            any = true;
+        }
+        if any {
+            self.datapath.on_receive_batch_end(now);
+        }
+        any
+    }
+
+    /// Runs woken local tasks. Returns whether there were any.
+    async fn run_tasks(&mut self) -> bool {
+        let mut any = false;
+        for _ in 0..LOCAL_ROUNDS {
+            if !self.parker.runnable(Class::Latency) {
+                break;
+            }
+            // First in, first out: all tasks woken before this run before the loop does.
+            yield_once().await;
+            any = true;
+        }
+        if self.parker.runnable(Class::Other) {
+            // glommio chooses by the queues' shares.
+            glommio::executor().yield_task_queue_now().await;
+            any = true;
+        }
+        any
+    }
+
+    /// Lets glommio look at its rings and its notifier, when the loop is too busy to park there.
+    async fn give_glommio_a_turn(&mut self, pace: &mut Pace) {
+        let foreign = self.parker.take_foreign();
+        let due = self.local.outside() && pace.now - pace.glommio_at >= self.config.glommio_turn;
+        if foreign || due {
+            self.stats.glommio_turns.add(1);
+            // Signalled beforehand: the park ends as soon as glommio has been through its rings.
+            self.local.signal();
+            self.sleep_in_glommio(pace).await;
+        }
+    }
+
+    /// Ends a turn: at once after work, by spinning within the budget, by parking after it.
+    async fn rest(&mut self, pace: &mut Pace, worked: bool) {
+        let before = pace.now;
+        pace.now = Instant::now();
+        if worked || pace.more {
+            self.stats
+                .busy_ns
+                .add((pace.now - before).as_nanos() as u64);
+            if pace.idle_since.take().is_some() {
+                self.stats.spins_won.add(1);
+            }
+            return;
+        }
+        let Some(since) = pace.idle_since else {
+            pace.idle_since = Some(pace.now);
+            if self.local.has_tasks() {
+                // Tasks that were spawned past the wrapper are not counted: let them run once.
+                glommio::executor().yield_task_queue_now().await;
+            }
+            return;
+        };
+        if pace.now - since < self.config.spin {
+            std::hint::spin_loop();
+            return;
+        }
+        self.park(pace).await;
+        pace.idle_since = None;
+        pace.now = Instant::now();
+    }
+
+    /// Sleeps until there is something to do.
+    async fn park(&mut self, pace: &mut Pace) {
+        let in_glommio = self.local.outside() || self.parker.any_runnable();
+        let until = pace.next_deadline(&self.config, self.local.next_timer());
+        let Some(timeout) = until
+            .checked_duration_since(pace.now)
+            .filter(|rest| !rest.is_zero())
+        else {
+            return;
+        };
+        if in_glommio {
+            self.ring.arm_timer(until, pace.now);
+            self.ring.submit();
+            self.ring.enable_eventfd();
+        }
+        self.parker.announce_park();
+        let stop = self.parker.stop_requested() && !pace.stopping;
+        let woken = self.parker.has_foreign() || (!in_glommio && self.parker.any_runnable());
+        if stop || woken || !self.mailbox.is_empty() || self.ring.has_work() {
+            // Something came between the last look and the announcement.
+        } else if in_glommio {
+            self.stats.eventfd_parks.add(1);
+            self.sleep_in_glommio(pace).await;
+        } else {
+            self.stats.direct_parks.add(1);
+            self.ring.park(timeout);
+        }
+        if in_glommio {
+            self.ring.silence_eventfd();
+        }
+        self.parker.end_park();
+    }
+
+    /// Awaits the eventfd, which makes glommio go through its rings, and sleep if nothing is there.
+    async fn sleep_in_glommio(&mut self, pace: &mut Pace) {
+        self.local.set_asleep(true);
+        // Wake-ups that tasks send meanwhile cannot wait for this loop's submit.
+        park::set_drives_a_ring(false);
+        if let Err(error) = self.eventfd.read_at(0, 8).await {
+            // Cannot be told from a wake-up here; the loop polls, so nothing is lost but time.
+            tracing::error!(%error, "the ring's eventfd cannot be read");
+        }
+        park::set_drives_a_ring(true);
+        self.local.set_asleep(false);
+        pace.now = Instant::now();
+        pace.glommio_at = pace.now;
+    }
+
+    /// Gives the watchdog a waker of this executor.
+    async fn show_executor(&mut self) {
+        let waker = poll_fn(|cx| Poll::Ready(cx.waker().clone())).await;
+        self.parker.set_executor(Some(waker));
+    }
+}
+
+impl Pace {
+    fn new(config: &ShardConfig) -> Self {
+        let now = Instant::now();
+        Self {
+            now,
+            deadline: None,
+            more: false,
+            idle_since: None,
+            housekeeping_at: now + config.housekeeping,
+            glommio_at: now,
+            stopping: false,
+        }
+    }
+
+    /// When a park must end: the first of all timers and the longest park.
+    fn next_deadline(&self, config: &ShardConfig, timer: Option<Instant>) -> Instant {
+        let longest = (self.now + config.direct_park_max).min(self.housekeeping_at);
+        [self.deadline, timer]
+            .into_iter()
+            .flatten()
+            .fold(longest, Instant::min)
+    }
+}
+
+/// Goes to the back of the loop's own task queue once.
+async fn yield_once() {
+    let mut yielded = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}

@@ -1,0 +1,248 @@
+//! UDP sockets of a reuseport group, one per shard, steered by connection ID.
+//!
+//! Invariants:
+//!
+//! 1. Sockets are bound in the order of their shards on the calling thread: the order of binding is
+//!    the index the steering program returns.
+//! 2. The program is attached once per group: replacing one that is in use can crash old kernels.
+//! 3. A datagram too short to hold a connection ID goes to shard 0.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+
+use crate::sys;
+
+/// What a reuseport group of UDP sockets is made of.
+#[derive(Debug, Clone)]
+pub struct UdpGroupConfig {
+    /// The address all sockets bind; port zero takes a free one.
+    pub local: SocketAddr,
+    /// Sockets to bind, one per shard.
+    pub shards: usize,
+    /// Receive buffer asked for per socket.
+    pub recv_buffer_bytes: usize,
+    /// Send buffer asked for per socket.
+    pub send_buffer_bytes: usize,
+    /// Whether the kernel may hand over several datagrams as one message.
+    pub gro: bool,
+}
+
+impl Default for UdpGroupConfig {
+    fn default() -> Self {
+        Self {
+            local: sys::NO_ADDR,
+            shards: 1,
+            recv_buffer_bytes: 16 << 20,
+            send_buffer_bytes: 4 << 20,
+            gro: true,
+        }
+    }
+}
+
+/// Why a group could not be bound.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SocketError {
+    /// A group of no sockets, or of more than a connection ID's byte can name.
+    #[error("a group has 1 to 256 shards, not {shards}")]
+    Shards {
+        /// Shards asked for.
+        shards: usize,
+    },
+    /// No socket could be made.
+    #[error("cannot make a UDP socket: {source}; raise the limit of open files (ulimit -n)")]
+    Create {
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The address could not be bound.
+    #[error("cannot bind {addr}: {source}; is another process using it, or is it not local?")]
+    Bind {
+        /// The address.
+        addr: SocketAddr,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A socket option was refused.
+    #[error("cannot set {option} on the socket: {source}")]
+    Option {
+        /// The option's name.
+        option: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl SocketError {
+    /// The error as a metric label.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Shards { .. } => "shards",
+            Self::Create { .. } => "create",
+            Self::Bind { .. } => "bind",
+            Self::Option { .. } => "option",
+        }
+    }
+}
+
+/// A bound socket for one shard.
+#[derive(Debug)]
+pub struct ShardSocket {
+    fd: OwnedFd,
+    local: SocketAddr,
+    recv_buffer_bytes: usize,
+    send_buffer_bytes: usize,
+    gro: bool,
+}
+
+impl ShardSocket {
+    /// The address the socket is bound to.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// The receive buffer the kernel gave; it counts its own bookkeeping in it.
+    #[must_use]
+    pub fn recv_buffer_bytes(&self) -> usize {
+        self.recv_buffer_bytes
+    }
+
+    /// The send buffer the kernel gave; it counts its own bookkeeping in it.
+    #[must_use]
+    pub fn send_buffer_bytes(&self) -> usize {
+        self.send_buffer_bytes
+    }
+
+    /// Whether the kernel hands over several datagrams as one message.
+    #[must_use]
+    pub fn gro(&self) -> bool {
+        self.gro
+    }
+
+    pub(crate) fn fd(&self) -> &OwnedFd {
+        &self.fd
+    }
+}
+
+/// Binds one socket per shard to one address.
+///
+/// # Errors
+/// When the address is taken or an option that the datapath relies on is refused.
+pub fn bind_group(config: &UdpGroupConfig) -> Result<Vec<ShardSocket>, SocketError> {
+    if config.shards == 0 || config.shards > 256 {
+        return Err(SocketError::Shards {
+            shards: config.shards,
+        });
+    }
+    let mut addr = config.local;
+    let mut sockets = Vec::with_capacity(config.shards);
+    for _ in 0..config.shards {
+        let socket = bind_one(config, addr)?;
+        // The first socket fixes a port left open.
+        addr = socket.local;
+        sockets.push(socket);
+    }
+    if config.shards > 1 {
+        sys::attach_reuseport_cbpf(&sockets[0].fd, &steering_program(config.shards as u32))
+            .map_err(|source| SocketError::Option {
+                option: "SO_ATTACH_REUSEPORT_CBPF",
+                source,
+            })?;
+    }
+    Ok(sockets)
+}
+
+fn bind_one(config: &UdpGroupConfig, addr: SocketAddr) -> Result<ShardSocket, SocketError> {
+    let fd = sys::udp_socket(addr).map_err(|source| SocketError::Create { source })?;
+    let set = |option: &'static str, level, name, value| {
+        sys::set_option(&fd, level, name, value)
+            .map_err(|source| SocketError::Option { option, source })
+    };
+    if config.shards > 1 {
+        set("SO_REUSEPORT", libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
+    }
+    // QUIC forbids fragments and finds the path's MTU itself.
+    if addr.is_ipv4() {
+        let always = libc::IP_PMTUDISC_DO;
+        set(
+            "IP_MTU_DISCOVER",
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            always,
+        )?;
+    } else {
+        let always = libc::IPV6_PMTUDISC_DO;
+        set(
+            "IPV6_MTU_DISCOVER",
+            libc::IPPROTO_IPV6,
+            libc::IPV6_MTU_DISCOVER,
+            always,
+        )?;
+    }
+    let recv_buffer_bytes = grow_buffer(
+        &fd,
+        libc::SO_RCVBUFFORCE,
+        libc::SO_RCVBUF,
+        config.recv_buffer_bytes,
+    );
+    let send_buffer_bytes = grow_buffer(
+        &fd,
+        libc::SO_SNDBUFFORCE,
+        libc::SO_SNDBUF,
+        config.send_buffer_bytes,
+    );
+    // A kernel without GRO delivers each datagram alone: slower, not wrong.
+    let gro = config.gro && sys::set_option(&fd, libc::SOL_UDP, libc::UDP_GRO, 1).is_ok();
+    sys::bind(&fd, addr).map_err(|source| SocketError::Bind { addr, source })?;
+    let local = sys::local_addr(&fd).map_err(|source| SocketError::Bind { addr, source })?;
+    Ok(ShardSocket {
+        fd,
+        local,
+        recv_buffer_bytes,
+        send_buffer_bytes,
+        gro,
+    })
+}
+
+/// Asks for a buffer past the system's limit, which needs a capability, then up to the limit; says
+/// what the kernel gave.
+fn grow_buffer(fd: &OwnedFd, force: i32, plain: i32, bytes: usize) -> usize {
+    let wanted = i32::try_from(bytes).unwrap_or(i32::MAX);
+    if sys::set_option(fd, libc::SOL_SOCKET, force, wanted).is_err() {
+        // Never refused: the kernel cuts it to net.core.rmem_max or wmem_max.
+        let _ = sys::set_option(fd, libc::SOL_SOCKET, plain, wanted);
+    }
+    let given = sys::option(fd, libc::SOL_SOCKET, plain).unwrap_or(0);
+    usize::try_from(given).unwrap_or(0)
+}
+
+/// The shard of a datagram: the first byte of its destination connection ID, modulo the shards.
+///
+/// The ID starts at byte 1 behind a short header and at byte 6 behind a long one, whose byte 5 is
+/// the ID's length. A load past the datagram's end makes the program return 0.
+fn steering_program(shards: u32) -> [libc::sock_filter; 10] {
+    const LOAD: u32 = libc::BPF_LD | libc::BPF_B | libc::BPF_ABS;
+    const MODULO: u32 = libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K;
+    const RETURN_A: u32 = libc::BPF_RET | libc::BPF_A;
+    let op = |code: u32, jt, jf, k| libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    [
+        op(LOAD, 0, 0, 0),
+        op(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, 3, 0, 0x80),
+        op(LOAD, 0, 0, 1),
+        op(MODULO, 0, 0, shards),
+        op(RETURN_A, 0, 0, 0),
+        op(LOAD, 0, 0, 5),
+        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 2, 0, 0),
+        op(LOAD, 0, 0, 6),
+        op(MODULO, 0, 0, shards),
+        op(RETURN_A, 0, 0, 0),
+    ]
+}

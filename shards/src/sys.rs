@@ -1,0 +1,269 @@
+#![allow(unsafe_code)]
+//! System calls that std has no word for: socket options, pipes, affinity, limits.
+//!
+//! Soundness argument. Every call passes pointers to live local values with their own sizes, takes
+//! ownership of descriptors the kernel just made, or passes no pointer at all.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: only called with a descriptor the kernel just made for us.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// A non-blocking pipe: the end to read, the end to write.
+pub(crate) fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut fds = [0; 2];
+    // SAFETY: the array has room for the two descriptors.
+    check(unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) })?;
+    Ok((own(fds[0]), own(fds[1])))
+}
+
+/// An eventfd with a count of zero.
+pub(crate) fn eventfd() -> io::Result<OwnedFd> {
+    // SAFETY: passes no pointer.
+    Ok(own(check(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) })?))
+}
+
+/// An eventfd as a file of glommio's: awaiting a read of it is awaiting its signal.
+pub(crate) fn eventfd_file(fd: OwnedFd) -> glommio::io::BufferedFile {
+    // SAFETY: the descriptor is owned and handed over.
+    unsafe { glommio::io::BufferedFile::from_raw_fd(fd.into_raw_fd()) }
+}
+
+/// Writes to a pipe; a full one has been signalled already.
+pub(crate) fn write_pipe(fd: BorrowedFd<'_>) {
+    let byte = 1u8;
+    // SAFETY: one readable byte.
+    unsafe { libc::write(fd.as_raw_fd(), (&raw const byte).cast(), 1) };
+}
+
+/// Adds one to an eventfd.
+pub(crate) fn signal_eventfd(fd: BorrowedFd<'_>) {
+    let one = 1u64;
+    // SAFETY: eight readable bytes.
+    unsafe { libc::write(fd.as_raw_fd(), (&raw const one).cast(), 8) };
+}
+
+/// Reads a non-blocking pipe until it is empty.
+pub(crate) fn drain_pipe(fd: BorrowedFd<'_>) {
+    let mut bytes = [0u8; 64];
+    loop {
+        // SAFETY: as many writable bytes as the length says.
+        let read = unsafe { libc::read(fd.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len()) };
+        if read < bytes.len() as isize {
+            return;
+        }
+    }
+}
+
+/// Sets an option whose value is an int.
+pub(crate) fn set_option(fd: &OwnedFd, level: i32, name: i32, value: i32) -> io::Result<()> {
+    // SAFETY: the value lives over the call and its size is passed.
+    check(unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            level,
+            name,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    })?;
+    Ok(())
+}
+
+/// Reads an option whose value is an int.
+pub(crate) fn option(fd: &OwnedFd, level: i32, name: i32) -> io::Result<i32> {
+    let mut value = 0i32;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: value and length live over the call, and the length is the value's size.
+    check(unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            level,
+            name,
+            (&raw mut value).cast(),
+            &raw mut len,
+        )
+    })?;
+    Ok(value)
+}
+
+/// A UDP socket of the address's family, not yet bound.
+pub(crate) fn udp_socket(addr: SocketAddr) -> io::Result<OwnedFd> {
+    let family = if addr.is_ipv4() {
+        libc::AF_INET
+    } else {
+        libc::AF_INET6
+    };
+    // SAFETY: passes no pointer.
+    Ok(own(check(unsafe {
+        libc::socket(family, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0)
+    })?))
+}
+
+/// Binds a socket.
+pub(crate) fn bind(fd: &OwnedFd, addr: SocketAddr) -> io::Result<()> {
+    let (bytes, len) = encode_addr(addr);
+    // SAFETY: len bytes of an address are readable.
+    check(unsafe {
+        libc::bind(
+            fd.as_raw_fd(),
+            bytes.as_ptr().cast(),
+            len as libc::socklen_t,
+        )
+    })?;
+    Ok(())
+}
+
+/// The address a socket is bound to.
+pub(crate) fn local_addr(fd: &OwnedFd) -> io::Result<SocketAddr> {
+    let mut bytes = AddrBytes::default();
+    let mut len = bytes.0.len() as libc::socklen_t;
+    // SAFETY: len bytes are writable.
+    check(unsafe { libc::getsockname(fd.as_raw_fd(), bytes.0.as_mut_ptr().cast(), &raw mut len) })?;
+    decode_addr(&bytes.0).ok_or_else(|| io::Error::other("not an internet address"))
+}
+
+/// Attaches the program that picks a socket of a reuseport group.
+pub(crate) fn attach_reuseport_cbpf(fd: &OwnedFd, code: &[libc::sock_filter]) -> io::Result<()> {
+    let program = libc::sock_fprog {
+        len: code.len() as u16,
+        filter: code.as_ptr().cast_mut(),
+    };
+    // SAFETY: the program and its code live over the call; the kernel copies and only reads them.
+    check(unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_REUSEPORT_CBPF,
+            (&raw const program).cast(),
+            size_of::<libc::sock_fprog>() as libc::socklen_t,
+        )
+    })?;
+    Ok(())
+}
+
+/// The cores this thread may run on.
+pub(crate) fn allowed_cpus() -> Vec<usize> {
+    // SAFETY: an all-zero set is a valid, empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the set lives over the call and its size is passed.
+    if unsafe { libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut set) } != 0 {
+        return Vec::new();
+    }
+    (0..libc::CPU_SETSIZE as usize)
+        // SAFETY: the index is below the set's size.
+        .filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) })
+        .collect()
+}
+
+/// The soft limit of locked memory.
+pub(crate) fn memlock_bytes() -> u64 {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the limit lives over the call.
+    if unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut limit) } != 0 {
+        return u64::MAX;
+    }
+    limit.rlim_cur
+}
+
+/// The calling thread's id.
+pub(crate) fn thread_id() -> i32 {
+    // SAFETY: passes no pointer and cannot fail.
+    unsafe { libc::gettid() }
+}
+
+/// Room for an IPv4 or IPv6 socket address, aligned as the kernel's types.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(align(4))]
+pub(crate) struct AddrBytes(pub(crate) [u8; 28]);
+
+impl std::ops::Deref for AddrBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// An address as the kernel's `sockaddr_in` or `sockaddr_in6`, and its length.
+pub(crate) fn encode_addr(addr: SocketAddr) -> (AddrBytes, usize) {
+    let mut bytes = AddrBytes::default();
+    let raw = &mut bytes.0;
+    raw[2..4].copy_from_slice(&addr.port().to_be_bytes());
+    match addr {
+        SocketAddr::V4(v4) => {
+            raw[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
+            raw[4..8].copy_from_slice(&v4.ip().octets());
+            (bytes, size_of::<libc::sockaddr_in>())
+        }
+        SocketAddr::V6(v6) => {
+            raw[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
+            raw[4..8].copy_from_slice(&v6.flowinfo().to_ne_bytes());
+            raw[8..24].copy_from_slice(&v6.ip().octets());
+            raw[24..28].copy_from_slice(&v6.scope_id().to_ne_bytes());
+            (bytes, size_of::<libc::sockaddr_in6>())
+        }
+    }
+}
+
+/// The address in a kernel's `sockaddr`, if it is one of the internet's.
+pub(crate) fn decode_addr(raw: &[u8]) -> Option<SocketAddr> {
+    let family = u16::from_ne_bytes(raw.get(..2)?.try_into().ok()?);
+    let port = u16::from_be_bytes(raw.get(2..4)?.try_into().ok()?);
+    if i32::from(family) == libc::AF_INET {
+        let ip: [u8; 4] = raw.get(4..8)?.try_into().ok()?;
+        return Some(SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::from(ip), port)));
+    }
+    if i32::from(family) == libc::AF_INET6 {
+        let flow = u32::from_ne_bytes(raw.get(4..8)?.try_into().ok()?);
+        let ip: [u8; 16] = raw.get(8..24)?.try_into().ok()?;
+        let scope = u32::from_ne_bytes(raw.get(24..28)?.try_into().ok()?);
+        return Some(SocketAddr::V6(SocketAddrV6::new(
+            Ipv6Addr::from(ip),
+            port,
+            flow,
+            scope,
+        )));
+    }
+    None
+}
+
+/// The address that stands for "no socket".
+pub(crate) const NO_ADDR: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Addresses go to the kernel's form and back unchanged.
+    #[test]
+    fn address_round_trip() {
+        let cases: [SocketAddr; 3] = [
+            "127.0.0.1:4433".parse().unwrap(),
+            "[::1]:1".parse().unwrap(),
+            SocketAddr::V6(SocketAddrV6::new(Ipv6Addr::LOCALHOST, 9, 7, 3)),
+        ];
+        for addr in cases {
+            let (bytes, len) = encode_addr(addr);
+            assert_eq!(len, if addr.is_ipv4() { 16 } else { 28 });
+            assert_eq!(decode_addr(&bytes[..len]), Some(addr));
+        }
+        assert_eq!(decode_addr(&[0; 28]), None);
+        assert_eq!(decode_addr(&[2, 0, 1]), None);
+    }
+}
