@@ -11,11 +11,17 @@
 #![forbid(unsafe_code)]
 
 pub mod backoff;
+pub mod budget;
 pub mod cid;
 pub mod frame;
+pub mod health;
 pub mod id;
 pub mod identity;
+pub mod knock;
+pub mod peers;
 pub mod registry;
 pub mod rng;
+pub mod rpc;
+pub mod score;
 pub mod timer;
 pub mod topology;

@@ -93,6 +93,13 @@ impl<K> Wheel<K> {
         self.len == 0
     }
 
+    /// Whether the timer has neither fired nor been cancelled.
+    pub fn waits(&self, id: TimerId) -> bool {
+        self.entries
+            .get(id.index as usize)
+            .is_some_and(|entry| entry.generation == id.generation && entry.key.is_some())
+    }
+
     /// Starts a timer. One in the past fires at the next poll.
     pub fn schedule(&mut self, key: K, at: Instant) -> TimerId {
         let tick = self.tick_at_or_after(at);
@@ -167,12 +174,6 @@ impl<K> Wheel<K> {
     pub fn next(&self) -> Option<Instant> {
         let (_, _, start) = self.first_slot()?;
         Some(self.instant(start))
-    }
-
-    fn waits(&self, id: TimerId) -> bool {
-        self.entries
-            .get(id.index as usize)
-            .is_some_and(|entry| entry.generation == id.generation && entry.key.is_some())
     }
 
     /// The earliest occupied slot, by invariant 3: its level, its index, its first tick.

@@ -1,0 +1,631 @@
+//! Connections of one shard: whom to dial, which connection counts, when to try again.
+//!
+//! The shell makes and ends QUIC connections as the actions say, and reports what happened to
+//! them; this machine decides. One machine per shard and connection index. After every input,
+//! drain [`Peers::poll_action`], and call [`Peers::handle_timeout`] at [`Peers::poll_timeout`].
+//!
+//! 1. Only members of the topology whose owner is this shard have a connection; the lower id dials.
+//! 2. A peer has at most one current connection, at most one that is not yet up, and at most one
+//!    that drains; so connections are bounded by three per peer.
+//! 3. A connection is up at the peer's first hello. It then gets a number above all earlier ones,
+//!    and replaces the current one, which drains.
+//! 4. A dialler has at most one attempt under way per peer, always with a deadline; when it has
+//!    no connection and no attempt, a redial is scheduled.
+//! 5. Redials back off from `base` to `cap`; only a connection that was up for `stable_after`
+//!    resets that, so a peer that accepts and closes at once is not dialled in a loop.
+//! 6. A knock can bring a dial forward and nothing else: see [`crate::knock`].
+
+mod connection;
+mod dial;
+#[cfg(test)]
+mod tests;
+
+use crate::{
+    backoff::{Backoff, BackoffConfig},
+    id::{ConnectionNumber, NodeId},
+    rng::Rng,
+    timer::{TimerId, Wheel},
+    topology::Topology,
+};
+use connection::{Connection, State};
+use dial::Dial;
+use std::{
+    collections::{BTreeMap, VecDeque},
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use thiserror::Error;
+
+/// The shell's name for a connection; never used twice within a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnKey(pub u64);
+
+/// Names one dial of one machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Attempt(pub u64);
+
+/// Bounds and times of [`Peers`].
+#[derive(Clone, Debug)]
+pub struct PeersConfig {
+    /// This shard.
+    pub shard: u8,
+    /// Shards of this node.
+    pub shards: u8,
+    /// Which of the connections of a pair of nodes this machine keeps.
+    pub index: u8,
+    /// Peers that get a connection; members beyond are counted and left out.
+    pub peers_max: usize,
+    /// Delays between dials.
+    pub backoff: BackoffConfig,
+    /// From the dial to the peer's hello; on the listener, from the handshake to the hello.
+    pub connect_timeout: Duration,
+    /// How long a replaced connection may finish what it has begun.
+    pub drain_timeout: Duration,
+    /// Up for so long, a connection counts as good: see invariant 5.
+    pub stable_after: Duration,
+    /// Longest time between two knocks at a dialler that is not connected.
+    pub knock_interval: Duration,
+    /// How long a connection may stay silent after its peer knocked: above any round trip.
+    pub verify_timeout: Duration,
+}
+
+impl Default for PeersConfig {
+    fn default() -> Self {
+        Self {
+            shard: 0,
+            shards: 1,
+            index: 0,
+            peers_max: 1024,
+            backoff: BackoffConfig::default(),
+            connect_timeout: Duration::from_secs(10),
+            drain_timeout: Duration::from_secs(5),
+            stable_after: Duration::from_secs(1),
+            knock_interval: Duration::from_millis(500),
+            verify_timeout: Duration::from_millis(600),
+        }
+    }
+}
+
+/// Who began a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// The peer.
+    Inbound,
+    /// This node, by this dial.
+    Outbound(Attempt),
+}
+
+/// How a connection ended, or a dial failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CloseKind {
+    /// The peer closed it in good order: it restarts, or replaced the connection.
+    Clean,
+    /// A stateless reset: the peer runs, and does not know the connection.
+    Reset,
+    /// The peer, or its TLS, refused us.
+    Refused,
+    /// Idle timeout or transport error.
+    Lost,
+}
+
+/// Why a connection may not be, after its handshake has told who the peer is.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The peer has the higher id: it must be dialled.
+    #[error("the node with the lower id dials")]
+    WrongDirection,
+    /// The peer is not in the topology.
+    #[error("peer is not a member of the subnet")]
+    NotAMember,
+    /// The peer has our key.
+    #[error("peer is this node")]
+    SelfConnection,
+    /// Another shard owns the peer.
+    #[error("another shard owns this peer")]
+    WrongShard,
+    /// The peers that a shard may have are there.
+    #[error("too many peers")]
+    TooMany,
+    /// The dial was given up, or is of another peer.
+    #[error("the dial was given up")]
+    StaleAttempt,
+    /// This node goes away.
+    #[error("this node is shutting down")]
+    ShuttingDown,
+}
+
+impl Refusal {
+    /// Stable label for metrics and logs.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::WrongDirection => "wrong_direction",
+            Self::NotAMember => "not_a_member",
+            Self::SelfConnection => "self_connection",
+            Self::WrongShard => "wrong_shard",
+            Self::TooMany => "too_many_peers",
+            Self::StaleAttempt => "stale_attempt",
+            Self::ShuttingDown => "shutting_down",
+        }
+    }
+}
+
+/// Why this machine ends a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CloseReason {
+    /// The topology no longer has the peer, or this node.
+    NotAMember,
+    /// A newer connection of the peer took its place before it was up.
+    Superseded,
+    /// It had its time to finish.
+    Drained,
+    /// The peer did not say hello in time.
+    HelloTimeout,
+    /// The peer knocked and the connection stayed silent.
+    Unresponsive,
+    /// This node goes away.
+    ShuttingDown,
+}
+
+impl CloseReason {
+    /// Stable label for metrics and logs.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::NotAMember => "not_a_member",
+            Self::Superseded => "superseded",
+            Self::Drained => "drained",
+            Self::HelloTimeout => "hello_timeout",
+            Self::Unresponsive => "unresponsive",
+            Self::ShuttingDown => "shutting_down",
+        }
+    }
+}
+
+/// What the shell must do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Connect; ends in `handshake_done`, `dial_failed` or [`Action::Abandon`].
+    Dial {
+        /// Whose key the listener must have.
+        peer: NodeId,
+        /// Where.
+        address: SocketAddr,
+        /// Names the dial.
+        attempt: Attempt,
+    },
+    /// Forget a dial whose handshake is not done; no report is due.
+    Abandon {
+        /// Names the dial.
+        attempt: Attempt,
+    },
+    /// Send a [`crate::knock::Knock`].
+    Knock {
+        /// To whom.
+        peer: NodeId,
+        /// Where.
+        address: SocketAddr,
+    },
+    /// Send a probe at once and report [`Peers::verified`] when anything comes back.
+    Verify {
+        /// The connection that may be dead.
+        conn: ConnKey,
+    },
+    /// The connection is the peer's current one from now on.
+    Up {
+        /// The peer.
+        peer: NodeId,
+        /// Its connection.
+        conn: ConnKey,
+        /// Higher than that of every earlier one.
+        number: ConnectionNumber,
+    },
+    /// The peer has no current connection any more.
+    Down {
+        /// The peer.
+        peer: NodeId,
+        /// Number of the connection that it had.
+        number: ConnectionNumber,
+    },
+    /// Start nothing new on the connection; it is closed by a later action.
+    Drain {
+        /// The replaced connection.
+        conn: ConnKey,
+    },
+    /// Close the connection; the machine has forgotten it, and a `closed` for it is ignored.
+    Close {
+        /// The connection.
+        conn: ConnKey,
+        /// What to tell the peer.
+        reason: CloseReason,
+    },
+}
+
+/// Events since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PeersCounters {
+    /// Dials begun.
+    pub dials: u64,
+    /// Dials that failed, timed out or were given up.
+    pub dials_failed: u64,
+    /// Connections that came up.
+    pub ups: u64,
+    /// Up connections that were replaced by newer ones.
+    pub replaced: u64,
+    /// Times that a peer was left without a connection.
+    pub downs: u64,
+    /// Handshakes refused.
+    pub refused: u64,
+    /// Knocks sent.
+    pub knocks_sent: u64,
+    /// Knocks received that changed something.
+    pub knocks_heeded: u64,
+    /// Members left out because of `peers_max`, at the last topology.
+    pub members_left_out: u64,
+}
+
+/// Connection management of one shard.
+#[derive(Debug)]
+pub struct Peers {
+    id: NodeId,
+    config: PeersConfig,
+    topology: Arc<Topology>,
+    peers: BTreeMap<NodeId, Peer>,
+    connections: BTreeMap<ConnKey, Connection>,
+    timers: Wheel<Timer>,
+    actions: VecDeque<Action>,
+    rng: Rng,
+    numbers_base: u64,
+    numbers_given: u64,
+    attempts: u64,
+    stopping: bool,
+    counters: PeersCounters,
+}
+
+#[derive(Debug)]
+struct Peer {
+    addresses: Vec<SocketAddr>,
+    next_address: usize,
+    current: Option<ConnKey>,
+    pending: Option<ConnKey>,
+    draining: Option<ConnKey>,
+    dial: Dial,
+    last_dial: Option<Instant>,
+    /// Attempts that knocks cut short since the last connection: each grants the next more time.
+    knock_restarts: u32,
+    backoff: Backoff,
+    /// Next dial, deadline of the attempt, or next knock.
+    timer: Option<TimerId>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Timer {
+    Peer(NodeId),
+    Connection(ConnKey),
+}
+
+impl Peers {
+    /// A machine without peers. Connection numbers start above `numbers_base`, and differ from
+    /// those of the other shards of the process when all have the same base.
+    pub fn new(
+        id: NodeId,
+        config: PeersConfig,
+        numbers_base: u64,
+        seed: u64,
+        now: Instant,
+    ) -> Self {
+        Self {
+            id,
+            config,
+            topology: Arc::new(Topology::empty()),
+            peers: BTreeMap::new(),
+            connections: BTreeMap::new(),
+            timers: Wheel::with_resolution(now, Duration::from_millis(1)),
+            actions: VecDeque::new(),
+            rng: Rng::new(seed),
+            numbers_base,
+            numbers_given: 0,
+            attempts: 0,
+            stopping: false,
+            counters: PeersCounters::default(),
+        }
+    }
+
+    /// Takes a new topology: closes what is no member any more, dials what is new.
+    pub fn set_topology(&mut self, topology: Arc<Topology>, now: Instant) {
+        self.topology = topology;
+        let gone: Vec<NodeId> = self
+            .peers
+            .keys()
+            .filter(|id| !self.should_have(id))
+            .copied()
+            .collect();
+        for peer in gone {
+            self.remove_peer(peer);
+        }
+        self.counters.members_left_out = 0;
+        let topology = Arc::clone(&self.topology);
+        for (id, member) in topology.iter() {
+            if self.should_have(id) {
+                self.update_peer(*id, &member.addresses, now);
+            }
+        }
+        self.invariants();
+    }
+
+    /// Judges a connection whose handshake has proved who the peer is. On a refusal the shell
+    /// closes it; otherwise it sends its hello and waits for the peer's.
+    pub fn handshake_done(
+        &mut self,
+        conn: ConnKey,
+        peer: NodeId,
+        direction: Direction,
+        now: Instant,
+    ) -> Result<(), Refusal> {
+        let judged = self.judge(peer, direction);
+        if let Err(refusal) = judged {
+            self.counters.refused += 1;
+            return Err(refusal);
+        }
+        self.add_pending(conn, peer, direction, now);
+        self.invariants();
+        Ok(())
+    }
+
+    /// The peer's hello has come: the connection is up.
+    pub fn hello_received(&mut self, conn: ConnKey, now: Instant) {
+        self.bring_up(conn, now);
+        self.invariants();
+    }
+
+    /// The connection is no more.
+    pub fn closed(&mut self, conn: ConnKey, kind: CloseKind, now: Instant) {
+        self.forget(conn, kind, now);
+        self.invariants();
+    }
+
+    /// A dial ended before its handshake was done.
+    pub fn dial_failed(&mut self, attempt: Attempt, now: Instant) {
+        let dialled = |peer: &Peer| peer.dial.attempt() == Some(attempt) && peer.pending.is_none();
+        let found = self
+            .peers
+            .iter()
+            .find(|(_, peer)| dialled(peer))
+            .map(|(id, _)| *id);
+        if let Some(peer) = found {
+            self.redial_later(peer, now);
+        }
+        self.invariants();
+    }
+
+    /// A knock of this peer has come, addressed to us.
+    pub fn knocked(&mut self, peer: NodeId, now: Instant) {
+        self.heed_knock(peer, now);
+        self.invariants();
+    }
+
+    /// Something has come from the peer on a connection that [`Action::Verify`] named.
+    pub fn verified(&mut self, conn: ConnKey) {
+        if let Some(connection) = self.connections.get_mut(&conn)
+            && connection.verifying
+        {
+            connection.verifying = false;
+            self.stop_connection_timer(conn);
+        }
+    }
+
+    /// Closes everything; nothing is dialled or accepted afterwards.
+    pub fn shut_down(&mut self) {
+        self.stopping = true;
+        while let Some((peer, _)) = self.peers.first_key_value() {
+            self.remove_peer(*peer);
+        }
+        self.invariants();
+    }
+
+    /// Does what is due at `now`.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        let mut due = Vec::new();
+        self.timers.poll(now, &mut |timer| due.push(timer));
+        for timer in due {
+            match timer {
+                Timer::Peer(peer) => self.peer_timeout(peer, now),
+                Timer::Connection(conn) => self.connection_timeout(conn, now),
+            }
+        }
+        self.invariants();
+    }
+
+    /// When to call [`Self::handle_timeout`]; none while nothing waits.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.timers.next()
+    }
+
+    /// The next thing to do.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// The connection to send on.
+    pub fn current(&self, peer: &NodeId) -> Option<(ConnKey, ConnectionNumber)> {
+        let conn = self.peers.get(peer)?.current?;
+        match self.connections.get(&conn)?.state {
+            State::Up { number, .. } => Some((conn, number)),
+            _ => None,
+        }
+    }
+
+    /// The peer of a connection that this machine knows.
+    pub fn peer_of(&self, conn: ConnKey) -> Option<NodeId> {
+        self.connections
+            .get(&conn)
+            .map(|connection| connection.peer)
+    }
+
+    /// Peers of this shard and their current connections, in the order of ids.
+    pub fn iter(&self) -> impl Iterator<Item = (NodeId, Option<(ConnKey, ConnectionNumber)>)> {
+        self.peers.keys().map(|id| (*id, self.current(id)))
+    }
+
+    /// Events since the start.
+    pub fn counters(&self) -> PeersCounters {
+        self.counters
+    }
+
+    /// Whether this machine keeps a connection to `peer`.
+    fn should_have(&self, peer: &NodeId) -> bool {
+        let PeersConfig {
+            shard,
+            shards,
+            index,
+            ..
+        } = self.config;
+        !self.stopping
+            && *peer != self.id
+            && peer.owner_shard(index, shards) == shard
+            && self.topology.member(&self.id).is_some()
+            && self.topology.member(peer).is_some()
+    }
+
+    fn judge(&self, id: NodeId, direction: Direction) -> Result<(), Refusal> {
+        let PeersConfig {
+            shard,
+            shards,
+            index,
+            ..
+        } = self.config;
+        if self.stopping {
+            return Err(Refusal::ShuttingDown);
+        }
+        if id == self.id {
+            return Err(Refusal::SelfConnection);
+        }
+        if self.topology.member(&id).is_none() || self.topology.member(&self.id).is_none() {
+            return Err(Refusal::NotAMember);
+        }
+        if direction == Direction::Inbound && id > self.id {
+            return Err(Refusal::WrongDirection);
+        }
+        if id.owner_shard(index, shards) != shard {
+            return Err(Refusal::WrongShard);
+        }
+        let Some(peer) = self.peers.get(&id) else {
+            return Err(Refusal::TooMany);
+        };
+        match direction {
+            Direction::Outbound(attempt)
+                if peer.dial.attempt() != Some(attempt) || peer.pending.is_some() =>
+            {
+                Err(Refusal::StaleAttempt)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn update_peer(&mut self, id: NodeId, addresses: &[SocketAddr], now: Instant) {
+        if let Some(peer) = self.peers.get_mut(&id) {
+            if peer.addresses != addresses {
+                peer.addresses = addresses.to_vec();
+                peer.next_address = 0;
+                self.addresses_changed(id, now);
+            }
+            return;
+        }
+        if self.peers.len() >= self.config.peers_max {
+            self.counters.members_left_out += 1;
+            return;
+        }
+        let knocks = BackoffConfig {
+            base: self.config.backoff.base.min(self.config.knock_interval),
+            cap: self.config.knock_interval,
+        };
+        let dials = self.id < id;
+        let peer = Peer {
+            addresses: addresses.to_vec(),
+            next_address: 0,
+            current: None,
+            pending: None,
+            draining: None,
+            dial: if dials { Dial::Idle } else { Dial::Listening },
+            last_dial: None,
+            knock_restarts: 0,
+            backoff: Backoff::new(if dials { self.config.backoff } else { knocks }),
+            timer: None,
+        };
+        self.peers.insert(id, peer);
+        self.seek(id, now);
+    }
+
+    fn remove_peer(&mut self, id: NodeId) {
+        let Some(peer) = self.peers.remove(&id) else {
+            return;
+        };
+        if let Some(timer) = peer.timer {
+            self.timers.cancel(timer);
+        }
+        if let (Some(attempt), None) = (peer.dial.attempt(), peer.pending) {
+            self.actions.push_back(Action::Abandon { attempt });
+        }
+        let reason = if self.stopping {
+            CloseReason::ShuttingDown
+        } else {
+            CloseReason::NotAMember
+        };
+        for conn in [peer.pending, peer.draining, peer.current]
+            .into_iter()
+            .flatten()
+        {
+            let state = self
+                .drop_connection(conn)
+                .map(|connection| connection.state);
+            self.actions.push_back(Action::Close { conn, reason });
+            if let Some(State::Up { number, .. }) = state {
+                self.counters.downs += 1;
+                self.actions.push_back(Action::Down { peer: id, number });
+            }
+        }
+    }
+
+    fn invariants(&self) {
+        if !cfg!(debug_assertions) {
+            return;
+        }
+        let mut named = 0;
+        for (id, peer) in &self.peers {
+            assert!(self.should_have(id), "1: {id} is no peer of this shard");
+            for conn in [peer.current, peer.pending, peer.draining]
+                .into_iter()
+                .flatten()
+            {
+                assert_eq!(self.connections.get(&conn).map(|c| c.peer), Some(*id), "2");
+                named += 1;
+            }
+            let state = |conn: Option<ConnKey>| conn.map(|conn| &self.connections[&conn].state);
+            assert!(
+                matches!(state(peer.current), None | Some(State::Up { .. })),
+                "2"
+            );
+            assert!(
+                matches!(state(peer.pending), None | Some(State::Pending(_))),
+                "2"
+            );
+            assert!(
+                matches!(state(peer.draining), None | Some(State::Draining)),
+                "2"
+            );
+            assert_eq!(self.id < *id, peer.dial != Dial::Listening, "1");
+            let seeks = peer.current.is_none() && peer.pending.is_none();
+            assert!(!seeks || peer.timer.is_some(), "4: nobody will dial {id}");
+            assert!(
+                peer.dial.attempt().is_none() || peer.current.is_none() || self.id < *id,
+                "4"
+            );
+        }
+        assert_eq!(
+            named,
+            self.connections.len(),
+            "2: a connection without its peer"
+        );
+    }
+}

@@ -1,0 +1,228 @@
+//! The life of one connection: pending, up, draining.
+
+use super::{
+    Action, CloseKind, CloseReason, ConnKey, ConnectionNumber, Dial, Direction, NodeId, Peers,
+    Timer,
+};
+use crate::timer::TimerId;
+use std::time::Instant;
+
+/// A connection whose handshake has proved its peer.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) peer: NodeId,
+    pub(super) state: State,
+    pub(super) verifying: bool,
+    /// Hello, verification or drain deadline.
+    timer: Option<TimerId>,
+}
+
+#[derive(Debug)]
+pub(super) enum State {
+    /// Waits for the peer's hello.
+    Pending(Direction),
+    /// The current one.
+    Up {
+        number: ConnectionNumber,
+        since: Instant,
+    },
+    /// Replaced.
+    Draining,
+}
+
+impl Peers {
+    pub(super) fn add_pending(
+        &mut self,
+        conn: ConnKey,
+        id: NodeId,
+        direction: Direction,
+        now: Instant,
+    ) {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
+        let older = peer.pending.replace(conn);
+        if let Some(older) = older {
+            self.drop_connection(older);
+            let reason = CloseReason::Superseded;
+            self.actions.push_back(Action::Close {
+                conn: older,
+                reason,
+            });
+        }
+        let state = State::Pending(direction);
+        let connection = Connection {
+            peer: id,
+            state,
+            verifying: false,
+            timer: None,
+        };
+        let reused = self.connections.insert(conn, connection);
+        assert!(reused.is_none(), "{conn:?} names two connections");
+        if direction == Direction::Inbound {
+            // The dialler's attempt has a deadline of its own; here nobody else watches.
+            self.stop_peer_timer(id);
+            self.set_connection_timer(conn, now + self.config.connect_timeout);
+        }
+    }
+
+    pub(super) fn bring_up(&mut self, conn: ConnKey, now: Instant) {
+        let Some(connection) = self.connections.get_mut(&conn) else {
+            return;
+        };
+        let State::Pending(direction) = connection.state else {
+            return;
+        };
+        let id = connection.peer;
+        self.numbers_given += 1;
+        let step = u64::from(self.config.shards.max(1));
+        let offset = self.numbers_given * step + u64::from(self.config.shard);
+        let number = ConnectionNumber(self.numbers_base + offset);
+        connection.state = State::Up { number, since: now };
+        self.stop_connection_timer(conn);
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
+        peer.pending = None;
+        peer.knock_restarts = 0;
+        match direction {
+            Direction::Inbound => peer.backoff.reset(),
+            Direction::Outbound(_) => peer.dial = Dial::Idle,
+        }
+        let older = peer.current.replace(conn);
+        let oldest = if older.is_some() {
+            peer.draining.take()
+        } else {
+            None
+        };
+        if let Some(older) = older {
+            peer.draining = Some(older);
+            self.drain(older, now);
+        }
+        if let Some(conn) = oldest {
+            self.drop_connection(conn);
+            self.actions.push_back(Action::Close {
+                conn,
+                reason: CloseReason::Drained,
+            });
+        }
+        self.stop_peer_timer(id);
+        self.counters.ups += 1;
+        self.actions.push_back(Action::Up {
+            peer: id,
+            conn,
+            number,
+        });
+    }
+
+    fn drain(&mut self, conn: ConnKey, now: Instant) {
+        let Some(connection) = self.connections.get_mut(&conn) else {
+            return;
+        };
+        connection.state = State::Draining;
+        connection.verifying = false;
+        self.counters.replaced += 1;
+        self.actions.push_back(Action::Drain { conn });
+        self.set_connection_timer(conn, now + self.config.drain_timeout);
+    }
+
+    /// Takes a connection that has ended out of the books, and sees to the next one.
+    pub(super) fn forget(&mut self, conn: ConnKey, kind: CloseKind, now: Instant) {
+        let Some(Connection {
+            peer: id, state, ..
+        }) = self.drop_connection(conn)
+        else {
+            return;
+        };
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
+        match state {
+            State::Draining => peer.draining = None,
+            State::Pending(Direction::Outbound(_)) => {
+                peer.pending = None;
+                self.redial_later(id, now);
+            }
+            State::Pending(Direction::Inbound) => {
+                peer.pending = None;
+                if peer.current.is_none() {
+                    self.seek(id, now);
+                }
+            }
+            State::Up { number, since } => {
+                peer.current = None;
+                self.counters.downs += 1;
+                self.actions.push_back(Action::Down { peer: id, number });
+                self.replace_lost(id, kind, now >= since + self.config.stable_after, now);
+            }
+        }
+    }
+
+    fn replace_lost(&mut self, id: NodeId, kind: CloseKind, stable: bool, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
+        if peer.dial == Dial::Listening {
+            if peer.pending.is_none() {
+                self.seek(id, now);
+            }
+            return;
+        }
+        if stable {
+            peer.backoff.reset();
+        }
+        match kind {
+            CloseKind::Clean | CloseKind::Reset if stable => self.dial(id, now),
+            _ => self.wait(id, now),
+        }
+    }
+
+    pub(super) fn connection_timeout(&mut self, conn: ConnKey, now: Instant) {
+        let Some(connection) = self.connections.get_mut(&conn) else {
+            return;
+        };
+        if connection
+            .timer
+            .is_some_and(|timer| self.timers.waits(timer))
+        {
+            return; // Set again by another timer of the same poll.
+        }
+        connection.timer = None;
+        let (reason, kind) = match connection.state {
+            State::Pending(_) => (CloseReason::HelloTimeout, CloseKind::Lost),
+            // The peer runs, and has another idea of the connection: as good as a reset.
+            State::Up { .. } if connection.verifying => {
+                (CloseReason::Unresponsive, CloseKind::Reset)
+            }
+            State::Up { .. } => return,
+            State::Draining => (CloseReason::Drained, CloseKind::Clean),
+        };
+        self.actions.push_back(Action::Close { conn, reason });
+        self.forget(conn, kind, now);
+    }
+
+    /// Removes a connection and its timer; the peer's places are the caller's care.
+    pub(super) fn drop_connection(&mut self, conn: ConnKey) -> Option<Connection> {
+        let mut connection = self.connections.remove(&conn)?;
+        if let Some(timer) = connection.timer.take() {
+            self.timers.cancel(timer);
+        }
+        Some(connection)
+    }
+
+    pub(super) fn set_connection_timer(&mut self, conn: ConnKey, at: Instant) {
+        if let Some(connection) = self.connections.get_mut(&conn) {
+            let timer = self
+                .timers
+                .replace(connection.timer, Timer::Connection(conn), at);
+            connection.timer = Some(timer);
+        }
+    }
+
+    pub(super) fn stop_connection_timer(&mut self, conn: ConnKey) {
+        let connection = self.connections.get_mut(&conn);
+        if let Some(timer) = connection.and_then(|connection| connection.timer.take()) {
+            self.timers.cancel(timer);
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! When to dial, when to knock, and when to give up.
+
+use super::{Action, Attempt, CloseReason, NodeId, Peers, State, Timer};
+use std::time::{Duration, Instant};
+
+/// Knocks bring dials forward, but not to less than this after the last one.
+const DIAL_INTERVAL_MIN: Duration = Duration::from_millis(100);
+/// An attempt this old, whose peer knocks, has lost its packets: begin again rather than wait for
+/// QUIC's retransmission, which comes after 1, 3 and 7 s. Doubles, so that a path with a longer
+/// round trip gets its handshake through.
+const ATTEMPT_PATIENCE: Duration = Duration::from_millis(250);
+
+/// What is being done about a connection to a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Dial {
+    /// The peer dials.
+    Listening,
+    /// Nothing: there is a connection.
+    Idle,
+    /// The timer will dial.
+    Waiting,
+    /// A dial is under way; the timer is its deadline.
+    Under { attempt: Attempt, started: Instant },
+}
+
+impl Dial {
+    pub(super) fn attempt(&self) -> Option<Attempt> {
+        match self {
+            Self::Under { attempt, .. } => Some(*attempt),
+            _ => None,
+        }
+    }
+}
+
+impl Peers {
+    /// A peer without a connection: dial it, or wait for it and knock.
+    pub(super) fn seek(&mut self, id: NodeId, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
+        if peer.dial != Dial::Listening {
+            return self.dial(id, now);
+        }
+        let delay = peer.backoff.next(&mut self.rng);
+        self.set_peer_timer(id, now + delay);
+    }
+
+    pub(super) fn dial(&mut self, id: NodeId, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
+        self.attempts += 1;
+        self.counters.dials += 1;
+        let attempt = Attempt(self.attempts);
+        let address = peer.addresses[peer.next_address % peer.addresses.len()];
+        peer.next_address = (peer.next_address + 1) % peer.addresses.len();
+        peer.dial = Dial::Under {
+            attempt,
+            started: now,
+        };
+        peer.last_dial = Some(now);
+        self.actions.push_back(Action::Dial {
+            peer: id,
+            address,
+            attempt,
+        });
+        self.set_peer_timer(id, now + self.config.connect_timeout);
+    }
+
+    /// An attempt has failed.
+    pub(super) fn redial_later(&mut self, id: NodeId, now: Instant) {
+        self.counters.dials_failed += 1;
+        self.wait(id, now);
+    }
+
+    /// Dials after the backoff.
+    pub(super) fn wait(&mut self, id: NodeId, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
+        let delay = peer.backoff.next(&mut self.rng);
+        peer.dial = Dial::Waiting;
+        self.set_peer_timer(id, now + delay);
+    }
+
+    pub(super) fn peer_timeout(&mut self, id: NodeId, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
+        peer.timer = None;
+        match (peer.dial, peer.pending) {
+            (Dial::Idle, _) => {}
+            (Dial::Waiting, _) => self.dial(id, now),
+            (Dial::Under { attempt, .. }, None) => {
+                self.actions.push_back(Action::Abandon { attempt });
+                self.redial_later(id, now);
+            }
+            (Dial::Under { .. }, Some(conn)) => {
+                peer.pending = None;
+                self.drop_connection(conn);
+                self.actions.push_back(Action::Close {
+                    conn,
+                    reason: CloseReason::HelloTimeout,
+                });
+                self.redial_later(id, now);
+            }
+            (Dial::Listening, _) => {
+                let address = peer.addresses[peer.next_address % peer.addresses.len()];
+                peer.next_address = (peer.next_address + 1) % peer.addresses.len();
+                self.counters.knocks_sent += 1;
+                self.actions.push_back(Action::Knock { peer: id, address });
+                self.seek(id, now);
+            }
+        }
+    }
+
+    pub(super) fn heed_knock(&mut self, id: NodeId, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
+        match peer.dial {
+            Dial::Listening => {}
+            Dial::Idle => self.verify_current(id, now),
+            Dial::Waiting => {
+                self.counters.knocks_heeded += 1;
+                match peer.last_dial {
+                    Some(last) if now < last + DIAL_INTERVAL_MIN => {
+                        self.set_peer_timer(id, last + DIAL_INTERVAL_MIN);
+                    }
+                    _ => self.dial(id, now),
+                }
+            }
+            Dial::Under { attempt, started } => {
+                let patience = ATTEMPT_PATIENCE.saturating_mul(1 << peer.knock_restarts.min(10));
+                if peer.pending.is_some() || now < started + patience {
+                    return;
+                }
+                peer.knock_restarts += 1;
+                self.counters.knocks_heeded += 1;
+                self.counters.dials_failed += 1;
+                self.actions.push_back(Action::Abandon { attempt });
+                self.dial(id, now);
+            }
+        }
+    }
+
+    /// The peer asks for a connection although we have one: it may have restarted.
+    fn verify_current(&mut self, id: NodeId, now: Instant) {
+        let current = self.peers.get(&id).and_then(|peer| peer.current);
+        let Some(conn) = current else { return };
+        let Some(connection) = self.connections.get_mut(&conn) else {
+            return;
+        };
+        let State::Up { since, .. } = connection.state else {
+            return;
+        };
+        // A knock that the connection has overtaken says nothing about it.
+        if connection.verifying || now < since + DIAL_INTERVAL_MIN {
+            return;
+        }
+        connection.verifying = true;
+        self.counters.knocks_heeded += 1;
+        self.actions.push_back(Action::Verify { conn });
+        self.set_connection_timer(conn, now + self.config.verify_timeout);
+    }
+
+    pub(super) fn addresses_changed(&mut self, id: NodeId, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
+        if peer.current.is_some() || peer.pending.is_some() || peer.dial == Dial::Listening {
+            return;
+        }
+        peer.backoff.reset();
+        if let Some(attempt) = peer.dial.attempt() {
+            self.counters.dials_failed += 1;
+            self.actions.push_back(Action::Abandon { attempt });
+        }
+        self.dial(id, now);
+    }
+
+    fn set_peer_timer(&mut self, id: NodeId, at: Instant) {
+        if let Some(peer) = self.peers.get_mut(&id) {
+            peer.timer = Some(self.timers.replace(peer.timer, Timer::Peer(id), at));
+        }
+    }
+
+    pub(super) fn stop_peer_timer(&mut self, id: NodeId) {
+        if let Some(timer) = self.peers.get_mut(&id).and_then(|peer| peer.timer.take()) {
+            self.timers.cancel(timer);
+        }
+    }
+}
