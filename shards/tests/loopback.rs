@@ -1,0 +1,393 @@
+//! Real sockets over loopback: what is pushed into trains arrives exactly as pushed.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use millrace_shards::{
+    Datagrams, Datapath, HugePages, ShardConfig, ShardHandle, ShardSocket, ShardStats, Trains,
+    Transmit, UdpGroupConfig, bind_group, spawn,
+};
+use proptest::prelude::{ProptestConfig, Strategy, any, prop, prop_assert_eq, proptest};
+
+/// A datapath that sends packets it is told to and reports what arrives.
+struct Relay {
+    queue: std::collections::VecDeque<Packet>,
+    seen: mpsc::Sender<(SocketAddr, Vec<u8>)>,
+    hold: Duration,
+    offer: usize,
+}
+
+#[derive(Debug, Clone)]
+struct Packet {
+    bytes: usize,
+    tag: u32,
+    to: SocketAddr,
+    finish: bool,
+}
+
+impl Packet {
+    fn contents(&self) -> Vec<u8> {
+        let mut contents = self.tag.to_ne_bytes().to_vec();
+        contents.resize(self.bytes, self.tag as u8);
+        contents
+    }
+}
+
+impl Datapath for Relay {
+    type Message = Vec<Packet>;
+
+    fn on_message(&mut self, message: Vec<Packet>, _: Instant) {
+        self.queue.extend(message);
+    }
+
+    fn on_datagrams(&mut self, mut datagrams: Datagrams<'_>, _: Instant) {
+        let from = datagrams.from();
+        // A slow receiver: the kernel runs out of slots meanwhile.
+        std::thread::sleep(self.hold);
+        for segment in datagrams.segments() {
+            self.seen.send((from, segment.to_vec())).unwrap();
+        }
+    }
+
+    fn on_receive_batch_end(&mut self, _: Instant) {}
+
+    fn on_timeout(&mut self, _: Instant) {}
+
+    fn next_timeout(&mut self) -> Option<Instant> {
+        None
+    }
+
+    fn transmit(&mut self, trains: &mut Trains<'_>, _: Instant) -> Transmit {
+        while let Some(packet) = self.queue.front() {
+            let Some(buffer) = trains.packet(self.offer) else {
+                return Transmit::More;
+            };
+            let contents = packet.contents();
+            buffer[..contents.len()].copy_from_slice(&contents);
+            trains.push(contents.len(), packet.to);
+            if packet.finish {
+                trains.finish();
+            }
+            self.queue.pop_front();
+        }
+        Transmit::Done
+    }
+
+    fn has_pending(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
+    fn on_housekeeping(&mut self, _: Instant, _: &ShardStats) {}
+
+    fn on_stop(&mut self, _: Instant) {}
+
+    fn is_stopped(&self, _: Instant) -> bool {
+        true
+    }
+}
+
+fn config() -> ShardConfig {
+    ShardConfig {
+        chunk_pool_bytes: 0,
+        huge_pages: HugePages::Never,
+        ..ShardConfig::default()
+    }
+}
+
+fn socket(local: &str) -> ShardSocket {
+    let group = UdpGroupConfig {
+        local: local.parse().unwrap(),
+        ..UdpGroupConfig::default()
+    };
+    bind_group(&group).unwrap().remove(0)
+}
+
+struct Peer {
+    addr: SocketAddr,
+    handle: ShardHandle<Vec<Packet>>,
+    seen: mpsc::Receiver<(SocketAddr, Vec<u8>)>,
+}
+
+impl Peer {
+    fn start(config: ShardConfig, local: &str, hold: Duration, offer: usize) -> Self {
+        let socket = socket(local);
+        let addr = socket.local_addr();
+        let (sender, seen) = mpsc::channel();
+        let handle = spawn(config, 0, 1, Some(socket), move |_| Relay {
+            queue: std::collections::VecDeque::new(),
+            seen: sender,
+            hold,
+            offer,
+        })
+        .unwrap();
+        Self { addr, handle, seen }
+    }
+
+    fn send(&self, packets: Vec<Packet>) {
+        self.handle.sender().try_send(packets).unwrap();
+    }
+
+    fn expect(&self, count: usize) -> Vec<(SocketAddr, Vec<u8>)> {
+        let wait = Duration::from_secs(20);
+        (0..count)
+            .map(|_| self.seen.recv_timeout(wait).unwrap())
+            .collect()
+    }
+
+    fn stop(self) {
+        self.handle.stop();
+        self.handle.join().unwrap();
+    }
+}
+
+fn round_trip(local: &str, sizes: &[(usize, bool, bool)]) {
+    let sender = Peer::start(config(), local, Duration::ZERO, 1452);
+    let peers = [0; 2].map(|_| Peer::start(config(), local, Duration::ZERO, 1452));
+    let packets: Vec<Packet> = sizes
+        .iter()
+        .enumerate()
+        .map(|(tag, &(bytes, second, finish))| Packet {
+            bytes,
+            tag: tag as u32,
+            to: peers[usize::from(second)].addr,
+            finish,
+        })
+        .collect();
+    sender.send(packets.clone());
+    for peer in &peers {
+        let sent: Vec<_> = packets
+            .iter()
+            .filter(|packet| packet.to == peer.addr)
+            .map(|packet| (sender.addr, packet.contents()))
+            .collect();
+        assert_eq!(peer.expect(sent.len()), sent);
+    }
+    let stats = sender.handle.stats().snapshot();
+    assert_eq!(stats.packets_sent, sizes.len() as u64);
+    assert_eq!(stats.send_errors, 0);
+    sender.stop();
+    peers.into_iter().for_each(Peer::stop);
+}
+
+fn sizes() -> impl Strategy<Value = Vec<(usize, bool, bool)>> {
+    // Runs of equal sizes, as bulk makes them, between packets of any size.
+    let size = proptest::prop_oneof![4usize..1453, proptest::strategy::Just(1452)];
+    let run = (size, 1usize..60, any::<bool>(), any::<bool>());
+    prop::collection::vec(run, 1..8).prop_map(|runs| {
+        let expand = |(bytes, count, second, finish)| vec![(bytes, second, finish); count];
+        runs.into_iter().flat_map(expand).collect()
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// Any sequence of sizes and destinations arrives as pushed, over IPv4.
+    #[test]
+    fn trains_arrive_as_pushed_v4(sizes in sizes()) {
+        round_trip("127.0.0.1:0", &sizes);
+        prop_assert_eq!(sizes.is_empty(), false);
+    }
+
+    /// Any sequence of sizes and destinations arrives as pushed, over IPv6.
+    #[test]
+    fn trains_arrive_as_pushed_v6(sizes in sizes()) {
+        round_trip("[::1]:0", &sizes);
+        prop_assert_eq!(sizes.is_empty(), false);
+    }
+}
+
+/// Equal packets leave as few trains, and a larger packet starts the next one without a new slot.
+#[test]
+fn equal_packets_share_a_train() {
+    let sender = Peer::start(config(), "127.0.0.1:0", Duration::ZERO, 1452);
+    let peer = Peer::start(config(), "127.0.0.1:0", Duration::ZERO, 1452);
+    let packet = |tag, bytes| Packet {
+        bytes,
+        tag,
+        to: peer.addr,
+        finish: false,
+    };
+    // 45 of 1452 fill a slot; then 10 of 100, then one of 200 and a shorter one that closes it.
+    let mut packets: Vec<_> = (0..45).map(|tag| packet(tag, 1452)).collect();
+    packets.extend((45..55).map(|tag| packet(tag, 100)));
+    packets.extend([packet(55, 200), packet(56, 150), packet(57, 150)]);
+    sender.send(packets);
+    assert_eq!(peer.expect(58).len(), 58);
+    let stats = sender.handle.stats().snapshot();
+    assert_eq!((stats.packets_sent, stats.trains_sent), (58, 4));
+    let received = peer.handle.stats().snapshot();
+    assert_eq!((received.datagrams_received, received.receives), (58, 4));
+    sender.stop();
+    peer.stop();
+}
+
+/// A receiver slower than its sender runs out of slots, is armed again, grows for small messages,
+/// and neither loses nor reorders what the socket's buffer held.
+#[test]
+fn starvation_loses_nothing() {
+    let slow = ShardConfig {
+        rx_slots: 2,
+        rx_slots_max: 64,
+        ..config()
+    };
+    let sender = Peer::start(config(), "127.0.0.1:0", Duration::ZERO, 1452);
+    let peer = Peer::start(slow, "127.0.0.1:0", Duration::from_micros(200), 1452);
+    // Each a train of its own, so that each takes a slot.
+    let packets: Vec<_> = (0..400)
+        .map(|tag| Packet {
+            bytes: 60,
+            tag,
+            to: peer.addr,
+            finish: true,
+        })
+        .collect();
+    sender.send(packets.clone());
+    let seen = peer.expect(packets.len());
+    let tags: Vec<u32> = seen
+        .iter()
+        .map(|(_, bytes)| u32::from_ne_bytes(bytes[..4].try_into().unwrap()))
+        .collect();
+    assert_eq!(tags, (0..400).collect::<Vec<_>>());
+    let stats = peer.handle.stats().snapshot();
+    assert!(stats.enobufs_rearms > 0, "{stats:?}");
+    assert!(stats.rx_slots_grown > 0, "{stats:?}");
+    sender.stop();
+    peer.stop();
+}
+
+/// More than one turn's budget goes out over several turns, in order.
+#[test]
+fn transmit_goes_on_after_its_budget() {
+    let small = ShardConfig {
+        tx_slots: 1,
+        tx_slots_max: 2,
+        tx_slots_per_turn: 2,
+        ..config()
+    };
+    let sender = Peer::start(small, "127.0.0.1:0", Duration::ZERO, 1452);
+    let peer = Peer::start(config(), "127.0.0.1:0", Duration::ZERO, 1452);
+    let packets: Vec<_> = (0..45 * 20)
+        .map(|tag| Packet {
+            bytes: 1452,
+            tag,
+            to: peer.addr,
+            finish: false,
+        })
+        .collect();
+    sender.send(packets.clone());
+    let seen = peer.expect(packets.len());
+    assert!(
+        seen.iter()
+            .zip(&packets)
+            .all(|(seen, sent)| seen.1 == sent.contents())
+    );
+    sender.stop();
+    peer.stop();
+}
+
+/// A stopped shard gives its port back and refuses messages.
+#[test]
+fn stop_frees_the_socket() {
+    let peer = Peer::start(config(), "127.0.0.1:0", Duration::ZERO, 1452);
+    let (addr, sender) = (peer.addr, peer.handle.sender());
+    let pool = peer.handle.pool();
+    peer.stop();
+    assert_eq!(sender.try_send(Vec::new()).unwrap_err().reason(), "closed");
+    assert_eq!(pool.total_chunks(), 0);
+    // Fails while the ring's registered file still holds the port.
+    UdpSocket::bind(addr).unwrap();
+}
+
+/// Sockets of a group are picked by the first byte of the connection ID, in long and short headers.
+#[test]
+fn steering_by_connection_id() {
+    let shards = 3;
+    let group = UdpGroupConfig {
+        local: "127.0.0.1:0".parse().unwrap(),
+        shards,
+        ..UdpGroupConfig::default()
+    };
+    let sockets = bind_group(&group).unwrap();
+    let to = sockets[0].local_addr();
+    let (sender, seen) = mpsc::channel();
+    let handles: Vec<_> = sockets
+        .into_iter()
+        .enumerate()
+        .map(|(index, socket)| {
+            let sender = sender.clone();
+            spawn(config(), index, shards, Some(socket), move |context| {
+                Steered {
+                    index: context.index,
+                    seen: sender,
+                }
+            })
+            .unwrap()
+        })
+        .collect();
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let mut cases: Vec<(Vec<u8>, usize)> = Vec::new();
+    for id in [0u8, 1, 2, 3, 77, 254, 255] {
+        cases.push((vec![0x40, id, 9, 9, 9, 9, 9, 9], usize::from(id) % shards));
+        cases.push((
+            vec![0xc0, 0, 0, 0, 1, 8, id, 9, 9, 9],
+            usize::from(id) % shards,
+        ));
+    }
+    // No connection ID, or a datagram that ends before it: shard 0.
+    cases.push((vec![0xc0, 0, 0, 0, 1, 0, 2, 9, 9, 9], 0));
+    cases.push((vec![0x40], 0));
+    cases.push((vec![0xc0, 0, 0, 0, 1], 0));
+    for (bytes, shard) in cases {
+        client.send_to(&bytes, to).unwrap();
+        let wait = Duration::from_secs(20);
+        assert_eq!(seen.recv_timeout(wait).unwrap(), (shard, bytes));
+    }
+    for handle in handles {
+        handle.stop();
+        handle.join().unwrap();
+    }
+}
+
+/// Says which shard got a datagram.
+struct Steered {
+    index: usize,
+    seen: mpsc::Sender<(usize, Vec<u8>)>,
+}
+
+impl Datapath for Steered {
+    type Message = ();
+
+    fn on_message(&mut self, (): (), _: Instant) {}
+
+    fn on_datagrams(&mut self, mut datagrams: Datagrams<'_>, _: Instant) {
+        for segment in datagrams.segments() {
+            self.seen.send((self.index, segment.to_vec())).unwrap();
+        }
+    }
+
+    fn on_receive_batch_end(&mut self, _: Instant) {}
+
+    fn on_timeout(&mut self, _: Instant) {}
+
+    fn next_timeout(&mut self) -> Option<Instant> {
+        None
+    }
+
+    fn transmit(&mut self, _: &mut Trains<'_>, _: Instant) -> Transmit {
+        Transmit::Done
+    }
+
+    fn has_pending(&self) -> bool {
+        false
+    }
+
+    fn on_housekeeping(&mut self, _: Instant, _: &ShardStats) {}
+
+    fn on_stop(&mut self, _: Instant) {}
+
+    fn is_stopped(&self, _: Instant) -> bool {
+        true
+    }
+}
