@@ -1,0 +1,94 @@
+//! RPC of 1 KiB each way, a bidirectional stream each, N outstanding.
+
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use bytes::Bytes;
+
+use super::{Job, Stop};
+use crate::Result;
+use crate::engines::Stack;
+use crate::measure::{Latencies, Measurement, Meter};
+use crate::plan::RPC_BYTES;
+use crate::settings::Settings;
+
+static MESSAGE: [u8; RPC_BYTES] = [7; RPC_BYTES];
+
+pub(super) fn serve<S: Stack>(settings: &Settings) -> Result<SocketAddr> {
+    let task_per_request = settings.task_per_request;
+    S::listen(settings, move |mut connection| {
+        tokio::spawn(async move {
+            while let Some((send, recv)) = S::accept_bi(&mut connection.bi).await {
+                if task_per_request {
+                    tokio::spawn(answer::<S>(send, recv));
+                } else {
+                    answer::<S>(send, recv).await?;
+                }
+            }
+            Result::Ok(())
+        });
+    })
+}
+
+pub(super) async fn drive<S: Stack>(client: &S::Client, job: &Job) -> Result<Measurement> {
+    let connection = S::connect(client, job.addresses[0]).await?;
+    phase::<S>(&connection.handle, job.workload.outstanding(), &Stop::after(job.warm_up())).await?;
+    let meter = Meter::start(job.server_pid)?;
+    let stop = Stop::after(job.duration);
+    let latencies = phase::<S>(&connection.handle, job.workload.outstanding(), &stop).await?;
+    let reading = meter.stop()?;
+    S::close(&connection.handle);
+    let rps = latencies.len() as f64 / reading.wall.as_secs_f64();
+    let [p50_us, p99_us] = latencies.quantiles_us([0.5, 0.99]);
+    Ok(Measurement {
+        p50_us,
+        p99_us,
+        rps: Some(rps),
+        cores_used: Some(reading.cores_used()),
+        ..Measurement::default()
+    })
+}
+
+async fn phase<S: Stack>(handle: &S::Handle, outstanding: usize, stop: &Stop) -> Result<Latencies> {
+    let mut callers = Vec::with_capacity(outstanding);
+    for _ in 0..outstanding {
+        callers.push(tokio::spawn(caller::<S>(handle.clone(), stop.clone())));
+    }
+    let mut all = Latencies::default();
+    for caller in callers {
+        all.merge(caller.await??);
+    }
+    Ok(all)
+}
+
+/// One outstanding RPC after the other.
+pub(super) async fn caller<S: Stack>(handle: S::Handle, stop: Stop) -> Result<Latencies> {
+    let mut latencies = Latencies::default();
+    let mut response = [0; RPC_BYTES];
+    while !stop.is_set() {
+        let started = Instant::now();
+        let (mut send, mut recv) = S::open_bi(&handle).await?;
+        S::prioritise(&send);
+        S::write(&mut send, Bytes::from_static(&MESSAGE)).await?;
+        S::finish(&mut send)?;
+        if S::read_to_end(&mut recv, &mut response).await? != RPC_BYTES {
+            return Err("short response".into());
+        }
+        latencies.record(started.elapsed());
+    }
+    Ok(latencies)
+}
+
+async fn answer<S: Stack>(mut send: S::Send, mut recv: S::Recv) -> Result<()> {
+    let mut request = [0; RPC_BYTES];
+    if S::read_to_end(&mut recv, &mut request).await? != RPC_BYTES {
+        return Err("short request".into());
+    }
+    respond::<S>(&mut send).await
+}
+
+pub(super) async fn respond<S: Stack>(send: &mut S::Send) -> Result<()> {
+    S::prioritise(send);
+    S::write(send, Bytes::from_static(&MESSAGE)).await?;
+    S::finish(send)
+}
