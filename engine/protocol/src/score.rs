@@ -291,9 +291,7 @@ mod tests {
             now = until;
         }
         now += config.ban_memory + SECOND;
-        let banned = for _ in 0..3 {
-            scores.note(peer(1), Outcome::Invalid, now);
-        }
+        let banned = [0; 3].map(|_| scores.note(peer(1), Outcome::Invalid, now));
         assert_eq!(banned, [false, false, true]);
         assert_eq!(scores.banned_until(&peer(1), now), Some(now + config.ban));
         // Once an hour is an accident, however often.
