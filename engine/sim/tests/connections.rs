@@ -1,0 +1,283 @@
+//! Connection management through partitions, crashes, restarts and membership changes.
+//!
+//! Every test runs many seeds. A failing one prints its seed; `SIM_SEED=...` runs only that one.
+
+use millrace_protocol::{
+    id::SubnetId,
+    identity::SigningKey,
+    registry::{Registry, RegistryConfig, RegistryVersion, SignedVersion},
+    rng::Rng,
+};
+use millrace_sim::{Sim, SimConfig, memnet::LinkConfig};
+use std::{
+    collections::BTreeSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+const MS: Duration = Duration::from_millis(1);
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Says which seed fails, however it fails.
+struct Seed(u64);
+
+impl Drop for Seed {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("replay with SIM_SEED={}", self.0);
+        }
+    }
+}
+
+fn for_seeds(count: u64, test: impl Fn(u64)) {
+    let replay = std::env::var("SIM_SEED")
+        .ok()
+        .map(|seed| seed.parse().expect("SIM_SEED is a number"));
+    let seeds = replay.map_or(0..count, |seed| seed..seed + 1);
+    for seed in seeds {
+        let _guard = Seed(seed);
+        test(seed);
+    }
+}
+
+fn start(seed: u64) -> (Sim, Vec<usize>) {
+    let config = SimConfig::default();
+    let mut sim = Sim::new(config, seed, Instant::now());
+    let all: Vec<usize> = (0..sim.len()).collect();
+    assert!(
+        sim.run_until(SECOND, |sim| sim.all_connected(&all)),
+        "no start within a second"
+    );
+    (sim, all)
+}
+
+fn pairs(all: &[usize]) -> Vec<(usize, usize)> {
+    let pairs = all.iter().flat_map(|a| all.iter().map(move |b| (*a, *b)));
+    pairs.filter(|(a, b)| a < b).collect()
+}
+
+fn random_pairs(all: &[usize], count: usize, rng: &mut Rng) -> BTreeSet<(usize, usize)> {
+    let pairs = pairs(all);
+    let mut out = BTreeSet::new();
+    while out.len() < count {
+        out.insert(pairs[rng.below(pairs.len() as u64) as usize]);
+    }
+    out
+}
+
+#[test]
+fn partitioned_pairs_are_down_and_come_back_within_a_second() {
+    for_seeds(400, |seed| {
+        let (mut sim, all) = start(seed);
+        let mut rng = Rng::new(seed);
+        let cut = random_pairs(&all, 4, &mut rng);
+        for (a, b) in &cut {
+            sim.cut(*a, *b);
+        }
+        // Repair at any phase of the backoff, and long after its growth has stopped.
+        sim.run_for(4 * SECOND + rng.duration(Duration::ZERO, 40 * SECOND));
+        for (a, b) in pairs(&all) {
+            let down = cut.contains(&(a, b));
+            assert_eq!(sim.connected(a, b), !down, "pair {a} {b}");
+            assert!(!down || !sim.half_connected(a, b), "pair {a} {b}");
+        }
+        sim.heal_all();
+        assert!(
+            sim.run_until(SECOND, |sim| sim.all_connected(&all)),
+            "not back"
+        );
+        let steady = pairs(&all)
+            .into_iter()
+            .map(|(a, b)| sim.number(a, b))
+            .collect::<Vec<_>>();
+        sim.run_for(20 * SECOND);
+        let later = pairs(&all)
+            .into_iter()
+            .map(|(a, b)| sim.number(a, b))
+            .collect::<Vec<_>>();
+        assert_eq!(steady, later, "connections are not left alone");
+    });
+}
+
+#[test]
+fn restarted_node_is_back_within_a_second_with_a_higher_number() {
+    for_seeds(200, |seed| {
+        let (mut sim, all) = start(seed);
+        let mut rng = Rng::new(seed);
+        for (survivor, restarted) in [(0, 1), (1, 0), (2, 4), (4, 2)] {
+            // Back before anyone noticed, or after the backoff has grown.
+            let away = [50 * MS, 700 * MS, 5 * SECOND, 60 * SECOND][rng.below(4) as usize];
+            let before = sim.number(survivor, restarted).unwrap();
+            sim.crash(restarted);
+            sim.run_for(away);
+            sim.restart(restarted);
+            assert!(
+                sim.run_until(SECOND, |sim| sim.all_connected(&all)),
+                "{restarted} is not back after {away:?}"
+            );
+            assert!(sim.number(survivor, restarted).unwrap() > before);
+            sim.run_for(rng.duration(Duration::ZERO, 5 * SECOND));
+        }
+    });
+}
+
+// The walk of a member: added; removed but still in a version in use; dropped; added again.
+#[test]
+fn membership_walk() {
+    for_seeds(50, |seed| {
+        let (mut sim, all) = start(seed);
+        let key = SigningKey::from_seed([7; 32]);
+        let subnet = SubnetId::from_public_key_der(b"subnet");
+        let mut registry = Registry::new(key.public_key(), RegistryConfig::default());
+        let mut offer = |sim: &mut Sim, number: u64, members: &[usize], oldest: u64| {
+            let nodes = members.iter().map(|n| sim.record(*n, subnet)).collect();
+            let version = RegistryVersion {
+                number,
+                nodes,
+                ..RegistryVersion::default()
+            };
+            let signed = SignedVersion::sign(version.to_document(), &key);
+            registry.offer(signed).unwrap();
+            registry.set_oldest_in_use(oldest);
+            let topology = Arc::new(registry.topology(&subnet));
+            for node in 0..sim.len() {
+                // Nodes hear of it one after the other.
+                sim.set_topology(node, Arc::clone(&topology));
+                sim.run_for(20 * MS);
+            }
+        };
+        let without: Vec<usize> = all.iter().copied().filter(|n| *n != 3).collect();
+        let number = |sim: &Sim| (sim.number(0, 3), sim.number(4, 3));
+
+        offer(&mut sim, 1, &without, 1);
+        sim.run_for(SECOND);
+        assert_eq!(number(&sim), (None, None));
+        offer(&mut sim, 2, &all, 1);
+        assert!(
+            sim.run_until(SECOND, |sim| sim.all_connected(&all)),
+            "not added"
+        );
+        let added = number(&sim);
+        offer(&mut sim, 3, &without, 2);
+        sim.run_for(5 * SECOND);
+        assert!(sim.all_connected(&all), "dropped although in use");
+        assert_eq!(number(&sim), added);
+        offer(&mut sim, 4, &without, 3);
+        sim.run_for(SECOND);
+        assert!(
+            without.iter().all(|n| !sim.half_connected(*n, 3)),
+            "not dropped"
+        );
+        assert!(sim.all_connected(&without));
+        offer(&mut sim, 5, &all, 3);
+        assert!(
+            sim.run_until(SECOND, |sim| sim.all_connected(&all)),
+            "not added again"
+        );
+        assert!(number(&sim) > added);
+    });
+}
+
+#[test]
+fn stranger_is_refused_and_does_not_disturb() {
+    for_seeds(50, |seed| {
+        let (mut sim, all) = start(seed);
+        // Node 0 dials everyone; the others no longer know it.
+        let others = Arc::new(sim.topology(&all[1..], 2));
+        for node in &all[1..] {
+            sim.set_topology(*node, Arc::clone(&others));
+        }
+        sim.run_for(20 * SECOND);
+        assert!(all[1..].iter().all(|n| !sim.half_connected(0, *n)));
+        assert!(sim.all_connected(&all[1..]));
+    });
+}
+
+// Liveness: whatever has happened, when it stops all are connected again. Safety is checked by the
+// simulator after every event.
+#[test]
+fn any_schedule_of_faults_ends_connected() {
+    for_seeds(300, |seed| {
+        let (mut sim, all) = start(seed);
+        let mut rng = Rng::new(seed);
+        for _ in 0..30 {
+            let (a, b) = random_pairs(&all, 1, &mut rng).pop_first().unwrap();
+            match rng.below(7) {
+                0 | 1 => sim.cut(a, b),
+                2 => sim.heal(a, b),
+                3 => sim.crash(a),
+                4 => sim.restart(b),
+                5 => sim.set_link(LinkConfig {
+                    latency: rng.duration(Duration::ZERO, 150 * MS),
+                    jitter: rng.duration(Duration::ZERO, 150 * MS),
+                    loss_ppm: rng.below(400_000) as u32,
+                    duplicate_ppm: rng.below(200_000) as u32,
+                    ..LinkConfig::default()
+                }),
+                _ => {
+                    let members: Vec<usize> = all
+                        .iter()
+                        .copied()
+                        .filter(|n| *n != b || rng.chance(500_000))
+                        .collect();
+                    let topology = Arc::new(sim.topology(&members, 2));
+                    sim.set_topology(a, topology);
+                }
+            }
+            sim.run_for(rng.duration(Duration::ZERO, 3 * SECOND));
+        }
+        sim.heal_all();
+        sim.set_link(SimConfig::default().link);
+        let topology = Arc::new(sim.topology(&all, 3));
+        for node in &all {
+            sim.set_topology(*node, Arc::clone(&topology));
+            sim.restart(*node);
+        }
+        // A connection that only one side believes in lives for the idle timeout at most.
+        assert!(
+            sim.run_until(4 * SECOND, |sim| sim.all_connected(&all)),
+            "not connected again"
+        );
+        sim.run_for(10 * SECOND);
+        assert!(sim.all_connected(&all), "does not stay connected");
+    });
+}
+
+// A handshake that takes longer than a knock's patience must get through all the same.
+#[test]
+fn long_round_trips_connect() {
+    for_seeds(20, |seed| {
+        let mut config = SimConfig::default();
+        config.link.latency = 250 * MS;
+        let mut sim = Sim::new(config, seed, Instant::now());
+        let all: Vec<usize> = (0..sim.len()).collect();
+        assert!(sim.run_until(10 * SECOND, |sim| sim.all_connected(&all)));
+        let numbers = |sim: &Sim| {
+            pairs(&all)
+                .iter()
+                .map(|p| sim.number(p.0, p.1))
+                .collect::<Vec<_>>()
+        };
+        let before = numbers(&sim);
+        sim.run_for(30 * SECOND);
+        assert_eq!(numbers(&sim), before);
+    });
+}
+
+#[test]
+fn equal_seeds_give_equal_runs() {
+    let run = |seed| {
+        let mut config = SimConfig::default();
+        config.link.loss_ppm = 100_000;
+        let mut sim = Sim::new(config, seed, Instant::now());
+        sim.run_for(5 * SECOND);
+        sim.crash(2);
+        sim.run_for(5 * SECOND);
+        sim.restart(2);
+        sim.run_for(5 * SECOND);
+        sim.digest()
+    };
+    assert_eq!(run(1), run(1));
+    assert_ne!(run(1), run(2));
+    assert!(run(1).0 > 500, "hardly anything happened");
+}
