@@ -32,7 +32,7 @@ use crate::stats::ShardStats;
 pub use start::StartError;
 
 /// What a datapath learns of its shard when it is made.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct ShardContext {
     /// The shard's index, which its connection IDs carry.
     pub index: usize,
