@@ -1,0 +1,59 @@
+# Thin names over cargo. `make setup` installs what Debian has and this tree needs; `demo` and `test` run it first.
+
+CARGO ?= cargo
+ARGS ?=
+
+# boring and quiche build BoringSSL (cmake, clang, libclang); the edge needs libelf and zlib; perf-gate valgrind;
+# tests of network namespaces iproute2.
+PACKAGES := build-essential cmake clang libclang-dev libelf-dev zlib1g-dev pkg-config git ca-certificates \
+            valgrind iproute2
+
+.PHONY: setup demo test lint docs bench peers perf-gate
+
+setup:
+	@missing=""; \
+	if command -v dpkg-query >/dev/null 2>&1; then \
+	  for package in $(PACKAGES); do \
+	    status=$$(dpkg-query -W -f='$${db:Status-Status}' $$package 2>/dev/null || true); \
+	    [ "$$status" = installed ] || missing="$$missing $$package"; \
+	  done; \
+	else \
+	  echo "setup: this is no Debian; these must be there by your own means: $(PACKAGES)"; \
+	fi; \
+	if [ -n "$$missing" ]; then \
+	  as_root=""; [ "$$(id -u)" = 0 ] || as_root=sudo; \
+	  echo "setup: installing missing Debian packages:$$missing"; \
+	  $$as_root apt-get update -q; \
+	  DEBIAN_FRONTEND=noninteractive $$as_root apt-get install -y -q --no-install-recommends $$missing; \
+	fi
+	@command -v $(CARGO) >/dev/null 2>&1 || { \
+	  echo "setup: cargo is missing; install Rust 1.95 or newer from https://rustup.rs and run this again"; exit 1; }
+
+# Four nodes, one 128 MiB artifact, delivered and hash-checked.
+demo: setup
+	$(CARGO) build --release -p millrace
+	target/release/millrace dev --nodes 4 --payload 128MiB --once $(ARGS)
+
+test: setup
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --all-targets -- -D warnings
+	$(CARGO) test
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+# Writes the pages that are generated from the code: docs/reference.
+docs:
+	MILLRACE_BLESS=1 $(CARGO) test -q -p millrace --bin millrace reference
+
+bench: setup
+	$(CARGO) bench -p millrace-perf $(ARGS)
+
+# Side by side with quinn and s2n-quic; ARGS=--quick for a look of under 50 s.
+peers: setup
+	$(CARGO) run --profile dist -p millrace-peers -- $(ARGS)
+
+# Instruction counts of the pure hot pieces against the committed baseline.
+perf-gate: setup
+	$(CARGO) run --release -p millrace-perf --bin gate -- $(ARGS)
