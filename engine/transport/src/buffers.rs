@@ -9,7 +9,7 @@ use millrace_shards::chunk::ChunkSlice;
 
 /// One piece of stream data on its way out.
 #[derive(Clone, Debug)]
-pub enum TxBuffer {
+pub(crate) enum TxBuffer {
     /// A part of a body.
     Chunk(ChunkSlice),
     /// Frames and headers.
@@ -37,7 +37,7 @@ impl quiche::BufSplit for TxBuffer {
 
 /// Tells quiche which buffers to use.
 #[derive(Clone, Debug, Default)]
-pub struct Buffers;
+pub(crate) struct Buffers;
 
 impl quiche::BufFactory for Buffers {
     type Buf = TxBuffer;

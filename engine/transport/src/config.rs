@@ -4,7 +4,8 @@
 
 use std::time::Duration;
 
-use millrace_protocol::frame::Limits;
+use millrace_protocol::frame::{Class, Limits};
+use millrace_protocol::rpc::RpcLimits;
 
 /// Congestion control of a path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,12 +30,18 @@ pub struct PerClass<T> {
 
 impl<T: Copy> PerClass<T> {
     /// The value of `class`.
-    pub fn of(&self, class: millrace_protocol::frame::Class) -> T {
+    pub fn of(&self, class: Class) -> T {
         match class {
-            millrace_protocol::frame::Class::Latency => self.latency,
-            millrace_protocol::frame::Class::Normal => self.normal,
-            millrace_protocol::frame::Class::Bulk => self.bulk,
+            Class::Latency => self.latency,
+            Class::Normal => self.normal,
+            Class::Bulk => self.bulk,
         }
+    }
+}
+
+impl PerClass<u32> {
+    pub(crate) fn rpc_limits(self) -> RpcLimits {
+        RpcLimits { in_flight_max: [self.latency, self.normal, self.bulk] }
     }
 }
 
@@ -78,9 +85,9 @@ pub struct TransportConfig {
     /// Message streams of one class that are fed at the same time.
     pub streams_active_max: usize,
     /// Requests of ours in flight to a peer, for each class.
-    pub requests_out_max: PerClass<usize>,
+    pub requests_out_max: PerClass<u32>,
     /// Requests of a peer in flight at us, for each class.
-    pub requests_in_max: PerClass<usize>,
+    pub requests_in_max: PerClass<u32>,
     /// Body bytes that one peer may make this shard reserve at a time.
     pub receive_budget_peer_bytes: u64,
     /// Body bytes that all peers together may make this shard reserve; at most its chunk pool.

@@ -15,9 +15,10 @@ use std::time::Instant;
 
 use millrace_protocol::budget::Reservation;
 use millrace_protocol::frame::{Carriage, FailureCode, Header, Hello, Kind};
-use millrace_protocol::health::Health;
+use millrace_protocol::health::{Health, HealthAction};
 use millrace_protocol::id::NodeId;
 use millrace_protocol::peers::{Attempt, ConnKey};
+use millrace_protocol::rpc::RpcError;
 use millrace_protocol::timer::TimerId;
 use millrace_shards::datapath::Trains;
 
@@ -27,7 +28,7 @@ use crate::config::TransportConfig;
 use crate::counters::{Counter, Counters, Family};
 use crate::inbox::{Arrived, Inbox, Room, StreamFault, wants_answer};
 use crate::link::Link;
-use crate::message::{Answer, Defer, Handler, Inbound, InboundBody, RpcError};
+use crate::message::{Answer, Defer, Handler, Inbound, InboundBody};
 use crate::quic::CloseCode;
 
 /// How far a connection has come.
@@ -57,7 +58,6 @@ pub(crate) struct Events {
 }
 
 /// One connection.
-#[derive(Debug)]
 pub(crate) struct Connection {
     pub(crate) quic: QuicConnection,
     pub(crate) key: ConnKey,
@@ -202,8 +202,20 @@ impl Connection {
             Phase::AwaitHello | Phase::Up | Phase::Closing => None,
         };
         let calls = self.link.as_ref().and_then(|link| link.next_deadline());
-        let health = self.health.as_ref().and_then(Health::next_timeout);
+        let health = self.health.as_ref().and_then(Health::poll_timeout);
         [self.quic.timeout_instant(), phase, calls, health, self.judge_at].into_iter().flatten().min()
+    }
+
+    /// Sends the probes that are due. True when the peer has missed too many.
+    pub(crate) fn probe(&mut self, now: Instant) -> bool {
+        let (Some(health), Some(link)) = (&mut self.health, &self.link) else { return false };
+        while let Some(action) = health.poll_action(now) {
+            match action {
+                HealthAction::Probe { sequence } => link.datagram(Kind::Probe, sequence),
+                HealthAction::CloseAndRedial => return true,
+            }
+        }
+        false
     }
 
     /// Whether the path lost packets since the last look.
@@ -285,8 +297,8 @@ fn on_message<H: Handler>(
             counters.received(header.class, body.len() as usize);
             link.on_answer(header.id, Ok(body.into_payload()));
         }
-        Kind::Failure => link.on_answer(header.id, Err(RpcError::Refused(FailureCode::from_arg(header.arg)))),
-        Kind::Cancel => link.on_cancel(header.class, header.id),
+        Kind::Failure => link.on_answer(header.id, Err(RpcError::Peer(FailureCode::from_arg(header.arg)))),
+        Kind::Cancel => link.on_cancel(header.id),
         Kind::Probe => link.datagram(Kind::ProbeReply, header.arg),
         Kind::ProbeReply => events.probe_replies.push(header.arg),
         Kind::Hello => match body {
@@ -313,7 +325,8 @@ fn on_fault(link: &Rc<Link>, fault: StreamFault, header: Option<Header>, events:
             link.answer(header.class, header.id, Err(FailureCode::TooLarge));
         }
         _ if wants_answer(&header) => link.answer(header.class, header.id, Err(FailureCode::Malformed)),
-        _ if header.kind == Kind::Response => link.on_answer(header.id, Err(RpcError::AnswerLost)),
+        StreamFault::NoRoom if header.kind == Kind::Response => link.on_answer(header.id, Err(RpcError::LocalNoBudget)),
+        _ if header.kind == Kind::Response => link.on_answer(header.id, Err(RpcError::PeerProtocol)),
         _ => {}
     }
 }

@@ -13,10 +13,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
-use millrace_protocol::budget::{Budget, Reservation};
+use millrace_protocol::budget::{ReceiveBudget, Reservation};
 use millrace_protocol::cid::{LocalCid, dcid_of, initial_dcid};
 use millrace_protocol::frame::{Hello, Kind, PROTOCOL_VERSION};
-use millrace_protocol::health::{Health, HealthAction};
+use millrace_protocol::health::{Health, HealthConfig};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_protocol::knock::Knock;
 use millrace_protocol::peers::{Action, Attempt, CloseKind, ConnKey, Direction, Peers, Refusal};
@@ -28,6 +28,7 @@ use millrace_shards::stats::ShardStats;
 use ring::rand::SecureRandom;
 
 use crate::buffers::Buffers;
+use crate::config::TransportConfig;
 use crate::connection::{Connection, Events, Phase};
 use crate::counters::{Counter, Counters, Family, TlsRefusal};
 use crate::inbox::Room;
@@ -52,7 +53,7 @@ enum Timer {
 
 /// Room for the bodies of one peer.
 struct PeerRoom<'a> {
-    budget: &'a mut Budget,
+    budget: &'a mut ReceiveBudget,
     pool: &'a ChunkPool,
     peer: NodeId,
 }
@@ -83,7 +84,7 @@ pub(crate) struct EndpointParts {
     pub(crate) members: Members,
     /// One machine for each connection of a pair of nodes, by index.
     pub(crate) peers: Vec<Peers>,
-    pub(crate) budget: Budget,
+    pub(crate) budget: ReceiveBudget,
     pub(crate) pool: ChunkPool,
     pub(crate) shared: Rc<Shared>,
     pub(crate) board: Arc<StatusBoard>,
@@ -334,7 +335,7 @@ impl<H: Handler> Endpoint<H> {
         connection.phase = Phase::AwaitHello;
         let link = Link::new(&self.parts.shared, slot, peer, connection.is_server);
         let hello = Hello {
-            version: PROTOCOL_VERSION,
+            protocol_version: PROTOCOL_VERSION,
             registry_version: self.topology.newest_version(),
             features: 0,
             shards: self.parts.shards as u8,
@@ -377,10 +378,11 @@ impl<H: Handler> Endpoint<H> {
             Action::Verify { conn } => {
                 if let Some(slot) = self.slot_of(conn)
                     && let Some(Some(connection)) = self.connections.get_mut(slot)
-                    && let Some(link) = &connection.link
+                    && let Some(health) = &mut connection.health
                 {
                     connection.verify = true;
-                    link.datagram(Kind::Probe, u32::MAX);
+                    health.probe_now();
+                    connection.probe(now);
                 }
             }
             Action::Close { conn, reason } => {
@@ -520,7 +522,7 @@ impl<H: Handler> Endpoint<H> {
             }
             if let Some(health) = &mut connection.health {
                 for sequence in events.probe_replies.drain(..) {
-                    health.on_reply(sequence, now);
+                    health.reply_received(sequence, now);
                 }
             }
             if let Some(reason) = events.fault {
@@ -585,16 +587,9 @@ impl<H: Handler> Endpoint<H> {
             link.expire(now);
         }
         if let Some(health) = &mut connection.health {
-            health.on_timeout(now);
-            while let Some(action) = health.poll_action() {
-                match action {
-                    HealthAction::Probe { sequence } => {
-                        if let Some(link) = &connection.link {
-                            link.datagram(Kind::Probe, sequence);
-                        }
-                    }
-                    HealthAction::CloseAndRedial => close = Some(CloseCode::Unhealthy),
-                }
+            health.handle_timeout(now);
+            if connection.probe(now) {
+                close = Some(CloseCode::Unhealthy);
             }
         }
         if let (Some(at), Some(peer)) = (connection.judge_at, connection.peer())
@@ -645,7 +640,7 @@ impl<H: Handler> Endpoint<H> {
                     connection: link.number.get(),
                     address: path.as_ref().map(|p| p.peer_addr),
                     rtt: path.as_ref().map(|p| p.rtt),
-                    probe_rtt: connection.health.as_ref().and_then(Health::smoothed_rtt),
+                    probe_rtt: connection.health.as_ref().and_then(Health::rtt).map(|rtt| rtt.smoothed),
                     congestion_window_bytes: path.as_ref().map_or(0, |p| p.cwnd as u64),
                     packets_sent: stats.sent as u64,
                     packets_lost: stats.lost as u64,
@@ -660,10 +655,10 @@ impl<H: Handler> Endpoint<H> {
     }
 }
 
-fn health_config(config: &crate::config::TransportConfig) -> millrace_protocol::health::HealthConfig {
-    millrace_protocol::health::HealthConfig {
+fn health_config(config: &TransportConfig) -> HealthConfig {
+    HealthConfig {
         interval: config.probe_interval,
-        failures_max: config.probe_failures_max,
+        missed_max: config.probe_failures_max,
         ..Default::default()
     }
 }
@@ -683,7 +678,7 @@ impl<H: Handler> Datapath for Endpoint<H> {
         self.parts.shared.now.set(now);
         self.counters().add(Counter::DatagramsReceived, datagrams.count() as u64);
         let info = quiche::RecvInfo { from: datagrams.from(), to: self.parts.local };
-        let mut touched = None;
+        let mut touched: Option<(usize, [u8; 16])> = None;
         for datagram in datagrams.into_segments() {
             if let Some(knock) = Knock::decode(datagram) {
                 self.on_knock(&knock, now);
@@ -691,7 +686,7 @@ impl<H: Handler> Datapath for Endpoint<H> {
             }
             let slot = match touched {
                 // The short headers of one flow name the same connection nearly always.
-                Some((slot, cid)) if datagram.get(1..17) == Some(&cid) && datagram[0] & 0x80 == 0 => slot,
+                Some((slot, cid)) if datagram.get(1..17) == Some(cid.as_slice()) && datagram[0] & 0x80 == 0 => slot,
                 _ => {
                     let Some(slot) = self.route(datagram).or_else(|| self.accept(datagram, info.from, now)) else {
                         continue;

@@ -17,13 +17,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
-use millrace_protocol::frame::{Class, FailureCode, Header, Kind, Method};
+use millrace_protocol::frame::{Class, FailureCode, Header, Kind, Limits, Method};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
-use millrace_protocol::rpc::{InFlight, RpcTable};
+use millrace_protocol::rpc::{InFlight, RpcError, RpcTable};
 
 use crate::config::TransportConfig;
 use crate::counters::{Counter, Counters, Family};
-use crate::message::{Payload, Request, RpcError};
+use crate::message::{Payload, Request};
 use crate::outbox::Outbox;
 
 /// What the links of one shard share.
@@ -131,7 +131,8 @@ impl Future for PendingAnswer {
     type Output = Result<Payload, RpcError>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        if let Some(result) = self.completion.result.borrow_mut().take() {
+        let result = self.completion.result.borrow_mut().take();
+        if let Some(result) = result {
             self.call = None;
             return Poll::Ready(result);
         }
@@ -165,7 +166,7 @@ pub(crate) struct Link {
     pub(crate) out: RefCell<Outbox>,
     calls: RefCell<RpcTable<Waiter>>,
     /// Requests of the peer that are answered later.
-    inbound: RefCell<InFlight>,
+    inbound: RefCell<InFlight<()>>,
     is_dirty: Cell<bool>,
     is_closed: Cell<bool>,
 }
@@ -177,10 +178,10 @@ impl Link {
             shared: Rc::clone(shared),
             slot,
             peer,
-            number: Cell::new(ConnectionNumber::default()),
+            number: Cell::new(ConnectionNumber(0)),
             out: RefCell::new(Outbox::new(config, is_server)),
-            calls: RefCell::new(RpcTable::new(config.requests_out_max.into(), shared.now.get())),
-            inbound: RefCell::new(InFlight::new(config.requests_in_max.into())),
+            calls: RefCell::new(RpcTable::new(config.requests_out_max.rpc_limits(), shared.now.get())),
+            inbound: RefCell::new(InFlight::new(config.requests_in_max.rpc_limits())),
             is_dirty: Cell::new(false),
             is_closed: Cell::new(false),
         })
@@ -205,20 +206,17 @@ impl Link {
         }
         let limits = &self.shared.config.limits;
         if request.body.len() > u64::from(limits.body_bytes_max) {
-            return Err((RpcError::TooLarge, waiter));
+            return Err((too_large(&request.body, limits), waiter));
         }
         let body_bytes = request.body.len() as u32;
         let arg = u32::try_from(request.deadline.as_millis()).unwrap_or(u32::MAX);
         let deadline = self.shared.now.get() + request.deadline;
-        let id = match self.calls.borrow_mut().insert(request.class, deadline, waiter) {
-            Ok(id) => id,
-            Err(waiter) => return Err((RpcError::LocalBusy, waiter)),
-        };
+        let id = self.calls.borrow_mut().insert_with(request.class, deadline, waiter)?;
         let header = Header { kind: Kind::Request, class: request.class, method: request.method, id, body_bytes, arg };
         if self.out.borrow_mut().push(header, request.body).is_err() {
-            let waiter = self.calls.borrow_mut().complete(id);
+            let waiter = self.calls.borrow_mut().cancel(id);
             return match waiter {
-                Some(waiter) => Err((RpcError::LocalBusy, waiter)),
+                Some(waiter) => Err((RpcError::LocalBusy(request.class), waiter)),
                 None => Ok(header),
             };
         }
@@ -241,7 +239,7 @@ impl Link {
 
     /// Takes a request back.
     pub(crate) fn cancel(&self, header: Header) {
-        if self.is_closed.get() || self.calls.borrow_mut().complete(header.id).is_none() {
+        if self.is_closed.get() || self.calls.borrow_mut().cancel(header.id).is_none() {
             return;
         }
         self.out.borrow_mut().withdraw(header);
@@ -262,11 +260,11 @@ impl Link {
             return Err(RpcError::NotConnected);
         }
         if body.len() > u64::from(self.shared.config.limits.body_bytes_max) {
-            return Err(RpcError::TooLarge);
+            return Err(too_large(&body, &self.shared.config.limits));
         }
         let body_bytes = body.len() as u32;
         let header = Header { kind: Kind::Send, class, method, id: 0, body_bytes, arg: 0 };
-        self.out.borrow_mut().push(header, body).map_err(|_| RpcError::LocalBusy)?;
+        self.out.borrow_mut().push(header, body).map_err(|_| RpcError::LocalBusy(class))?;
         self.shared.counters.sent(class, body_bytes as usize);
         self.mark_dirty();
         Ok(())
@@ -282,8 +280,9 @@ impl Link {
             return self.send(class, method, Payload::Bytes(bytes::Bytes::copy_from_slice(body)));
         }
         if self.out.borrow_mut().push_frame(header, body).is_err() {
-            self.shared.counters.count(Family::Failed, RpcError::LocalBusy.reason());
-            return Err(RpcError::LocalBusy);
+            let busy = RpcError::LocalBusy(class);
+            self.shared.counters.count(Family::Failed, busy.reason());
+            return Err(busy);
         }
         self.shared.counters.sent(class, body.len());
         self.mark_dirty();
@@ -295,7 +294,7 @@ impl Link {
         let header =
             Header { kind, class: Class::Latency, method: Method(0), id: 0, body_bytes: body.len() as u32, arg };
         if self.out.borrow_mut().push_frame(header, body).is_err() {
-            self.shared.counters.count(Family::Failed, RpcError::LocalBusy.reason());
+            self.shared.counters.count(Family::Failed, RpcError::LocalBusy(Class::Latency).reason());
         }
         self.mark_dirty();
     }
@@ -321,7 +320,7 @@ impl Link {
         let header = Header { kind, class, method: Method(0), id, body_bytes, arg };
         if self.out.borrow_mut().push(header, body).is_err() {
             // The peer's deadline ends its wait.
-            self.shared.counters.count(Family::Failed, RpcError::LocalBusy.reason());
+            self.shared.counters.count(Family::Failed, RpcError::LocalBusy(Class::Latency).reason());
             return;
         }
         self.shared.counters.sent(class, body_bytes as usize);
@@ -339,7 +338,7 @@ impl Link {
 
     /// The next deadline of a request in flight.
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
-        self.calls.borrow_mut().next_deadline()
+        self.calls.borrow().poll_timeout()
     }
 
     /// Ends the requests whose deadline has passed.
@@ -347,8 +346,8 @@ impl Link {
         let mut late = Vec::new();
         self.calls.borrow_mut().expire(now, &mut |_, waiter| late.push(waiter));
         for waiter in late {
-            self.shared.counters.count(Family::Failed, RpcError::DeadlineExceeded.reason());
-            waiter.complete(Err(RpcError::DeadlineExceeded));
+            self.shared.counters.count(Family::Failed, RpcError::Timeout.reason());
+            waiter.complete(Err(RpcError::Timeout));
         }
     }
 
@@ -357,9 +356,9 @@ impl Link {
         if self.is_closed.replace(true) {
             return;
         }
-        self.inbound.borrow_mut().clear();
+        self.inbound.borrow_mut().take_all(&mut |_, ()| {});
         let mut lost = Vec::new();
-        self.calls.borrow_mut().drain(&mut |_, waiter| lost.push(waiter));
+        self.calls.borrow_mut().take_all(&mut |_, waiter| lost.push(waiter));
         for waiter in lost {
             self.shared.counters.count(Family::Failed, RpcError::ConnectionLost.reason());
             waiter.complete(Err(RpcError::ConnectionLost));
@@ -368,25 +367,34 @@ impl Link {
 
     /// Whether nothing of ours is on its way and nobody waits.
     pub(crate) fn is_idle(&self) -> bool {
-        self.calls.borrow().is_empty() && self.inbound.borrow().is_empty() && self.out.borrow().is_idle()
+        self.calls.borrow().is_empty() && self.inbound_count() == 0 && self.out.borrow().is_idle()
+    }
+
+    fn inbound_count(&self) -> u32 {
+        let inbound = self.inbound.borrow();
+        Class::ALL.iter().map(|class| inbound.in_flight(*class)).sum()
     }
 
     pub(crate) fn open_inbound(&self, class: Class, id: u32) -> bool {
-        self.inbound.borrow_mut().open(class, id).is_ok()
+        self.inbound.borrow_mut().begin(id, class, ()).is_ok()
     }
 
-    pub(crate) fn close_inbound(&self, class: Class, id: u32) -> bool {
-        self.inbound.borrow_mut().close(class, id)
+    pub(crate) fn close_inbound(&self, id: u32) -> bool {
+        self.inbound.borrow_mut().end(id).is_some()
     }
 
     pub(crate) fn is_inbound_open(&self, id: u32) -> bool {
-        self.inbound.borrow().is_open(id)
+        self.inbound.borrow_mut().get_mut(id).is_some()
     }
 
     /// The peer took its request back.
-    pub(crate) fn on_cancel(&self, class: Class, id: u32) {
-        if self.inbound.borrow_mut().close(class, id) {
+    pub(crate) fn on_cancel(&self, id: u32) {
+        if self.close_inbound(id) {
             self.shared.counters.add(Counter::RequestsCancelled, 1);
         }
     }
+}
+
+fn too_large(body: &Payload, limits: &Limits) -> RpcError {
+    RpcError::LocalTooLarge { body_bytes: body.len(), max_bytes: limits.body_bytes_max.into() }
 }

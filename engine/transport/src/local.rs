@@ -5,11 +5,12 @@ use std::rc::Rc;
 
 use millrace_protocol::frame::{Class, Method};
 use millrace_protocol::id::NodeId;
+use millrace_protocol::rpc::RpcError;
 use millrace_shards::chunk::ChunkPool;
-use millrace_shards::runtime::{Queue, ShardContext};
+use millrace_shards::{Queue, ShardContext};
 
 use crate::link::{PendingAnswer, Shared};
-use crate::message::{Payload, Request, RpcError};
+use crate::message::{Payload, Request};
 use crate::start::Transport;
 
 /// Handle of one shard's transport. Cheap to clone; stays on its shard.
@@ -28,7 +29,7 @@ impl Local {
     /// Asks `peer`. The answer comes to the returned future; dropping that takes the request back.
     pub fn request(&self, peer: &NodeId, request: Request) -> PendingAnswer {
         if self.shared.stopping.get() {
-            return PendingAnswer::failed(RpcError::ShuttingDown);
+            return PendingAnswer::failed(RpcError::LocalShuttingDown);
         }
         match self.shared.link_to(peer, request.class == Class::Bulk) {
             Some(link) => link.request_local(request),

@@ -127,52 +127,6 @@ impl InboundBody<'_> {
     }
 }
 
-/// Why a request has no answer. The variant names whose fault it was.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum RpcError {
-    /// Local: no connection to that peer is up.
-    #[error("no connection to the peer")]
-    NotConnected,
-    /// Local: a queue or a table of ours for that peer and class is full.
-    #[error("too much is waiting for the peer already")]
-    LocalBusy,
-    /// Local: the body is larger than any peer accepts.
-    #[error("the body is too large")]
-    TooLarge,
-    /// Local: this node is shutting down.
-    #[error("this node is shutting down")]
-    ShuttingDown,
-    /// Path: the connection ended before the answer came.
-    #[error("the connection was lost")]
-    ConnectionLost,
-    /// Local or peer: the answer came, but its body was refused here (no room for it) or was broken.
-    #[error("the body of the answer was refused")]
-    AnswerLost,
-    /// Peer or path: no answer within the deadline.
-    #[error("no answer within the deadline")]
-    DeadlineExceeded,
-    /// Peer: it refused.
-    #[error("the peer refused: {}", .0.reason())]
-    Refused(FailureCode),
-}
-
-impl RpcError {
-    /// Label on `/metrics`.
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Self::NotConnected => "not_connected",
-            Self::LocalBusy => "local_busy",
-            Self::TooLarge => "too_large",
-            Self::ShuttingDown => "shutting_down",
-            Self::ConnectionLost => "connection_lost",
-            Self::AnswerLost => "answer_lost",
-            Self::DeadlineExceeded => "deadline_exceeded",
-            Self::Refused(code) => code.reason(),
-        }
-    }
-}
-
 /// What a handler says to a request.
 #[derive(Debug)]
 pub enum Answer {
@@ -230,7 +184,7 @@ impl Responder {
 
     fn finish(&mut self, answer: Result<Payload, FailureCode>) {
         self.done = true;
-        if self.link.close_inbound(self.class, self.id) {
+        if self.link.close_inbound(self.id) {
             self.link.answer(self.class, self.id, answer);
         }
     }

@@ -10,11 +10,12 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use millrace_protocol::backoff::BackoffConfig;
-use millrace_protocol::budget::{Budget, BudgetConfig};
+use millrace_protocol::budget::{BudgetConfig, ReceiveBudget};
 use millrace_protocol::frame::{Class, Method};
 use millrace_protocol::id::NodeId;
 use millrace_protocol::identity::SigningKey;
 use millrace_protocol::peers::{Peers, PeersConfig};
+use millrace_protocol::rpc::RpcError;
 use millrace_protocol::topology::Topology;
 use millrace_shards::chunk::ChunkPool;
 use millrace_shards::config::ShardConfig;
@@ -29,7 +30,7 @@ use crate::counters::Counters;
 use crate::endpoint::{Endpoint, EndpointParts};
 use crate::link::{Shared, Waiter};
 use crate::local::Local;
-use crate::message::{Handler, Payload, Request, RpcError};
+use crate::message::{Handler, Payload, Request};
 use crate::quic::quic_config;
 use crate::status::StatusBoard;
 use crate::tls::{Credentials, Members, TlsError};
@@ -159,10 +160,9 @@ impl Transport {
                 let seed = u64::from_le_bytes(seed);
                 let machine = |pair| Peers::new(me, peers_config(&config, pair, index, count), 0, seed ^ u64::from(pair), now);
                 let peers = (0..connections_per_peer).map(machine).collect();
-                let budget = Budget::new(BudgetConfig {
+                let budget = ReceiveBudget::new(BudgetConfig {
                     total_bytes: config.receive_budget_bytes,
-                    peer_bytes: config.receive_budget_peer_bytes,
-                    ..Default::default()
+                    peer_bytes_max: config.receive_budget_peer_bytes,
                 });
                 let shared = Rc::new(Shared::new(config, counters, now));
                 let local_transport = Local::new(Rc::clone(&shared), context.clone(), transport);
@@ -241,13 +241,14 @@ impl Transport {
     pub fn request(&self, peer: NodeId, request: Request) -> RemoteAnswer {
         let state = Arc::new(RemoteState::default());
         let answer = RemoteAnswer { state: Arc::clone(&state) };
-        let body = request.class == Class::Bulk;
+        let class = request.class;
+        let body = class == Class::Bulk;
         let shard = self.owner_of(&peer, body);
         let sent = self.run_on(shard, {
             let state = Arc::clone(&state);
             move |shared| {
                 if shared.stopping.get() {
-                    return state.complete(Err(RpcError::ShuttingDown));
+                    return state.complete(Err(RpcError::LocalShuttingDown));
                 }
                 let Some(link) = shared.link_to(&peer, body) else {
                     return state.complete(Err(RpcError::NotConnected));
@@ -259,7 +260,7 @@ impl Transport {
             }
         });
         if !sent {
-            state.complete(Err(RpcError::LocalBusy));
+            state.complete(Err(RpcError::LocalBusy(class)));
         }
         answer
     }
@@ -273,7 +274,7 @@ impl Transport {
                 link.send(class, method, body).ok();
             }
         });
-        if sent { Ok(()) } else { Err(RpcError::LocalBusy) }
+        if sent { Ok(()) } else { Err(RpcError::LocalBusy(class)) }
     }
 
     fn owner_of(&self, peer: &NodeId, body: bool) -> usize {
@@ -354,7 +355,7 @@ impl RemoteAnswer {
                 return result;
             }
             let Some(left) = until.checked_duration_since(Instant::now()) else {
-                return Err(RpcError::DeadlineExceeded);
+                return Err(RpcError::Timeout);
             };
             slot = self.state.ready.wait_timeout(slot, left).unwrap_or_else(PoisonError::into_inner).0;
         }
