@@ -1,0 +1,196 @@
+//! Answers peers, on each shard.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use millrace_protocol::frame::FailureCode;
+use millrace_protocol::id::{ArtifactId, ConnectionNumber, NodeId};
+use millrace_shards::Queue;
+use millrace_shards::chunk::{Body, Chunk};
+use millrace_transport::{Answer, Defer, Handler, Inbound, InboundBody, Local, Payload, Responder};
+
+use super::wire::{self, Announce};
+use super::{hash, store::Store};
+use crate::versions::Versions;
+
+/// Announcements of one connection that may wait for their bodies.
+const ANNOUNCED_MAX: usize = 16;
+
+/// Above this a payload has to be in chunks.
+const SMALL_BYTES_MAX: usize = 64 << 10;
+
+/// What one connection announced and has not sent yet: id by length, because a body comes without its id.
+type Announced = Rc<RefCell<BTreeMap<(NodeId, ConnectionNumber), Vec<Announce>>>>;
+
+pub(crate) struct App {
+    local: Local,
+    store: Arc<Store>,
+    versions: Arc<Versions>,
+    announced: Announced,
+}
+
+impl App {
+    pub(crate) fn new(local: Local, store: Arc<Store>, versions: Arc<Versions>) -> Self {
+        Self {
+            local,
+            store,
+            versions,
+            announced: Announced::default(),
+        }
+    }
+
+    fn announce(&self, from: (NodeId, ConnectionNumber), body: &InboundBody<'_>) -> Answer {
+        let InboundBody::Slice(bytes) = body else {
+            return Answer::Failure(FailureCode::Malformed);
+        };
+        let Some(announce) = Announce::decode(bytes) else {
+            return Answer::Failure(FailureCode::Malformed);
+        };
+        if self.store.contains(&announce.id) {
+            return Answer::Reply(wire::HELD.to_vec().into());
+        }
+        if !self.store.fits(announce.length) {
+            return Answer::Failure(FailureCode::TooLarge);
+        }
+        let mut announced = self.announced.borrow_mut();
+        let waiting = announced.entry(from).or_default();
+        if !waiting.contains(&announce) {
+            if waiting.len() == ANNOUNCED_MAX {
+                return Answer::Failure(FailureCode::Busy);
+            }
+            waiting.push(announce);
+        }
+        Answer::Reply(wire::WANTED.to_vec().into())
+    }
+
+    fn put(
+        &self,
+        from: (NodeId, ConnectionNumber),
+        body: InboundBody<'_>,
+        defer: &Defer<'_>,
+    ) -> Answer {
+        let length = body.len();
+        let is_announced =
+            |list: &Vec<Announce>| list.iter().any(|announce| announce.length == length);
+        if !self.announced.borrow().get(&from).is_some_and(is_announced) {
+            return Answer::Failure(FailureCode::Malformed);
+        }
+        let body = match body {
+            InboundBody::Chunks(body) => body,
+            InboundBody::Slice(bytes) => match Body::copy_from_slice(self.local.pool(), bytes) {
+                Some(body) => body,
+                None => return Answer::Failure(FailureCode::Busy),
+            },
+        };
+        let Some(responder) = defer.responder() else {
+            return Answer::Failure(FailureCode::Busy);
+        };
+        let (store, announced) = (Arc::clone(&self.store), Rc::clone(&self.announced));
+        // A body of 128 MiB hashes for some 80 ms: beside the packets, not instead of them.
+        self.local.spawn(Queue::Bulk, async move {
+            let id = hash::of_body_in_turns(&body).await;
+            keep(&store, &announced, from, id, body, responder);
+        });
+        Answer::Deferred
+    }
+
+    fn get(&self, body: &InboundBody<'_>) -> Answer {
+        let InboundBody::Slice(bytes) = body else {
+            return Answer::Failure(FailureCode::Malformed);
+        };
+        let Some(id) = wire::decode_id(bytes) else {
+            return Answer::Failure(FailureCode::Malformed);
+        };
+        match self.store.get(&id) {
+            Some(body) => Answer::Reply(payload_of(body)),
+            None => Answer::Failure(FailureCode::NotFound),
+        }
+    }
+
+    fn registry(&self, body: &InboundBody<'_>) -> Answer {
+        let InboundBody::Slice(bytes) = body else {
+            return Answer::Failure(FailureCode::Malformed);
+        };
+        let Ok(number) = <[u8; 8]>::try_from(*bytes) else {
+            return Answer::Failure(FailureCode::Malformed);
+        };
+        let bytes = self.versions.newer_than(u64::from_le_bytes(number));
+        if bytes.len() <= SMALL_BYTES_MAX {
+            return Answer::Reply(bytes.into());
+        }
+        match Body::copy_from_slice(self.local.pool(), &bytes) {
+            Some(body) => Answer::Reply(body.into()),
+            None => Answer::Failure(FailureCode::Busy),
+        }
+    }
+}
+
+/// Stores a hashed body if its id was announced, and answers with the id.
+fn keep(
+    store: &Store,
+    announced: &Announced,
+    from: (NodeId, ConnectionNumber),
+    id: ArtifactId,
+    body: Body,
+    responder: Responder,
+) {
+    let length = body.len() as u64;
+    let was_announced = announced.borrow_mut().get_mut(&from).is_some_and(|list| {
+        let at = list.iter().position(|one| *one == Announce { id, length });
+        at.map(|at| list.swap_remove(at)).is_some()
+    });
+    if !was_announced {
+        tracing::warn!(peer = %from.0, %id, "a body has a hash that was not announced");
+        return responder.fail(FailureCode::Malformed);
+    }
+    match store.insert(id, body) {
+        Ok(()) => responder.reply(id.as_bytes().to_vec().into()),
+        Err(error) => {
+            tracing::warn!(peer = %from.0, %error, "a body cannot be held");
+            responder.fail(FailureCode::TooLarge);
+        }
+    }
+}
+
+/// A body as a payload; a small one goes as bytes, because it travels beside other small messages.
+pub(crate) fn payload_of(body: Body) -> Payload {
+    if body.len() > SMALL_BYTES_MAX {
+        return Payload::Chunks(body);
+    }
+    match body.chunks() {
+        [] => Payload::Empty,
+        chunks => Payload::Bytes(joined(chunks).into()),
+    }
+}
+
+/// The bytes of a few chunks in one piece.
+pub(crate) fn joined(chunks: &[Chunk]) -> Vec<u8> {
+    chunks
+        .iter()
+        .flat_map(|chunk| chunk.iter().copied())
+        .collect()
+}
+
+impl Handler for App {
+    fn on_request(&mut self, request: Inbound<'_>, defer: Defer<'_>) -> Answer {
+        let from = (request.peer, request.connection);
+        match request.method {
+            wire::ANNOUNCE => self.announce(from, &request.body),
+            wire::PUT => self.put(from, request.body, &defer),
+            wire::GET => self.get(&request.body),
+            wire::REGISTRY => self.registry(&request.body),
+            _ => Answer::Failure(FailureCode::UnknownMethod),
+        }
+    }
+
+    fn on_send(&mut self, message: Inbound<'_>) {
+        // This application has no one-way messages.
+        tracing::debug!(peer = %message.peer, method = message.method.0, "one-way message ignored");
+    }
+
+    fn on_down(&mut self, peer: NodeId, connection: ConnectionNumber) {
+        self.announced.borrow_mut().remove(&(peer, connection));
+    }
+}

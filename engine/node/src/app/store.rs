@@ -1,0 +1,163 @@
+//! Artifacts that this node holds: bodies in chunks, bounded, the oldest dropped for new ones.
+//!
+//! Invariants
+//! 1. The chunks of all bodies are at most `bytes_max`; a body counts in whole chunks, as the pool does.
+//! 2. `order` lists exactly the ids of `bodies`, oldest first.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use millrace_protocol::id::ArtifactId;
+use millrace_shards::chunk::{Body, CHUNK_BYTES};
+
+/// The body is larger than the whole store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the body takes {needed_bytes} bytes, the store holds {bytes_max}")]
+pub(crate) struct TooLarge {
+    pub(crate) needed_bytes: u64,
+    pub(crate) bytes_max: u64,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    bodies: BTreeMap<ArtifactId, Body>,
+    order: VecDeque<ArtifactId>,
+    bytes: u64,
+    dropped: u64,
+}
+
+#[derive(Debug)]
+pub(crate) struct Store {
+    bytes_max: u64,
+    held: Mutex<Held>,
+}
+
+/// How full the store is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Usage {
+    pub(crate) artifacts: u64,
+    pub(crate) bytes: u64,
+    pub(crate) bytes_max: u64,
+    pub(crate) dropped: u64,
+}
+
+impl Store {
+    pub(crate) fn new(bytes_max: u64) -> Self {
+        Self {
+            bytes_max,
+            held: Mutex::default(),
+            arrived: Condvar::new(),
+        }
+    }
+
+    /// Whether a body of this length could be held at all.
+    pub(crate) fn fits(&self, length: u64) -> bool {
+        in_chunks(length) <= self.bytes_max
+    }
+
+    /// Holds a body under the id that its bytes have; the caller computed it.
+    pub(crate) fn insert(&self, id: ArtifactId, body: Body) -> Result<(), TooLarge> {
+        let needed_bytes = in_chunks(body.len() as u64);
+        if needed_bytes > self.bytes_max {
+            return Err(TooLarge {
+                needed_bytes,
+                bytes_max: self.bytes_max,
+            });
+        }
+        let mut held = self.lock();
+        if held.bodies.contains_key(&id) {
+            return Ok(());
+        }
+        while held.bytes + needed_bytes > self.bytes_max {
+            let Some(oldest) = held.order.pop_front() else {
+                break;
+            };
+            if let Some(body) = held.bodies.remove(&oldest) {
+                held.bytes -= in_chunks(body.len() as u64);
+                held.dropped += 1;
+            }
+        }
+        held.bytes += needed_bytes;
+        held.order.push_back(id);
+        held.bodies.insert(id, body);
+        Ok(())
+    }
+
+    pub(crate) fn get(&self, id: &ArtifactId) -> Option<Body> {
+        self.lock().bodies.get(id).cloned()
+    }
+
+    pub(crate) fn contains(&self, id: &ArtifactId) -> bool {
+        self.lock().bodies.contains_key(id)
+    }
+
+    pub(crate) fn usage(&self) -> Usage {
+        let held = self.lock();
+        Usage {
+            artifacts: held.bodies.len() as u64,
+            bytes: held.bytes,
+            bytes_max: self.bytes_max,
+            dropped: held.dropped,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn in_chunks(length: u64) -> u64 {
+    // An empty body has no chunk, and yet an entry: it counts as one, so that entries are bounded.
+    length.max(1).next_multiple_of(CHUNK_BYTES as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use millrace_shards::chunk::ChunkPool;
+    use millrace_shards::config::HugePages;
+
+    use super::*;
+
+    fn id(n: u8) -> ArtifactId {
+        ArtifactId::from_bytes([n; 32])
+    }
+
+    /// The oldest goes first, its chunks return to the pool, and the bound counts whole chunks.
+    #[test]
+    fn the_oldest_bodies_make_room_and_give_their_chunks_back() {
+        let pool = ChunkPool::new(4 << 20, HugePages::Never).unwrap();
+        let store = Store::new(2 << 20);
+        for n in 1..=3 {
+            store
+                .insert(id(n), Body::copy_from_slice(&pool, &[n; 10]).unwrap())
+                .unwrap();
+        }
+        assert!(!store.contains(&id(1)) && store.contains(&id(2)) && store.contains(&id(3)));
+        assert_eq!(store.get(&id(3)).unwrap().chunks()[0][..], [3; 10]);
+        assert_eq!(pool.free_chunks(), 2);
+        let usage = Usage {
+            artifacts: 2,
+            bytes: 2 << 20,
+            bytes_max: 2 << 20,
+            dropped: 1,
+        };
+        assert_eq!(store.usage(), usage);
+    }
+
+    #[test]
+    fn a_body_is_held_once_and_one_that_never_fits_is_refused() {
+        let pool = ChunkPool::new(4 << 20, HugePages::Never).unwrap();
+        let store = Store::new(1 << 20);
+        let body = Body::copy_from_slice(&pool, &[1; 10]).unwrap();
+        store.insert(id(1), body.clone()).unwrap();
+        store.insert(id(1), body).unwrap();
+        assert_eq!(store.usage().artifacts, 1);
+        let large = Body::copy_from_slice(&pool, &vec![0; (1 << 20) + 1]).unwrap();
+        assert_eq!(
+            store.insert(id(2), large).unwrap_err().needed_bytes,
+            2 << 20
+        );
+        assert!(store.contains(&id(1)), "what is refused drops nothing");
+        assert!(!store.fits((1 << 20) + 1) && store.fits(1 << 20));
+    }
+}

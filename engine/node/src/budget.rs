@@ -1,0 +1,46 @@
+//! The memory a config allows: the sum that `check` prints and a node prints at its start.
+
+use millrace_tuning::{ByteSize, MemoryBudget, NodeConfig};
+
+use crate::mapping;
+
+/// A connection before its handshake: quiche's and BoringSSL's state, which nothing of a peer can enlarge
+/// (its crypto stream is bounded). Measured as resident growth per connection, rounded up.
+const HANDSHAKE_BYTES: ByteSize = ByteSize::kib(128);
+
+/// Code, stacks and allocator of the process itself, before any shard.
+const PROCESS_BYTES: ByteSize = ByteSize::mib(32);
+
+/// An admin client: hyper's buffers and the socket's.
+const ADMIN_BYTES: ByteSize = ByteSize::kib(768);
+
+pub(crate) fn of(config: &NodeConfig, cpus: &[u64]) -> MemoryBudget {
+    let transport = mapping::transport(config);
+    let shards = mapping::shards(config, cpus);
+    let count = shards.len() as u64;
+    let mut budget = MemoryBudget::default();
+    budget.add("process", PROCESS_BYTES, 1);
+    for (index, shard) in shards.iter().enumerate() {
+        let cpu = shard
+            .cpu
+            .map_or_else(String::new, |cpu| format!(" on core {cpu}"));
+        let bytes = ByteSize(shard.memory_budget_bytes());
+        budget.add(format!("shard {index}{cpu}: pool, slots, rings"), bytes, 1);
+    }
+    let handshakes = config.transport.handshakes_max;
+    let connections = config.transport.connections_max.saturating_sub(handshakes);
+    let connection = ByteSize(transport.connection_budget_bytes());
+    budget.add(
+        "connections: queues and windows",
+        connection,
+        connections * count,
+    );
+    budget.add("handshakes", HANDSHAKE_BYTES, handshakes * count);
+    budget.add("socket buffers of the kernel", socket_bytes(config), count);
+    budget.add("admin clients", ADMIN_BYTES, config.admin.connections_max);
+    budget
+}
+
+fn socket_bytes(config: &NodeConfig) -> ByteSize {
+    ByteSize(config.listen.receive_buffer_bytes.0 + config.listen.send_buffer_bytes.0)
+}

@@ -1,0 +1,384 @@
+//! `millrace dev`: a whole subnet in this process, with fresh keys and a signed registry, on loopback.
+//!
+//! Shards may share cores here, which a real node never allows; they park instead of spinning then.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use millrace_protocol::id::{ArtifactId, NodeId, SubnetId};
+use millrace_protocol::identity::SigningKey;
+use millrace_protocol::registry::{NodeRecord, RegistryConfig, RegistryVersion, SubnetRecord};
+use millrace_protocol::rng::Rng;
+use millrace_shards::chunk::{Body, CHUNK_BYTES};
+use millrace_shards::config::ShardConfig;
+use millrace_shards::socket::UdpGroupConfig;
+use millrace_tuning::NodeConfig;
+use serde::Serialize;
+use signal_hook::consts::TERM_SIGNALS;
+use signal_hook::iterator::Signals;
+
+use crate::admin::{self, Site};
+use crate::app::hash;
+use crate::cli::DevArgs;
+use crate::exit::{Exit, Failure};
+use crate::registry_dir::Follower;
+use crate::running::{Delivery, Running, Start};
+use crate::versions::Versions;
+use crate::{host_facts, keys, mapping, output, progress, registry_cmd};
+
+/// Chunks beside the payload's: small artifacts that a user puts, answers of the registry.
+const SPARE_CHUNKS: u64 = 8;
+
+/// What `--once --json` prints.
+#[derive(Debug, Serialize)]
+struct Outcome {
+    nodes: u16,
+    payload_bytes: u64,
+    delivered: usize,
+    hash_ok: bool,
+    seconds_to_all: f64,
+    gbit_per_s: f64,
+    rss_bytes_max: u64,
+}
+
+pub(crate) fn run(args: &DevArgs) -> Result<Exit, Failure> {
+    let payload = args.payload.bytes();
+    let config = NodeConfig::default();
+    if payload > config.transport.body_bytes_max.bytes() {
+        let message = format!(
+            "--payload {} is more than a body may be ({})",
+            args.payload, config.transport.body_bytes_max
+        );
+        return Err(Failure::new(Exit::Usage, message));
+    }
+    let signals =
+        Signals::new(TERM_SIGNALS).map_err(|error| Failure::io("signal handlers", &error))?;
+    let folder = tempfile::Builder::new()
+        .prefix("millrace-dev-")
+        .tempdir()
+        .map_err(|error| Failure::io("a temporary folder", &error))?;
+    let subnet = Subnet::start(args, &config, folder.path())?;
+    subnet.connect(args.timeout.get())?;
+    let exit = if args.once {
+        subnet.once(args)?
+    } else {
+        subnet.stay(&config, folder.path(), signals)?
+    };
+    subnet.stop();
+    Ok(exit)
+}
+
+/// The nodes, in the order of their making.
+struct Subnet {
+    nodes: Vec<Arc<Running>>,
+    started: Instant,
+}
+
+impl Subnet {
+    /// Starts nodes that know nobody, then signs a registry of their addresses and gives it to all: no port is
+    /// guessed.
+    fn start(args: &DevArgs, config: &NodeConfig, folder: &Path) -> Result<Self, Failure> {
+        let started = Instant::now();
+        let registry_key = keys::create(&folder.join("registry.key"))?;
+        let registry_dir = folder.join("registry");
+        std::fs::create_dir(&registry_dir).map_err(|e| Failure::io(registry_dir.display(), &e))?;
+        let mut nodes = Vec::new();
+        let mut records = Vec::new();
+        let subnet = registry_cmd::fresh_subnet_id()?;
+        for index in 0..args.nodes {
+            let state_dir = folder.join(format!("node-{index}"));
+            std::fs::create_dir(&state_dir).map_err(|e| Failure::io(state_dir.display(), &e))?;
+            let identity = keys::create(&state_dir.join("node.key"))?;
+            let public_key = identity.public_key();
+            let follower = Follower::new(
+                registry_dir.clone(),
+                registry_key.public_key(),
+                RegistryConfig::default(),
+            );
+            let versions = Versions::new(identity.node_id(), config, follower)?;
+            let node = start_node(args, config, index, identity, versions)?;
+            let addresses = vec![node.address()];
+            records.push(NodeRecord {
+                id: node.node_id(),
+                public_key,
+                subnet,
+                addresses,
+            });
+            nodes.push(node);
+        }
+        publish_registry(&registry_dir, &registry_key, subnet, records)?;
+        for node in &nodes {
+            if !node.versions.poll_folder() || !node.apply_topology() {
+                return Err(Failure::new(
+                    Exit::Failed,
+                    "a node did not take the registry",
+                ));
+            }
+        }
+        Ok(Self { nodes, started })
+    }
+
+    /// Waits until every node is connected to every other.
+    fn connect(&self, timeout: Duration) -> Result<(), Failure> {
+        let others = self.nodes.len() - 1;
+        let until = Instant::now() + timeout;
+        for node in &self.nodes {
+            let left = until.saturating_duration_since(Instant::now());
+            let all = |peers: &[millrace_transport::PeerStatus]| {
+                let mut ids: Vec<NodeId> = peers.iter().map(|peer| peer.node_id).collect();
+                ids.sort_unstable();
+                ids.dedup();
+                ids.len() == others
+            };
+            if !node.transport.status().wait(left, all) {
+                let message = format!(
+                    "node {} is connected to {} of {others} peers after {timeout:?}",
+                    node.node_id(),
+                    node.peers().len()
+                );
+                return Err(Failure::new(Exit::Failed, message));
+            }
+        }
+        Ok(())
+    }
+
+    /// Publishes one artifact on the first node and reports.
+    fn once(&self, args: &DevArgs) -> Result<Exit, Failure> {
+        let connected = self.started.elapsed();
+        let (id, body) = self.payload(args.payload.bytes())?;
+        let total = args.payload.bytes() * (self.nodes.len() as u64 - 1);
+        let bar = progress::bytes("delivering", total, args.json);
+        let started = Instant::now();
+        let deliveries = std::thread::scope(|scope| {
+            let publishing =
+                scope.spawn(|| futures_lite::future::block_on(self.nodes[0].publish(id, body)));
+            self.show_progress(&bar, total, || publishing.is_finished());
+            publishing.join()
+        });
+        let seconds = started.elapsed().as_secs_f64();
+        bar.finish_and_clear();
+        let deliveries = deliveries
+            .map_err(|_| Failure::new(Exit::Failed, "publishing ended with a panic"))??;
+        let delivered = deliveries
+            .iter()
+            .filter(|(_, delivery)| *delivery == Delivery::Delivered)
+            .count();
+        let hash_ok = self.nodes[1..].iter().all(|node| {
+            node.store
+                .get(&id)
+                .is_some_and(|body| hash::of_body(&body) == id)
+        });
+        let outcome = Outcome {
+            nodes: args.nodes,
+            payload_bytes: args.payload.bytes(),
+            delivered,
+            hash_ok,
+            seconds_to_all: seconds,
+            gbit_per_s: (args.payload.bytes() * delivered as u64 * 8) as f64 / seconds / 1e9,
+            rss_bytes_max: host_facts::peak_rss().map_or(0, |size| size.0),
+        };
+        if args.json {
+            output::json(&outcome)?;
+        } else {
+            self.print(id, &deliveries, &outcome, connected)?;
+        }
+        let all = delivered == self.nodes.len() - 1 && hash_ok;
+        Ok(if all { Exit::Ok } else { Exit::Failed })
+    }
+
+    /// Counts what the receivers' connections took in, as their shards publish it.
+    fn show_progress(&self, bar: &indicatif::ProgressBar, total: u64, done: impl Fn() -> bool) {
+        if bar.is_hidden() {
+            return;
+        }
+        while !done() {
+            let publisher = self.nodes[0].node_id();
+            let received: u64 = self.nodes[1..]
+                .iter()
+                .flat_map(|node| node.transport.status().peers())
+                .filter(|peer| peer.node_id == publisher)
+                .map(|peer| peer.bytes_received)
+                .sum();
+            bar.set_position(received.min(total));
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Bytes that do not compress and are not the same from node to node or run to run.
+    fn payload(&self, length: u64) -> Result<(ArtifactId, Body), Failure> {
+        let full = || Failure::new(Exit::Failed, "the chunk pool is smaller than the payload");
+        let length = usize::try_from(length).map_err(|_| full())?;
+        let mut body = self.nodes[0].reserve(length).ok_or_else(full)?;
+        let seed = keys::random()?;
+        let mut rng = Rng::new(u64::from_le_bytes([
+            seed[0], seed[1], seed[2], seed[3], seed[4], seed[5], seed[6], seed[7],
+        ]));
+        while !body.is_full() {
+            let spare = body.spare();
+            let filled = spare.len();
+            for word in spare.chunks_mut(8) {
+                word.copy_from_slice(&rng.next_u64().to_le_bytes()[..word.len()]);
+            }
+            body.advance(filled);
+        }
+        let body = body.freeze();
+        Ok((hash::of_body(&body), body))
+    }
+
+    fn print(
+        &self,
+        id: ArtifactId,
+        deliveries: &[(NodeId, Delivery)],
+        outcome: &Outcome,
+        connected: Duration,
+    ) -> Result<(), Failure> {
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        output::data(format_args!(
+            "artifact  {id}  {:.1} MiB",
+            mib(outcome.payload_bytes)
+        ))?;
+        output::data(format_args!(
+            "{:<5} {:<21} {:>6} {:>9} {:>12} {:>12}  {}",
+            "node", "address", "peers", "rtt us", "sent MiB", "received MiB", "artifact"
+        ))?;
+        for (index, node) in self.nodes.iter().enumerate() {
+            let peers = node.transport.status().peers();
+            let rtt = peers.iter().filter_map(|peer| peer.rtt).min();
+            let sent: u64 = peers.iter().map(|peer| peer.bytes_sent).sum();
+            let received: u64 = peers.iter().map(|peer| peer.bytes_received).sum();
+            let what = match deliveries.iter().find(|(peer, _)| *peer == node.node_id()) {
+                Some((_, delivery)) => delivery.reason(),
+                None if index == 0 => "published",
+                None => "not asked",
+            };
+            output::data(format_args!(
+                "{:<5} {:<21} {:>6} {:>9} {:>12.1} {:>12.1}  {what}",
+                index,
+                node.address(),
+                node.peers().len(),
+                rtt.map_or_else(|| "-".to_owned(), |rtt| rtt.as_micros().to_string()),
+                mib(sent),
+                mib(received),
+            ))?;
+        }
+        output::data(format_args!(
+            "{} of {} nodes hold it, hash {}; connected in {:.2} s, delivered to all in {:.2} s, {:.2} Gbit/s, peak memory {:.0} MiB",
+            outcome.delivered + 1,
+            outcome.nodes,
+            if outcome.hash_ok { "checked" } else { "WRONG" },
+            connected.as_secs_f64(),
+            outcome.seconds_to_all,
+            outcome.gbit_per_s,
+            mib(outcome.rss_bytes_max),
+        ))
+    }
+
+    /// Serves admin sockets until a signal comes.
+    fn stay(
+        &self,
+        config: &NodeConfig,
+        folder: &Path,
+        mut signals: Signals,
+    ) -> Result<Exit, Failure> {
+        let sites: Vec<Site> = self
+            .nodes
+            .iter()
+            .enumerate()
+            .map(|(index, node)| Site {
+                socket: folder
+                    .join(format!("node-{index}"))
+                    .join(&config.admin.socket),
+                node: Arc::clone(node),
+            })
+            .collect();
+        let sockets: Vec<_> = sites.iter().map(|site| site.socket.clone()).collect();
+        let admin = admin::serve(sites, &config.admin)?;
+        for (index, (node, socket)) in self.nodes.iter().zip(&sockets).enumerate() {
+            output::data(format_args!(
+                "node {index}  {}  {}",
+                node.address(),
+                socket.display()
+            ))?;
+        }
+        output::message(format_args!(
+            "try:  millrace put FILE --socket {first}\n      millrace get ID -o FILE --socket {last}\n      \
+             millrace status --socket {first}\nctrl-c ends it",
+            first = sockets[0].display(),
+            last = sockets[sockets.len() - 1].display(),
+        ));
+        signals.forever().next();
+        drop(admin);
+        Ok(Exit::Ok)
+    }
+
+    /// All at once: each waits for its connections to drain.
+    fn stop(&self) {
+        std::thread::scope(|scope| {
+            for node in &self.nodes {
+                scope.spawn(|| node.transport.shutdown());
+            }
+        });
+    }
+}
+
+fn start_node(
+    args: &DevArgs,
+    config: &NodeConfig,
+    index: u16,
+    identity: SigningKey,
+    versions: Versions,
+) -> Result<Arc<Running>, Failure> {
+    let payload_chunks = args.payload.bytes().div_ceil(CHUNK_BYTES as u64);
+    let pool_bytes = (payload_chunks + SPARE_CHUNKS) * CHUNK_BYTES as u64;
+    let cpus = host_facts::usable_cpus();
+    let oversubscribed = usize::from(args.nodes) > cpus.len();
+    let mut transport = mapping::transport(config);
+    transport.receive_budget_peer_bytes = pool_bytes;
+    transport.receive_budget_bytes = pool_bytes;
+    let shard = ShardConfig {
+        chunk_pool_bytes: pool_bytes,
+        // Whoever spins on a shared core spins on the time of the one it waits for.
+        spin: if oversubscribed {
+            Duration::ZERO
+        } else {
+            config.shards.defaults.spin.get()
+        },
+        ..mapping::shard(
+            &config.shards.defaults,
+            (!oversubscribed).then(|| cpus[usize::from(index) % cpus.len()]),
+        )
+    };
+    let loopback = std::net::SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 0));
+    Running::start(Start {
+        identity,
+        transport,
+        shards: vec![shard],
+        udp: UdpGroupConfig {
+            local: loopback,
+            ..UdpGroupConfig::default()
+        },
+        store_bytes: pool_bytes,
+        body_bytes_max: config.transport.body_bytes_max.bytes(),
+        versions: Arc::new(versions),
+    })
+}
+
+fn publish_registry(
+    dir: &Path,
+    key: &SigningKey,
+    subnet: SubnetId,
+    nodes: Vec<NodeRecord>,
+) -> Result<(), Failure> {
+    let version = RegistryVersion {
+        number: 1,
+        subnets: vec![SubnetRecord {
+            id: subnet,
+            name: Some("dev".into()),
+            settings: Default::default(),
+        }],
+        nodes,
+        ..RegistryVersion::default()
+    };
+    registry_cmd::publish(dir, key, &version)
+}

@@ -1,0 +1,18 @@
+//! Generated pages must equal what is committed; `MILLRACE_BLESS=1` (`make docs`) writes them instead.
+
+use std::path::Path;
+
+pub(crate) fn is_fresh(page: &str, expected: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../..")
+        .join(page);
+    if std::env::var_os("MILLRACE_BLESS").is_some() {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, expected).unwrap();
+    }
+    let found = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        found == expected,
+        "{page} is stale: run `make docs` and commit it"
+    );
+}

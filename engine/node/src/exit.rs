@@ -1,0 +1,75 @@
+//! Exit codes, and the one form in which a command fails.
+
+use std::process::ExitCode;
+
+use crate::output;
+
+/// How the process ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Exit {
+    /// Done.
+    Ok = 0,
+    /// Tried and failed.
+    Failed = 1,
+    /// The command line makes no sense.
+    Usage = 2,
+    /// A check found problems of the host.
+    Problems = 3,
+    /// There is no node to talk to (`EX_UNAVAILABLE`).
+    NotRunning = 69,
+    /// The system does not permit it (`EX_NOPERM`).
+    NotPermitted = 77,
+    /// The config is wrong (`EX_CONFIG`).
+    BadConfig = 78,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// A command that could not do what was asked: what to print and how to exit.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub(crate) struct Failure {
+    pub(crate) exit: Exit,
+    pub(crate) message: String,
+}
+
+impl Failure {
+    pub(crate) fn new(exit: Exit, message: impl Into<String>) -> Self {
+        Self {
+            exit,
+            message: message.into(),
+        }
+    }
+
+    /// An I/O error about a file or socket, with the exit code that fits it.
+    pub(crate) fn io(what: impl std::fmt::Display, error: &std::io::Error) -> Self {
+        let exit = match error.kind() {
+            std::io::ErrorKind::PermissionDenied => Exit::NotPermitted,
+            _ => Exit::Failed,
+        };
+        Self::new(exit, format!("{what}: {error}"))
+    }
+}
+
+/// Prints a failure and gives its code.
+pub(crate) fn report(failure: &Failure) -> ExitCode {
+    if !failure.message.is_empty() {
+        output::message(format_args!("millrace: {}", failure.message));
+    }
+    failure.exit.into()
+}
+
+/// What clap says: help and version are no failures.
+pub(crate) fn usage(error: &clap::Error) -> ExitCode {
+    // A closed stdout or stderr leaves nobody to tell.
+    let _ = error.print();
+    if error.use_stderr() {
+        Exit::Usage.into()
+    } else {
+        Exit::Ok.into()
+    }
+}

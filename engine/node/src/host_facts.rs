@@ -1,0 +1,119 @@
+//! Finds out what `millrace check` has to know about this host. What cannot be found out is left open.
+
+use std::net::UdpSocket;
+use std::path::Path;
+
+use millrace_tuning::{ByteSize, HostFacts, NodeConfig};
+
+use crate::keys;
+use crate::load::Paths;
+use crate::registry_dir;
+
+/// The bit of CAP_NET_ADMIN, which lifts the limits of socket buffers.
+const CAP_NET_ADMIN: u64 = 1 << 12;
+
+pub(crate) fn probe(config: &NodeConfig, paths: &Paths) -> HostFacts {
+    let net_admin = capabilities().is_some_and(|bits| bits & CAP_NET_ADMIN != 0);
+    let buffer_max = |name: &str| {
+        (!net_admin)
+            .then(|| number_in(&format!("/proc/sys/net/core/{name}")).map(ByteSize))
+            .flatten()
+    };
+    HostFacts {
+        cpus: usable_cpus(),
+        memory_available: memory_line("/proc/meminfo", "MemAvailable:"),
+        memlock_bytes: memlock(),
+        io_uring_disabled: number_in("/proc/sys/kernel/io_uring_disabled"),
+        io_uring_error: io_uring::IoUring::new(8)
+            .err()
+            .map(|error| error.to_string()),
+        huge_pages_free: huge_pages_free(),
+        listen_error: UdpSocket::bind(config.listen.address)
+            .err()
+            .map(|error| error.to_string()),
+        key_file_error: keys::read(&paths.key_file)
+            .err()
+            .map(|failure| failure.message),
+        registry_dir_error: registry_dir::list(&paths.registry_dir)
+            .err()
+            .map(|e| e.to_string()),
+        receive_buffer_max: buffer_max("rmem_max"),
+        send_buffer_max: buffer_max("wmem_max"),
+    }
+}
+
+/// Cores this process may run on.
+pub(crate) fn usable_cpus() -> Vec<u64> {
+    let list = field("/proc/self/status", "Cpus_allowed_list:");
+    list.as_deref().map(parse_cpu_list).unwrap_or_default()
+}
+
+/// The process's largest resident set so far.
+pub(crate) fn peak_rss() -> Option<ByteSize> {
+    memory_line("/proc/self/status", "VmHWM:")
+}
+
+/// `0-3,8` as numbers.
+fn parse_cpu_list(list: &str) -> Vec<u64> {
+    let mut cpus = Vec::new();
+    for part in list.trim().split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        if let (Ok(first), Ok(last)) = (first.parse(), last.parse::<u64>()) {
+            cpus.extend(first..=last);
+        }
+    }
+    cpus
+}
+
+fn capabilities() -> Option<u64> {
+    u64::from_str_radix(field("/proc/self/status", "CapEff:")?.trim(), 16).ok()
+}
+
+fn huge_pages_free() -> Option<u64> {
+    number_in("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+}
+
+/// The soft limit of locked memory.
+fn memlock() -> Option<ByteSize> {
+    let line = field("/proc/self/limits", "Max locked memory")?;
+    match line.split_whitespace().next()? {
+        "unlimited" => Some(ByteSize(u64::MAX)),
+        bytes => bytes.parse().ok().map(ByteSize),
+    }
+}
+
+/// A line such as `MemAvailable:   123 kB`.
+fn memory_line(file: &str, name: &str) -> Option<ByteSize> {
+    let line = field(file, name)?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(ByteSize::kib(kib))
+}
+
+fn field(file: &str, name: &str) -> Option<String> {
+    let text = std::fs::read_to_string(file).ok()?;
+    text.lines()
+        .find_map(|line| line.strip_prefix(name).map(str::to_owned))
+}
+
+fn number_in(file: impl AsRef<Path>) -> Option<u64> {
+    std::fs::read_to_string(file).ok()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_lists_are_read() {
+        assert_eq!(parse_cpu_list("0-3,8"), [0, 1, 2, 3, 8]);
+        assert_eq!(parse_cpu_list("\t5\n"), [5]);
+        assert_eq!(parse_cpu_list(""), [] as [u64; 0]);
+    }
+
+    #[test]
+    fn this_process_has_cores_and_memory() {
+        assert!(!usable_cpus().is_empty());
+        assert!(peak_rss().is_some_and(|size| size > ByteSize::mib(1)));
+        assert!(memlock().is_some());
+    }
+}

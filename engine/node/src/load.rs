@@ -1,0 +1,101 @@
+//! Reads a config file and finds the files that it names.
+
+use std::path::{Path, PathBuf};
+
+use millrace_tuning::{NodeConfig, Parsed, Problem, Severity, parse};
+
+use crate::exit::{Exit, Failure};
+use crate::output;
+
+/// More than a thousand times the default file: what is larger is not a config.
+const CONFIG_BYTES_MAX: u64 = 4 << 20;
+
+/// A config file that was read; it may still have problems.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    /// As given on the command line.
+    pub(crate) file: PathBuf,
+    pub(crate) parsed: Parsed,
+}
+
+impl Loaded {
+    pub(crate) fn read(file: &Path) -> Result<Self, Failure> {
+        let failed = |error: &std::io::Error| {
+            let failure = Failure::io(file.display(), error);
+            let exit = match failure.exit {
+                Exit::NotPermitted => Exit::NotPermitted,
+                _ => Exit::BadConfig,
+            };
+            Failure::new(
+                exit,
+                format!("{}; `millrace config default` prints one", failure.message),
+            )
+        };
+        let length = std::fs::metadata(file)
+            .map_err(|error| failed(&error))?
+            .len();
+        if length > CONFIG_BYTES_MAX {
+            let message = format!(
+                "{}: {length} bytes are too many for a config",
+                file.display()
+            );
+            return Err(Failure::new(Exit::BadConfig, message));
+        }
+        let text = std::fs::read_to_string(file).map_err(|error| failed(&error))?;
+        Ok(Self {
+            file: file.to_owned(),
+            parsed: parse(&text),
+        })
+    }
+
+    /// The config if a node can start from it; otherwise its problems are printed.
+    pub(crate) fn usable(self) -> Result<(NodeConfig, Paths), Failure> {
+        print_problems(&self.file, &self.parsed.problems);
+        if !self.parsed.is_usable() {
+            return Err(Failure::new(Exit::BadConfig, ""));
+        }
+        let paths = self.paths();
+        Ok((self.parsed.config, paths))
+    }
+
+    pub(crate) fn paths(&self) -> Paths {
+        let folder = self.file.parent().unwrap_or(Path::new(""));
+        Paths::of(&self.parsed.config, folder)
+    }
+}
+
+/// The files of a node, all relative paths resolved.
+#[derive(Debug, Clone)]
+pub(crate) struct Paths {
+    pub(crate) state_dir: PathBuf,
+    pub(crate) key_file: PathBuf,
+    pub(crate) registry_dir: PathBuf,
+    pub(crate) admin_socket: PathBuf,
+}
+
+impl Paths {
+    pub(crate) fn of(config: &NodeConfig, folder: &Path) -> Self {
+        let state_dir = folder.join(&config.node.state_dir);
+        Self {
+            key_file: state_dir.join(&config.node.key_file),
+            registry_dir: state_dir.join(&config.registry.dir),
+            admin_socket: state_dir.join(&config.admin.socket),
+            state_dir,
+        }
+    }
+}
+
+/// One line per problem, on stderr.
+pub(crate) fn print_problems(file: &Path, problems: &[Problem]) {
+    for problem in problems {
+        output::message(problem.render(&file.display().to_string()));
+    }
+}
+
+/// How many of each severity.
+pub(crate) fn count(problems: &[Problem], severity: Severity) -> usize {
+    problems
+        .iter()
+        .filter(|problem| problem.severity == severity)
+        .count()
+}

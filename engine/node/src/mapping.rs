@@ -1,0 +1,134 @@
+//! From the config's values to the structs of the crates that use them.
+
+use millrace_protocol::frame::Limits;
+use millrace_shards::config::{HugePages, ShardConfig};
+use millrace_transport::config::{CongestionControl, PerClass, TransportConfig};
+use millrace_tuning::NodeConfig;
+use millrace_tuning::config::ShardProfile;
+
+/// One shard per core.
+pub(crate) fn shards(config: &NodeConfig, cpus: &[u64]) -> Vec<ShardConfig> {
+    let cpus = config.shards.cpus(cpus);
+    cpus.iter()
+        .map(|cpu| shard(config.shards.profile_of(*cpu), Some(*cpu)))
+        .collect()
+}
+
+/// One shard; without a core it is not pinned.
+pub(crate) fn shard(profile: &ShardProfile, cpu: Option<u64>) -> ShardConfig {
+    ShardConfig {
+        cpu: cpu.map(to_usize),
+        spin: profile.spin.get(),
+        rx_slots: to_u16(profile.rx_slots),
+        rx_slots_max: to_u16(profile.rx_slots_max),
+        tx_slots: to_u16(profile.tx_slots),
+        tx_slots_max: to_u16(profile.tx_slots_max),
+        ring_entries: u32::try_from(profile.ring_entries).unwrap_or(u32::MAX),
+        mailbox_capacity: to_usize(profile.mailbox_capacity),
+        receive_batch: to_usize(profile.receive_batch),
+        chunk_pool_bytes: profile.chunk_pool_bytes.bytes(),
+        huge_pages: match profile.huge_pages.as_str() {
+            "never" => HugePages::Never,
+            "require" => HugePages::Require,
+            _ => HugePages::Auto,
+        },
+        ..ShardConfig::default()
+    }
+}
+
+pub(crate) fn transport(config: &NodeConfig) -> TransportConfig {
+    let from = &config.transport;
+    TransportConfig {
+        udp_payload_bytes_max: to_usize(from.udp_payload_bytes_max.bytes()),
+        keep_alive: from.keep_alive.get(),
+        idle_timeout: from.idle_timeout.get(),
+        connect_timeout: from.connect_timeout.get(),
+        redial_delay_min: from.redial_delay_min.get(),
+        redial_delay_max: from.redial_delay_max.get(),
+        drain_timeout: from.drain_timeout.get(),
+        connections_per_peer: u8::try_from(from.connections_per_peer).unwrap_or(u8::MAX),
+        congestion_control: match from.congestion_control.as_str() {
+            "bbr2" => CongestionControl::Bbr2,
+            _ => CongestionControl::Cubic,
+        },
+        initial_window_packets: to_usize(from.initial_window_packets),
+        initial_rtt: from.initial_rtt.get(),
+        connection_window_bytes: from.connection_window_bytes.bytes(),
+        stream_window_bytes: from.stream_window_bytes.bytes(),
+        streams_max: from.streams_max,
+        lanes: u8::try_from(from.lanes).unwrap_or(u8::MAX),
+        lane_queue_bytes: PerClass {
+            latency: to_usize(from.lane_queue_latency_bytes.bytes()),
+            normal: to_usize(from.lane_queue_normal_bytes.bytes()),
+            bulk: to_usize(from.lane_queue_bulk_bytes.bytes()),
+        },
+        stream_queue_messages: PerClass {
+            latency: to_usize(from.stream_queue_latency_max),
+            normal: to_usize(from.stream_queue_normal_max),
+            bulk: to_usize(from.stream_queue_bulk_max),
+        },
+        streams_active_max: to_usize(from.streams_active_max),
+        requests_out_max: PerClass {
+            latency: to_u32(from.requests_out_latency_max),
+            normal: to_u32(from.requests_out_normal_max),
+            bulk: to_u32(from.requests_out_bulk_max),
+        },
+        requests_in_max: PerClass {
+            latency: to_u32(from.requests_in_latency_max),
+            normal: to_u32(from.requests_in_normal_max),
+            bulk: to_u32(from.requests_in_bulk_max),
+        },
+        receive_budget_peer_bytes: from.receive_budget_peer_bytes.bytes(),
+        receive_budget_bytes: from.receive_budget_bytes.bytes(),
+        stream_progress_bytes: from.stream_progress_bytes.bytes(),
+        stream_progress_interval: from.stream_progress_interval.get(),
+        limits: Limits {
+            lane_body_bytes_max: to_u32(from.lane_body_bytes_max.bytes()),
+            body_bytes_max: to_u32(from.body_bytes_max.bytes()),
+        },
+        probe_interval: from.probe_interval.get(),
+        probe_failures_max: to_u32(from.probe_failures_max),
+        connections_max: to_usize(from.connections_max),
+        handshakes_max: to_usize(from.handshakes_max),
+        packets_per_turn: to_usize(from.packets_per_turn),
+        commands_max: to_usize(from.commands_max),
+    }
+}
+
+// The schema's bounds keep every value far inside these types; saturating is for the compiler.
+fn to_usize(value: u64) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
+}
+
+fn to_u32(value: u64) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
+
+fn to_u16(value: u64) -> u16 {
+    u16::try_from(value).unwrap_or(u16::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two places name defaults: the schema for operators and the crates for their own users. They agree,
+    /// apart from what a whole node needs more of.
+    #[test]
+    fn defaults_of_the_config_are_those_of_the_crates() {
+        let config = NodeConfig::default();
+        let mapped = TransportConfig {
+            connections_max: TransportConfig::default().connections_max,
+            ..transport(&config)
+        };
+        assert_eq!(
+            format!("{mapped:#?}"),
+            format!("{:#?}", TransportConfig::default())
+        );
+        let mapped = ShardConfig {
+            chunk_pool_bytes: ShardConfig::default().chunk_pool_bytes,
+            ..shard(&config.shards.defaults, None)
+        };
+        assert_eq!(mapped, ShardConfig::default());
+    }
+}

@@ -1,0 +1,85 @@
+//! `millrace node`: a node from its config, until it is told to stop.
+
+use std::sync::Arc;
+
+use millrace_protocol::registry::RegistryConfig;
+use millrace_shards::socket::UdpGroupConfig;
+use millrace_tuning::NodeConfig;
+use signal_hook::consts::TERM_SIGNALS;
+use signal_hook::iterator::Signals;
+
+use crate::admin::{self, Site};
+use crate::cli::NodeArgs;
+use crate::exit::{Exit, Failure};
+use crate::load::{Loaded, Paths};
+use crate::poller::Poller;
+use crate::registry_dir::Follower;
+use crate::running::{Running, Start};
+use crate::versions::{self, Versions};
+use crate::{budget, host_facts, keys, mapping, output};
+
+pub(crate) fn run(args: &NodeArgs) -> Result<Exit, Failure> {
+    let (config, paths) = Loaded::read(&args.config)?.usable()?;
+    // Before anything starts: a signal from here on stops the node in good order.
+    let mut signals =
+        Signals::new(TERM_SIGNALS).map_err(|error| Failure::io("signal handlers", &error))?;
+    let node = start(&config, &paths)?;
+    let poller = Poller::start(Arc::clone(&node), config.registry.poll_interval.get())?;
+    let site = Site {
+        socket: paths.admin_socket.clone(),
+        node: Arc::clone(&node),
+    };
+    let admin = admin::serve(vec![site], &config.admin)?;
+    output::message(format_args!(
+        "node {} listens on {}, admin socket {}",
+        node.node_id(),
+        node.address(),
+        paths.admin_socket.display()
+    ));
+    if let Some(signal) = signals.forever().next() {
+        output::message(format_args!("signal {signal}: shutting down"));
+    }
+    drop(admin);
+    drop(poller);
+    node.transport.shutdown();
+    Ok(Exit::Ok)
+}
+
+fn start(config: &NodeConfig, paths: &Paths) -> Result<Arc<Running>, Failure> {
+    std::fs::create_dir_all(&paths.state_dir)
+        .map_err(|error| Failure::io(paths.state_dir.display(), &error))?;
+    let identity = keys::read(&paths.key_file)?;
+    let follower = Follower::new(
+        paths.registry_dir.clone(),
+        versions::registry_key(config)?,
+        RegistryConfig {
+            versions_max: usize::try_from(config.registry.versions_max).unwrap_or(usize::MAX),
+            ..RegistryConfig::default()
+        },
+    );
+    let versions = Arc::new(Versions::new(identity.node_id(), config, follower)?);
+    versions.poll_folder();
+    let cpus = host_facts::usable_cpus();
+    output::message(format_args!(
+        "memory budget {:.0} MiB; `millrace check` lists its parts",
+        budget::of(config, &cpus).total().0 as f64 / f64::from(1 << 20)
+    ));
+    Running::start(Start {
+        identity,
+        transport: mapping::transport(config),
+        shards: mapping::shards(config, &cpus),
+        udp: UdpGroupConfig {
+            local: config.listen.address,
+            recv_buffer_bytes: to_usize(config.listen.receive_buffer_bytes.bytes()),
+            send_buffer_bytes: to_usize(config.listen.send_buffer_bytes.bytes()),
+            ..UdpGroupConfig::default()
+        },
+        store_bytes: config.artifacts.store_bytes.bytes(),
+        body_bytes_max: config.transport.body_bytes_max.bytes(),
+        versions,
+    })
+}
+
+fn to_usize(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}

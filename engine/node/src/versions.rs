@@ -1,0 +1,149 @@
+//! The registry versions that this node holds, and the members they make: folder and peers in, topology out.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use millrace_protocol::id::{NodeId, SubnetId};
+use millrace_protocol::identity::PublicKey;
+use millrace_protocol::registry::Offered;
+use millrace_protocol::topology::{Member, Topology};
+use millrace_tuning::NodeConfig;
+
+use crate::app::wire;
+use crate::exit::Failure;
+use crate::keys;
+use crate::registry_dir::Follower;
+
+/// Shared by the thread that polls and the shards that answer peers; no lock is held across I/O of a peer.
+#[derive(Debug)]
+pub(crate) struct Versions {
+    me: NodeId,
+    subnet: Option<SubnetId>,
+    seeds: Vec<Member>,
+    follower: Mutex<Follower>,
+}
+
+/// What the registry looks like from here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Summary {
+    pub(crate) newest: u64,
+    pub(crate) skipped: u64,
+    pub(crate) refused: Vec<(&'static str, u64)>,
+}
+
+impl Versions {
+    pub(crate) fn new(
+        me: NodeId,
+        config: &NodeConfig,
+        follower: Follower,
+    ) -> Result<Self, Failure> {
+        let subnet = match &config.node.subnet {
+            Some(text) => Some(text.parse().map_err(|error| {
+                let message = format!("node.subnet = \"{text}\": {error}");
+                Failure::new(crate::exit::Exit::BadConfig, message)
+            })?),
+            None => None,
+        };
+        let seed = |seed: &millrace_tuning::config::Seed| {
+            let public_key = keys::public_from_hex(&seed.public_key)?;
+            Ok(Member {
+                public_key,
+                addresses: vec![seed.address],
+            })
+        };
+        let seeds = config
+            .registry
+            .seeds
+            .iter()
+            .map(seed)
+            .collect::<Result<_, Failure>>()?;
+        Ok(Self {
+            me,
+            subnet,
+            seeds,
+            follower: Mutex::new(follower),
+        })
+    }
+
+    /// Takes what is new in the folder; whether something changed.
+    pub(crate) fn poll_folder(&self) -> bool {
+        self.lock().poll().changed
+    }
+
+    /// Takes versions that a peer sent; whether something changed.
+    pub(crate) fn offer(&self, peer: &NodeId, bytes: &[u8]) -> bool {
+        let Some(versions) = wire::decode_versions(bytes) else {
+            tracing::warn!(%peer, "an answer with registry versions cannot be read");
+            return false;
+        };
+        let mut follower = self.lock();
+        let mut changed = false;
+        for version in versions {
+            match follower.offer(version) {
+                Ok(offered) => changed |= matches!(offered, Offered::Newest { .. }),
+                Err(error) => {
+                    tracing::warn!(%peer, reason = error.reason(), "registry version refused")
+                }
+            }
+        }
+        changed
+    }
+
+    /// The encoded versions above a number: the answer to a peer that holds that one.
+    pub(crate) fn newer_than(&self, number: u64) -> Vec<u8> {
+        let follower = self.lock();
+        wire::encode_versions(
+            follower
+                .registry
+                .newer_than(number)
+                .map(|(_, signed)| signed),
+        )
+    }
+
+    pub(crate) fn newest(&self) -> u64 {
+        self.lock().registry.newest_number()
+    }
+
+    /// The members now: those of the subnet, or the seeds before the first version.
+    pub(crate) fn topology(&self) -> Topology {
+        let follower = self.lock();
+        match self.subnet_in(&follower) {
+            Some(subnet) => follower.registry.topology(&subnet),
+            None if follower.registry.newest().is_none() => {
+                Topology::from_members(self.seeds.iter().cloned(), 0)
+            }
+            None => Topology::empty(),
+        }
+    }
+
+    pub(crate) fn summary(&self) -> Summary {
+        let follower = self.lock();
+        Summary {
+            newest: follower.registry.newest_number(),
+            skipped: follower
+                .registry
+                .newest()
+                .map_or(0, |version| version.skipped.len() as u64),
+            refused: follower
+                .refused()
+                .iter()
+                .map(|(reason, count)| (*reason, *count))
+                .collect(),
+        }
+    }
+
+    /// The configured subnet, or the first one that lists this node.
+    fn subnet_in(&self, follower: &Follower) -> Option<SubnetId> {
+        let newest = follower.registry.newest()?;
+        let mine = newest.nodes.iter().find(|node| node.id == self.me);
+        self.subnet.or_else(|| mine.map(|node| node.subnet))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Follower> {
+        self.follower.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The registry's public key of a config.
+pub(crate) fn registry_key(config: &NodeConfig) -> Result<PublicKey, Failure> {
+    keys::public_from_hex(&config.registry.public_key)
+}

@@ -1,0 +1,229 @@
+//! Dependencies point down, and pure crates stay pure. Reads `cargo metadata` and the crates' sources.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+/// Our crates, and for each the ones of ours that it may depend on.
+const EDGES: &[(&str, &[&str])] = &[
+    ("millrace-protocol", &[]),
+    ("millrace-tuning", &[]),
+    ("millrace-sim", &["millrace-protocol"]),
+    ("millrace-shards", &[]),
+    (
+        "millrace-transport",
+        &["millrace-protocol", "millrace-shards"],
+    ),
+    (
+        "millrace",
+        &[
+            "millrace-protocol",
+            "millrace-shards",
+            "millrace-transport",
+            "millrace-tuning",
+        ],
+    ),
+    (
+        "millrace-perf",
+        &["millrace-protocol", "millrace-shards", "millrace-transport"],
+    ),
+    (
+        "millrace-peers",
+        &["millrace-protocol", "millrace-shards", "millrace-transport"],
+    ),
+];
+
+/// Crates that decide and do not act.
+const PURE: &[&str] = &["millrace-protocol", "millrace-sim", "millrace-tuning"];
+
+/// Runtimes and peers that the default members must not pull in.
+const FOREIGN: &[&str] = &["tokio", "quinn", "quinn-proto", "s2n-quic", "s2n-quic-core"];
+
+/// What a pure crate must not name, outside its tests.
+const IMPURE: &[(&str, &str)] = &[
+    ("std::fs", "files"),
+    ("std::net::Udp", "sockets"),
+    ("std::net::Tcp", "sockets"),
+    ("std::os::", "the system"),
+    ("std::thread", "threads"),
+    ("std::env", "the environment"),
+    ("Instant::now", "a clock"),
+    ("SystemTime::now", "a clock"),
+    ("HashMap", "an order that a hasher chooses"),
+    ("HashSet", "an order that a hasher chooses"),
+    ("RandomState", "an order that a hasher chooses"),
+    ("unsafe {", "unsafe code"),
+    ("unsafe fn", "unsafe code"),
+    ("unsafe impl", "unsafe code"),
+];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../..")
+        .canonicalize()
+        .unwrap()
+}
+
+fn metadata(resolved: bool) -> Value {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo
+        .args(["metadata", "--format-version", "1"])
+        .current_dir(root());
+    if !resolved {
+        cargo.arg("--no-deps");
+    }
+    let output = cargo.output().unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn names<'v>(list: &'v Value, key: &str) -> Vec<&'v str> {
+    list.as_array()
+        .unwrap()
+        .iter()
+        .map(|item| item[key].as_str().unwrap())
+        .collect()
+}
+
+/// The map of docs/ARCHITECTURE.md is the map of the manifests, dev-dependencies included.
+#[test]
+fn dependencies_point_down() {
+    let allowed: BTreeMap<_, _> = EDGES.iter().copied().collect();
+    let metadata = metadata(false);
+    for package in metadata["packages"].as_array().unwrap() {
+        let name = package["name"].as_str().unwrap();
+        let may = allowed
+            .get(name)
+            .unwrap_or_else(|| panic!("{name} has no row in EDGES"));
+        for dependency in names(&package["dependencies"], "name") {
+            assert!(
+                !dependency.starts_with("millrace") || may.contains(&dependency),
+                "{name} must not depend on {dependency}"
+            );
+        }
+    }
+}
+
+/// Nothing that ships, and nothing the demo has to wait for, brings tokio or a peer.
+#[test]
+fn default_members_bring_no_foreign_runtime() {
+    let metadata = metadata(true);
+    let nodes = metadata["resolve"]["nodes"].as_array().unwrap();
+    // Build scripts and tests of others do not count; what is linked does.
+    let links: BTreeMap<&str, Vec<&str>> = nodes
+        .iter()
+        .map(|node| {
+            let normal = node["deps"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .filter(|dependency| {
+                    dependency["dep_kinds"]
+                        .as_array()
+                        .unwrap()
+                        .iter()
+                        .any(|kind| kind["kind"].is_null())
+                });
+            (
+                node["id"].as_str().unwrap(),
+                normal
+                    .map(|dependency| dependency["pkg"].as_str().unwrap())
+                    .collect(),
+            )
+        })
+        .collect();
+    let name_of: BTreeMap<&str, &str> = metadata["packages"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|package| {
+            (
+                package["id"].as_str().unwrap(),
+                package["name"].as_str().unwrap(),
+            )
+        })
+        .collect();
+    let mut todo: Vec<&str> = metadata["workspace_default_members"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|id| id.as_str().unwrap())
+        .collect();
+    assert!(!todo.is_empty());
+    let mut seen = BTreeSet::new();
+    while let Some(id) = todo.pop() {
+        if seen.insert(id) {
+            assert!(
+                !FOREIGN.contains(&name_of[id]),
+                "a default member brings {}",
+                name_of[id]
+            );
+            todo.extend(&links[id]);
+        }
+    }
+}
+
+/// A pure crate names no file, socket, thread, clock or hasher, and has no unsafe code.
+#[test]
+fn pure_crates_only_decide() {
+    let metadata = metadata(false);
+    let mut found = Vec::new();
+    for package in metadata["packages"].as_array().unwrap() {
+        if !PURE.contains(&package["name"].as_str().unwrap()) {
+            continue;
+        }
+        let manifest = Path::new(package["manifest_path"].as_str().unwrap());
+        let mut files = Vec::new();
+        sources(&manifest.parent().unwrap().join("src"), &mut files);
+        assert!(!files.is_empty());
+        for file in files {
+            let text = std::fs::read_to_string(&file).unwrap();
+            for (number, line) in shipped(&text) {
+                for (word, what) in IMPURE {
+                    if line.contains(word) {
+                        found.push(format!(
+                            "{}:{number}: {what}: {}",
+                            file.display(),
+                            line.trim()
+                        ));
+                    }
+                }
+            }
+        }
+    }
+    assert!(
+        found.is_empty(),
+        "pure crates must not use:\n{}",
+        found.join("\n")
+    );
+}
+
+fn sources(folder: &Path, files: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, files);
+        } else if path.extension().is_some_and(|extension| extension == "rs")
+            && path.file_stem().is_some_and(|stem| stem != "tests")
+        {
+            files.push(path);
+        }
+    }
+}
+
+/// The numbered lines that are neither comments nor below the tests at the bottom.
+fn shipped(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let lines = text
+        .lines()
+        .enumerate()
+        .map(|(index, line)| (index + 1, line));
+    lines
+        .take_while(|(_, line)| !line.starts_with("#[cfg(test)]"))
+        .filter(|(_, line)| !line.trim_start().starts_with("//"))
+}
