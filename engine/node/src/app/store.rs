@@ -46,7 +46,6 @@ impl Store {
         Self {
             bytes_max,
             held: Mutex::default(),
-            arrived: Condvar::new(),
         }
     }
 
