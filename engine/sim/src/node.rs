@@ -24,6 +24,8 @@ use std::{
 const INITIAL_PTO: Duration = Duration::from_millis(999);
 /// Repeats of what an open connection has sent.
 const OPEN_PTO: Duration = Duration::from_millis(200);
+/// Probes go out every second, and what acknowledges them shows that something before is lost.
+const OPEN_PTO_MAX: Duration = Duration::from_secs(1);
 const PORT: u16 = 4100;
 
 #[derive(Clone, Debug, Hash)]
@@ -175,7 +177,11 @@ impl Node {
         let mut failed = Vec::new();
         for (key, conn) in &mut self.conns {
             if conn.repeats() && now >= conn.repeat_at {
-                conn.pto *= 2;
+                conn.pto = (conn.pto * 2).min(if conn.open {
+                    OPEN_PTO_MAX
+                } else {
+                    Duration::MAX
+                });
                 conn.repeat_at = now + conn.pto;
                 conn.send_unacknowledged(*key, &mut self.out);
             }
