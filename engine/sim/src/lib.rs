@@ -7,6 +7,7 @@
 //! 1. A run is a function of its seed and of the calls made: no clock, no threads, no hash order.
 #![forbid(unsafe_code)]
 
+mod conn;
 pub mod memnet;
 mod node;
 mod sim;

@@ -4,9 +4,12 @@
 //! hello are repeated until acknowledged. Closes are sent once. A packet for a connection that is
 //! not known is answered by a reset. A connection without a packet for the idle timeout ends.
 
-use crate::memnet::Endpoint;
+use crate::{
+    conn::{Conn, Frame, INITIAL_PTO, OPEN_PTO, OPEN_PTO_MAX, Packet, Reliable},
+    memnet::Endpoint,
+};
 use millrace_protocol::{
-    health::{Health, HealthAction, HealthConfig},
+    health::{Health, HealthConfig},
     id::{ConnectionNumber, NodeId},
     knock::Knock,
     peers::{
@@ -20,48 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What QUIC starts with before it knows the round trip: 3 times 333 ms.
-const INITIAL_PTO: Duration = Duration::from_millis(999);
-/// Repeats of what an open connection has sent.
-const OPEN_PTO: Duration = Duration::from_millis(200);
-/// Probes go out every second, and what acknowledges them shows that something before is lost.
-const OPEN_PTO_MAX: Duration = Duration::from_secs(1);
 const PORT: u16 = 4100;
-
-#[derive(Clone, Debug, Hash)]
-pub(crate) enum Packet {
-    Initial {
-        client: ConnKey,
-    },
-    Accept {
-        client: ConnKey,
-        server: ConnKey,
-    },
-    Data {
-        to: ConnKey,
-        from: ConnKey,
-        frame: Frame,
-    },
-    Close {
-        to: ConnKey,
-        refused: bool,
-    },
-    Reset {
-        to: ConnKey,
-    },
-    Knock {
-        datagram: [u8; Knock::BYTES],
-    },
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Frame {
-    Finish,
-    Hello,
-    Ack { finish: bool, hello: bool },
-    Probe(u32),
-    ProbeReply(u32),
-}
 
 #[derive(Debug)]
 pub(crate) struct Node {
@@ -76,30 +38,6 @@ pub(crate) struct Node {
     pub(crate) health: HealthConfig,
     conns: BTreeMap<ConnKey, Conn>,
     conns_made: u64,
-}
-
-#[derive(Debug)]
-struct Conn {
-    remote: Endpoint,
-    remote_key: Option<ConnKey>,
-    /// Whom a client dials; whom a server took the client for.
-    peer: NodeId,
-    attempt: Option<Attempt>,
-    /// Handshake done and accepted by the machine.
-    open: bool,
-    finish: Reliable,
-    hello: Reliable,
-    pto: Duration,
-    repeat_at: Instant,
-    heard_at: Instant,
-    health: Health,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Reliable {
-    Unsent,
-    Sent,
-    Acknowledged,
 }
 
 impl Node {
@@ -482,59 +420,6 @@ impl Node {
                 "the current connection is gone"
             );
         }
-    }
-}
-
-impl Conn {
-    fn repeats(&self) -> bool {
-        let initial = self.attempt.is_some() && !self.open;
-        initial || self.finish == Reliable::Sent || self.hello == Reliable::Sent
-    }
-
-    fn send_unacknowledged(&self, key: ConnKey, out: &mut Vec<(Endpoint, Packet)>) {
-        let Some(to) = self.remote_key.filter(|_| self.open) else {
-            out.push((self.remote, Packet::Initial { client: key }));
-            return;
-        };
-        for (state, frame) in [(self.finish, Frame::Finish), (self.hello, Frame::Hello)] {
-            if state == Reliable::Sent {
-                out.push((
-                    self.remote,
-                    Packet::Data {
-                        to,
-                        from: key,
-                        frame,
-                    },
-                ));
-            }
-        }
-    }
-
-    /// True if the connection has failed.
-    fn send_probes(
-        &mut self,
-        key: ConnKey,
-        now: Instant,
-        out: &mut Vec<(Endpoint, Packet)>,
-    ) -> bool {
-        while let Some(action) = self.health.poll_action(now) {
-            match (action, self.remote_key) {
-                (HealthAction::CloseAndRedial, _) => return true,
-                (HealthAction::Probe { sequence }, Some(to)) => {
-                    let frame = Frame::Probe(sequence);
-                    out.push((
-                        self.remote,
-                        Packet::Data {
-                            to,
-                            from: key,
-                            frame,
-                        },
-                    ));
-                }
-                (HealthAction::Probe { .. }, None) => {}
-            }
-        }
-        false
     }
 }
 

@@ -4,8 +4,9 @@
 //! 2. After every event the nodes that it touched are checked.
 
 use crate::{
+    conn::Packet,
     memnet::{Endpoint, LinkConfig, MemNet},
-    node::{Node, Packet, address_of},
+    node::{Node, address_of},
 };
 use millrace_protocol::{
     health::HealthConfig,

@@ -1,0 +1,236 @@
+//! What goes in and out of [`super::Peers`]: settings, reports, refusals, actions.
+
+use crate::{
+    backoff::BackoffConfig,
+    id::{ConnectionNumber, NodeId},
+};
+use std::{net::SocketAddr, time::Duration};
+use thiserror::Error;
+
+/// The shell's name for a connection; never used twice within a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnKey(pub u64);
+
+/// Names one dial of one machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Attempt(pub u64);
+
+/// Bounds and times of [`super::Peers`].
+#[derive(Clone, Debug)]
+pub struct PeersConfig {
+    /// This shard.
+    pub shard: u8,
+    /// Shards of this node.
+    pub shards: u8,
+    /// Which of the connections of a pair of nodes this machine keeps.
+    pub index: u8,
+    /// Peers that get a connection; members beyond are counted and left out.
+    pub peers_max: usize,
+    /// Delays between dials.
+    pub backoff: BackoffConfig,
+    /// From the dial to the peer's hello; on the listener, from the handshake to the hello.
+    pub connect_timeout: Duration,
+    /// How long a replaced connection may finish what it has begun.
+    pub drain_timeout: Duration,
+    /// Up for so long, a connection counts as good: see invariant 5.
+    pub stable_after: Duration,
+    /// Longest time between two knocks at a dialler that is not connected.
+    pub knock_interval: Duration,
+    /// How long a connection may stay silent after its peer knocked: above any round trip.
+    pub verify_timeout: Duration,
+}
+
+impl Default for PeersConfig {
+    fn default() -> Self {
+        Self {
+            shard: 0,
+            shards: 1,
+            index: 0,
+            peers_max: 1024,
+            backoff: BackoffConfig::default(),
+            connect_timeout: Duration::from_secs(10),
+            drain_timeout: Duration::from_secs(5),
+            stable_after: Duration::from_secs(1),
+            knock_interval: Duration::from_millis(500),
+            verify_timeout: Duration::from_millis(600),
+        }
+    }
+}
+
+/// Who began a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// The peer.
+    Inbound,
+    /// This node, by this dial.
+    Outbound(Attempt),
+}
+
+/// How a connection ended, or a dial failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CloseKind {
+    /// The peer closed it in good order: it restarts, or replaced the connection.
+    Clean,
+    /// A stateless reset: the peer runs, and does not know the connection.
+    Reset,
+    /// The peer, or its TLS, refused us.
+    Refused,
+    /// Idle timeout or transport error.
+    Lost,
+}
+
+/// Why a connection may not be, after its handshake has told who the peer is.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The peer has the higher id: it must be dialled.
+    #[error("the node with the lower id dials")]
+    WrongDirection,
+    /// The peer is not in the topology.
+    #[error("peer is not a member of the subnet")]
+    NotAMember,
+    /// The peer has our key.
+    #[error("peer is this node")]
+    SelfConnection,
+    /// Another shard owns the peer.
+    #[error("another shard owns this peer")]
+    WrongShard,
+    /// The peers that a shard may have are there.
+    #[error("too many peers")]
+    TooMany,
+    /// The dial was given up, or is of another peer.
+    #[error("the dial was given up")]
+    StaleAttempt,
+    /// This node goes away.
+    #[error("this node is shutting down")]
+    ShuttingDown,
+}
+
+impl Refusal {
+    /// Stable label for metrics and logs.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::WrongDirection => "wrong_direction",
+            Self::NotAMember => "not_a_member",
+            Self::SelfConnection => "self_connection",
+            Self::WrongShard => "wrong_shard",
+            Self::TooMany => "too_many_peers",
+            Self::StaleAttempt => "stale_attempt",
+            Self::ShuttingDown => "shutting_down",
+        }
+    }
+}
+
+/// Why this machine ends a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CloseReason {
+    /// The topology no longer has the peer, or this node.
+    NotAMember,
+    /// A newer connection of the peer took its place before it was up.
+    Superseded,
+    /// It had its time to finish.
+    Drained,
+    /// The peer did not say hello in time.
+    HelloTimeout,
+    /// The peer knocked and the connection stayed silent.
+    Unresponsive,
+    /// This node goes away.
+    ShuttingDown,
+}
+
+impl CloseReason {
+    /// Stable label for metrics and logs.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::NotAMember => "not_a_member",
+            Self::Superseded => "superseded",
+            Self::Drained => "drained",
+            Self::HelloTimeout => "hello_timeout",
+            Self::Unresponsive => "unresponsive",
+            Self::ShuttingDown => "shutting_down",
+        }
+    }
+}
+
+/// What the shell must do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Connect; ends in `handshake_done`, `dial_failed` or [`Action::Abandon`].
+    Dial {
+        /// Whose key the listener must have.
+        peer: NodeId,
+        /// Where.
+        address: SocketAddr,
+        /// Names the dial.
+        attempt: Attempt,
+    },
+    /// Forget a dial whose handshake is not done; no report is due.
+    Abandon {
+        /// Names the dial.
+        attempt: Attempt,
+    },
+    /// Send a [`crate::knock::Knock`].
+    Knock {
+        /// To whom.
+        peer: NodeId,
+        /// Where.
+        address: SocketAddr,
+    },
+    /// Send a probe at once and report [`super::Peers::verified`] when anything comes back.
+    Verify {
+        /// The connection that may be dead.
+        conn: ConnKey,
+    },
+    /// The connection is the peer's current one from now on.
+    Up {
+        /// The peer.
+        peer: NodeId,
+        /// Its connection.
+        conn: ConnKey,
+        /// Higher than that of every earlier one.
+        number: ConnectionNumber,
+    },
+    /// The peer has no current connection any more.
+    Down {
+        /// The peer.
+        peer: NodeId,
+        /// Number of the connection that it had.
+        number: ConnectionNumber,
+    },
+    /// Start nothing new on the connection; it is closed by a later action.
+    Drain {
+        /// The replaced connection.
+        conn: ConnKey,
+    },
+    /// Close the connection; the machine has forgotten it, and a `closed` for it is ignored.
+    Close {
+        /// The connection.
+        conn: ConnKey,
+        /// What to tell the peer.
+        reason: CloseReason,
+    },
+}
+
+/// Events since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PeersCounters {
+    /// Dials begun.
+    pub dials: u64,
+    /// Dials that failed, timed out or were given up.
+    pub dials_failed: u64,
+    /// Connections that came up.
+    pub ups: u64,
+    /// Up connections that were replaced by newer ones.
+    pub replaced: u64,
+    /// Times that a peer was left without a connection.
+    pub downs: u64,
+    /// Handshakes refused.
+    pub refused: u64,
+    /// Knocks sent.
+    pub knocks_sent: u64,
+    /// Knocks received that changed something.
+    pub knocks_heeded: u64,
+    /// Members left out because of `peers_max`, at the last topology.
+    pub members_left_out: u64,
+}
