@@ -6,6 +6,8 @@
 //! `cargo run --release -p millrace-shards --example wakeups_control [seconds] [preempt_us]`
 //! exits with 0 when it hung, 1 when it did not.
 
+#![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
+
 #[path = "../tests/stress/mod.rs"]
 mod stress;
 

@@ -23,14 +23,11 @@ impl Body {
     /// A body of these chunks, or `None` when one before the last is not full.
     #[must_use]
     pub fn from_chunks(chunks: Vec<Chunk>) -> Option<Self> {
-        let (last, full) = match chunks.split_last() {
-            Some(parts) => parts,
-            None => {
-                return Some(Self {
-                    chunks: Arc::from([]),
-                    len: 0,
-                });
-            }
+        let Some((last, full)) = chunks.split_last() else {
+            return Some(Self {
+                chunks: Arc::from([]),
+                len: 0,
+            });
         };
         if full.iter().any(|chunk| chunk.len() != CHUNK_BYTES) {
             return None;

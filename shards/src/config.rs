@@ -16,6 +16,9 @@ pub(crate) const RX_SLOT_BYTES: usize = 68 * 1024;
 /// Bytes of one transmit slot: one GSO train of the largest size.
 pub(crate) const TX_SLOT_BYTES: usize = 64 * 1024;
 
+/// Bytes glommio keeps for file buffers of its own: small files only, bulk goes through chunks.
+pub(crate) const GLOMMIO_IO_BYTES: usize = 1 << 20;
+
 /// Whether chunk memory may, must or must not come from huge pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum HugePages {
@@ -99,7 +102,8 @@ impl Default for ShardConfig {
 }
 
 impl ShardConfig {
-    /// Bytes this shard preallocates or may grow to: slots, rings, mailbox cells, chunk pool.
+    /// Bytes this shard preallocates or may grow to: slots, rings, mailbox cells, chunk pool,
+    /// and glommio's file buffers.
     #[must_use]
     pub fn memory_budget_bytes(&self) -> u64 {
         let rx = u64::from(self.rx_slots_max.max(self.rx_slots)) * RX_SLOT_BYTES as u64;
@@ -108,7 +112,7 @@ impl ShardConfig {
         let ring = u64::from(self.ring_entries) * (64 + 4 * 16 + 192);
         let mailbox = self.mailbox_capacity as u64 * 64;
         let chunks = self.chunk_pool_bytes.next_multiple_of(CHUNK_BYTES as u64);
-        rx + tx + ring + mailbox + chunks
+        rx + tx + ring + mailbox + chunks + GLOMMIO_IO_BYTES as u64
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Tasks are for what has many steps (an RPC handler, a file, an HTTP connection), not for packets.
 //! Each is wrapped, so that the loop knows at no cost whether one is runnable: it gives tasks a turn
-//! only then, and parks in glommio only when something there can wake one.
+//! only then, and parks in glommio only when something there can wake one. For that all tasks must
+//! come from a [`Spawner`]: the loop knows nothing of those that glommio was given directly.
 //!
 //! Invariants:
 //!
@@ -102,7 +103,6 @@ pub(crate) struct Local {
     parker: Arc<Parker>,
     stats: Arc<ShardStats>,
     queues: Queues,
-    live: Cell<usize>,
     outside: Cell<usize>,
     /// The loop sleeps in glommio until the eventfd is signalled.
     asleep: Cell<bool>,
@@ -139,7 +139,6 @@ impl Local {
             parker,
             stats,
             queues,
-            live: Cell::new(0),
             outside: Cell::new(0),
             asleep: Cell::new(false),
             eventfd,
@@ -157,11 +156,6 @@ impl Local {
     pub(crate) fn leave() {
         PARKER.set(0);
         CURRENT.set(None);
-    }
-
-    /// Whether any task lives.
-    pub(crate) fn has_tasks(&self) -> bool {
-        self.live.get() > 0
     }
 
     /// Whether glommio has something to finish.
@@ -190,11 +184,13 @@ impl Local {
     /// Wakes the tasks whose timers are due. Returns whether there was one.
     pub(crate) fn fire_timers(&self, now: Instant) -> bool {
         let mut any = false;
-        while let Some(waker) = self.timers.borrow_mut().pop_due(now) {
+        loop {
+            // Not borrowed while it wakes: a task that ends drops its timers.
+            let due = self.timers.borrow_mut().pop_due(now);
+            let Some(waker) = due else { return any };
             any = true;
             waker.wake();
         }
-        any
     }
 }
 
@@ -315,7 +311,6 @@ struct LocalTask<F> {
 
 impl<F> LocalTask<F> {
     fn new(local: Rc<Local>, class: Class, future: Pin<Box<F>>) -> Self {
-        local.live.set(local.live.get() + 1);
         // Runnable from the start; the first poll takes the count back.
         local.parker.task_woken(class);
         Self {
@@ -366,6 +361,5 @@ impl<F> Drop for LocalTask<F> {
             Some((state, _)) => state.settle(DONE),
             None => self.local.parker.task_ran(self.class),
         }
-        self.local.live.set(self.local.live.get() - 1);
     }
 }

@@ -1,5 +1,7 @@
 //! Real sockets over loopback: what is pushed into trains arrives exactly as pushed.
 
+#![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
+
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};

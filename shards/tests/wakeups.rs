@@ -1,5 +1,7 @@
 //! No wake-up is lost: see `stress`. Its control, which hangs, is the example `wakeups_control`.
 
+#![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
+
 mod stress;
 
 use std::time::Duration;

@@ -62,12 +62,9 @@ impl ChunkPool {
     /// When the system has no such memory, or no huge pages although required.
     pub fn new(bytes: u64, huge: HugePages) -> Result<Self, PoolError> {
         let count = bytes.div_ceil(CHUNK_BYTES as u64);
-        let (chunks, indices) = match (usize::try_from(count), u32::try_from(count)) {
-            (Ok(chunks), Ok(indices)) => (chunks, indices),
-            _ => {
-                let source = std::io::Error::from_raw_os_error(libc::ENOMEM);
-                return Err(PoolError::Map { bytes, source });
-            }
+        let (Ok(chunks), Ok(indices)) = (usize::try_from(count), u32::try_from(count)) else {
+            let source = std::io::Error::from_raw_os_error(libc::ENOMEM);
+            return Err(PoolError::Map { bytes, source });
         };
         let mapping = Mapping::for_chunks(chunks * CHUNK_BYTES, huge)?;
         let base = mapping.as_ptr();

@@ -147,9 +147,19 @@ impl Ring {
     }
 
     /// Whether an enter would do anything: submissions, deferred work or an overflow wait.
-    pub(crate) fn needs_enter(&mut self) -> bool {
+    fn needs_enter(&mut self) -> bool {
         let sq = self.uring.submission();
         !sq.is_empty() || sq.taskrun() || sq.cq_overflow()
+    }
+
+    /// Runs what the kernel deferred, if it says that there is anything and no receive waits.
+    /// Returns whether it entered the kernel.
+    pub(crate) fn poll(&mut self) -> bool {
+        let enter = self.backlog.is_empty() && self.needs_enter();
+        if enter {
+            self.submit();
+        }
+        enter
     }
 
     /// Arms what ran out, sends wake-ups that wait, then enters the kernel once if need be.
@@ -163,7 +173,7 @@ impl Ring {
     }
 
     /// Drains the completion queue: sends are freed, receives go to the backlog. Returns whether
-    /// there was any completion.
+    /// there was anything but sends, which give the datapath nothing to do.
     pub(crate) fn reap(&mut self) -> bool {
         let mut any = false;
         let mut pipe = false;
@@ -179,8 +189,9 @@ impl Ring {
             let mut cq = uring.completion();
             cq.sync();
             for cqe in &mut cq {
-                any = true;
-                match cqe.user_data() & token::KIND {
+                let kind = cqe.user_data() & token::KIND;
+                any |= kind != token::SEND;
+                match kind {
                     token::RECV => {
                         if !cqueue::more(cqe.flags()) {
                             self.recv_armed = false;

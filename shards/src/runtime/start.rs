@@ -11,7 +11,7 @@ use super::ShardContext;
 use super::turn::Shard;
 use crate::buf::PoolError;
 use crate::chunk::{ChunkPool, PageKind};
-use crate::config::{HugePages, ShardConfig};
+use crate::config::{GLOMMIO_IO_BYTES, HugePages, ShardConfig};
 use crate::datapath::Datapath;
 use crate::local::{Local, Queues, Spawner};
 use crate::mailbox::MailReceiver;
@@ -197,6 +197,7 @@ where
     let executor = LocalExecutorBuilder::new(placement)
         .name(&format!("millrace-{}", parts.index))
         .preempt_timer(parts.config.preempt_timer)
+        .io_memory(GLOMMIO_IO_BYTES)
         .make();
     let executor = match executor {
         Ok(executor) => executor,

@@ -72,12 +72,9 @@ impl<D: Datapath> Shard<D> {
                 self.datapath.on_stop(pace.now);
             }
 
-            // 2. Completions. The submit of the turn before ran what was deferred, so that this
-            //    enters the kernel only while nothing is sent.
-            if self.ring.needs_enter() {
-                self.ring.submit();
-            }
-            worked |= self.ring.reap();
+            // 2. Completions. The submit that ended the turn before ran what was deferred, so a busy
+            //    shard finds some here without entering the kernel.
+            worked |= self.ring.reap() || (self.ring.poll() && self.ring.reap());
 
             // 3. Datagrams, up to a budget, then the end of their batch.
             worked |= self.take_datagrams(pace.now);
@@ -203,11 +200,8 @@ impl<D: Datapath> Shard<D> {
             return;
         }
         let Some(since) = pace.idle_since else {
+            // Look once more before anything else.
             pace.idle_since = Some(pace.now);
-            if self.local.has_tasks() {
-                // Tasks that were spawned past the wrapper are not counted: let them run once.
-                glommio::executor().yield_task_queue_now().await;
-            }
             return;
         };
         if pace.now - since < self.config.spin {

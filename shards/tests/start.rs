@@ -1,0 +1,115 @@
+//! Shards start without privileges and without huge pages, and say why when they cannot.
+
+#![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
+
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::Instant;
+
+use millrace_shards::{
+    ChunkPool, Datagrams, Datapath, HugePages, ShardConfig, ShardStats, Trains, Transmit,
+    UdpGroupConfig, bind_group, spawn,
+};
+
+struct Nothing;
+
+impl Datapath for Nothing {
+    type Message = ();
+
+    fn on_message(&mut self, (): (), _: Instant) {}
+
+    fn on_datagrams(&mut self, _: Datagrams<'_>, _: Instant) {}
+
+    fn on_receive_batch_end(&mut self, _: Instant) {}
+
+    fn on_timeout(&mut self, _: Instant) {}
+
+    fn next_timeout(&mut self) -> Option<Instant> {
+        None
+    }
+
+    fn transmit(&mut self, _: &mut Trains<'_>, _: Instant) -> Transmit {
+        Transmit::Done
+    }
+
+    fn has_pending(&self) -> bool {
+        false
+    }
+
+    fn on_housekeeping(&mut self, _: Instant, _: &ShardStats) {}
+
+    fn on_stop(&mut self, _: Instant) {}
+
+    fn is_stopped(&self, _: Instant) -> bool {
+        true
+    }
+}
+
+/// Two shards of a group, with chunks, start and stop as whoever runs the test.
+#[test]
+fn starts() {
+    let group = UdpGroupConfig {
+        local: "127.0.0.1:0".parse().unwrap(),
+        shards: 2,
+        ..UdpGroupConfig::default()
+    };
+    let handles: Vec<_> = bind_group(&group)
+        .unwrap()
+        .into_iter()
+        .enumerate()
+        .map(|(index, socket)| {
+            assert!(socket.recv_buffer_bytes() > 0);
+            let config = ShardConfig {
+                chunk_pool_bytes: 4 << 20,
+                ..ShardConfig::default()
+            };
+            spawn(config, index, 2, Some(socket), |context| {
+                assert_eq!(context.pool.free_chunks(), 4);
+                Nothing
+            })
+            .unwrap()
+        })
+        .collect();
+    for handle in handles {
+        handle.stop();
+        handle.join().unwrap();
+    }
+}
+
+/// The same without root. Run as root the test runs itself as nobody; otherwise `starts` said it.
+#[test]
+fn starts_without_root() {
+    if std::fs::metadata("/proc/self").unwrap().uid() != 0 {
+        return starts();
+    }
+    // A copy that nobody may read: the build's folder may not be open to all.
+    let copy = std::env::temp_dir().join(format!("millrace-start-{}", std::process::id()));
+    std::fs::copy(std::env::current_exe().unwrap(), &copy).unwrap();
+    std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let output = Command::new(&copy)
+        .args(["--exact", "starts", "--nocapture"])
+        .current_dir("/")
+        .gid(65534)
+        .uid(65534)
+        .output();
+    std::fs::remove_file(&copy).unwrap();
+    let output = output.unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stdout)
+    );
+}
+
+/// Huge pages that are required and missing are an error that says what to set.
+#[test]
+fn required_huge_pages() {
+    // More than any machine reserves.
+    let error = ChunkPool::new(1 << 42, HugePages::Require).unwrap_err();
+    assert_eq!(error.reason(), "no_huge_pages");
+    assert!(
+        error.to_string().contains("vm.nr_hugepages=2097152"),
+        "{error}"
+    );
+}
