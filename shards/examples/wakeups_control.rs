@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         time: Duration::from_secs(argument(1).unwrap_or(60)),
         spin: Duration::from_micros(40),
         preempt_timer: Duration::from_micros(argument(2).unwrap_or(20)),
+        watchdog: Duration::ZERO,
     });
     println!(
         "{} cycles, hung: {}, {:?}",

@@ -48,6 +48,9 @@ pub struct ShardConfig {
     pub tx_slots_max: u16,
     /// Transmit slots one turn may fill, so that one sender cannot keep the loop from receiving.
     pub tx_slots_per_turn: u16,
+    /// Whether large trains may be sent without a copy, once the first one showed that the kernel
+    /// does not copy all the same.
+    pub zero_copy: bool,
     /// Submission entries of the ring, and trains in flight at most.
     pub ring_entries: u32,
     /// Messages the shard's mailbox holds before a sender is told that it is full.
@@ -85,6 +88,7 @@ impl Default for ShardConfig {
             tx_slots: 32,
             tx_slots_max: 256,
             tx_slots_per_turn: 16,
+            zero_copy: true,
             ring_entries: 512,
             mailbox_capacity: 4096,
             mailbox_batch: 256,

@@ -289,6 +289,33 @@ fn transmit_goes_on_after_its_budget() {
     peer.stop();
 }
 
+/// Loopback copies whatever it is asked: one large train finds out, and none is lost.
+#[test]
+fn zero_copy_probe_on_loopback() {
+    let sender = Peer::start(config(), "127.0.0.1:0", Duration::ZERO, 1452);
+    let peer = Peer::start(config(), "127.0.0.1:0", Duration::ZERO, 1452);
+    for round in 0..3 {
+        let packets: Vec<_> = (0..45 * 3)
+            .map(|tag| Packet {
+                bytes: 1452,
+                tag: tag + round,
+                to: peer.addr,
+                finish: false,
+            })
+            .collect();
+        sender.send(packets.clone());
+        let seen = peer.expect(packets.len());
+        assert!(
+            seen.iter()
+                .zip(&packets)
+                .all(|(seen, sent)| seen.1 == sent.contents())
+        );
+    }
+    assert_eq!(sender.handle.stats().snapshot().trains_sent_zc, 1);
+    sender.stop();
+    peer.stop();
+}
+
 /// A stopped shard gives its port back and refuses messages.
 #[test]
 fn stop_frees_the_socket() {

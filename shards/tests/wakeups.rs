@@ -21,6 +21,7 @@ fn no_wakeup_is_lost() {
             time: Duration::from_secs_f64(seconds / 3.0),
             spin: Duration::from_micros(spin_us),
             preempt_timer: Duration::from_secs(1),
+            watchdog: Duration::ZERO,
         });
         println!("spin {spin_us} us: {outcome:?}");
         assert!(!outcome.hung, "a wake-up was lost: {outcome:?}");
@@ -31,4 +32,17 @@ fn no_wakeup_is_lost() {
             "both ways of parking must have been used: {outcome:?}"
         );
     }
+}
+
+/// With the preempt timer that makes the control hang, the watchdog ends each sleep and counts it.
+#[test]
+fn watchdog_ends_a_wrong_sleep() {
+    let outcome = stress::run(stress::Options {
+        time: Duration::from_secs(5),
+        spin: Duration::from_micros(40),
+        preempt_timer: Duration::from_micros(20),
+        watchdog: Duration::from_millis(2),
+    });
+    assert!(!outcome.hung, "{outcome:?}");
+    assert!(outcome.woken.watchdog_wakes > 0, "{outcome:?}");
 }

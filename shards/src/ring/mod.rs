@@ -18,6 +18,7 @@
 //! 3. No eventfd, nor anything signalled by one, is ever polled in the ring.
 //! 4. The ring's own eventfd is silent but during a park in glommio.
 
+mod enter;
 mod rx;
 mod tx;
 
@@ -29,7 +30,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue, types};
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use crate::config::ShardConfig;
 use crate::datapath::Datagrams;
@@ -37,6 +38,7 @@ use crate::park::{self, Parker};
 use crate::socket::ShardSocket;
 use crate::stats::ShardStats;
 
+use enter::Entrance;
 use rx::Rx;
 use tx::Tx;
 
@@ -56,6 +58,7 @@ const SOCKET: types::Fixed = types::Fixed(0);
 
 pub(crate) struct Ring {
     uring: ManuallyDrop<IoUring>,
+    entrance: Entrance,
     rx: ManuallyDrop<Option<Rx>>,
     tx: ManuallyDrop<Tx>,
     /// Receive completions not handed over yet.
@@ -98,6 +101,7 @@ impl Ring {
         let entries = config.ring_entries.max(64).next_power_of_two();
         let uring = build(entries)?;
         uring.submitter().register_eventfd(eventfd.as_raw_fd())?;
+        let entrance = Entrance::new(&uring);
         let tx = Tx::new(config, entries, socket.as_ref())?;
         let rx = match &socket {
             Some(socket) => {
@@ -111,6 +115,7 @@ impl Ring {
         let slots = rx.as_ref().map_or(0, Rx::slots_max);
         let mut ring = Self {
             uring: ManuallyDrop::new(uring),
+            entrance,
             rx: ManuallyDrop::new(rx),
             tx: ManuallyDrop::new(tx),
             backlog: VecDeque::with_capacity(usize::from(slots)),
@@ -417,17 +422,7 @@ impl Ring {
     fn enter(&mut self, want: u32, timeout: Option<&types::Timespec>) -> bool {
         self.stats.enters.add(1);
         let to_submit = self.uring.submission().len() as u32;
-        let submitter = self.uring.submitter();
-        let result = match timeout {
-            Some(spec) => {
-                submitter.submit_with_args(want as usize, &types::SubmitArgs::new().timespec(spec))
-            }
-            None => {
-                let flags = EnterFlags::GETEVENTS.bits();
-                // SAFETY: no argument is passed; the entries are sound (see `push_entry`).
-                unsafe { submitter.enter::<libc::sigset_t>(to_submit, want, flags, None) }
-            }
-        };
+        let result = self.entrance.enter(to_submit, want, timeout);
         let Err(error) = result else { return false };
         match error.raw_os_error() {
             Some(libc::ETIME) => return true,

@@ -29,6 +29,10 @@ const TRAIN_BYTES_MAX: usize = 65_507;
 const SEGMENTS_MAX: u16 = 64;
 /// The smallest train worth the extra completion of a send without copy.
 const ZC_BYTES_MIN: usize = 16 * 1024;
+/// `IORING_SEND_ZC_REPORT_USAGE`: the notification says whether the kernel copied.
+const REPORT_USAGE: u16 = 1 << 3;
+/// `IORING_NOTIF_USAGE_ZC_COPIED`: it did.
+const USAGE_COPIED: u32 = 1 << 31;
 /// One control message with a u16: header of 16 bytes, value, padding.
 const CONTROL_BYTES: usize = 24;
 
@@ -41,6 +45,18 @@ struct Record {
     addr: AddrBytes,
     slot: u16,
     segments: u16,
+    zero_copy: bool,
+}
+
+/// Whether trains are sent without a copy. Loopback and veth copy all the same, and then the second
+/// completion is a pure loss; a send to oneself always takes loopback. So the probe is the first
+/// large train to a real peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ZeroCopy {
+    Never,
+    Unknown,
+    Probing,
+    Works,
 }
 
 /// The slot being filled.
@@ -74,8 +90,7 @@ pub(super) struct Tx {
     left: u16,
     /// Cleared when the device turns out not to segment.
     gso: bool,
-    /// Set when the start-up probe saw that the interface sends without a copy.
-    zero_copy: bool,
+    zero_copy: ZeroCopy,
 }
 
 impl Tx {
@@ -109,7 +124,11 @@ impl Tx {
             per_turn: config.tx_slots_per_turn.max(1),
             left: 0,
             gso: true,
-            zero_copy: false,
+            zero_copy: if config.zero_copy {
+                ZeroCopy::Unknown
+            } else {
+                ZeroCopy::Never
+            },
         };
         tx.add_slots(count);
         Ok(tx)
@@ -219,9 +238,17 @@ impl Tx {
         stats.trains_sent.add(1);
         stats.packets_sent.add(u64::from(open.segments));
         stats.bytes_sent.add(bytes as u64);
-        let entry = if self.zero_copy && bytes >= ZC_BYTES_MIN {
+        let zero_copy =
+            bytes >= ZC_BYTES_MIN && matches!(self.zero_copy, ZeroCopy::Unknown | ZeroCopy::Works);
+        self.records[index as usize].zero_copy = zero_copy;
+        let entry = if zero_copy {
             stats.trains_sent_zc.add(1);
-            opcode::SendMsgZc::new(SOCKET, header).build()
+            if self.zero_copy == ZeroCopy::Unknown {
+                self.zero_copy = ZeroCopy::Probing;
+            }
+            opcode::SendMsgZc::new(SOCKET, header)
+                .ioprio(REPORT_USAGE)
+                .build()
         } else {
             opcode::SendMsg::new(SOCKET, header).build()
         };
@@ -264,8 +291,19 @@ impl Tx {
         let Some(record) = self.records.get(index) else {
             return;
         };
-        if !cqueue::notif(flags) && result < 0 {
+        if cqueue::notif(flags) {
+            // Also later, when the route to the peers has changed.
+            let copied = result as u32 & USAGE_COPIED != 0;
+            self.zero_copy = if copied {
+                ZeroCopy::Never
+            } else {
+                ZeroCopy::Works
+            };
+        } else if result < 0 {
             stats.send_errors.add(1);
+            if record.zero_copy {
+                self.zero_copy = ZeroCopy::Never;
+            }
             // A device that cannot checksum cannot segment: from now on packet by packet.
             if result == -libc::EIO && record.segments > 1 {
                 self.gso = false;
@@ -323,6 +361,7 @@ impl Record {
             addr: AddrBytes::default(),
             slot: 0,
             segments: 0,
+            zero_copy: false,
         }
     }
 

@@ -5,8 +5,8 @@
 //! foreign thread) after a random gap of at most 10 us, and goes on when all were answered by
 //! messages. Every fiftieth cycle starts local tasks on the second that use glommio's timers, files
 //! and blocking threads and end soon, so that its parks change between its own ring and glommio.
-//! Burners keep both cores busy. All belts (longest park, housekeeping, watchdog) are out of reach:
-//! nothing but the wake-ups themselves moves the program.
+//! Burners keep both cores busy. The belts (longest park, housekeeping) are out of reach: nothing but
+//! the wake-ups themselves, and the watchdog where one is asked for, moves the program.
 
 use std::cell::Cell;
 use std::future::poll_fn;
@@ -28,6 +28,8 @@ pub(crate) struct Options {
     pub(crate) time: Duration,
     pub(crate) spin: Duration,
     pub(crate) preempt_timer: Duration,
+    /// Zero leaves the watchdog out.
+    pub(crate) watchdog: Duration,
 }
 
 /// What came of it.
@@ -53,7 +55,7 @@ pub(crate) fn run(options: Options) -> Outcome {
         preempt_timer: options.preempt_timer,
         direct_park_max: Duration::from_secs(3600),
         housekeeping: Duration::from_secs(3600),
-        watchdog: Duration::ZERO,
+        watchdog: options.watchdog,
         chunk_pool_bytes: 0,
         huge_pages: HugePages::Never,
         ..ShardConfig::default()
