@@ -181,6 +181,7 @@ impl Subnet {
         if args.json {
             output::json(&outcome)?;
         } else {
+            self.wait_for_counts(args.payload.bytes());
             self.print(id, &deliveries, &outcome, connected)?;
         }
         let all = delivered == self.nodes.len() - 1 && hash_ok;
@@ -202,6 +203,19 @@ impl Subnet {
                 .sum();
             bar.set_position(received.min(total));
             std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Shards publish their counts ten times a second: the table should not show the ones before the end.
+    fn wait_for_counts(&self, payload: u64) {
+        let publisher = self.nodes[0].node_id();
+        for node in &self.nodes[1..] {
+            node.transport
+                .status()
+                .wait(Duration::from_millis(500), |peers| {
+                    let from_publisher = peers.iter().filter(|peer| peer.node_id == publisher);
+                    from_publisher.map(|peer| peer.bytes_received).sum::<u64>() >= payload
+                });
         }
     }
 
@@ -235,8 +249,8 @@ impl Subnet {
     ) -> Result<(), Failure> {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         output::data(format_args!(
-            "artifact  {id}  {:.1} MiB",
-            mib(outcome.payload_bytes)
+            "artifact  {id}  {}",
+            millrace_tuning::ByteSize(outcome.payload_bytes)
         ))?;
         output::data(format_args!(
             "{:<5} {:<21} {:>6} {:>9} {:>12} {:>12}  {}",

@@ -5,13 +5,9 @@ mod common;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use common::{json, millrace, ok, stderr, stdout};
+use common::{json, millrace, ok, stderr, stdout, text};
 
 const KEY: &str = "aa11111111111111111111111111111111111111111111111111111111111111";
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 /// Five different mistakes are five lines, each with position, reason and fix; the exit code says bad config.
 #[test]

@@ -215,6 +215,3 @@ fn remove_stale(socket: &Path) -> Result<(), Failure> {
     }
     std::fs::remove_file(socket).map_err(|error| Failure::io(socket.display(), &error))
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,6 +1,13 @@
 //! Runs the binary under test.
+#![allow(dead_code, reason = "each test crate uses a part of it")]
+#![allow(unreachable_pub, reason = "shared by test crates")]
+#![allow(missing_docs, clippy::unwrap_used, reason = "test code")]
 
-use std::process::{Command, Output};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 /// `millrace` with arguments.
 pub fn millrace(args: &[&str]) -> Output {
@@ -33,4 +40,196 @@ pub fn ok(args: &[&str]) -> String {
 /// The one JSON document of a command that must succeed.
 pub fn json(args: &[&str]) -> serde_json::Value {
     serde_json::from_str(&ok(args)).unwrap()
+}
+
+/// A node of a test subnet: its folder, its config, and its process while it runs.
+#[derive(Debug)]
+pub struct TestNode {
+    pub node_id: String,
+    pub public_key: String,
+    pub config: PathBuf,
+    pub socket: PathBuf,
+    process: Option<Child>,
+}
+
+/// A registry folder with its key.
+#[derive(Debug)]
+pub struct TestRegistry {
+    pub dir: PathBuf,
+    pub key: PathBuf,
+    pub public_key: String,
+}
+
+impl TestRegistry {
+    pub fn init(folder: &Path) -> Self {
+        let (dir, key) = (folder.join("registry"), folder.join("registry.key"));
+        let made = json(&[
+            "registry",
+            "init",
+            text(&dir),
+            "--key",
+            text(&key),
+            "--json",
+        ]);
+        Self {
+            public_key: made["public_key"].as_str().unwrap().to_owned(),
+            dir,
+            key,
+        }
+    }
+
+    pub fn add(&self, node: &TestNode, address: &str) {
+        ok(&[
+            "registry",
+            "add-node",
+            text(&self.dir),
+            "--key",
+            text(&self.key),
+            "--public-key",
+            &node.public_key,
+            "--address",
+            address,
+        ]);
+    }
+
+    pub fn remove(&self, node: &TestNode) {
+        ok(&[
+            "registry",
+            "remove-node",
+            text(&self.dir),
+            "--key",
+            text(&self.key),
+            &node.node_id,
+        ]);
+    }
+}
+
+impl TestNode {
+    /// Key and config of a node that listens on a free port of `ip`; `extra` follows `[registry]`.
+    pub fn new(folder: &Path, registry: &TestRegistry, ip: &str, extra: &str) -> Self {
+        std::fs::create_dir_all(folder).unwrap();
+        let made = json(&["keygen", text(&folder.join("node.key")), "--json"]);
+        let config = folder.join("node.toml");
+        std::fs::write(
+            &config,
+            format!(
+                "[node]\nstate_dir = \".\"\n[listen]\naddress = \"{ip}:4100\"\n[admin]\nheader_timeout = \"300ms\"\n\
+                 body_timeout = \"300ms\"\nconnections_max = 4\n\
+                 [artifacts]\nstore_bytes = \"16MiB\"\n[shards]\ncores = [0]\nspin = \"0s\"\n\
+                 chunk_pool_bytes = \"48MiB\"\nhuge_pages = \"never\"\n\
+                 [transport]\nreceive_budget_bytes = \"32MiB\"\nreceive_budget_peer_bytes = \"32MiB\"\n\
+                 body_bytes_max = \"16MiB\"\n\
+                 [registry]\npoll_interval = \"50ms\"\npublic_key = \"{}\"\n{extra}",
+                registry.public_key
+            ),
+        )
+        .unwrap();
+        Self {
+            node_id: made["node_id"].as_str().unwrap().to_owned(),
+            public_key: made["public_key"].as_str().unwrap().to_owned(),
+            config,
+            socket: folder.join("admin.sock"),
+            process: None,
+        }
+    }
+
+    /// Starts the process and waits until its admin socket answers.
+    pub fn start(&mut self) {
+        let process = Command::new(env!("CARGO_BIN_EXE_millrace"))
+            .args(["node", "--config", text(&self.config)])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let process = self.process.insert(process);
+        // The line that names the admin socket comes when everything has started.
+        let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
+        let mut said = Vec::new();
+        loop {
+            match lines.next() {
+                Some(line) => said.push(line.unwrap()),
+                None => panic!("the node ended: {said:?}"),
+            }
+            if said.last().unwrap().contains("listens on") {
+                break;
+            }
+        }
+        // What it says later must not fill the pipe.
+        std::thread::spawn(move || lines.for_each(drop));
+    }
+
+    /// Ends the process as a service manager would; its exit code.
+    pub fn stop(&mut self) -> Option<i32> {
+        let mut process = self.process.take().unwrap();
+        let kill = Command::new("kill")
+            .args(["-TERM", &process.id().to_string()])
+            .status()
+            .unwrap();
+        assert!(kill.success());
+        process.wait().unwrap().code()
+    }
+
+    /// Ends the process as a power cut would.
+    pub fn kill(&mut self) {
+        let mut process = self.process.take().unwrap();
+        process.kill().unwrap();
+        process.wait().unwrap();
+    }
+
+    /// One raw request, the whole raw answer.
+    pub fn raw(&self, request: &[u8]) -> String {
+        let mut stream = UnixStream::connect(&self.socket).unwrap();
+        stream.write_all(request).unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    /// Status line's code and the body of a GET.
+    pub fn get(&self, path: &str) -> (u16, String) {
+        let answer = self.raw(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes());
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (
+            head.split(' ').nth(1).unwrap().parse().unwrap(),
+            body.to_owned(),
+        )
+    }
+
+    pub fn status(&self) -> serde_json::Value {
+        json(&["status", "--socket", text(&self.socket), "--json"])
+    }
+
+    /// The connection number of a peer, if it is up.
+    pub fn connection_to(&self, peer: &TestNode) -> Option<u64> {
+        let status = self.status();
+        let peers = status["peers"].as_array().unwrap();
+        peers
+            .iter()
+            .find(|p| p["node_id"] == *peer.node_id)
+            .and_then(|p| p["connection"].as_u64())
+    }
+}
+
+impl Drop for TestNode {
+    fn drop(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill().ok();
+            process.wait().ok();
+        }
+    }
+}
+
+/// Looks again until `condition` gives something; panics after 30 s.
+pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let until = Instant::now() + Duration::from_secs(30);
+    loop {
+        if let Some(found) = condition() {
+            return found;
+        }
+        assert!(Instant::now() < until, "{what}: not within 30 s");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+pub fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
 }
