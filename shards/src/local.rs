@@ -11,6 +11,8 @@
 //! 2. A task polled while the loop sleeps in glommio ends that sleep: it may have queued commands.
 //! 3. A task woken by another thread ends a direct park, of which glommio's notifier knows nothing.
 //! 4. Timers are the loop's own, ordered by deadline; none is scanned.
+//! 5. When the loop ends every task is dropped: a task and its waker hold each other, so one that
+//!    waits would otherwise live on with all it holds.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -104,6 +106,9 @@ pub(crate) struct Local {
     stats: Arc<ShardStats>,
     queues: Queues,
     outside: Cell<usize>,
+    live: RefCell<Live>,
+    /// The loop has ended: tasks drop what they run.
+    ending: Cell<bool>,
     /// The loop sleeps in glommio until the eventfd is signalled.
     asleep: Cell<bool>,
     eventfd: OwnedFd,
@@ -140,6 +145,8 @@ impl Local {
             stats,
             queues,
             outside: Cell::new(0),
+            live: RefCell::default(),
+            ending: Cell::new(false),
             asleep: Cell::new(false),
             eventfd,
             timers: RefCell::default(),
@@ -156,6 +163,22 @@ impl Local {
     pub(crate) fn leave() {
         PARKER.set(0);
         CURRENT.set(None);
+    }
+
+    /// Makes every task drop its future at its next poll, and wakes them all for it.
+    pub(crate) fn end_tasks(&self) {
+        self.ending.set(true);
+        let tasks: Vec<_> = self
+            .live
+            .borrow()
+            .tasks
+            .iter()
+            .flatten()
+            .map(Arc::clone)
+            .collect();
+        for task in tasks {
+            task.wake_by_ref();
+        }
     }
 
     /// Whether glommio has something to finish.
@@ -191,6 +214,29 @@ impl Local {
             any = true;
             waker.wake();
         }
+    }
+}
+
+/// The tasks polled at least once and not dropped.
+#[derive(Debug, Default)]
+struct Live {
+    tasks: Vec<Option<Arc<TaskWaker>>>,
+    free: Vec<usize>,
+}
+
+impl Live {
+    fn insert(&mut self, task: Arc<TaskWaker>) -> usize {
+        if let Some(at) = self.free.pop() {
+            self.tasks[at] = Some(task);
+            return at;
+        }
+        self.tasks.push(Some(task));
+        self.tasks.len() - 1
+    }
+
+    fn remove(&mut self, at: usize) {
+        self.tasks[at] = None;
+        self.free.push(at);
     }
 }
 
@@ -264,6 +310,7 @@ const SCHEDULED: u8 = 1;
 const DONE: u8 = 2;
 
 /// A task's waker: glommio's own, with the count of runnable tasks around it.
+#[derive(Debug)]
 struct TaskWaker {
     state: AtomicU8,
     class: Class,
@@ -305,8 +352,15 @@ impl Wake for TaskWaker {
 struct LocalTask<F> {
     local: Rc<Local>,
     class: Class,
-    future: Pin<Box<F>>,
-    waker: Option<(Arc<TaskWaker>, Waker)>,
+    /// `None` when it ended.
+    future: Option<Pin<Box<F>>>,
+    waker: Option<Registered>,
+}
+
+struct Registered {
+    state: Arc<TaskWaker>,
+    waker: Waker,
+    place: usize,
 }
 
 impl<F> LocalTask<F> {
@@ -316,9 +370,32 @@ impl<F> LocalTask<F> {
         Self {
             local,
             class,
-            future,
+            future: Some(future),
             waker: None,
         }
+    }
+
+    /// The task's waker, made at its first poll; takes the count of its wake back.
+    fn settle(&mut self, cx: &Context<'_>) -> Waker {
+        if let Some(registered) = &self.waker {
+            registered.state.settle(IDLE);
+            return registered.waker.clone();
+        }
+        self.local.parker.task_ran(self.class);
+        let state = Arc::new(TaskWaker {
+            state: AtomicU8::new(IDLE),
+            class: self.class,
+            parker: Arc::clone(&self.local.parker),
+            inner: cx.waker().clone(),
+        });
+        let place = self.local.live.borrow_mut().insert(Arc::clone(&state));
+        let waker = Waker::from(Arc::clone(&state));
+        self.waker = Some(Registered {
+            state,
+            waker: waker.clone(),
+            place,
+        });
+        waker
     }
 }
 
@@ -326,30 +403,19 @@ impl<F: Future<Output = ()>> Future for LocalTask<F> {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let this = &mut *self;
-        let (state, waker) = match &this.waker {
-            Some(waker) => {
-                waker.0.settle(IDLE);
-                waker
-            }
-            None => {
-                let state = Arc::new(TaskWaker {
-                    state: AtomicU8::new(IDLE),
-                    class: this.class,
-                    parker: Arc::clone(&this.local.parker),
-                    inner: cx.waker().clone(),
-                });
-                this.local.parker.task_ran(this.class);
-                let waker = Waker::from(Arc::clone(&state));
-                &*this.waker.insert((state, waker))
-            }
-        };
-        let result = this.future.as_mut().poll(&mut Context::from_waker(waker));
-        if result.is_ready() {
-            state.settle(DONE);
+        let waker = self.settle(cx);
+        if self.local.ending.get() {
+            self.future = None;
         }
-        if this.local.asleep.replace(false) {
-            this.local.signal();
+        let result = match &mut self.future {
+            Some(future) => future.as_mut().poll(&mut Context::from_waker(&waker)),
+            None => Poll::Ready(()),
+        };
+        if result.is_ready() {
+            self.future = None;
+        }
+        if self.local.asleep.replace(false) {
+            self.local.signal();
         }
         result
     }
@@ -358,7 +424,10 @@ impl<F: Future<Output = ()>> Future for LocalTask<F> {
 impl<F> Drop for LocalTask<F> {
     fn drop(&mut self) {
         match &self.waker {
-            Some((state, _)) => state.settle(DONE),
+            Some(registered) => {
+                registered.state.settle(DONE);
+                self.local.live.borrow_mut().remove(registered.place);
+            }
             None => self.local.parker.task_ran(self.class),
         }
     }

@@ -197,6 +197,14 @@ pub(crate) fn set_drives_a_ring(drives: bool) {
     DRIVES_A_RING.set(drives);
 }
 
+/// Shards a thread may wake in one turn before its list grows.
+pub(crate) const WAKES: usize = 64;
+
+/// Makes room for the wake-ups of a turn, so that none allocates later.
+pub(crate) fn reserve_wakes() {
+    PENDING.with_borrow_mut(|pending| pending.reserve(WAKES));
+}
+
 /// Whether wake-ups wait for this thread's submit.
 pub(crate) fn has_pending_wakes() -> bool {
     PENDING.with_borrow(|pending| !pending.is_empty())

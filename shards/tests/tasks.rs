@@ -6,7 +6,7 @@ use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::net::{SocketAddr, UdpSocket};
 use std::rc::Rc;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -187,6 +187,38 @@ fn foreign_wake_ends_a_park() {
     stop(handle);
 }
 
+/// A stop drops every task with what it holds, whatever it waits for.
+#[test]
+fn stop_drops_all_tasks() {
+    let witness = Arc::new(());
+    let (sender, running) = mpsc::channel();
+    let held = Arc::clone(&witness);
+    let handle = start(false, move |shard| {
+        for kind in 0..4 {
+            let (held, sender) = (Arc::clone(&held), sender.clone());
+            shard.spawn_local(Queue::Bulk, async move {
+                sender.send(()).unwrap();
+                match kind {
+                    0 => std::future::pending().await,
+                    1 => sleep(Duration::from_secs(3600)).await,
+                    2 => {
+                        outside(glommio::timer::sleep(Duration::from_secs(3600))).await;
+                    }
+                    _ => loop {
+                        yield_now().await;
+                    },
+                }
+                drop(held);
+            });
+        }
+    });
+    for _ in 0..4 {
+        running.recv_timeout(WAIT).unwrap();
+    }
+    stop(handle);
+    assert_eq!(Arc::strong_count(&witness), 1);
+}
+
 /// A task woken by a datagram answers in the same turn, so that the answer leaves with its submit.
 #[test]
 fn answer_in_the_same_turn() {
@@ -205,7 +237,7 @@ fn answer_in_the_same_turn() {
         Office {
             desk,
             turn: 0,
-            stats: std::sync::Arc::clone(&context.stats),
+            stats: Arc::clone(&context.stats),
         }
     })
     .unwrap();
@@ -248,7 +280,7 @@ impl Desk {
 struct Office {
     desk: Rc<Desk>,
     turn: u64,
-    stats: std::sync::Arc<ShardStats>,
+    stats: Arc<ShardStats>,
 }
 
 impl Datapath for Office {

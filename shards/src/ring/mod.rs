@@ -126,12 +126,18 @@ impl Ring {
             pipe_armed: false,
             timer: None,
             timer_spec: Box::new(types::Timespec::new()),
-            waking: Vec::new(),
+            waking: Vec::with_capacity(park::WAKES),
         };
+        park::reserve_wakes();
         ring.silence_eventfd();
         ring.parker.bind_ring(own_descriptor(&ring.uring)?);
         ring.arm();
         ring.submit();
+        ring.reap();
+        if ring.stats.receives_dropped.get() > 0 {
+            // The first receive was refused at once: a kernel without multishot receives.
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
         Ok(ring)
     }
 

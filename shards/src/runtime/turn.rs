@@ -121,7 +121,22 @@ impl<D: Datapath> Shard<D> {
             // 8. Spin a little, then park.
             self.rest(&mut pace, worked).await;
         }
+        self.end().await;
+    }
+
+    /// Drops all local tasks and sends the last wake-ups.
+    async fn end(&mut self) {
+        self.local.end_tasks();
+        while self.parker.any_runnable() {
+            // A task woken from another thread is known to glommio's notifier only.
+            self.local.signal();
+            let mut pace = Pace::new(&self.config);
+            self.sleep_in_glommio(&mut pace).await;
+        }
         self.parker.set_executor(None);
+        // What drops from here on cannot wait for a submit of ours.
+        park::set_drives_a_ring(false);
+        self.ring.submit();
     }
 
     fn take_messages(&mut self, now: Instant) -> bool {
