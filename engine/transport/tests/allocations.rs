@@ -21,7 +21,7 @@ fn attribute(profile: &str) -> (u64, u64, Vec<(u64, String)>) {
     let frames = profile["ftbl"].as_array().unwrap();
     let (mut ours, mut theirs, mut sites) = (0, 0, Vec::new());
     for point in profile["pps"].as_array().unwrap() {
-        let blocks = point["tb"].as_u64().unwrap();
+        let blocks = point["tbk"].as_u64().unwrap();
         let names = point["fs"].as_array().unwrap().iter().map(|f| frames[f.as_u64().unwrap() as usize].as_str().unwrap());
         let owner = names.clone().find(|name| name.contains("millrace_") || name.contains("quiche::") || name.contains("boring"));
         match owner {

@@ -81,6 +81,7 @@ impl Attack<'_> {
         let answer = self.honest.transport.request(self.victim.id(), request).wait(PATIENCE);
         assert_eq!(bytes_of(&answer.unwrap()), vec![5; 1_024], "{what}: the honest peer is served");
         let rss = rss_bytes();
+        println!("{what}: {} MiB of {} MiB", rss / MIB, self.rss_max / MIB);
         assert!(rss <= self.rss_max, "{what}: {} MiB resident, bound is {} MiB", rss / MIB, self.rss_max / MIB);
     }
 

@@ -20,23 +20,23 @@ use millrace_transport::{
 };
 
 /// Answers with the request's body.
-pub const ECHO: Method = Method(1);
+pub(crate) const ECHO: Method = Method(1);
 /// Answers with the body's length.
-pub const LENGTH: Method = Method(2);
+pub(crate) const LENGTH: Method = Method(2);
 /// Never answers; tells the test when the request is there and when it was taken back.
-pub const HANG: Method = Method(3);
+pub(crate) const HANG: Method = Method(3);
 
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, PartialEq, Eq)]
-pub enum Event {
+pub(crate) enum Event {
     Up(NodeId, ConnectionNumber),
     Down(NodeId, ConnectionNumber),
     Hanging,
     Message(NodeId, usize),
 }
 
-pub struct TestHandler {
+pub(crate) struct TestHandler {
     events: Sender<Event>,
     hanging: Arc<Mutex<Vec<Parked>>>,
 }
@@ -82,38 +82,38 @@ thread_local! {
     static KEPT: std::cell::RefCell<Vec<Responder>> = const { std::cell::RefCell::new(Vec::new()) };
 }
 
-pub struct Node {
-    pub transport: Transport,
-    pub key: SigningKey,
-    pub events: Receiver<Event>,
+pub(crate) struct Node {
+    pub(crate) transport: Transport,
+    pub(crate) key: SigningKey,
+    pub(crate) events: Receiver<Event>,
 }
 
-pub fn key(n: u8) -> SigningKey {
+pub(crate) fn key(n: u8) -> SigningKey {
     SigningKey::from_seed([n; 32])
 }
 
-pub fn free_addr() -> SocketAddr {
+pub(crate) fn free_addr() -> SocketAddr {
     UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap()
 }
 
-pub fn member(key: &SigningKey, addr: SocketAddr) -> Member {
+pub(crate) fn member(key: &SigningKey, addr: SocketAddr) -> Member {
     Member { public_key: key.public_key(), addresses: vec![addr] }
 }
 
-pub fn topology(members: impl IntoIterator<Item = Member>, version: u64) -> Arc<Topology> {
+pub(crate) fn topology(members: impl IntoIterator<Item = Member>, version: u64) -> Arc<Topology> {
     Arc::new(Topology::from_members(members, version))
 }
 
-pub fn shard_config(pool_bytes: u64) -> ShardConfig {
+pub(crate) fn shard_config(pool_bytes: u64) -> ShardConfig {
     ShardConfig { cpu: None, spin: Duration::ZERO, chunk_pool_bytes: pool_bytes, ..Default::default() }
 }
 
 impl Node {
-    pub fn start(key: SigningKey, addr: SocketAddr, topology: &Arc<Topology>, config: TransportConfig, pool_bytes: u64) -> Self {
+    pub(crate) fn start(key: SigningKey, addr: SocketAddr, topology: &Arc<Topology>, config: TransportConfig, pool_bytes: u64) -> Self {
         Self::start_shards(key, addr, topology, config, vec![shard_config(pool_bytes)])
     }
 
-    pub fn start_shards(
+    pub(crate) fn start_shards(
         key: SigningKey,
         addr: SocketAddr,
         topology: &Arc<Topology>,
@@ -136,19 +136,19 @@ impl Node {
         Self { transport, key, events }
     }
 
-    pub fn id(&self) -> NodeId {
+    pub(crate) fn id(&self) -> NodeId {
         self.key.node_id()
     }
 
     /// Waits until exactly `peers` are up.
-    pub fn wait_for_peers(&self, peers: &[NodeId]) {
+    pub(crate) fn wait_for_peers(&self, peers: &[NodeId]) {
         let held = self.transport.status().wait(PATIENCE, |up| {
             up.len() == peers.len() && peers.iter().all(|peer| up.iter().any(|p| p.node_id == *peer))
         });
         assert!(held, "peers are {:?}, wanted {peers:?}", self.transport.status().peers());
     }
 
-    pub fn wait_for(&self, wanted: impl Fn(&Event) -> bool) -> Event {
+    pub(crate) fn wait_for(&self, wanted: impl Fn(&Event) -> bool) -> Event {
         loop {
             let event = self.events.recv_timeout(PATIENCE).expect("the event came in time");
             if wanted(&event) {
@@ -158,27 +158,27 @@ impl Node {
     }
 
     /// Waits until the sum over shards of a reason is at least `n`.
-    pub fn wait_for_reason(&self, family: Family, reason: &str, n: u64) {
+    pub(crate) fn wait_for_reason(&self, family: Family, reason: &str, n: u64) {
         let held = self.transport.status().wait(PATIENCE, |_| self.reason(family, reason) >= n);
         let all: Vec<_> = self.transport.counters().iter().flat_map(|c| c.reasons()).collect();
         assert!(held, "{reason} was counted {} times, wanted {n}; all: {all:?}", self.reason(family, reason));
     }
 
-    pub fn reason(&self, family: Family, reason: &str) -> u64 {
+    pub(crate) fn reason(&self, family: Family, reason: &str) -> u64 {
         self.transport.counters().iter().map(|c| c.reason(family, reason)).sum()
     }
 
-    pub fn body(&self, len: usize) -> Body {
+    pub(crate) fn body(&self, len: usize) -> Body {
         let bytes: Vec<u8> = (0..len).map(|i| (i * 31 >> 5) as u8).collect();
         Body::copy_from_slice(self.transport.pool(0).unwrap(), &bytes).expect("the pool has room")
     }
 }
 
-pub fn request(method: Method, class: Class, body: impl Into<Payload>) -> Request {
+pub(crate) fn request(method: Method, class: Class, body: impl Into<Payload>) -> Request {
     Request { class, method, body: body.into(), deadline: PATIENCE }
 }
 
-pub fn bytes_of(payload: &Payload) -> Vec<u8> {
+pub(crate) fn bytes_of(payload: &Payload) -> Vec<u8> {
     match payload {
         Payload::Empty => Vec::new(),
         Payload::Bytes(bytes) => bytes.to_vec(),
@@ -187,7 +187,7 @@ pub fn bytes_of(payload: &Payload) -> Vec<u8> {
 }
 
 /// Two connected nodes; the first has the lower id and so is the dialler.
-pub fn pair(config: &TransportConfig, pool_bytes: u64) -> (Node, Node) {
+pub(crate) fn pair(config: &TransportConfig, pool_bytes: u64) -> (Node, Node) {
     let (mut a, mut b) = (key(1), key(2));
     if b.node_id() < a.node_id() {
         std::mem::swap(&mut a, &mut b);

@@ -7,20 +7,22 @@ use std::time::{Duration, Instant};
 use boring::pkey::PKey;
 use boring::ssl::{SslContextBuilder, SslMethod, SslSignatureAlgorithm, SslVerifyMode};
 use boring::x509::X509;
+use millrace_protocol::cid::initial_dcid;
+use millrace_protocol::frame::Kind;
 use millrace_protocol::identity::SigningKey;
 
-pub struct Raw {
-    pub quic: quiche::Connection,
+pub(crate) struct Raw {
+    pub(crate) quic: quiche::Connection,
     socket: UdpSocket,
     local: SocketAddr,
     buffer: Vec<u8>,
 }
 
-pub struct RawOptions {
+pub(crate) struct RawOptions {
     /// Present this key's certificate; none at all otherwise.
-    pub key: Option<SigningKey>,
+    pub(crate) key: Option<SigningKey>,
     /// Accept session tickets, and resume this session.
-    pub session: Option<Vec<u8>>,
+    pub(crate) session: Option<Vec<u8>>,
 }
 
 fn config(options: &RawOptions) -> quiche::Config {
@@ -48,20 +50,31 @@ fn config(options: &RawOptions) -> quiche::Config {
 }
 
 impl Raw {
-    pub fn dial(to: SocketAddr, options: &RawOptions) -> Self {
+    pub(crate) fn dial(to: SocketAddr, options: &RawOptions) -> Self {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-        socket.set_read_timeout(Some(Duration::from_millis(5))).unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
         let local = socket.local_addr().unwrap();
         let scid = quiche::ConnectionId::from_ref(&[7; 16]);
-        let mut quic = quiche::connect(None, &scid, local, to, &mut config(options)).unwrap();
+        // The first connection ID steers to the shard that owns the connection; a member knows that.
+        let spread = options.key.as_ref().map_or(0, |key| key.node_id().spread());
+        let dcid = initial_dcid(spread, [9; 15]);
+        let dcid = quiche::ConnectionId::from_ref(&dcid);
+        let mut quic = quiche::connect_with_dcid(None, &scid, &dcid, local, to, &mut config(options)).unwrap();
         if let Some(session) = &options.session {
             quic.set_session(session).unwrap();
         }
         Self { quic, socket, local, buffer: vec![0; 65_536] }
     }
 
-    /// Sends what is to be sent, receives what is there.
-    pub fn turn(&mut self) {
+    /// Sends what is to be sent, receives what is there, and answers probes: even a hostile peer wants to stay.
+    pub(crate) fn turn(&mut self) {
+        let mut probe = [0; 16];
+        while let Ok(len) = self.quic.dgram_recv(&mut probe) {
+            if len == probe.len() && probe[0] == Kind::Probe as u8 {
+                probe[0] = Kind::ProbeReply as u8;
+                self.quic.dgram_send(&probe).ok();
+            }
+        }
         let mut packet = [0; 1_452];
         while let Ok((len, info)) = self.quic.send(&mut packet) {
             self.socket.send_to(&packet[..len], info.to).ok();
@@ -79,7 +92,7 @@ impl Raw {
     }
 
     /// Takes turns until `done`, at most `limit`; whether it was done.
-    pub fn drive(&mut self, limit: Duration, mut done: impl FnMut(&mut quiche::Connection) -> bool) -> bool {
+    pub(crate) fn drive(&mut self, limit: Duration, mut done: impl FnMut(&mut quiche::Connection) -> bool) -> bool {
         let until = Instant::now() + limit;
         while Instant::now() < until {
             self.turn();
@@ -90,14 +103,17 @@ impl Raw {
         false
     }
 
-    pub fn establish(&mut self) {
+    pub(crate) fn establish(&mut self) {
         assert!(self.drive(Duration::from_secs(10), |quic| quic.is_established()), "no handshake");
     }
 
-    /// Sends all of `bytes` on a stream.
-    pub fn send(&mut self, stream: u64, bytes: &[u8], fin: bool) -> bool {
+    /// Sends all of `bytes` on a stream, or as much as the other side wants to have.
+    pub(crate) fn send(&mut self, stream: u64, bytes: &[u8], fin: bool) -> bool {
         let mut sent = 0;
-        self.drive(Duration::from_secs(10), |quic| {
+        self.drive(Duration::from_secs(3), |quic| {
+            if quic.is_closed() || quic.is_draining() {
+                return true;
+            }
             match quic.stream_send(stream, &bytes[sent..], fin) {
                 Ok(n) => sent += n,
                 Err(quiche::Error::Done) => {}
