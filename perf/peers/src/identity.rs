@@ -64,7 +64,9 @@ fn provider(crypto: Crypto) -> Arc<CryptoProvider> {
     provider
         .cipher_suites
         .retain(|suite| suite.suite() == CipherSuite::TLS13_AES_128_GCM_SHA256);
-    provider.kx_groups.retain(|group| group.name() == NamedGroup::X25519);
+    provider
+        .kx_groups
+        .retain(|group| group.name() == NamedGroup::X25519);
     Arc::new(provider)
 }
 
@@ -127,7 +129,8 @@ impl ServerCertVerifier for Pinned {
         _ocsp_response: &[u8],
         _now: UnixTime,
     ) -> std::result::Result<ServerCertVerified, rustls::Error> {
-        self.check(end_entity).map(|()| ServerCertVerified::assertion())
+        self.check(end_entity)
+            .map(|()| ServerCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
@@ -164,7 +167,8 @@ impl ClientCertVerifier for Pinned {
         _intermediates: &[CertificateDer<'_>],
         _now: UnixTime,
     ) -> std::result::Result<ClientCertVerified, rustls::Error> {
-        self.check(end_entity).map(|()| ClientCertVerified::assertion())
+        self.check(end_entity)
+            .map(|()| ClientCertVerified::assertion())
     }
 
     fn verify_tls12_signature(

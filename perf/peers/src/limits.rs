@@ -132,7 +132,13 @@ fn receive_until(socket: &UdpSocket, stop: &AtomicBool, received: &AtomicU64) ->
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 let mut waits = [PollFd::new(socket, PollFlags::IN)];
-                poll(&mut waits, Some(&Timespec { tv_sec: 0, tv_nsec: 10_000_000 }))?;
+                poll(
+                    &mut waits,
+                    Some(&Timespec {
+                        tv_sec: 0,
+                        tv_nsec: 10_000_000,
+                    }),
+                )?;
             }
             Err(error) => return Err(error),
         }
@@ -177,13 +183,16 @@ fn open(payload: usize, lasts: Duration) -> Result<f64> {
     let key = LessSafeKey::new(UnboundKey::new(&AES_128_GCM, &[1; 16]).map_err(|_| "aes key")?);
     let mut sealed = vec![5; payload - AES_128_GCM.tag_len()];
     let nonce = Nonce::assume_unique_for_key([2; 12]);
-    key.seal_in_place_append_tag(nonce, Aad::from([0; 20]), &mut sealed).map_err(|_| "seal")?;
+    key.seal_in_place_append_tag(nonce, Aad::from([0; 20]), &mut sealed)
+        .map_err(|_| "seal")?;
     let mut packet = sealed.clone();
     let mut opened = true;
     let by_ring = rate(payload, lasts / 2, || {
         packet.copy_from_slice(&sealed);
         let nonce = Nonce::assume_unique_for_key([2; 12]);
-        opened &= key.open_in_place(nonce, Aad::from([0; 20]), &mut packet).is_ok();
+        opened &= key
+            .open_in_place(nonce, Aad::from([0; 20]), &mut packet)
+            .is_ok();
     });
     let key = aws_lc_key()?;
     let by_aws_lc = rate(payload, lasts / 2, || {
@@ -192,7 +201,11 @@ fn open(payload: usize, lasts: Duration) -> Result<f64> {
         let aad = aws_lc_rs::aead::Aad::from([0; 20]);
         opened &= key.open_in_place(nonce, aad, &mut packet).is_ok();
     });
-    if opened { Ok(by_ring.max(by_aws_lc)) } else { Err("a sealed packet did not open".into()) }
+    if opened {
+        Ok(by_ring.max(by_aws_lc))
+    } else {
+        Err("a sealed packet did not open".into())
+    }
 }
 
 fn aws_lc_key() -> Result<aws_lc_rs::aead::LessSafeKey> {

@@ -52,7 +52,11 @@ pub(crate) struct Reading {
 impl Meter {
     pub(crate) fn start(server_pid: u32) -> Result<Self> {
         let cpu_at_start = cpu_of_both(server_pid)?;
-        Ok(Self { server_pid, started: Instant::now(), cpu_at_start })
+        Ok(Self {
+            server_pid,
+            started: Instant::now(),
+            cpu_at_start,
+        })
     }
 
     pub(crate) fn stop(&self) -> Result<Reading> {
@@ -103,7 +107,9 @@ impl Latencies {
         self.0.sort_unstable();
         shares.map(|share| {
             let rank = (self.0.len() as f64 * share) as usize;
-            self.0.get(rank.min(self.0.len().saturating_sub(1))).map(|at| at.as_secs_f64() * 1e6)
+            self.0
+                .get(rank.min(self.0.len().saturating_sub(1)))
+                .map(|at| at.as_secs_f64() * 1e6)
         })
     }
 }
@@ -127,7 +133,11 @@ fn cpu_of(pid: &str) -> Result<Duration> {
     let mut total = Duration::ZERO;
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
         let line = fs::read_to_string(task?.path().join("schedstat"))?;
-        let nanos = line.split_whitespace().next().ok_or("empty schedstat")?.parse()?;
+        let nanos = line
+            .split_whitespace()
+            .next()
+            .ok_or("empty schedstat")?
+            .parse()?;
         total += Duration::from_nanos(nanos);
     }
     Ok(total)
@@ -135,8 +145,15 @@ fn cpu_of(pid: &str) -> Result<Duration> {
 
 fn peak_rss_of(pid: &str) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).ok_or("no VmHWM")?;
-    let kib: u64 = line.split_whitespace().nth(1).ok_or("no VmHWM value")?.parse()?;
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmHWM:"))
+        .ok_or("no VmHWM")?;
+    let kib: u64 = line
+        .split_whitespace()
+        .nth(1)
+        .ok_or("no VmHWM value")?
+        .parse()?;
     Ok(kib << 10)
 }
 
@@ -157,7 +174,10 @@ mod tests {
         for micros in (1..=100).rev() {
             latencies.record(Duration::from_micros(micros));
         }
-        assert_eq!(latencies.quantiles_us([0.5, 0.99, 1.0]), [Some(51.0), Some(100.0), Some(100.0)]);
+        assert_eq!(
+            latencies.quantiles_us([0.5, 0.99, 1.0]),
+            [Some(51.0), Some(100.0), Some(100.0)]
+        );
         assert_eq!(Latencies::default().quantiles_us([0.5]), [None]);
     }
 

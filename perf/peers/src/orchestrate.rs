@@ -19,7 +19,11 @@ pub(crate) fn run(run: &Run) -> Result<()> {
     for round in 0..plan.rounds {
         for &workload in &plan.workloads {
             for &engine in plan.engines.iter().filter(|engine| engine.runs(workload)) {
-                eprint!("\rround {}/{}: {workload:<20} {engine:<14}", round + 1, plan.rounds);
+                eprint!(
+                    "\rround {}/{}: {workload:<20} {engine:<14}",
+                    round + 1,
+                    plan.rounds
+                );
                 let measurement = plan
                     .measure(engine, workload)
                     .map_err(|error| format!("{workload} by {engine}: {error}"))?;
@@ -31,7 +35,11 @@ pub(crate) fn run(run: &Run) -> Result<()> {
         None
     } else {
         eprint!("\rlimits of the machine{:<40}", "");
-        Some(limits::measure(plan.limit_lasts, run.drive_cpu, run.serve_cpu)?)
+        Some(limits::measure(
+            plan.limit_lasts,
+            run.drive_cpu,
+            run.serve_cpu,
+        )?)
     };
     eprintln!("\r{:<60}", "");
     let report = Report::new(&results, limits, plan.rounds, run.quick);
@@ -64,14 +72,21 @@ struct Plan<'a> {
 
 impl<'a> Plan<'a> {
     fn new(run: &'a Run) -> Self {
-        let engines = if run.engines.is_empty() { Engine::all() } else { run.engines.clone() };
+        let engines = if run.engines.is_empty() {
+            Engine::all()
+        } else {
+            run.engines.clone()
+        };
         let workloads = if run.only.is_empty() {
             Workload::value_variants().to_vec()
         } else {
             run.only.clone()
         };
-        let (rounds, seconds, transfers, limit_ms) =
-            if run.quick { (1, 0.3, 2, 100) } else { (7, 1.2, 5, 1000) };
+        let (rounds, seconds, transfers, limit_ms) = if run.quick {
+            (1, 0.3, 2, 100)
+        } else {
+            (7, 1.2, 5, 1000)
+        };
         Self {
             run,
             engines,
@@ -128,7 +143,9 @@ impl Server {
         let mut line = String::new();
         let out = child.stdout.take().ok_or("no standard output")?;
         BufReader::new(out).read_line(&mut line)?;
-        let addresses = line.strip_prefix("ready ").ok_or("the serving process failed")?;
+        let addresses = line
+            .strip_prefix("ready ")
+            .ok_or("the serving process failed")?;
         let addresses = addresses.split_whitespace().map(str::to_owned).collect();
         Ok(Self { child, addresses })
     }

@@ -52,9 +52,9 @@ impl Engine {
             Self::QuinnRef => {
                 !matches!(workload, Workload::Bulk8972) && workload.oneway_shape().is_none()
             }
-            // millrace has one way to send a small message; the peers are tried in all shapes.
+            // millrace sends small messages on its lanes; the peers are tried in all shapes.
             Self::Millrace | Self::MillraceSpin | Self::MillracePark => {
-                !matches!(workload, Workload::OnewayUni | Workload::OnewayLane)
+                !matches!(workload, Workload::OnewayUni | Workload::OnewayDatagram)
             }
             Self::Quinn | Self::S2n => true,
         }
@@ -135,7 +135,11 @@ impl Workload {
     }
 
     pub(crate) fn servers(self) -> usize {
-        if self == Self::Fanout12 { FANOUT_PEERS } else { 1 }
+        if self == Self::Fanout12 {
+            FANOUT_PEERS
+        } else {
+            1
+        }
     }
 }
 
@@ -147,5 +151,7 @@ impl fmt::Display for Workload {
 
 /// The name on the command line is the name in the result.
 fn name_of(value: &impl ValueEnum) -> String {
-    value.to_possible_value().map_or_else(String::new, |name| name.get_name().to_owned())
+    value
+        .to_possible_value()
+        .map_or_else(String::new, |name| name.get_name().to_owned())
 }

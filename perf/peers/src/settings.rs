@@ -32,6 +32,8 @@ pub(crate) struct Settings {
     pub(crate) crypto: Crypto,
     /// One task for each request at the server instead of one loop for each connection.
     pub(crate) task_per_request: bool,
+    /// RPC: each caller keeps one stream, instead of one stream for each request.
+    pub(crate) long_lived_streams: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,24 +71,36 @@ impl Settings {
             udp_payload_bytes: workload.udp_payload_bytes(),
             default_mtu: false,
             socket_buffer_bytes: 8 << 20,
-            window_bytes: 64 << 20,
-            stream_window_bytes: 32 << 20,
-            send_window_bytes: 32 << 20,
+            window_bytes: 8 << 20,
+            stream_window_bytes: 8 << 20,
+            send_window_bytes: 8 << 20,
             // Each allowed stream costs memory and time when a connection starts.
-            max_streams: if workload == Workload::Handshakes { 16 } else { 4096 },
+            max_streams: if workload == Workload::Handshakes {
+                16
+            } else {
+                4096
+            },
             // s2n-quic reserves the queue when a connection starts.
-            datagram_queue: if workload == Workload::OnewayDatagram { 16 << 10 } else { 16 },
+            datagram_queue: if workload == Workload::OnewayDatagram {
+                16 << 10
+            } else {
+                16
+            },
             slice_bytes: 1 << 20,
             ack_threshold: 0,
             congestion: Congestion::Cubic,
             initial_window_bytes: 1 << 20,
             crypto: Crypto::AwsLc,
             task_per_request: false,
+            long_lived_streams: false,
         }
     }
 
     fn s2n(workload: Workload) -> Self {
-        Self { slice_bytes: 1 << 20, ..Self::quinn(workload) }
+        Self {
+            slice_bytes: 1 << 20,
+            ..Self::quinn(workload)
+        }
     }
 
     /// The constants of the reference's transport; the rest stays as quinn has it.
@@ -118,6 +132,7 @@ impl Settings {
             "ack-threshold" => self.ack_threshold = parse(value)?,
             "initial-window" => self.initial_window_bytes = parse(value)?,
             "task-per-request" => self.task_per_request = parse(value)?,
+            "long-lived-streams" => self.long_lived_streams = parse(value)?,
             "congestion" => {
                 self.congestion = match value {
                     "cubic" => Congestion::Cubic,
@@ -142,5 +157,7 @@ fn parse<T: FromStr>(value: &str) -> Result<T>
 where
     T::Err: std::error::Error + Send + Sync + 'static,
 {
-    value.parse().map_err(|error| Error::from(format!("{value}: {error}")))
+    value
+        .parse()
+        .map_err(|error| Error::from(format!("{value}: {error}")))
 }

@@ -10,11 +10,11 @@ use std::net::SocketAddr;
 
 use bytes::Bytes;
 
+use crate::Result;
 use crate::measure::Measurement;
 use crate::plan::{Engine, Workload};
 use crate::settings::Settings;
 use crate::workloads::{self, Job};
-use crate::Result;
 
 /// A QUIC implementation on a single-threaded tokio runtime.
 ///
@@ -58,10 +58,7 @@ pub(crate) trait Stack: 'static {
     ) -> impl Future<Output = Option<Self::Recv>> + Send;
 
     /// Hands bytes over without a copy; waits while the engine's send window is full.
-    fn write(
-        stream: &mut Self::Send,
-        data: Bytes,
-    ) -> impl Future<Output = Result<()>> + Send;
+    fn write(stream: &mut Self::Send, data: Bytes) -> impl Future<Output = Result<()>> + Send;
 
     fn finish(stream: &mut Self::Send) -> Result<()>;
 
@@ -74,10 +71,14 @@ pub(crate) trait Stack: 'static {
         into: &mut [u8],
     ) -> impl Future<Output = Result<usize>> + Send;
 
-    /// The next bytes in order, in the engine's own memory.
-    fn next_chunk(
+    /// Fills caller's memory; false when the stream ended before its first byte.
+    fn read_exact(
         stream: &mut Self::Recv,
-    ) -> impl Future<Output = Result<Option<Bytes>>> + Send;
+        into: &mut [u8],
+    ) -> impl Future<Output = Result<bool>> + Send;
+
+    /// The next bytes in order, in the engine's own memory.
+    fn next_chunk(stream: &mut Self::Recv) -> impl Future<Output = Result<Option<Bytes>>> + Send;
 
     /// Sends `count` DATAGRAM frames of the same content, waiting for room.
     fn send_datagrams(
@@ -87,9 +88,7 @@ pub(crate) trait Stack: 'static {
     ) -> impl Future<Output = Result<()>> + Send;
 
     /// Takes the DATAGRAM frames that are there, at least one; returns how many and their bytes.
-    fn recv_datagrams(
-        handle: &Self::Handle,
-    ) -> impl Future<Output = Result<(u64, u64)>> + Send;
+    fn recv_datagrams(handle: &Self::Handle) -> impl Future<Output = Result<(u64, u64)>> + Send;
 }
 
 /// A connection whose handshake is done.
@@ -105,9 +104,11 @@ pub(crate) fn serve(engine: Engine, workload: Workload, settings: Settings) -> R
         Engine::Quinn | Engine::QuinnRef => {
             single_threaded()?.block_on(workloads::serve::<quinn::Quinn>(workload, settings))
         }
-        Engine::S2n => single_threaded()?.block_on(workloads::serve::<s2n::S2n>(workload, settings)),
+        Engine::S2n => {
+            single_threaded()?.block_on(workloads::serve::<s2n::S2n>(workload, settings))
+        }
         #[cfg(feature = "millrace")]
-        _ => millrace::serve(engine, workload, settings),
+        _ => millrace::serve(engine, workload, &settings),
         #[cfg(not(feature = "millrace"))]
         _ => Err("this build has no millrace".into()),
     }
@@ -121,12 +122,14 @@ pub(crate) fn drive(engine: Engine, job: Job, settings: Settings) -> Result<Meas
         }
         Engine::S2n => single_threaded()?.block_on(workloads::drive::<s2n::S2n>(job, settings)),
         #[cfg(feature = "millrace")]
-        _ => millrace::drive(engine, job, settings),
+        _ => millrace::drive(engine, job, &settings),
         #[cfg(not(feature = "millrace"))]
         _ => Err("this build has no millrace".into()),
     }
 }
 
 fn single_threaded() -> Result<tokio::runtime::Runtime> {
-    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
+    Ok(tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?)
 }

@@ -13,7 +13,8 @@ use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{
     AckFrequencyConfig, AsyncUdpSocket, ClientConfig, Endpoint, EndpointConfig, MtuDiscoveryConfig,
-    RecvStream, Runtime, SendStream, ServerConfig, TokioRuntime, TransportConfig, UdpPoller, VarInt,
+    ReadExactError, RecvStream, Runtime, SendStream, ServerConfig, TokioRuntime, TransportConfig,
+    UdpPoller, VarInt,
 };
 
 use super::{Connection, Stack};
@@ -119,8 +120,19 @@ impl Stack for Quinn {
         }
     }
 
+    async fn read_exact(stream: &mut RecvStream, into: &mut [u8]) -> Result<bool> {
+        match stream.read_exact(into).await {
+            Ok(()) => Ok(true),
+            Err(ReadExactError::FinishedEarly(0)) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     async fn next_chunk(stream: &mut RecvStream) -> Result<Option<Bytes>> {
-        Ok(stream.read_chunk(usize::MAX, true).await?.map(|chunk| chunk.bytes))
+        Ok(stream
+            .read_chunk(usize::MAX, true)
+            .await?
+            .map(|chunk| chunk.bytes))
     }
 
     async fn send_datagrams(
@@ -158,7 +170,11 @@ impl Stack for Quinn {
 }
 
 fn split(connection: quinn::Connection) -> Connection<Quinn> {
-    Connection { bi: connection.clone(), uni: connection.clone(), handle: connection }
+    Connection {
+        bi: connection.clone(),
+        uni: connection.clone(),
+        handle: connection,
+    }
 }
 
 fn endpoint(settings: &Settings, server: Option<ServerConfig>) -> Result<Endpoint> {
@@ -173,7 +189,12 @@ fn endpoint(settings: &Settings, server: Option<ServerConfig>) -> Result<Endpoin
         max_segments: MAX_TRAIN_BYTES / usize::from(settings.udp_payload_bytes),
     };
     let runtime = Arc::new(TokioRuntime);
-    Ok(Endpoint::new_with_abstract_socket(config, server, Arc::new(socket), runtime)?)
+    Ok(Endpoint::new_with_abstract_socket(
+        config,
+        server,
+        Arc::new(socket),
+        runtime,
+    )?)
 }
 
 /// quinn sends 10 segments at a time whatever their size; above 6,550 bytes each the kernel refuses

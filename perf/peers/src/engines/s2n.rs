@@ -40,7 +40,9 @@ impl Stack for S2n {
         F: Fn(Connection<Self>) + Send + Sync + 'static,
     {
         let builder = Server::builder()
-            .with_tls(s2n_rustls::Server::from(identity::server_config(settings.crypto)?))
+            .with_tls(s2n_rustls::Server::from(identity::server_config(
+                settings.crypto,
+            )?))
             .map_err(never)?
             .with_io(io(settings)?)?
             .with_limits(limits(settings)?)?
@@ -67,7 +69,9 @@ impl Stack for S2n {
 
     fn client(settings: &Settings) -> Result<Client> {
         let builder = Client::builder()
-            .with_tls(s2n_rustls::Client::from(identity::client_config(settings.crypto)?))
+            .with_tls(s2n_rustls::Client::from(identity::client_config(
+                settings.crypto,
+            )?))
             .map_err(never)?
             .with_io(io(settings)?)?
             .with_limits(limits(settings)?)?
@@ -86,7 +90,11 @@ impl Stack for S2n {
     }
 
     async fn connect(client: &Client, to: SocketAddr) -> Result<Connection<Self>> {
-        Ok(split(client.connect(Connect::new(to).with_server_name("peer")).await?))
+        Ok(split(
+            client
+                .connect(Connect::new(to).with_server_name("peer"))
+                .await?,
+        ))
     }
 
     fn close(handle: &Handle) {
@@ -143,6 +151,25 @@ impl Stack for S2n {
         }
     }
 
+    async fn read_exact(stream: &mut ReceiveStream, into: &mut [u8]) -> Result<bool> {
+        let mut length = 0;
+        while length < into.len() {
+            let Some(chunk) = stream.receive().await? else {
+                return if length == 0 {
+                    Ok(false)
+                } else {
+                    Err("the stream ended early".into())
+                };
+            };
+            // One message at a time is on its way, so a chunk never holds part of the next.
+            into.get_mut(length..length + chunk.len())
+                .ok_or("more than one message")?
+                .copy_from_slice(&chunk);
+            length += chunk.len();
+        }
+        Ok(true)
+    }
+
     async fn next_chunk(stream: &mut ReceiveStream) -> Result<Option<Bytes>> {
         Ok(stream.receive().await?)
     }
@@ -154,7 +181,9 @@ impl Stack for S2n {
                 while left > 0 {
                     match sender.poll_send_datagram(&mut message.clone(), context) {
                         Poll::Ready(Ok(())) => left -= 1,
-                        Poll::Ready(Err(error)) => return Poll::Ready(Err(Error::from(error.to_string()))),
+                        Poll::Ready(Err(error)) => {
+                            return Poll::Ready(Err(Error::from(error.to_string())));
+                        }
                         Poll::Pending => return Poll::Pending,
                     }
                 }

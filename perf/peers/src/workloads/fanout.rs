@@ -38,7 +38,10 @@ pub(super) async fn drive<S: Stack>(client: &S::Client, job: &Job) -> Result<Mea
     for &address in &job.addresses {
         connections.push(S::connect(client, address).await?);
     }
-    let handles: Vec<_> = connections.iter().map(|connection| connection.handle.clone()).collect();
+    let handles: Vec<_> = connections
+        .iter()
+        .map(|connection| connection.handle.clone())
+        .collect();
     let body = static_body(FANOUT_BYTES);
     phase::<S>(&handles, &body, &Stop::after(job.warm_up())).await?;
     let meter = Meter::start(job.server_pid)?;

@@ -15,11 +15,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use crate::Result;
 use crate::engines::Stack;
 use crate::measure::Measurement;
 use crate::plan::{OnewayShape, Workload};
 use crate::settings::Settings;
-use crate::Result;
 
 /// Share of the measured time that runs first, unmeasured.
 const WARM_UP_SHARE: f64 = 0.25;
@@ -71,7 +71,9 @@ pub(crate) async fn drive<S: Stack>(job: Job, settings: Settings) -> Result<Meas
     let client = S::client(&settings)?;
     let mut measurement = match job.workload {
         Workload::Bulk1452 | Workload::Bulk8972 => bulk::drive::<S>(&client, &job, &settings).await,
-        Workload::Rpc1 | Workload::Rpc64 | Workload::Rpc400 => rpc::drive::<S>(&client, &job).await,
+        Workload::Rpc1 | Workload::Rpc64 | Workload::Rpc400 => {
+            rpc::drive::<S>(&client, &job, &settings).await
+        }
         Workload::OnewayDatagram => oneway::drive::<S>(&client, &job, OnewayShape::Datagram).await,
         Workload::OnewayUni => oneway::drive::<S>(&client, &job, OnewayShape::Uni).await,
         Workload::OnewayLane => oneway::drive::<S>(&client, &job, OnewayShape::Lane).await,
@@ -101,7 +103,10 @@ pub(crate) fn pattern(offset: usize) -> u8 {
 /// Looks at a byte in every page and at the last one.
 pub(crate) fn check_body(body: &[u8]) -> Result<()> {
     let last = body.len().saturating_sub(1);
-    let wrong = (0..body.len()).step_by(4096).chain([last]).find(|&at| body[at] != pattern(at));
+    let wrong = (0..body.len())
+        .step_by(4096)
+        .chain([last])
+        .find(|&at| body[at] != pattern(at));
     wrong.map_or(Ok(()), |at| Err(format!("body differs at {at}").into()))
 }
 

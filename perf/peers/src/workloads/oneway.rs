@@ -54,7 +54,10 @@ pub(super) async fn drive<S: Stack>(
     let count = after - before;
     Ok(Measurement {
         rps: Some(count as f64 / reading.wall.as_secs_f64()),
-        gbit_per_s: Some(crate::measure::gbit_per_s(count as usize * ONEWAY_BYTES, reading.wall)),
+        gbit_per_s: Some(crate::measure::gbit_per_s(
+            count as usize * ONEWAY_BYTES,
+            reading.wall,
+        )),
         cores_used: Some(reading.cores_used()),
         ..Measurement::default()
     })
@@ -73,7 +76,10 @@ async fn send_until<S: Stack>(handle: &S::Handle, shape: OnewayShape, stop: &Sto
         OnewayShape::Uni => {
             let mut senders = Vec::new();
             for _ in 0..UNI_SENDERS {
-                senders.push(tokio::spawn(send_streams::<S>(handle.clone(), stop.clone())));
+                senders.push(tokio::spawn(send_streams::<S>(
+                    handle.clone(),
+                    stop.clone(),
+                )));
             }
             for sender in senders {
                 sender.await??;
@@ -135,7 +141,9 @@ async fn count_datagrams<S: Stack>(handle: S::Handle, counted: Arc<AtomicU64>) {
 async fn count_streams<S: Stack>(mut acceptor: S::UniAcceptor, counted: Arc<AtomicU64>) {
     while let Some(mut stream) = S::accept_uni(&mut acceptor).await {
         // A stream of exactly one message is one message; a longer one is a lane of prefixed ones.
-        let Ok(Some(first)) = S::next_chunk(&mut stream).await else { continue };
+        let Ok(Some(first)) = S::next_chunk(&mut stream).await else {
+            continue;
+        };
         if first.len() == ONEWAY_BYTES {
             counted.fetch_add(1, Ordering::Relaxed);
         } else {

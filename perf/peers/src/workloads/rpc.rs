@@ -1,4 +1,4 @@
-//! RPC of 1 KiB each way, a bidirectional stream each, N outstanding.
+//! RPC of 1 KiB each way, N outstanding: a bidirectional stream each, or one for each caller.
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -15,11 +15,13 @@ use crate::settings::Settings;
 static MESSAGE: [u8; RPC_BYTES] = [7; RPC_BYTES];
 
 pub(super) fn serve<S: Stack>(settings: &Settings) -> Result<SocketAddr> {
-    let task_per_request = settings.task_per_request;
+    let (task_per_request, long_lived) = (settings.task_per_request, settings.long_lived_streams);
     S::listen(settings, move |mut connection| {
         tokio::spawn(async move {
             while let Some((send, recv)) = S::accept_bi(&mut connection.bi).await {
-                if task_per_request {
+                if long_lived {
+                    tokio::spawn(answer_all::<S>(send, recv));
+                } else if task_per_request {
                     tokio::spawn(answer::<S>(send, recv));
                 } else {
                     answer::<S>(send, recv).await?;
@@ -30,12 +32,22 @@ pub(super) fn serve<S: Stack>(settings: &Settings) -> Result<SocketAddr> {
     })
 }
 
-pub(super) async fn drive<S: Stack>(client: &S::Client, job: &Job) -> Result<Measurement> {
+pub(super) async fn drive<S: Stack>(
+    client: &S::Client,
+    job: &Job,
+    settings: &Settings,
+) -> Result<Measurement> {
     let connection = S::connect(client, job.addresses[0]).await?;
-    phase::<S>(&connection.handle, job.workload.outstanding(), &Stop::after(job.warm_up())).await?;
+    phase::<S>(
+        &connection.handle,
+        job,
+        settings,
+        &Stop::after(job.warm_up()),
+    )
+    .await?;
     let meter = Meter::start(job.server_pid)?;
     let stop = Stop::after(job.duration);
-    let latencies = phase::<S>(&connection.handle, job.workload.outstanding(), &stop).await?;
+    let latencies = phase::<S>(&connection.handle, job, settings, &stop).await?;
     let reading = meter.stop()?;
     S::close(&connection.handle);
     let rps = latencies.len() as f64 / reading.wall.as_secs_f64();
@@ -49,10 +61,20 @@ pub(super) async fn drive<S: Stack>(client: &S::Client, job: &Job) -> Result<Mea
     })
 }
 
-async fn phase<S: Stack>(handle: &S::Handle, outstanding: usize, stop: &Stop) -> Result<Latencies> {
-    let mut callers = Vec::with_capacity(outstanding);
-    for _ in 0..outstanding {
-        callers.push(tokio::spawn(caller::<S>(handle.clone(), stop.clone())));
+async fn phase<S: Stack>(
+    handle: &S::Handle,
+    job: &Job,
+    settings: &Settings,
+    stop: &Stop,
+) -> Result<Latencies> {
+    let mut callers = Vec::new();
+    for _ in 0..job.workload.outstanding() {
+        let (handle, stop) = (handle.clone(), stop.clone());
+        callers.push(if settings.long_lived_streams {
+            tokio::spawn(long_lived_caller::<S>(handle, stop))
+        } else {
+            tokio::spawn(caller::<S>(handle, stop))
+        });
     }
     let mut all = Latencies::default();
     for caller in callers {
@@ -77,6 +99,31 @@ pub(super) async fn caller<S: Stack>(handle: S::Handle, stop: Stop) -> Result<La
         latencies.record(started.elapsed());
     }
     Ok(latencies)
+}
+
+/// As [`caller`], on one stream for all its RPCs.
+async fn long_lived_caller<S: Stack>(handle: S::Handle, stop: Stop) -> Result<Latencies> {
+    let mut latencies = Latencies::default();
+    let mut response = [0; RPC_BYTES];
+    let (mut send, mut recv) = S::open_bi(&handle).await?;
+    while !stop.is_set() {
+        let started = Instant::now();
+        S::write(&mut send, Bytes::from_static(&MESSAGE)).await?;
+        if !S::read_exact(&mut recv, &mut response).await? {
+            return Err("no response".into());
+        }
+        latencies.record(started.elapsed());
+    }
+    S::finish(&mut send)?;
+    Ok(latencies)
+}
+
+async fn answer_all<S: Stack>(mut send: S::Send, mut recv: S::Recv) -> Result<()> {
+    let mut request = [0; RPC_BYTES];
+    while S::read_exact(&mut recv, &mut request).await? {
+        S::write(&mut send, Bytes::from_static(&MESSAGE)).await?;
+    }
+    S::finish(&mut send)
 }
 
 async fn answer<S: Stack>(mut send: S::Send, mut recv: S::Recv) -> Result<()> {
