@@ -140,6 +140,8 @@ pub struct TransportSection {
     pub udp_payload_bytes_max: ByteSize,
     /// A PING is sent when a connection was silent this long.
     pub keep_alive: Period,
+    /// `discover` or `fixed`.
+    pub mtu: String,
     /// Silence after which a connection is lost.
     pub idle_timeout: Period,
     /// Time a handshake and the peer's hello may take, on both sides.
@@ -214,8 +216,6 @@ pub struct TransportSection {
     pub handshakes_max: u64,
     /// Packets one connection may send in a turn of the shard's loop.
     pub packets_per_turn: u64,
-    /// Requests and messages of this process that may wait for a shard's next turn.
-    pub commands_max: u64,
 }
 
 /// The admin socket.
@@ -292,6 +292,7 @@ impl Default for TransportSection {
     fn default() -> Self {
         Self {
             udp_payload_bytes_max: ByteSize(1452),
+            mtu: "discover".to_owned(),
             keep_alive: Period::secs(1),
             idle_timeout: Period::secs(3),
             connect_timeout: Period::secs(10),
@@ -331,7 +332,6 @@ impl Default for TransportSection {
             connections_max: 1152,
             handshakes_max: 1024,
             packets_per_turn: 180,
-            commands_max: 65_536,
         }
     }
 }

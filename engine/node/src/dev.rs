@@ -96,7 +96,7 @@ impl Subnet {
                 registry_key.public_key(),
                 RegistryConfig::default(),
             );
-            let versions = Versions::new(identity.node_id(), config, follower)?;
+            let versions = Versions::new(&public_key, config, follower)?;
             let node = start_node(args, config, index, identity, versions)?;
             let addresses = vec![node.address()];
             records.push(NodeRecord {

@@ -40,6 +40,7 @@ pub(crate) fn transport(config: &NodeConfig) -> TransportConfig {
     let from = &config.transport;
     TransportConfig {
         udp_payload_bytes_max: to_usize(from.udp_payload_bytes_max.bytes()),
+        discover_mtu: from.mtu == "discover",
         keep_alive: from.keep_alive.get(),
         idle_timeout: from.idle_timeout.get(),
         connect_timeout: from.connect_timeout.get(),
@@ -91,7 +92,6 @@ pub(crate) fn transport(config: &NodeConfig) -> TransportConfig {
         connections_max: to_usize(from.connections_max),
         handshakes_max: to_usize(from.handshakes_max),
         packets_per_turn: to_usize(from.packets_per_turn),
-        commands_max: to_usize(from.commands_max),
     }
 }
 

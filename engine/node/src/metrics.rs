@@ -105,7 +105,8 @@ impl Out<'_> {
         for (label, value) in values {
             match label {
                 Some(label) => value.encode(family.encode_family(&[label])?)?,
-                None => value.encode(family.encode_family::<[(&str, &str); 0]>(&[])?)?,
+                // A metric without labels is alone in its family.
+                None => return value.encode(family),
             }
         }
         Ok(())

@@ -1,6 +1,9 @@
 //! `millrace node`: a node from its config, until it is told to stop.
 
+use std::io::ErrorKind;
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use millrace_protocol::registry::RegistryConfig;
 use millrace_shards::socket::UdpGroupConfig;
@@ -17,6 +20,9 @@ use crate::registry_dir::Follower;
 use crate::running::{Running, Start};
 use crate::versions::{self, Versions};
 use crate::{budget, host_facts, keys, mapping, output};
+
+const ADDRESS_PATIENCE: Duration = Duration::from_secs(3);
+const ADDRESS_RETRY: Duration = Duration::from_millis(5);
 
 pub(crate) fn run(args: &NodeArgs) -> Result<Exit, Failure> {
     let (config, paths) = Loaded::read(&args.config)?.usable()?;
@@ -57,13 +63,14 @@ fn start(config: &NodeConfig, paths: &Paths) -> Result<Arc<Running>, Failure> {
             ..RegistryConfig::default()
         },
     );
-    let versions = Arc::new(Versions::new(identity.node_id(), config, follower)?);
+    let versions = Arc::new(Versions::new(&identity.public_key(), config, follower)?);
     versions.poll_folder();
     let cpus = host_facts::usable_cpus();
     output::message(format_args!(
         "memory budget {:.0} MiB; `millrace check` lists its parts",
         budget::of(config, &cpus).total().0 as f64 / f64::from(1 << 20)
     ));
+    wait_for_address(config.listen.address);
     Running::start(Start {
         identity,
         transport: mapping::transport(config),
@@ -78,6 +85,18 @@ fn start(config: &NodeConfig, paths: &Paths) -> Result<Arc<Running>, Failure> {
         body_bytes_max: config.transport.body_bytes_max.bytes(),
         versions,
     })
+}
+
+/// The kernel tears an io_uring down after its process has ended, and its socket with it: a node that is started
+/// right after a `kill -9` finds its address in use for some milliseconds. Whatever stays is reported by the start.
+fn wait_for_address(address: SocketAddr) {
+    let until = Instant::now() + ADDRESS_PATIENCE;
+    while Instant::now() < until {
+        match UdpSocket::bind(address) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse => std::thread::sleep(ADDRESS_RETRY),
+            _ => return,
+        }
+    }
 }
 
 fn to_usize(bytes: u64) -> usize {

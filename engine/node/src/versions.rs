@@ -17,8 +17,9 @@ use crate::registry_dir::Follower;
 #[derive(Debug)]
 pub(crate) struct Versions {
     me: NodeId,
+    /// This node and its seeds: the members before the first version.
+    first: Vec<Member>,
     subnet: Option<SubnetId>,
-    seeds: Vec<Member>,
     follower: Mutex<Follower>,
 }
 
@@ -32,7 +33,7 @@ pub(crate) struct Summary {
 
 impl Versions {
     pub(crate) fn new(
-        me: NodeId,
+        me: &PublicKey,
         config: &NodeConfig,
         follower: Follower,
     ) -> Result<Self, Failure> {
@@ -50,16 +51,22 @@ impl Versions {
                 addresses: vec![seed.address],
             })
         };
-        let seeds = config
+        let mut first = config
             .registry
             .seeds
             .iter()
             .map(seed)
-            .collect::<Result<_, Failure>>()?;
+            .collect::<Result<Vec<_>, Failure>>()?;
+        if !first.is_empty() {
+            first.push(Member {
+                public_key: *me,
+                addresses: vec![config.listen.address],
+            });
+        }
         Ok(Self {
-            me,
+            me: me.node_id(),
+            first,
             subnet,
-            seeds,
             follower: Mutex::new(follower),
         })
     }
@@ -109,7 +116,7 @@ impl Versions {
         match self.subnet_in(&follower) {
             Some(subnet) => follower.registry.topology(&subnet),
             None if follower.registry.newest().is_none() => {
-                Topology::from_members(self.seeds.iter().cloned(), 0)
+                Topology::from_members(self.first.iter().cloned(), 0)
             }
             None => Topology::empty(),
         }

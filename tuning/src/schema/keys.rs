@@ -194,6 +194,13 @@ pub(super) static SECTIONS: &[Section] = &[
             ),
             field!(
                 NodeConfig,
+                "mtu",
+                transport.mtu,
+                Kind::Choice(&["discover", "fixed"]),
+                "Whether a path's MTU is discovered from 1200 up to udp_payload_bytes_max (RFC 8899), or taken as given."
+            ),
+            field!(
+                NodeConfig,
                 "keep_alive",
                 transport.keep_alive,
                 duration(Period::millis(10), Period::secs(60)),
@@ -457,13 +464,6 @@ pub(super) static SECTIONS: &[Section] = &[
                 transport.packets_per_turn,
                 integer(1, 4096),
                 "Packets one connection may send in a turn of the shard's loop."
-            ),
-            field!(
-                NodeConfig,
-                "commands_max",
-                transport.commands_max,
-                integer(64, 1 << 20),
-                "Requests and messages of this process that may wait for a shard's next turn."
             ),
         ],
     },

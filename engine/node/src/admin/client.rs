@@ -138,10 +138,15 @@ fn talk<T: 'static>(
 }
 
 fn request(method: Method, path: &str, upload: Upload) -> Result<Request<Upload>, Failure> {
-    Request::builder()
+    let mut builder = Request::builder()
         .method(method)
         .uri(path)
-        .header("host", "millrace")
+        .header("host", "millrace");
+    if let Upload::File { left, .. } = &upload {
+        // hyper leaves the header out for an empty body, and the node wants every length announced.
+        builder = builder.header("content-length", *left);
+    }
+    builder
         .body(upload)
         .map_err(|error| Failure::new(Exit::Usage, format!("{path}: {error}")))
 }
