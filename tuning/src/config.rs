@@ -266,7 +266,7 @@ impl Default for RegistrySection {
             public_key: String::new(),
             seeds: Vec::new(),
             poll_interval: Period::secs(3),
-            versions_max: 256,
+            versions_max: 32,
         }
     }
 }

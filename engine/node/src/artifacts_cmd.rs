@@ -63,7 +63,7 @@ pub(crate) fn get(args: &GetArgs) -> Result<Exit, Failure> {
     let file = tempfile::Builder::new()
         .prefix(".millrace-")
         .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
-        .tempfile_in(folder.unwrap_or(Path::new(".")))
+        .tempfile_in(folder.unwrap_or_else(|| Path::new(".")))
         .map_err(|error| Failure::io(args.output.display(), &error))?;
     let mut checked = Checked {
         file,

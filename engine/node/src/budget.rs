@@ -1,5 +1,6 @@
 //! The memory a config allows: the sum that `check` prints and a node prints at its start.
 
+use millrace_protocol::registry::RegistryConfig;
 use millrace_tuning::{ByteSize, MemoryBudget, NodeConfig};
 
 use crate::mapping;
@@ -37,6 +38,12 @@ pub(crate) fn of(config: &NodeConfig, cpus: &[u64]) -> MemoryBudget {
     );
     budget.add("handshakes", HANDSHAKE_BYTES, handshakes * count);
     budget.add("socket buffers of the kernel", socket_bytes(config), count);
+    let document = RegistryConfig::default().document_bytes_max as u64;
+    budget.add(
+        "registry versions",
+        ByteSize(document),
+        config.registry.versions_max,
+    );
     budget.add("admin clients", ADMIN_BYTES, config.admin.connections_max);
     budget
 }

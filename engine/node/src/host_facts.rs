@@ -16,7 +16,7 @@ pub(crate) fn probe(config: &NodeConfig, paths: &Paths) -> HostFacts {
     let net_admin = capabilities().is_some_and(|bits| bits & CAP_NET_ADMIN != 0);
     let buffer_max = |name: &str| {
         (!net_admin)
-            .then(|| number_in(&format!("/proc/sys/net/core/{name}")).map(ByteSize))
+            .then(|| number_in(format!("/proc/sys/net/core/{name}")).map(ByteSize))
             .flatten()
     };
     HostFacts {

@@ -59,7 +59,7 @@ impl Loaded {
     }
 
     pub(crate) fn paths(&self) -> Paths {
-        let folder = self.file.parent().unwrap_or(Path::new(""));
+        let folder = self.file.parent().unwrap_or_else(|| Path::new(""));
         Paths::of(&self.parsed.config, folder)
     }
 }

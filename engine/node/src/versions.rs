@@ -1,10 +1,10 @@
 //! The registry versions that this node holds, and the members they make: folder and peers in, topology out.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use millrace_protocol::id::{NodeId, SubnetId};
 use millrace_protocol::identity::PublicKey;
-use millrace_protocol::registry::Offered;
+use millrace_protocol::registry::{Offered, SignedVersion};
 use millrace_protocol::topology::{Member, Topology};
 use millrace_tuning::NodeConfig;
 
@@ -13,7 +13,7 @@ use crate::exit::Failure;
 use crate::keys;
 use crate::registry_dir::Follower;
 
-/// Shared by the thread that polls and the shards that answer peers; no lock is held across I/O of a peer.
+/// Shared by the thread that polls, the admin thread, and the shards that answer peers.
 #[derive(Debug)]
 pub(crate) struct Versions {
     me: NodeId,
@@ -21,7 +21,13 @@ pub(crate) struct Versions {
     first: Vec<Member>,
     subnet: Option<SubnetId>,
     follower: Mutex<Follower>,
+    /// The newest versions, for peers: a copy, because shards answer them and must not wait for the follower, which
+    /// reads files and checks signatures.
+    shared: Mutex<Arc<[Shared]>>,
 }
+
+/// A version and its number.
+type Shared = (u64, SignedVersion);
 
 /// What the registry looks like from here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,12 +74,18 @@ impl Versions {
             first,
             subnet,
             follower: Mutex::new(follower),
+            shared: Mutex::new(Arc::new([])),
         })
     }
 
     /// Takes what is new in the folder; whether something changed.
     pub(crate) fn poll_folder(&self) -> bool {
-        self.lock().poll().changed
+        let mut follower = self.lock();
+        let changed = follower.poll().changed;
+        if changed {
+            self.share(&follower);
+        }
+        changed
     }
 
     /// Takes versions that a peer sent; whether something changed.
@@ -88,22 +100,40 @@ impl Versions {
             match follower.offer(version) {
                 Ok(offered) => changed |= matches!(offered, Offered::Newest { .. }),
                 Err(error) => {
-                    tracing::warn!(%peer, reason = error.reason(), "registry version refused")
+                    tracing::warn!(%peer, reason = error.reason(), "registry version refused");
                 }
             }
+        }
+        if changed {
+            self.share(&follower);
         }
         changed
     }
 
-    /// The encoded versions above a number: the answer to a peer that holds that one.
+    /// The encoded versions above a number: the answer to a peer that holds that one. Called on shards.
     pub(crate) fn newer_than(&self, number: u64) -> Vec<u8> {
-        let follower = self.lock();
-        wire::encode_versions(
-            follower
-                .registry
-                .newer_than(number)
-                .map(|(_, signed)| signed),
-        )
+        let shared = Arc::clone(&self.shared.lock().unwrap_or_else(PoisonError::into_inner));
+        let newer = shared.iter().filter(|(held, _)| *held > number);
+        wire::encode_versions(newer.map(|(_, signed)| signed))
+    }
+
+    /// Copies the newest versions, as many as one answer takes. A peer that is further behind loses nothing: every
+    /// version says everything.
+    fn share(&self, follower: &Follower) {
+        let held: Vec<_> = follower.registry.newer_than(0).collect();
+        let mut bytes = 0;
+        let fits = |(_, signed): &&(u64, &SignedVersion)| {
+            bytes += signed.document.len();
+            bytes <= wire::VERSIONS_BYTES_MAX
+        };
+        let mut newest: Vec<Shared> = held
+            .iter()
+            .rev()
+            .take_while(fits)
+            .map(|(number, signed)| (*number, (*signed).clone()))
+            .collect();
+        newest.reverse();
+        *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = newest.into();
     }
 
     pub(crate) fn newest(&self) -> u64 {

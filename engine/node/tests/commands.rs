@@ -1,4 +1,5 @@
 //! The commands that need no running node: what they print, and how they exit.
+#![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
 

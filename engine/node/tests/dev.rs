@@ -37,7 +37,7 @@ fn one_artifact_reaches_every_node_and_is_checked_there() {
     assert_eq!(outcome["payload_bytes"], 3 << 20);
     assert_eq!(outcome["delivered"], 3);
     assert_eq!(outcome["hash_ok"], true);
-    assert!(outcome["rss_bytes_max"].as_u64().unwrap() > 4 * 3 << 20);
+    assert!(outcome["rss_bytes_max"].as_u64().unwrap() > (4 * 3) << 20);
 }
 
 /// Many more shards than cores, and bodies of the awkward sizes: none, small, one byte over a chunk.

@@ -1,4 +1,5 @@
 //! Dependencies point down, and pure crates stay pure. Reads `cargo metadata` and the crates' sources.
+#![allow(clippy::unwrap_used, reason = "test code")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

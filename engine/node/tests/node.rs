@@ -1,6 +1,7 @@
 //! Nodes as an operator runs them: processes, configs, a registry folder, the admin socket.
 //!
 //! Each test has loopback addresses of its own, so that tests may run beside each other.
+#![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
 

@@ -199,7 +199,7 @@ impl TestNode {
     }
 
     /// The connection number of a peer, if it is up.
-    pub fn connection_to(&self, peer: &TestNode) -> Option<u64> {
+    pub fn connection_to(&self, peer: &Self) -> Option<u64> {
         let status = self.status();
         let peers = status["peers"].as_array().unwrap();
         peers
