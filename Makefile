@@ -54,6 +54,6 @@ bench: setup
 peers: setup
 	$(CARGO) run --profile dist -p millrace-peers -- $(ARGS)
 
-# Instruction counts of the pure hot pieces against the committed baseline.
+# Instruction counts of the pure hot pieces against the committed baseline; UPDATE=1 records a new one.
 perf-gate: setup
-	$(CARGO) run --release -p millrace-perf --bin gate -- $(ARGS)
+	$(CARGO) run --release -p millrace-perf --bin gate -- $(if $(UPDATE),--update) $(ARGS)
