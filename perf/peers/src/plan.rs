@@ -47,14 +47,14 @@ impl Engine {
 
     /// False for pairs that would measure nothing.
     pub(crate) fn runs(self, workload: Workload) -> bool {
+        let is_shape = workload.oneway_shape().is_some() || workload.holds_streams();
         match self {
-            // Its settings leave the MTU at quinn's default, so 8972 would be 1452 again.
-            Self::QuinnRef => {
-                !matches!(workload, Workload::Bulk8972) && workload.oneway_shape().is_none()
-            }
-            // millrace sends small messages on its lanes; the peers are tried in all shapes.
+            // Its settings leave the MTU at quinn's default, so 8972 would be 1452 again; and it has
+            // one shape, a stream for each RPC.
+            Self::QuinnRef => workload != Workload::Bulk8972 && !is_shape,
+            // Small messages go over its lanes; the peers are tried in all shapes.
             Self::Millrace | Self::MillraceSpin | Self::MillracePark => {
-                !matches!(workload, Workload::OnewayUni | Workload::OnewayDatagram)
+                !is_shape || workload == Workload::OnewayLane
             }
             Self::Quinn | Self::S2n => true,
         }
@@ -84,6 +84,12 @@ pub(crate) enum Workload {
     /// RPC of 1 KiB, 400 outstanding.
     #[value(name = "rpc-400")]
     Rpc400,
+    /// The same over one held stream for each caller: what a lane would give the peers.
+    #[value(name = "rpc-64-held")]
+    Rpc64Held,
+    /// The same over one held stream for each caller, 400 outstanding.
+    #[value(name = "rpc-400-held")]
+    Rpc400Held,
     /// 200-byte messages, a DATAGRAM frame each.
     #[value(name = "oneway-200-datagram")]
     OnewayDatagram,
@@ -117,8 +123,8 @@ impl Workload {
 
     pub(crate) fn outstanding(self) -> usize {
         match self {
-            Self::Rpc64 => 64,
-            Self::Rpc400 => 400,
+            Self::Rpc64 | Self::Rpc64Held => 64,
+            Self::Rpc400 | Self::Rpc400Held => 400,
             Self::Handshakes => HANDSHAKES_AT_ONCE,
             Self::Fanout12 => FANOUT_PEERS,
             _ => 1,
@@ -132,6 +138,11 @@ impl Workload {
             Self::OnewayLane => Some(OnewayShape::Lane),
             _ => None,
         }
+    }
+
+    /// One stream for each caller instead of one for each RPC.
+    pub(crate) fn holds_streams(self) -> bool {
+        matches!(self, Self::Rpc64Held | Self::Rpc400Held)
     }
 
     pub(crate) fn servers(self) -> usize {

@@ -32,8 +32,6 @@ pub(crate) struct Settings {
     pub(crate) crypto: Crypto,
     /// One task for each request at the server instead of one loop for each connection.
     pub(crate) task_per_request: bool,
-    /// RPC: each caller keeps one stream, instead of one stream for each request.
-    pub(crate) long_lived_streams: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +90,6 @@ impl Settings {
             initial_window_bytes: 1 << 20,
             crypto: Crypto::AwsLc,
             task_per_request: false,
-            long_lived_streams: false,
         }
     }
 
@@ -132,7 +129,6 @@ impl Settings {
             "ack-threshold" => self.ack_threshold = parse(value)?,
             "initial-window" => self.initial_window_bytes = parse(value)?,
             "task-per-request" => self.task_per_request = parse(value)?,
-            "long-lived-streams" => self.long_lived_streams = parse(value)?,
             "congestion" => {
                 self.congestion = match value {
                     "cubic" => Congestion::Cubic,

@@ -54,7 +54,11 @@ pub(crate) async fn serve<S: Stack>(workload: Workload, settings: Settings) -> R
     for _ in 0..workload.servers() {
         addresses.push(match workload {
             Workload::Bulk1452 | Workload::Bulk8972 => bulk::serve::<S>(&settings)?,
-            Workload::Rpc1 | Workload::Rpc64 | Workload::Rpc400 => rpc::serve::<S>(&settings)?,
+            Workload::Rpc1
+            | Workload::Rpc64
+            | Workload::Rpc400
+            | Workload::Rpc64Held
+            | Workload::Rpc400Held => rpc::serve::<S>(workload, &settings)?,
             Workload::OnewayDatagram | Workload::OnewayUni | Workload::OnewayLane => {
                 oneway::serve::<S>(&settings)?
             }
@@ -71,9 +75,11 @@ pub(crate) async fn drive<S: Stack>(job: Job, settings: Settings) -> Result<Meas
     let client = S::client(&settings)?;
     let mut measurement = match job.workload {
         Workload::Bulk1452 | Workload::Bulk8972 => bulk::drive::<S>(&client, &job, &settings).await,
-        Workload::Rpc1 | Workload::Rpc64 | Workload::Rpc400 => {
-            rpc::drive::<S>(&client, &job, &settings).await
-        }
+        Workload::Rpc1
+        | Workload::Rpc64
+        | Workload::Rpc400
+        | Workload::Rpc64Held
+        | Workload::Rpc400Held => rpc::drive::<S>(&client, &job).await,
         Workload::OnewayDatagram => oneway::drive::<S>(&client, &job, OnewayShape::Datagram).await,
         Workload::OnewayUni => oneway::drive::<S>(&client, &job, OnewayShape::Uni).await,
         Workload::OnewayLane => oneway::drive::<S>(&client, &job, OnewayShape::Lane).await,

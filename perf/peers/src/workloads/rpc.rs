@@ -9,17 +9,17 @@ use super::{Job, Stop};
 use crate::Result;
 use crate::engines::Stack;
 use crate::measure::{Latencies, Measurement, Meter};
-use crate::plan::RPC_BYTES;
+use crate::plan::{RPC_BYTES, Workload};
 use crate::settings::Settings;
 
 static MESSAGE: [u8; RPC_BYTES] = [7; RPC_BYTES];
 
-pub(super) fn serve<S: Stack>(settings: &Settings) -> Result<SocketAddr> {
-    let (task_per_request, long_lived) = (settings.task_per_request, settings.long_lived_streams);
+pub(super) fn serve<S: Stack>(workload: Workload, settings: &Settings) -> Result<SocketAddr> {
+    let (task_per_request, held) = (settings.task_per_request, workload.holds_streams());
     S::listen(settings, move |mut connection| {
         tokio::spawn(async move {
             while let Some((send, recv)) = S::accept_bi(&mut connection.bi).await {
-                if long_lived {
+                if held {
                     tokio::spawn(answer_all::<S>(send, recv));
                 } else if task_per_request {
                     tokio::spawn(answer::<S>(send, recv));
@@ -32,11 +32,7 @@ pub(super) fn serve<S: Stack>(settings: &Settings) -> Result<SocketAddr> {
     })
 }
 
-pub(super) async fn drive<S: Stack>(
-    client: &S::Client,
-    job: &Job,
-    settings: &Settings,
-) -> Result<Measurement> {
+pub(super) async fn drive<S: Stack>(client: &S::Client, job: &Job) -> Result<Measurement> {
     let connection = S::connect(client, job.addresses[0]).await?;
     phase::<S>(
         &connection.handle,
@@ -47,7 +43,7 @@ pub(super) async fn drive<S: Stack>(
     .await?;
     let meter = Meter::start(job.server_pid)?;
     let stop = Stop::after(job.duration);
-    let latencies = phase::<S>(&connection.handle, job, settings, &stop).await?;
+    let latencies = phase::<S>(&connection.handle, job, &stop).await?;
     let reading = meter.stop()?;
     S::close(&connection.handle);
     let rps = latencies.len() as f64 / reading.wall.as_secs_f64();
@@ -61,17 +57,12 @@ pub(super) async fn drive<S: Stack>(
     })
 }
 
-async fn phase<S: Stack>(
-    handle: &S::Handle,
-    job: &Job,
-    settings: &Settings,
-    stop: &Stop,
-) -> Result<Latencies> {
+async fn phase<S: Stack>(handle: &S::Handle, job: &Job, stop: &Stop) -> Result<Latencies> {
     let mut callers = Vec::new();
     for _ in 0..job.workload.outstanding() {
         let (handle, stop) = (handle.clone(), stop.clone());
-        callers.push(if settings.long_lived_streams {
-            tokio::spawn(long_lived_caller::<S>(handle, stop))
+        callers.push(if job.workload.holds_streams() {
+            tokio::spawn(holding_caller::<S>(handle, stop))
         } else {
             tokio::spawn(caller::<S>(handle, stop))
         });
@@ -102,7 +93,7 @@ pub(super) async fn caller<S: Stack>(handle: S::Handle, stop: Stop) -> Result<La
 }
 
 /// As [`caller`], on one stream for all its RPCs.
-async fn long_lived_caller<S: Stack>(handle: S::Handle, stop: Stop) -> Result<Latencies> {
+async fn holding_caller<S: Stack>(handle: S::Handle, stop: Stop) -> Result<Latencies> {
     let mut latencies = Latencies::default();
     let mut response = [0; RPC_BYTES];
     let (mut send, mut recv) = S::open_bi(&handle).await?;

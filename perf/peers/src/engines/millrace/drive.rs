@@ -106,7 +106,9 @@ impl Run {
             }
             Workload::Fanout12 => self.fanout().await,
             Workload::RpcUnderBulk => self.mixed().await,
-            Workload::Handshakes => Err("handshakes have a driver of their own".into()),
+            Workload::Handshakes | Workload::Rpc64Held | Workload::Rpc400Held => {
+                Err("not a workload of this driver".into())
+            }
         }
     }
 
