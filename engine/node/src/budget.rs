@@ -6,10 +6,10 @@ use millrace_tuning::{ByteSize, MemoryBudget, NodeConfig};
 use crate::mapping;
 
 /// A connection before its handshake: quiche's and BoringSSL's state, which nothing of a peer can enlarge
-/// (its crypto stream is bounded). Measured as resident growth per connection, rounded up.
+/// (its crypto stream is bounded). An allowance, not a measurement.
 const HANDSHAKE_BYTES: ByteSize = ByteSize::kib(128);
 
-/// Code, stacks and allocator of the process itself, before any shard.
+/// Code, stacks and allocator of the process itself, before any shard. An allowance.
 const PROCESS_BYTES: ByteSize = ByteSize::mib(32);
 
 /// An admin client: hyper's buffers and the socket's.

@@ -88,7 +88,7 @@ impl App {
             return Answer::Failure(FailureCode::Busy);
         };
         let (store, announced) = (Arc::clone(&self.store), Rc::clone(&self.announced));
-        // A body of 128 MiB hashes for some 80 ms: beside the packets, not instead of them.
+        // A body of 128 MiB hashes for 0.1 to 0.2 s: beside the packets, not instead of them.
         self.local.spawn(Queue::Bulk, async move {
             let id = hash::of_body_in_turns(&body).await;
             keep(&store, &announced, from, id, body, responder);

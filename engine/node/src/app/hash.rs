@@ -33,7 +33,7 @@ pub(crate) fn of_body(body: &Body) -> ArtifactId {
     hasher.finish()
 }
 
-/// The id of a body on a shard: gives the shard its turn after every chunk (0.6 ms of hashing).
+/// The id of a body on a shard: gives the shard its turn after every chunk (about a millisecond of hashing).
 pub(crate) async fn of_body_in_turns(body: &Body) -> ArtifactId {
     let mut hasher = Hasher::new();
     for chunk in body.chunks() {
