@@ -48,7 +48,7 @@ docs:
 	MILLRACE_BLESS=1 $(CARGO) test -q -p millrace --bin millrace reference
 
 bench: setup
-	$(CARGO) bench -p millrace-perf $(ARGS)
+	$(CARGO) bench -p millrace-perf -- $(ARGS)
 
 # Side by side with quinn and s2n-quic; ARGS=--quick for a look of under 50 s.
 peers: setup
