@@ -50,6 +50,8 @@ impl PerClass<u32> {
 pub struct TransportConfig {
     /// Largest UDP payload sent, bytes (1,200..=16,383). 1,452 fits an Ethernet MTU of 1,500 with IPv6.
     pub udp_payload_bytes_max: usize,
+    /// Whether the path's MTU is discovered (RFC 8899), from 1,200 up to `udp_payload_bytes_max`; otherwise that is taken as given.
+    pub discover_mtu: bool,
     /// A PING is sent when a connection was silent this long.
     pub keep_alive: Duration,
     /// A connection that was silent this long is lost (RFC 9000, 10.1).
@@ -108,14 +110,13 @@ pub struct TransportConfig {
     pub handshakes_max: usize,
     /// Packets that one connection may send in a turn; four trains of 45.
     pub packets_per_turn: usize,
-    /// Commands of local tasks and handlers that may wait for the next turn.
-    pub commands_max: usize,
 }
 
 impl Default for TransportConfig {
     fn default() -> Self {
         Self {
             udp_payload_bytes_max: 1_452,
+            discover_mtu: true,
             keep_alive: Duration::from_secs(1),
             idle_timeout: Duration::from_secs(3),
             connect_timeout: Duration::from_secs(10),
@@ -145,7 +146,6 @@ impl Default for TransportConfig {
             connections_max: 4_096,
             handshakes_max: 1_024,
             packets_per_turn: 180,
-            commands_max: 65_536,
         }
     }
 }

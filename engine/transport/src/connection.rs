@@ -11,7 +11,7 @@
 //! 3. `timer` is armed at the earliest thing this connection waits for.
 
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use millrace_protocol::budget::Reservation;
 use millrace_protocol::frame::{Carriage, FailureCode, Header, Hello, Kind};
@@ -42,6 +42,8 @@ pub(crate) enum Phase {
     Up,
     /// Takes no new messages of ours; closed when idle, at `until`, or when [`millrace_protocol::peers::Peers`] says so.
     Draining { until: Option<Instant>, code: CloseCode },
+    /// As `Draining`, and idle: what quiche still has to send gets until `until`.
+    Lingering { until: Instant, code: CloseCode },
     /// CONNECTION_CLOSE was queued; quiche keeps the connection for three PTOs (RFC 9000, 10.2).
     Closing,
 }
@@ -82,6 +84,8 @@ pub(crate) struct Connection {
     pub(crate) is_dirty: bool,
     /// When the progress of unfinished messages is judged next.
     pub(crate) judge_at: Option<Instant>,
+    /// When silence is judged next, and the packets sent until the last time.
+    keep_alive: Option<(Instant, usize)>,
     lost_seen: usize,
 }
 
@@ -111,6 +115,7 @@ impl Connection {
             timer: None,
             is_dirty: false,
             judge_at: None,
+            keep_alive: None,
             lost_seen: 0,
         }
     }
@@ -197,13 +202,37 @@ impl Connection {
     /// The earliest thing this connection waits for.
     pub(crate) fn next_timeout(&self) -> Option<Instant> {
         let phase = match self.phase {
-            Phase::Handshake { until } => Some(until),
+            Phase::Handshake { until } | Phase::Lingering { until, .. } => Some(until),
             Phase::Draining { until, .. } => until,
             Phase::AwaitHello | Phase::Up | Phase::Closing => None,
         };
         let calls = self.link.as_ref().and_then(|link| link.next_deadline());
         let health = self.health.as_ref().and_then(Health::poll_timeout);
-        [self.quic.timeout_instant(), phase, calls, health, self.judge_at].into_iter().flatten().min()
+        let keep_alive = self.keep_alive.map(|(at, _)| at);
+        [self.quic.timeout_instant(), phase, calls, health, keep_alive, self.judge_at].into_iter().flatten().min()
+    }
+
+    /// How long the last bytes and their repeats may take: three round trips, within bounds.
+    pub(crate) fn linger(&self) -> Duration {
+        const SHORTEST: Duration = Duration::from_millis(5);
+        const LONGEST: Duration = Duration::from_millis(500);
+        let rtt = self.quic.path_stats().next().map_or(SHORTEST, |path| path.rtt);
+        (3 * rtt).clamp(SHORTEST, LONGEST)
+    }
+
+    /// From now on a PING is sent when nothing else was for `interval`.
+    pub(crate) fn start_keep_alive(&mut self, interval: Duration, now: Instant) {
+        self.keep_alive = Some((now + interval, self.quic.stats().sent));
+    }
+
+    /// Sends a PING (RFC 9000, 10.1.2) if it is time and nothing was sent since the last time.
+    pub(crate) fn keep_alive(&mut self, interval: Duration, now: Instant) {
+        let Some((_, sent)) = self.keep_alive.filter(|(at, _)| *at <= now) else { return };
+        if self.quic.stats().sent == sent {
+            // A connection that is closing needs no PING.
+            self.quic.send_ack_eliciting().ok();
+        }
+        self.start_keep_alive(interval, now);
     }
 
     /// Sends the probes that are due. True when the peer has missed too many.
@@ -225,7 +254,7 @@ impl Connection {
     }
 }
 
-fn on_arrived<H: Handler>(
+pub(crate) fn on_arrived<H: Handler>(
     link: &Rc<Link>,
     handler: &mut H,
     arrived: Arrived<'_>,
@@ -281,7 +310,7 @@ fn on_message<H: Handler>(
     match header.kind {
         Kind::Request => {
             counters.received(header.class, body.len() as usize);
-            let deadline = now + std::time::Duration::from_millis(header.arg.into());
+            let deadline = now + Duration::from_millis(header.arg.into());
             let defer = Defer { link, class: header.class, id: header.id };
             match handler.on_request(inbound(Some(deadline), body), defer) {
                 Answer::Reply(body) => link.answer(header.class, header.id, Ok(body)),
@@ -312,7 +341,7 @@ fn on_message<H: Handler>(
 }
 
 /// Counts a cut stream; a request among them is answered, since its sender may still wait.
-fn on_fault(link: &Rc<Link>, fault: StreamFault, header: Option<Header>, events: &mut Events) {
+pub(crate) fn on_fault(link: &Rc<Link>, fault: StreamFault, header: Option<Header>, events: &mut Events) {
     link.shared.counters.count(Family::Rejected, fault.reason());
     if fault.is_fatal() {
         events.fault = Some(fault.reason());

@@ -410,6 +410,7 @@ impl<H: Handler> Endpoint<H> {
         let Some(Some(connection)) = self.connections.get_mut(slot) else { return };
         let Some(link) = connection.link.clone() else { return };
         connection.phase = Phase::Up;
+        connection.start_keep_alive(self.parts.shared.config.keep_alive, now);
         connection.health = Some(Health::new(health_config(&self.parts.shared.config), now));
         link.number.set(number);
         self.parts.shared.up.borrow_mut().entry(peer).or_default().push(link);
@@ -580,12 +581,15 @@ impl<H: Handler> Endpoint<H> {
                 self.parts.shared.counters.count(Family::Refused, "connect_timeout");
                 close = Some(CloseCode::Done);
             }
-            Phase::Draining { until: Some(until), code } if until <= now => close = Some(code),
+            Phase::Draining { until: Some(until), code } | Phase::Lingering { until, code } if until <= now => {
+                close = Some(code);
+            }
             _ => {}
         }
         if let Some(link) = &connection.link {
             link.expire(now);
         }
+        connection.keep_alive(self.parts.shared.config.keep_alive, now);
         if let Some(health) = &mut connection.health {
             health.handle_timeout(now);
             if connection.probe(now) {
@@ -613,13 +617,15 @@ impl<H: Handler> Endpoint<H> {
         if let Some(link) = &connection.link {
             link.clear_dirty();
         }
-        if let Phase::Draining { code, .. } = connection.phase
+        if let Phase::Draining { until, code } = connection.phase
             && connection.link.as_ref().is_none_or(|link| link.is_idle())
         {
-            connection.close(code);
+            let linger = now + connection.linger();
+            connection.phase = Phase::Lingering { until: until.map_or(linger, |until| until.min(linger)), code };
         }
         let more = connection.transmit(trains, &self.parts.shared.config, &self.parts.shared.counters);
-        if connection.quic.is_closed() {
+        // A draining connection (RFC 9000, 10.2.2) has nothing to say any more; late packets for it find nobody.
+        if connection.quic.is_closed() || connection.quic.is_draining() {
             self.remove(slot, now);
             return false;
         }

@@ -65,6 +65,21 @@ impl Shared {
     pub(crate) fn peers(&self) -> Vec<NodeId> {
         self.up.borrow().keys().copied().collect()
     }
+
+    pub(crate) fn request(&self, peer: &NodeId, request: Request) -> PendingAnswer {
+        if self.stopping.get() {
+            return PendingAnswer::failed(RpcError::LocalShuttingDown);
+        }
+        match self.link_to(peer, request.class == Class::Bulk) {
+            Some(link) => link.request_local(request),
+            None => PendingAnswer::failed(RpcError::NotConnected),
+        }
+    }
+
+    pub(crate) fn send(&self, peer: &NodeId, class: Class, method: Method, body: Payload) -> Result<(), RpcError> {
+        let link = self.link_to(peer, class == Class::Bulk).ok_or(RpcError::NotConnected)?;
+        link.send(class, method, body)
+    }
 }
 
 /// How the answer to a request reaches whoever asked.
@@ -173,13 +188,17 @@ pub(crate) struct Link {
 
 impl Link {
     pub(crate) fn new(shared: &Rc<Shared>, slot: usize, peer: NodeId, is_server: bool) -> Rc<Self> {
+        Self::with_outbox(shared, slot, peer, Outbox::new(&shared.config, is_server))
+    }
+
+    pub(crate) fn with_outbox(shared: &Rc<Shared>, slot: usize, peer: NodeId, out: Outbox) -> Rc<Self> {
         let config = &shared.config;
         Rc::new(Self {
             shared: Rc::clone(shared),
             slot,
             peer,
             number: Cell::new(ConnectionNumber(0)),
-            out: RefCell::new(Outbox::new(config, is_server)),
+            out: RefCell::new(out),
             calls: RefCell::new(RpcTable::new(config.requests_out_max.rpc_limits(), shared.now.get())),
             inbound: RefCell::new(InFlight::new(config.requests_in_max.rpc_limits())),
             is_dirty: Cell::new(false),

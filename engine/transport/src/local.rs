@@ -28,19 +28,12 @@ impl Local {
 
     /// Asks `peer`. The answer comes to the returned future; dropping that takes the request back.
     pub fn request(&self, peer: &NodeId, request: Request) -> PendingAnswer {
-        if self.shared.stopping.get() {
-            return PendingAnswer::failed(RpcError::LocalShuttingDown);
-        }
-        match self.shared.link_to(peer, request.class == Class::Bulk) {
-            Some(link) => link.request_local(request),
-            None => PendingAnswer::failed(RpcError::NotConnected),
-        }
+        self.shared.request(peer, request)
     }
 
     /// Tells `peer`, without an answer; the message is lost with its connection.
     pub fn send(&self, peer: &NodeId, class: Class, method: Method, body: Payload) -> Result<(), RpcError> {
-        let link = self.shared.link_to(peer, class == Class::Bulk).ok_or(RpcError::NotConnected)?;
-        link.send(class, method, body)
+        self.shared.send(peer, class, method, body)
     }
 
     /// As [`Local::send`] for a small body, which is copied straight into a lane.

@@ -68,6 +68,7 @@ pub(crate) fn quic_config(
     quic.set_application_protos(&[ALPN_NODE])?;
     quic.set_max_idle_timeout(config.idle_timeout.as_millis() as u64);
     quic.set_max_send_udp_payload_size(config.udp_payload_bytes_max);
+    quic.discover_pmtu(config.discover_mtu);
     quic.set_max_recv_udp_payload_size(65_527);
     quic.set_initial_max_data(config.connection_window_bytes);
     quic.set_max_connection_window(config.connection_window_bytes);

@@ -35,10 +35,13 @@ use crate::quic::quic_config;
 use crate::status::StatusBoard;
 use crate::tls::{Credentials, Members, TlsError};
 
+/// Something to be done on a shard, with its links.
+type Run = Box<dyn FnOnce(&Rc<Shared>) + Send>;
+
 /// What crosses into a shard.
 pub(crate) enum Message {
     Topology(Arc<Topology>),
-    Run(Box<dyn FnOnce(&Rc<Shared>) + Send>),
+    Run(Run),
 }
 
 impl std::fmt::Debug for Message {
@@ -314,13 +317,21 @@ fn peers_config(config: &TransportConfig, pair: u8, shard: usize, shards: usize)
         backoff: BackoffConfig { base: config.redial_delay_min, cap: config.redial_delay_max },
         connect_timeout: config.connect_timeout,
         drain_timeout: config.drain_timeout,
+        // A peer that knocks while we hold a connection to it has most likely restarted.
+        verify_timeout: Duration::from_millis(200),
         ..Default::default()
     }
 }
 
 #[derive(Debug, Default)]
+struct RemoteSlot {
+    result: Option<Result<Payload, RpcError>>,
+    waker: Option<Waker>,
+}
+
+#[derive(Debug, Default)]
 struct RemoteState {
-    slot: Mutex<(Option<Result<Payload, RpcError>>, Option<Waker>)>,
+    slot: Mutex<RemoteSlot>,
     ready: std::sync::Condvar,
 }
 
@@ -328,8 +339,8 @@ impl RemoteState {
     fn complete(&self, result: Result<Payload, RpcError>) {
         let waker = {
             let mut slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
-            slot.0 = Some(result);
-            slot.1.take()
+            slot.result = Some(result);
+            slot.waker.take()
         };
         self.ready.notify_all();
         if let Some(waker) = waker {
@@ -351,7 +362,7 @@ impl RemoteAnswer {
         let until = Instant::now() + limit;
         let mut slot = self.state.slot.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            if let Some(result) = slot.0.take() {
+            if let Some(result) = slot.result.take() {
                 return result;
             }
             let Some(left) = until.checked_duration_since(Instant::now()) else {
@@ -367,10 +378,10 @@ impl Future for RemoteAnswer {
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let mut slot = self.state.slot.lock().unwrap_or_else(PoisonError::into_inner);
-        match slot.0.take() {
+        match slot.result.take() {
             Some(result) => Poll::Ready(result),
             None => {
-                slot.1 = Some(context.waker().clone());
+                slot.waker = Some(context.waker().clone());
                 Poll::Pending
             }
         }

@@ -138,11 +138,8 @@ impl StreamCarrier {
     /// Feeds one stream. True when it is done (all taken, or the peer stopped it).
     fn feed(active: &mut Active, path: &mut QuicConnection) -> bool {
         loop {
-            let capacity = match path.stream_capacity(active.stream) {
-                Ok(capacity) => capacity,
-                // Stopped by the peer, or the connection is closing: the answer, if any, says why.
-                Err(_) => return true,
-            };
+            // Stopped by the peer, or the connection is closing: the answer, if any, says why.
+            let Ok(capacity) = path.stream_capacity(active.stream) else { return true };
             let reserve = if active.message.header.class == Class::Bulk { RESERVE_BYTES.min(capacity / 2) } else { 0 };
             let room = capacity - reserve;
             if room == 0 {
