@@ -204,6 +204,31 @@ impl<T: Clone> MemNet<T> {
         Sent::Queued
     }
 
+    /// Bytes that wait for the capacity of a link; none do without a capacity.
+    pub fn waiting_bytes(&self, from: Endpoint, to: Endpoint, now: Instant) -> u64 {
+        let Some((rate, busy_until)) = self.backlog(from, to) else {
+            return 0;
+        };
+        let ns = busy_until.saturating_duration_since(now).as_nanos();
+        u64::try_from(ns * rate / 1_000_000_000).unwrap_or(u64::MAX)
+    }
+
+    /// When no more than `bytes` will wait for the capacity of a link, if nothing more is sent.
+    pub fn drained_to(&self, from: Endpoint, to: Endpoint, bytes: u64, now: Instant) -> Instant {
+        let Some((rate, busy_until)) = self.backlog(from, to) else {
+            return now;
+        };
+        let ns = u64::try_from(u128::from(bytes) * 1_000_000_000 / rate).unwrap_or(u64::MAX);
+        let spare = Duration::from_nanos(ns);
+        busy_until.checked_sub(spare).map_or(now, |at| at.max(now))
+    }
+
+    /// What a link is like.
+    pub fn link(&self, from: Endpoint, to: Endpoint) -> LinkConfig {
+        let link = self.links.get(&(from, to));
+        link.and_then(|link| link.config).unwrap_or(self.default)
+    }
+
     /// The next message that has arrived by `now`.
     pub fn poll(&mut self, now: Instant) -> Option<Delivery<T>> {
         let entry = self.under_way.first_entry()?;
@@ -217,6 +242,12 @@ impl<T: Clone> MemNet<T> {
     /// When the next message arrives.
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.under_way.first_key_value().map(|((at, _), _)| *at)
+    }
+
+    fn backlog(&self, from: Endpoint, to: Endpoint) -> Option<(u128, Instant)> {
+        let rate = self.link(from, to).bytes_per_second?;
+        let busy_until = self.links.get(&(from, to))?.busy_until?;
+        Some((u128::from(rate.max(1)), busy_until))
     }
 
     /// Messages under way.
@@ -278,6 +309,10 @@ mod tests {
         let sent: Vec<_> = (0..12).map(|n| net.send(A, B, n, 1000, now)).collect();
         assert_eq!(sent[..10], [Sent::Queued; 10]);
         assert_eq!(sent[10..], [Sent::QueueFull; 2]);
+        assert_eq!(net.waiting_bytes(A, B, now + 4 * MS), 6_000);
+        assert_eq!(net.drained_to(A, B, 2_000, now), now + 8 * MS);
+        assert_eq!(net.waiting_bytes(B, A, now), 0);
+        assert_eq!(net.drained_to(A, B, 20_000, now + MS), now + MS);
         let arrivals: Vec<_> = drain(&mut net).iter().map(|d| d.at - now).collect();
         assert_eq!(arrivals, (1..=10).map(|n| n * MS + MS).collect::<Vec<_>>());
         assert_eq!(
