@@ -18,6 +18,7 @@ mod endpoint;
 mod inbox;
 mod link;
 mod local;
+pub mod memory;
 mod message;
 mod messenger;
 mod outbox;

@@ -6,7 +6,8 @@
 //!
 //! Invariants
 //! 1. `queued[class]` is the number of bytes in `pending` and `blocked` of that class's lanes, and never exceeds its bound plus one frame.
-//! 2. A frame is never torn: a lane's bytes are offered to quiche in order until all are taken.
+//! 2. A frame is never torn: a lane's bytes are offered to the path in order until all are taken.
+//! 3. An outbox feeds one kind of path for its life: QUIC, or the memory network.
 
 use bytes::Bytes;
 use millrace_protocol::frame::{Class, Header, Kind, StreamKind};
@@ -14,6 +15,7 @@ use millrace_protocol::frame::{Class, Header, Kind, StreamKind};
 use crate::buffers::{QuicConnection, TxBuffer};
 use crate::carrier::{Carrier, Outgoing, Pumped, QueueFull};
 use crate::config::{PerClass, TransportConfig};
+use crate::memory::{MemoryCarrier, MemoryLink};
 use crate::message::Payload;
 use crate::streams::StreamCarrier;
 
@@ -78,6 +80,46 @@ impl Lane {
             }
         }
     }
+
+    /// As `flush`, into the memory network.
+    fn flush_frames(&mut self, path: &mut MemoryLink) -> usize {
+        let mut flushed = 0;
+        loop {
+            let mut buffer = match self.blocked.take() {
+                Some(blocked) => blocked,
+                None if self.pending.is_empty() => return flushed,
+                None => Bytes::from(std::mem::take(&mut self.pending)),
+            };
+            flushed += path.push_frames(&mut buffer);
+            if !buffer.is_empty() {
+                self.blocked = Some(buffer);
+                return flushed;
+            }
+        }
+    }
+}
+
+/// What carries the messages that are not for lanes.
+#[derive(Debug)]
+enum Messages {
+    Streams(StreamCarrier),
+    Memory(MemoryCarrier),
+}
+
+impl Messages {
+    fn offer(&mut self, message: Outgoing) -> Result<(), QueueFull> {
+        match self {
+            Self::Streams(streams) => streams.offer(message),
+            Self::Memory(memory) => memory.offer(message),
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        match self {
+            Self::Streams(streams) => streams.is_idle(),
+            Self::Memory(memory) => memory.is_idle(),
+        }
+    }
 }
 
 /// The outgoing side of a connection.
@@ -90,7 +132,7 @@ pub(crate) struct Outbox {
     queue_max: PerClass<usize>,
     lane_body_max: usize,
     lossy: bool,
-    streams: StreamCarrier,
+    messages: Messages,
     datagrams: Vec<Vec<u8>>,
     withdrawals: Vec<Header>,
 }
@@ -102,6 +144,17 @@ impl Outbox {
         let mut lanes = vec![Lane::new(first, Class::Latency)];
         lanes.extend((1..=u64::from(config.lanes.max(1))).map(|i| Lane::new(first + 4 * i, Class::Normal)));
         let first_message = first + 4 * lanes.len() as u64;
+        let streams = StreamCarrier::new(first_message, config.stream_queue_messages, config.streams_active_max);
+        Self::with(config, lanes, Messages::Streams(streams))
+    }
+
+    /// The outgoing side of a connection of the memory network.
+    pub(crate) fn in_memory(config: &TransportConfig) -> Self {
+        let lanes = vec![Lane::new(0, Class::Latency), Lane::new(1, Class::Normal)];
+        Self::with(config, lanes, Messages::Memory(MemoryCarrier::new(config)))
+    }
+
+    fn with(config: &TransportConfig, lanes: Vec<Lane>, messages: Messages) -> Self {
         Self {
             lanes,
             turn_lane: 1,
@@ -109,7 +162,7 @@ impl Outbox {
             queue_max: config.lane_queue_bytes,
             lane_body_max: config.limits.lane_body_bytes_max as usize,
             lossy: false,
-            streams: StreamCarrier::new(first_message, config.stream_queue_messages, config.streams_active_max),
+            messages,
             datagrams: Vec::new(),
             withdrawals: Vec::new(),
         }
@@ -125,7 +178,7 @@ impl Outbox {
         let alone = self.lossy && header.class == Class::Normal && matches!(header.kind, Kind::Request | Kind::Response);
         match body.as_slice() {
             Some(slice) if slice.len() <= self.lane_body_max && !alone => self.push_frame(header, slice),
-            _ => self.streams.offer(Outgoing { header, body }),
+            _ => self.messages.offer(Outgoing { header, body }),
         }
     }
 
@@ -163,13 +216,10 @@ impl Outbox {
 
     /// Moves what waits into quiche.
     pub(crate) fn feed(&mut self, path: &mut QuicConnection) -> Pumped {
-        for header in std::mem::take(&mut self.withdrawals) {
-            if !self.streams.withdraw(Some(path), &header) && header.kind == Kind::Request {
-                let cancel = Header { kind: Kind::Cancel, body_bytes: 0, arg: 0, ..header };
-                // A full queue loses the cancellation: the answer is then dropped as late.
-                self.push_frame(cancel, &[]).ok();
-            }
-        }
+        self.withdraw_all(|messages, header| match messages {
+            Messages::Streams(streams) => streams.withdraw(Some(path), header),
+            Messages::Memory(_) => false,
+        });
         for datagram in self.datagrams.drain(..) {
             // Its sender repeats it until acknowledged.
             path.dgram_send_buf(datagram).ok();
@@ -180,16 +230,60 @@ impl Outbox {
             *queued = queued.saturating_sub(taken);
         }
         self.turn_lane = self.turn_lane % (self.lanes.len() - 1) + 1;
-        self.streams.pump(path)
+        match &mut self.messages {
+            Messages::Streams(streams) => streams.pump(path),
+            Messages::Memory(_) => Pumped::Blocked,
+        }
+    }
+
+    /// Moves what waits into the memory network.
+    pub(crate) fn feed_memory(&mut self, path: &mut MemoryLink) -> Pumped {
+        self.withdraw_all(|messages, header| match messages {
+            Messages::Streams(_) => false,
+            Messages::Memory(memory) => memory.withdraw(Some(path), header),
+        });
+        for datagram in self.datagrams.drain(..) {
+            path.push_frames(&mut Bytes::from(datagram));
+        }
+        for lane in &mut self.lanes {
+            let taken = lane.flush_frames(path);
+            let queued = &mut self.queued[lane.class as usize];
+            *queued = queued.saturating_sub(taken);
+        }
+        match &mut self.messages {
+            Messages::Streams(_) => Pumped::Blocked,
+            Messages::Memory(memory) => memory.pump(path),
+        }
+    }
+
+    fn withdraw_all(&mut self, mut withdraw: impl FnMut(&mut Messages, &Header) -> bool) {
+        for header in std::mem::take(&mut self.withdrawals) {
+            if !withdraw(&mut self.messages, &header) && header.kind == Kind::Request {
+                let cancel = Header { kind: Kind::Cancel, body_bytes: 0, arg: 0, ..header };
+                // A full queue loses the cancellation: the answer is then dropped as late.
+                self.push_frame(cancel, &[]).ok();
+            }
+        }
     }
 
     pub(crate) fn take_streams_opened(&mut self) -> u64 {
-        self.streams.take_opened()
+        match &mut self.messages {
+            Messages::Streams(streams) => streams.take_opened(),
+            Messages::Memory(_) => 0,
+        }
     }
 
-    /// Whether everything was handed to quiche.
+    /// The carrier, on a connection of the memory network.
+    pub(crate) fn memory(&mut self) -> Option<&mut MemoryCarrier> {
+        match &mut self.messages {
+            Messages::Streams(_) => None,
+            Messages::Memory(memory) => Some(memory),
+        }
+    }
+
+    /// Whether everything was handed to the path.
     pub(crate) fn is_idle(&self) -> bool {
-        self.streams.is_idle()
+        self.messages.is_idle()
             && self.withdrawals.is_empty()
             && self.lanes.iter().all(|lane| lane.pending.is_empty() && lane.blocked.is_none())
     }
