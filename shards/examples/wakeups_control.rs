@@ -3,8 +3,10 @@
 //! glommio 0.9.0 then falls asleep with runnable tasks, and the program hangs within seconds. That
 //! it does shows that the test can fail; that the test does not shows that the long timer helps.
 //!
-//! `cargo run --release -p millrace-shards --example wakeups_control [seconds] [preempt_us]`
-//! exits with 0 when it hung, 1 when it did not.
+//! `cargo run --release -p millrace-shards --example wakeups_control [seconds] [preempt_us]
+//! [watchdog_ms]` exits with 0 when it hung, 1 when it did not. With a watchdog it goes on, and the
+//! count of its wakes says how often; only a shard that hangs in its very start, before the watchdog
+//! knows it, still does.
 
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
 
@@ -24,7 +26,7 @@ fn main() -> ExitCode {
         time: Duration::from_secs(argument(1).unwrap_or(60)),
         spin: Duration::from_micros(40),
         preempt_timer: Duration::from_micros(argument(2).unwrap_or(20)),
-        watchdog: Duration::ZERO,
+        watchdog: Duration::from_millis(argument(3).unwrap_or(0)),
     });
     println!(
         "{} cycles, hung: {}, {:?}",

@@ -16,8 +16,9 @@ pub(crate) const RX_SLOT_BYTES: usize = 68 * 1024;
 /// Bytes of one transmit slot: one GSO train of the largest size.
 pub(crate) const TX_SLOT_BYTES: usize = 64 * 1024;
 
-/// Bytes glommio keeps for file buffers of its own: small files only, bulk goes through chunks.
-pub(crate) const GLOMMIO_IO_BYTES: usize = 1 << 20;
+/// Bytes glommio registers with its rings for file buffers, and takes from the heap beyond: its
+/// least, because it locks them three times over and an ordinary user may lock 8 MiB.
+pub(crate) const GLOMMIO_IO_BYTES: usize = 64 * 1024;
 
 /// Whether chunk memory may, must or must not come from huge pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -25,9 +25,14 @@ struct Idle {
 }
 
 impl Datapath for Idle {
-    type Message = ();
+    type Message = Block;
 
-    fn on_message(&mut self, (): (), _: Instant) {}
+    fn on_message(&mut self, block: Block, _: Instant) {
+        while block.stats.snapshot().watchdog_wakes == 0 {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        block.seen.send(()).unwrap();
+    }
 
     fn on_datagrams(&mut self, _: Datagrams<'_>, _: Instant) {}
 
@@ -72,7 +77,7 @@ fn config() -> ShardConfig {
     }
 }
 
-fn start(busy: bool, init: impl FnOnce(&ShardContext) + Send + 'static) -> ShardHandle<()> {
+fn start(busy: bool, init: impl FnOnce(&ShardContext) + Send + 'static) -> ShardHandle<Block> {
     spawn(config(), 0, 1, None, move |context| {
         init(context);
         Idle { busy }
@@ -80,7 +85,7 @@ fn start(busy: bool, init: impl FnOnce(&ShardContext) + Send + 'static) -> Shard
     .unwrap()
 }
 
-fn stop(handle: ShardHandle<()>) {
+fn stop(handle: ShardHandle<Block>) {
     handle.stop();
     handle.join().unwrap();
 }
@@ -217,6 +222,42 @@ fn stop_drops_all_tasks() {
     }
     stop(handle);
     assert_eq!(Arc::strong_count(&witness), 1);
+}
+
+/// The watchdog sees a shard that sleeps without having parked, and leaves one alone that parked.
+///
+/// That its wake-up ends glommio's wrong sleep is shown by the example `wakeups_control`.
+#[test]
+fn watchdog_counts_a_sleep_that_is_no_park() {
+    let config = ShardConfig {
+        watchdog: Duration::from_millis(2),
+        ..config()
+    };
+    let shard = |config| spawn(config, 0, 1, None, |_| Idle { busy: false }).unwrap();
+    let (asleep, parked) = (shard(config.clone()), shard(config));
+    let stats = asleep.stats();
+    let (sender, seen) = mpsc::channel();
+    // The message is handled by blocking until the watchdog has looked.
+    asleep
+        .sender()
+        .try_send(Block {
+            stats: Arc::clone(&stats),
+            seen: sender,
+        })
+        .unwrap();
+    seen.recv_timeout(WAIT).unwrap();
+    assert!(stats.snapshot().watchdog_wakes > 0);
+    assert_eq!(parked.stats().snapshot().watchdog_wakes, 0);
+    for handle in [asleep, parked] {
+        handle.stop();
+        handle.join().unwrap();
+    }
+}
+
+/// Makes a shard sleep in the middle of a turn.
+struct Block {
+    stats: Arc<ShardStats>,
+    seen: mpsc::Sender<()>,
 }
 
 /// A task woken by a datagram answers in the same turn, so that the answer leaves with its submit.

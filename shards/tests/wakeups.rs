@@ -33,16 +33,3 @@ fn no_wakeup_is_lost() {
         );
     }
 }
-
-/// With the preempt timer that makes the control hang, the watchdog ends each sleep and counts it.
-#[test]
-fn watchdog_ends_a_wrong_sleep() {
-    let outcome = stress::run(stress::Options {
-        time: Duration::from_secs(5),
-        spin: Duration::from_micros(40),
-        preempt_timer: Duration::from_micros(20),
-        watchdog: Duration::from_millis(2),
-    });
-    assert!(!outcome.hung, "{outcome:?}");
-    assert!(outcome.woken.watchdog_wakes > 0, "{outcome:?}");
-}

@@ -6,7 +6,8 @@
 //!
 //! glommio 0.9.0 has one trap: if its preempt timer fires between being armed and the first test of
 //! it, the executor sleeps with runnable tasks and no timer. So the timer is long (1 s), the loop
-//! gives glommio its turns itself, and a watchdog stands behind both.
+//! gives glommio its turns itself, and a watchdog stands behind both. (Not behind the executor's
+//! first moments, before the loop exists: a timer of 20 us hangs one start in fifteen there.)
 //!
 //! Invariants:
 //!

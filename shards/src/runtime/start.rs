@@ -190,6 +190,7 @@ where
         // The spawner waits for this; if it is gone there is nobody to tell.
         let _ = started.send(Err(error));
     };
+    let parker = parts.receiver.parker();
     let placement = parts
         .config
         .cpu
@@ -216,6 +217,8 @@ where
                     Ok(task) => task.await,
                     Err(error) => panic!("the queue was just made: {error}"),
                 }
+                // Not before: up to here the executor could fall asleep and need the watchdog.
+                parker.set_executor(None);
             }
             Err(error) => report(error),
         }

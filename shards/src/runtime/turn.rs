@@ -133,7 +133,6 @@ impl<D: Datapath> Shard<D> {
             let mut pace = Pace::new(&self.config);
             self.sleep_in_glommio(&mut pace).await;
         }
-        self.parker.set_executor(None);
         // What drops from here on cannot wait for a submit of ours.
         park::set_drives_a_ring(false);
         self.ring.submit();
