@@ -34,13 +34,7 @@ pub(super) fn serve<S: Stack>(workload: Workload, settings: &Settings) -> Result
 
 pub(super) async fn drive<S: Stack>(client: &S::Client, job: &Job) -> Result<Measurement> {
     let connection = S::connect(client, job.addresses[0]).await?;
-    phase::<S>(
-        &connection.handle,
-        job,
-        settings,
-        &Stop::after(job.warm_up()),
-    )
-    .await?;
+    phase::<S>(&connection.handle, job, &Stop::after(job.warm_up())).await?;
     let meter = Meter::start(job.server_pid)?;
     let stop = Stop::after(job.duration);
     let latencies = phase::<S>(&connection.handle, job, &stop).await?;
