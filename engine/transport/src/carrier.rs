@@ -1,7 +1,7 @@
 //! How the bytes of a message with a body of its own cross: one trait, one module for each way.
 //!
 //! A message is offered, waits in its class's queue, becomes active, and is pumped into the path a slice at a time, straight from its chunks.
-//! [`crate::streams`] carries messages on QUIC streams, [`crate::memory`] in pieces over the memory network. A chunk plane (datagrams keyed by
+//! `streams` carries messages on QUIC streams, [`crate::memory`] in pieces over the memory network. A chunk plane (datagrams keyed by
 //! the TLS exporter of the connection) is to be a third; nothing above knows which one is at work.
 
 use millrace_protocol::frame::{Class, Header};
