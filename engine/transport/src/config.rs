@@ -41,7 +41,9 @@ impl<T: Copy> PerClass<T> {
 
 impl PerClass<u32> {
     pub(crate) fn rpc_limits(self) -> RpcLimits {
-        RpcLimits { in_flight_max: [self.latency, self.normal, self.bulk] }
+        RpcLimits {
+            in_flight_max: [self.latency, self.normal, self.bulk],
+        }
     }
 }
 
@@ -131,11 +133,27 @@ impl Default for TransportConfig {
             stream_window_bytes: 4 << 20,
             streams_max: 1_024,
             lanes: 4,
-            lane_queue_bytes: PerClass { latency: 1 << 20, normal: 4 << 20, bulk: 4 << 20 },
-            stream_queue_messages: PerClass { latency: 1_024, normal: 1_024, bulk: 256 },
+            lane_queue_bytes: PerClass {
+                latency: 1 << 20,
+                normal: 4 << 20,
+                bulk: 4 << 20,
+            },
+            stream_queue_messages: PerClass {
+                latency: 1_024,
+                normal: 1_024,
+                bulk: 256,
+            },
             streams_active_max: 8,
-            requests_out_max: PerClass { latency: 4_096, normal: 4_096, bulk: 256 },
-            requests_in_max: PerClass { latency: 4_096, normal: 4_096, bulk: 256 },
+            requests_out_max: PerClass {
+                latency: 4_096,
+                normal: 4_096,
+                bulk: 256,
+            },
+            requests_in_max: PerClass {
+                latency: 4_096,
+                normal: 4_096,
+                bulk: 256,
+            },
             receive_budget_peer_bytes: 256 << 20,
             receive_budget_bytes: 512 << 20,
             stream_progress_bytes: 64 << 10,
@@ -153,7 +171,9 @@ impl Default for TransportConfig {
 impl TransportConfig {
     /// What one connection may make this node hold besides chunks, bytes: queues at their bounds and a window of unread data.
     pub fn connection_budget_bytes(&self) -> u64 {
-        let queues = self.lane_queue_bytes.latency + self.lane_queue_bytes.normal + self.lane_queue_bytes.bulk;
+        let queues = self.lane_queue_bytes.latency
+            + self.lane_queue_bytes.normal
+            + self.lane_queue_bytes.bulk;
         queues as u64 + self.connection_window_bytes
     }
 }

@@ -41,7 +41,10 @@ pub(crate) enum Phase {
     /// In use.
     Up,
     /// Takes no new messages of ours; closed when idle, at `until`, or when [`millrace_protocol::peers::Peers`] says so.
-    Draining { until: Option<Instant>, code: CloseCode },
+    Draining {
+        until: Option<Instant>,
+        code: CloseCode,
+    },
     /// As `Draining`, and idle: what quiche still has to send gets until `until`.
     Lingering { until: Instant, code: CloseCode },
     /// CONNECTION_CLOSE was queued; quiche keeps the connection for three PTOs (RFC 9000, 10.2).
@@ -108,7 +111,9 @@ impl Connection {
             index: 0,
             verify: false,
             is_handshaking: true,
-            phase: Phase::Handshake { until: now + config.connect_timeout },
+            phase: Phase::Handshake {
+                until: now + config.connect_timeout,
+            },
             link: None,
             inbox: Inbox::new(config.limits),
             health: None,
@@ -132,7 +137,9 @@ impl Connection {
         }
         self.phase = Phase::Closing;
         // Already closing or closed for another reason: that reason stands.
-        self.quic.close(true, code as u64, code.reason().as_bytes()).ok();
+        self.quic
+            .close(true, code as u64, code.reason().as_bytes())
+            .ok();
     }
 
     /// Reads everything that the last packets made readable, calling the handler for what is whole.
@@ -144,11 +151,15 @@ impl Connection {
         now: Instant,
         events: &mut Events,
     ) {
-        let Some(link) = self.link.clone() else { return };
+        let Some(link) = self.link.clone() else {
+            return;
+        };
         while let Some(stream) = self.quic.stream_readable_next() {
-            let result = self.inbox.read(&mut self.quic, stream, scratch, room, &mut |arrived| {
-                on_arrived(&link, handler, arrived, now, events);
-            });
+            let result = self
+                .inbox
+                .read(&mut self.quic, stream, scratch, room, &mut |arrived| {
+                    on_arrived(&link, handler, arrived, now, events);
+                });
             if let Err((fault, header)) = result {
                 on_fault(&link, fault, header, events);
             }
@@ -159,16 +170,34 @@ impl Connection {
     }
 
     /// Cuts messages that do not come forward.
-    pub(crate) fn judge_streams(&mut self, room: &mut impl Room, now: Instant, config: &TransportConfig) {
-        let Some(link) = self.link.clone() else { return };
-        self.inbox.cut_stalled(&mut self.quic, config.stream_progress_bytes, room, &mut |header| {
-            on_fault(&link, StreamFault::Stalled, header, &mut Events::default());
-        });
-        self.judge_at = (self.inbox.unfinished() > 0).then(|| now + config.stream_progress_interval);
+    pub(crate) fn judge_streams(
+        &mut self,
+        room: &mut impl Room,
+        now: Instant,
+        config: &TransportConfig,
+    ) {
+        let Some(link) = self.link.clone() else {
+            return;
+        };
+        self.inbox.cut_stalled(
+            &mut self.quic,
+            config.stream_progress_bytes,
+            room,
+            &mut |header| {
+                on_fault(&link, StreamFault::Stalled, header, &mut Events::default());
+            },
+        );
+        self.judge_at =
+            (self.inbox.unfinished() > 0).then(|| now + config.stream_progress_interval);
     }
 
     /// Feeds quiche and builds packets into trains, within the turn's budget. True when more is waiting.
-    pub(crate) fn transmit(&mut self, trains: &mut Trains<'_>, config: &TransportConfig, counters: &Counters) -> bool {
+    pub(crate) fn transmit(
+        &mut self,
+        trains: &mut Trains<'_>,
+        config: &TransportConfig,
+        counters: &Counters,
+    ) -> bool {
         let mut more = false;
         if let Some(link) = &self.link
             && !matches!(self.phase, Phase::Closing)
@@ -182,7 +211,9 @@ impl Connection {
             if packets == config.packets_per_turn {
                 break true;
             }
-            let Some(buffer) = trains.packet(config.udp_payload_bytes_max) else { break true };
+            let Some(buffer) = trains.packet(config.udp_payload_bytes_max) else {
+                break true;
+            };
             match self.quic.send(buffer) {
                 Ok((len, info)) => {
                     trains.push(len, info.to);
@@ -209,14 +240,28 @@ impl Connection {
         let calls = self.link.as_ref().and_then(|link| link.next_deadline());
         let health = self.health.as_ref().and_then(Health::poll_timeout);
         let keep_alive = self.keep_alive.map(|(at, _)| at);
-        [self.quic.timeout_instant(), phase, calls, health, keep_alive, self.judge_at].into_iter().flatten().min()
+        [
+            self.quic.timeout_instant(),
+            phase,
+            calls,
+            health,
+            keep_alive,
+            self.judge_at,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     /// How long the last bytes and their repeats may take: three round trips, within bounds.
     pub(crate) fn linger(&self) -> Duration {
         const SHORTEST: Duration = Duration::from_millis(5);
         const LONGEST: Duration = Duration::from_millis(500);
-        let rtt = self.quic.path_stats().next().map_or(SHORTEST, |path| path.rtt);
+        let rtt = self
+            .quic
+            .path_stats()
+            .next()
+            .map_or(SHORTEST, |path| path.rtt);
         (3 * rtt).clamp(SHORTEST, LONGEST)
     }
 
@@ -227,7 +272,9 @@ impl Connection {
 
     /// Sends a PING (RFC 9000, 10.1.2) if it is time and nothing was sent since the last time.
     pub(crate) fn keep_alive(&mut self, interval: Duration, now: Instant) {
-        let Some((_, sent)) = self.keep_alive.filter(|(at, _)| *at <= now) else { return };
+        let Some((_, sent)) = self.keep_alive.filter(|(at, _)| *at <= now) else {
+            return;
+        };
         if self.quic.stats().sent == sent {
             // A connection that is closing needs no PING.
             self.quic.send_ack_eliciting().ok();
@@ -237,7 +284,9 @@ impl Connection {
 
     /// Sends the probes that are due. True when the peer has missed too many.
     pub(crate) fn probe(&mut self, now: Instant) -> bool {
-        let (Some(health), Some(link)) = (&mut self.health, &self.link) else { return false };
+        let (Some(health), Some(link)) = (&mut self.health, &self.link) else {
+            return false;
+        };
         while let Some(action) = health.poll_action(now) {
             match action {
                 HealthAction::Probe { sequence } => link.datagram(Kind::Probe, sequence),
@@ -263,18 +312,35 @@ pub(crate) fn on_arrived<H: Handler>(
 ) {
     events.heard = true;
     match arrived {
-        Arrived::Frame(header, body) => on_message(link, handler, header, InboundBody::Slice(body), now, events),
+        Arrived::Frame(header, body) => {
+            on_message(link, handler, header, InboundBody::Slice(body), now, events);
+        }
         Arrived::Message(header, body, reservation) => {
-            on_message(link, handler, header, InboundBody::Chunks(body), now, events);
+            on_message(
+                link,
+                handler,
+                header,
+                InboundBody::Chunks(body),
+                now,
+                events,
+            );
             events.reservations.push(reservation);
         }
     }
 }
 
 /// Datagrams carry probes, and one-way messages whose sender repeats them.
-fn on_datagram<H: Handler>(link: &Rc<Link>, handler: &mut H, datagram: &[u8], now: Instant, events: &mut Events) {
+fn on_datagram<H: Handler>(
+    link: &Rc<Link>,
+    handler: &mut H,
+    datagram: &[u8],
+    now: Instant,
+    events: &mut Events,
+) {
     let limits = &link.shared.config.limits;
-    let parsed = datagram.split_first_chunk().map(|(header, body)| (Header::decode(header), body));
+    let parsed = datagram
+        .split_first_chunk()
+        .map(|(header, body)| (Header::decode(header), body));
     let header = match parsed {
         Some((Ok(header), body)) if header.body_bytes as usize == body.len() => Ok((header, body)),
         Some((Err(error), _)) => Err(error.reason()),
@@ -285,7 +351,10 @@ fn on_datagram<H: Handler>(link: &Rc<Link>, handler: &mut H, datagram: &[u8], no
             events.heard = true;
             on_message(link, handler, header, InboundBody::Slice(body), now, events);
         }
-        Ok(_) => link.shared.counters.count(Family::Rejected, "peer_datagram_kind"),
+        Ok(_) => link
+            .shared
+            .counters
+            .count(Family::Rejected, "peer_datagram_kind"),
         Err(reason) => link.shared.counters.count(Family::Rejected, reason),
     }
 }
@@ -311,7 +380,11 @@ fn on_message<H: Handler>(
         Kind::Request => {
             counters.received(header.class, body.len() as usize);
             let deadline = now + Duration::from_millis(header.arg.into());
-            let defer = Defer { link, class: header.class, id: header.id };
+            let defer = Defer {
+                link,
+                class: header.class,
+                id: header.id,
+            };
             match handler.on_request(inbound(Some(deadline), body), defer) {
                 Answer::Reply(body) => link.answer(header.class, header.id, Ok(body)),
                 Answer::Failure(code) => link.answer(header.class, header.id, Err(code)),
@@ -326,7 +399,10 @@ fn on_message<H: Handler>(
             counters.received(header.class, body.len() as usize);
             link.on_answer(header.id, Ok(body.into_payload()));
         }
-        Kind::Failure => link.on_answer(header.id, Err(RpcError::Peer(FailureCode::from_arg(header.arg)))),
+        Kind::Failure => link.on_answer(
+            header.id,
+            Err(RpcError::Peer(FailureCode::from_arg(header.arg))),
+        ),
         Kind::Cancel => link.on_cancel(header.id),
         Kind::Probe => link.datagram(Kind::ProbeReply, header.arg),
         Kind::ProbeReply => events.probe_replies.push(header.arg),
@@ -341,7 +417,12 @@ fn on_message<H: Handler>(
 }
 
 /// Counts a cut stream; a request among them is answered, since its sender may still wait.
-pub(crate) fn on_fault(link: &Rc<Link>, fault: StreamFault, header: Option<Header>, events: &mut Events) {
+pub(crate) fn on_fault(
+    link: &Rc<Link>,
+    fault: StreamFault,
+    header: Option<Header>,
+    events: &mut Events,
+) {
     link.shared.counters.count(Family::Rejected, fault.reason());
     if fault.is_fatal() {
         events.fault = Some(fault.reason());
@@ -353,9 +434,15 @@ pub(crate) fn on_fault(link: &Rc<Link>, fault: StreamFault, header: Option<Heade
         StreamFault::NoRoom if wants_answer(&header) => {
             link.answer(header.class, header.id, Err(FailureCode::TooLarge));
         }
-        _ if wants_answer(&header) => link.answer(header.class, header.id, Err(FailureCode::Malformed)),
-        StreamFault::NoRoom if header.kind == Kind::Response => link.on_answer(header.id, Err(RpcError::LocalNoBudget)),
-        _ if header.kind == Kind::Response => link.on_answer(header.id, Err(RpcError::PeerProtocol)),
+        _ if wants_answer(&header) => {
+            link.answer(header.class, header.id, Err(FailureCode::Malformed));
+        }
+        StreamFault::NoRoom if header.kind == Kind::Response => {
+            link.on_answer(header.id, Err(RpcError::LocalNoBudget));
+        }
+        _ if header.kind == Kind::Response => {
+            link.on_answer(header.id, Err(RpcError::PeerProtocol));
+        }
         _ => {}
     }
 }

@@ -160,7 +160,10 @@ pub struct Counters {
 
 impl Default for Counters {
     fn default() -> Self {
-        Self { values: COUNTERS.iter().map(|_| AtomicU64::new(0)).collect(), reasons: Mutex::default() }
+        Self {
+            values: COUNTERS.iter().map(|_| AtomicU64::new(0)).collect(),
+            reasons: Mutex::default(),
+        }
     }
 }
 
@@ -179,20 +182,36 @@ impl Counters {
 
     /// Counts one event with a reason.
     pub fn count(&self, family: Family, reason: &'static str) {
-        let mut reasons = self.reasons.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut reasons = self
+            .reasons
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         *reasons.entry((family, reason)).or_default() += 1;
     }
 
     /// How often `reason` was counted.
     pub fn reason(&self, family: Family, reason: &str) -> u64 {
-        let reasons = self.reasons.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        reasons.iter().filter(|((f, r), _)| *f == family && *r == reason).map(|(_, n)| n).sum()
+        let reasons = self
+            .reasons
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        reasons
+            .iter()
+            .filter(|((f, r), _)| *f == family && *r == reason)
+            .map(|(_, n)| n)
+            .sum()
     }
 
     /// Every reason counted so far.
     pub fn reasons(&self) -> Vec<(Family, &'static str, u64)> {
-        let reasons = self.reasons.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        reasons.iter().map(|(&(family, reason), &n)| (family, reason, n)).collect()
+        let reasons = self
+            .reasons
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        reasons
+            .iter()
+            .map(|(&(family, reason), &n)| (family, reason, n))
+            .collect()
     }
 
     pub(crate) fn tls_refused(&self, why: TlsRefusal) {

@@ -114,7 +114,10 @@ pub(crate) struct Endpoint<H> {
 
 impl<H> std::fmt::Debug for Endpoint<H> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Endpoint").field("me", &self.parts.me).field("connections", &self.live).finish_non_exhaustive()
+        f.debug_struct("Endpoint")
+            .field("me", &self.parts.me)
+            .field("connections", &self.live)
+            .finish_non_exhaustive()
     }
 }
 
@@ -169,7 +172,11 @@ impl<H: Handler> Endpoint<H> {
                 return Some(slot);
             }
         }
-        if is_long { self.initial.get(dcid).copied() } else { None }
+        if is_long {
+            self.initial.get(dcid).copied()
+        } else {
+            None
+        }
     }
 
     fn new_cid(&self, slot: usize) -> [u8; 16] {
@@ -177,7 +184,13 @@ impl<H: Handler> Endpoint<H> {
         // The system's generator does not fail once it was seeded; an all-zero tag would only be guessable.
         self.random.fill(&mut tag).ok();
         let shard = self.parts.shard as u8;
-        LocalCid { shard, generation: self.parts.generation, slot: slot as u32, tag }.encode()
+        LocalCid {
+            shard,
+            generation: self.parts.generation,
+            slot: slot as u32,
+            tag,
+        }
+        .encode()
     }
 
     fn take_slot(&mut self) -> usize {
@@ -194,7 +207,11 @@ impl<H: Handler> Endpoint<H> {
 
     fn slot_of(&self, key: ConnKey) -> Option<usize> {
         let slot = (key.0 >> 32) as usize;
-        self.connections.get(slot)?.as_ref().filter(|c| c.key == key).map(|_| slot)
+        self.connections
+            .get(slot)?
+            .as_ref()
+            .filter(|c| c.key == key)
+            .map(|_| slot)
     }
 
     fn mark_dirty(&mut self, slot: usize) {
@@ -219,7 +236,9 @@ impl<H: Handler> Endpoint<H> {
             return None;
         };
         if header.ty != quiche::Type::Initial || self.stop_at.is_some() {
-            if header.ty != quiche::Type::VersionNegotiation && !quiche::version_is_supported(header.version) {
+            if header.ty != quiche::Type::VersionNegotiation
+                && !quiche::version_is_supported(header.version)
+            {
                 self.negotiate_version(&header, from);
             }
             self.counters().add(Counter::DatagramsUnroutable, 1);
@@ -237,7 +256,13 @@ impl<H: Handler> Endpoint<H> {
         let slot = self.take_slot();
         let cid = self.new_cid(slot);
         let scid = quiche::ConnectionId::from_ref(&cid);
-        let quic = quiche::accept_with_buf_factory::<Buffers>(&scid, None, self.parts.local, from, &mut self.parts.server);
+        let quic = quiche::accept_with_buf_factory::<Buffers>(
+            &scid,
+            None,
+            self.parts.local,
+            from,
+            &mut self.parts.server,
+        );
         let Ok(quic) = quic else {
             self.free.push(slot);
             self.counters().count(Family::Refused, "quic_accept");
@@ -263,7 +288,12 @@ impl<H: Handler> Endpoint<H> {
     fn dial(&mut self, index: usize, peer: NodeId, to: SocketAddr, attempt: Attempt, now: Instant) {
         self.counters().add(Counter::Dials, 1);
         let room = self.live < self.parts.shared.config.connections_max;
-        let Some(key) = self.topology.member(&peer).filter(|_| room).map(|member| member.public_key) else {
+        let Some(key) = self
+            .topology
+            .member(&peer)
+            .filter(|_| room)
+            .map(|member| member.public_key)
+        else {
             self.parts.peers[index].dial_failed(attempt, now);
             return;
         };
@@ -297,16 +327,26 @@ impl<H: Handler> Endpoint<H> {
 
     /// TLS is done on our side: learn who it is, and ask whether it may stay.
     fn on_established(&mut self, slot: usize, now: Instant) {
-        let Some(Some(connection)) = self.connections.get_mut(slot) else { return };
+        let Some(Some(connection)) = self.connections.get_mut(slot) else {
+            return;
+        };
         self.handshakes -= usize::from(std::mem::take(&mut connection.is_handshaking));
-        let steering = connection.initial.as_ref().and_then(|dcid| dcid.first()).copied();
+        let steering = connection
+            .initial
+            .as_ref()
+            .and_then(|dcid| dcid.first())
+            .copied();
         if let Some(initial) = connection.initial.take() {
             self.initial.remove(&initial);
         }
-        let peer = tls::peer_key(connection.quic.as_mut()).and_then(|key| self.topology.node_of_key(&key));
+        let peer =
+            tls::peer_key(connection.quic.as_mut()).and_then(|key| self.topology.node_of_key(&key));
         let Some(peer) = peer else {
             // Passed the callback, and left the registry since.
-            self.parts.shared.counters.count(Family::Refused, CloseCode::NotAMember.reason());
+            self.parts
+                .shared
+                .counters
+                .count(Family::Refused, CloseCode::NotAMember.reason());
             connection.close(CloseCode::NotAMember);
             return;
         };
@@ -317,7 +357,8 @@ impl<H: Handler> Endpoint<H> {
             }
             None => {
                 // The dialler says in its first connection ID which connection of the pair this is.
-                connection.index = steering.map_or(0, |byte| usize::from(byte.wrapping_sub(peer.spread())));
+                connection.index =
+                    steering.map_or(0, |byte| usize::from(byte.wrapping_sub(peer.spread())));
                 self.parts.shared.counters.add(Counter::ConnectionsIn, 1);
                 Direction::Inbound
             }
@@ -327,7 +368,10 @@ impl<H: Handler> Endpoint<H> {
             None => Err(Refusal::TooMany),
         };
         if let Err(refusal) = allowed {
-            self.parts.shared.counters.count(Family::Refused, refusal.reason());
+            self.parts
+                .shared
+                .counters
+                .count(Family::Refused, refusal.reason());
             connection.close(CloseCode::of_refusal(refusal));
             self.mark_dirty(slot);
             return;
@@ -356,23 +400,37 @@ impl<H: Handler> Endpoint<H> {
                 self.run_action(index, action, now);
             }
             if let Some(at) = self.parts.peers[index].poll_timeout() {
-                self.peers_timers[index] = Some(self.wheel.replace(self.peers_timers[index], Timer::Peers(index), at));
+                self.peers_timers[index] = Some(self.wheel.replace(
+                    self.peers_timers[index],
+                    Timer::Peers(index),
+                    at,
+                ));
             }
         }
     }
 
     fn run_action(&mut self, index: usize, action: Action, now: Instant) {
         match action {
-            Action::Dial { peer, address, attempt } => self.dial(index, peer, address, attempt, now),
+            Action::Dial {
+                peer,
+                address,
+                attempt,
+            } => self.dial(index, peer, address, attempt, now),
             Action::Abandon { attempt } => {
                 let abandoned = |c: &Connection| c.index == index && c.attempt == Some(attempt);
-                let slot = self.connections.iter().position(|c| c.as_deref().is_some_and(abandoned));
+                let slot = self
+                    .connections
+                    .iter()
+                    .position(|c| c.as_deref().is_some_and(abandoned));
                 if let Some(slot) = slot {
                     self.close(slot, CloseCode::Done);
                 }
             }
             Action::Knock { peer, address } => {
-                let knock = Knock { sender: self.parts.me, target: peer };
+                let knock = Knock {
+                    sender: self.parts.me,
+                    target: peer,
+                };
                 self.reply(knock.encode(index as u8).to_vec(), address);
             }
             Action::Verify { conn } => {
@@ -395,7 +453,10 @@ impl<H: Handler> Endpoint<H> {
                 if let Some(slot) = self.slot_of(conn) {
                     self.take_down(slot);
                     if let Some(Some(connection)) = self.connections.get_mut(slot) {
-                        connection.phase = Phase::Draining { until: None, code: CloseCode::Replaced };
+                        connection.phase = Phase::Draining {
+                            until: None,
+                            code: CloseCode::Replaced,
+                        };
                     }
                     self.mark_dirty(slot);
                 }
@@ -406,14 +467,26 @@ impl<H: Handler> Endpoint<H> {
     }
 
     fn on_up(&mut self, peer: NodeId, conn: ConnKey, number: ConnectionNumber, now: Instant) {
-        let Some(slot) = self.slot_of(conn) else { return };
-        let Some(Some(connection)) = self.connections.get_mut(slot) else { return };
-        let Some(link) = connection.link.clone() else { return };
+        let Some(slot) = self.slot_of(conn) else {
+            return;
+        };
+        let Some(Some(connection)) = self.connections.get_mut(slot) else {
+            return;
+        };
+        let Some(link) = connection.link.clone() else {
+            return;
+        };
         connection.phase = Phase::Up;
         connection.start_keep_alive(self.parts.shared.config.keep_alive, now);
         connection.health = Some(Health::new(health_config(&self.parts.shared.config), now));
         link.number.set(number);
-        self.parts.shared.up.borrow_mut().entry(peer).or_default().push(link);
+        self.parts
+            .shared
+            .up
+            .borrow_mut()
+            .entry(peer)
+            .or_default()
+            .push(link);
         self.handler.on_up(peer, number);
         self.publish();
     }
@@ -426,8 +499,12 @@ impl<H: Handler> Endpoint<H> {
 
     /// Takes a connection out of use for new messages.
     fn take_down(&mut self, slot: usize) {
-        let Some(Some(connection)) = self.connections.get(slot) else { return };
-        let Some(peer) = connection.peer() else { return };
+        let Some(Some(connection)) = self.connections.get(slot) else {
+            return;
+        };
+        let Some(peer) = connection.peer() else {
+            return;
+        };
         let mut up = self.parts.shared.up.borrow_mut();
         if let Some(links) = up.get_mut(&peer) {
             links.retain(|link| link.slot != slot);
@@ -447,7 +524,9 @@ impl<H: Handler> Endpoint<H> {
     /// The connection is gone: tell everybody, and free its slot.
     fn remove(&mut self, slot: usize, now: Instant) {
         self.take_down(slot);
-        let Some(mut connection) = self.connections.get_mut(slot).and_then(Option::take) else { return };
+        let Some(mut connection) = self.connections.get_mut(slot).and_then(Option::take) else {
+            return;
+        };
         self.free.push(slot);
         self.live -= 1;
         if let Some(id) = connection.timer {
@@ -459,7 +538,11 @@ impl<H: Handler> Endpoint<H> {
         }
         let kind = self.judge_end(&connection);
         if let Some(link) = connection.link.take() {
-            let mut room = PeerRoom { budget: &mut self.parts.budget, pool: &self.parts.pool, peer: link.peer };
+            let mut room = PeerRoom {
+                budget: &mut self.parts.budget,
+                pool: &self.parts.pool,
+                peer: link.peer,
+            };
             connection.inbox.clear(&mut room);
             link.close();
         }
@@ -477,19 +560,25 @@ impl<H: Handler> Endpoint<H> {
         let counters = self.counters();
         let quic = &connection.quic;
         if connection.is_server
-            && quic.local_error().is_some_and(|e| !e.is_app && e.error_code == CERTIFICATE_REQUIRED)
+            && quic
+                .local_error()
+                .is_some_and(|e| !e.is_app && e.error_code == CERTIFICATE_REQUIRED)
         {
             counters.tls_refused(TlsRefusal::NoCertificate);
         }
         let (reason, kind) = match (quic.peer_error(), quic.local_error()) {
             _ if quic.is_timed_out() => ("timed_out", CloseKind::Lost),
-            (Some(error), _) if error.is_app && error.error_code == CloseCode::Done as u64 => ("peer_done", CloseKind::Clean),
+            (Some(error), _) if error.is_app && error.error_code == CloseCode::Done as u64 => {
+                ("peer_done", CloseKind::Clean)
+            }
             (Some(error), _) if error.is_app && error.error_code == CloseCode::Replaced as u64 => {
                 ("peer_replaced", CloseKind::Clean)
             }
             (Some(error), _) if error.is_app => ("peer_closed", CloseKind::Refused),
             (Some(_), _) => ("peer_transport_error", CloseKind::Lost),
-            (None, Some(error)) if error.is_app && error.error_code == CloseCode::Done as u64 => ("done", CloseKind::Clean),
+            (None, Some(error)) if error.is_app && error.error_code == CloseCode::Done as u64 => {
+                ("done", CloseKind::Clean)
+            }
             (None, Some(error)) if error.is_app => ("closed", CloseKind::Clean),
             (None, Some(_)) => ("transport_error", CloseKind::Lost),
             (None, None) => ("lost", CloseKind::Lost),
@@ -502,15 +591,29 @@ impl<H: Handler> Endpoint<H> {
 
     /// After the packets of one receive completion: everything they made possible.
     fn on_packets(&mut self, slot: usize, now: Instant) {
-        let Some(Some(connection)) = self.connections.get_mut(slot) else { return };
+        let Some(Some(connection)) = self.connections.get_mut(slot) else {
+            return;
+        };
         if matches!(connection.phase, Phase::Handshake { .. }) && connection.quic.is_established() {
             self.on_established(slot, now);
         }
-        let Some(Some(connection)) = self.connections.get_mut(slot) else { return };
+        let Some(Some(connection)) = self.connections.get_mut(slot) else {
+            return;
+        };
         if let Some(peer) = connection.peer() {
             let mut events = Events::default();
-            let mut room = PeerRoom { budget: &mut self.parts.budget, pool: &self.parts.pool, peer };
-            connection.read(&mut self.handler, &mut self.scratch, &mut room, now, &mut events);
+            let mut room = PeerRoom {
+                budget: &mut self.parts.budget,
+                pool: &self.parts.pool,
+                peer,
+            };
+            connection.read(
+                &mut self.handler,
+                &mut self.scratch,
+                &mut room,
+                now,
+                &mut events,
+            );
             for reservation in events.reservations.drain(..) {
                 self.parts.budget.release(reservation);
             }
@@ -518,7 +621,8 @@ impl<H: Handler> Endpoint<H> {
             if opened > 0 {
                 self.parts.shared.counters.add(Counter::StreamsIn, opened);
                 if connection.judge_at.is_none() && connection.inbox.unfinished() > 0 {
-                    connection.judge_at = Some(now + self.parts.shared.config.stream_progress_interval);
+                    connection.judge_at =
+                        Some(now + self.parts.shared.config.stream_progress_interval);
                 }
             }
             if let Some(health) = &mut connection.health {
@@ -558,9 +662,17 @@ impl<H: Handler> Endpoint<H> {
     // --- timers ---
 
     fn arm(&mut self, slot: usize) {
-        let Some(Some(connection)) = self.connections.get_mut(slot) else { return };
+        let Some(Some(connection)) = self.connections.get_mut(slot) else {
+            return;
+        };
         match connection.next_timeout() {
-            Some(at) => connection.timer = Some(self.wheel.replace(connection.timer, Timer::Connection(slot), at)),
+            Some(at) => {
+                connection.timer = Some(self.wheel.replace(
+                    connection.timer,
+                    Timer::Connection(slot),
+                    at,
+                ));
+            }
             None => {
                 if let Some(id) = connection.timer.take() {
                     self.wheel.cancel(id);
@@ -570,18 +682,33 @@ impl<H: Handler> Endpoint<H> {
     }
 
     fn on_connection_timeout(&mut self, slot: usize, now: Instant) {
-        let Some(Some(connection)) = self.connections.get_mut(slot) else { return };
+        let Some(Some(connection)) = self.connections.get_mut(slot) else {
+            return;
+        };
         connection.timer = None;
-        if connection.quic.timeout_instant().is_some_and(|at| at <= now) {
+        if connection
+            .quic
+            .timeout_instant()
+            .is_some_and(|at| at <= now)
+        {
             connection.quic.on_timeout();
         }
         let mut close = None;
         match connection.phase {
             Phase::Handshake { until } if until <= now => {
-                self.parts.shared.counters.count(Family::Refused, "connect_timeout");
+                self.parts
+                    .shared
+                    .counters
+                    .count(Family::Refused, "connect_timeout");
                 close = Some(CloseCode::Done);
             }
-            Phase::Draining { until: Some(until), code } | Phase::Lingering { until, code } if until <= now => {
+            Phase::Draining {
+                until: Some(until),
+                code,
+            }
+            | Phase::Lingering { until, code }
+                if until <= now =>
+            {
                 close = Some(code);
             }
             _ => {}
@@ -599,7 +726,11 @@ impl<H: Handler> Endpoint<H> {
         if let (Some(at), Some(peer)) = (connection.judge_at, connection.peer())
             && at <= now
         {
-            let mut room = PeerRoom { budget: &mut self.parts.budget, pool: &self.parts.pool, peer };
+            let mut room = PeerRoom {
+                budget: &mut self.parts.budget,
+                pool: &self.parts.pool,
+                peer,
+            };
             connection.judge_streams(&mut room, now, &self.parts.shared.config);
         }
         if let Some(code) = close {
@@ -612,7 +743,9 @@ impl<H: Handler> Endpoint<H> {
 
     /// Sends what one connection has. True when it has more than this turn's budget.
     fn flush(&mut self, slot: usize, trains: &mut Trains<'_>, now: Instant) -> bool {
-        let Some(Some(connection)) = self.connections.get_mut(slot) else { return false };
+        let Some(Some(connection)) = self.connections.get_mut(slot) else {
+            return false;
+        };
         connection.is_dirty = false;
         if let Some(link) = &connection.link {
             link.clear_dirty();
@@ -621,9 +754,18 @@ impl<H: Handler> Endpoint<H> {
             && connection.link.as_ref().is_none_or(|link| link.is_idle())
         {
             let linger = now + connection.linger();
-            connection.phase = Phase::Lingering { until: until.map_or(linger, |until| until.min(linger)), code };
+            connection.phase = Phase::Lingering {
+                until: until.map_or(linger, |until| until.min(linger)),
+                code,
+            };
         }
-        let more = connection.transmit(trains, &self.parts.shared.config, &self.parts.shared.counters);
+        let more = connection.transmit(
+            trains,
+            &self.parts.shared.config,
+            &self.parts.shared.counters,
+        );
+        // The kernel steers a train by the connection ID of its first packet: trains do not mix connections.
+        trains.finish();
         // A draining connection (RFC 9000, 10.2.2) has nothing to say any more; late packets for it find nobody.
         if connection.quic.is_closed() || connection.quic.is_draining() {
             self.remove(slot, now);
@@ -637,27 +779,40 @@ impl<H: Handler> Endpoint<H> {
     }
 
     fn publish(&mut self) {
-        let peers = self.connections.iter_mut().flatten().filter_map(|connection| {
-            if let (Some(link), true) = (&connection.link, connection.phase == Phase::Up) {
-                let path = connection.quic.path_stats().next();
-                let stats = connection.quic.stats();
-                return Some(PeerStatus {
-                    node_id: link.peer,
-                    connection: link.number.get(),
-                    address: path.as_ref().map(|p| p.peer_addr),
-                    rtt: path.as_ref().map(|p| p.rtt),
-                    probe_rtt: connection.health.as_ref().and_then(Health::rtt).map(|rtt| rtt.smoothed),
-                    congestion_window_bytes: path.as_ref().map_or(0, |p| p.cwnd as u64),
-                    packets_sent: stats.sent as u64,
-                    packets_lost: stats.lost as u64,
-                    bytes_sent: stats.sent_bytes,
-                    bytes_received: stats.recv_bytes,
-                    shard: self.parts.shard,
-                });
-            }
-            None
-        });
-        self.parts.board.publish(self.parts.shard, peers.collect(), self.live, self.handshakes);
+        let peers = self
+            .connections
+            .iter_mut()
+            .flatten()
+            .filter_map(|connection| {
+                if let (Some(link), true) = (&connection.link, connection.phase == Phase::Up) {
+                    let path = connection.quic.path_stats().next();
+                    let stats = connection.quic.stats();
+                    return Some(PeerStatus {
+                        node_id: link.peer,
+                        connection: link.number.get(),
+                        address: path.as_ref().map(|p| p.peer_addr),
+                        rtt: path.as_ref().map(|p| p.rtt),
+                        probe_rtt: connection
+                            .health
+                            .as_ref()
+                            .and_then(Health::rtt)
+                            .map(|rtt| rtt.smoothed),
+                        congestion_window_bytes: path.as_ref().map_or(0, |p| p.cwnd as u64),
+                        packets_sent: stats.sent as u64,
+                        packets_lost: stats.lost as u64,
+                        bytes_sent: stats.sent_bytes,
+                        bytes_received: stats.recv_bytes,
+                        shard: self.parts.shard,
+                    });
+                }
+                None
+            });
+        self.parts.board.publish(
+            self.parts.shard,
+            peers.collect(),
+            self.live,
+            self.handshakes,
+        );
     }
 }
 
@@ -682,8 +837,12 @@ impl<H: Handler> Datapath for Endpoint<H> {
 
     fn on_datagrams(&mut self, datagrams: Datagrams<'_>, now: Instant) {
         self.parts.shared.now.set(now);
-        self.counters().add(Counter::DatagramsReceived, datagrams.count() as u64);
-        let info = quiche::RecvInfo { from: datagrams.from(), to: self.parts.local };
+        self.counters()
+            .add(Counter::DatagramsReceived, datagrams.count() as u64);
+        let info = quiche::RecvInfo {
+            from: datagrams.from(),
+            to: self.parts.local,
+        };
         let mut touched: Option<(usize, [u8; 16])> = None;
         for datagram in datagrams.into_segments() {
             if let Some(knock) = Knock::decode(datagram) {
@@ -692,12 +851,21 @@ impl<H: Handler> Datapath for Endpoint<H> {
             }
             let slot = match touched {
                 // The short headers of one flow name the same connection nearly always.
-                Some((slot, cid)) if datagram.get(1..17) == Some(cid.as_slice()) && datagram[0] & 0x80 == 0 => slot,
+                Some((slot, cid))
+                    if datagram.get(1..17) == Some(cid.as_slice()) && datagram[0] & 0x80 == 0 =>
+                {
+                    slot
+                }
                 _ => {
-                    let Some(slot) = self.route(datagram).or_else(|| self.accept(datagram, info.from, now)) else {
+                    let Some(slot) = self
+                        .route(datagram)
+                        .or_else(|| self.accept(datagram, info.from, now))
+                    else {
                         continue;
                     };
-                    let Some(Some(connection)) = self.connections.get(slot) else { continue };
+                    let Some(Some(connection)) = self.connections.get(slot) else {
+                        continue;
+                    };
                     let cid = connection.cid;
                     if let Some((last, _)) = touched.replace((slot, cid))
                         && last != slot
@@ -707,7 +875,9 @@ impl<H: Handler> Datapath for Endpoint<H> {
                     slot
                 }
             };
-            let Some(Some(connection)) = self.connections.get_mut(slot) else { continue };
+            let Some(Some(connection)) = self.connections.get_mut(slot) else {
+                continue;
+            };
             if connection.quic.recv(datagram, info).is_err() {
                 self.counters().add(Counter::DatagramsInvalid, 1);
             }
@@ -743,17 +913,25 @@ impl<H: Handler> Datapath for Endpoint<H> {
     fn transmit(&mut self, trains: &mut Trains<'_>, now: Instant) -> Transmit {
         self.parts.shared.now.set(now);
         for (reply, to) in std::mem::take(&mut self.replies) {
-            let Some(buffer) = trains.packet(self.parts.shared.config.udp_payload_bytes_max) else { break };
+            let Some(buffer) = trains.packet(self.parts.shared.config.udp_payload_bytes_max) else {
+                break;
+            };
             buffer[..reply.len()].copy_from_slice(&reply);
             trains.push(reply.len(), to);
         }
         let turns = self.parts.shared.dirty.borrow().len();
         let mut more = false;
         for _ in 0..turns {
-            let Some(slot) = self.parts.shared.dirty.borrow_mut().pop_front() else { break };
+            let Some(slot) = self.parts.shared.dirty.borrow_mut().pop_front() else {
+                break;
+            };
             more |= self.flush(slot, trains, now);
         }
-        if more || !self.parts.shared.dirty.borrow().is_empty() { Transmit::More } else { Transmit::Done }
+        if more || !self.parts.shared.dirty.borrow().is_empty() {
+            Transmit::More
+        } else {
+            Transmit::Done
+        }
     }
 
     fn has_pending(&self) -> bool {
@@ -781,7 +959,10 @@ impl<H: Handler> Datapath for Endpoint<H> {
             if let Some(connection) = &mut self.connections[slot]
                 && connection.phase != Phase::Closing
             {
-                connection.phase = Phase::Draining { until: Some(until), code: CloseCode::Done };
+                connection.phase = Phase::Draining {
+                    until: Some(until),
+                    code: CloseCode::Done,
+                };
             }
             self.mark_dirty(slot);
         }
@@ -790,7 +971,11 @@ impl<H: Handler> Datapath for Endpoint<H> {
     fn is_stopped(&self, now: Instant) -> bool {
         // CONNECTION_CLOSE has left once every connection is closing; quiche's draining period is for late packets, which a stopped
         // process may leave unanswered.
-        let all_closing = self.connections.iter().flatten().all(|c| c.phase == Phase::Closing && !c.is_dirty);
+        let all_closing = self
+            .connections
+            .iter()
+            .flatten()
+            .all(|c| c.phase == Phase::Closing && !c.is_dirty);
         self.stop_at.is_some_and(|at| all_closing || at <= now)
     }
 }

@@ -9,7 +9,9 @@
 //! 3. Whatever ends a stream gives its reservation back.
 
 use millrace_protocol::budget::Reservation;
-use millrace_protocol::frame::{Carriage, FrameError, Header, Kind, LaneParser, Limits, StreamKind};
+use millrace_protocol::frame::{
+    Carriage, FrameError, Header, Kind, LaneParser, Limits, StreamKind,
+};
 use millrace_shards::chunk::{Body, BodyMut, ChunkPool};
 
 use crate::buffers::QuicConnection;
@@ -85,9 +87,20 @@ enum State {
     Opening,
     Lane(LaneParser),
     /// Bytes of the header so far.
-    Header { bytes: [u8; Header::BYTES], have: usize },
-    Small { header: Header, body: Vec<u8>, reservation: Reservation },
-    Large { header: Header, body: BodyMut, reservation: Reservation },
+    Header {
+        bytes: [u8; Header::BYTES],
+        have: usize,
+    },
+    Small {
+        header: Header,
+        body: Vec<u8>,
+        reservation: Reservation,
+    },
+    Large {
+        header: Header,
+        body: BodyMut,
+        reservation: Reservation,
+    },
 }
 
 #[derive(Debug)]
@@ -110,7 +123,12 @@ pub(crate) struct Inbox {
 
 impl Inbox {
     pub(crate) fn new(limits: Limits) -> Self {
-        Self { limits, streams: Vec::new(), last: 0, opened: 0 }
+        Self {
+            limits,
+            streams: Vec::new(),
+            last: 0,
+            opened: 0,
+        }
     }
 
     /// Streams opened by the peer since the last call.
@@ -120,7 +138,10 @@ impl Inbox {
 
     /// Messages that have begun and not ended.
     pub(crate) fn unfinished(&self) -> usize {
-        self.streams.iter().filter(|s| !matches!(s.state, State::Lane(_))).count()
+        self.streams
+            .iter()
+            .filter(|s| !matches!(s.state, State::Lane(_)))
+            .count()
     }
 
     /// Reads all that stream `id` has, and hands over what is whole. `scratch` is overwritten.
@@ -146,7 +167,15 @@ impl Inbox {
             }
             Err(fault) => {
                 let header = self.streams[at].header();
-                stop(path, id, if fault == StreamFault::Reset { CODE_CANCELLED } else { CODE_REFUSED });
+                stop(
+                    path,
+                    id,
+                    if fault == StreamFault::Reset {
+                        CODE_CANCELLED
+                    } else {
+                        CODE_REFUSED
+                    },
+                );
                 self.remove(at, room);
                 Err((fault, header))
             }
@@ -185,7 +214,11 @@ impl Inbox {
     }
 
     fn position(&mut self, id: u64) -> usize {
-        if self.streams.get(self.last).is_some_and(|stream| stream.id == id) {
+        if self
+            .streams
+            .get(self.last)
+            .is_some_and(|stream| stream.id == id)
+        {
             return self.last;
         }
         self.last = match self.streams.iter().position(|stream| stream.id == id) {
@@ -193,7 +226,11 @@ impl Inbox {
             None => {
                 self.opened += 1;
                 // What a stream brings in its first interval counts as one unit of progress: it is judged from the next.
-                self.streams.push(Incoming { id, state: State::Opening, progress_bytes: u64::MAX / 2 });
+                self.streams.push(Incoming {
+                    id,
+                    state: State::Opening,
+                    progress_bytes: u64::MAX / 2,
+                });
                 self.streams.len() - 1
             }
         };
@@ -202,7 +239,9 @@ impl Inbox {
 
     fn remove(&mut self, at: usize, room: &mut impl Room) {
         match self.streams.swap_remove(at).state {
-            State::Small { reservation, .. } | State::Large { reservation, .. } => room.release(reservation),
+            State::Small { reservation, .. } | State::Large { reservation, .. } => {
+                room.release(reservation);
+            }
             State::Opening | State::Lane(_) | State::Header { .. } => {}
         }
     }
@@ -250,14 +289,19 @@ impl Incoming {
                     Some(&byte) if read == 1 => {
                         self.state = match StreamKind::decode(byte).map_err(StreamFault::Frame)? {
                             StreamKind::Lane => State::Lane(LaneParser::new(*limits)),
-                            StreamKind::Message => State::Header { bytes: [0; Header::BYTES], have: 0 },
+                            StreamKind::Message => State::Header {
+                                bytes: [0; Header::BYTES],
+                                have: 0,
+                            },
                         };
                     }
                     _ => {}
                 },
                 State::Lane(parser) => {
                     parser
-                        .push(&scratch[..read], &mut |header, body| arrived(Arrived::Frame(header, body)))
+                        .push(&scratch[..read], &mut |header, body| {
+                            arrived(Arrived::Frame(header, body));
+                        })
                         .map_err(StreamFault::Frame)?;
                     if fin {
                         return Err(StreamFault::LaneEnded);
@@ -268,7 +312,9 @@ impl Incoming {
                     *have += read;
                     if *have == Header::BYTES {
                         let header = Header::decode(bytes).map_err(StreamFault::Frame)?;
-                        header.check(Carriage::Stream, limits).map_err(StreamFault::Frame)?;
+                        header
+                            .check(Carriage::Stream, limits)
+                            .map_err(StreamFault::Frame)?;
                         if fin && header.body_bytes > 0 {
                             return Err(StreamFault::Short);
                         }
@@ -314,10 +360,18 @@ impl Incoming {
         let len = header.body_bytes as usize;
         let reservation = room.reserve(len as u64).ok_or(StreamFault::NoRoom)?;
         if len <= INLINE_BYTES_MAX {
-            return Ok(State::Small { header, body: Vec::with_capacity(len), reservation });
+            return Ok(State::Small {
+                header,
+                body: Vec::with_capacity(len),
+                reservation,
+            });
         }
         match BodyMut::with_len(room.pool(), len) {
-            Some(body) => Ok(State::Large { header, body, reservation }),
+            Some(body) => Ok(State::Large {
+                header,
+                body,
+                reservation,
+            }),
             None => {
                 room.release(reservation);
                 Err(StreamFault::NoRoom)
@@ -327,7 +381,11 @@ impl Incoming {
 
     fn finish_large(&mut self, arrived: &mut impl FnMut(Arrived<'_>)) -> Result<(), StreamFault> {
         match std::mem::replace(&mut self.state, State::Opening) {
-            State::Large { header, body, reservation } if body.is_full() => {
+            State::Large {
+                header,
+                body,
+                reservation,
+            } if body.is_full() => {
                 arrived(Arrived::Message(header, body.freeze(), reservation));
                 Ok(())
             }
@@ -341,7 +399,8 @@ impl Incoming {
 
 fn stop(path: &mut QuicConnection, stream: u64, code: u64) {
     // A stream that is gone already needs no stop.
-    path.stream_shutdown(stream, quiche::Shutdown::Read, code).ok();
+    path.stream_shutdown(stream, quiche::Shutdown::Read, code)
+        .ok();
 }
 
 /// Whether a frame of this kind asks for an answer that a refusal must give.

@@ -76,8 +76,16 @@ impl Shared {
         }
     }
 
-    pub(crate) fn send(&self, peer: &NodeId, class: Class, method: Method, body: Payload) -> Result<(), RpcError> {
-        let link = self.link_to(peer, class == Class::Bulk).ok_or(RpcError::NotConnected)?;
+    pub(crate) fn send(
+        &self,
+        peer: &NodeId,
+        class: Class,
+        method: Method,
+        body: Payload,
+    ) -> Result<(), RpcError> {
+        let link = self
+            .link_to(peer, class == Class::Bulk)
+            .ok_or(RpcError::NotConnected)?;
         link.send(class, method, body)
     }
 }
@@ -138,7 +146,10 @@ impl PendingAnswer {
     pub(crate) fn failed(error: RpcError) -> Self {
         let completion = Rc::new(Completion::default());
         completion.complete(Err(error));
-        Self { completion, call: None }
+        Self {
+            completion,
+            call: None,
+        }
     }
 }
 
@@ -191,7 +202,12 @@ impl Link {
         Self::with_outbox(shared, slot, peer, Outbox::new(&shared.config, is_server))
     }
 
-    pub(crate) fn with_outbox(shared: &Rc<Shared>, slot: usize, peer: NodeId, out: Outbox) -> Rc<Self> {
+    pub(crate) fn with_outbox(
+        shared: &Rc<Shared>,
+        slot: usize,
+        peer: NodeId,
+        out: Outbox,
+    ) -> Rc<Self> {
         let config = &shared.config;
         Rc::new(Self {
             shared: Rc::clone(shared),
@@ -199,7 +215,10 @@ impl Link {
             peer,
             number: Cell::new(ConnectionNumber(0)),
             out: RefCell::new(out),
-            calls: RefCell::new(RpcTable::new(config.requests_out_max.rpc_limits(), shared.now.get())),
+            calls: RefCell::new(RpcTable::new(
+                config.requests_out_max.rpc_limits(),
+                shared.now.get(),
+            )),
             inbound: RefCell::new(InFlight::new(config.requests_in_max.rpc_limits())),
             is_dirty: Cell::new(false),
             is_closed: Cell::new(false),
@@ -219,7 +238,11 @@ impl Link {
     }
 
     /// Sends a request; its waiter hears exactly once.
-    pub(crate) fn request(&self, request: Request, waiter: Waiter) -> Result<Header, (RpcError, Waiter)> {
+    pub(crate) fn request(
+        &self,
+        request: Request,
+        waiter: Waiter,
+    ) -> Result<Header, (RpcError, Waiter)> {
         if self.is_closed.get() {
             return Err((RpcError::NotConnected, waiter));
         }
@@ -230,8 +253,18 @@ impl Link {
         let body_bytes = request.body.len() as u32;
         let arg = u32::try_from(request.deadline.as_millis()).unwrap_or(u32::MAX);
         let deadline = self.shared.now.get() + request.deadline;
-        let id = self.calls.borrow_mut().insert_with(request.class, deadline, waiter)?;
-        let header = Header { kind: Kind::Request, class: request.class, method: request.method, id, body_bytes, arg };
+        let id = self
+            .calls
+            .borrow_mut()
+            .insert_with(request.class, deadline, waiter)?;
+        let header = Header {
+            kind: Kind::Request,
+            class: request.class,
+            method: request.method,
+            id,
+            body_bytes,
+            arg,
+        };
         if self.out.borrow_mut().push(header, request.body).is_err() {
             let waiter = self.calls.borrow_mut().cancel(id);
             return match waiter {
@@ -239,7 +272,9 @@ impl Link {
                 None => Ok(header),
             };
         }
-        self.shared.counters.sent(request.class, body_bytes as usize);
+        self.shared
+            .counters
+            .sent(request.class, body_bytes as usize);
         self.mark_dirty();
         Ok(header)
     }
@@ -248,7 +283,10 @@ impl Link {
     pub(crate) fn request_local(self: &Rc<Self>, request: Request) -> PendingAnswer {
         let completion = Rc::new(Completion::default());
         match self.request(request, Waiter::Local(Rc::clone(&completion))) {
-            Ok(header) => PendingAnswer { completion, call: Some((Rc::clone(self), header)) },
+            Ok(header) => PendingAnswer {
+                completion,
+                call: Some((Rc::clone(self), header)),
+            },
             Err((error, _)) => {
                 self.shared.counters.count(Family::Failed, error.reason());
                 PendingAnswer::failed(error)
@@ -282,21 +320,47 @@ impl Link {
             return Err(too_large(&body, &self.shared.config.limits));
         }
         let body_bytes = body.len() as u32;
-        let header = Header { kind: Kind::Send, class, method, id: 0, body_bytes, arg: 0 };
-        self.out.borrow_mut().push(header, body).map_err(|_| RpcError::LocalBusy(class))?;
+        let header = Header {
+            kind: Kind::Send,
+            class,
+            method,
+            id: 0,
+            body_bytes,
+            arg: 0,
+        };
+        self.out
+            .borrow_mut()
+            .push(header, body)
+            .map_err(|_| RpcError::LocalBusy(class))?;
         self.shared.counters.sent(class, body_bytes as usize);
         self.mark_dirty();
         Ok(())
     }
 
     /// Sends a small one-way message without taking it over: its bytes go straight into a lane.
-    pub(crate) fn send_slice(&self, class: Class, method: Method, body: &[u8]) -> Result<(), RpcError> {
+    pub(crate) fn send_slice(
+        &self,
+        class: Class,
+        method: Method,
+        body: &[u8],
+    ) -> Result<(), RpcError> {
         if self.is_closed.get() {
             return Err(RpcError::NotConnected);
         }
-        let header = Header { kind: Kind::Send, class, method, id: 0, body_bytes: body.len() as u32, arg: 0 };
+        let header = Header {
+            kind: Kind::Send,
+            class,
+            method,
+            id: 0,
+            body_bytes: body.len() as u32,
+            arg: 0,
+        };
         if body.len() > self.shared.config.limits.lane_body_bytes_max as usize {
-            return self.send(class, method, Payload::Bytes(bytes::Bytes::copy_from_slice(body)));
+            return self.send(
+                class,
+                method,
+                Payload::Bytes(bytes::Bytes::copy_from_slice(body)),
+            );
         }
         if self.out.borrow_mut().push_frame(header, body).is_err() {
             let busy = RpcError::LocalBusy(class);
@@ -310,17 +374,32 @@ impl Link {
 
     /// Sends a control frame (hello, probe); never refused for want of room in practice, and lost without harm.
     pub(crate) fn control(&self, kind: Kind, arg: u32, body: &[u8]) {
-        let header =
-            Header { kind, class: Class::Latency, method: Method(0), id: 0, body_bytes: body.len() as u32, arg };
+        let header = Header {
+            kind,
+            class: Class::Latency,
+            method: Method(0),
+            id: 0,
+            body_bytes: body.len() as u32,
+            arg,
+        };
         if self.out.borrow_mut().push_frame(header, body).is_err() {
-            self.shared.counters.count(Family::Failed, RpcError::LocalBusy(Class::Latency).reason());
+            self.shared
+                .counters
+                .count(Family::Failed, RpcError::LocalBusy(Class::Latency).reason());
         }
         self.mark_dirty();
     }
 
     /// Sends a probe or its reply as a datagram.
     pub(crate) fn datagram(&self, kind: Kind, arg: u32) {
-        let header = Header { kind, class: Class::Latency, method: Method(0), id: 0, body_bytes: 0, arg };
+        let header = Header {
+            kind,
+            class: Class::Latency,
+            method: Method(0),
+            id: 0,
+            body_bytes: 0,
+            arg,
+        };
         self.out.borrow_mut().push_datagram(header, &[]);
         self.mark_dirty();
     }
@@ -331,15 +410,30 @@ impl Link {
             return;
         }
         let (kind, arg, body) = match answer {
-            Ok(body) if body.len() <= u64::from(self.shared.config.limits.body_bytes_max) => (Kind::Response, 0, body),
-            Ok(_) => (Kind::Failure, FailureCode::Internal.to_arg(), Payload::Empty),
+            Ok(body) if body.len() <= u64::from(self.shared.config.limits.body_bytes_max) => {
+                (Kind::Response, 0, body)
+            }
+            Ok(_) => (
+                Kind::Failure,
+                FailureCode::Internal.to_arg(),
+                Payload::Empty,
+            ),
             Err(code) => (Kind::Failure, code.to_arg(), Payload::Empty),
         };
         let body_bytes = body.len() as u32;
-        let header = Header { kind, class, method: Method(0), id, body_bytes, arg };
+        let header = Header {
+            kind,
+            class,
+            method: Method(0),
+            id,
+            body_bytes,
+            arg,
+        };
         if self.out.borrow_mut().push(header, body).is_err() {
             // The peer's deadline ends its wait.
-            self.shared.counters.count(Family::Failed, RpcError::LocalBusy(Class::Latency).reason());
+            self.shared
+                .counters
+                .count(Family::Failed, RpcError::LocalBusy(Class::Latency).reason());
             return;
         }
         self.shared.counters.sent(class, body_bytes as usize);
@@ -363,9 +457,13 @@ impl Link {
     /// Ends the requests whose deadline has passed.
     pub(crate) fn expire(&self, now: Instant) {
         let mut late = Vec::new();
-        self.calls.borrow_mut().expire(now, &mut |_, waiter| late.push(waiter));
+        self.calls
+            .borrow_mut()
+            .expire(now, &mut |_, waiter| late.push(waiter));
         for waiter in late {
-            self.shared.counters.count(Family::Failed, RpcError::Timeout.reason());
+            self.shared
+                .counters
+                .count(Family::Failed, RpcError::Timeout.reason());
             waiter.complete(Err(RpcError::Timeout));
         }
     }
@@ -377,9 +475,13 @@ impl Link {
         }
         self.inbound.borrow_mut().take_all(&mut |_, ()| {});
         let mut lost = Vec::new();
-        self.calls.borrow_mut().take_all(&mut |_, waiter| lost.push(waiter));
+        self.calls
+            .borrow_mut()
+            .take_all(&mut |_, waiter| lost.push(waiter));
         for waiter in lost {
-            self.shared.counters.count(Family::Failed, RpcError::ConnectionLost.reason());
+            self.shared
+                .counters
+                .count(Family::Failed, RpcError::ConnectionLost.reason());
             waiter.complete(Err(RpcError::ConnectionLost));
         }
     }
@@ -391,7 +493,10 @@ impl Link {
 
     fn inbound_count(&self) -> u32 {
         let inbound = self.inbound.borrow();
-        Class::ALL.iter().map(|class| inbound.in_flight(*class)).sum()
+        Class::ALL
+            .iter()
+            .map(|class| inbound.in_flight(*class))
+            .sum()
     }
 
     pub(crate) fn open_inbound(&self, class: Class, id: u32) -> bool {
@@ -415,5 +520,8 @@ impl Link {
 }
 
 fn too_large(body: &Payload, limits: &Limits) -> RpcError {
-    RpcError::LocalTooLarge { body_bytes: body.len(), max_bytes: limits.body_bytes_max.into() }
+    RpcError::LocalTooLarge {
+        body_bytes: body.len(),
+        max_bytes: limits.body_bytes_max.into(),
+    }
 }

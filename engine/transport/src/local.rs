@@ -23,7 +23,11 @@ pub struct Local {
 
 impl Local {
     pub(crate) fn new(shared: Rc<Shared>, context: ShardContext, transport: Transport) -> Self {
-        Self { shared, context, transport }
+        Self {
+            shared,
+            context,
+            transport,
+        }
     }
 
     /// Asks `peer`. The answer comes to the returned future; dropping that takes the request back.
@@ -32,13 +36,28 @@ impl Local {
     }
 
     /// Tells `peer`, without an answer; the message is lost with its connection.
-    pub fn send(&self, peer: &NodeId, class: Class, method: Method, body: Payload) -> Result<(), RpcError> {
+    pub fn send(
+        &self,
+        peer: &NodeId,
+        class: Class,
+        method: Method,
+        body: Payload,
+    ) -> Result<(), RpcError> {
         self.shared.send(peer, class, method, body)
     }
 
     /// As [`Local::send`] for a small body, which is copied straight into a lane.
-    pub fn send_slice(&self, peer: &NodeId, class: Class, method: Method, body: &[u8]) -> Result<(), RpcError> {
-        let link = self.shared.link_to(peer, false).ok_or(RpcError::NotConnected)?;
+    pub fn send_slice(
+        &self,
+        peer: &NodeId,
+        class: Class,
+        method: Method,
+        body: &[u8],
+    ) -> Result<(), RpcError> {
+        let link = self
+            .shared
+            .link_to(peer, false)
+            .ok_or(RpcError::NotConnected)?;
         link.send_slice(class, method, body)
     }
 

@@ -153,7 +153,12 @@ impl Defer<'_> {
         if !self.link.open_inbound(self.class, self.id) {
             return None;
         }
-        Some(Responder { link: Rc::clone(self.link), class: self.class, id: self.id, done: false })
+        Some(Responder {
+            link: Rc::clone(self.link),
+            class: self.class,
+            id: self.id,
+            done: false,
+        })
     }
 }
 

@@ -36,8 +36,19 @@ struct Lane {
 
 impl Lane {
     fn new(stream: u64, class: Class) -> Self {
-        let urgency = if class == Class::Latency { LATENCY_URGENCY } else { NORMAL_URGENCY };
-        Self { stream, urgency, class, opened: false, pending: Vec::new(), blocked: None }
+        let urgency = if class == Class::Latency {
+            LATENCY_URGENCY
+        } else {
+            NORMAL_URGENCY
+        };
+        Self {
+            stream,
+            urgency,
+            class,
+            opened: false,
+            pending: Vec::new(),
+            blocked: None,
+        }
     }
 
     /// Offers what waits; returns the bytes taken.
@@ -46,7 +57,10 @@ impl Lane {
             return 0;
         }
         if !self.opened {
-            if path.stream_priority(self.stream, self.urgency, false).is_err() {
+            if path
+                .stream_priority(self.stream, self.urgency, false)
+                .is_err()
+            {
                 return 0;
             }
             if path.stream_send(self.stream, &[StreamKind::Lane.encode()], false) != Ok(1) {
@@ -61,7 +75,10 @@ impl Lane {
                 None if self.pending.is_empty() => return flushed,
                 None => {
                     let capacity = self.pending.capacity().min(16 << 10);
-                    Bytes::from(std::mem::replace(&mut self.pending, Vec::with_capacity(capacity)))
+                    Bytes::from(std::mem::replace(
+                        &mut self.pending,
+                        Vec::with_capacity(capacity),
+                    ))
                 }
             };
             // quiche drops the buffer with an error: keep a reference.
@@ -142,9 +159,15 @@ impl Outbox {
     pub(crate) fn new(config: &TransportConfig, is_server: bool) -> Self {
         let first = if is_server { 3 } else { 2 };
         let mut lanes = vec![Lane::new(first, Class::Latency)];
-        lanes.extend((1..=u64::from(config.lanes.max(1))).map(|i| Lane::new(first + 4 * i, Class::Normal)));
+        lanes.extend(
+            (1..=u64::from(config.lanes.max(1))).map(|i| Lane::new(first + 4 * i, Class::Normal)),
+        );
         let first_message = first + 4 * lanes.len() as u64;
-        let streams = StreamCarrier::new(first_message, config.stream_queue_messages, config.streams_active_max);
+        let streams = StreamCarrier::new(
+            first_message,
+            config.stream_queue_messages,
+            config.streams_active_max,
+        );
         Self::with(config, lanes, Messages::Streams(streams))
     }
 
@@ -175,9 +198,13 @@ impl Outbox {
 
     /// Queues a message on a lane, or on a stream of its own when its body is large.
     pub(crate) fn push(&mut self, header: Header, body: Payload) -> Result<(), QueueFull> {
-        let alone = self.lossy && header.class == Class::Normal && matches!(header.kind, Kind::Request | Kind::Response);
+        let alone = self.lossy
+            && header.class == Class::Normal
+            && matches!(header.kind, Kind::Request | Kind::Response);
         match body.as_slice() {
-            Some(slice) if slice.len() <= self.lane_body_max && !alone => self.push_frame(header, slice),
+            Some(slice) if slice.len() <= self.lane_body_max && !alone => {
+                self.push_frame(header, slice)
+            }
             _ => self.messages.offer(Outgoing { header, body }),
         }
     }
@@ -185,7 +212,11 @@ impl Outbox {
     /// Queues a frame on a lane.
     pub(crate) fn push_frame(&mut self, header: Header, body: &[u8]) -> Result<(), QueueFull> {
         // Small frames of the bulk class share the normal lanes, and their bound.
-        let lane = if header.class == Class::Latency { 0 } else { self.turn_lane };
+        let lane = if header.class == Class::Latency {
+            0
+        } else {
+            self.turn_lane
+        };
         let lane = &mut self.lanes[lane];
         let queued = &mut self.queued[lane.class as usize];
         if *queued >= self.queue_max.of(lane.class) {
@@ -259,7 +290,12 @@ impl Outbox {
     fn withdraw_all(&mut self, mut withdraw: impl FnMut(&mut Messages, &Header) -> bool) {
         for header in std::mem::take(&mut self.withdrawals) {
             if !withdraw(&mut self.messages, &header) && header.kind == Kind::Request {
-                let cancel = Header { kind: Kind::Cancel, body_bytes: 0, arg: 0, ..header };
+                let cancel = Header {
+                    kind: Kind::Cancel,
+                    body_bytes: 0,
+                    arg: 0,
+                    ..header
+                };
                 // A full queue loses the cancellation: the answer is then dropped as late.
                 self.push_frame(cancel, &[]).ok();
             }
@@ -285,6 +321,9 @@ impl Outbox {
     pub(crate) fn is_idle(&self) -> bool {
         self.messages.is_idle()
             && self.withdrawals.is_empty()
-            && self.lanes.iter().all(|lane| lane.pending.is_empty() && lane.blocked.is_none())
+            && self
+                .lanes
+                .iter()
+                .all(|lane| lane.pending.is_empty() && lane.blocked.is_none())
     }
 }

@@ -87,7 +87,9 @@ pub enum StartError {
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// There must be a shard.
-    #[error("no shard is configured; fix: give at least one [[shards.core]], or leave the section out")]
+    #[error(
+        "no shard is configured; fix: give at least one [[shards.core]], or leave the section out"
+    )]
     NoShards,
 }
 
@@ -118,14 +120,22 @@ impl Transport {
         H: Handler,
         F: Fn(Local) -> H + Send + Clone + 'static,
     {
-        let TransportStart { identity, config, shards, mut udp, topology } = start;
+        let TransportStart {
+            identity,
+            config,
+            shards,
+            mut udp,
+            topology,
+        } = start;
         let count = shards.len();
         if count == 0 {
             return Err(StartError::NoShards);
         }
         udp.shards = count;
         let sockets = bind_group(&udp)?;
-        let local = sockets.first().map_or(udp.local, |socket| socket.local_addr());
+        let local = sockets
+            .first()
+            .map_or(udp.local, |socket| socket.local_addr());
         let me = identity.node_id();
         let connections_per_peer = config.connections_per_peer.clamp(1, count.min(8) as u8);
         let board = Arc::new(StatusBoard::new(count));
@@ -154,14 +164,23 @@ impl Transport {
             let counters = Arc::clone(&counters[index]);
             let server = quic_config(&config, credentials.server(&members, &counters)?)?;
             let client = quic_config(&config, credentials.client()?)?;
-            let (config, board, topology) = (config.clone(), Arc::clone(&board), Arc::clone(&topology));
+            let (config, board, topology) =
+                (config.clone(), Arc::clone(&board), Arc::clone(&topology));
             let (handler, transport) = (handler.clone(), transport.clone());
             let handle = runtime::spawn(shard, index, count, Some(socket), move |context| {
                 let now = Instant::now();
                 let mut seed = [0; 8];
                 ring::rand::SystemRandom::new().fill(&mut seed).ok();
                 let seed = u64::from_le_bytes(seed);
-                let machine = |pair| Peers::new(me, peers_config(&config, pair, index, count), 0, seed ^ u64::from(pair), now);
+                let machine = |pair| {
+                    Peers::new(
+                        me,
+                        peers_config(&config, pair, index, count),
+                        0,
+                        seed ^ u64::from(pair),
+                        now,
+                    )
+                };
                 let peers = (0..connections_per_peer).map(machine).collect();
                 let budget = ReceiveBudget::new(BudgetConfig {
                     total_bytes: config.receive_budget_bytes,
@@ -187,14 +206,33 @@ impl Transport {
                 };
                 Endpoint::new(parts, topology, handler(local_transport))
             })
-            .map_err(|source| StartError::Shard { shard: index, source })?;
+            .map_err(|source| StartError::Shard {
+                shard: index,
+                source,
+            })?;
             handles.push(handle);
         }
         // Set once, here: nothing reads them before `start` returns but tasks of the handlers, which see the transport as not started.
-        transport.inner.senders.set(handles.iter().map(ShardHandle::sender).collect()).ok();
-        transport.inner.pools.set(handles.iter().map(ShardHandle::pool).collect()).ok();
-        transport.inner.stats.set(handles.iter().map(ShardHandle::stats).collect()).ok();
-        *transport.inner.handles.lock().unwrap_or_else(PoisonError::into_inner) = handles;
+        transport
+            .inner
+            .senders
+            .set(handles.iter().map(ShardHandle::sender).collect())
+            .ok();
+        transport
+            .inner
+            .pools
+            .set(handles.iter().map(ShardHandle::pool).collect())
+            .ok();
+        transport
+            .inner
+            .stats
+            .set(handles.iter().map(ShardHandle::stats).collect())
+            .ok();
+        *transport
+            .inner
+            .handles
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = handles;
         Ok(transport)
     }
 
@@ -236,14 +274,23 @@ impl Transport {
     /// Replaces the members: removed peers are cut, added ones dialled. False when a shard's mailbox was full; call again then.
     #[must_use]
     pub fn update_topology(&self, topology: &Arc<Topology>) -> bool {
-        let send = |sender: &MailSender<Message>| sender.try_send(Message::Topology(Arc::clone(topology))).is_ok();
-        self.inner.senders.get().is_some_and(|senders| senders.iter().map(send).fold(true, |all, one| all & one))
+        let send = |sender: &MailSender<Message>| {
+            sender
+                .try_send(Message::Topology(Arc::clone(topology)))
+                .is_ok()
+        };
+        self.inner
+            .senders
+            .get()
+            .is_some_and(|senders| senders.iter().map(send).fold(true, |all, one| all & one))
     }
 
     /// Asks `peer`, from any thread.
     pub fn request(&self, peer: NodeId, request: Request) -> RemoteAnswer {
         let state = Arc::new(RemoteState::default());
-        let answer = RemoteAnswer { state: Arc::clone(&state) };
+        let answer = RemoteAnswer {
+            state: Arc::clone(&state),
+        };
         let class = request.class;
         let body = class == Class::Bulk;
         let shard = self.owner_of(&peer, body);
@@ -269,7 +316,13 @@ impl Transport {
     }
 
     /// Tells `peer`, from any thread. An error later than the mailbox is counted only.
-    pub fn send(&self, peer: NodeId, class: Class, method: Method, body: Payload) -> Result<(), RpcError> {
+    pub fn send(
+        &self,
+        peer: NodeId,
+        class: Class,
+        method: Method,
+        body: Payload,
+    ) -> Result<(), RpcError> {
         let bulk = class == Class::Bulk;
         let sent = self.run_on(self.owner_of(&peer, bulk), move |shared| {
             if let Some(link) = shared.link_to(&peer, bulk) {
@@ -277,7 +330,11 @@ impl Transport {
                 link.send(class, method, body).ok();
             }
         });
-        if sent { Ok(()) } else { Err(RpcError::LocalBusy(class)) }
+        if sent {
+            Ok(())
+        } else {
+            Err(RpcError::LocalBusy(class))
+        }
     }
 
     fn owner_of(&self, peer: &NodeId, body: bool) -> usize {
@@ -291,13 +348,23 @@ impl Transport {
     }
 
     fn run_on(&self, shard: usize, run: impl FnOnce(&Rc<Shared>) + Send + 'static) -> bool {
-        let sender = self.inner.senders.get().and_then(|senders| senders.get(shard));
+        let sender = self
+            .inner
+            .senders
+            .get()
+            .and_then(|senders| senders.get(shard));
         sender.is_some_and(|sender| sender.try_send(Message::Run(Box::new(run))).is_ok())
     }
 
     /// Closes all connections cleanly and stops the shards. Returns when their threads have ended.
     pub fn shutdown(&self) {
-        let handles = std::mem::take(&mut *self.inner.handles.lock().unwrap_or_else(PoisonError::into_inner));
+        let handles = std::mem::take(
+            &mut *self
+                .inner
+                .handles
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
         for handle in &handles {
             handle.stop();
         }
@@ -314,7 +381,10 @@ fn peers_config(config: &TransportConfig, pair: u8, shard: usize, shards: usize)
         shards: shards as u8,
         index: pair,
         peers_max: config.connections_max / 3,
-        backoff: BackoffConfig { base: config.redial_delay_min, cap: config.redial_delay_max },
+        backoff: BackoffConfig {
+            base: config.redial_delay_min,
+            cap: config.redial_delay_max,
+        },
         connect_timeout: config.connect_timeout,
         drain_timeout: config.drain_timeout,
         // A peer that knocks while we hold a connection to it has most likely restarted.
@@ -360,7 +430,11 @@ impl RemoteAnswer {
     /// Blocks this thread until the answer is there. The request's deadline bounds the wait; `limit` is a belt.
     pub fn wait(self, limit: Duration) -> Result<Payload, RpcError> {
         let until = Instant::now() + limit;
-        let mut slot = self.state.slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = self
+            .state
+            .slot
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         loop {
             if let Some(result) = slot.result.take() {
                 return result;
@@ -368,7 +442,12 @@ impl RemoteAnswer {
             let Some(left) = until.checked_duration_since(Instant::now()) else {
                 return Err(RpcError::Timeout);
             };
-            slot = self.state.ready.wait_timeout(slot, left).unwrap_or_else(PoisonError::into_inner).0;
+            slot = self
+                .state
+                .ready
+                .wait_timeout(slot, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 }
@@ -377,7 +456,11 @@ impl Future for RemoteAnswer {
     type Output = Result<Payload, RpcError>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut slot = self.state.slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = self
+            .state
+            .slot
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         match slot.result.take() {
             Some(result) => Poll::Ready(result),
             None => {

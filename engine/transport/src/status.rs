@@ -53,16 +53,29 @@ pub struct StatusBoard {
 
 impl StatusBoard {
     pub(crate) fn new(shards: usize) -> Self {
-        Self { shards: Mutex::new(vec![ShardStatus::default(); shards]), changed: Condvar::new() }
+        Self {
+            shards: Mutex::new(vec![ShardStatus::default(); shards]),
+            changed: Condvar::new(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<ShardStatus>> {
         self.shards.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn publish(&self, shard: usize, peers: Vec<PeerStatus>, connections: usize, handshakes: usize) {
+    pub(crate) fn publish(
+        &self,
+        shard: usize,
+        peers: Vec<PeerStatus>,
+        connections: usize,
+        handshakes: usize,
+    ) {
         if let Some(held) = self.lock().get_mut(shard) {
-            *held = ShardStatus { peers, connections, handshakes };
+            *held = ShardStatus {
+                peers,
+                connections,
+                handshakes,
+            };
         }
         self.changed.notify_all();
     }
@@ -74,20 +87,36 @@ impl StatusBoard {
 
     /// The peers that are up, over all shards.
     pub fn peers(&self) -> Vec<PeerStatus> {
-        self.lock().iter().flat_map(|shard| shard.peers.iter().cloned()).collect()
+        self.lock()
+            .iter()
+            .flat_map(|shard| shard.peers.iter().cloned())
+            .collect()
     }
 
     /// Waits until `condition` holds for the peers that are up, at most `timeout`; whether it held.
-    pub fn wait(&self, timeout: Duration, mut condition: impl FnMut(&[PeerStatus]) -> bool) -> bool {
+    pub fn wait(
+        &self,
+        timeout: Duration,
+        mut condition: impl FnMut(&[PeerStatus]) -> bool,
+    ) -> bool {
         let until = Instant::now() + timeout;
         let mut shards = self.lock();
         loop {
-            let peers: Vec<_> = shards.iter().flat_map(|shard| shard.peers.iter().cloned()).collect();
+            let peers: Vec<_> = shards
+                .iter()
+                .flat_map(|shard| shard.peers.iter().cloned())
+                .collect();
             if condition(&peers) {
                 return true;
             }
-            let Some(left) = until.checked_duration_since(Instant::now()) else { return false };
-            shards = self.changed.wait_timeout(shards, left).unwrap_or_else(PoisonError::into_inner).0;
+            let Some(left) = until.checked_duration_since(Instant::now()) else {
+                return false;
+            };
+            shards = self
+                .changed
+                .wait_timeout(shards, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 }

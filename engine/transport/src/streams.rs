@@ -123,13 +123,21 @@ impl StreamCarrier {
                 if path.stream_priority(stream, urgency(class), false).is_err() {
                     break;
                 }
-                let Some(message) = self.waiting[class as usize].pop_front() else { break };
+                let Some(message) = self.waiting[class as usize].pop_front() else {
+                    break;
+                };
                 self.next_stream += 4;
                 self.opened += 1;
                 self.active_in[class as usize] += 1;
-                let active = Active { message, stream, taken: 0 };
+                let active = Active {
+                    message,
+                    stream,
+                    taken: 0,
+                };
                 // Kept in order of class, then age: `pump` feeds from the front.
-                let at = self.active.partition_point(|a| a.message.header.class as u8 <= class as u8);
+                let at = self
+                    .active
+                    .partition_point(|a| a.message.header.class as u8 <= class as u8);
                 self.active.insert(at, active);
             }
         }
@@ -139,8 +147,14 @@ impl StreamCarrier {
     fn feed(active: &mut Active, path: &mut QuicConnection) -> bool {
         loop {
             // Stopped by the peer, or the connection is closing: the answer, if any, says why.
-            let Ok(capacity) = path.stream_capacity(active.stream) else { return true };
-            let reserve = if active.message.header.class == Class::Bulk { RESERVE_BYTES.min(capacity / 2) } else { 0 };
+            let Ok(capacity) = path.stream_capacity(active.stream) else {
+                return true;
+            };
+            let reserve = if active.message.header.class == Class::Bulk {
+                RESERVE_BYTES.min(capacity / 2)
+            } else {
+                0
+            };
             let room = capacity - reserve;
             if room == 0 {
                 return false;
@@ -192,11 +206,17 @@ impl Carrier for StreamCarrier {
                 at += 1;
             }
         }
-        if finished && self.waiting.iter().any(|queue| !queue.is_empty()) { Pumped::More } else { Pumped::Blocked }
+        if finished && self.waiting.iter().any(|queue| !queue.is_empty()) {
+            Pumped::More
+        } else {
+            Pumped::Blocked
+        }
     }
 
     fn withdraw(&mut self, path: Option<&mut QuicConnection>, header: &Header) -> bool {
-        let same = |message: &Outgoing| message.header.id == header.id && message.header.kind == header.kind;
+        let same = |message: &Outgoing| {
+            message.header.id == header.id && message.header.kind == header.kind
+        };
         let queue = &mut self.waiting[header.class as usize];
         if let Some(at) = queue.iter().position(same) {
             queue.remove(at);
@@ -207,7 +227,8 @@ impl Carrier for StreamCarrier {
             self.active_in[active.message.header.class as usize] -= 1;
             if let Some(path) = path {
                 // Already reset or stopped is as good.
-                path.stream_shutdown(active.stream, quiche::Shutdown::Write, CODE_CANCELLED).ok();
+                path.stream_shutdown(active.stream, quiche::Shutdown::Write, CODE_CANCELLED)
+                    .ok();
             }
             return true;
         }

@@ -13,8 +13,8 @@ use std::sync::{Arc, RwLock};
 
 use boring::pkey::{Id, PKey};
 use boring::ssl::{
-    SslAlert, SslContextBuilder, SslMethod, SslOptions, SslRef, SslSessionCacheMode, SslSignatureAlgorithm,
-    SslVerifyError, SslVerifyMode,
+    SslAlert, SslContextBuilder, SslMethod, SslOptions, SslRef, SslSessionCacheMode,
+    SslSignatureAlgorithm, SslVerifyError, SslVerifyMode,
 };
 use boring::x509::X509;
 use millrace_protocol::id::NodeId;
@@ -78,11 +78,17 @@ impl Credentials {
     pub(crate) fn new(key: &SigningKey) -> Result<Self, TlsError> {
         // Version 0 of PKCS #8, without the public key: BoringSSL refuses version 1, which ring and rcgen write.
         let der = key.pkcs8_v0_der();
-        let pair = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(&der.as_slice().into(), &rcgen::PKCS_ED25519)?;
+        let pair = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(
+            &der.as_slice().into(),
+            &rcgen::PKCS_ED25519,
+        )?;
         let mut parameters = rcgen::CertificateParams::new(Vec::new())?;
         parameters.distinguished_name = rcgen::DistinguishedName::new();
         let certificate = parameters.self_signed(&pair)?;
-        Ok(Self { key: PKey::private_key_from_pkcs8(&der)?, certificate: X509::from_der(certificate.der())? })
+        Ok(Self {
+            key: PKey::private_key_from_pkcs8(&der)?,
+            certificate: X509::from_der(certificate.der())?,
+        })
     }
 
     fn builder(&self) -> Result<SslContextBuilder, TlsError> {
@@ -99,20 +105,29 @@ impl Credentials {
     }
 
     /// The context of the listening side: any key of `members`.
-    pub(crate) fn server(&self, members: &Members, counters: &Arc<Counters>) -> Result<SslContextBuilder, TlsError> {
+    pub(crate) fn server(
+        &self,
+        members: &Members,
+        counters: &Arc<Counters>,
+    ) -> Result<SslContextBuilder, TlsError> {
         let mut builder = self.builder()?;
         let (members, counters) = (members.clone(), Arc::clone(counters));
-        builder.set_custom_verify_callback(SslVerifyMode::PEER | SslVerifyMode::FAIL_IF_NO_PEER_CERT, move |ssl| {
-            let refuse = |why| {
-                counters.tls_refused(why);
-                Err(SslVerifyError::Invalid(SslAlert::CERTIFICATE_UNKNOWN))
-            };
-            let Some(key) = peer_key(ssl) else { return refuse(TlsRefusal::NotEd25519) };
-            if members.node_of(&key).is_none() {
-                return refuse(TlsRefusal::NotInRegistry);
-            }
-            Ok(())
-        });
+        builder.set_custom_verify_callback(
+            SslVerifyMode::PEER | SslVerifyMode::FAIL_IF_NO_PEER_CERT,
+            move |ssl| {
+                let refuse = |why| {
+                    counters.tls_refused(why);
+                    Err(SslVerifyError::Invalid(SslAlert::CERTIFICATE_UNKNOWN))
+                };
+                let Some(key) = peer_key(ssl) else {
+                    return refuse(TlsRefusal::NotEd25519);
+                };
+                if members.node_of(&key).is_none() {
+                    return refuse(TlsRefusal::NotInRegistry);
+                }
+                Ok(())
+            },
+        );
         Ok(builder)
     }
 
@@ -146,6 +161,8 @@ pub(crate) fn peer_key(ssl: &SslRef) -> Option<PublicKey> {
         return None;
     }
     let mut raw = [0; 32];
-    key.raw_public_key(&mut raw).ok().filter(|bytes| bytes.len() == 32)?;
+    key.raw_public_key(&mut raw)
+        .ok()
+        .filter(|bytes| bytes.len() == 32)?;
     Some(PublicKey::from_bytes(raw))
 }

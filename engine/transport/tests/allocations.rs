@@ -2,6 +2,7 @@
 //!
 //! Every allocation during the transfer is attributed to the innermost frame that is ours or quiche's; what quiche allocates is its own
 //! affair and is printed beside (docs/decisions lists it).
+#![allow(clippy::unwrap_used)]
 
 mod common;
 
@@ -28,14 +29,27 @@ fn attribute(profile: &str) -> (Sites, Sites) {
         let blocks = point["tbk"].as_u64().unwrap();
         let names = point["fs"].as_array().unwrap().iter();
         let mut names = names.map(|f| frames[f.as_u64().unwrap() as usize].as_str().unwrap());
-        let is_owned = |name: &&str| ["millrace_", "quiche::", "boring", "_bssl"].iter().any(|owner| name.contains(owner));
+        let is_owned = |name: &&str| {
+            ["millrace_", "quiche::", "boring", "_bssl"]
+                .iter()
+                .any(|owner| name.contains(owner))
+        };
         // The test's own thread prepares and checks the bodies.
         if names.clone().any(|name| name.contains("allocations::")) {
             continue;
         }
         if let Some(name) = names.find(is_owned) {
-            let site = name.split_once(": ").map_or(name, |(_, site)| site).to_string();
-            *if name.contains("millrace_") { &mut ours } else { &mut theirs }.entry(site).or_default() += blocks;
+            let site = name
+                .split_once(": ")
+                .map_or(name, |(_, site)| site)
+                .to_string();
+            *if name.contains("millrace_") {
+                &mut ours
+            } else {
+                &mut theirs
+            }
+            .entry(site)
+            .or_default() += blocks;
         }
     }
     (ours, theirs)
@@ -57,14 +71,20 @@ fn a_bulk_transfer_allocates_nothing_per_packet() {
     let (a, b) = pair(&TransportConfig::default(), 128 << 20);
     let body = a.body(LEN);
     let transfer = || {
-        let answer = a.transport.request(b.id(), request(LENGTH, Class::Bulk, body.clone())).wait(PATIENCE * 4);
+        let answer = a
+            .transport
+            .request(b.id(), request(LENGTH, Class::Bulk, body.clone()))
+            .wait(PATIENCE * 4);
         assert_eq!(bytes_of(&answer.unwrap()), (LEN as u64).to_le_bytes());
     };
     transfer();
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("heap.json");
     let packets_before = a.transport.counters()[0].get(Counter::PacketsSent);
-    let profiler = dhat::Profiler::builder().file_name(&file).trim_backtraces(None).build();
+    let profiler = dhat::Profiler::builder()
+        .file_name(&file)
+        .trim_backtraces(None)
+        .build();
     transfer();
     drop(profiler);
     let packets = a.transport.counters()[0].get(Counter::PacketsSent) - packets_before;
@@ -72,7 +92,13 @@ fn a_bulk_transfer_allocates_nothing_per_packet() {
     println!("{packets} packets");
     let (ours, theirs) = (print("us", &ours), print("quiche and BoringSSL", &theirs));
     assert!(packets > LEN as u64 / 1_452);
-    assert!(theirs > packets / 2, "the attribution works: quiche allocates for each packet it receives");
+    assert!(
+        theirs > packets / 2,
+        "the attribution works: quiche allocates for each packet it receives"
+    );
     // One per message, per housekeeping turn and per slice of 256 KiB is allowed; one per packet, or per train of 45, is not.
-    assert!(ours < packets / 45, "{ours} allocations for {packets} packets");
+    assert!(
+        ours < packets / 45,
+        "{ours} allocations for {packets} packets"
+    );
 }

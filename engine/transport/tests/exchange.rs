@@ -1,4 +1,5 @@
 //! What two nodes say to each other over real sockets: requests, bodies, one-way messages, cancellation, membership.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 
@@ -14,16 +15,42 @@ use millrace_transport::{Payload, RpcError, TransportConfig};
 fn a_request_is_answered_in_every_class_and_size() {
     let (a, b) = pair(&TransportConfig::default(), 64 << 20);
     for class in Class::ALL {
-        for len in [0, 1, 1_000, 16 << 10, (16 << 10) + 1, 64 << 10, (64 << 10) + 1, 3 << 20] {
-            let body = if len > 64 << 10 { Payload::Chunks(a.body(len)) } else { vec![len as u8; len].into() };
+        for len in [
+            0,
+            1,
+            1_000,
+            16 << 10,
+            (16 << 10) + 1,
+            64 << 10,
+            (64 << 10) + 1,
+            3 << 20,
+        ] {
+            let body = if len > 64 << 10 {
+                Payload::Chunks(a.body(len))
+            } else {
+                vec![len as u8; len].into()
+            };
             let wanted = bytes_of(&body);
-            let answer = a.transport.request(b.id(), request(ECHO, class, body)).wait(PATIENCE).unwrap();
+            let answer = a
+                .transport
+                .request(b.id(), request(ECHO, class, body))
+                .wait(PATIENCE)
+                .unwrap();
             assert_eq!(bytes_of(&answer), wanted, "{class:?} {len}");
         }
     }
-    let refused = a.transport.request(b.id(), request(Method(99), Class::Normal, vec![1])).wait(PATIENCE);
-    assert_eq!(refused.unwrap_err(), RpcError::Peer(FailureCode::UnknownMethod));
-    let nobody = a.transport.request(key(9).node_id(), request(ECHO, Class::Normal, vec![1])).wait(PATIENCE);
+    let refused = a
+        .transport
+        .request(b.id(), request(Method(99), Class::Normal, vec![1]))
+        .wait(PATIENCE);
+    assert_eq!(
+        refused.unwrap_err(),
+        RpcError::Peer(FailureCode::UnknownMethod)
+    );
+    let nobody = a
+        .transport
+        .request(key(9).node_id(), request(ECHO, Class::Normal, vec![1]))
+        .wait(PATIENCE);
     assert_eq!(nobody.unwrap_err(), RpcError::NotConnected);
 }
 
@@ -31,10 +58,17 @@ fn a_request_is_answered_in_every_class_and_size() {
 fn bodies_of_100_mb_cross_both_ways_at_once() {
     const LEN: usize = 100_000_000;
     let (a, b) = pair(&TransportConfig::default(), 320 << 20);
-    let to_b = a.transport.request(b.id(), request(ECHO, Class::Bulk, a.body(LEN)));
-    let to_a = b.transport.request(a.id(), request(ECHO, Class::Bulk, b.body(LEN)));
-    let (from_b, from_a) = (to_b.wait(PATIENCE * 4).unwrap(), to_a.wait(PATIENCE * 4).unwrap());
-    let wanted: Vec<u8> = (0..LEN).map(|i| (i * 31 >> 5) as u8).collect();
+    let to_b = a
+        .transport
+        .request(b.id(), request(ECHO, Class::Bulk, a.body(LEN)));
+    let to_a = b
+        .transport
+        .request(a.id(), request(ECHO, Class::Bulk, b.body(LEN)));
+    let (from_b, from_a) = (
+        to_b.wait(PATIENCE * 4).unwrap(),
+        to_a.wait(PATIENCE * 4).unwrap(),
+    );
+    let wanted: Vec<u8> = (0..LEN).map(|i| ((i * 31) >> 5) as u8).collect();
     assert!(bytes_of(&from_b) == wanted);
     assert!(bytes_of(&from_a) == wanted);
     drop((from_a, from_b));
@@ -44,10 +78,15 @@ fn bodies_of_100_mb_cross_both_ways_at_once() {
 fn one_way_messages_arrive() {
     let (a, b) = pair(&TransportConfig::default(), 16 << 20);
     for i in 0..100 {
-        a.transport.send(b.id(), Class::Normal, Method(7), vec![0; i].into()).unwrap();
+        a.transport
+            .send(b.id(), Class::Normal, Method(7), vec![0; i].into())
+            .unwrap();
     }
     for i in 0..100 {
-        assert_eq!(b.wait_for(|e| matches!(e, Event::Message(..))), Event::Message(a.id(), i));
+        assert_eq!(
+            b.wait_for(|e| matches!(e, Event::Message(..))),
+            Event::Message(a.id(), i)
+        );
     }
 }
 
@@ -66,12 +105,23 @@ fn requests_in_flight_are_bounded_and_fail_with_the_connection() {
     let mut config = TransportConfig::default();
     config.requests_in_max.normal = 4;
     let (a, b) = pair(&config, 16 << 20);
-    let hanging: Vec<_> = (0..4).map(|_| a.transport.request(b.id(), request(HANG, Class::Normal, vec![1]))).collect();
-    let busy = a.transport.request(b.id(), request(HANG, Class::Normal, vec![1])).wait(PATIENCE);
+    let hanging: Vec<_> = (0..4)
+        .map(|_| {
+            a.transport
+                .request(b.id(), request(HANG, Class::Normal, vec![1]))
+        })
+        .collect();
+    let busy = a
+        .transport
+        .request(b.id(), request(HANG, Class::Normal, vec![1]))
+        .wait(PATIENCE);
     assert_eq!(busy.unwrap_err(), RpcError::Peer(FailureCode::Busy));
     b.transport.shutdown();
     for answer in hanging {
-        assert!(matches!(answer.wait(PATIENCE).unwrap_err(), RpcError::ConnectionLost | RpcError::Peer(_)));
+        assert!(matches!(
+            answer.wait(PATIENCE).unwrap_err(),
+            RpcError::ConnectionLost | RpcError::Peer(_)
+        ));
     }
 }
 
@@ -81,10 +131,16 @@ fn a_topology_change_cuts_and_joins_live_nodes() {
     keys.sort_by_key(|key| key.node_id());
     let [a, b, c] = keys;
     let addrs = [free_addr(), free_addr(), free_addr()];
-    let all = [member(&a, addrs[0]), member(&b, addrs[1]), member(&c, addrs[2])];
+    let all = [
+        member(&a, addrs[0]),
+        member(&b, addrs[1]),
+        member(&c, addrs[2]),
+    ];
     let two = topology(all[..2].to_vec(), 1);
     let three = topology(all.to_vec(), 2);
-    let start = |key, addr, topology| Node::start(key, addr, topology, TransportConfig::default(), 16 << 20);
+    let start = |key, addr, topology| {
+        Node::start(key, addr, topology, TransportConfig::default(), 16 << 20)
+    };
     let (a, b) = (start(a, addrs[0], &two), start(b, addrs[1], &two));
     let c = start(c, addrs[2], &three);
     a.wait_for_peers(&[b.id()]);
@@ -97,7 +153,10 @@ fn a_topology_change_cuts_and_joins_live_nodes() {
     b.wait_for_peers(&[a.id(), c.id()]);
     c.wait_for_peers(&[a.id(), b.id()]);
     for node in [&a, &b] {
-        assert!(node.transport.update_topology(&topology(all[..2].to_vec(), 3)));
+        assert!(
+            node.transport
+                .update_topology(&topology(all[..2].to_vec(), 3))
+        );
     }
     a.wait_for_peers(&[b.id()]);
     b.wait_for_peers(&[a.id()]);
@@ -108,10 +167,14 @@ fn a_topology_change_cuts_and_joins_live_nodes() {
         assert!(node.transport.update_topology(&four));
     }
     a.wait_for_peers(&[b.id(), c.id()]);
-    let numbers: Vec<_> = a.events.try_iter().filter_map(|e| match e {
-        Event::Up(peer, number) if peer == c.id() => Some(number),
-        _ => None,
-    }).collect();
+    let numbers: Vec<_> = a
+        .events
+        .try_iter()
+        .filter_map(|e| match e {
+            Event::Up(peer, number) if peer == c.id() => Some(number),
+            _ => None,
+        })
+        .collect();
     assert!(numbers.is_sorted() && numbers.len() == 2, "{numbers:?}");
 }
 
@@ -119,17 +182,33 @@ fn a_topology_change_cuts_and_joins_live_nodes() {
 fn shards_share_the_work_and_each_peer_has_its_owner() {
     let keys: Vec<_> = (1..=6).map(key).collect();
     let addrs: Vec<_> = keys.iter().map(|_| free_addr()).collect();
-    let topology = topology(keys.iter().zip(&addrs).map(|(key, addr)| member(key, *addr)), 1);
-    let nodes: Vec<_> = keys.into_iter().zip(&addrs).map(|(key, addr)| {
-        let shards = (0..3).map(|_| shard_config(16 << 20)).collect();
-        Node::start_shards(key, *addr, &topology, TransportConfig::default(), shards)
-    }).collect();
+    let topology = topology(
+        keys.iter()
+            .zip(&addrs)
+            .map(|(key, addr)| member(key, *addr)),
+        1,
+    );
+    let nodes: Vec<_> = keys
+        .into_iter()
+        .zip(&addrs)
+        .map(|(key, addr)| {
+            let shards = (0..3).map(|_| shard_config(16 << 20)).collect();
+            Node::start_shards(key, *addr, &topology, TransportConfig::default(), shards)
+        })
+        .collect();
     for node in &nodes {
-        let others: Vec<_> = nodes.iter().map(Node::id).filter(|id| *id != node.id()).collect();
+        let others: Vec<_> = nodes
+            .iter()
+            .map(Node::id)
+            .filter(|id| *id != node.id())
+            .collect();
         node.wait_for_peers(&others);
         for peer in node.transport.status().peers() {
             assert_eq!(peer.shard, usize::from(peer.node_id.owner_shard(0, 3)));
-            let answer = node.transport.request(peer.node_id, request(ECHO, Class::Normal, vec![7; 100])).wait(PATIENCE);
+            let answer = node
+                .transport
+                .request(peer.node_id, request(ECHO, Class::Normal, vec![7; 100]))
+                .wait(PATIENCE);
             assert_eq!(bytes_of(&answer.unwrap()), vec![7; 100]);
         }
     }

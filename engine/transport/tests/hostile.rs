@@ -1,6 +1,7 @@
 //! A member that means harm: what it sends costs it its message or its connection, and costs nobody else anything.
 //!
 //! One test, so that the memory of the process can be judged: RSS stays within what `ShardConfig` and `TransportConfig` announce, plus 32 MiB.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 #[path = "common/raw.rs"]
@@ -21,12 +22,27 @@ const POOL_BYTES: u64 = 64 * MIB;
 
 fn rss_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS:"))
+        .unwrap();
+    line.split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse::<u64>()
+        .unwrap()
+        * 1024
 }
 
 fn header(kind: Kind, body_bytes: u32) -> Header {
-    Header { kind, class: Class::Bulk, method: LENGTH, id: 1, body_bytes, arg: 60_000 }
+    Header {
+        kind,
+        class: Class::Bulk,
+        method: LENGTH,
+        id: 1,
+        body_bytes,
+        arg: 60_000,
+    }
 }
 
 fn message(header: Header, body: &[u8]) -> Vec<u8> {
@@ -43,14 +59,22 @@ fn scene() -> (Node, Node, SigningKey, TransportConfig) {
     let [hostile, honest, victim] = keys;
     let addrs = [free_addr(), free_addr(), free_addr()];
     let topology = topology(
-        [member(&hostile, addrs[0]), member(&honest, addrs[1]), member(&victim, addrs[2])],
+        [
+            member(&hostile, addrs[0]),
+            member(&honest, addrs[1]),
+            member(&victim, addrs[2]),
+        ],
         1,
     );
     let config = TransportConfig {
         receive_budget_bytes: POOL_BYTES,
         receive_budget_peer_bytes: POOL_BYTES / 2,
         stream_progress_interval: Duration::from_millis(500),
-        requests_in_max: PerClass { latency: 64, normal: 64, bulk: 64 },
+        requests_in_max: PerClass {
+            latency: 64,
+            normal: 64,
+            bulk: 64,
+        },
         idle_timeout: Duration::from_secs(10),
         ..Default::default()
     };
@@ -70,7 +94,13 @@ struct Attack<'a> {
 impl Attack<'_> {
     fn connect(&self) -> Raw {
         let key = SigningKey::from_seed(*self.hostile.seed());
-        let mut raw = Raw::dial(self.victim.transport.local_addr(), &RawOptions { key: Some(key), session: None });
+        let mut raw = Raw::dial(
+            self.victim.transport.local_addr(),
+            &RawOptions {
+                key: Some(key),
+                session: None,
+            },
+        );
         raw.establish();
         raw
     }
@@ -78,11 +108,24 @@ impl Attack<'_> {
     /// The honest peer is served, and memory is within its bound.
     fn check(&self, what: &str) {
         let request = request(ECHO, Class::Normal, vec![5; 1_024]);
-        let answer = self.honest.transport.request(self.victim.id(), request).wait(PATIENCE);
-        assert_eq!(bytes_of(&answer.unwrap()), vec![5; 1_024], "{what}: the honest peer is served");
+        let answer = self
+            .honest
+            .transport
+            .request(self.victim.id(), request)
+            .wait(PATIENCE);
+        assert_eq!(
+            bytes_of(&answer.unwrap()),
+            vec![5; 1_024],
+            "{what}: the honest peer is served"
+        );
         let rss = rss_bytes();
         println!("{what}: {} MiB of {} MiB", rss / MIB, self.rss_max / MIB);
-        assert!(rss <= self.rss_max, "{what}: {} MiB resident, bound is {} MiB", rss / MIB, self.rss_max / MIB);
+        assert!(
+            rss <= self.rss_max,
+            "{what}: {} MiB resident, bound is {} MiB",
+            rss / MIB,
+            self.rss_max / MIB
+        );
     }
 
     fn rejected(&self, reason: &str, n: u64) {
@@ -96,12 +139,21 @@ fn a_hostile_member_costs_nobody_anything() {
     // Two nodes and the attacker live in this process; what they and the test program take before the attack is the base, and the pools,
     // which are resident from the start, are in it. On top may come what the configuration says a connection may hold.
     let rss_max = rss_bytes() + 3 * config.connection_budget_bytes() + 32 * MIB;
-    let attack = Attack { victim: &victim, honest: &honest, hostile: &hostile, rss_max };
+    let attack = Attack {
+        victim: &victim,
+        honest: &honest,
+        hostile: &hostile,
+        rss_max,
+    };
 
     // 1,000 streams announce 128 MiB each and never finish: the budget has room for none; each is refused.
     let mut raw = attack.connect();
     for stream in 0..1_000 {
-        raw.send(2 + 4 * stream, &message(header(Kind::Request, 128 << 20), &[0; 100]), false);
+        raw.send(
+            2 + 4 * stream,
+            &message(header(Kind::Request, 128 << 20), &[0; 100]),
+            false,
+        );
     }
     attack.rejected("no_room", 900);
     attack.check("announced and not sent");
@@ -110,9 +162,15 @@ fn a_hostile_member_costs_nobody_anything() {
     // As many that fit the budget are taken until it is used up, and cut when nothing follows.
     let mut raw = attack.connect();
     for stream in 0..40 {
-        raw.send(2 + 4 * stream, &message(header(Kind::Request, 4 << 20), &[0; 100]), false);
+        raw.send(
+            2 + 4 * stream,
+            &message(header(Kind::Request, 4 << 20), &[0; 100]),
+            false,
+        );
     }
-    raw.drive(Duration::from_secs(2), |_| victim.reason(Family::Rejected, "peer_stalled") >= 8);
+    raw.drive(Duration::from_secs(2), |_| {
+        victim.reason(Family::Rejected, "peer_stalled") >= 8
+    });
     attack.rejected("peer_stalled", 8);
     attack.check("stalled bodies");
     drop(raw);
@@ -120,7 +178,11 @@ fn a_hostile_member_costs_nobody_anything() {
     // 1,000 streams drip a byte at a time.
     let mut raw = attack.connect();
     for stream in 0..1_000 {
-        raw.send(2 + 4 * stream, &message(header(Kind::Request, 20_000), &[]), false);
+        raw.send(
+            2 + 4 * stream,
+            &message(header(Kind::Request, 20_000), &[]),
+            false,
+        );
     }
     for _ in 0..3 {
         for stream in 0..1_000 {
@@ -136,7 +198,15 @@ fn a_hostile_member_costs_nobody_anything() {
     let mut raw = attack.connect();
     let mut lane = vec![1];
     for id in 0..60_000 {
-        lane.extend(Header { id, class: Class::Normal, method: HANG, ..header(Kind::Request, 0) }.encode());
+        lane.extend(
+            Header {
+                id,
+                class: Class::Normal,
+                method: HANG,
+                ..header(Kind::Request, 0)
+            }
+            .encode(),
+        );
     }
     raw.send(2, &lane, false);
     raw.drive(Duration::from_millis(500), |_| false);
@@ -147,27 +217,47 @@ fn a_hostile_member_costs_nobody_anything() {
     let mut raw = attack.connect();
     raw.send(2, &message(header(Kind::Request, 1_000), &[0; 1_001]), true);
     raw.send(6, &message(header(Kind::Request, 1_000), &[0; 999]), true);
-    raw.send(10, &message(header(Kind::Request, 100_000), &vec![0; 100_001]), true);
-    raw.send(14, &message(header(Kind::Request, 100_000), &vec![0; 99_999]), true);
+    raw.send(
+        10,
+        &message(header(Kind::Request, 100_000), &vec![0; 100_001]),
+        true,
+    );
+    raw.send(
+        14,
+        &message(header(Kind::Request, 100_000), &vec![0; 99_999]),
+        true,
+    );
     raw.send(18, &message(header(Kind::Request, 10), &[])[..9], true);
     raw.drive(Duration::from_millis(200), |_| false);
     attack.rejected("peer_body_longer_than_announced", 2);
     attack.rejected("peer_body_shorter_than_announced", 3);
     attack.check("wrong lengths");
-    assert!(raw.quic.peer_error().is_none(), "a wrong length costs the message, not the connection");
+    assert!(
+        raw.quic.peer_error().is_none(),
+        "a wrong length costs the message, not the connection"
+    );
     drop(raw);
 
     // Frames that do not exist, in every place.
     let garbage: [(&str, Vec<u8>); 4] = [
         ("peer_unknown_stream_kind", vec![9; 64]),
         ("peer_unknown_kind", [&[2], &[99; 16][..]].concat()),
-        ("peer_body_too_long", message(header(Kind::Request, u32::MAX), &[])),
-        ("peer_misplaced_frame", message(header(Kind::Hello, 20), &[0; 20])),
+        (
+            "peer_body_too_long",
+            message(header(Kind::Request, u32::MAX), &[]),
+        ),
+        (
+            "peer_misplaced_frame",
+            message(header(Kind::Hello, 20), &[0; 20]),
+        ),
     ];
     for (what, bytes) in garbage {
         let mut raw = attack.connect();
         raw.send(2, &bytes, false);
-        assert!(raw.drive(Duration::from_secs(5), |quic| quic.peer_error().is_some()), "{what} ends the connection");
+        assert!(
+            raw.drive(Duration::from_secs(5), |quic| quic.peer_error().is_some()),
+            "{what} ends the connection"
+        );
         attack.check(what);
     }
     attack.rejected("peer_unknown_stream_kind", 1);
@@ -186,7 +276,9 @@ fn a_hostile_member_costs_nobody_anything() {
             rng.fill(&mut datagram);
             raw.quic.dgram_send(&datagram).ok();
         }
-        raw.drive(Duration::from_millis(20), |quic| quic.peer_error().is_some());
+        raw.drive(Duration::from_millis(20), |quic| {
+            quic.peer_error().is_some()
+        });
         attack.check(&format!("random bytes, round {round}"));
     }
 
@@ -198,6 +290,11 @@ fn a_hostile_member_costs_nobody_anything() {
         socket.send_to(&bytes, victim.transport.local_addr()).ok();
     }
     attack.check("random datagrams");
-    assert!(victim.transport.counters()[0].reasons().iter().all(|(_, reason, _)| !reason.is_empty()));
+    assert!(
+        victim.transport.counters()[0]
+            .reasons()
+            .iter()
+            .all(|(_, reason, _)| !reason.is_empty())
+    );
     let _ = Method(0);
 }

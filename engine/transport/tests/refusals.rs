@@ -1,4 +1,5 @@
 //! Who is not let in: a wrong key, a stranger, nobody at all, a former member with a ticket; each refused with its counter.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 #[path = "common/raw.rs"]
@@ -22,24 +23,47 @@ fn listener_and_dialler() -> (Node, millrace_protocol::identity::SigningKey) {
     }
     let addr = free_addr();
     let topology = topology([member(&a, free_addr()), member(&b, addr)], 1);
-    (Node::start(b, addr, &topology, TransportConfig::default(), 16 << 20), a)
+    (
+        Node::start(b, addr, &topology, TransportConfig::default(), 16 << 20),
+        a,
+    )
 }
 
 #[test]
 fn a_stranger_is_refused() {
     let (node, _) = listener_and_dialler();
-    let mut raw = Raw::dial(node.transport.local_addr(), &RawOptions { key: Some(key(77)), session: None });
+    let mut raw = Raw::dial(
+        node.transport.local_addr(),
+        &RawOptions {
+            key: Some(key(77)),
+            session: None,
+        },
+    );
     assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
-    assert_eq!(raw.quic.peer_error().unwrap().error_code, 302, "certificate_unknown");
+    assert_eq!(
+        raw.quic.peer_error().unwrap().error_code,
+        302,
+        "certificate_unknown"
+    );
     node.wait_for_reason(Family::Refused, "not_in_registry", 1);
 }
 
 #[test]
 fn a_dialler_without_a_certificate_is_refused() {
     let (node, _) = listener_and_dialler();
-    let mut raw = Raw::dial(node.transport.local_addr(), &RawOptions { key: None, session: None });
+    let mut raw = Raw::dial(
+        node.transport.local_addr(),
+        &RawOptions {
+            key: None,
+            session: None,
+        },
+    );
     assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
-    assert_eq!(raw.quic.peer_error().unwrap().error_code, 372, "certificate_required");
+    assert_eq!(
+        raw.quic.peer_error().unwrap().error_code,
+        372,
+        "certificate_required"
+    );
     node.wait_for_reason(Family::Refused, "no_certificate", 1);
 }
 
@@ -69,7 +93,13 @@ fn a_dial_in_the_wrong_direction_is_refused() {
     let addr = free_addr();
     let topology = topology([member(&low, addr), member(&high, free_addr())], 1);
     let node = Node::start(low, addr, &topology, TransportConfig::default(), 16 << 20);
-    let mut raw = Raw::dial(addr, &RawOptions { key: Some(high), session: None });
+    let mut raw = Raw::dial(
+        addr,
+        &RawOptions {
+            key: Some(high),
+            session: None,
+        },
+    );
     assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
     assert!(raw.quic.peer_error().unwrap().is_app);
     node.wait_for_reason(Family::Refused, "wrong_direction", 1);
@@ -79,18 +109,36 @@ fn a_dial_in_the_wrong_direction_is_refused() {
 fn a_removed_node_cannot_come_back_by_a_session() {
     let (node, dialler) = listener_and_dialler();
     let same = || millrace_protocol::identity::SigningKey::from_seed(*dialler.seed());
-    let mut raw = Raw::dial(node.transport.local_addr(), &RawOptions { key: Some(same()), session: None });
+    let mut raw = Raw::dial(
+        node.transport.local_addr(),
+        &RawOptions {
+            key: Some(same()),
+            session: None,
+        },
+    );
     raw.establish();
     node.wait_for_peers(&[]);
     // Whatever session the listener is willing to give.
     raw.drive(Duration::from_millis(300), |quic| quic.session().is_some());
     let session = raw.quic.session().map(<[u8]>::to_vec);
-    assert!(session.is_none(), "a listener that gives no tickets cannot be asked to resume one");
+    assert!(
+        session.is_none(),
+        "a listener that gives no tickets cannot be asked to resume one"
+    );
     let only_node = topology([member(&node.key, node.transport.local_addr())], 2);
     assert!(node.transport.update_topology(&only_node));
-    assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()), "cut at the change of the registry");
+    assert!(
+        raw.drive(LIMIT, |quic| quic.peer_error().is_some()),
+        "cut at the change of the registry"
+    );
     // A session of another listener with the same ticket key would be worth nothing either: the full handshake is asked for.
-    let mut again = Raw::dial(node.transport.local_addr(), &RawOptions { key: Some(same()), session: None });
+    let mut again = Raw::dial(
+        node.transport.local_addr(),
+        &RawOptions {
+            key: Some(same()),
+            session: None,
+        },
+    );
     assert!(again.drive(LIMIT, |quic| quic.peer_error().is_some()));
     assert!(!again.quic.is_resumed());
     node.wait_for_reason(Family::Refused, "not_in_registry", 1);
@@ -99,7 +147,13 @@ fn a_removed_node_cannot_come_back_by_a_session() {
 #[test]
 fn a_request_dropped_half_way_is_seen_as_reset() {
     let (node, dialler) = listener_and_dialler();
-    let mut raw = Raw::dial(node.transport.local_addr(), &RawOptions { key: Some(dialler), session: None });
+    let mut raw = Raw::dial(
+        node.transport.local_addr(),
+        &RawOptions {
+            key: Some(dialler),
+            session: None,
+        },
+    );
     raw.establish();
     let mut opening = vec![2];
     opening.extend(
@@ -115,7 +169,9 @@ fn a_request_dropped_half_way_is_seen_as_reset() {
     );
     opening.extend([0; 5_000]);
     assert!(raw.send(2, &opening, false));
-    raw.quic.stream_shutdown(2, quiche::Shutdown::Write, 0x8000_0006).unwrap();
+    raw.quic
+        .stream_shutdown(2, quiche::Shutdown::Write, 0x8000_0006)
+        .unwrap();
     raw.drive(Duration::from_millis(200), |_| false);
     node.wait_for_reason(Family::Rejected, "peer_reset", 1);
 }

@@ -1,5 +1,5 @@
 //! Nodes with real sockets on loopback, for the transport's tests.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -15,8 +15,8 @@ use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
 use millrace_transport::counters::Family;
 use millrace_transport::{
-    Answer, Defer, Handler, Inbound, InboundBody, Local, Payload, Request, Responder, Transport, TransportConfig,
-    TransportStart,
+    Answer, Defer, Handler, Inbound, InboundBody, Local, Payload, Request, Responder, Transport,
+    TransportConfig, TransportStart,
 };
 
 /// Answers with the request's body.
@@ -66,7 +66,9 @@ impl Handler for TestHandler {
     }
 
     fn on_send(&mut self, message: Inbound<'_>) {
-        self.events.send(Event::Message(message.peer, message.body.len() as usize)).ok();
+        self.events
+            .send(Event::Message(message.peer, message.body.len() as usize))
+            .ok();
     }
 
     fn on_up(&mut self, peer: NodeId, connection: ConnectionNumber) {
@@ -93,11 +95,17 @@ pub(crate) fn key(n: u8) -> SigningKey {
 }
 
 pub(crate) fn free_addr() -> SocketAddr {
-    UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap()
+    UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))
+        .unwrap()
+        .local_addr()
+        .unwrap()
 }
 
 pub(crate) fn member(key: &SigningKey, addr: SocketAddr) -> Member {
-    Member { public_key: key.public_key(), addresses: vec![addr] }
+    Member {
+        public_key: key.public_key(),
+        addresses: vec![addr],
+    }
 }
 
 pub(crate) fn topology(members: impl IntoIterator<Item = Member>, version: u64) -> Arc<Topology> {
@@ -105,11 +113,22 @@ pub(crate) fn topology(members: impl IntoIterator<Item = Member>, version: u64) 
 }
 
 pub(crate) fn shard_config(pool_bytes: u64) -> ShardConfig {
-    ShardConfig { cpu: None, spin: Duration::ZERO, chunk_pool_bytes: pool_bytes, ..Default::default() }
+    ShardConfig {
+        cpu: None,
+        spin: Duration::ZERO,
+        chunk_pool_bytes: pool_bytes,
+        ..Default::default()
+    }
 }
 
 impl Node {
-    pub(crate) fn start(key: SigningKey, addr: SocketAddr, topology: &Arc<Topology>, config: TransportConfig, pool_bytes: u64) -> Self {
+    pub(crate) fn start(
+        key: SigningKey,
+        addr: SocketAddr,
+        topology: &Arc<Topology>,
+        config: TransportConfig,
+        pool_bytes: u64,
+    ) -> Self {
         Self::start_shards(key, addr, topology, config, vec![shard_config(pool_bytes)])
     }
 
@@ -127,13 +146,23 @@ impl Node {
                 identity,
                 config,
                 shards,
-                udp: UdpGroupConfig { local: addr, ..Default::default() },
+                udp: UdpGroupConfig {
+                    local: addr,
+                    ..Default::default()
+                },
                 topology: Arc::clone(topology),
             },
-            move |_local: Local| TestHandler { events: sender.clone(), hanging: Arc::default() },
+            move |_local: Local| TestHandler {
+                events: sender.clone(),
+                hanging: Arc::default(),
+            },
         )
         .unwrap();
-        Self { transport, key, events }
+        Self {
+            transport,
+            key,
+            events,
+        }
     }
 
     pub(crate) fn id(&self) -> NodeId {
@@ -143,14 +172,24 @@ impl Node {
     /// Waits until exactly `peers` are up.
     pub(crate) fn wait_for_peers(&self, peers: &[NodeId]) {
         let held = self.transport.status().wait(PATIENCE, |up| {
-            up.len() == peers.len() && peers.iter().all(|peer| up.iter().any(|p| p.node_id == *peer))
+            up.len() == peers.len()
+                && peers
+                    .iter()
+                    .all(|peer| up.iter().any(|p| p.node_id == *peer))
         });
-        assert!(held, "peers are {:?}, wanted {peers:?}", self.transport.status().peers());
+        assert!(
+            held,
+            "peers are {:?}, wanted {peers:?}",
+            self.transport.status().peers()
+        );
     }
 
     pub(crate) fn wait_for(&self, wanted: impl Fn(&Event) -> bool) -> Event {
         loop {
-            let event = self.events.recv_timeout(PATIENCE).expect("the event came in time");
+            let event = self
+                .events
+                .recv_timeout(PATIENCE)
+                .expect("the event came in time");
             if wanted(&event) {
                 return event;
             }
@@ -159,30 +198,54 @@ impl Node {
 
     /// Waits until the sum over shards of a reason is at least `n`.
     pub(crate) fn wait_for_reason(&self, family: Family, reason: &str, n: u64) {
-        let held = self.transport.status().wait(PATIENCE, |_| self.reason(family, reason) >= n);
-        let all: Vec<_> = self.transport.counters().iter().flat_map(|c| c.reasons()).collect();
-        assert!(held, "{reason} was counted {} times, wanted {n}; all: {all:?}", self.reason(family, reason));
+        let held = self
+            .transport
+            .status()
+            .wait(PATIENCE, |_| self.reason(family, reason) >= n);
+        let all: Vec<_> = self
+            .transport
+            .counters()
+            .iter()
+            .flat_map(|c| c.reasons())
+            .collect();
+        assert!(
+            held,
+            "{reason} was counted {} times, wanted {n}; all: {all:?}",
+            self.reason(family, reason)
+        );
     }
 
     pub(crate) fn reason(&self, family: Family, reason: &str) -> u64 {
-        self.transport.counters().iter().map(|c| c.reason(family, reason)).sum()
+        self.transport
+            .counters()
+            .iter()
+            .map(|c| c.reason(family, reason))
+            .sum()
     }
 
     pub(crate) fn body(&self, len: usize) -> Body {
-        let bytes: Vec<u8> = (0..len).map(|i| (i * 31 >> 5) as u8).collect();
+        let bytes: Vec<u8> = (0..len).map(|i| ((i * 31) >> 5) as u8).collect();
         Body::copy_from_slice(self.transport.pool(0).unwrap(), &bytes).expect("the pool has room")
     }
 }
 
 pub(crate) fn request(method: Method, class: Class, body: impl Into<Payload>) -> Request {
-    Request { class, method, body: body.into(), deadline: PATIENCE }
+    Request {
+        class,
+        method,
+        body: body.into(),
+        deadline: PATIENCE,
+    }
 }
 
 pub(crate) fn bytes_of(payload: &Payload) -> Vec<u8> {
     match payload {
         Payload::Empty => Vec::new(),
         Payload::Bytes(bytes) => bytes.to_vec(),
-        Payload::Chunks(body) => body.slices(1 << 20).flat_map(|slice| slice.as_ref().to_vec()).collect(),
+        Payload::Chunks(body) => body
+            .slices(1 << 20)
+            .flat_map(|slice| slice.as_ref().to_vec())
+            .collect(),
     }
 }
 

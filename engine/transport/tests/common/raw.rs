@@ -1,5 +1,5 @@
 //! A peer without manners: a bare quiche client over a blocking socket, which sends whatever a test wants.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
@@ -29,15 +29,26 @@ fn config(options: &RawOptions) -> quiche::Config {
     let mut tls = SslContextBuilder::new(SslMethod::tls()).unwrap();
     if let Some(key) = &options.key {
         let der = key.pkcs8_v0_der();
-        let pair = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(&der.as_slice().into(), &rcgen::PKCS_ED25519).unwrap();
-        let certificate = rcgen::CertificateParams::new(Vec::new()).unwrap().self_signed(&pair).unwrap();
-        tls.set_private_key(&PKey::private_key_from_pkcs8(&der).unwrap()).unwrap();
-        tls.set_certificate(&X509::from_der(certificate.der()).unwrap()).unwrap();
+        let pair = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(
+            &der.as_slice().into(),
+            &rcgen::PKCS_ED25519,
+        )
+        .unwrap();
+        let certificate = rcgen::CertificateParams::new(Vec::new())
+            .unwrap()
+            .self_signed(&pair)
+            .unwrap();
+        tls.set_private_key(&PKey::private_key_from_pkcs8(&der).unwrap())
+            .unwrap();
+        tls.set_certificate(&X509::from_der(certificate.der()).unwrap())
+            .unwrap();
     }
-    tls.set_verify_algorithm_prefs(&[SslSignatureAlgorithm::ED25519]).unwrap();
+    tls.set_verify_algorithm_prefs(&[SslSignatureAlgorithm::ED25519])
+        .unwrap();
     tls.set_curves_list("X25519").unwrap();
     tls.set_custom_verify_callback(SslVerifyMode::PEER, |_| Ok(()));
-    let mut config = quiche::Config::with_boring_ssl_ctx_builder(quiche::PROTOCOL_VERSION, tls).unwrap();
+    let mut config =
+        quiche::Config::with_boring_ssl_ctx_builder(quiche::PROTOCOL_VERSION, tls).unwrap();
     config.set_application_protos(&[b"millrace/1"]).unwrap();
     config.set_max_idle_timeout(30_000);
     config.set_max_send_udp_payload_size(1_452);
@@ -52,18 +63,26 @@ fn config(options: &RawOptions) -> quiche::Config {
 impl Raw {
     pub(crate) fn dial(to: SocketAddr, options: &RawOptions) -> Self {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-        socket.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_millis(1)))
+            .unwrap();
         let local = socket.local_addr().unwrap();
         let scid = quiche::ConnectionId::from_ref(&[7; 16]);
         // The first connection ID steers to the shard that owns the connection; a member knows that.
         let spread = options.key.as_ref().map_or(0, |key| key.node_id().spread());
         let dcid = initial_dcid(spread, [9; 15]);
         let dcid = quiche::ConnectionId::from_ref(&dcid);
-        let mut quic = quiche::connect_with_dcid(None, &scid, &dcid, local, to, &mut config(options)).unwrap();
+        let mut quic =
+            quiche::connect_with_dcid(None, &scid, &dcid, local, to, &mut config(options)).unwrap();
         if let Some(session) = &options.session {
             quic.set_session(session).unwrap();
         }
-        Self { quic, socket, local, buffer: vec![0; 65_536] }
+        Self {
+            quic,
+            socket,
+            local,
+            buffer: vec![0; 65_536],
+        }
     }
 
     /// Sends what is to be sent, receives what is there, and answers probes: even a hostile peer wants to stay.
@@ -80,7 +99,10 @@ impl Raw {
             self.socket.send_to(&packet[..len], info.to).ok();
         }
         while let Ok((len, from)) = self.socket.recv_from(&mut self.buffer) {
-            let info = quiche::RecvInfo { from, to: self.local };
+            let info = quiche::RecvInfo {
+                from,
+                to: self.local,
+            };
             self.quic.recv(&mut self.buffer[..len], info).ok();
             if self.quic.timeout().is_some_and(|left| left.is_zero()) {
                 break;
@@ -92,7 +114,11 @@ impl Raw {
     }
 
     /// Takes turns until `done`, at most `limit`; whether it was done.
-    pub(crate) fn drive(&mut self, limit: Duration, mut done: impl FnMut(&mut quiche::Connection) -> bool) -> bool {
+    pub(crate) fn drive(
+        &mut self,
+        limit: Duration,
+        mut done: impl FnMut(&mut quiche::Connection) -> bool,
+    ) -> bool {
         let until = Instant::now() + limit;
         while Instant::now() < until {
             self.turn();
@@ -104,7 +130,10 @@ impl Raw {
     }
 
     pub(crate) fn establish(&mut self) {
-        assert!(self.drive(Duration::from_secs(10), |quic| quic.is_established()), "no handshake");
+        assert!(
+            self.drive(Duration::from_secs(10), |quic| quic.is_established()),
+            "no handshake"
+        );
     }
 
     /// Sends all of `bytes` on a stream, or as much as the other side wants to have.
