@@ -38,9 +38,11 @@ fn mailboxes(criterion: &mut Criterion) {
         });
     });
     group.bench_function("between_threads", |bencher| {
-        bencher.iter_custom(between_threads)
+        bencher.iter_custom(between_threads);
     });
-    group.bench_function("round_trip", |bencher| bencher.iter_custom(round_trips));
+    group.bench_function("round_trip", |bencher| {
+        bencher.iter_custom(round_trips);
+    });
     group.finish();
 }
 

@@ -18,7 +18,7 @@ fn main() -> ExitCode {
     if let [flag, name] = args.as_slice()
         && flag == "--piece"
     {
-        return pieces::by_name(name).map_or(ExitCode::from(2), run_piece);
+        return pieces::by_name(name).map_or_else(|| ExitCode::from(2), run_piece);
     }
     let update = args.iter().any(|arg| arg == "--update");
     let names: Vec<&String> = args.iter().filter(|arg| *arg != "--update").collect();
