@@ -130,8 +130,7 @@ fn main() -> ExitCode {
     let outcome = match cli.role {
         Some(Role::Serve(args)) => serve(&args),
         Some(Role::Drive(args)) => drive(args),
-        Some(Role::Limits { seconds }) => limits::measure(Duration::from_secs_f64(seconds), 0, 1)
-            .and_then(|limits| Ok(println!("{}", serde_json::to_string(&limits)?))),
+        Some(Role::Limits { seconds }) => print_limits(Duration::from_secs_f64(seconds)),
         None => orchestrate::run(&cli.run),
     };
     match outcome {
@@ -141,6 +140,12 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn print_limits(each: Duration) -> Result<()> {
+    let limits = limits::measure(each, 0, 1)?;
+    println!("{}", serde_json::to_string(&limits)?);
+    Ok(())
 }
 
 fn serve(args: &ServeArgs) -> Result<()> {

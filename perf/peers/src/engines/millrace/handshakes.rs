@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use boring::pkey::PKey;
 use boring::ssl::{
-    SslAlert, SslContextBuilder, SslMethod, SslOptions, SslSignatureAlgorithm, SslVerifyError, SslVerifyMode,
+    SslAlert, SslContextBuilder, SslMethod, SslOptions, SslSignatureAlgorithm, SslVerifyError,
+    SslVerifyMode,
 };
 use boring::x509::X509;
 use millrace_protocol::cid::initial_dcid;
@@ -23,11 +24,11 @@ use millrace_shards::{
 };
 
 use super::{Identities, drivers, shard};
+use crate::Result;
 use crate::measure::{Latencies, Measurement, Meter};
 use crate::plan::Engine;
 use crate::settings::Settings;
 use crate::workloads::Job;
-use crate::Result;
 
 pub(super) fn drive(engine: Engine, job: &Job, settings: &Settings) -> Result<Measurement> {
     let identities = Identities::new();
@@ -45,10 +46,15 @@ pub(super) fn drive(engine: Engine, job: &Job, settings: &Settings) -> Result<Me
     let mut dialers = Vec::new();
     for index in 0..drivers(job.workload) {
         let key = identities.driver(index);
-        dialers.push((quic_config(key, server_key, settings)?, key.node_id().spread()));
+        dialers.push((
+            quic_config(key, server_key, settings)?,
+            key.node_id().spread(),
+        ));
     }
     let config = shard(engine, job.workload, 1);
-    let handle = spawn(config, 0, 1, Some(socket), move |_context| Generator::new(dialers, local, to, sender))?;
+    let handle = spawn(config, 0, 1, Some(socket), move |_context| {
+        Generator::new(dialers, local, to, sender)
+    })?;
     thread::sleep(job.warm_up());
     // Everything before is warm-up.
     if finished.try_iter().count() == 0 {
@@ -67,13 +73,24 @@ pub(super) fn drive(engine: Engine, job: &Job, settings: &Settings) -> Result<Me
     handle.stop();
     let rps = latencies.len() as f64 / reading.wall.as_secs_f64();
     let [p50_us, p99_us] = latencies.quantiles_us([0.5, 0.99]);
-    Ok(Measurement { p50_us, p99_us, rps: Some(rps), cores_used: Some(reading.cores_used()), ..Measurement::default() })
+    Ok(Measurement {
+        p50_us,
+        p99_us,
+        rps: Some(rps),
+        cores_used: Some(reading.cores_used()),
+        ..Measurement::default()
+    })
 }
 
 /// The transport's TLS: Ed25519 on both sides, X25519, no tickets, the server's key pinned.
-fn quic_config(key: &SigningKey, server_key: [u8; 32], settings: &Settings) -> Result<quiche::Config> {
+fn quic_config(
+    key: &SigningKey,
+    server_key: [u8; 32],
+    settings: &Settings,
+) -> Result<quiche::Config> {
     let der = key.pkcs8_v0_der();
-    let pair = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(&der.as_slice().into(), &rcgen::PKCS_ED25519)?;
+    let pair =
+        rcgen::KeyPair::from_pkcs8_der_and_sign_algo(&der.as_slice().into(), &rcgen::PKCS_ED25519)?;
     let certificate = rcgen::CertificateParams::new(Vec::new())?.self_signed(&pair)?;
     let mut tls = SslContextBuilder::new(SslMethod::tls())?;
     tls.set_private_key(&*PKey::private_key_from_pkcs8(&der)?)?;
@@ -83,9 +100,11 @@ fn quic_config(key: &SigningKey, server_key: [u8; 32], settings: &Settings) -> R
     tls.set_options(SslOptions::NO_TICKET);
     tls.set_custom_verify_callback(SslVerifyMode::PEER, move |ssl| {
         let mut raw = [0; 32];
-        let key = ssl.peer_certificate().and_then(|certificate| certificate.public_key().ok());
+        let key = ssl
+            .peer_certificate()
+            .and_then(|certificate| certificate.public_key().ok());
         match key.as_ref().map(|key| key.raw_public_key(&mut raw)) {
-            Some(Ok(_)) if raw == server_key => Ok(()),
+            Some(Ok(key)) if *key == server_key[..] => Ok(()),
             _ => Err(SslVerifyError::Invalid(SslAlert::CERTIFICATE_UNKNOWN)),
         }
     });
@@ -121,9 +140,19 @@ struct Generator {
 }
 
 impl Generator {
-    fn new(configs: Vec<(quiche::Config, u8)>, local: SocketAddr, to: SocketAddr, finished: Sender<Duration>) -> Self {
+    fn new(
+        configs: Vec<(quiche::Config, u8)>,
+        local: SocketAddr,
+        to: SocketAddr,
+        finished: Sender<Duration>,
+    ) -> Self {
         let now = Instant::now();
-        let dialer = |(config, spread)| Dialer { config, spread, quic: None, started: now };
+        let dialer = |(config, spread)| Dialer {
+            config,
+            spread,
+            quic: None,
+            started: now,
+        };
         let mut generator = Self {
             dialers: configs.into_iter().map(dialer).collect(),
             dirty: VecDeque::new(),
@@ -151,7 +180,9 @@ impl Generator {
         let dcid = quiche::ConnectionId::from_ref(&dcid);
         dialer.started = now;
         // Cannot fail with settings that worked before; the measurement then has no handshakes and says so.
-        dialer.quic = quiche::connect_with_dcid(None, &scid, &dcid, self.local, self.to, &mut dialer.config).ok();
+        dialer.quic =
+            quiche::connect_with_dcid(None, &scid, &dcid, self.local, self.to, &mut dialer.config)
+                .ok();
         self.dirty.push_back(index);
     }
 }
@@ -162,13 +193,26 @@ impl Datapath for Generator {
     fn on_message(&mut self, (): (), _now: Instant) {}
 
     fn on_datagrams(&mut self, datagrams: Datagrams<'_>, now: Instant) {
-        let info = quiche::RecvInfo { from: datagrams.from(), to: self.local };
+        let info = quiche::RecvInfo {
+            from: datagrams.from(),
+            to: self.local,
+        };
         for datagram in datagrams.into_segments() {
             // The first byte of our connection IDs names the dialer.
-            let at = if datagram.first().is_some_and(|byte| byte & 0x80 != 0) { 6 } else { 1 };
-            let Some(&index) = datagram.get(at) else { continue };
-            let Some(dialer) = self.dialers.get_mut(usize::from(index)) else { continue };
-            let Some(quic) = &mut dialer.quic else { continue };
+            let at = if datagram.first().is_some_and(|byte| byte & 0x80 != 0) {
+                6
+            } else {
+                1
+            };
+            let Some(&index) = datagram.get(at) else {
+                continue;
+            };
+            let Some(dialer) = self.dialers.get_mut(usize::from(index)) else {
+                continue;
+            };
+            let Some(quic) = &mut dialer.quic else {
+                continue;
+            };
             // Late packets of the connection before are refused.
             if quic.recv(datagram, info).is_err() {
                 continue;
@@ -196,12 +240,17 @@ impl Datapath for Generator {
     }
 
     fn next_timeout(&mut self) -> Option<Instant> {
-        self.dialers.iter().filter_map(|dialer| dialer.quic.as_ref()?.timeout_instant()).min()
+        self.dialers
+            .iter()
+            .filter_map(|dialer| dialer.quic.as_ref()?.timeout_instant())
+            .min()
     }
 
     fn transmit(&mut self, trains: &mut Trains<'_>, now: Instant) -> Transmit {
         while let Some(index) = self.dirty.pop_front() {
-            let Some(quic) = &mut self.dialers[index].quic else { continue };
+            let Some(quic) = &mut self.dialers[index].quic else {
+                continue;
+            };
             loop {
                 let Some(buffer) = trains.packet(1_452) else {
                     self.dirty.push_front(index);
@@ -212,7 +261,9 @@ impl Datapath for Generator {
                     Err(_) => break,
                 }
             }
-            if (quic.local_error().is_some() || quic.is_closed() || quic.is_draining()) && !self.stopping {
+            if (quic.local_error().is_some() || quic.is_closed() || quic.is_draining())
+                && !self.stopping
+            {
                 self.dial(index, now);
             }
         }
@@ -233,4 +284,3 @@ impl Datapath for Generator {
         self.stopping
     }
 }
-
