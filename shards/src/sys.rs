@@ -232,6 +232,10 @@ pub(crate) fn decode_addr(raw: &[u8]) -> Option<SocketAddr> {
     if i32::from(family) == libc::AF_INET6 {
         let flow = u32::from_ne_bytes(raw.get(4..8)?.try_into().ok()?);
         let ip: [u8; 16] = raw.get(8..24)?.try_into().ok()?;
+        // What a dual-stack socket hears from an IPv4 peer: callers know that peer by its IPv4 address, and sending to it works.
+        if let Some(v4) = Ipv6Addr::from(ip).to_ipv4_mapped() {
+            return Some(SocketAddr::V4(SocketAddrV4::new(v4, port)));
+        }
         let scope = u32::from_ne_bytes(raw.get(24..28)?.try_into().ok()?);
         return Some(SocketAddr::V6(SocketAddrV6::new(
             Ipv6Addr::from(ip),

@@ -51,12 +51,24 @@ pub(crate) enum Phase {
     Closing,
 }
 
+/// How long a connection may stay silent after its peer knocked.
+pub(crate) const VERIFY_TIMEOUT: Duration = Duration::from_millis(400);
+
+/// How a connection's turn to send ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sent {
+    /// Nothing is left to send now.
+    All,
+    /// The connection used its share of the turn.
+    Budget,
+    /// The turn's transmit slots are used up.
+    NoSlot,
+}
+
 /// What arrived that the endpoint has to act on, gathered while the connection is borrowed.
 #[derive(Debug, Default)]
 pub(crate) struct Events {
     pub(crate) hello: Option<Hello>,
-    /// A valid frame arrived.
-    pub(crate) heard: bool,
     pub(crate) probe_replies: Vec<u32>,
     pub(crate) reservations: Vec<Reservation>,
     pub(crate) fault: Option<&'static str>,
@@ -75,8 +87,8 @@ pub(crate) struct Connection {
     pub(crate) attempt: Option<Attempt>,
     /// Which of the connections of a pair of nodes this is.
     pub(crate) index: usize,
-    /// A sign of life was asked for.
-    pub(crate) verify: bool,
+    /// A sign of life was asked for when this many packets had been received.
+    pub(crate) verify_from: Option<usize>,
     /// Counted among the shard's handshakes.
     pub(crate) is_handshaking: bool,
     pub(crate) phase: Phase,
@@ -109,13 +121,13 @@ impl Connection {
             is_server,
             attempt: None,
             index: 0,
-            verify: false,
+            verify_from: None,
             is_handshaking: true,
             phase: Phase::Handshake {
                 until: now + config.connect_timeout,
             },
             link: None,
-            inbox: Inbox::new(config.limits),
+            inbox: Inbox::new(config.limits, config.streams_max),
             health: None,
             timer: None,
             is_dirty: false,
@@ -179,40 +191,50 @@ impl Connection {
         let Some(link) = self.link.clone() else {
             return;
         };
+        let mut events = Events::default();
         self.inbox.cut_stalled(
             &mut self.quic,
             config.stream_progress_bytes,
             room,
-            &mut |header| {
-                on_fault(&link, StreamFault::Stalled, header, &mut Events::default());
-            },
+            &mut |fault, header| on_fault(&link, fault, header, &mut events),
         );
+        if events.fault.is_some() {
+            self.close(CloseCode::Violation);
+        }
         self.judge_at =
             (self.inbox.unfinished() > 0).then(|| now + config.stream_progress_interval);
     }
 
-    /// Feeds quiche and builds packets into trains, within the turn's budget. True when more is waiting.
+    /// Feeds quiche and builds packets into trains, within the turn's budget.
     pub(crate) fn transmit(
         &mut self,
         trains: &mut Trains<'_>,
         config: &TransportConfig,
         counters: &Counters,
-    ) -> bool {
-        let mut more = false;
+    ) -> Sent {
+        let mut more = Sent::All;
         if let Some(link) = &self.link
             && !matches!(self.phase, Phase::Closing)
         {
             let mut out = link.out.borrow_mut();
-            more = out.feed(&mut self.quic) == Pumped::More;
-            counters.add(Counter::StreamsOut, out.take_streams_opened());
+            if out.feed(&mut self.quic) == Pumped::More {
+                more = Sent::Budget;
+            }
+            if out.is_stopped() {
+                drop(out);
+                self.close(CloseCode::Violation);
+                more = Sent::All;
+            } else {
+                counters.add(Counter::StreamsOut, out.take_streams_opened());
+            }
         }
         let mut packets = 0;
         let more = loop {
             if packets == config.packets_per_turn {
-                break true;
+                break Sent::Budget;
             }
             let Some(buffer) = trains.packet(config.udp_payload_bytes_max) else {
-                break true;
+                break Sent::NoSlot;
             };
             match self.quic.send(buffer) {
                 Ok((len, info)) => {
@@ -222,7 +244,7 @@ impl Connection {
                 Err(quiche::Error::Done) => break more,
                 Err(_) => {
                     self.close(CloseCode::Violation);
-                    break false;
+                    break Sent::All;
                 }
             }
         };
@@ -265,6 +287,21 @@ impl Connection {
         (3 * rtt).clamp(SHORTEST, LONGEST)
     }
 
+    /// Asks the peer for a sign of life. False when an answer cannot be expected within [`VERIFY_TIMEOUT`].
+    pub(crate) fn ask_for_life(&mut self) -> bool {
+        let rtt = self
+            .quic
+            .path_stats()
+            .next()
+            .map_or(Duration::ZERO, |path| path.rtt);
+        if rtt * 3 > VERIFY_TIMEOUT {
+            return false;
+        }
+        self.verify_from = Some(self.quic.stats().recv);
+        // Repeated by quiche until it is acknowledged.
+        self.quic.send_ack_eliciting().is_ok()
+    }
+
     /// From now on a PING is sent when nothing else was for `interval`.
     pub(crate) fn start_keep_alive(&mut self, interval: Duration, now: Instant) {
         self.keep_alive = Some((now + interval, self.quic.stats().sent));
@@ -296,6 +333,13 @@ impl Connection {
         false
     }
 
+    /// Frees streams of ours that the peer stopped after quiche had taken all of them: it does so only when asked about them.
+    pub(crate) fn sweep_stopped_streams(&mut self) {
+        while let Some(stream) = self.quic.stream_writable_next() {
+            self.quic.stream_capacity(stream).ok();
+        }
+    }
+
     /// Whether the path lost packets since the last look.
     pub(crate) fn has_lost_packets(&mut self) -> bool {
         let lost = self.quic.stats().lost;
@@ -310,7 +354,6 @@ pub(crate) fn on_arrived<H: Handler>(
     now: Instant,
     events: &mut Events,
 ) {
-    events.heard = true;
     match arrived {
         Arrived::Frame(header, body) => {
             on_message(link, handler, header, InboundBody::Slice(body), now, events);
@@ -348,7 +391,6 @@ fn on_datagram<H: Handler>(
     };
     match header {
         Ok((header, body)) if header.check(Carriage::Lane, limits).is_ok() => {
-            events.heard = true;
             on_message(link, handler, header, InboundBody::Slice(body), now, events);
         }
         Ok(_) => link
@@ -399,19 +441,26 @@ fn on_message<H: Handler>(
             counters.received(header.class, body.len() as usize);
             link.on_answer(header.id, Ok(body.into_payload()));
         }
-        Kind::Failure => link.on_answer(
-            header.id,
-            Err(RpcError::Peer(FailureCode::from_arg(header.arg))),
-        ),
-        Kind::Cancel => link.on_cancel(header.id),
+        Kind::Failure => {
+            // Refused before all of it was there: the rest need not be sent.
+            link.withdraw(Kind::Request, header.class, header.id, false);
+            link.on_answer(
+                header.id,
+                Err(RpcError::Peer(FailureCode::from_arg(header.arg))),
+            );
+        }
+        Kind::Cancel => link.on_cancel(header.class, header.id),
         Kind::Probe => link.datagram(Kind::ProbeReply, header.arg),
         Kind::ProbeReply => events.probe_replies.push(header.arg),
         Kind::Hello => match body {
             InboundBody::Slice(bytes) => match Hello::decode(bytes) {
                 Ok(hello) => events.hello = Some(hello),
-                Err(_) => events.fault = Some("peer_hello_malformed"),
+                Err(error) => {
+                    counters.count(Family::Rejected, error.reason());
+                    events.fault = Some(error.reason());
+                }
             },
-            InboundBody::Chunks(_) => events.fault = Some("peer_hello_malformed"),
+            InboundBody::Chunks(_) => events.fault = Some("peer_misplaced_frame"),
         },
     }
 }
@@ -437,11 +486,13 @@ pub(crate) fn on_fault(
         _ if wants_answer(&header) => {
             link.answer(header.class, header.id, Err(FailureCode::Malformed));
         }
-        StreamFault::NoRoom if header.kind == Kind::Response => {
-            link.on_answer(header.id, Err(RpcError::LocalNoBudget));
-        }
         _ if header.kind == Kind::Response => {
-            link.on_answer(header.id, Err(RpcError::PeerProtocol));
+            link.withdraw(Kind::Request, header.class, header.id, true);
+            let error = match fault {
+                StreamFault::NoRoom => RpcError::LocalNoBudget,
+                _ => RpcError::PeerProtocol,
+            };
+            link.on_answer(header.id, Err(error));
         }
         _ => {}
     }

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use millrace_protocol::budget::{ReceiveBudget, Reservation};
 use millrace_protocol::cid::{LocalCid, dcid_of, initial_dcid};
@@ -29,7 +29,7 @@ use ring::rand::SecureRandom;
 
 use crate::buffers::Buffers;
 use crate::config::TransportConfig;
-use crate::connection::{Connection, Events, Phase};
+use crate::connection::{Connection, Events, Phase, Sent};
 use crate::counters::{Counter, Counters, Family, TlsRefusal};
 use crate::inbox::Room;
 use crate::link::{Link, Shared};
@@ -231,7 +231,13 @@ impl<H: Handler> Endpoint<H> {
     }
 
     fn accept(&mut self, datagram: &mut [u8], from: SocketAddr, now: Instant) -> Option<usize> {
-        let Ok(header) = quiche::Header::from_slice(datagram, LocalCid::BYTES) else {
+        // RFC 9000, 14.1: a datagram that opens a connection has at least 1,200 bytes, and so has one that asks for a version.
+        const OPENING_BYTES_MIN: usize = 1_200;
+        let len = datagram.len();
+        let header = quiche::Header::from_slice(datagram, LocalCid::BYTES);
+        let header = header.ok().filter(|_| len >= OPENING_BYTES_MIN);
+        // RFC 9000, 7.2: a client's first ID has at least 8 bytes.
+        let Some(header) = header.filter(|header| header.dcid.len() >= 8) else {
             self.counters().add(Counter::DatagramsUnroutable, 1);
             return None;
         };
@@ -436,11 +442,13 @@ impl<H: Handler> Endpoint<H> {
             Action::Verify { conn } => {
                 if let Some(slot) = self.slot_of(conn)
                     && let Some(Some(connection)) = self.connections.get_mut(slot)
-                    && let Some(health) = &mut connection.health
                 {
-                    connection.verify = true;
-                    health.probe_now();
-                    connection.probe(now);
+                    // A knock is not signed: it must not end a connection whose answer merely takes long. The idle timeout does.
+                    if connection.ask_for_life() {
+                        self.mark_dirty(slot);
+                    } else if let Some(peers) = self.parts.peers.get_mut(index) {
+                        peers.verified(conn);
+                    }
                 }
             }
             Action::Close { conn, reason } => {
@@ -462,7 +470,8 @@ impl<H: Handler> Endpoint<H> {
                 }
             }
             Action::Up { peer, conn, number } => self.on_up(peer, conn, number, now),
-            Action::Down { peer, number } => self.handler.on_down(peer, number),
+            // Told connection by connection, when it is gone.
+            Action::Down { .. } => {}
         }
     }
 
@@ -545,6 +554,9 @@ impl<H: Handler> Endpoint<H> {
             };
             connection.inbox.clear(&mut room);
             link.close();
+            if link.number.get() > ConnectionNumber(0) {
+                self.handler.on_down(link.peer, link.number.get());
+            }
         }
         if let Some(peers) = self.parts.peers.get_mut(connection.index) {
             match connection.attempt {
@@ -597,6 +609,7 @@ impl<H: Handler> Endpoint<H> {
         if matches!(connection.phase, Phase::Handshake { .. }) && connection.quic.is_established() {
             self.on_established(slot, now);
         }
+        self.notice_life(slot, now);
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;
         };
@@ -630,24 +643,37 @@ impl<H: Handler> Endpoint<H> {
                     health.reply_received(sequence, now);
                 }
             }
-            if let Some(reason) = events.fault {
-                self.counters().count(Family::Rejected, reason);
+            if events.fault.is_some() {
                 self.close(slot, CloseCode::Violation);
-            } else if events.heard && (connection.verify || connection.phase == Phase::AwaitHello) {
-                let key = connection.key;
-                let is_new = connection.phase == Phase::AwaitHello;
-                connection.verify = false;
-                if let Some(peers) = self.parts.peers.get_mut(connection.index) {
-                    if is_new {
-                        peers.hello_received(key, now);
-                    } else {
-                        peers.verified(key);
-                    }
-                }
-                self.run_actions(now);
             }
         }
         self.mark_dirty(slot);
+    }
+
+    /// Brings a connection up when the peer's first bytes are there, before they are read; and takes a packet for the sign of life
+    /// that a knock made us ask for.
+    fn notice_life(&mut self, slot: usize, now: Instant) {
+        let Some(Some(connection)) = self.connections.get_mut(slot) else {
+            return;
+        };
+        let key = connection.key;
+        let peers = self.parts.peers.get_mut(connection.index);
+        if connection.phase == Phase::AwaitHello
+            && (connection.quic.is_readable() || connection.quic.dgram_recv_queue_len() > 0)
+        {
+            if let Some(peers) = peers {
+                peers.hello_received(key, now);
+            }
+            self.run_actions(now);
+        } else if connection
+            .verify_from
+            .is_some_and(|seen| connection.quic.stats().recv > seen)
+        {
+            connection.verify_from = None;
+            if let Some(peers) = peers {
+                peers.verified(key);
+            }
+        }
     }
 
     fn on_knock(&mut self, knock: &Knock, now: Instant) {
@@ -742,9 +768,9 @@ impl<H: Handler> Endpoint<H> {
     // --- sending ---
 
     /// Sends what one connection has. True when it has more than this turn's budget.
-    fn flush(&mut self, slot: usize, trains: &mut Trains<'_>, now: Instant) -> bool {
+    fn flush(&mut self, slot: usize, trains: &mut Trains<'_>, now: Instant) -> Sent {
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
-            return false;
+            return Sent::All;
         };
         connection.is_dirty = false;
         if let Some(link) = &connection.link {
@@ -759,7 +785,7 @@ impl<H: Handler> Endpoint<H> {
                 code,
             };
         }
-        let more = connection.transmit(
+        let sent = connection.transmit(
             trains,
             &self.parts.shared.config,
             &self.parts.shared.counters,
@@ -769,13 +795,13 @@ impl<H: Handler> Endpoint<H> {
         // A draining connection (RFC 9000, 10.2.2) has nothing to say any more; late packets for it find nobody.
         if connection.quic.is_closed() || connection.quic.is_draining() {
             self.remove(slot, now);
-            return false;
+            return Sent::All;
         }
         self.arm(slot);
-        if more {
+        if sent == Sent::Budget {
             self.mark_dirty(slot);
         }
-        more
+        sent
     }
 
     fn publish(&mut self) {
@@ -920,14 +946,20 @@ impl<H: Handler> Datapath for Endpoint<H> {
             trains.push(reply.len(), to);
         }
         let turns = self.parts.shared.dirty.borrow().len();
-        let mut more = false;
         for _ in 0..turns {
             let Some(slot) = self.parts.shared.dirty.borrow_mut().pop_front() else {
                 break;
             };
-            more |= self.flush(slot, trains, now);
+            if self.flush(slot, trains, now) == Sent::NoSlot {
+                // First in the next turn, so that those behind it get theirs.
+                if let Some(Some(connection)) = self.connections.get_mut(slot) {
+                    connection.is_dirty = true;
+                    self.parts.shared.dirty.borrow_mut().push_front(slot);
+                }
+                break;
+            }
         }
-        if more || !self.parts.shared.dirty.borrow().is_empty() {
+        if !self.parts.shared.dirty.borrow().is_empty() {
             Transmit::More
         } else {
             Transmit::Done
@@ -942,6 +974,7 @@ impl<H: Handler> Datapath for Endpoint<H> {
         self.parts.shared.now.set(now);
         for connection in self.connections.iter_mut().flatten() {
             let lossy = connection.has_lost_packets();
+            connection.sweep_stopped_streams();
             if let Some(link) = &connection.link {
                 link.out.borrow_mut().set_lossy(lossy);
             }
@@ -976,6 +1009,9 @@ impl<H: Handler> Datapath for Endpoint<H> {
             .iter()
             .flatten()
             .all(|c| c.phase == Phase::Closing && !c.is_dirty);
-        self.stop_at.is_some_and(|at| all_closing || at <= now)
+        // The timers that close what still drains fire up to a tick late.
+        const TICK: Duration = Duration::from_millis(2);
+        self.stop_at
+            .is_some_and(|at| all_closing || at + TICK <= now)
     }
 }

@@ -4,7 +4,7 @@
 //! [`INLINE_BYTES_MAX`] goes from quiche into its chunks and is never copied again.
 //!
 //! Invariants
-//! 1. Nothing is reserved for a body before its header was checked and the budget agreed; a refused stream is stopped, never read further.
+//! 1. Nothing is reserved for a body before its header was checked and the budget agreed; what comes on a refused stream is thrown away.
 //! 2. The number of streams is bounded by the stream limit that the peer was given; each unfinished message must make progress or be cut.
 //! 3. Whatever ends a stream gives its reservation back.
 
@@ -15,10 +15,12 @@ use millrace_protocol::frame::{
 use millrace_shards::chunk::{Body, BodyMut, ChunkPool};
 
 use crate::buffers::QuicConnection;
-use crate::streams::{CODE_CANCELLED, CODE_REFUSED};
 
 /// Bodies up to this size are gathered in plain memory; a chunk of 1 MiB would be wasted on them.
 pub(crate) const INLINE_BYTES_MAX: usize = 64 << 10;
+
+/// Lanes that a peer may open; ours opens five.
+const LANES_MAX: usize = 32;
 
 /// Why a stream was cut; the connection lives on unless `is_fatal`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +41,10 @@ pub(crate) enum StreamFault {
     Bidirectional,
     /// The peer ended a lane.
     LaneEnded,
+    /// The peer opened more lanes than any version of ours does.
+    TooManyLanes,
+    /// The peer leaves too many refused streams open.
+    TooManyAbandoned,
 }
 
 impl StreamFault {
@@ -53,12 +59,17 @@ impl StreamFault {
             Self::Reset => "peer_reset",
             Self::Bidirectional => "peer_bidirectional_stream",
             Self::LaneEnded => "peer_lane_ended",
+            Self::TooManyLanes => "peer_too_many_lanes",
+            Self::TooManyAbandoned => "peer_abandoned_streams",
         }
     }
 
     /// After garbage on a stream there is nothing more to hope for from the peer's code.
     pub(crate) fn is_fatal(self) -> bool {
-        matches!(self, Self::Frame(_) | Self::LaneEnded | Self::Bidirectional)
+        !matches!(
+            self,
+            Self::Short | Self::Long | Self::NoRoom | Self::Stalled | Self::Reset
+        )
     }
 }
 
@@ -101,6 +112,9 @@ enum State {
         body: BodyMut,
         reservation: Reservation,
     },
+    /// Refused: what still comes is thrown away, until the peer ends or resets the stream. Not stopped (STOP_SENDING), because quiche
+    /// never frees a stream that was, and the peer would lose one of its streams for good.
+    Refused,
 }
 
 #[derive(Debug)]
@@ -115,6 +129,8 @@ struct Incoming {
 #[derive(Debug)]
 pub(crate) struct Inbox {
     limits: Limits,
+    /// Refused streams that the peer may leave open.
+    abandoned_max: usize,
     streams: Vec<Incoming>,
     /// Position of the stream read last: bulk reads the same one again and again.
     last: usize,
@@ -122,9 +138,11 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
-    pub(crate) fn new(limits: Limits) -> Self {
+    /// `streams_max`: how many streams the peer may open.
+    pub(crate) fn new(limits: Limits, streams_max: u64) -> Self {
         Self {
             limits,
+            abandoned_max: streams_max as usize / 4 * 3,
             streams: Vec::new(),
             last: 0,
             opened: 0,
@@ -140,7 +158,7 @@ impl Inbox {
     pub(crate) fn unfinished(&self) -> usize {
         self.streams
             .iter()
-            .filter(|s| !matches!(s.state, State::Lane(_)))
+            .filter(|s| !matches!(s.state, State::Lane(_) | State::Refused))
             .count()
     }
 
@@ -154,12 +172,15 @@ impl Inbox {
         arrived: &mut impl FnMut(Arrived<'_>),
     ) -> Result<(), (StreamFault, Option<Header>)> {
         if id & 0x2 == 0 {
-            stop(path, id, CODE_REFUSED);
             return Err((StreamFault::Bidirectional, None));
         }
         let at = self.position(id);
+        let was_opening = matches!(self.streams[at].state, State::Opening);
         let result = self.streams[at].read(path, &self.limits, scratch, room, arrived);
         match result {
+            Ok(false) if was_opening && self.lanes() > LANES_MAX => {
+                Err((StreamFault::TooManyLanes, None))
+            }
             Ok(false) => Ok(()),
             Ok(true) => {
                 self.remove(at, room);
@@ -167,19 +188,34 @@ impl Inbox {
             }
             Err(fault) => {
                 let header = self.streams[at].header();
-                stop(
-                    path,
-                    id,
-                    if fault == StreamFault::Reset {
-                        CODE_CANCELLED
-                    } else {
-                        CODE_REFUSED
-                    },
-                );
-                self.remove(at, room);
+                self.refuse(at, path, room).map_err(|fault| (fault, None))?;
                 Err((fault, header))
             }
         }
+    }
+
+    fn lanes(&self) -> usize {
+        let is_lane = |stream: &&Incoming| matches!(stream.state, State::Lane(_));
+        self.streams.iter().filter(is_lane).count()
+    }
+
+    /// Gives back what a stream holds and throws away what comes on it from now on.
+    fn refuse(
+        &mut self,
+        at: usize,
+        path: &mut QuicConnection,
+        room: &mut impl Room,
+    ) -> Result<(), StreamFault> {
+        self.streams[at].release(room);
+        if self.streams[at].discard(path) {
+            self.streams.swap_remove(at);
+            return Ok(());
+        }
+        let is_refused = |stream: &&Incoming| matches!(stream.state, State::Refused);
+        if self.streams.iter().filter(is_refused).count() > self.abandoned_max {
+            return Err(StreamFault::TooManyAbandoned);
+        }
+        Ok(())
     }
 
     /// Cuts every unfinished message that brought less than `progress_bytes` since the last call.
@@ -188,21 +224,21 @@ impl Inbox {
         path: &mut QuicConnection,
         progress_bytes: u64,
         room: &mut impl Room,
-        cut: &mut impl FnMut(Option<Header>),
+        cut: &mut impl FnMut(StreamFault, Option<Header>),
     ) {
-        let mut at = 0;
-        while at < self.streams.len() {
+        // From the back: refusing a stream may move the last one into its place.
+        for at in (0..self.streams.len()).rev() {
             let stream = &mut self.streams[at];
             // Counted from the interval's start, or the stream's: a stream is judged in its second interval at the latest.
             let new = std::mem::take(&mut stream.progress_bytes);
-            if matches!(stream.state, State::Lane(_)) || new >= progress_bytes {
-                at += 1;
+            if matches!(stream.state, State::Lane(_) | State::Refused) || new >= progress_bytes {
                 continue;
             }
             let header = stream.header();
-            stop(path, stream.id, CODE_REFUSED);
-            self.remove(at, room);
-            cut(header);
+            cut(StreamFault::Stalled, header);
+            if let Err(fault) = self.refuse(at, path, room) {
+                cut(fault, None);
+            }
         }
     }
 
@@ -238,16 +274,34 @@ impl Inbox {
     }
 
     fn remove(&mut self, at: usize, room: &mut impl Room) {
-        match self.streams.swap_remove(at).state {
-            State::Small { reservation, .. } | State::Large { reservation, .. } => {
-                room.release(reservation);
-            }
-            State::Opening | State::Lane(_) | State::Header { .. } => {}
-        }
+        self.streams.swap_remove(at).release(room);
     }
 }
 
 impl Incoming {
+    /// Gives back what the stream holds; it is refused from now on.
+    fn release(&mut self, room: &mut impl Room) {
+        match std::mem::replace(&mut self.state, State::Refused) {
+            State::Small { reservation, .. } | State::Large { reservation, .. } => {
+                room.release(reservation);
+            }
+            State::Opening | State::Lane(_) | State::Header { .. } | State::Refused => {}
+        }
+    }
+
+    /// Throws away what is there. True when the stream has ended.
+    fn discard(&self, path: &mut QuicConnection) -> bool {
+        loop {
+            match path.stream_discard(self.id, 1 << 30) {
+                Ok((_, true)) => return true,
+                Ok((0, false)) | Err(quiche::Error::Done) => return false,
+                Ok(_) => {}
+                // Reset, or gone already.
+                Err(_) => return true,
+            }
+        }
+    }
+
     fn header(&self) -> Option<Header> {
         match &self.state {
             State::Small { header, .. } | State::Large { header, .. } => Some(*header),
@@ -267,6 +321,7 @@ impl Incoming {
     ) -> Result<bool, StreamFault> {
         loop {
             let target: &mut [u8] = match &mut self.state {
+                State::Refused => return Ok(self.discard(path)),
                 State::Opening => &mut scratch[..1],
                 State::Lane(_) => scratch,
                 State::Header { have, .. } => &mut scratch[..Header::BYTES - *have],
@@ -285,6 +340,7 @@ impl Incoming {
             };
             self.progress_bytes = self.progress_bytes.saturating_add(read as u64);
             match &mut self.state {
+                State::Refused => {}
                 State::Opening => match scratch.first() {
                     Some(&byte) if read == 1 => {
                         self.state = match StreamKind::decode(byte).map_err(StreamFault::Frame)? {
@@ -395,12 +451,6 @@ impl Incoming {
             }
         }
     }
-}
-
-fn stop(path: &mut QuicConnection, stream: u64, code: u64) {
-    // A stream that is gone already needs no stop.
-    path.stream_shutdown(stream, quiche::Shutdown::Read, code)
-        .ok();
 }
 
 /// Whether a frame of this kind asks for an answer that a refusal must give.

@@ -15,7 +15,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use millrace_protocol::frame::{Class, FailureCode, Header, Kind, Limits, Method};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
@@ -190,7 +190,7 @@ pub(crate) struct Link {
     pub(crate) peer: NodeId,
     pub(crate) number: Cell<ConnectionNumber>,
     pub(crate) out: RefCell<Outbox>,
-    calls: RefCell<RpcTable<Waiter>>,
+    calls: RefCell<RpcTable<(Class, Waiter)>>,
     /// Requests of the peer that are answered later.
     inbound: RefCell<InFlight<()>>,
     is_dirty: Cell<bool>,
@@ -252,11 +252,12 @@ impl Link {
         }
         let body_bytes = request.body.len() as u32;
         let arg = u32::try_from(request.deadline.as_millis()).unwrap_or(u32::MAX);
-        let deadline = self.shared.now.get() + request.deadline;
+        let deadline = self.shared.now.get() + Duration::from_millis(arg.into());
         let id = self
             .calls
             .borrow_mut()
-            .insert_with(request.class, deadline, waiter)?;
+            .insert_with(request.class, deadline, (request.class, waiter))
+            .map_err(|(error, (_, waiter))| (error, waiter))?;
         let header = Header {
             kind: Kind::Request,
             class: request.class,
@@ -268,7 +269,7 @@ impl Link {
         if self.out.borrow_mut().push(header, request.body).is_err() {
             let waiter = self.calls.borrow_mut().cancel(id);
             return match waiter {
-                Some(waiter) => Err((RpcError::LocalBusy(request.class), waiter)),
+                Some((_, waiter)) => Err((RpcError::LocalBusy(request.class), waiter)),
                 None => Ok(header),
             };
         }
@@ -299,7 +300,21 @@ impl Link {
         if self.is_closed.get() || self.calls.borrow_mut().cancel(header.id).is_none() {
             return;
         }
-        self.out.borrow_mut().withdraw(header);
+        self.out.borrow_mut().withdraw(header, true);
+        self.mark_dirty();
+    }
+
+    /// Takes back the request or the answer `id`, if it is still being sent; `tell` the peer if it is not.
+    pub(crate) fn withdraw(&self, kind: Kind, class: Class, id: u32, tell: bool) {
+        let header = Header {
+            kind,
+            class,
+            method: Method(0),
+            id,
+            body_bytes: 0,
+            arg: 0,
+        };
+        self.out.borrow_mut().withdraw(header, tell);
         self.mark_dirty();
     }
 
@@ -444,7 +459,7 @@ impl Link {
     pub(crate) fn on_answer(&self, id: u32, result: Result<Payload, RpcError>) {
         let waiter = self.calls.borrow_mut().complete(id);
         match waiter {
-            Some(waiter) => waiter.complete(result),
+            Some((_, waiter)) => waiter.complete(result),
             None => self.shared.counters.add(Counter::AnswersLate, 1),
         }
     }
@@ -459,8 +474,9 @@ impl Link {
         let mut late = Vec::new();
         self.calls
             .borrow_mut()
-            .expire(now, &mut |_, waiter| late.push(waiter));
-        for waiter in late {
+            .expire(now, &mut |id, waiter| late.push((id, waiter)));
+        for (id, (class, waiter)) in late {
+            self.withdraw(Kind::Request, class, id, true);
             self.shared
                 .counters
                 .count(Family::Failed, RpcError::Timeout.reason());
@@ -477,7 +493,7 @@ impl Link {
         let mut lost = Vec::new();
         self.calls
             .borrow_mut()
-            .take_all(&mut |_, waiter| lost.push(waiter));
+            .take_all(&mut |_, (_, waiter)| lost.push(waiter));
         for waiter in lost {
             self.shared
                 .counters
@@ -511,10 +527,12 @@ impl Link {
         self.inbound.borrow_mut().get_mut(id).is_some()
     }
 
-    /// The peer took its request back.
-    pub(crate) fn on_cancel(&self, id: u32) {
+    /// The peer took its request back, or no longer wants the answer that is under way.
+    pub(crate) fn on_cancel(&self, class: Class, id: u32) {
         if self.close_inbound(id) {
             self.shared.counters.add(Counter::RequestsCancelled, 1);
+        } else {
+            self.withdraw(Kind::Response, class, id, false);
         }
     }
 }

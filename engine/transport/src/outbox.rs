@@ -32,6 +32,8 @@ struct Lane {
     pending: Vec<u8>,
     /// Bytes that quiche had no capacity for.
     blocked: Option<Bytes>,
+    /// The peer stopped the lane: nothing can be sent on it any more.
+    is_stopped: bool,
 }
 
 impl Lane {
@@ -48,6 +50,7 @@ impl Lane {
             opened: false,
             pending: Vec::new(),
             blocked: None,
+            is_stopped: false,
         }
     }
 
@@ -90,7 +93,8 @@ impl Lane {
                         return flushed;
                     }
                 }
-                Err(_) => {
+                Err(error) => {
+                    self.is_stopped |= matches!(error, quiche::Error::StreamStopped(_));
                     self.blocked = Some(buffer);
                     return flushed;
                 }
@@ -139,6 +143,13 @@ impl Messages {
     }
 }
 
+/// A message to be taken back.
+#[derive(Clone, Copy, Debug)]
+struct Withdrawal {
+    header: Header,
+    tell: bool,
+}
+
 /// The outgoing side of a connection.
 #[derive(Debug)]
 pub(crate) struct Outbox {
@@ -151,7 +162,7 @@ pub(crate) struct Outbox {
     lossy: bool,
     messages: Messages,
     datagrams: Vec<Vec<u8>>,
-    withdrawals: Vec<Header>,
+    withdrawals: Vec<Withdrawal>,
 }
 
 impl Outbox {
@@ -240,9 +251,9 @@ impl Outbox {
         self.datagrams.push(datagram);
     }
 
-    /// Takes a message back at the next feed if it has not left whole; says so to the peer otherwise.
-    pub(crate) fn withdraw(&mut self, header: Header) {
-        self.withdrawals.push(header);
+    /// Takes a message back at the next feed if it has not left whole. If it has, and `tell`, the peer hears a cancellation.
+    pub(crate) fn withdraw(&mut self, header: Header, tell: bool) {
+        self.withdrawals.push(Withdrawal { header, tell });
     }
 
     /// Moves what waits into quiche.
@@ -288,8 +299,8 @@ impl Outbox {
     }
 
     fn withdraw_all(&mut self, mut withdraw: impl FnMut(&mut Messages, &Header) -> bool) {
-        for header in std::mem::take(&mut self.withdrawals) {
-            if !withdraw(&mut self.messages, &header) && header.kind == Kind::Request {
+        for Withdrawal { header, tell } in std::mem::take(&mut self.withdrawals) {
+            if !withdraw(&mut self.messages, &header) && tell {
                 let cancel = Header {
                     kind: Kind::Cancel,
                     body_bytes: 0,
@@ -300,6 +311,11 @@ impl Outbox {
                 self.push_frame(cancel, &[]).ok();
             }
         }
+    }
+
+    /// Whether the peer stopped a lane.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.lanes.iter().any(|lane| lane.is_stopped)
     }
 
     pub(crate) fn take_streams_opened(&mut self) -> u64 {

@@ -26,6 +26,7 @@ use millrace_shards::stats::ShardStats;
 use ring::rand::SecureRandom;
 
 use crate::config::TransportConfig;
+use crate::connection::VERIFY_TIMEOUT;
 use crate::counters::Counters;
 use crate::endpoint::{Endpoint, EndpointParts};
 use crate::link::{Shared, Waiter};
@@ -209,8 +210,14 @@ impl Transport {
             .map_err(|source| StartError::Shard {
                 shard: index,
                 source,
-            })?;
-            handles.push(handle);
+            });
+            match handle {
+                Ok(handle) => handles.push(handle),
+                Err(error) => {
+                    stop_all(handles);
+                    return Err(error);
+                }
+            }
         }
         // Set once, here: nothing reads them before `start` returns but tasks of the handlers, which see the transport as not started.
         transport
@@ -294,23 +301,21 @@ impl Transport {
         let class = request.class;
         let body = class == Class::Bulk;
         let shard = self.owner_of(&peer, body);
-        let sent = self.run_on(shard, {
-            let state = Arc::clone(&state);
-            move |shared| {
-                if shared.stopping.get() {
-                    return state.complete(Err(RpcError::LocalShuttingDown));
-                }
-                let Some(link) = shared.link_to(&peer, body) else {
-                    return state.complete(Err(RpcError::NotConnected));
-                };
-                let waiter = Waiter::Call(Box::new(move |result| state.complete(result)));
-                if let Err((error, waiter)) = link.request(request, waiter) {
-                    waiter.complete(Err(error));
-                }
+        let promise = Promise { state: Some(state) };
+        let run = move |shared: &Rc<Shared>| {
+            if shared.stopping.get() {
+                return promise.keep(Err(RpcError::LocalShuttingDown));
             }
-        });
-        if !sent {
-            state.complete(Err(RpcError::LocalBusy(class)));
+            let Some(link) = shared.link_to(&peer, body) else {
+                return promise.keep(Err(RpcError::NotConnected));
+            };
+            let waiter = Waiter::Call(Box::new(move |result| promise.keep(result)));
+            if let Err((error, waiter)) = link.request(request, waiter) {
+                waiter.complete(Err(error));
+            }
+        };
+        if !self.run_on(shard, run) && !self.is_stopped(shard) {
+            answer.state.complete(Err(RpcError::LocalBusy(class)));
         }
         answer
     }
@@ -347,6 +352,11 @@ impl Transport {
         usize::from(peer.owner_shard(index as u8, self.shards() as u8))
     }
 
+    fn is_stopped(&self, shard: usize) -> bool {
+        let senders = self.inner.senders.get();
+        senders.is_none_or(|senders| senders.get(shard).is_none_or(MailSender::is_closed))
+    }
+
     fn run_on(&self, shard: usize, run: impl FnOnce(&Rc<Shared>) + Send + 'static) -> bool {
         let sender = self
             .inner
@@ -365,13 +375,18 @@ impl Transport {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner),
         );
-        for handle in &handles {
-            handle.stop();
-        }
-        for handle in handles {
-            // A shard that panicked has said so; the others still end.
-            handle.join().ok();
-        }
+        stop_all(handles);
+    }
+}
+
+/// Stops all shards, then waits for their threads.
+fn stop_all(handles: Vec<ShardHandle<Message>>) {
+    for handle in &handles {
+        handle.stop();
+    }
+    for handle in handles {
+        // A shard that panicked has said so; the others still end.
+        handle.join().ok();
     }
 }
 
@@ -387,8 +402,7 @@ fn peers_config(config: &TransportConfig, pair: u8, shard: usize, shards: usize)
         },
         connect_timeout: config.connect_timeout,
         drain_timeout: config.drain_timeout,
-        // A peer that knocks while we hold a connection to it has most likely restarted.
-        verify_timeout: Duration::from_millis(200),
+        verify_timeout: VERIFY_TIMEOUT,
         ..Default::default()
     }
 }
@@ -403,6 +417,29 @@ struct RemoteSlot {
 struct RemoteState {
     slot: Mutex<RemoteSlot>,
     ready: std::sync::Condvar,
+}
+
+/// The shard's side of a [`RemoteAnswer`]: whatever happens to it, the other side hears once.
+#[derive(Debug)]
+struct Promise {
+    state: Option<Arc<RemoteState>>,
+}
+
+impl Promise {
+    fn keep(mut self, result: Result<Payload, RpcError>) {
+        if let Some(state) = self.state.take() {
+            state.complete(result);
+        }
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        if let Some(state) = self.state.take() {
+            // The mailbox was full, or the shard stopped with the request in it or in flight.
+            state.complete(Err(RpcError::LocalShuttingDown));
+        }
+    }
 }
 
 impl RemoteState {

@@ -18,10 +18,8 @@ use crate::carrier::{Carrier, Outgoing, Pumped, QueueFull};
 use crate::config::PerClass;
 use crate::message::Payload;
 
-/// RESET_STREAM and STOP_SENDING code: the message is not wanted any more (the reference's value).
+/// RESET_STREAM code: the message is not wanted any more (the reference's value).
 pub(crate) const CODE_CANCELLED: u64 = 0x8000_0006;
-/// STOP_SENDING code: refused; a failure answer says why.
-pub(crate) const CODE_REFUSED: u64 = 0x8000_0007;
 
 /// Send capacity left to lanes while bodies flow: 11 packets of 1,452 bytes.
 const RESERVE_BYTES: usize = 16 << 10;

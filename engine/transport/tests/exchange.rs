@@ -91,6 +91,42 @@ fn one_way_messages_arrive() {
 }
 
 #[test]
+fn refused_bodies_cost_the_connection_nothing() {
+    let config = TransportConfig {
+        receive_budget_peer_bytes: 100_000,
+        ..Default::default()
+    };
+    let (a, b) = pair(&config, 16 << 20);
+    let too_large = a.body(200_000);
+    // More than the streams that a peer may have open: each one refused must be given back.
+    for round in 0..12 {
+        let refused: Vec<_> = (0..100)
+            .map(|_| {
+                let request = request(ECHO, Class::Bulk, too_large.clone());
+                a.transport.request(b.id(), request)
+            })
+            .collect();
+        for answer in refused {
+            let error = answer.wait(PATIENCE).unwrap_err();
+            assert_eq!(
+                error,
+                RpcError::Peer(FailureCode::TooLarge),
+                "round {round}"
+            );
+        }
+    }
+    let fits = request(LENGTH, Class::Bulk, a.body(90_000));
+    let answer = a.transport.request(b.id(), fits).wait(PATIENCE).unwrap();
+    assert_eq!(bytes_of(&answer), 90_000_u64.to_le_bytes());
+    assert_eq!(b.reason(Family::Rejected, "no_room"), 1_200);
+    let downs = a
+        .events
+        .try_iter()
+        .filter(|event| matches!(event, Event::Down(..)));
+    assert_eq!(downs.count(), 0, "the connection lives on");
+}
+
+#[test]
 fn a_deadline_ends_the_wait_of_the_asker() {
     let (a, b) = pair(&TransportConfig::default(), 16 << 20);
     let mut hang = request(HANG, Class::Normal, vec![1]);

@@ -245,7 +245,8 @@ impl<D: Datapath> Shard<D> {
         self.parker.announce_park();
         let stop = self.parker.stop_requested() && !pace.stopping;
         let woken = self.parker.has_foreign() || (!in_glommio && self.parker.any_runnable());
-        if stop || woken || !self.mailbox.is_empty() || self.ring.has_work() {
+        let pending = self.datapath.has_pending();
+        if stop || woken || pending || !self.mailbox.is_empty() || self.ring.has_work() {
             // Something came between the last look and the announcement.
         } else if in_glommio {
             self.stats.eventfd_parks.add(1);
