@@ -62,6 +62,9 @@ pub(crate) struct DevArgs {
     /// Nodes of the subnet, all in this process.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(2..=64))]
     pub(crate) nodes: u16,
+    /// Shards of each node, and as many connections to each peer.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub(crate) shards: u8,
     /// Size of the artifact that the first node publishes.
     #[arg(long, default_value = "128MiB", value_name = "SIZE")]
     pub(crate) payload: ByteSize,

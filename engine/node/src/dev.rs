@@ -72,6 +72,7 @@ pub(crate) fn run(args: &DevArgs) -> Result<Exit, Failure> {
 /// The nodes, in the order of their making.
 struct Subnet {
     nodes: Vec<Arc<Running>>,
+    connections_per_peer: usize,
     started: Instant,
 }
 
@@ -116,20 +117,27 @@ impl Subnet {
                 ));
             }
         }
-        Ok(Self { nodes, started })
+        Ok(Self {
+            nodes,
+            connections_per_peer: usize::from(args.shards),
+            started,
+        })
     }
 
-    /// Waits until every node is connected to every other.
+    /// Waits until every node has all its connections to every other.
     fn connect(&self, timeout: Duration) -> Result<(), Failure> {
         let others = self.nodes.len() - 1;
         let until = Instant::now() + timeout;
         for node in &self.nodes {
             let left = until.saturating_duration_since(Instant::now());
             let all = |peers: &[millrace_transport::PeerStatus]| {
-                let mut ids: Vec<NodeId> = peers.iter().map(|peer| peer.node_id).collect();
-                ids.sort_unstable();
-                ids.dedup();
-                ids.len() == others
+                let mut up: Vec<(NodeId, usize)> = peers
+                    .iter()
+                    .map(|peer| (peer.node_id, peer.shard))
+                    .collect();
+                up.sort_unstable();
+                up.dedup();
+                up.len() == others * self.connections_per_peer
             };
             if !node.transport.status().wait(left, all) {
                 let message = format!(
@@ -346,11 +354,13 @@ fn start_node(
     let payload_chunks = args.payload.bytes().div_ceil(CHUNK_BYTES as u64);
     let pool_bytes = (payload_chunks + SPARE_CHUNKS) * CHUNK_BYTES as u64;
     let cpus = host_facts::usable_cpus();
-    let oversubscribed = usize::from(args.nodes) > cpus.len();
+    let shards = usize::from(args.shards);
+    let oversubscribed = usize::from(args.nodes) * shards > cpus.len();
     let mut transport = mapping::transport(config);
+    transport.connections_per_peer = args.shards;
     transport.receive_budget_peer_bytes = pool_bytes;
     transport.receive_budget_bytes = pool_bytes;
-    let shard = ShardConfig {
+    let shard = |number: usize| ShardConfig {
         chunk_pool_bytes: pool_bytes,
         // Whoever spins on a shared core spins on the time of the one it waits for.
         spin: if oversubscribed {
@@ -360,14 +370,14 @@ fn start_node(
         },
         ..mapping::shard(
             &config.shards.defaults,
-            (!oversubscribed).then(|| cpus[usize::from(index) % cpus.len()]),
+            (!oversubscribed).then(|| cpus[(usize::from(index) * shards + number) % cpus.len()]),
         )
     };
     let loopback = std::net::SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 0));
     Running::start(Start {
         identity,
         transport,
-        shards: vec![shard],
+        shards: (0..shards).map(shard).collect(),
         udp: UdpGroupConfig {
             local: loopback,
             ..UdpGroupConfig::default()

@@ -17,6 +17,7 @@ use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
 use millrace_transport::{Payload, Request, RpcError, Transport, TransportConfig, TransportStart};
 
+use crate::app::announced::Announced;
 use crate::app::handler::{App, joined, payload_of};
 use crate::app::hash;
 use crate::app::store::Store;
@@ -48,6 +49,7 @@ pub(crate) struct Running {
     pub(crate) started: Instant,
     pub(crate) body_bytes_max: u64,
     pub(crate) topology: Changes,
+    announced: Arc<Announced>,
 }
 
 /// How the topology moved since the start.
@@ -99,6 +101,7 @@ impl Running {
         let store = Arc::new(Store::new(start.store_bytes));
         let versions = start.versions;
         let topology = Arc::new(versions.topology());
+        let announced = Arc::new(Announced::new(&topology));
         let changes = Changes::default();
         changes
             .members
@@ -110,9 +113,14 @@ impl Running {
             udp: start.udp,
             topology,
         };
-        let app = (Arc::clone(&store), Arc::clone(&versions));
+        let app = (
+            Arc::clone(&store),
+            Arc::clone(&versions),
+            Arc::clone(&announced),
+        );
         let transport = Transport::start(parts, move |local| {
-            App::new(local, Arc::clone(&app.0), Arc::clone(&app.1))
+            let (store, versions, announced) = app.clone();
+            App::new(local, store, versions, announced)
         })
         .map_err(|error| {
             Failure::new(
@@ -127,6 +135,7 @@ impl Running {
             started: Instant::now(),
             body_bytes_max: start.body_bytes_max,
             topology: changes,
+            announced,
         }))
     }
 
@@ -148,6 +157,7 @@ impl Running {
         self.topology.changes.fetch_add(1, Ordering::Relaxed);
         let removed = before.saturating_sub(topology.len() as u64);
         self.topology.removed.fetch_add(removed, Ordering::Relaxed);
+        self.announced.set_members(&topology);
         self.transport.update_topology(&Arc::new(topology))
     }
 

@@ -65,6 +65,30 @@ fn awkward_sizes_and_many_nodes_work() {
     }
 }
 
+/// With several connections to a peer, an announcement and its body arrive on different shards.
+#[test]
+fn shards_of_a_node_share_what_was_announced() {
+    for (nodes, shards) in [("3", "2"), ("4", "3")] {
+        let outcome = json(&[
+            "dev",
+            "--nodes",
+            nodes,
+            "--shards",
+            shards,
+            "--payload",
+            "3MiB",
+            "--once",
+            "--json",
+        ]);
+        let others = nodes.parse::<u64>().unwrap() - 1;
+        assert_eq!(
+            outcome["delivered"], others,
+            "{nodes} nodes, {shards} shards"
+        );
+        assert_eq!(outcome["hash_ok"], true);
+    }
+}
+
 #[test]
 fn the_table_names_every_node() {
     let output = millrace(&["dev", "--nodes", "3", "--payload", "64KiB", "--once"]);

@@ -1,47 +1,45 @@
 //! Answers peers, on each shard.
 
-use std::cell::RefCell;
-use std::collections::BTreeMap;
-use std::rc::Rc;
 use std::sync::Arc;
 
 use millrace_protocol::frame::FailureCode;
-use millrace_protocol::id::{ArtifactId, ConnectionNumber, NodeId};
+use millrace_protocol::id::{ArtifactId, NodeId};
 use millrace_shards::Queue;
 use millrace_shards::chunk::{Body, Chunk};
 use millrace_transport::{Answer, Defer, Handler, Inbound, InboundBody, Local, Payload, Responder};
 
+use super::announced::Announced;
+use super::hash;
+use super::store::Store;
 use super::wire::{self, Announce};
-use super::{hash, store::Store};
 use crate::versions::Versions;
-
-/// Announcements of one connection that may wait for their bodies.
-const ANNOUNCED_MAX: usize = 16;
 
 /// Above this a payload has to be in chunks.
 const SMALL_BYTES_MAX: usize = 64 << 10;
-
-/// What one connection announced and has not sent yet: id by length, because a body comes without its id.
-type Announced = Rc<RefCell<BTreeMap<(NodeId, ConnectionNumber), Vec<Announce>>>>;
 
 pub(crate) struct App {
     local: Local,
     store: Arc<Store>,
     versions: Arc<Versions>,
-    announced: Announced,
+    announced: Arc<Announced>,
 }
 
 impl App {
-    pub(crate) fn new(local: Local, store: Arc<Store>, versions: Arc<Versions>) -> Self {
+    pub(crate) fn new(
+        local: Local,
+        store: Arc<Store>,
+        versions: Arc<Versions>,
+        announced: Arc<Announced>,
+    ) -> Self {
         Self {
             local,
             store,
             versions,
-            announced: Announced::default(),
+            announced,
         }
     }
 
-    fn announce(&self, from: (NodeId, ConnectionNumber), body: &InboundBody<'_>) -> Answer {
+    fn announce(&self, from: &NodeId, body: &InboundBody<'_>) -> Answer {
         let InboundBody::Slice(bytes) = body else {
             return Answer::Failure(FailureCode::Malformed);
         };
@@ -54,27 +52,15 @@ impl App {
         if !self.store.fits(announce.length) {
             return Answer::Failure(FailureCode::TooLarge);
         }
-        let mut announced = self.announced.borrow_mut();
-        let waiting = announced.entry(from).or_default();
-        if !waiting.contains(&announce) {
-            if waiting.len() == ANNOUNCED_MAX {
-                return Answer::Failure(FailureCode::Busy);
-            }
-            waiting.push(announce);
+        if !self.announced.push(from, announce) {
+            // Cut already; this shard has not heard of it yet.
+            return Answer::Failure(FailureCode::Busy);
         }
         Answer::Reply(wire::WANTED.to_vec().into())
     }
 
-    fn put(
-        &self,
-        from: (NodeId, ConnectionNumber),
-        body: InboundBody<'_>,
-        defer: &Defer<'_>,
-    ) -> Answer {
-        let length = body.len();
-        let is_announced =
-            |list: &Vec<Announce>| list.iter().any(|announce| announce.length == length);
-        if !self.announced.borrow().get(&from).is_some_and(is_announced) {
+    fn put(&self, from: NodeId, body: InboundBody<'_>, defer: &Defer<'_>) -> Answer {
+        if !self.announced.has_length(&from, body.len()) {
             return Answer::Failure(FailureCode::Malformed);
         }
         let body = match body {
@@ -87,7 +73,7 @@ impl App {
         let Some(responder) = defer.responder() else {
             return Answer::Failure(FailureCode::Busy);
         };
-        let (store, announced) = (Arc::clone(&self.store), Rc::clone(&self.announced));
+        let (store, announced) = (Arc::clone(&self.store), Arc::clone(&self.announced));
         // A body of 128 MiB hashes for 0.1 to 0.2 s: beside the packets, not instead of them.
         self.local.spawn(Queue::Bulk, async move {
             let id = hash::of_body_in_turns(&body).await;
@@ -131,24 +117,20 @@ impl App {
 fn keep(
     store: &Store,
     announced: &Announced,
-    from: (NodeId, ConnectionNumber),
+    from: NodeId,
     id: ArtifactId,
     body: Body,
     responder: Responder,
 ) {
     let length = body.len() as u64;
-    let was_announced = announced.borrow_mut().get_mut(&from).is_some_and(|list| {
-        let at = list.iter().position(|one| *one == Announce { id, length });
-        at.map(|at| list.swap_remove(at)).is_some()
-    });
-    if !was_announced {
-        tracing::warn!(peer = %from.0, %id, "a body has a hash that was not announced");
+    if !announced.take(&from, &Announce { id, length }) {
+        tracing::warn!(peer = %from, %id, "a body has a hash that was not announced");
         return responder.fail(FailureCode::Malformed);
     }
     match store.insert(id, body) {
         Ok(()) => responder.reply(id.as_bytes().to_vec().into()),
         Err(error) => {
-            tracing::warn!(peer = %from.0, %error, "a body cannot be held");
+            tracing::warn!(peer = %from, %error, "a body cannot be held");
             responder.fail(FailureCode::TooLarge);
         }
     }
@@ -175,10 +157,9 @@ pub(crate) fn joined(chunks: &[Chunk]) -> Vec<u8> {
 
 impl Handler for App {
     fn on_request(&mut self, request: Inbound<'_>, defer: Defer<'_>) -> Answer {
-        let from = (request.peer, request.connection);
         match request.method {
-            wire::ANNOUNCE => self.announce(from, &request.body),
-            wire::PUT => self.put(from, request.body, &defer),
+            wire::ANNOUNCE => self.announce(&request.peer, &request.body),
+            wire::PUT => self.put(request.peer, request.body, &defer),
             wire::GET => self.get(&request.body),
             wire::REGISTRY => self.registry(&request.body),
             _ => Answer::Failure(FailureCode::UnknownMethod),
@@ -188,9 +169,5 @@ impl Handler for App {
     fn on_send(&mut self, message: Inbound<'_>) {
         // This application has no one-way messages.
         tracing::debug!(peer = %message.peer, method = message.method.0, "one-way message ignored");
-    }
-
-    fn on_down(&mut self, peer: NodeId, connection: ConnectionNumber) {
-        self.announced.borrow_mut().remove(&(peer, connection));
     }
 }

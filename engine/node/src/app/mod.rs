@@ -5,9 +5,10 @@
 //!
 //! Invariants
 //! 1. The store holds only bodies whose hash was computed here.
-//! 2. A body that was not announced on the same connection, or has another hash, is refused.
+//! 2. A body that its peer did not announce, or has another hash, is refused.
 //! 3. Nothing here copies a body of more than 64 KiB.
 
+pub(crate) mod announced;
 pub(crate) mod handler;
 pub(crate) mod hash;
 pub(crate) mod store;
