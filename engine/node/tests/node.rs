@@ -8,6 +8,7 @@ mod common;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use common::{TestNode, TestRegistry, eventually, json, millrace, ok, stderr, text};
 
@@ -191,21 +192,53 @@ fn nodes_follow_the_registry_folder() {
     );
 }
 
-/// kill -9 of either side: the survivor has a new connection with a higher number when the other is back.
+/// kill -9 of the dialler and of the listener: the survivor has a new connection under a higher number within a
+/// second of the other being back. A bound of the protocol, not of this host's speed: the best of a few restarts
+/// counts, because a host may be busy with something else for a while.
 #[test]
-fn a_killed_node_is_connected_again_under_a_higher_number() {
+fn a_killed_node_is_connected_again_within_a_second_under_a_higher_number() {
+    const BOUND: Duration = Duration::from_secs(1);
+    const RESTARTS: usize = 3;
     let dir = tempfile::tempdir().unwrap();
     let (_, mut nodes) = subnet(dir.path(), "127.1.4.", 2);
     nodes.iter_mut().for_each(TestNode::start);
-    for (killed, survivor) in [(0, 1), (1, 0)] {
-        let before = connected(&nodes[survivor], &nodes[killed]);
-        nodes[killed].kill();
-        nodes[killed].start();
-        eventually("a higher number", || {
-            nodes[survivor]
-                .connection_to(&nodes[killed])
-                .filter(|number| *number > before)
-        });
+    connected(&nodes[0], &nodes[1]);
+    let dialled = |node: &TestNode| {
+        let metrics = node.get("/metrics").1;
+        !metrics.contains("millrace_transport_connections_total{direction=\"out\"} 0")
+    };
+    assert_ne!(
+        dialled(&nodes[0]),
+        dialled(&nodes[1]),
+        "one of the two dials"
+    );
+    let dialler = usize::from(dialled(&nodes[1]));
+
+    for (role, killed) in [("dialler", dialler), ("listener", 1 - dialler)] {
+        let survivor = 1 - killed;
+        let mut best = Duration::MAX;
+        for _ in 0..RESTARTS {
+            let before = connected(&nodes[survivor], &nodes[killed]);
+            nodes[killed].kill();
+            let spawned = Instant::now();
+            nodes[killed].start();
+            let ready = Instant::now();
+            eventually("a higher number", || {
+                nodes[survivor]
+                    .connection_to(&nodes[killed])
+                    .filter(|number| *number > before)
+            });
+            println!(
+                "{role}: ready {:?} after its start, connected {:?} later",
+                ready - spawned,
+                ready.elapsed()
+            );
+            best = best.min(ready.elapsed());
+            if best <= BOUND {
+                break;
+            }
+        }
+        assert!(best <= BOUND, "the {role} was connected after {best:?}");
     }
 }
 

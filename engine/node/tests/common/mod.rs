@@ -195,7 +195,7 @@ impl TestNode {
     }
 
     pub fn status(&self) -> serde_json::Value {
-        json(&["status", "--socket", text(&self.socket), "--json"])
+        serde_json::from_str(&self.get("/status").1).unwrap()
     }
 
     /// The connection number of a peer, if it is up.
