@@ -2,6 +2,7 @@
 //!
 //! Shards may share cores here, which a real node never allows; they park instead of spinning then.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -131,19 +132,15 @@ impl Subnet {
         for node in &self.nodes {
             let left = until.saturating_duration_since(Instant::now());
             let all = |peers: &[millrace_transport::PeerStatus]| {
-                let mut up: Vec<(NodeId, usize)> = peers
-                    .iter()
-                    .map(|peer| (peer.node_id, peer.shard))
-                    .collect();
-                up.sort_unstable();
-                up.dedup();
-                up.len() == others * self.connections_per_peer
+                let ids: BTreeSet<NodeId> = peers.iter().map(|peer| peer.node_id).collect();
+                ids.len() == others && peers.len() >= others * self.connections_per_peer
             };
             if !node.transport.status().wait(left, all) {
+                let up = node.transport.status().peers().len();
                 let message = format!(
-                    "node {} is connected to {} of {others} peers after {timeout:?}",
+                    "node {} has {up} of {} connections to {others} peers after {timeout:?}",
                     node.node_id(),
-                    node.peers().len()
+                    others * self.connections_per_peer
                 );
                 return Err(Failure::new(Exit::Failed, message));
             }
