@@ -176,6 +176,25 @@ fn default_members_bring_no_foreign_runtime() {
     }
 }
 
+/// Every direct dependency has its line in docs/dependencies.md, and no line is left of one that is gone.
+#[test]
+fn every_dependency_is_accounted_for() {
+    let metadata = metadata(false);
+    let mut used = BTreeSet::new();
+    for package in metadata["packages"].as_array().unwrap() {
+        used.extend(names(&package["dependencies"], "name"));
+    }
+    used.retain(|name| !name.starts_with("millrace"));
+    let page = std::fs::read_to_string(root().join("docs/dependencies.md")).unwrap();
+    let listed: BTreeSet<&str> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("| ")?.split_once(" |"))
+        .flat_map(|(names, _)| names.split(", "))
+        .filter(|name| *name != "crate")
+        .collect();
+    assert_eq!(used, listed, "in the manifests, in docs/dependencies.md");
+}
+
 /// A pure crate names no file, socket, thread, clock or hasher, and has no unsafe code.
 #[test]
 fn pure_crates_only_decide() {
