@@ -2,6 +2,13 @@
 //! thing, under the reference's.
 //!
 //! Collected when asked: nothing is kept twice.
+//!
+//! Invariants
+//! 1. Every name is in a table: `docs/reference/metrics.md` is generated from the tables.
+
+#[cfg(test)]
+mod page;
+mod reference;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,6 +24,116 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
 use crate::running::Running;
+use reference::OfPeer;
+
+/// A metric of ours that is not in the transport's or the shards' tables.
+struct Own {
+    name: &'static str,
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the reference page"))]
+    kind: &'static str,
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the reference page"))]
+    label: Option<&'static str>,
+    help: &'static str,
+}
+
+const OWN: &[Own] = &[
+    Own {
+        name: "millrace_transport_connections_open",
+        kind: "gauge",
+        label: None,
+        help: "Connections, handshakes included",
+    },
+    Own {
+        name: "millrace_transport_handshakes_open",
+        kind: "gauge",
+        label: None,
+        help: "Handshakes",
+    },
+    Own {
+        name: "millrace_chunks",
+        kind: "gauge",
+        label: Some("shard"),
+        help: "Chunks of 1 MiB in the pool",
+    },
+    Own {
+        name: "millrace_chunks_free",
+        kind: "gauge",
+        label: Some("shard"),
+        help: "Chunks that nobody holds",
+    },
+    Own {
+        name: "millrace_registry_version",
+        kind: "gauge",
+        label: None,
+        help: "Newest registry version held",
+    },
+    Own {
+        name: "millrace_registry_records_skipped",
+        kind: "gauge",
+        label: None,
+        help: "Records of the newest version that cannot be used",
+    },
+    Own {
+        name: "millrace_registry_versions_refused",
+        kind: "counter",
+        label: Some("reason"),
+        help: "Registry versions that were refused",
+    },
+    Own {
+        name: "millrace_topology_members",
+        kind: "gauge",
+        label: None,
+        help: "Members of the subnet, this node included",
+    },
+    Own {
+        name: "millrace_artifacts_held",
+        kind: "gauge",
+        label: None,
+        help: "Artifacts in the store",
+    },
+    Own {
+        name: "millrace_artifacts_bytes",
+        kind: "gauge",
+        label: None,
+        help: "Chunk memory they take",
+    },
+    Own {
+        name: "millrace_artifacts_dropped",
+        kind: "counter",
+        label: None,
+        help: "Artifacts dropped to make room for new ones",
+    },
+    Own {
+        name: "millrace_path_rtt_seconds",
+        kind: "gauge",
+        label: Some("peer"),
+        help: "Smoothed round trip",
+    },
+    Own {
+        name: "millrace_path_congestion_window",
+        kind: "gauge",
+        label: Some("peer"),
+        help: "Congestion window in bytes",
+    },
+    Own {
+        name: "millrace_path_sent_packets",
+        kind: "gauge",
+        label: Some("peer"),
+        help: "Packets sent",
+    },
+    Own {
+        name: "millrace_path_lost_packets",
+        kind: "gauge",
+        label: Some("peer"),
+        help: "Packets lost",
+    },
+    Own {
+        name: "millrace_path_probe_rtt_seconds",
+        kind: "gauge",
+        label: Some("peer"),
+        help: "Smoothed round trip of health probes",
+    },
+];
 
 /// All metrics of a node.
 pub(crate) fn render(node: &Arc<Running>) -> Result<String, fmt::Error> {
@@ -43,8 +160,9 @@ impl Collector for NodeCollector {
         shards(node, &mut out)?;
         registry(node, &mut out)?;
         artifacts(node, &mut out)?;
-        paths(&node.transport.status().peers(), &mut out)?;
-        reference(node, &mut out)
+        let peers = node.transport.status().peers();
+        paths(&peers, &mut out)?;
+        reference::write(node, &peers, &mut out)
     }
 }
 
@@ -79,12 +197,12 @@ impl Out<'_> {
         self.family(name, help, values)
     }
 
-    fn gauge(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
-        self.gauges(name, help, [(None, value as f64)])
+    fn gauge(&mut self, name: &str, value: u64) -> fmt::Result {
+        self.gauges(name, help_of(name), [(None, value as f64)])
     }
 
-    fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
-        self.counters(name, help, [(None, value)])
+    fn counter(&mut self, name: &str, value: u64) -> fmt::Result {
+        self.counters(name, help_of(name), [(None, value)])
     }
 
     fn family<'v, M: EncodeMetric>(
@@ -130,16 +248,8 @@ fn transport(node: &Running, out: &mut Out<'_>) -> fmt::Result {
     let shards = node.transport.status().shards();
     let connections = shards.iter().map(|shard| shard.connections as u64).sum();
     let handshakes = shards.iter().map(|shard| shard.handshakes as u64).sum();
-    out.gauge(
-        "millrace_transport_connections_open",
-        "Connections, handshakes included",
-        connections,
-    )?;
-    out.gauge(
-        "millrace_transport_handshakes_open",
-        "Handshakes",
-        handshakes,
-    )
+    out.gauge("millrace_transport_connections_open", connections)?;
+    out.gauge("millrace_transport_handshakes_open", handshakes)
 }
 
 fn shards(node: &Running, out: &mut Out<'_>) -> fmt::Result {
@@ -153,8 +263,7 @@ fn shards(node: &Running, out: &mut Out<'_>) -> fmt::Result {
         }
     }
     for (name, values) in by_name {
-        let help = format!("Shard runtime: {}", name.replace('_', " "));
-        out.counters(&format!("millrace_shard_{name}"), &help, values)?;
+        out.counters(&format!("millrace_shard_{name}"), &shard_help(name), values)?;
     }
     let pools = |value: fn(&millrace_shards::chunk::ChunkPool) -> usize| {
         let pools = (0..node.transport.shards()).filter_map(|shard| {
@@ -165,203 +274,73 @@ fn shards(node: &Running, out: &mut Out<'_>) -> fmt::Result {
     };
     out.gauges(
         "millrace_chunks",
-        "Chunks of 1 MiB in the pool",
+        help_of("millrace_chunks"),
         pools(|p| p.total_chunks()),
     )?;
     out.gauges(
         "millrace_chunks_free",
-        "Chunks that nobody holds",
+        help_of("millrace_chunks_free"),
         pools(|p| p.free_chunks()),
     )
 }
 
 fn registry(node: &Running, out: &mut Out<'_>) -> fmt::Result {
     let summary = node.versions.summary();
-    out.gauge(
-        "millrace_registry_version",
-        "Newest registry version held",
-        summary.newest,
-    )?;
-    out.gauge(
-        "millrace_registry_records_skipped",
-        "Records of the newest version that cannot be used",
-        summary.skipped,
-    )?;
+    out.gauge("millrace_registry_version", summary.newest)?;
+    out.gauge("millrace_registry_records_skipped", summary.skipped)?;
     let refused = summary
         .refused
         .iter()
         .map(|(reason, n)| (Some(("reason", (*reason).to_owned())), *n));
     out.counters(
         "millrace_registry_versions_refused",
-        "Registry versions that were refused",
+        help_of("millrace_registry_versions_refused"),
         refused,
     )?;
     let members = node.topology.members.load(Ordering::Relaxed);
-    out.gauge(
-        "millrace_topology_members",
-        "Members of the subnet, this node included",
-        members,
-    )
+    out.gauge("millrace_topology_members", members)
 }
 
 fn artifacts(node: &Running, out: &mut Out<'_>) -> fmt::Result {
     let usage = node.store.usage();
-    out.gauge(
-        "millrace_artifacts_held",
-        "Artifacts in the store",
-        usage.artifacts,
-    )?;
-    out.gauge(
-        "millrace_artifacts_bytes",
-        "Chunk memory they take",
-        usage.bytes,
-    )?;
-    out.counter(
-        "millrace_artifacts_dropped",
-        "Artifacts dropped to make room for new ones",
-        usage.dropped,
-    )
+    out.gauge("millrace_artifacts_held", usage.artifacts)?;
+    out.gauge("millrace_artifacts_bytes", usage.bytes)?;
+    out.counter("millrace_artifacts_dropped", usage.dropped)
 }
 
-/// Per connection; the names that begin with `quic_transport_quinn` are the reference's.
+/// Of each peer's first connection.
 fn paths(peers: &[PeerStatus], out: &mut Out<'_>) -> fmt::Result {
-    let label = |peer: &PeerStatus| Some(("peer", peer.node_id.to_string()));
-    let each = |value: fn(&PeerStatus) -> Option<f64>| {
-        // A peer may have one connection for each shard pair: the first speaks for it.
-        let mut seen = std::collections::BTreeSet::new();
-        let first = peers
-            .iter()
-            .filter(|peer| seen.insert(peer.node_id))
-            .collect::<Vec<_>>();
-        let values = first
-            .into_iter()
-            .filter_map(|peer| Some((label(peer), value(peer)?)));
-        values.collect::<Vec<_>>()
-    };
-    let rtt = each(|peer| peer.rtt.map(|rtt| rtt.as_secs_f64()));
-    let window = each(|peer| Some(peer.congestion_window_bytes as f64));
-    let sent = each(|peer| Some(peer.packets_sent as f64));
-    let lost = each(|peer| Some(peer.packets_lost as f64));
-    for prefix in ["millrace_path", "quic_transport_quinn_path"] {
-        out.gauges(
-            &format!("{prefix}_rtt_seconds"),
-            "Smoothed round trip",
-            rtt.clone(),
-        )?;
-        let name = format!("{prefix}_congestion_window");
-        out.gauges(&name, "Congestion window in bytes", window.clone())?;
-        out.gauges(
-            &format!("{prefix}_sent_packets"),
-            "Packets sent",
-            sent.clone(),
-        )?;
-        out.gauges(
-            &format!("{prefix}_lost_packets"),
-            "Packets lost",
-            lost.clone(),
-        )?;
+    let values: [(&str, OfPeer); 5] = [
+        ("millrace_path_rtt_seconds", |peer| {
+            peer.rtt.map(|rtt| rtt.as_secs_f64())
+        }),
+        ("millrace_path_congestion_window", |peer| {
+            Some(peer.congestion_window_bytes as f64)
+        }),
+        ("millrace_path_sent_packets", |peer| {
+            Some(peer.packets_sent as f64)
+        }),
+        ("millrace_path_lost_packets", |peer| {
+            Some(peer.packets_lost as f64)
+        }),
+        ("millrace_path_probe_rtt_seconds", |peer| {
+            peer.probe_rtt.map(|rtt| rtt.as_secs_f64())
+        }),
+    ];
+    for (name, value) in values {
+        out.gauges(name, help_of(name), reference::each_peer(peers, value))?;
     }
-    let probes = each(|peer| peer.probe_rtt.map(|rtt| rtt.as_secs_f64()));
-    out.gauges(
-        "millrace_path_probe_rtt_seconds",
-        "Smoothed round trip of health probes",
-        probes,
-    )
+    Ok(())
 }
 
-/// The reference's names for what we count too.
-fn reference(node: &Running, out: &mut Out<'_>) -> fmt::Result {
-    let shards = node.transport.status().shards();
-    let peers = node.peers().len() as u64;
-    let up: u64 = shards.iter().map(|shard| shard.peers.len() as u64).sum();
-    let handshakes: u64 = shards.iter().map(|shard| shard.handshakes as u64).sum();
-    let topology = &node.topology;
-    let inbound = total(node, Counter::ConnectionsIn);
-    let outbound = total(node, Counter::ConnectionsOut);
-    let refused = reasons(node)
-        .get(&Family::Refused)
-        .map_or(0, |all| all.values().sum());
-    let gauges = [
-        ("active_connections", "Connections that are up", up),
-        ("peer_map_size", "Peers that are connected", peers),
-        // The reference spells it so.
-        (
-            "toplogy_size",
-            "Members of the subnet",
-            topology.members.load(Ordering::Relaxed),
-        ),
-        ("connecting_connections", "Handshakes", handshakes),
-    ];
-    for (name, help, value) in gauges {
-        out.gauge(&format!("quic_transport_{name}"), help, value)?;
-    }
-    let counters = [
-        (
-            "topology_changes",
-            "Topology changes",
-            topology.changes.load(Ordering::Relaxed),
-        ),
-        (
-            "peers_removed",
-            "Peers removed",
-            topology.removed.load(Ordering::Relaxed),
-        ),
-        (
-            "inbound_connection",
-            "Connections that peers opened",
-            inbound,
-        ),
-        (
-            "outbound_connection",
-            "Connections that we opened",
-            outbound,
-        ),
-        (
-            "incoming_streams",
-            "Streams opened by peers",
-            total(node, Counter::StreamsIn),
-        ),
-        (
-            "outgoing_streams",
-            "Streams opened by us",
-            total(node, Counter::StreamsOut),
-        ),
-    ];
-    for (name, help, value) in counters {
-        out.counter(&format!("quic_transport_{name}"), help, value)?;
-    }
-    out.counters(
-        "quic_transport_connection_results",
-        "Handshakes by result",
-        [
-            (Some(("status", "success".to_owned())), inbound + outbound),
-            (Some(("status", "failed".to_owned())), refused),
-        ],
-    )?;
-    let by_class = |counters: [Counter; 3]| {
-        let classes = ["latency", "normal", "bulk"].into_iter().zip(counters);
-        classes.map(|(class, counter)| (Some(("handler", class.to_owned())), total(node, counter)))
-    };
-    let sent = [
-        Counter::SentBytesLatency,
-        Counter::SentBytesNormal,
-        Counter::SentBytesBulk,
-    ];
-    let received = [
-        Counter::ReceivedBytesLatency,
-        Counter::ReceivedBytesNormal,
-        Counter::ReceivedBytesBulk,
-    ];
-    out.counters(
-        "quic_transport_connection_handle_bytes_sent",
-        "Body bytes sent, by class",
-        by_class(sent),
-    )?;
-    out.counters(
-        "quic_transport_connection_handle_bytes_received",
-        "Body bytes received, by class",
-        by_class(received),
-    )
+fn help_of(name: &str) -> &'static str {
+    OWN.iter()
+        .find(|own| own.name == name)
+        .map_or("", |own| own.help)
+}
+
+fn shard_help(name: &str) -> String {
+    format!("Shard runtime: {}", name.replace('_', " "))
 }
 
 fn total(node: &Running, counter: Counter) -> u64 {

@@ -290,12 +290,21 @@ fn the_admin_socket_answers_monitors() {
         "quic_transport_active_connections 1",
         "quic_transport_toplogy_size 2",
         "quic_transport_peer_map_size 1",
+        "quic_transport_closed_request_handler_total 0",
+        "quic_transport_connection_handle_errors_total{error=\"timed_out_conn\"} 0",
+        "quic_transport_request_handle_errors_total{error=\"reset_stream\"} 0",
         "millrace_transport_connections_total{direction=\"",
         "quic_transport_quinn_path_rtt_seconds{peer=\"",
         "millrace_shard_turns_total{shard=\"0\"}",
         "millrace_chunks_free{shard=\"0\"} 48",
     ] {
         assert!(metrics.contains(line), "{line} not in\n{metrics}");
+    }
+    // What a node shows is on the reference page, with its type.
+    let page = include_str!("../../../docs/reference/metrics.md");
+    for line in metrics.lines().filter_map(|l| l.strip_prefix("# TYPE ")) {
+        let (name, kind) = line.split_once(' ').unwrap();
+        assert!(page.contains(&format!("| `{name}` | {kind} |")), "{line}");
     }
     // A family is described once, whatever its labels: parsers refuse the text otherwise.
     let mut described: Vec<_> = metrics

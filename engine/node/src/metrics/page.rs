@@ -1,0 +1,97 @@
+//! `docs/reference/metrics.md`, from the tables that `/metrics` is written from.
+
+use std::fmt::Write;
+
+use millrace_shards::stats::ShardStats;
+use millrace_transport::counters::{COUNTERS, Family};
+
+use super::reference::{ABSENT, Read, TABLE};
+use super::{OWN, shard_help};
+use crate::docs_test::is_fresh;
+
+const HEAD: &str = "# Metrics
+
+Generated from the tables of the code by `make docs`; do not edit. `GET /metrics` on the admin socket gives OpenMetrics
+text; a counter's sample has `_total` after the name. A family of reasons appears with its first event.
+
+## Millrace
+
+| name | type | label | what |
+|---|---|---|---|
+";
+
+const REFERENCE: &str = "
+## Names of the reference
+
+For dashboards that exist: the same thing under the name that the reference implementation has for it.
+
+| name | type | computed from |
+|---|---|---|
+";
+
+const LEFT_OUT: &str = "
+Left out, because nothing counts what they mean:
+
+| name, after `quic_transport_` | instead |
+|---|---|
+";
+
+#[test]
+fn the_metrics_reference_is_fresh() {
+    let mut page = String::from(HEAD);
+    let mut row = |name: &str, kind: &str, label: &str, help: &str| {
+        let help = help.trim().trim_end_matches('.');
+        let _ = writeln!(page, "| `{name}` | {kind} | {label} | {help} |");
+    };
+    for same_name in COUNTERS.chunk_by(|a, b| a.name == b.name) {
+        let values: Vec<_> = same_name
+            .iter()
+            .filter_map(|info| info.label.map(|(_, value)| value))
+            .collect();
+        let label = same_name[0].label.map_or(String::new(), |(key, _)| {
+            format!("`{key}`: {}", values.join(", "))
+        });
+        let help: Vec<_> = same_name
+            .iter()
+            .map(|info| info.help.trim().trim_end_matches('.'))
+            .collect();
+        row(same_name[0].name, "counter", &label, &help.join("; "));
+    }
+    for family in [
+        Family::Refused,
+        Family::Closed,
+        Family::Rejected,
+        Family::Failed,
+    ] {
+        row(family.name(), "counter", "`reason`", family.help());
+    }
+    for own in OWN {
+        let label = own.label.map_or(String::new(), |key| format!("`{key}`"));
+        row(own.name, own.kind, &label, own.help);
+    }
+    for (name, _) in ShardStats::default().snapshot().iter() {
+        row(
+            &format!("millrace_shard_{name}"),
+            "counter",
+            "`shard`",
+            &shard_help(name),
+        );
+    }
+    page.push_str(REFERENCE);
+    for row in TABLE {
+        let kind = match row.read {
+            Read::Gauge(_) | Read::Path(_) => "gauge",
+            Read::Counter(_) | Read::Counters(_) => "counter",
+        };
+        let _ = writeln!(
+            page,
+            "| `quic_transport_{}` | {kind} | {} |",
+            row.name, row.from
+        );
+    }
+    page.push_str(LEFT_OUT);
+    for (names, instead) in ABSENT {
+        let _ = writeln!(page, "| {names} | {instead} |");
+    }
+    is_fresh("docs/reference/metrics.md", &page);
+}
