@@ -4,14 +4,15 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use millrace_protocol::frame::Class;
 use millrace_protocol::id::{ArtifactId, NodeId};
 use millrace_protocol::identity::SigningKey;
+use millrace_protocol::topology::Topology;
 use millrace_shards::chunk::{Body, BodyMut, ChunkPool};
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
@@ -53,11 +54,36 @@ pub(crate) struct Running {
 }
 
 /// How the topology moved since the start.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Changes {
+    last: Mutex<Arc<Topology>>,
     pub(crate) members: AtomicU64,
     pub(crate) changes: AtomicU64,
     pub(crate) removed: AtomicU64,
+}
+
+impl Changes {
+    fn new(first: &Arc<Topology>) -> Self {
+        Self {
+            last: Mutex::new(Arc::clone(first)),
+            members: AtomicU64::new(first.len() as u64),
+            changes: AtomicU64::new(0),
+            removed: AtomicU64::new(0),
+        }
+    }
+
+    /// Counts what differs from the last time; the same topology may come again.
+    fn now(&self, topology: &Arc<Topology>) {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let diff = topology.diff(&last);
+        if !diff.is_empty() {
+            self.changes.fetch_add(1, Ordering::Relaxed);
+        }
+        self.removed
+            .fetch_add(diff.removed.len() as u64, Ordering::Relaxed);
+        self.members.store(topology.len() as u64, Ordering::Relaxed);
+        *last = Arc::clone(topology);
+    }
 }
 
 /// What became of an artifact at one peer.
@@ -102,10 +128,7 @@ impl Running {
         let versions = start.versions;
         let topology = Arc::new(versions.topology());
         let announced = Arc::new(Announced::new(&topology));
-        let changes = Changes::default();
-        changes
-            .members
-            .store(topology.len() as u64, Ordering::Relaxed);
+        let changes = Changes::new(&topology);
         let parts = TransportStart {
             identity: start.identity,
             config: start.transport,
@@ -149,16 +172,10 @@ impl Running {
 
     /// Tells the shards who is a member now. A full mailbox is tried again by the next poll.
     pub(crate) fn apply_topology(&self) -> bool {
-        let topology = self.versions.topology();
-        let before = self
-            .topology
-            .members
-            .swap(topology.len() as u64, Ordering::Relaxed);
-        self.topology.changes.fetch_add(1, Ordering::Relaxed);
-        let removed = before.saturating_sub(topology.len() as u64);
-        self.topology.removed.fetch_add(removed, Ordering::Relaxed);
+        let topology = Arc::new(self.versions.topology());
+        self.topology.now(&topology);
         self.announced.set_members(&topology);
-        self.transport.update_topology(&Arc::new(topology))
+        self.transport.update_topology(&topology)
     }
 
     /// The peers that are up, each once, by ascending round trip.
@@ -346,4 +363,31 @@ async fn join_all<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Out
     })
     .await;
     outputs.into_iter().flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use millrace_protocol::topology::Member;
+
+    use super::*;
+
+    fn topology(seeds: &[u8], version: u64) -> Arc<Topology> {
+        let members = seeds.iter().map(|seed| Member {
+            public_key: SigningKey::from_seed([*seed; 32]).public_key(),
+            addresses: vec![([127, 0, 0, *seed], 4100).into()],
+        });
+        Arc::new(Topology::from_members(members, version))
+    }
+
+    /// A node that takes another's place is a removal, though the number of members stays.
+    #[test]
+    fn changes_count_members_that_differ_not_how_many_there_are() {
+        let changes = Changes::new(&topology(&[1, 2], 1));
+        changes.now(&topology(&[1, 3], 2));
+        changes.now(&topology(&[1, 3], 2));
+        changes.now(&topology(&[1, 3, 4], 3));
+        let counted = [&changes.members, &changes.changes, &changes.removed]
+            .map(|count| count.load(Ordering::Relaxed));
+        assert_eq!(counted, [3, 2, 1]);
+    }
 }

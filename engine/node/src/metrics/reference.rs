@@ -105,7 +105,7 @@ pub(super) const TABLE: &[Row] = &[
     Row {
         name: "topology_changes",
         help: "Topology changes",
-        from: "registry versions taken over",
+        from: "topologies that differ from the one before",
         read: Read::Counter(|node| node.topology.changes.load(Ordering::Relaxed)),
     },
     Row {
