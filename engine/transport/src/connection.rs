@@ -54,6 +54,11 @@ pub(crate) enum Phase {
 /// How long a connection may stay silent after its peer knocked.
 pub(crate) const VERIFY_TIMEOUT: Duration = Duration::from_millis(400);
 
+/// Packets of a body that are acknowledged together: three trains. The peer has many times that in flight.
+const ACK_PACKETS: usize = 128;
+/// How long their acknowledgement may wait; a hundredth of the delay that we announce (`max_ack_delay`, 25 ms).
+const ACK_DELAY: Duration = Duration::from_micros(250);
+
 /// How a connection's turn to send ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sent {
@@ -89,6 +94,11 @@ pub(crate) struct Connection {
     pub(crate) index: usize,
     /// A sign of life was asked for when this many packets had been received.
     pub(crate) verify_from: Option<usize>,
+    /// Packets received since the last time that something was sent, and when the first of them came.
+    pub(crate) unanswered: usize,
+    unanswered_since: Option<Instant>,
+    /// Something else than an acknowledgement is to be sent.
+    pub(crate) must_send: bool,
     /// Counted among the shard's handshakes.
     pub(crate) is_handshaking: bool,
     pub(crate) phase: Phase,
@@ -122,6 +132,9 @@ impl Connection {
             attempt: None,
             index: 0,
             verify_from: None,
+            unanswered: 0,
+            unanswered_since: None,
+            must_send: true,
             is_handshaking: true,
             phase: Phase::Handshake {
                 until: now + config.connect_timeout,
@@ -205,6 +218,22 @@ impl Connection {
             (self.inbox.unfinished() > 0).then(|| now + config.stream_progress_interval);
     }
 
+    /// Whether the acknowledgements that are due may wait for more packets: while a body streams in, nothing else is to be said and
+    /// fewer than [`ACK_PACKETS`] came. quiche acknowledges whenever it is asked to send, and every acknowledgement costs both sides
+    /// about as much as three packets of data.
+    pub(crate) fn may_wait(&mut self, now: Instant) -> bool {
+        let in_body = self.inbox.take_in_body();
+        if self.must_send || !in_body || self.unanswered >= ACK_PACKETS || self.phase != Phase::Up {
+            return false;
+        }
+        let Some(link) = &self.link else { return false };
+        if link.is_dirty() || !link.out.borrow().is_idle() {
+            return false;
+        }
+        let since = *self.unanswered_since.get_or_insert(now);
+        now < since + ACK_DELAY
+    }
+
     /// Feeds quiche and builds packets into trains, within the turn's budget.
     pub(crate) fn transmit(
         &mut self,
@@ -212,6 +241,9 @@ impl Connection {
         config: &TransportConfig,
         counters: &Counters,
     ) -> Sent {
+        self.unanswered = 0;
+        self.unanswered_since = None;
+        self.must_send = false;
         let mut more = Sent::All;
         if let Some(link) = &self.link
             && !matches!(self.phase, Phase::Closing)
@@ -262,12 +294,14 @@ impl Connection {
         let calls = self.link.as_ref().and_then(|link| link.next_deadline());
         let health = self.health.as_ref().and_then(Health::poll_timeout);
         let keep_alive = self.keep_alive.map(|(at, _)| at);
+        let acknowledge = self.unanswered_since.map(|since| since + ACK_DELAY);
         [
             self.quic.timeout_instant(),
             phase,
             calls,
             health,
             keep_alive,
+            acknowledge,
             self.judge_at,
         ]
         .into_iter()

@@ -214,7 +214,16 @@ impl<H: Handler> Endpoint<H> {
             .map(|_| slot)
     }
 
+    /// Something of a connection is to be sent this turn.
     fn mark_dirty(&mut self, slot: usize) {
+        if let Some(Some(connection)) = self.connections.get_mut(slot) {
+            connection.must_send = true;
+        }
+        self.mark_received(slot);
+    }
+
+    /// A connection has received something that is to be acknowledged, now or soon.
+    fn mark_received(&mut self, slot: usize) {
         if let Some(Some(connection)) = self.connections.get_mut(slot)
             && !std::mem::replace(&mut connection.is_dirty, true)
         {
@@ -647,7 +656,7 @@ impl<H: Handler> Endpoint<H> {
                 self.close(slot, CloseCode::Violation);
             }
         }
-        self.mark_dirty(slot);
+        self.mark_received(slot);
     }
 
     /// Brings a connection up when the peer's first bytes are there, before they are read; and takes a packet for the sign of life
@@ -773,6 +782,10 @@ impl<H: Handler> Endpoint<H> {
             return Sent::All;
         };
         connection.is_dirty = false;
+        if connection.may_wait(now) {
+            self.arm(slot);
+            return Sent::All;
+        }
         if let Some(link) = &connection.link {
             link.clear_dirty();
         }
@@ -904,6 +917,7 @@ impl<H: Handler> Datapath for Endpoint<H> {
             let Some(Some(connection)) = self.connections.get_mut(slot) else {
                 continue;
             };
+            connection.unanswered += 1;
             if connection.quic.recv(datagram, info).is_err() {
                 self.counters().add(Counter::DatagramsInvalid, 1);
             }
@@ -954,6 +968,7 @@ impl<H: Handler> Datapath for Endpoint<H> {
                 // First in the next turn, so that those behind it get theirs.
                 if let Some(Some(connection)) = self.connections.get_mut(slot) {
                     connection.is_dirty = true;
+                    connection.must_send = true;
                     self.parts.shared.dirty.borrow_mut().push_front(slot);
                 }
                 break;

@@ -135,6 +135,8 @@ pub(crate) struct Inbox {
     /// Position of the stream read last: bulk reads the same one again and again.
     last: usize,
     opened: u64,
+    /// A body in chunks came forward, and is not whole, since the last look.
+    in_body: bool,
 }
 
 impl Inbox {
@@ -146,12 +148,18 @@ impl Inbox {
             streams: Vec::new(),
             last: 0,
             opened: 0,
+            in_body: false,
         }
     }
 
     /// Streams opened by the peer since the last call.
     pub(crate) fn take_opened(&mut self) -> u64 {
         std::mem::take(&mut self.opened)
+    }
+
+    /// Whether a body in chunks came forward, and is not whole, since the last call.
+    pub(crate) fn take_in_body(&mut self) -> bool {
+        std::mem::take(&mut self.in_body)
     }
 
     /// Messages that have begun and not ended.
@@ -177,6 +185,7 @@ impl Inbox {
         let at = self.position(id);
         let was_opening = matches!(self.streams[at].state, State::Opening);
         let result = self.streams[at].read(path, &self.limits, scratch, room, arrived);
+        self.in_body |= matches!(self.streams[at].state, State::Large { .. });
         match result {
             Ok(false) if was_opening && self.lanes() > LANES_MAX => {
                 Err((StreamFault::TooManyLanes, None))

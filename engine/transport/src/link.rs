@@ -232,6 +232,10 @@ impl Link {
         }
     }
 
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.is_dirty.get()
+    }
+
     /// Called by the endpoint when it took the connection from the list.
     pub(crate) fn clear_dirty(&self) {
         self.is_dirty.set(false);
