@@ -32,6 +32,11 @@ pub trait Datapath: 'static {
     /// All receive completions of this turn were handed over.
     fn on_receive_batch_end(&mut self, now: Instant);
 
+    /// Whether what was received so far should be answered before more is received: asked between completions.
+    fn wants_to_send(&self) -> bool {
+        false
+    }
+
     /// The deadline of [`Self::next_timeout`] has passed.
     fn on_timeout(&mut self, now: Instant);
 

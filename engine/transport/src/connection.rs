@@ -54,10 +54,14 @@ pub(crate) enum Phase {
 /// How long a connection may stay silent after its peer knocked.
 pub(crate) const VERIFY_TIMEOUT: Duration = Duration::from_millis(400);
 
-/// Packets of a body that are acknowledged together: three trains. The peer has many times that in flight.
-const ACK_PACKETS: usize = 128;
+/// Bytes of a body that are acknowledged together: three trains. The peer has many times that in flight.
+const ACK_BYTES: usize = 180 << 10;
 /// How long their acknowledgement may wait; a hundredth of the delay that we announce (`max_ack_delay`, 25 ms).
 const ACK_DELAY: Duration = Duration::from_micros(250);
+
+/// Requests and answers leave in trains of this many packets, and are taken up in turns of as many, so that both ends work at the same
+/// time: with 64 in flight, one long train each way would leave each end idle while the other works.
+pub(crate) const EXCHANGE_PACKETS: usize = 16;
 
 /// How a connection's turn to send ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,8 +98,8 @@ pub(crate) struct Connection {
     pub(crate) index: usize,
     /// A sign of life was asked for when this many packets had been received.
     pub(crate) verify_from: Option<usize>,
-    /// Packets received since the last time that something was sent, and when the first of them came.
-    pub(crate) unanswered: usize,
+    /// Bytes received since the last time that something was sent, and when the first of them came.
+    pub(crate) unanswered_bytes: usize,
     unanswered_since: Option<Instant>,
     /// Something else than an acknowledgement is to be sent.
     pub(crate) must_send: bool,
@@ -132,7 +136,7 @@ impl Connection {
             attempt: None,
             index: 0,
             verify_from: None,
-            unanswered: 0,
+            unanswered_bytes: 0,
             unanswered_since: None,
             must_send: true,
             is_handshaking: true,
@@ -219,11 +223,15 @@ impl Connection {
     }
 
     /// Whether the acknowledgements that are due may wait for more packets: while a body streams in, nothing else is to be said and
-    /// fewer than [`ACK_PACKETS`] came. quiche acknowledges whenever it is asked to send, and every acknowledgement costs both sides
+    /// fewer than [`ACK_BYTES`] came. quiche acknowledges whenever it is asked to send, and every acknowledgement costs both sides
     /// about as much as three packets of data.
     pub(crate) fn may_wait(&mut self, now: Instant) -> bool {
         let in_body = self.inbox.take_in_body();
-        if self.must_send || !in_body || self.unanswered >= ACK_PACKETS || self.phase != Phase::Up {
+        if self.must_send
+            || !in_body
+            || self.unanswered_bytes >= ACK_BYTES
+            || self.phase != Phase::Up
+        {
             return false;
         }
         let Some(link) = &self.link else { return false };
@@ -241,10 +249,12 @@ impl Connection {
         config: &TransportConfig,
         counters: &Counters,
     ) -> Sent {
-        self.unanswered = 0;
+        self.unanswered_bytes = 0;
         self.unanswered_since = None;
         self.must_send = false;
         let mut more = Sent::All;
+        let mut in_short_trains = false;
+        let mut failed = false;
         if let Some(link) = &self.link
             && !matches!(self.phase, Phase::Closing)
         {
@@ -252,6 +262,7 @@ impl Connection {
             if out.feed(&mut self.quic) == Pumped::More {
                 more = Sent::Budget;
             }
+            in_short_trains = out.take_exchanges();
             if out.is_stopped() {
                 drop(out);
                 self.close(CloseCode::Violation);
@@ -261,6 +272,7 @@ impl Connection {
             }
         }
         let mut packets = 0;
+        let mut out = self.link.as_ref().map(|link| link.out.borrow_mut());
         let more = loop {
             if packets == config.packets_per_turn {
                 break Sent::Budget;
@@ -272,14 +284,24 @@ impl Connection {
                 Ok((len, info)) => {
                     trains.push(len, info.to);
                     packets += 1;
+                    if let Some(out) = &mut out {
+                        out.on_packet_sent(len);
+                    }
+                    if in_short_trains && packets % EXCHANGE_PACKETS == 0 {
+                        trains.finish();
+                    }
                 }
                 Err(quiche::Error::Done) => break more,
                 Err(_) => {
-                    self.close(CloseCode::Violation);
+                    failed = true;
                     break Sent::All;
                 }
             }
         };
+        drop(out);
+        if failed {
+            self.close(CloseCode::Violation);
+        }
         counters.add(Counter::PacketsSent, packets as u64);
         more
     }
@@ -452,8 +474,10 @@ fn on_message<H: Handler>(
         deadline,
         body,
     };
+    let exchanged = &link.shared.exchanged;
     match header.kind {
         Kind::Request => {
+            exchanged.set(exchanged.get() + 1);
             counters.received(header.class, body.len() as usize);
             let deadline = now + Duration::from_millis(header.arg.into());
             let defer = Defer {
@@ -472,6 +496,7 @@ fn on_message<H: Handler>(
             handler.on_send(inbound(None, body));
         }
         Kind::Response => {
+            exchanged.set(exchanged.get() + 1);
             counters.received(header.class, body.len() as usize);
             link.on_answer(header.id, Ok(body.into_payload()));
         }

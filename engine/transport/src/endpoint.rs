@@ -29,7 +29,7 @@ use ring::rand::SecureRandom;
 
 use crate::buffers::Buffers;
 use crate::config::TransportConfig;
-use crate::connection::{Connection, Events, Phase, Sent};
+use crate::connection::{Connection, EXCHANGE_PACKETS, Events, Phase, Sent};
 use crate::counters::{Counter, Counters, Family, TlsRefusal};
 use crate::inbox::Room;
 use crate::link::{Link, Shared};
@@ -917,7 +917,7 @@ impl<H: Handler> Datapath for Endpoint<H> {
             let Some(Some(connection)) = self.connections.get_mut(slot) else {
                 continue;
             };
-            connection.unanswered += 1;
+            connection.unanswered_bytes += datagram.len();
             if connection.quic.recv(datagram, info).is_err() {
                 self.counters().add(Counter::DatagramsInvalid, 1);
             }
@@ -928,6 +928,10 @@ impl<H: Handler> Datapath for Endpoint<H> {
     }
 
     fn on_receive_batch_end(&mut self, _now: Instant) {}
+
+    fn wants_to_send(&self) -> bool {
+        self.parts.shared.exchanged.get() >= EXCHANGE_PACKETS
+    }
 
     fn on_timeout(&mut self, now: Instant) {
         self.parts.shared.now.set(now);
@@ -952,6 +956,7 @@ impl<H: Handler> Datapath for Endpoint<H> {
 
     fn transmit(&mut self, trains: &mut Trains<'_>, now: Instant) -> Transmit {
         self.parts.shared.now.set(now);
+        self.parts.shared.exchanged.set(0);
         for (reply, to) in std::mem::take(&mut self.replies) {
             let Some(buffer) = trains.packet(self.parts.shared.config.udp_payload_bytes_max) else {
                 break;

@@ -38,6 +38,8 @@ pub(crate) struct Shared {
     /// Links that are up.
     pub(crate) up: RefCell<BTreeMap<NodeId, Vec<Rc<Link>>>>,
     pub(crate) stopping: Cell<bool>,
+    /// Requests and answers that arrived on lanes since packets were last sent.
+    pub(crate) exchanged: Cell<usize>,
 }
 
 impl Shared {
@@ -49,6 +51,7 @@ impl Shared {
             dirty: RefCell::default(),
             up: RefCell::default(),
             stopping: Cell::new(false),
+            exchanged: Cell::new(0),
         }
     }
 

@@ -161,6 +161,8 @@ pub(crate) struct Outbox {
     lane_body_max: usize,
     lossy: bool,
     messages: Messages,
+    /// Requests or answers were put on lanes since the last feed.
+    exchanges: bool,
     datagrams: Vec<Vec<u8>>,
     withdrawals: Vec<Withdrawal>,
 }
@@ -197,6 +199,7 @@ impl Outbox {
             lane_body_max: config.limits.lane_body_bytes_max as usize,
             lossy: false,
             messages,
+            exchanges: false,
             datagrams: Vec::new(),
             withdrawals: Vec::new(),
         }
@@ -234,6 +237,7 @@ impl Outbox {
             return Err(QueueFull);
         }
         *queued += Header::BYTES + body.len();
+        self.exchanges |= matches!(header.kind, Kind::Request | Kind::Response);
         lane.pending.extend_from_slice(&header.encode());
         lane.pending.extend_from_slice(body);
         Ok(())
@@ -311,6 +315,19 @@ impl Outbox {
                 self.push_frame(cancel, &[]).ok();
             }
         }
+    }
+
+    /// A packet of `bytes` was sent: the next ones' bytes will be wanted soon.
+    #[inline]
+    pub(crate) fn on_packet_sent(&mut self, bytes: usize) {
+        if let Messages::Streams(streams) = &mut self.messages {
+            streams.prefetch(bytes);
+        }
+    }
+
+    /// Whether requests or answers went onto lanes since the last call, and no body is under way.
+    pub(crate) fn take_exchanges(&mut self) -> bool {
+        std::mem::take(&mut self.exchanges) && self.messages.is_idle()
     }
 
     /// Whether the peer stopped a lane.

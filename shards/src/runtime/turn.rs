@@ -162,6 +162,9 @@ impl<D: Datapath> Shard<D> {
                 break;
             }
             any = true;
+            if self.datapath.wants_to_send() {
+                break;
+            }
         }
         if any {
             self.datapath.on_receive_batch_end(now);

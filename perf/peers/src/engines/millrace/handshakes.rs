@@ -6,9 +6,10 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use boring::pkey::PKey;
 use boring::ssl::{
@@ -52,25 +53,20 @@ pub(super) fn drive(engine: Engine, job: &Job, settings: &Settings) -> Result<Me
         ));
     }
     let config = shard(engine, job.workload, 1);
+    let from = Instant::now() + job.warm_up();
+    let until = from + job.duration;
     let handle = spawn(config, 0, 1, Some(socket), move |_context| {
-        Generator::new(dialers, local, to, sender)
+        Generator::new(dialers, local, to, from..until, sender)
     })?;
     thread::sleep(job.warm_up());
-    // Everything before is warm-up.
-    if finished.try_iter().count() == 0 {
-        return Err("no handshake in the warm-up".into());
-    }
     let meter = Meter::start(job.server_pid)?;
-    let until = Instant::now() + job.duration;
-    let mut latencies = Latencies::default();
-    while let Some(left) = until.checked_duration_since(Instant::now()) {
-        match finished.recv_timeout(left) {
-            Ok(latency) => latencies.record(latency),
-            Err(_) => break,
-        }
-    }
+    // One message at the end: this thread shares its core with the shard.
+    let latencies = finished.recv()?;
     let reading = meter.stop()?;
     handle.stop();
+    if latencies.len() == 0 {
+        return Err("no handshake was finished".into());
+    }
     let rps = latencies.len() as f64 / reading.wall.as_secs_f64();
     let [p50_us, p99_us] = latencies.quantiles_us([0.5, 0.99]);
     Ok(Measurement {
@@ -134,7 +130,10 @@ struct Generator {
     dirty: VecDeque<usize>,
     local: SocketAddr,
     to: SocketAddr,
-    finished: Sender<Duration>,
+    /// What is measured.
+    window: Range<Instant>,
+    latencies: Option<Latencies>,
+    finished: Sender<Latencies>,
     dials: u64,
     stopping: bool,
 }
@@ -144,7 +143,8 @@ impl Generator {
         configs: Vec<(quiche::Config, u8)>,
         local: SocketAddr,
         to: SocketAddr,
-        finished: Sender<Duration>,
+        window: Range<Instant>,
+        finished: Sender<Latencies>,
     ) -> Self {
         let now = Instant::now();
         let dialer = |(config, spread)| Dialer {
@@ -158,6 +158,8 @@ impl Generator {
             dirty: VecDeque::new(),
             local,
             to,
+            window,
+            latencies: Some(Latencies::default()),
             finished,
             dials: 0,
             stopping: false,
@@ -219,14 +221,24 @@ impl Datapath for Generator {
             }
             if quic.stream_readable_next().is_some() {
                 quic.close(true, 0, b"").ok();
-                // The measurement is over when nobody listens.
-                self.finished.send(now - dialer.started).ok();
+                if self.window.contains(&now)
+                    && let Some(latencies) = &mut self.latencies
+                {
+                    latencies.record(now - dialer.started);
+                }
             }
             self.dirty.push_back(usize::from(index));
         }
     }
 
-    fn on_receive_batch_end(&mut self, _now: Instant) {}
+    fn on_receive_batch_end(&mut self, now: Instant) {
+        if now >= self.window.end
+            && let Some(latencies) = self.latencies.take()
+        {
+            // The measurement was given up when nobody listens.
+            self.finished.send(latencies).ok();
+        }
+    }
 
     fn on_timeout(&mut self, now: Instant) {
         for (index, dialer) in self.dialers.iter_mut().enumerate() {

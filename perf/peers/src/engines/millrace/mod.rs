@@ -107,10 +107,7 @@ where
 {
     let start = TransportStart {
         identity: SigningKey::from_seed(*key.seed()),
-        config: TransportConfig {
-            udp_payload_bytes_max: settings.udp_payload_bytes.into(),
-            ..TransportConfig::default()
-        },
+        config: transport_config(settings),
         shards: vec![shard],
         udp: UdpGroupConfig {
             local: (Ipv4Addr::LOCALHOST, 0).into(),
@@ -121,6 +118,22 @@ where
         topology: Arc::clone(topology),
     };
     Ok(Transport::start(start, handler)?)
+}
+
+/// The defaults, and what `TransportConfig` says of jumbo frames.
+fn transport_config(settings: &Settings) -> TransportConfig {
+    let ethernet = TransportConfig {
+        udp_payload_bytes_max: settings.udp_payload_bytes.into(),
+        ..TransportConfig::default()
+    };
+    if settings.udp_payload_bytes < 4_000 {
+        return ethernet;
+    }
+    TransportConfig {
+        stream_window_bytes: 4 << 20,
+        connection_window_bytes: 8 << 20,
+        ..ethernet
+    }
 }
 
 /// The shard of a profile. Nodes that share a core may not spin on each other's time.
