@@ -54,8 +54,8 @@ pub(crate) enum Phase {
 /// How long a connection may stay silent after its peer knocked.
 pub(crate) const VERIFY_TIMEOUT: Duration = Duration::from_millis(400);
 
-/// Bytes of a body that are acknowledged together: three trains. The peer has many times that in flight.
-const ACK_BYTES: usize = 180 << 10;
+/// The part of a stream's window that is acknowledged together while a body streams in: three trains of 1 MiB.
+const ACK_WINDOW_PART: u64 = 6;
 /// How long their acknowledgement may wait; a hundredth of the delay that we announce (`max_ack_delay`, 25 ms).
 const ACK_DELAY: Duration = Duration::from_micros(250);
 
@@ -223,18 +223,17 @@ impl Connection {
     }
 
     /// Whether the acknowledgements that are due may wait for more packets: while a body streams in, nothing else is to be said and
-    /// fewer than [`ACK_BYTES`] came. quiche acknowledges whenever it is asked to send, and every acknowledgement costs both sides
+    /// less than a part of its window came. quiche acknowledges whenever it is asked to send, and every acknowledgement costs both sides
     /// about as much as three packets of data.
     pub(crate) fn may_wait(&mut self, now: Instant) -> bool {
         let in_body = self.inbox.take_in_body();
-        if self.must_send
-            || !in_body
-            || self.unanswered_bytes >= ACK_BYTES
-            || self.phase != Phase::Up
-        {
+        let Some(link) = self.link.as_ref().filter(|_| self.phase == Phase::Up) else {
+            return false;
+        };
+        let together = link.shared.config.stream_window_bytes / ACK_WINDOW_PART;
+        if self.must_send || !in_body || self.unanswered_bytes as u64 >= together {
             return false;
         }
-        let Some(link) = &self.link else { return false };
         if link.is_dirty() || !link.out.borrow().is_idle() {
             return false;
         }
