@@ -274,14 +274,14 @@ pub(super) static SECTIONS: &[Section] = &[
                 "connection_window_bytes",
                 transport.connection_window_bytes,
                 bytes(ByteSize::kib(64), ByteSize::gib(1)),
-                "What a peer may have in flight to us, unread, on a connection. 4MiB to 16MiB suit a LAN; bandwidth times round trip a WAN."
+                "What a peer may have in flight to us, unread, on a connection. 4MiB suit a LAN, 8MiB jumbo frames; bandwidth times round trip a WAN."
             ),
             field!(
                 NodeConfig,
                 "stream_window_bytes",
                 transport.stream_window_bytes,
                 bytes(ByteSize::kib(64), ByteSize::gib(1)),
-                "What a peer may have in flight to us, unread, on one stream."
+                "What a peer may have in flight to us, unread, on one stream: it delays what comes behind it. 1MiB suits a LAN, 4MiB jumbo frames; bandwidth times round trip a WAN."
             ),
             field!(
                 NodeConfig,
