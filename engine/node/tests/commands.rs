@@ -38,7 +38,7 @@ fn check_reports_all_mistakes_of_a_config_at_once() {
             "{file}:7:16: idle_timeout: \"parsecs\" is not a unit (known: ns, us, ms, s, m, h); fix: "
         ),
         format!("{file}:8:15: streams_max = 3 is out of range (8 to 65536); fix: use 8, "),
-        format!("{file}:9:1: stream_window_bytes 64MiB is more than connection_window_bytes 8MiB"),
+        format!("{file}:9:1: stream_window_bytes 64MiB is more than connection_window_bytes 4MiB"),
     ] {
         assert!(report.contains(&line), "{line}\nnot in\n{report}");
     }

@@ -190,7 +190,7 @@ fn each_mistake_is_named_with_its_place_and_a_fix() {
             K::Contradiction,
             "4:1",
             "more than connection_window_bytes",
-            "lower it to \"8MiB\"",
+            "lower it to \"4MiB\"",
         ),
         (
             "[transport]\nreceive_budget_peer_bytes = \"100MiB\"\n",
