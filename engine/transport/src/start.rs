@@ -342,14 +342,17 @@ impl Transport {
         }
     }
 
+    /// The shard that sends the next message to `peer`: small ones always the same, so that they keep their order; bodies take turns
+    /// over the connections that are up.
     fn owner_of(&self, peer: &NodeId, body: bool) -> usize {
-        let per_peer = self.inner.connections_per_peer;
-        let index = if body && per_peer > 1 {
-            self.inner.next_connection.fetch_add(1, Ordering::Relaxed) % usize::from(per_peer)
-        } else {
-            0
-        };
-        usize::from(peer.owner_shard(index as u8, self.shards() as u8))
+        if body && self.inner.connections_per_peer > 1 {
+            let up = self.inner.board.shards_of(peer);
+            let turn = self.inner.next_connection.fetch_add(1, Ordering::Relaxed);
+            if let Some(shard) = turn.checked_rem(up.len()).and_then(|at| up.get(at)) {
+                return *shard;
+            }
+        }
+        usize::from(peer.owner_shard(0, self.shards() as u8))
     }
 
     fn is_stopped(&self, shard: usize) -> bool {

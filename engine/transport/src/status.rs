@@ -93,6 +93,15 @@ impl StatusBoard {
             .collect()
     }
 
+    /// The shards that have a connection to `peer`.
+    pub(crate) fn shards_of(&self, peer: &NodeId) -> Vec<usize> {
+        let shards = self.lock();
+        let has = |shard: &ShardStatus| shard.peers.iter().any(|status| status.node_id == *peer);
+        (0..shards.len())
+            .filter(|index| has(&shards[*index]))
+            .collect()
+    }
+
     /// Waits until `condition` holds for the peers that are up, at most `timeout`; whether it held.
     pub fn wait(
         &self,
