@@ -1,0 +1,229 @@
+//! Carries out what [`millrace_protocol::peers::Peers`] decided, and takes connections out of use.
+//!
+//! Invariants
+//! 1. A connection that is removed gives back its slot, its timer, its reservations and its callers, once.
+//! 2. The handler hears of a connection's end once it is gone, and of no connection that was never up.
+
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use millrace_protocol::health::Health;
+use millrace_protocol::id::{ConnectionNumber, NodeId};
+use millrace_protocol::knock::Knock;
+use millrace_protocol::peers::{Action, CloseKind, ConnKey};
+
+use super::{CERTIFICATE_REQUIRED, Endpoint, PeerRoom, REPLIES_MAX, Timer, health_config};
+use crate::connection::{Connection, Phase};
+use crate::counters::{Family, TlsRefusal};
+use crate::message::Handler;
+use crate::quic::CloseCode;
+
+impl<H: Handler> Endpoint<H> {
+    pub(super) fn run_actions(&mut self, now: Instant) {
+        if self.stop_at.is_some() {
+            return;
+        }
+        for index in 0..self.parts.peers.len() {
+            while let Some(action) = self.parts.peers[index].poll_action() {
+                self.run_action(index, action, now);
+            }
+            if let Some(at) = self.parts.peers[index].poll_timeout() {
+                self.peers_timers[index] = Some(self.wheel.replace(
+                    self.peers_timers[index],
+                    Timer::Peers(index),
+                    at,
+                ));
+            }
+        }
+    }
+
+    pub(super) fn run_action(&mut self, index: usize, action: Action, now: Instant) {
+        match action {
+            Action::Dial {
+                peer,
+                address,
+                attempt,
+            } => self.dial(index, peer, address, attempt, now),
+            Action::Abandon { attempt } => {
+                let abandoned = |c: &Connection| c.index == index && c.attempt == Some(attempt);
+                let slot = self
+                    .connections
+                    .iter()
+                    .position(|c| c.as_deref().is_some_and(abandoned));
+                if let Some(slot) = slot {
+                    self.close(slot, CloseCode::Done);
+                }
+            }
+            Action::Knock { peer, address } => {
+                let knock = Knock {
+                    sender: self.parts.me,
+                    target: peer,
+                };
+                self.reply(knock.encode(index as u8).to_vec(), address);
+            }
+            Action::Verify { conn } => {
+                if let Some(slot) = self.slot_of(conn)
+                    && let Some(Some(connection)) = self.connections.get_mut(slot)
+                {
+                    // A knock is not signed: it must not end a connection whose answer merely takes long. The idle timeout does.
+                    if connection.ask_for_life() {
+                        self.mark_dirty(slot);
+                    } else if let Some(peers) = self.parts.peers.get_mut(index) {
+                        peers.verified(conn);
+                    }
+                }
+            }
+            Action::Close { conn, reason } => {
+                if let Some(slot) = self.slot_of(conn) {
+                    self.take_down(slot);
+                    self.close(slot, CloseCode::of_reason(reason));
+                }
+            }
+            Action::Drain { conn } => {
+                if let Some(slot) = self.slot_of(conn) {
+                    self.take_down(slot);
+                    if let Some(Some(connection)) = self.connections.get_mut(slot) {
+                        connection.phase = Phase::Draining {
+                            until: None,
+                            code: CloseCode::Replaced,
+                        };
+                    }
+                    self.mark_dirty(slot);
+                }
+            }
+            Action::Up { peer, conn, number } => self.on_up(peer, conn, number, now),
+            // Told connection by connection, when it is gone.
+            Action::Down { .. } => {}
+        }
+    }
+
+    pub(super) fn on_up(
+        &mut self,
+        peer: NodeId,
+        conn: ConnKey,
+        number: ConnectionNumber,
+        now: Instant,
+    ) {
+        let Some(slot) = self.slot_of(conn) else {
+            return;
+        };
+        let Some(Some(connection)) = self.connections.get_mut(slot) else {
+            return;
+        };
+        let Some(link) = connection.link.clone() else {
+            return;
+        };
+        connection.phase = Phase::Up;
+        connection.start_keep_alive(self.parts.shared.config.keep_alive, now);
+        connection.health = Some(Health::new(health_config(&self.parts.shared.config), now));
+        link.number.set(number);
+        self.parts
+            .shared
+            .up
+            .borrow_mut()
+            .entry(peer)
+            .or_default()
+            .push(link);
+        self.handler.on_up(peer, number);
+        self.publish();
+    }
+
+    pub(super) fn reply(&mut self, datagram: Vec<u8>, to: SocketAddr) {
+        if self.replies.len() < REPLIES_MAX {
+            self.replies.push((datagram, to));
+        }
+    }
+
+    /// Takes a connection out of use for new messages.
+    pub(super) fn take_down(&mut self, slot: usize) {
+        let Some(Some(connection)) = self.connections.get(slot) else {
+            return;
+        };
+        let Some(peer) = connection.peer() else {
+            return;
+        };
+        let mut up = self.parts.shared.up.borrow_mut();
+        if let Some(links) = up.get_mut(&peer) {
+            links.retain(|link| link.slot != slot);
+            if links.is_empty() {
+                up.remove(&peer);
+            }
+        }
+    }
+
+    pub(super) fn close(&mut self, slot: usize, code: CloseCode) {
+        if let Some(Some(connection)) = self.connections.get_mut(slot) {
+            connection.close(code);
+        }
+        self.mark_dirty(slot);
+    }
+
+    /// The connection is gone: tell everybody, and free its slot.
+    pub(super) fn remove(&mut self, slot: usize, now: Instant) {
+        self.take_down(slot);
+        let Some(mut connection) = self.connections.get_mut(slot).and_then(Option::take) else {
+            return;
+        };
+        self.free.push(slot);
+        self.live -= 1;
+        if let Some(id) = connection.timer {
+            self.wheel.cancel(id);
+        }
+        self.handshakes -= usize::from(connection.is_handshaking);
+        if let Some(initial) = connection.initial.take() {
+            self.initial.remove(&initial);
+        }
+        let kind = self.judge_end(&connection);
+        if let Some(link) = connection.link.take() {
+            let mut room = PeerRoom {
+                budget: &mut self.parts.budget,
+                pool: &self.parts.pool,
+                peer: link.peer,
+            };
+            connection.inbox.clear(&mut room);
+            link.close();
+            if link.number.get() > ConnectionNumber(0) {
+                self.handler.on_down(link.peer, link.number.get());
+            }
+        }
+        if let Some(peers) = self.parts.peers.get_mut(connection.index) {
+            match connection.attempt {
+                Some(attempt) => peers.dial_failed(attempt, now),
+                None => peers.closed(connection.key, kind, now),
+            }
+        }
+        self.run_actions(now);
+    }
+
+    /// Counts why a connection ended, and says whether it may be dialled again at once.
+    pub(super) fn judge_end(&self, connection: &Connection) -> CloseKind {
+        let counters = self.counters();
+        let quic = &connection.quic;
+        if connection.is_server
+            && quic
+                .local_error()
+                .is_some_and(|e| !e.is_app && e.error_code == CERTIFICATE_REQUIRED)
+        {
+            counters.tls_refused(TlsRefusal::NoCertificate);
+        }
+        let (reason, kind) = match (quic.peer_error(), quic.local_error()) {
+            _ if quic.is_timed_out() => ("timed_out", CloseKind::Lost),
+            (Some(error), _) if error.is_app && error.error_code == CloseCode::Done as u64 => {
+                ("peer_done", CloseKind::Clean)
+            }
+            (Some(error), _) if error.is_app && error.error_code == CloseCode::Replaced as u64 => {
+                ("peer_replaced", CloseKind::Clean)
+            }
+            (Some(error), _) if error.is_app => ("peer_closed", CloseKind::Refused),
+            (Some(_), _) => ("peer_transport_error", CloseKind::Lost),
+            (None, Some(error)) if error.is_app && error.error_code == CloseCode::Done as u64 => {
+                ("done", CloseKind::Clean)
+            }
+            (None, Some(error)) if error.is_app => ("closed", CloseKind::Clean),
+            (None, Some(_)) => ("transport_error", CloseKind::Lost),
+            (None, None) => ("lost", CloseKind::Lost),
+        };
+        counters.count(Family::Closed, reason);
+        kind
+    }
+}
