@@ -12,7 +12,7 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use crossbeam::queue::ArrayQueue;
 
@@ -93,6 +93,11 @@ impl<M: Send> MailSender<M> {
             return Err(MailError::Closed(message));
         }
         self.shared.queue.push(message).map_err(MailError::Full)?;
+        // Pairs with the fence of the receiver's drop: one of the two sees the other, so that no message is stranded.
+        fence(Ordering::SeqCst);
+        if self.is_closed() {
+            while self.shared.queue.pop().is_some() {}
+        }
         self.shared.parker.wake();
         Ok(())
     }
@@ -165,6 +170,7 @@ impl<M: Send> MailReceiver<M> {
 impl<M> Drop for MailReceiver<M> {
     fn drop(&mut self) {
         self.shared.closed.store(true, Ordering::Release);
+        fence(Ordering::SeqCst);
         // What waits is dropped here and not with the last sender, which may live much longer.
         while self.shared.queue.pop().is_some() {}
     }

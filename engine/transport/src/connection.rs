@@ -349,7 +349,8 @@ impl Connection {
             .path_stats()
             .next()
             .map_or(Duration::ZERO, |path| path.rtt);
-        if rtt * 3 > VERIFY_TIMEOUT {
+        // Room for a loss and its repeat.
+        if rtt * 6 > VERIFY_TIMEOUT {
             return false;
         }
         self.verify_from = Some(self.quic.stats().recv);

@@ -27,7 +27,7 @@ use ring::rand::SecureRandom;
 
 use crate::config::TransportConfig;
 use crate::connection::VERIFY_TIMEOUT;
-use crate::counters::Counters;
+use crate::counters::{Counters, Family};
 use crate::endpoint::{Endpoint, EndpointParts};
 use crate::link::{Shared, Waiter};
 use crate::local::Local;
@@ -333,6 +333,9 @@ impl Transport {
             if let Some(link) = shared.link_to(&peer, bulk) {
                 // Counted by the link.
                 link.send(class, method, body).ok();
+            } else {
+                let reason = RpcError::NotConnected.reason();
+                shared.counters.count(Family::Failed, reason);
             }
         });
         if sent {

@@ -93,6 +93,14 @@ impl StatusBoard {
             .collect()
     }
 
+    /// A connection went out of use; the shard publishes the rest in its next housekeeping.
+    pub(crate) fn take_down(&self, shard: usize, peer: &NodeId, connection: ConnectionNumber) {
+        if let Some(held) = self.lock().get_mut(shard) {
+            held.peers
+                .retain(|status| status.node_id != *peer || status.connection != connection);
+        }
+    }
+
     /// The shards that have a connection to `peer`.
     pub(crate) fn shards_of(&self, peer: &NodeId) -> Vec<usize> {
         let shards = self.lock();

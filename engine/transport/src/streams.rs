@@ -281,6 +281,7 @@ impl Carrier for StreamCarrier {
             return true;
         }
         if let Some(at) = self.active.iter().position(|active| same(&active.message)) {
+            self.ahead.clear();
             let active = self.active.remove(at);
             self.active_in[active.message.header.class as usize] -= 1;
             if let Some(path) = path {

@@ -139,9 +139,12 @@ impl<H: Handler> Endpoint<H> {
         let Some(Some(connection)) = self.connections.get(slot) else {
             return;
         };
-        let Some(peer) = connection.peer() else {
+        let Some(link) = &connection.link else {
             return;
         };
+        let peer = link.peer;
+        let (board, shard) = (&self.parts.board, self.parts.shard);
+        board.take_down(shard, &peer, link.number.get());
         let mut up = self.parts.shared.up.borrow_mut();
         if let Some(links) = up.get_mut(&peer) {
             links.retain(|link| link.slot != slot);

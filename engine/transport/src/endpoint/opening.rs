@@ -114,6 +114,8 @@ impl<H: Handler> Endpoint<H> {
             self.parts.peers[index].dial_failed(attempt, now);
             return;
         };
+        // As the shard's socket will name the peer.
+        let to = SocketAddr::new(to.ip().to_canonical(), to.port());
         let slot = self.take_slot();
         let cid = self.new_cid(slot);
         let mut random = [0; 15];
