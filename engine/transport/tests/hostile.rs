@@ -10,7 +10,7 @@ mod raw;
 use std::time::Duration;
 
 use common::*;
-use millrace_protocol::frame::{Class, Header, Kind, Method};
+use millrace_protocol::frame::{Class, Header, Kind};
 use millrace_protocol::identity::SigningKey;
 use millrace_protocol::rng::Rng;
 use millrace_transport::counters::Family;
@@ -299,5 +299,4 @@ fn a_hostile_member_costs_nobody_anything() {
             .iter()
             .all(|(_, reason, _)| !reason.is_empty())
     );
-    let _ = Method(0);
 }

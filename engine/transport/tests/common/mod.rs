@@ -2,8 +2,8 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use millrace_protocol::frame::{Class, FailureCode, Method};
@@ -38,11 +38,7 @@ pub(crate) enum Event {
 
 pub(crate) struct TestHandler {
     events: Sender<Event>,
-    hanging: Arc<Mutex<Vec<Parked>>>,
 }
-
-/// A responder may only be used on its shard; the test holds none.
-struct Parked;
 
 impl Handler for TestHandler {
     fn on_request(&mut self, request: Inbound<'_>, defer: Defer<'_>) -> Answer {
@@ -55,7 +51,6 @@ impl Handler for TestHandler {
             HANG => match defer.responder() {
                 Some(responder) => {
                     KEPT.with_borrow_mut(|kept| kept.push(responder));
-                    self.hanging.lock().unwrap().push(Parked);
                     self.events.send(Event::Hanging).ok();
                     Answer::Deferred
                 }
@@ -154,7 +149,6 @@ impl Node {
             },
             move |_local: Local| TestHandler {
                 events: sender.clone(),
-                hanging: Arc::default(),
             },
         )
         .unwrap();
