@@ -4,9 +4,9 @@ CARGO ?= cargo
 ARGS ?=
 
 # boring and quiche build BoringSSL (cmake, clang, libclang); the edge needs libelf and zlib; perf-gate valgrind;
-# tests of network namespaces iproute2.
+# tests of network namespaces iproute2 and nftables.
 PACKAGES := build-essential cmake clang libclang-dev libelf-dev zlib1g-dev pkg-config git ca-certificates \
-            valgrind iproute2
+            valgrind iproute2 nftables
 
 # The gate's own tests belong to the rest; the peers (tokio, quinn, s2n-quic) are minutes of building for nothing.
 TESTED := --workspace --exclude millrace-peers
