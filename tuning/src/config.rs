@@ -24,6 +24,8 @@ pub struct NodeConfig {
     pub admin: AdminSection,
     /// `[artifacts]`
     pub artifacts: ArtifactsSection,
+    /// `[edge]`
+    pub edge: EdgeSection,
 }
 
 /// Who the node is and where it keeps what.
@@ -236,6 +238,97 @@ pub struct AdminSection {
 pub struct ArtifactsSection {
     /// Bodies held; the oldest go first.
     pub store_bytes: ByteSize,
+}
+
+/// What the kernel refuses before it reaches a socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EdgeSection {
+    /// Interfaces that carry the program; none: user space enforces the limits alone.
+    pub interfaces: Vec<String>,
+    /// `auto`, `native` or `generic`.
+    pub xdp: String,
+    /// `count` or `enforce`.
+    pub mode: String,
+    /// `ports` or `host`.
+    pub scope: String,
+    /// Folder of pinned programs, maps and links.
+    pub pins: String,
+    /// What becomes of sources that no rule names: `deny` or `allow`.
+    pub default_action: String,
+    /// Roles of this node, for rules of the scope `role:NAME`.
+    pub roles: Vec<String>,
+    /// TCP ports of this node.
+    pub tcp_ports: Vec<u64>,
+    /// UDP ports of this node besides the transport's.
+    pub udp_ports: Vec<u64>,
+    /// New QUIC connections of one source per minute.
+    pub quic_per_minute: u64,
+    /// New QUIC connections of one source at once.
+    pub quic_burst: u64,
+    /// QUIC connections of one source.
+    pub quic_connections_max: u64,
+    /// New TCP connections of one source per minute.
+    pub tcp_per_minute: u64,
+    /// New TCP connections of one source at once.
+    pub tcp_burst: u64,
+    /// TCP connections of one source.
+    pub tcp_connections_max: u64,
+    /// Unvalidated handshakes of all sources per second.
+    pub unvalidated_per_second: u64,
+    /// SYNs of all sources per second.
+    pub syn_per_second: u64,
+    /// Handshakes of one registry peer per second.
+    pub peer_per_second: u64,
+    /// Packets under one connection ID per second, under stress.
+    pub id_packets_per_second: u64,
+    /// Rules of one set.
+    pub rules_max: u64,
+    /// Trie nodes (1 KiB) of one set, for each family.
+    pub trie_nodes_max: u64,
+    /// Lines (64 bytes, eight sources) of one generation of the limiter.
+    pub limiter_lines: u64,
+    /// Sources with connections.
+    pub sources_max: u64,
+    /// Registry peers with a proof.
+    pub peers_max: u64,
+    /// How long counts and stress hold after the daemon wrote them last.
+    pub lease: Period,
+    /// Every Nth drop of a core is reported as an event; 0: none.
+    pub sample_every: u64,
+}
+
+impl Default for EdgeSection {
+    fn default() -> Self {
+        Self {
+            interfaces: Vec::new(),
+            xdp: "auto".into(),
+            mode: "count".into(),
+            scope: "ports".into(),
+            pins: "/run/millrace/edge".into(),
+            default_action: "deny".into(),
+            roles: Vec::new(),
+            tcp_ports: Vec::new(),
+            udp_ports: Vec::new(),
+            // The reference's figures for a source.
+            quic_per_minute: 1_000,
+            quic_burst: 500,
+            quic_connections_max: 100,
+            tcp_per_minute: 1_000,
+            tcp_burst: 500,
+            tcp_connections_max: 1_000,
+            unvalidated_per_second: 2_000,
+            syn_per_second: 2_000,
+            peer_per_second: 50,
+            id_packets_per_second: 2_000_000,
+            rules_max: 4_096,
+            trie_nodes_max: 16_384,
+            limiter_lines: 65_536,
+            sources_max: 65_536,
+            peers_max: 4_096,
+            lease: Period::secs(2),
+            sample_every: 0,
+        }
+    }
 }
 
 impl Default for NodeSection {

@@ -433,6 +433,8 @@ fn read(kind: Kind, value: &DeValue<'_>) -> Result<Value, Refusal> {
                 fix: hint(text, words),
             })
         }
+        (Kind::Names, DeValue::Array(list)) => names(list),
+        (Kind::Ports, DeValue::Array(list)) => ports(list),
         (Kind::Cores, DeValue::String(text)) if text == "auto" => Ok(Value::Cores(Cores::Auto)),
         (Kind::Cores, DeValue::Array(list)) => cores(list),
         (Kind::Cores, DeValue::String(text)) => Err(Refusal::Value {
@@ -441,6 +443,71 @@ fn read(kind: Kind, value: &DeValue<'_>) -> Result<Value, Refusal> {
         }),
         _ => Err(Refusal::Type),
     }
+}
+
+/// Longest list of names or ports: an interface, a role and a service each cost something in the kernel.
+const LIST_MAX: usize = 15;
+
+fn names(list: &[Spanned<DeValue<'_>>]) -> Result<Value, Refusal> {
+    let mut names: Vec<String> = Vec::new();
+    for item in list {
+        let DeValue::String(name) = item.get_ref() else {
+            return Err(Refusal::Type);
+        };
+        // What an interface may be called; roles are no stricter.
+        let fits = (1..=15).contains(&name.len())
+            && name.bytes().all(|b| b.is_ascii_graphic() && b != b'/')
+            && name != "."
+            && name != "..";
+        if !fits {
+            return Err(Refusal::Value {
+                reason: format!(
+                    "{name:?} is no name of 1 to 15 visible characters without a slash"
+                ),
+                fix: "write it as `ip link` shows it".into(),
+            });
+        }
+        if names.iter().any(|known| known.as_str() == name.as_ref()) {
+            return Err(twice(name));
+        }
+        names.push(name.to_string());
+    }
+    bounded(names.len()).map(|()| Value::Names(names))
+}
+
+fn ports(list: &[Spanned<DeValue<'_>>]) -> Result<Value, Refusal> {
+    let mut ports = Vec::new();
+    for item in list {
+        let port = integer(item.get_ref())?;
+        if !(1..=65_535).contains(&port) {
+            return Err(Refusal::Value {
+                reason: format!("{port} is no port (1 to 65535)"),
+                fix: "write the number that the service listens on".into(),
+            });
+        }
+        if ports.contains(&port) {
+            return Err(twice(port));
+        }
+        ports.push(port);
+    }
+    bounded(ports.len()).map(|()| Value::Ports(ports))
+}
+
+fn twice(what: impl std::fmt::Display) -> Refusal {
+    Refusal::Value {
+        reason: format!("{what} is there twice"),
+        fix: "remove one of them".into(),
+    }
+}
+
+fn bounded(items: usize) -> Result<(), Refusal> {
+    if items <= LIST_MAX {
+        return Ok(());
+    }
+    Err(Refusal::Value {
+        reason: format!("{items} entries, at most {LIST_MAX} are taken"),
+        fix: "remove some".into(),
+    })
 }
 
 fn integer(value: &DeValue<'_>) -> Result<u64, Refusal> {

@@ -14,6 +14,7 @@ pub(crate) fn check(config: &NodeConfig, origins: &Origins) -> Vec<Problem> {
     timing(config, &mut found);
     memory(config, &mut found);
     cores(config, &mut found);
+    edge(config, &mut found);
     if config
         .registry
         .public_key
@@ -134,6 +135,38 @@ fn memory(config: &NodeConfig, found: &mut Found<'_>) {
                 );
             }
         }
+    }
+}
+
+fn edge(config: &NodeConfig, found: &mut Found<'_>) {
+    let edge = &config.edge;
+    if !edge.limiter_lines.is_power_of_two() {
+        found.error(
+            "edge.limiter_lines",
+            format!("limiter_lines {} is no power of two", edge.limiter_lines),
+            format!("write {}", edge.limiter_lines.next_power_of_two()),
+        );
+    }
+    if edge
+        .udp_ports
+        .contains(&u64::from(config.listen.address.port()))
+    {
+        found.error(
+            "edge.udp_ports",
+            format!(
+                "udp_ports names {}, which is the transport's port and has rules of its own",
+                config.listen.address.port()
+            ),
+            "remove it from udp_ports".into(),
+        );
+    }
+    let services = 1 + edge.tcp_ports.len() + edge.udp_ports.len();
+    if services > 16 {
+        found.error(
+            "edge.tcp_ports",
+            format!("{services} ports with the transport's; the program keeps 16"),
+            "put services behind fewer ports".into(),
+        );
     }
 }
 

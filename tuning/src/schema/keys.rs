@@ -512,6 +512,194 @@ pub(super) static SECTIONS: &[Section] = &[
             "Bodies held in chunks of the pool; the oldest are dropped for new ones."
         )],
     },
+    Section {
+        name: "edge",
+        doc: "What the kernel refuses before it reaches a socket: firewall, rates, caps. See docs/operating/edge.md.",
+        fields: &[
+            field!(
+                NodeConfig,
+                "interfaces",
+                edge.interfaces,
+                Kind::Names,
+                "Interfaces that carry the program. None: no program, and user space enforces the limits alone."
+            ),
+            field!(
+                NodeConfig,
+                "xdp",
+                edge.xdp,
+                Kind::Choice(&["auto", "native", "generic"]),
+                "Where the program runs: in the driver (\"native\"), behind it (\"generic\"), or \"auto\": native where the driver can."
+            ),
+            field!(
+                NodeConfig,
+                "mode",
+                edge.mode,
+                Kind::Choice(&["count", "enforce"]),
+                "\"count\" passes everything and counts what would have been refused; \"enforce\" refuses it."
+            ),
+            field!(
+                NodeConfig,
+                "scope",
+                edge.scope,
+                Kind::Choice(&["ports", "host"]),
+                "\"ports\" owns this node's ports and leaves all other traffic to the host; \"host\" owns all of it, but for answers to what the host sent."
+            ),
+            field!(
+                NodeConfig,
+                "pins",
+                edge.pins,
+                Kind::Path,
+                "Folder of pinned programs, maps and links: what stays in force when the node does not."
+            ),
+            field!(
+                NodeConfig,
+                "default_action",
+                edge.default_action,
+                Kind::Choice(&["deny", "allow"]),
+                "What becomes of sources that no rule of the registry names. Registry members are allowed by a rule of their own."
+            ),
+            field!(
+                NodeConfig,
+                "roles",
+                edge.roles,
+                Kind::Names,
+                "Roles of this node: rules of the scope `role:NAME` apply to it."
+            ),
+            field!(
+                NodeConfig,
+                "tcp_ports",
+                edge.tcp_ports,
+                Kind::Ports,
+                "TCP ports of this node, under the limits below."
+            ),
+            field!(
+                NodeConfig,
+                "udp_ports",
+                edge.udp_ports,
+                Kind::Ports,
+                "UDP ports of this node besides the transport's; only the firewall applies to them."
+            ),
+            field!(
+                NodeConfig,
+                "quic_per_minute",
+                edge.quic_per_minute,
+                integer(1, 60_000_000),
+                "New QUIC connections of one source (IPv4 address, IPv6 /64) per minute; four times that for its /24 or /56, sixteen times for its /48."
+            ),
+            field!(
+                NodeConfig,
+                "quic_burst",
+                edge.quic_burst,
+                integer(1, 1_000_000),
+                "New QUIC connections that one source may open at once."
+            ),
+            field!(
+                NodeConfig,
+                "quic_connections_max",
+                edge.quic_connections_max,
+                integer(1, 1_000_000),
+                "QUIC connections of one source at a time."
+            ),
+            field!(
+                NodeConfig,
+                "tcp_per_minute",
+                edge.tcp_per_minute,
+                integer(1, 60_000_000),
+                "New TCP connections of one source per minute, and of its prefixes as with quic_per_minute."
+            ),
+            field!(
+                NodeConfig,
+                "tcp_burst",
+                edge.tcp_burst,
+                integer(1, 1_000_000),
+                "New TCP connections that one source may open at once."
+            ),
+            field!(
+                NodeConfig,
+                "tcp_connections_max",
+                edge.tcp_connections_max,
+                integer(1, 1_000_000),
+                "TCP connections of one source at a time."
+            ),
+            field!(
+                NodeConfig,
+                "unvalidated_per_second",
+                edge.unvalidated_per_second,
+                integer(1, 10_000_000),
+                "Handshakes of all sources whose address is not validated; more are answered by a Retry."
+            ),
+            field!(
+                NodeConfig,
+                "syn_per_second",
+                edge.syn_per_second,
+                integer(1, 10_000_000),
+                "SYNs of all sources; more are answered by SYN cookies where net.ipv4.tcp_syncookies is 2, else dropped."
+            ),
+            field!(
+                NodeConfig,
+                "peer_per_second",
+                edge.peer_per_second,
+                integer(1, 1_000_000),
+                "First packets of one registry peer that proved itself."
+            ),
+            field!(
+                NodeConfig,
+                "id_packets_per_second",
+                edge.id_packets_per_second,
+                integer(1_000, 100_000_000),
+                "Packets under one connection ID, while there is stress."
+            ),
+            field!(
+                NodeConfig,
+                "rules_max",
+                edge.rules_max,
+                integer(1, 65_534),
+                "Rules of one set; a larger set is refused as a whole."
+            ),
+            field!(
+                NodeConfig,
+                "trie_nodes_max",
+                edge.trie_nodes_max,
+                integer(64, 1 << 20),
+                "Trie nodes of one set for each family, 1 KiB each and two sets at a time; a larger set is refused as a whole."
+            ),
+            field!(
+                NodeConfig,
+                "limiter_lines",
+                edge.limiter_lines,
+                integer(1_024, 1 << 20),
+                "Lines of one generation of the limiter: 64 bytes for eight sources, two generations. A power of two."
+            ),
+            field!(
+                NodeConfig,
+                "sources_max",
+                edge.sources_max,
+                integer(1_024, 1 << 22),
+                "Sources with connections that are counted at a time."
+            ),
+            field!(
+                NodeConfig,
+                "peers_max",
+                edge.peers_max,
+                integer(16, 65_536),
+                "Registry peers whose proofs are known."
+            ),
+            field!(
+                NodeConfig,
+                "lease",
+                edge.lease,
+                duration(Period::millis(200), Period::secs(60)),
+                "How long counts and stress hold after the node wrote them last: those of a dead node end."
+            ),
+            field!(
+                NodeConfig,
+                "sample_every",
+                edge.sample_every,
+                integer(0, 1 << 30),
+                "Every Nth drop of a core is reported as an event. 0 reports none."
+            ),
+        ],
+    },
 ];
 
 const fn integer(min: u64, max: u64) -> Kind {

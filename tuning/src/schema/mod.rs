@@ -51,6 +51,10 @@ pub enum Kind {
     Choice(&'static [&'static str]),
     /// `"auto"` or a list of core numbers.
     Cores,
+    /// A list of names.
+    Names,
+    /// A list of ports.
+    Ports,
 }
 
 /// Whether a key has to be written.
@@ -148,6 +152,8 @@ impl Kind {
             Self::Seeds => "a list of \"<public key>@<address>\"".into(),
             Self::Choice(words) => format!("one of {}", quoted(words)),
             Self::Cores => "\"auto\" or a list of core numbers such as [0, 1]".into(),
+            Self::Names => "a list of names such as [\"eth0\"]".into(),
+            Self::Ports => "a list of ports such as [443, 8080]".into(),
         }
     }
 
@@ -175,6 +181,8 @@ impl Kind {
             Self::Seeds => "list of nodes",
             Self::Choice(_) => "choice",
             Self::Cores => "cores",
+            Self::Names => "list of names",
+            Self::Ports => "list of ports",
         }
     }
 }

@@ -25,6 +25,10 @@ pub enum Value {
     Seeds(Vec<Seed>),
     /// Cores that run shards.
     Cores(Cores),
+    /// Names of interfaces, roles.
+    Names(Vec<String>),
+    /// Ports of a protocol.
+    Ports(Vec<u64>),
 }
 
 impl fmt::Display for Value {
@@ -42,7 +46,12 @@ impl fmt::Display for Value {
                 write!(f, "[{}]", items.join(", "))
             }
             Self::Cores(Cores::Auto) => write!(f, "\"auto\""),
-            Self::Cores(Cores::List(list)) => {
+            Self::Names(list) => {
+                let quoted = |name: &String| toml::Value::String(name.clone()).to_string();
+                let items: Vec<String> = list.iter().map(quoted).collect();
+                write!(f, "[{}]", items.join(", "))
+            }
+            Self::Cores(Cores::List(list)) | Self::Ports(list) => {
                 let items: Vec<String> = list.iter().map(u64::to_string).collect();
                 write!(f, "[{}]", items.join(", "))
             }
@@ -81,6 +90,8 @@ setting!(String, Text);
 setting!(SocketAddr, Address);
 setting!(Vec<Seed>, Seeds);
 setting!(Cores, Cores);
+setting!(Vec<String>, Names);
+setting!(Vec<u64>, Ports);
 
 impl Setting for Option<String> {
     fn from_value(value: Value) -> Result<Self, Value> {
