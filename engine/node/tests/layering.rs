@@ -13,13 +13,22 @@ const EDGES: &[(&str, &[&str])] = &[
     ("millrace-tuning", &[]),
     ("millrace-sim", &["millrace-protocol"]),
     ("millrace-shards", &[]),
+    ("millrace-edge-policy", &[]),
+    ("millrace-edge", &["millrace-edge-policy"]),
     (
         "millrace-transport",
-        &["millrace-protocol", "millrace-shards", "millrace-sim"],
+        &[
+            "millrace-edge-policy",
+            "millrace-protocol",
+            "millrace-shards",
+            "millrace-sim",
+        ],
     ),
     (
         "millrace",
         &[
+            "millrace-edge",
+            "millrace-edge-policy",
             "millrace-protocol",
             "millrace-shards",
             "millrace-transport",
@@ -31,13 +40,28 @@ const EDGES: &[(&str, &[&str])] = &[
         &["millrace-protocol", "millrace-shards", "millrace-transport"],
     ),
     (
+        "millrace-bench-edge",
+        &[
+            "millrace-edge",
+            "millrace-edge-policy",
+            "millrace-protocol",
+            "millrace-shards",
+            "millrace-transport",
+        ],
+    ),
+    (
         "millrace-peers",
         &["millrace-protocol", "millrace-shards", "millrace-transport"],
     ),
 ];
 
 /// Crates that decide and do not act.
-const PURE: &[&str] = &["millrace-protocol", "millrace-sim", "millrace-tuning"];
+const PURE: &[&str] = &[
+    "millrace-protocol",
+    "millrace-sim",
+    "millrace-tuning",
+    "millrace-edge-policy",
+];
 
 /// Runtimes and peers that the default members must not pull in.
 const FOREIGN: &[&str] = &["tokio", "quinn", "quinn-proto", "s2n-quic", "s2n-quic-core"];
