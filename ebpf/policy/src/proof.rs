@@ -1,1 +1,74 @@
-//! To come.
+//! How a dialling registry peer proves itself in its first packet: the destination ID that it chooses carries a MAC.
+//!
+//! 1. A proof holds from one source address, for one to two minutes of wall time on either side.
+//! 2. Whoever lacks the pair's key cannot make one; who sees one can repeat it, which is why its uses are limited.
+
+use std::net::IpAddr;
+
+use crate::siphash::{Key, siphash24};
+use crate::source::Source;
+
+/// Bytes of a proof: the longest ID that QUIC allows.
+pub const BYTES: usize = 20;
+
+/// Wall time in nanoseconds, shifted by this, is the epoch: 69 seconds each.
+pub const EPOCH_SHIFT: u32 = 36;
+
+/// What stands for a node in proofs: the first four bytes of its ID, zeros where there are fewer.
+pub fn node_tag_of(id: &[u8]) -> u32 {
+    let byte = |index| id.get(index).copied().unwrap_or(0);
+    u32::from_le_bytes([byte(0), byte(1), byte(2), byte(3)])
+}
+
+/// The destination ID of a dialler's first packet.
+///
+/// `steer` chooses the listener's shard, `node_tag` and `source` are the dialler's, `wall_ns` is nanoseconds since 1970, `key` the
+/// pair's.
+pub fn make(
+    steer: u8,
+    node_tag: u32,
+    nonce: [u8; 6],
+    source: IpAddr,
+    wall_ns: u64,
+    key: Key,
+) -> [u8; BYTES] {
+    let mut id = [0; BYTES];
+    id[0] = steer;
+    id[1] = epoch(wall_ns);
+    id[2..6].copy_from_slice(&node_tag.to_le_bytes());
+    id[6..12].copy_from_slice(&nonce);
+    let mac = mac(&id, source, key);
+    id[12..].copy_from_slice(&mac.to_le_bytes());
+    id
+}
+
+/// The tag of the node that made this ID for its first packet from `source`; none if it is no valid proof.
+pub fn check(
+    id: &[u8],
+    source: IpAddr,
+    wall_ns: u64,
+    key_of: impl FnOnce(u32) -> Option<Key>,
+) -> Option<u32> {
+    let id: &[u8; BYTES] = id.try_into().ok()?;
+    let [_, made_in, n0, n1, n2, n3, ..] = *id;
+    let node_tag = u32::from_le_bytes([n0, n1, n2, n3]);
+    let key = key_of(node_tag)?;
+    let right = id[12..] == mac(id, source, key).to_le_bytes();
+    let timely = epoch(wall_ns).wrapping_sub(made_in).wrapping_add(1) <= 2;
+    (right && timely).then_some(node_tag)
+}
+
+fn epoch(wall_ns: u64) -> u8 {
+    (wall_ns >> EPOCH_SHIFT) as u8
+}
+
+fn mac(id: &[u8; BYTES], source: IpAddr, key: Key) -> u64 {
+    let [b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, ..] = *id;
+    let head = u64::from_le_bytes([b0, b1, b2, b3, b4, b5, b6, b7]);
+    let rest = u32::from_le_bytes([b8, b9, b10, b11]);
+    let [low, high] = Source::of(source).words();
+    siphash24(key, &[head, u64::from(rest), low, high])
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,326 @@
+//! A budget for every source, in memory of a fixed size.
+//!
+//! A key has one line of eight words, found by a keyed hash that no sender can predict; a word carries 16 bits of that hash
+//! beside its time. Lines come in two generations: a charge goes to the active one, and the other one still counts until all that it
+//! holds is past, so that new seeds forget nobody.
+//!
+//! 1. A key has at most one word in a generation: of two that were placed in one moment, one is given back.
+//! 2. A line with eight busy words refuses new keys.
+//! 3. Nothing is read or written for [`Limit::NONE`].
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::{Limit, REACH_MAX_NS, TRIES};
+use crate::siphash::{Key, siphash13};
+use crate::source::{LEVELS_MAX, Source};
+
+/// Words of a line.
+pub const SLOTS: usize = 8;
+
+const TAG_SHIFT: u32 = 48;
+const TIME_MASK: u64 = (1 << TAG_SHIFT) - 1;
+
+/// What a key is charged for: one source has a budget for each purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u64)]
+pub enum Purpose {
+    /// QUIC connections of a source.
+    Quic = 1,
+    /// TCP connections of a source.
+    Tcp = 2,
+    /// Connections of a registry peer that proved itself; the key is its node tag and 0.
+    Peer = 3,
+    /// Uses of one proof; the key is its first 16 bytes.
+    Proof = 4,
+    /// Packets of one connection ID of ours; the key is its 16 bytes.
+    ConnectionId = 5,
+}
+
+/// Where the lines of a sketch are: in this process, or in a map that the kernel shares.
+pub trait Lines {
+    /// Lines of both generations together: twice a power of two.
+    fn count(&self) -> usize;
+    /// One line. Panics past the last.
+    fn line(&self, index: usize) -> &[AtomicU64; SLOTS];
+}
+
+/// One line, on a cache line of its own. Laid out as `struct edge_line`.
+#[derive(Debug, Default)]
+#[repr(C, align(64))]
+pub struct Line([AtomicU64; SLOTS]);
+
+/// Lines in this process's own memory.
+pub struct OwnedLines(Box<[Line]>);
+
+impl OwnedLines {
+    /// Two generations of `lines` empty lines each, rounded up to a power of two: 128 bytes for each.
+    pub fn new(lines: usize) -> Self {
+        let count = lines.max(1).next_power_of_two() * 2;
+        Self((0..count).map(|_| Line::default()).collect())
+    }
+}
+
+impl fmt::Debug for OwnedLines {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "OwnedLines({})", self.0.len())
+    }
+}
+
+impl Lines for OwnedLines {
+    fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    fn line(&self, index: usize) -> &[AtomicU64; SLOTS] {
+        &self.0[index].0
+    }
+}
+
+/// The lines, and how they are to be read at the moment. Cheap to make for every use.
+#[derive(Debug)]
+pub struct Sketch<'l, L: Lines + ?Sized> {
+    /// Both generations.
+    pub lines: &'l L,
+    /// Seed of each generation.
+    pub seed: [Key; 2],
+    /// Generation that is charged: 0 or 1.
+    pub active: usize,
+    /// Until when the other generation counts as well.
+    pub old_until_ns: u64,
+}
+
+/// Where a key belongs in one generation.
+struct Place<'l> {
+    line: &'l [AtomicU64; SLOTS],
+    /// 1 to 65,535.
+    tag: u64,
+    /// Slot that is visited first.
+    first: usize,
+}
+
+/// What a line says of a key.
+struct Sight {
+    /// Slot and word with the key's tag.
+    own: Option<(usize, u64)>,
+    /// First idle slot and its word.
+    idle: Option<(usize, u64)>,
+}
+
+/// A look that did not refuse: how far ahead the key is, and which slot its word goes to.
+struct Standing {
+    ahead_ns: u64,
+    /// Slot and present word; none if the line has no room.
+    slot: Option<(usize, u64)>,
+    /// The slot was another key's, or empty.
+    fresh: bool,
+}
+
+impl<L: Lines + ?Sized> Sketch<'_, L> {
+    /// Whether `words` have something left of `limit`; takes nothing.
+    pub fn look(
+        &self,
+        words: [u64; 2],
+        purpose: Purpose,
+        level: usize,
+        limit: Limit,
+        now_ns: u64,
+    ) -> bool {
+        if limit.interval_ns == 0 {
+            return true;
+        }
+        let key = key_words(words, purpose, level);
+        let place = self.place(self.active, &key);
+        self.standing(&place, &key, limit, now_ns).is_some()
+    }
+
+    /// Takes one from what `words` have left of `limit`; false: refused, nothing is taken.
+    pub fn charge(
+        &self,
+        words: [u64; 2],
+        purpose: Purpose,
+        level: usize,
+        limit: Limit,
+        now_ns: u64,
+    ) -> bool {
+        if limit.interval_ns == 0 {
+            return true;
+        }
+        let key = key_words(words, purpose, level);
+        let place = self.place(self.active, &key);
+        for _ in 0..TRIES {
+            let Some(standing) = self.standing(&place, &key, limit, now_ns) else {
+                return false;
+            };
+            let Some((slot, present)) = standing.slot else {
+                return false;
+            };
+            let paid = now_ns
+                .wrapping_add(standing.ahead_ns)
+                .wrapping_add(limit.interval_ns);
+            let next = place.tag << TAG_SHIFT | paid & TIME_MASK;
+            if place.replace(slot, present, next)
+                && (!standing.fresh || place.keep_only_one(slot, next))
+            {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// [`Sketch::look`] at every level of a source.
+    pub fn look_source(
+        &self,
+        source: Source,
+        purpose: Purpose,
+        limits: &[Limit; LEVELS_MAX],
+        now_ns: u64,
+    ) -> bool {
+        (0..source.levels()).all(|level| {
+            self.look(
+                source.at_level(level).words(),
+                purpose,
+                level,
+                limits[level],
+                now_ns,
+            )
+        })
+    }
+
+    /// [`Sketch::charge`] at every level of a source, the narrowest first; the first refusal ends it.
+    pub fn charge_source(
+        &self,
+        source: Source,
+        purpose: Purpose,
+        limits: &[Limit; LEVELS_MAX],
+        now_ns: u64,
+    ) -> bool {
+        (0..source.levels()).all(|level| {
+            self.charge(
+                source.at_level(level).words(),
+                purpose,
+                level,
+                limits[level],
+                now_ns,
+            )
+        })
+    }
+
+    /// Empties the generation that is not charged: needed before it becomes the active one.
+    pub fn clear_idle(&self) {
+        let half = self.lines.count() / 2;
+        let idle = self.active ^ 1;
+        for index in idle * half..(idle + 1) * half {
+            for word in self.lines.line(index) {
+                word.store(0, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn place(&self, generation: usize, key: &[u64; 3]) -> Place<'_> {
+        let half = self.lines.count() / 2;
+        let hash = siphash13(self.seed[generation], key);
+        let index = generation * half + (hash as usize & (half - 1));
+        Place {
+            line: self.lines.line(index),
+            tag: (hash >> TAG_SHIFT).max(1),
+            first: (hash >> 40) as usize % SLOTS,
+        }
+    }
+
+    /// None: refused.
+    fn standing(
+        &self,
+        place: &Place<'_>,
+        key: &[u64; 3],
+        limit: Limit,
+        now_ns: u64,
+    ) -> Option<Standing> {
+        let sight = place.see(now_ns);
+        let standing = match sight.own {
+            Some((_, word)) => Standing {
+                ahead_ns: ahead(word, now_ns),
+                slot: sight.own,
+                fresh: false,
+            },
+            None => {
+                let before = self.seen_before(key, now_ns);
+                if before.is_none() && sight.idle.is_none() {
+                    return None;
+                }
+                Standing {
+                    ahead_ns: before.unwrap_or(0),
+                    slot: sight.idle,
+                    fresh: true,
+                }
+            }
+        };
+        (standing.ahead_ns <= limit.tolerance_ns).then_some(standing)
+    }
+
+    /// How far ahead the other generation has the key; none if it does not, or counts no longer.
+    fn seen_before(&self, key: &[u64; 3], now_ns: u64) -> Option<u64> {
+        if now_ns >= self.old_until_ns {
+            return None;
+        }
+        let (_, word) = self.place(self.active ^ 1, key).see(now_ns).own?;
+        Some(ahead(word, now_ns))
+    }
+}
+
+impl Place<'_> {
+    fn see(&self, now_ns: u64) -> Sight {
+        let mut idle = None;
+        for slot in self.visit() {
+            let word = self.line[slot].load(Ordering::SeqCst);
+            if word >> TAG_SHIFT == self.tag {
+                return Sight {
+                    own: Some((slot, word)),
+                    idle,
+                };
+            }
+            if idle.is_none() && ahead(word, now_ns) == 0 {
+                idle = Some((slot, word));
+            }
+        }
+        Sight { own: None, idle }
+    }
+
+    fn visit(&self) -> impl Iterator<Item = usize> + use<> {
+        let first = self.first;
+        (0..SLOTS).map(move |step| (first + step) % SLOTS)
+    }
+
+    fn replace(&self, slot: usize, present: u64, next: u64) -> bool {
+        // Sequentially consistent, like the kernel's: of two that place the same key in two slots, at least one must see the other.
+        self.line[slot]
+            .compare_exchange(present, next, Ordering::SeqCst, Ordering::SeqCst)
+            .is_ok()
+    }
+
+    /// Gives a fresh slot back if the key got a second one at the same time; true: it is the only one.
+    fn keep_only_one(&self, slot: usize, word: u64) -> bool {
+        let alone = self.visit().all(|other| {
+            other == slot || self.line[other].load(Ordering::SeqCst) >> TAG_SHIFT != self.tag
+        });
+        if !alone {
+            // Fails if somebody charged it meanwhile: then the charge that is not admitted here stays paid.
+            self.replace(slot, word, 0);
+        }
+        alone
+    }
+}
+
+fn key_words(words: [u64; 2], purpose: Purpose, level: usize) -> [u64; 3] {
+    [words[0], words[1], (purpose as u64) << 8 | level as u64]
+}
+
+/// How far the word is ahead of now; 0: idle.
+fn ahead(word: u64, now_ns: u64) -> u64 {
+    // An empty word would be some time ahead as well whenever the clock's low bits are high.
+    if word == 0 {
+        return 0;
+    }
+    let ahead = word.wrapping_sub(now_ns) & TIME_MASK;
+    if ahead <= REACH_MAX_NS { ahead } else { 0 }
+}
