@@ -13,6 +13,9 @@
 #define EDGE_LEVELS_MAX 3
 #define EDGE_KEYS 4
 #define EDGE_PORTS 65536
+#define EDGE_EXTENSIONS_MAX 6 /* headers between IPv6 and UDP or TCP */
+#define EDGE_EXTENSION_BYTES_MAX 1024 /* of all of them: more counts as options */
+#define EDGE_MOCK_MSS 1460 /* `edge_test` puts it into SYN cookies */
 
 #define EDGE_RULE_DEFAULT 0xffff
 #define EDGE_LEAF 0x80000000u /* trie entry: rule in bits 0..16, action in bits 16..18; without it: a node's index */
@@ -167,6 +170,33 @@ struct edge_source {
 struct edge_count {
 	__u32 run;
 	__u32 connections;
+};
+
+/* The one value of `counters`, per CPU. `counted`: what mode `count` would not have passed. */
+struct edge_counters {
+	__u64 acted[EDGE_REASONS];
+	__u64 counted[EDGE_REASONS];
+	__u64 sampled; /* drops since the programs were loaded, for `sampling` */
+};
+
+/* The one value of `sampling`. */
+struct edge_sampling {
+	__u32 every; /* each so manieth drop of a CPU becomes an event; 0: none */
+	__u32 pad;
+};
+
+/* A value of `tcp_sources`: connections in the low half; in the high half what tells a reused slot of the hash table from
+ * the one that was looked up, and that a slot is about to be deleted. Readers take the low half and ignore dead words. */
+#define EDGE_TCP_CONNECTIONS 0xffffffffull
+#define EDGE_TCP_DEAD (1ull << 63)
+
+/* What this host sent, seen from the answer: key of `replies` (scope `host`). Ports are in host order. */
+struct edge_flow {
+	struct edge_source remote;
+	__u16 remote_port;
+	__u16 port;
+	__u8 protocol;
+	__u8 pad[3];
 };
 
 /* What `edge_trace` and `edge_test` say of the last packet. */
