@@ -32,5 +32,8 @@ pub use datapath::{Datagrams, Datapath, Trains, Transmit};
 pub use local::{Queue, Spawner, outside, sleep, yield_now};
 pub use mailbox::{MailError, MailReceiver, MailSender, mailbox};
 pub use runtime::{ShardContext, ShardHandle, StartError, spawn, spawn_with_mailbox};
-pub use socket::{ShardSocket, SocketError, UdpGroupConfig, bind_group};
+pub use socket::{
+    ShardSocket, SocketError, UdpGroupConfig, attach_classic_steering, attach_steering, bind_group,
+    bind_unsteered,
+};
 pub use stats::{ShardStats, ShardStatsSnapshot};

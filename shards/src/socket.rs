@@ -4,12 +4,13 @@
 //!
 //! 1. Sockets are bound in the order of their shards on the calling thread: the order of binding is
 //!    the index the steering program returns.
-//! 2. The program is attached once per group: replacing one that is in use can crash old kernels.
-//! 3. A datagram too short to hold a connection ID goes to shard 0.
+//! 2. The program is attached once per group: replacing one that is in use can crash old kernels. Until
+//!    then the kernel spreads datagrams by their addresses.
+//! 3. With the classic program, a datagram too short to hold a connection ID goes to shard 0.
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::sys;
 
@@ -127,11 +128,28 @@ impl ShardSocket {
     }
 }
 
-/// Binds one socket per shard to one address.
+impl AsFd for ShardSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Binds one socket per shard to one address, steered by the classic program.
 ///
 /// # Errors
 /// When the address is taken or an option that the datapath relies on is refused.
 pub fn bind_group(config: &UdpGroupConfig) -> Result<Vec<ShardSocket>, SocketError> {
+    let sockets = bind_unsteered(config)?;
+    attach_classic_steering(&sockets)?;
+    Ok(sockets)
+}
+
+/// Binds one socket per shard to one address, for a caller that then attaches a program: see
+/// [`attach_steering`] and [`attach_classic_steering`].
+///
+/// # Errors
+/// When the address is taken or an option that the datapath relies on is refused.
+pub fn bind_unsteered(config: &UdpGroupConfig) -> Result<Vec<ShardSocket>, SocketError> {
     if config.shards == 0 || config.shards > 256 {
         return Err(SocketError::Shards {
             shards: config.shards,
@@ -145,14 +163,41 @@ pub fn bind_group(config: &UdpGroupConfig) -> Result<Vec<ShardSocket>, SocketErr
         addr = socket.local;
         sockets.push(socket);
     }
-    if config.shards > 1 {
-        sys::attach_reuseport_cbpf(&sockets[0].fd, &steering_program(config.shards as u32))
-            .map_err(|source| SocketError::Option {
-                option: "SO_ATTACH_REUSEPORT_CBPF",
-                source,
-            })?;
-    }
     Ok(sockets)
+}
+
+/// Steers a group by the first byte of the connection ID, modulo the number of sockets. Needs no privilege; a
+/// group of one needs no program.
+///
+/// # Errors
+/// When the kernel refuses the program.
+pub fn attach_classic_steering(sockets: &[ShardSocket]) -> Result<(), SocketError> {
+    let [first, _, ..] = sockets else {
+        return Ok(());
+    };
+    let program = steering_program(sockets.len() as u32);
+    sys::attach_reuseport_cbpf(&first.fd, &program).map_err(|source| SocketError::Option {
+        option: "SO_ATTACH_REUSEPORT_CBPF",
+        source,
+    })
+}
+
+/// Steers a group by an eBPF program of type `sk_reuseport`, which then picks among the sockets that its caller put into the
+/// program's map. A group of one needs no program.
+///
+/// # Errors
+/// When the kernel refuses the program.
+pub fn attach_steering(
+    sockets: &[ShardSocket],
+    program: BorrowedFd<'_>,
+) -> Result<(), SocketError> {
+    let [first, _, ..] = sockets else {
+        return Ok(());
+    };
+    sys::attach_reuseport_ebpf(&first.fd, program).map_err(|source| SocketError::Option {
+        option: "SO_ATTACH_REUSEPORT_EBPF",
+        source,
+    })
 }
 
 fn bind_one(config: &UdpGroupConfig, addr: SocketAddr) -> Result<ShardSocket, SocketError> {

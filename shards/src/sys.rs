@@ -154,6 +154,17 @@ pub(crate) fn attach_reuseport_cbpf(fd: &OwnedFd, code: &[libc::sock_filter]) ->
     Ok(())
 }
 
+/// Attaches an eBPF program that picks a socket of a reuseport group.
+pub(crate) fn attach_reuseport_ebpf(fd: &OwnedFd, program: BorrowedFd<'_>) -> io::Result<()> {
+    let program = program.as_raw_fd();
+    set_option(
+        fd,
+        libc::SOL_SOCKET,
+        libc::SO_ATTACH_REUSEPORT_EBPF,
+        program,
+    )
+}
+
 /// The cores this thread may run on.
 pub(crate) fn allowed_cpus() -> Vec<usize> {
     // SAFETY: an all-zero set is a valid, empty set.

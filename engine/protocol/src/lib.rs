@@ -18,6 +18,7 @@ pub mod health;
 pub mod id;
 pub mod identity;
 pub mod knock;
+pub mod pair;
 pub mod peers;
 pub mod registry;
 pub mod rng;
