@@ -1,1 +1,226 @@
-//! To come.
+//! How hard the node is pressed, and what it therefore asks of those who connect.
+//!
+//! Asked on every tick with what happened since the last one. It goes up at once, and down one level at a time, after a
+//! hold time of calm.
+//!
+//! 1. Between a rise to a level and the next step down from it lies at least that level's hold time: no flapping.
+//! 2. What counts as calm does not depend on the level's own effect: at [`Level::Retry`] no budget refuses anything, yet the packets that
+//!    it would have refused are still counted.
+
+/// What the edge asks of those who connect. The order is that of `enum edge_stress`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u32)]
+pub enum Level {
+    /// Nothing, within the budgets.
+    #[default]
+    Normal = 0,
+    /// That they show their address first: Retry for QUIC, cookies for TCP.
+    Retry = 1,
+    /// That they be registry peers.
+    Peers = 2,
+}
+
+impl Level {
+    /// The level with this number; past the last: the last.
+    pub fn from_number(number: u32) -> Self {
+        match number {
+            0 => Self::Normal,
+            1 => Self::Retry,
+            _ => Self::Peers,
+        }
+    }
+
+    fn below(self) -> Self {
+        match self {
+            Self::Normal | Self::Retry => Self::Normal,
+            Self::Peers => Self::Retry,
+        }
+    }
+}
+
+/// Measures of pressure, or marks to compare them with. A mark of `u64::MAX` is never reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pressure {
+    /// Half-open handshakes, in percent of their bound.
+    pub half_open_percent: u64,
+    /// Packets that a budget refused, each second.
+    pub refused_per_second: u64,
+    /// First packets without token or proof, and SYNs, each second; whatever became of them.
+    pub unvalidated_per_second: u64,
+}
+
+impl Pressure {
+    fn reaches_any(&self, marks: &Self) -> bool {
+        self.half_open_percent >= marks.half_open_percent
+            || self.refused_per_second >= marks.refused_per_second
+            || self.unvalidated_per_second >= marks.unvalidated_per_second
+    }
+}
+
+/// When a level is entered and left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Marks {
+    /// Entered when any measure reaches its mark here.
+    pub enter: Pressure,
+    /// Left when all measures have stayed below their marks here, and below those of `enter`, for `hold_ns`.
+    pub leave: Pressure,
+    /// In nanoseconds.
+    pub hold_ns: u64,
+}
+
+/// The marks of the two levels above normal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StressConfig {
+    /// Marks of [`Level::Retry`].
+    pub retry: Marks,
+    /// Marks of [`Level::Peers`].
+    pub peers: Marks,
+}
+
+impl Default for StressConfig {
+    /// Retry when a budget refuses or half of the handshakes are taken; peers only when proven addresses alone take nearly all.
+    ///
+    /// A rate of packets never leads to peers only: Retries are cheap, and a spoofed flood would lock everybody else out.
+    fn default() -> Self {
+        const NEVER: u64 = u64::MAX;
+        let retry = Marks {
+            enter: Pressure {
+                half_open_percent: 50,
+                refused_per_second: 100,
+                unvalidated_per_second: NEVER,
+            },
+            leave: Pressure {
+                half_open_percent: 25,
+                refused_per_second: 100,
+                // Half of the budget's default rate.
+                unvalidated_per_second: 1_000,
+            },
+            hold_ns: 10_000_000_000,
+        };
+        let peers = Marks {
+            enter: Pressure {
+                half_open_percent: 90,
+                refused_per_second: NEVER,
+                unvalidated_per_second: NEVER,
+            },
+            leave: Pressure {
+                half_open_percent: 50,
+                refused_per_second: NEVER,
+                unvalidated_per_second: NEVER,
+            },
+            hold_ns: 30_000_000_000,
+        };
+        Self { retry, peers }
+    }
+}
+
+/// What happened since the last tick.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sample {
+    /// Handshakes begun and not completed, now.
+    pub half_open: usize,
+    /// The most that there may be; 0 counts as 1.
+    pub half_open_max: usize,
+    /// Packets that a budget refused since the last tick.
+    pub refused: u64,
+    /// First packets without token or proof, and SYNs, since the last tick.
+    pub unvalidated: u64,
+}
+
+/// Turns samples into a level.
+#[derive(Clone, Debug)]
+pub struct Stress {
+    config: StressConfig,
+    level: Level,
+    sampled_at_ns: u64,
+    /// Since when everything has been below the marks that leave the level.
+    calm_since_ns: Option<u64>,
+}
+
+impl Stress {
+    /// Begins at [`Level::Normal`].
+    pub fn new(config: StressConfig, now_ns: u64) -> Self {
+        Self {
+            config,
+            level: Level::Normal,
+            sampled_at_ns: now_ns,
+            calm_since_ns: None,
+        }
+    }
+
+    /// The level since the last tick.
+    pub fn level(&self) -> Level {
+        self.level
+    }
+
+    /// Takes in what happened since the last tick, and says which level holds now.
+    pub fn tick(&mut self, sample: Sample, now_ns: u64) -> Level {
+        let elapsed_ns = now_ns.saturating_sub(self.sampled_at_ns);
+        self.sampled_at_ns = now_ns;
+        let pressure = sample.pressure(elapsed_ns);
+        let entered = self.entered(&pressure);
+        if entered > self.level {
+            self.level = entered;
+            self.calm_since_ns = None;
+        } else if self.is_calm(&pressure, entered) {
+            self.descend(now_ns);
+        } else {
+            self.calm_since_ns = None;
+        }
+        self.level
+    }
+
+    /// The highest level that this pressure enters.
+    fn entered(&self, pressure: &Pressure) -> Level {
+        if pressure.reaches_any(&self.config.peers.enter) {
+            Level::Peers
+        } else if pressure.reaches_any(&self.config.retry.enter) {
+            Level::Retry
+        } else {
+            Level::Normal
+        }
+    }
+
+    fn is_calm(&self, pressure: &Pressure, entered: Level) -> bool {
+        entered < self.level
+            && self
+                .marks()
+                .is_some_and(|marks| !pressure.reaches_any(&marks.leave))
+    }
+
+    fn descend(&mut self, now_ns: u64) {
+        let since_ns = *self.calm_since_ns.get_or_insert(now_ns);
+        let hold_ns = self.marks().map_or(0, |marks| marks.hold_ns);
+        if now_ns.saturating_sub(since_ns) >= hold_ns {
+            self.level = self.level.below();
+            self.calm_since_ns = None;
+        }
+    }
+
+    /// Marks of the present level.
+    fn marks(&self) -> Option<&Marks> {
+        match self.level {
+            Level::Normal => None,
+            Level::Retry => Some(&self.config.retry),
+            Level::Peers => Some(&self.config.peers),
+        }
+    }
+}
+
+impl Sample {
+    fn pressure(&self, elapsed_ns: u64) -> Pressure {
+        let each_second = |count: u64| {
+            let rate = u128::from(count) * 1_000_000_000 / u128::from(elapsed_ns.max(1));
+            u64::try_from(rate).unwrap_or(u64::MAX)
+        };
+        let half_open_max = self.half_open_max.max(1) as u64;
+        Pressure {
+            half_open_percent: (self.half_open as u64).saturating_mul(100) / half_open_max,
+            refused_per_second: each_second(self.refused),
+            unvalidated_per_second: each_second(self.unvalidated),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
