@@ -1,0 +1,64 @@
+/* What stands at the ends of the veth when the edge does not: programs that pass or drop all, and the attacker's end. */
+#include "xdp.h"
+
+/* Order is known to `receiver.rs`. */
+enum count { PASSED, DROPPED, RETRIES, ANSWERS, COUNTS };
+
+const volatile __u32 client_address; /* in network order: the honest client shares the attacker's end */
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, COUNTS);
+	__type(key, __u32);
+	__type(value, __u64);
+} counts SEC(".maps");
+
+static __always_inline void count(__u32 what)
+{
+	__u64 *word = bpf_map_lookup_elem(&counts, &what);
+
+	if (word)
+		(*word)++;
+}
+
+SEC("xdp")
+int pass_all(struct xdp_md *ctx)
+{
+	count(PASSED);
+	return XDP_PASS;
+}
+
+SEC("xdp")
+int drop_all(struct xdp_md *ctx)
+{
+	count(DROPPED);
+	return XDP_DROP;
+}
+
+/* For test runs: what the loop around a program costs. */
+SEC("xdp.frags")
+int nothing(struct xdp_md *ctx)
+{
+	return XDP_DROP;
+}
+
+/* The attacker's end: answers to addresses that the attacker made up are counted and gone; the rest is the client's. */
+SEC("xdp")
+int attacker(struct xdp_md *ctx)
+{
+	__u8 *data = (__u8 *)(long)ctx->data;
+	__u8 *end = (__u8 *)(long)ctx->data_end;
+
+	if (data + 43 > end || *(__u16 *)(data + 12) != __builtin_bswap16(0x0800))
+		return XDP_PASS;
+	if (*(__u32 *)(data + 30) == client_address)
+		return XDP_PASS;
+	/* A Retry is a long header of type 3. */
+	if (data[23] == 17 && (data[42] & 0xf0) == 0xf0)
+		count(RETRIES);
+	else
+		count(ANSWERS);
+	return XDP_DROP;
+}
+
+char LICENSE[] SEC("license") = "GPL";

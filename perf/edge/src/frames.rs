@@ -1,0 +1,176 @@
+//! Hostile frames: the shapes, and what the generator has to know to vary them.
+
+use etherparse::PacketBuilder;
+use serde::Serialize;
+
+use crate::Result;
+use crate::rig::{CLIENT_MAC, NODE, NODE_MAC};
+
+/// The port of the node that is open in every row, as the reference's transport has it.
+pub(crate) const OPEN_PORT: u16 = 4100;
+/// The node's TCP port.
+pub(crate) const TCP_PORT: u16 = 8080;
+/// Payload of a first packet; RFC 9000 asks for 1,200.
+const INITIAL_BYTES: usize = 1200;
+
+const ETHERNET: usize = 14;
+const IP: usize = 20;
+const UDP: usize = 8;
+/// What the generator can rewrite, and the least it does.
+const REWRITTEN: [usize; 2] = [64, 128];
+
+/// What a hostile packet looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Shape {
+    /// A first packet without token: 1,242 bytes, a new destination ID each.
+    Initial,
+    /// The same to a port that nobody declared.
+    InitialElsewhere,
+    /// A short header with a connection ID that nobody gave out.
+    ShortHeader,
+    /// A connection attempt.
+    Syn,
+}
+
+/// A frame with source address, source port and checksums 0, and what goes into them.
+#[derive(Debug)]
+pub(crate) struct Template {
+    pub(crate) bytes: Vec<u8>,
+    /// How much of it is written for each packet.
+    pub(crate) written: usize,
+    /// Sum of the IP header's words, folded to 16 bits, in the order of memory.
+    pub(crate) ip_sum: u32,
+    /// The same of TCP's header and pseudo header; 0 for UDP, which goes without.
+    pub(crate) tcp_sum: u32,
+    /// Offset of 8 bytes that differ from packet to packet; 0: none.
+    pub(crate) random_at: usize,
+}
+
+impl Shape {
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Initial => "initial",
+            Self::InitialElsewhere => "initial-elsewhere",
+            Self::ShortHeader => "short-header",
+            Self::Syn => "syn",
+        }
+    }
+
+    /// # Errors
+    /// If the frame cannot be built: a defect.
+    pub(crate) fn template(self) -> Result<Template> {
+        let payload = ETHERNET + IP + UDP;
+        let (mut bytes, random_at) = match self {
+            Self::Initial => (udp(OPEN_PORT, &initial())?, payload + 6),
+            Self::InitialElsewhere => (udp(OPEN_PORT + 1, &initial())?, payload + 6),
+            Self::ShortHeader => (udp(OPEN_PORT, &[0x40; 64])?, payload + 1),
+            Self::Syn => (syn()?, 0),
+        };
+        let length = bytes.len().max(REWRITTEN[0]);
+        bytes.resize(length, 0);
+        let tcp_sum = match self {
+            Self::Syn => tcp_sum(&bytes),
+            _ => 0,
+        };
+        let written = if length < REWRITTEN[1] { REWRITTEN[0] } else { REWRITTEN[1] };
+        let ip_sum = sum(&bytes[ETHERNET..ETHERNET + IP]);
+        Ok(Template { bytes, written, ip_sum, tcp_sum, random_at })
+    }
+}
+
+/// Client's first packet: version 1, IDs of 8 bytes, no token.
+fn initial() -> Vec<u8> {
+    let mut payload = vec![0xc3];
+    payload.extend(1u32.to_be_bytes());
+    payload.extend([8; 9]);
+    payload.extend([8; 9]);
+    payload.push(0);
+    let rest = INITIAL_BYTES - payload.len() - 2;
+    // A varint of two bytes.
+    payload.extend((0x4000 | u16::try_from(rest).unwrap_or(u16::MAX)).to_be_bytes());
+    payload.resize(INITIAL_BYTES, 0x5a);
+    payload
+}
+
+fn udp(port: u16, payload: &[u8]) -> Result<Vec<u8>> {
+    let builder = PacketBuilder::ethernet2(CLIENT_MAC, NODE_MAC)
+        .ipv4([0; 4], NODE.octets(), 64)
+        .udp(0, port);
+    let mut bytes = Vec::with_capacity(builder.size(payload.len()));
+    builder.write(&mut bytes, payload)?;
+    blank(&mut bytes, ETHERNET + IP + 6);
+    Ok(bytes)
+}
+
+fn syn() -> Result<Vec<u8>> {
+    let builder = PacketBuilder::ethernet2(CLIENT_MAC, NODE_MAC)
+        .ipv4([0; 4], NODE.octets(), 64)
+        .tcp(0, TCP_PORT, 0, 64_240)
+        .syn();
+    let mut bytes = Vec::with_capacity(builder.size(0));
+    builder.write(&mut bytes, &[])?;
+    blank(&mut bytes, ETHERNET + IP + 16);
+    Ok(bytes)
+}
+
+/// Clears the IP checksum and the one at `transport`.
+fn blank(bytes: &mut [u8], transport: usize) {
+    for at in [ETHERNET + 10, transport] {
+        bytes[at..at + 2].fill(0);
+    }
+}
+
+fn tcp_sum(bytes: &[u8]) -> u32 {
+    const TCP: usize = 20;
+    let mut summed = NODE.octets().to_vec();
+    summed.extend([0, 6]);
+    summed.extend(u16::try_from(TCP).unwrap_or(u16::MAX).to_be_bytes());
+    summed.extend(&bytes[ETHERNET + IP..ETHERNET + IP + TCP]);
+    sum(&summed)
+}
+
+/// One's complement sum: independent of byte order, as long as it is written back in the same.
+fn sum(bytes: &[u8]) -> u32 {
+    let words = bytes.chunks_exact(2).map(|word| u32::from(u16::from_ne_bytes([word[0], word[1]])));
+    let sum: u32 = words.sum();
+    (sum & 0xffff) + (sum >> 16)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "test code")]
+mod tests {
+    use super::*;
+    use etherparse::{NetSlice, SlicedPacket, TransportSlice};
+
+    #[test]
+    fn templates_parse_and_are_of_the_sizes_that_the_rows_name() {
+        for (shape, length) in [
+            (Shape::Initial, 1242),
+            (Shape::InitialElsewhere, 1242),
+            (Shape::ShortHeader, 106),
+            (Shape::Syn, 64),
+        ] {
+            let template = shape.template().unwrap();
+            assert_eq!(template.bytes.len(), length, "{shape:?}");
+            let packet = SlicedPacket::from_ethernet(&template.bytes).unwrap();
+            assert!(matches!(packet.net, Some(NetSlice::Ipv4(_))), "{shape:?}");
+            match packet.transport.unwrap() {
+                TransportSlice::Udp(udp) => assert_eq!(udp.source_port(), 0),
+                TransportSlice::Tcp(tcp) => assert!(tcp.syn() && !tcp.ack()),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn sums_are_those_of_a_checksum() {
+        let bytes = PacketBuilder::ipv4([0; 4], NODE.octets(), 64).tcp(0, TCP_PORT, 0, 64_240).syn();
+        let mut whole = Vec::new();
+        bytes.write(&mut whole, &[]).unwrap();
+        let template = Shape::Syn.template().unwrap();
+        let checksum = |sum: u32| !u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
+        assert_eq!(checksum(template.ip_sum).to_ne_bytes(), whole[10..12]);
+        assert_eq!(checksum(template.tcp_sum).to_ne_bytes(), whole[36..38]);
+    }
+}

@@ -1,0 +1,146 @@
+//! Hostile traffic from one core: a BPF program, run over live frames, writes every packet anew and sends it into the veth.
+//!
+//! The kernel runs the filter of the other end on the same core before the call returns, so that what a call cost is what
+//! the packets cost, generator included.
+
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
+
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::{MapCore, MapFlags, OpenObject, ProgramInput};
+use serde::Serialize;
+
+use crate::Result;
+use crate::frames::Shape;
+
+#[allow(
+    unsafe_code,
+    clippy::all,
+    missing_docs,
+    unreachable_pub,
+    unused_qualifications,
+    elided_lifetimes_in_paths,
+    missing_debug_implementations,
+    reason = "generated"
+)]
+mod skeleton {
+    include!(concat!(env!("OUT_DIR"), "/generator.skel.rs"));
+}
+
+use skeleton::{GeneratorSkel, GeneratorSkelBuilder};
+
+/// `BPF_F_TEST_XDP_LIVE_FRAMES`: what the program says is done, instead of being returned.
+const LIVE_FRAMES: u32 = 1 << 1;
+/// First of the made-up sources.
+const SOURCE_BASE: u32 = 0x1000_0000;
+
+/// How many addresses the packets of a row come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
+pub(crate) struct Sources(u64);
+
+impl Sources {
+    pub(crate) const ONE: Self = Self(1);
+    pub(crate) const SIXTEEN_THOUSAND: Self = Self(1 << 14);
+    pub(crate) const MILLION: Self = Self(1 << 20);
+    /// Any unicast address.
+    pub(crate) const ALL: Self = Self(1 << 32);
+
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::ONE => "1",
+            Self::SIXTEEN_THOUSAND => "16 k",
+            Self::MILLION => "1 M",
+            _ => "2^32",
+        }
+    }
+
+    fn base(self) -> u32 {
+        if self == Self::ALL { 0 } else { SOURCE_BASE }
+    }
+
+    fn mask(self) -> u32 {
+        u32::try_from(self.0 - 1).unwrap_or(u32::MAX)
+    }
+
+    /// Every address, in host order; for [`Sources::ALL`] that is too many to walk.
+    pub(crate) fn addresses(self) -> impl Iterator<Item = u32> {
+        (0..=self.mask()).map(move |offset| self.base().wrapping_add(offset))
+    }
+}
+
+/// A loaded generator for one shape and one range of sources.
+pub(crate) struct Generator<'o> {
+    skeleton: GeneratorSkel<'o>,
+    frame: Vec<u8>,
+}
+
+impl<'o> Generator<'o> {
+    /// `interface` is the attacker's end of the veth; 0 if only test runs are wanted.
+    pub(crate) fn load(
+        object: &'o mut MaybeUninit<OpenObject>,
+        shape: Shape,
+        sources: Sources,
+        interface: u32,
+    ) -> Result<Self> {
+        let template = shape.template()?;
+        let mut open = GeneratorSkelBuilder::default().open(object)?;
+        let constants = open.maps.rodata_data.as_deref_mut().ok_or("no constants")?;
+        constants.header[..template.written].copy_from_slice(&template.bytes[..template.written]);
+        constants.written = u32::try_from(template.written)?;
+        constants.source_base = sources.base();
+        constants.source_mask = sources.mask();
+        constants.ip_sum = template.ip_sum;
+        constants.tcp_sum = template.tcp_sum;
+        constants.random_at = u32::try_from(template.random_at)?;
+        constants.interface = interface;
+        let state = open.maps.bss_data.as_deref_mut().ok_or("no state")?;
+        // Any seed but zero; rows are alike from run to run.
+        state.state.random = 0x9e37_79b9_7f4a_7c15;
+        Ok(Self { skeleton: open.load()?, frame: template.bytes })
+    }
+
+    /// Sends `packets` at full speed from the calling thread, which must be in the attacker's namespace.
+    pub(crate) fn send(&self, packets: u32) -> Result<()> {
+        self.skeleton.progs.generate.test_run(ProgramInput {
+            data_in: Some(&self.frame),
+            flags: LIVE_FRAMES,
+            repeat: packets,
+            ..ProgramInput::default()
+        })?;
+        Ok(())
+    }
+
+    /// How many packets have been handed to the veth.
+    pub(crate) fn sent(&self) -> Result<u64> {
+        let state = self
+            .skeleton
+            .maps
+            .bss
+            .lookup(&0u32.to_ne_bytes(), MapFlags::ANY)?
+            .ok_or("the generator has no state")?;
+        let word = state.get(8..16).ok_or("the generator's state is short")?;
+        Ok(u64::from_ne_bytes(word.try_into()?))
+    }
+
+    /// Mean cost of a packet when `program` is run over `packets` generated ones, the loop and the rewriting included.
+    pub(crate) fn cost(&self, program: &impl AsFd, packets: u32) -> Result<Duration> {
+        let descriptor = program.as_fd().as_raw_fd().to_ne_bytes();
+        self.skeleton.maps.next.update(&0u32.to_ne_bytes(), &descriptor, MapFlags::ANY)?;
+        let mut frame_out = vec![0; self.frame.len() + 256];
+        let output = self.skeleton.progs.repeat.test_run(ProgramInput {
+            data_in: Some(&self.frame),
+            data_out: Some(&mut frame_out),
+            repeat: packets,
+            ..ProgramInput::default()
+        })?;
+        Ok(output.duration)
+    }
+}
+
+impl std::fmt::Debug for Generator<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Generator").field("frame_bytes", &self.frame.len()).finish_non_exhaustive()
+    }
+}

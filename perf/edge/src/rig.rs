@@ -1,0 +1,145 @@
+//! Two namespaces joined by a veth pair: the attacker's, which the honest client shares, and the node's.
+//!
+//! The attacker's end always carries a native XDP program: without one the node's XDP_TX would be counted as sent and never
+//! arrive. The node's end carries what is being measured; when that is no XDP program, GRO is on instead, because only then
+//! does the veth take redirected frames.
+
+use std::net::Ipv4Addr;
+use std::os::fd::AsFd;
+
+use libbpf_rs::{Xdp, XdpFlags};
+use rustix::net::netdevice::name_to_index;
+use rustix::net::{AddressFamily, SocketType, socket};
+use serde::Deserialize;
+
+use crate::Result;
+use crate::namespace::{Inside, Namespace, run};
+use crate::receiver::Receiver;
+
+/// Of the range for benchmarks (RFC 2544).
+pub(crate) const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 1);
+pub(crate) const NODE: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 2);
+pub(crate) const CLIENT_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
+pub(crate) const NODE_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 2];
+const CLIENT_DEVICE: &str = "attacker";
+const NODE_DEVICE: &str = "node";
+/// The largest that a veth takes with XDP and without fragments.
+const MTU: &str = "1500";
+
+/// Both ends and what stands at the attacker's.
+#[derive(Debug)]
+pub(crate) struct Rig {
+    client: Namespace,
+    node: Namespace,
+    client_index: u32,
+    node_index: u32,
+}
+
+/// What a device has received so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Received {
+    pub(crate) packets: u64,
+    /// Ring full: the generator outran the receiver.
+    pub(crate) dropped: u64,
+}
+
+impl Rig {
+    /// Makes namespaces, devices, addresses and neighbours.
+    pub(crate) fn build(receiver: &Receiver<'_>) -> Result<Self> {
+        let client = Namespace::make("client")?;
+        let node = Namespace::make("node")?;
+        let peer = ["netns", node.name()];
+        let mut add = vec!["link", "add", CLIENT_DEVICE, "netns", client.name()];
+        add.extend(["mtu", MTU, "type", "veth", "peer", "name", NODE_DEVICE, "mtu", MTU]);
+        add.extend(peer);
+        run("ip", &add)?;
+        let client_index = set_up(&client, CLIENT_DEVICE, CLIENT_MAC, CLIENT, (NODE, NODE_MAC))?;
+        let node_index = set_up(&node, NODE_DEVICE, NODE_MAC, NODE, (CLIENT, CLIENT_MAC))?;
+        let rig = Self { client, node, client_index, node_index };
+        {
+            let _client = rig.client.enter()?;
+            Xdp::new(receiver.attacker().as_fd())
+                .attach(i32::try_from(client_index)?, XdpFlags::DRV_MODE)?;
+        }
+        {
+            let _node = rig.node.enter()?;
+            // Answers to made-up sources leave by the attacker; no source is refused for its route.
+            run("ip", &["route", "add", "default", "via", &CLIENT.to_string()])?;
+            for scope in ["all", NODE_DEVICE] {
+                run("sysctl", &["-qw", &format!("net.ipv4.conf.{scope}.rp_filter=0")])?;
+            }
+            run("ethtool", &["-K", NODE_DEVICE, "gro", "on"])?;
+        }
+        Ok(rig)
+    }
+
+    pub(crate) fn enter_client(&self) -> Result<Inside> {
+        self.client.enter()
+    }
+
+    pub(crate) fn enter_node(&self) -> Result<Inside> {
+        self.node.enter()
+    }
+
+    /// Index of the attacker's end in its namespace.
+    pub(crate) fn client_index(&self) -> u32 {
+        self.client_index
+    }
+
+    /// Index of the node's end in its namespace.
+    pub(crate) fn node_index(&self) -> u32 {
+        self.node_index
+    }
+
+    pub(crate) fn node_device(&self) -> &'static str {
+        NODE_DEVICE
+    }
+
+    /// What the node's end has received.
+    pub(crate) fn received(&self) -> Result<Received> {
+        #[derive(Deserialize)]
+        struct Link {
+            stats64: Stats,
+        }
+        #[derive(Deserialize)]
+        struct Stats {
+            rx: Rx,
+        }
+        #[derive(Deserialize)]
+        struct Rx {
+            packets: u64,
+            dropped: u64,
+        }
+        let _node = self.node.enter()?;
+        let text = run("ip", &["-json", "-statistics", "link", "show", "dev", NODE_DEVICE])?;
+        let [link]: [Link; 1] = serde_json::from_str(&text)?;
+        let Rx { packets, dropped } = link.stats64.rx;
+        Ok(Received { packets, dropped })
+    }
+}
+
+/// Brings one end up and gives it the other's MAC: nothing on the rig waits for ARP. Returns the device's index.
+fn set_up(
+    namespace: &Namespace,
+    device: &str,
+    mac: [u8; 6],
+    address: Ipv4Addr,
+    (other, other_mac): (Ipv4Addr, [u8; 6]),
+) -> Result<u32> {
+    let _inside = namespace.enter()?;
+    // Router solicitations and duplicate address detection would be counted among the packets.
+    run("sysctl", &["-qw", "net.ipv6.conf.all.disable_ipv6=1"])?;
+    run("ip", &["link", "set", "lo", "up"])?;
+    run("ip", &["link", "set", device, "address", &text_of(mac)])?;
+    run("ip", &["address", "add", &format!("{address}/24"), "dev", device])?;
+    run("ip", &["link", "set", device, "up"])?;
+    let other_mac = text_of(other_mac);
+    let (other, permanent) = (other.to_string(), "permanent");
+    run("ip", &["neighbour", "add", &other, "lladdr", &other_mac, "dev", device, "nud", permanent])?;
+    let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    Ok(name_to_index(any, device)?)
+}
+
+fn text_of(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
