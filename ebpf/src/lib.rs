@@ -1,1 +1,4 @@
 //! The edge in the kernel.
+
+pub mod nft;
+pub mod privileges;

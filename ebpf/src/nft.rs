@@ -1,0 +1,416 @@
+//! The nftables table `inet millrace`: what guards the declared ports behind the program, and the outbound rules.
+//!
+//! 1. Only typed values are formatted: nothing that an operator or the registry wrote reaches `nft` as text.
+//! 2. The table is replaced in one transaction, after `nft` has checked it; no other table is touched.
+//! 3. A packet for a declared port without the program's stamp is dropped in mode `enforce`: a detached program
+//!    does not leave the node open. In mode `count` no packet is dropped or refused on its way in.
+//! 4. `nft` runs in the network namespace of the calling thread.
+
+use std::collections::BTreeSet;
+use std::fmt::{self, Write as _};
+use std::io::{self, Write as _};
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde::{Deserialize, Serialize};
+
+/// Mark of packets that the program passed, in the bits of [`MARK_MASK`].
+pub const MARK_PASS: u32 = 0x4d00_0000;
+/// Mark of packets that are to be refused with an answer.
+pub const MARK_REJECT: u32 = 0x4e00_0000;
+/// Bits of the mark that belong to the edge.
+pub const MARK_MASK: u32 = 0xff00_0000;
+
+/// What the table says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Table {
+    /// Whether packets without a stamp are dropped, and those marked *reject* refused.
+    pub enforce: bool,
+    /// Declared ports of UDP.
+    pub udp: BTreeSet<u16>,
+    /// Declared ports of TCP.
+    pub tcp: BTreeSet<u16>,
+    /// Answers to refused packets, per second, at least 1; the program has spent its own budget before.
+    pub rejects_per_second: u32,
+    /// Rules for what this host sends; the first match wins, no match is allowed.
+    pub outbound: Vec<OutboundRule>,
+}
+
+/// A rule for what this host sends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutboundRule {
+    /// Its number among the rules of its registry version, for people and for errors.
+    pub number: u32,
+    /// Destinations; empty: any.
+    pub prefixes: Vec<IpNet>,
+    /// Protocol; none: UDP and TCP if there are ports, else any.
+    pub protocol: Option<Protocol>,
+    /// Destination ports; empty: any.
+    pub ports: Vec<RangeInclusive<u16>>,
+    /// Owner of the sending socket; none: anybody.
+    pub user: Option<User>,
+    /// What becomes of the packet.
+    pub action: Action,
+}
+
+/// A transport protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// UDP.
+    Udp,
+    /// TCP.
+    Tcp,
+}
+
+/// What becomes of an outbound packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// It is sent.
+    Allow,
+    /// It is dropped.
+    Deny,
+    /// It is dropped and the sender told.
+    Reject,
+}
+
+/// Owner of a socket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum User {
+    /// By number.
+    Id(u32),
+    /// By name, looked up when the table is applied.
+    Name(UserName),
+}
+
+/// Name of a user: 1 to 32 of `a-z`, `A-Z`, `0-9`, `_`, `-`, `.`, beginning with a letter or `_`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct UserName(String);
+
+/// A text that is not the name of a user.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{0:?} is not a user's name: 1 to 32 of a-z, A-Z, 0-9, '_', '-', '.', beginning with a letter or '_'"
+)]
+pub struct NotAUserName(String);
+
+impl TryFrom<String> for UserName {
+    type Error = NotAUserName;
+
+    fn try_from(name: String) -> Result<Self, NotAUserName> {
+        let first = |c: char| c.is_ascii_alphabetic() || c == '_';
+        let rest = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+        if name.len() <= 32 && name.starts_with(first) && name.chars().all(rest) {
+            Ok(Self(name))
+        } else {
+            Err(NotAUserName(name))
+        }
+    }
+}
+
+impl From<UserName> for String {
+    fn from(name: UserName) -> Self {
+        name.0
+    }
+}
+
+/// Why the table could not be replaced or removed. The one before stays in force.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NftError {
+    /// The program is not there, or may not be run.
+    #[error("cannot run {}: {source}; install nftables, or check the path", .program.display())]
+    Run {
+        /// The program.
+        program: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It was fed, and stopped reading or answering.
+    #[error("cannot talk to nft: {0}")]
+    Talk(#[source] io::Error),
+    /// It refused the table.
+    #[error("nft refuses {}: {message}", match rule { Some(rule) => format!("outbound rule {rule}"), None => "the table".into() })]
+    Refused {
+        /// Number of the outbound rule that it names, if it names one.
+        rule: Option<u32>,
+        /// Its own words.
+        message: String,
+    },
+}
+
+impl NftError {
+    /// The error as a metric label.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Run { .. } => "nft_run",
+            Self::Talk(_) => "nft_talk",
+            Self::Refused { .. } => "nft_refused",
+        }
+    }
+}
+
+/// The program `nft`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nft {
+    /// A path, or a name to be found in `PATH`.
+    pub program: PathBuf,
+}
+
+impl Default for Nft {
+    fn default() -> Self {
+        Self {
+            program: "nft".into(),
+        }
+    }
+}
+
+impl Nft {
+    /// Checks the table, then replaces the one in force in one transaction.
+    ///
+    /// # Errors
+    ///
+    /// See [`NftError`]; the table in force stays.
+    pub fn apply(&self, table: &Table) -> Result<(), NftError> {
+        let script = Script::replace(table);
+        self.run(&["-c", "-f", "-"], &script)?;
+        self.run(&["-f", "-"], &script)
+    }
+
+    /// Removes the table; nothing happens if there is none.
+    ///
+    /// # Errors
+    ///
+    /// See [`NftError`].
+    pub fn remove(&self) -> Result<(), NftError> {
+        self.run(&["-f", "-"], &Script::remove())
+    }
+
+    fn run(&self, arguments: &[&str], script: &Script) -> Result<(), NftError> {
+        let mut child = Command::new(&self.program)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|source| NftError::Run {
+                program: self.program.clone(),
+                source,
+            })?;
+        let fed = match child.stdin.take() {
+            Some(mut stdin) => stdin.write_all(script.text.as_bytes()),
+            None => Ok(()),
+        };
+        let output = child.wait_with_output().map_err(NftError::Talk)?;
+        if !output.status.success() {
+            // Before a failure to feed it: it stops reading because it refuses.
+            return Err(script.refused(&output));
+        }
+        fed.map_err(NftError::Talk)
+    }
+}
+
+/// What `nft` reads, and which line belongs to which rule.
+struct Script {
+    text: String,
+    rule_of_line: Vec<Option<u32>>,
+}
+
+impl Script {
+    fn new() -> Self {
+        Self {
+            text: String::new(),
+            rule_of_line: Vec::new(),
+        }
+    }
+
+    fn line(&mut self, text: fmt::Arguments<'_>) {
+        self.line_of(None, text);
+    }
+
+    fn line_of(&mut self, rule: Option<u32>, text: fmt::Arguments<'_>) {
+        // Writing into a `String` cannot fail.
+        let _ = writeln!(self.text, "{text}");
+        self.rule_of_line.push(rule);
+    }
+
+    /// The table disappears, whether it was there or not.
+    fn remove() -> Self {
+        let mut script = Self::new();
+        script.line(format_args!("add table inet millrace"));
+        script.line(format_args!("delete table inet millrace"));
+        script
+    }
+
+    fn replace(table: &Table) -> Self {
+        let mut script = Self::remove();
+        script.line(format_args!("table inet millrace {{"));
+        script.input(table);
+        if !table.outbound.is_empty() {
+            script.output(&table.outbound);
+        }
+        script.line(format_args!("}}"));
+        script
+    }
+
+    fn input(&mut self, table: &Table) {
+        self.line(format_args!("chain input {{"));
+        self.line(format_args!(
+            "type filter hook input priority filter - 10; policy accept;"
+        ));
+        self.line(format_args!("iif \"lo\" accept"));
+        self.line(format_args!(
+            "meta mark & {MARK_MASK:#x} == {MARK_PASS:#x} accept"
+        ));
+        let ports = [("tcp", &table.tcp), ("udp", &table.udp)];
+        let declared = ports.iter().filter(|(_, ports)| !ports.is_empty());
+        for (protocol, ports) in declared.clone() {
+            let verdict = match (table.enforce, *protocol) {
+                (false, _) => "accept",
+                (true, "tcp") => "reject with tcp reset",
+                (true, _) => "reject with icmpx port-unreachable",
+            };
+            let rate = table.rejects_per_second.max(1);
+            self.line(format_args!(
+                "meta mark & {MARK_MASK:#x} == {MARK_REJECT:#x} {protocol} dport {} \
+                 limit rate {rate}/second burst {rate} packets counter {verdict} comment \"refused\"",
+                set(ports.iter()),
+            ));
+        }
+        let verdict = if table.enforce { " drop" } else { "" };
+        for (protocol, ports) in declared {
+            let ports = set(ports.iter());
+            self.line(format_args!(
+                "{protocol} dport {ports} counter{verdict} comment \"unstamped\""
+            ));
+        }
+        self.line(format_args!("}}"));
+    }
+
+    fn output(&mut self, rules: &[OutboundRule]) {
+        self.line(format_args!("chain output {{"));
+        self.line(format_args!(
+            "type filter hook output priority filter - 10; policy accept;"
+        ));
+        for rule in rules {
+            for destinations in destinations(&rule.prefixes) {
+                let action = match (rule.action, rule.protocol) {
+                    (Action::Allow, _) => "accept",
+                    (Action::Deny, _) => "drop",
+                    (Action::Reject, Some(Protocol::Tcp)) => "reject with tcp reset",
+                    (Action::Reject, _) => "reject with icmpx admin-prohibited",
+                };
+                self.line_of(
+                    Some(rule.number),
+                    format_args!(
+                        "{destinations}{}{}counter {action} comment \"rule {}\"",
+                        owner(rule.user.as_ref()),
+                        transport(rule.protocol, &rule.ports),
+                        rule.number,
+                    ),
+                );
+            }
+        }
+        self.line(format_args!("}}"));
+    }
+
+    /// The error in `nft`'s words: `/dev/stdin:LINE:COLUMNS: Error: TEXT`, then the line itself.
+    fn refused(&self, output: &Output) -> NftError {
+        let message = String::from_utf8_lossy(&output.stderr);
+        let line = message
+            .split(':')
+            .nth(1)
+            .and_then(|line| line.parse::<usize>().ok());
+        let rule = line.and_then(|line| *self.rule_of_line.get(line.checked_sub(1)?)?);
+        let message = match message.split_once("Error: ") {
+            Some((_, error)) => error.lines().next().unwrap_or_default().to_owned(),
+            None => format!("{}, {}", output.status, message.trim()),
+        };
+        NftError::Refused { rule, message }
+    }
+}
+
+/// One match for each family that the prefixes have; one that matches all if there are none.
+fn destinations(prefixes: &[IpNet]) -> Vec<String> {
+    if prefixes.is_empty() {
+        return vec![String::new()];
+    }
+    // An interval set refuses overlaps, so nested prefixes are merged first.
+    let v4: Vec<Ipv4Net> = prefixes
+        .iter()
+        .filter_map(|prefix| match prefix {
+            IpNet::V4(prefix) => Some(prefix.trunc()),
+            IpNet::V6(_) => None,
+        })
+        .collect();
+    let v6: Vec<Ipv6Net> = prefixes
+        .iter()
+        .filter_map(|prefix| match prefix {
+            IpNet::V4(_) => None,
+            IpNet::V6(prefix) => Some(prefix.trunc()),
+        })
+        .collect();
+    let mut matches = Vec::with_capacity(2);
+    if !v4.is_empty() {
+        matches.push(format!("ip daddr {} ", set(Ipv4Net::aggregate(&v4))));
+    }
+    if !v6.is_empty() {
+        matches.push(format!("ip6 daddr {} ", set(Ipv6Net::aggregate(&v6))));
+    }
+    matches
+}
+
+fn owner(user: Option<&User>) -> String {
+    match user {
+        None => String::new(),
+        Some(User::Id(id)) => format!("meta skuid {id} "),
+        Some(User::Name(UserName(name))) => format!("meta skuid \"{name}\" "),
+    }
+}
+
+fn transport(protocol: Option<Protocol>, ports: &[RangeInclusive<u16>]) -> String {
+    let name = match protocol {
+        None if ports.is_empty() => return String::new(),
+        None => "meta l4proto { tcp, udp } th",
+        Some(Protocol::Udp) => "udp",
+        Some(Protocol::Tcp) => "tcp",
+    };
+    if ports.is_empty() {
+        return format!("meta l4proto {name} ");
+    }
+    let ranges = merged(ports);
+    let ranges = ranges
+        .iter()
+        .map(|range| format!("{}-{}", range.start(), range.end()));
+    format!("{name} dport {} ", set(ranges))
+}
+
+/// The same ports, in ranges that neither overlap nor touch: an interval set refuses overlaps.
+fn merged(ranges: &[RangeInclusive<u16>]) -> Vec<RangeInclusive<u16>> {
+    let mut sorted = ranges.to_vec();
+    sorted.sort_by_key(|range| *range.start());
+    let mut merged: Vec<RangeInclusive<u16>> = Vec::with_capacity(sorted.len());
+    for range in sorted {
+        match merged.last_mut() {
+            Some(last) if u32::from(*range.start()) <= u32::from(*last.end()) + 1 => {
+                *last = *last.start()..=*last.end().max(range.end());
+            }
+            _ => merged.push(range),
+        }
+    }
+    merged
+}
+
+fn set(elements: impl IntoIterator<Item = impl fmt::Display>) -> String {
+    let elements: Vec<String> = elements
+        .into_iter()
+        .map(|element| element.to_string())
+        .collect();
+    format!("{{ {} }}", elements.join(", "))
+}

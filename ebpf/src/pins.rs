@@ -1,0 +1,264 @@
+//! The folder whose names keep programs, maps and links alive without any process.
+//!
+//! 1. It is a bpffs of its own: `ip netns exec` mounts another `/sys`, so that pins under it would be out of sight there.
+//! 2. Everything of one layout of the maps stands in one folder; another layout is never touched, only removed.
+//! 3. Links are named by interface index: a bpffs allows no dot in a name, interface names do.
+//! 4. Whoever changes what is pinned, or publishes, holds the lock.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock, statfs};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use serde::{Deserialize, Serialize};
+
+use crate::error::PinError;
+use crate::sys;
+
+/// Layout of the maps that this binary knows: `EDGE_LAYOUT`.
+pub const LAYOUT: u32 = crate::abi::LAYOUT;
+
+/// Where the pins are. Holds nothing open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pins {
+    root: PathBuf,
+}
+
+/// What a pin keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// A map.
+    Map,
+    /// A program.
+    Program,
+    /// A link.
+    Link,
+}
+
+impl Kind {
+    fn folder(self) -> &'static str {
+        match self {
+            Self::Map => "maps",
+            Self::Program => "programs",
+            Self::Link => "links",
+        }
+    }
+}
+
+/// Held by whoever changes what is pinned; let go when dropped, also by a process's death.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl Default for Pins {
+    fn default() -> Self {
+        Self::at("/run/millrace/edge")
+    }
+}
+
+impl Pins {
+    /// Pins in this folder, which becomes a bpffs when it is not in one.
+    pub fn at(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// The folder.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The file beside the folder that says what was asked for; see [`crate::state`].
+    #[must_use]
+    pub fn state_path(&self) -> PathBuf {
+        beside(&self.root, "json")
+    }
+
+    /// Path of one pin.
+    #[must_use]
+    pub fn path(&self, kind: Kind, name: &str) -> PathBuf {
+        self.of_layout(LAYOUT).join(kind.folder()).join(name)
+    }
+
+    /// Whether something is pinned under the layout that this binary knows.
+    #[must_use]
+    pub fn is_present(&self) -> bool {
+        self.of_layout(LAYOUT).is_dir()
+    }
+
+    /// Names of the pins of a kind, in order; none if nothing is pinned.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::Read`] if the folder is there and cannot be read.
+    pub fn names(&self, kind: Kind) -> Result<Vec<String>, PinError> {
+        names_in(&self.of_layout(LAYOUT).join(kind.folder()))
+    }
+
+    /// Other layouts that are pinned: left by another version of this program.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::Read`] if the folder is there and cannot be read.
+    pub fn foreign_layouts(&self) -> Result<Vec<String>, PinError> {
+        let mut layouts = names_in(&self.root)?;
+        let own = layout_name(LAYOUT);
+        layouts.retain(|name| name.starts_with(LAYOUT_PREFIX) && *name != own);
+        Ok(layouts)
+    }
+
+    /// Takes the lock, waiting for nobody.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::Busy`] if another process or thread holds it.
+    pub fn lock(&self) -> Result<Lock, PinError> {
+        self.locked(FlockOperation::NonBlockingLockExclusive)
+    }
+
+    /// Takes the lock, waiting for whoever has it.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::Lock`] if the file beside the folder cannot be made.
+    pub fn lock_waiting(&self) -> Result<Lock, PinError> {
+        self.locked(FlockOperation::LockExclusive)
+    }
+
+    fn locked(&self, operation: FlockOperation) -> Result<Lock, PinError> {
+        let path = beside(&self.root, "lock");
+        let failed = |source| PinError::Lock { path: path.clone(), source };
+        fs::create_dir_all(path.parent().unwrap_or(Path::new("/"))).map_err(failed)?;
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(failed)?;
+        match flock(&file, operation) {
+            Ok(()) => Ok(Lock { _file: file }),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(PinError::Busy { path }),
+            Err(errno) => Err(failed(errno.into())),
+        }
+    }
+
+    /// Makes the folders, and the bpffs if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::Mount`] without the capability to mount; [`PinError::Create`] otherwise.
+    pub fn create(&self) -> Result<(), PinError> {
+        let failed = |path: &Path, source| PinError::Create { path: path.to_owned(), source };
+        fs::create_dir_all(&self.root).map_err(|source| failed(&self.root, source))?;
+        if !self.is_bpffs() {
+            mount("millrace", &self.root, "bpf", MountFlags::empty(), None).map_err(|errno| {
+                PinError::Mount { path: self.root.clone(), source: errno.into() }
+            })?;
+        }
+        for kind in [Kind::Map, Kind::Program, Kind::Link] {
+            let path = self.of_layout(LAYOUT).join(kind.folder());
+            fs::create_dir_all(&path).map_err(|source| failed(&path, source))?;
+        }
+        Ok(())
+    }
+
+    /// Detaches every link and removes every pin, of every layout, then the file beside, then the mount if it is ours.
+    /// Nothing that is not there is an error.
+    ///
+    /// # Errors
+    ///
+    /// The first thing that could not be removed; the rest has been tried.
+    pub fn remove(&self) -> Result<(), PinError> {
+        let mut first = Ok(());
+        let mut keep = |result: Result<(), PinError>| {
+            if first.is_ok() {
+                first = result;
+            }
+        };
+        for layout in names_in(&self.root)? {
+            if !layout.starts_with(LAYOUT_PREFIX) {
+                continue;
+            }
+            let folder = self.root.join(layout);
+            // Links first: what is attached must not outlive its maps' names.
+            let links = folder.join(Kind::Link.folder());
+            for name in names_in(&links)? {
+                keep(remove_link(&links.join(name)));
+            }
+            keep(remove_all(&folder));
+        }
+        let state = self.state_path();
+        match fs::remove_file(&state) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                keep(Err(PinError::Remove { path: state, source }));
+            }
+            _ => {}
+        }
+        // Fails where the folder belongs to a larger bpffs, which then stays.
+        let _ = unmount(&self.root, UnmountFlags::empty());
+        first
+    }
+
+    fn of_layout(&self, layout: u32) -> PathBuf {
+        self.root.join(layout_name(layout))
+    }
+
+    fn is_bpffs(&self) -> bool {
+        statfs(&self.root).is_ok_and(|stat| i64::from(stat.f_type) == BPF_FS_MAGIC)
+    }
+}
+
+/// Detaches a link for everybody and removes its name.
+///
+/// # Errors
+///
+/// [`PinError::Remove`].
+pub(crate) fn remove_link(path: &Path) -> Result<(), PinError> {
+    let failed = |source| PinError::Remove { path: path.to_owned(), source };
+    let link = sys::open_pin(path).map_err(failed)?;
+    match sys::link_detach(link.as_fd()) {
+        // Links of tracepoints cannot be detached; they end with their last holder, which is the name below.
+        Err(error) if error.kind() != io::ErrorKind::Unsupported => Err(failed(error)),
+        _ => fs::remove_file(path).map_err(failed),
+    }
+}
+
+fn remove_all(folder: &Path) -> Result<(), PinError> {
+    fs::remove_dir_all(folder)
+        .map_err(|source| PinError::Remove { path: folder.to_owned(), source })
+}
+
+fn names_in(folder: &Path) -> Result<Vec<String>, PinError> {
+    let failed = |source| PinError::Read { path: folder.to_owned(), source };
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(failed(source)),
+    };
+    let mut names = entries
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(failed)?;
+    names.sort();
+    Ok(names)
+}
+
+fn layout_name(layout: u32) -> String {
+    format!("{LAYOUT_PREFIX}{layout}")
+}
+
+/// `/run/millrace/edge` becomes `/run/millrace/edge.json`.
+fn beside(root: &Path, extension: &str) -> PathBuf {
+    let mut name = root.file_name().unwrap_or_default().to_owned();
+    name.push(".");
+    name.push(extension);
+    root.with_file_name(name)
+}
+
+const LAYOUT_PREFIX: &str = "layout-";
+
+/// `BPF_FS_MAGIC` of linux/magic.h.
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;

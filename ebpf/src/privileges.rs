@@ -1,0 +1,59 @@
+//! Capabilities: which the edge needs, which are missing, and how to be rid of them.
+//!
+//! They belong to a thread: drop them before any other is started. What stays possible without them, with descriptors that are
+//! already open: writing maps and mapping them, replacing the program of a link, running a program on a frame. Not possible:
+//! making a map, loading a program, attaching, changing nftables; the helper does that.
+
+use caps::errors::CapsError;
+use caps::{CapSet, Capability};
+
+/// What attaching takes: maps and programs, interfaces, tracepoints, and the mount of a bpffs.
+pub const NEEDED: [Capability; 4] = [
+    Capability::CAP_BPF,
+    Capability::CAP_NET_ADMIN,
+    Capability::CAP_PERFMON,
+    Capability::CAP_SYS_ADMIN,
+];
+
+/// Those of [`NEEDED`] that the calling thread lacks; all of them if it cannot tell.
+#[must_use]
+pub fn missing() -> Vec<Capability> {
+    let held = caps::read(None, CapSet::Effective).unwrap_or_default();
+    NEEDED
+        .into_iter()
+        .filter(|capability| !held.contains(capability))
+        .collect()
+}
+
+/// Gives up every capability of the calling thread but `keep`, in every set, for good: nothing that it executes gets them back, as
+/// far as it may lower the bounding set (which takes CAP_SETPCAP).
+///
+/// # Errors
+///
+/// What the kernel says; the thread may then have dropped some.
+pub fn drop_capabilities(keep: &[Capability]) -> Result<(), CapsError> {
+    let kept = |set| -> Result<_, CapsError> {
+        let mut held = caps::read(None, set)?;
+        held.retain(|capability| keep.contains(capability));
+        Ok(held)
+    };
+    // While there still is the capability to do so.
+    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
+        for capability in caps::read(None, CapSet::Bounding)? {
+            if !keep.contains(&capability) {
+                caps::drop(None, CapSet::Bounding, capability)?;
+            }
+        }
+    }
+    // The ambient set may hold nothing that the others lack, so it goes first.
+    for set in [
+        CapSet::Ambient,
+        CapSet::Inheritable,
+        CapSet::Effective,
+        CapSet::Permitted,
+    ] {
+        let held = kept(set)?;
+        caps::set(None, set, &held)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,146 @@
+//! Calls of BPF that libbpf-rs does not offer, on descriptors instead of objects.
+//!
+//! Invariant: nothing here keeps a pointer past its call; every descriptor is borrowed for the call or owned by the result.
+#![allow(unsafe_code, reason = "calls libbpf")]
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use libbpf_rs::libbpf_sys;
+
+/// Where on an interface a program runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Hook {
+    /// XDP, in the driver or in the kernel's generic code.
+    Xdp {
+        /// `XDP_FLAGS_*`; 0 takes the driver's, where there is one.
+        flags: u32,
+    },
+    /// tcx, before the stack sees the packet.
+    TcxIngress,
+    /// tcx, behind the stack.
+    TcxEgress,
+}
+
+/// Attaches a program to an interface of the calling thread's network namespace.
+///
+/// # Errors
+///
+/// What the kernel says.
+pub(crate) fn link_create(
+    program: BorrowedFd<'_>,
+    ifindex: u32,
+    hook: Hook,
+) -> io::Result<OwnedFd> {
+    let mut options = libbpf_sys::bpf_link_create_opts {
+        sz: size_of::<libbpf_sys::bpf_link_create_opts>() as libbpf_sys::size_t,
+        ..Default::default()
+    };
+    let attach_type = match hook {
+        Hook::Xdp { flags } => {
+            options.flags = flags;
+            libbpf_sys::BPF_XDP
+        }
+        Hook::TcxIngress => libbpf_sys::BPF_TCX_INGRESS,
+        Hook::TcxEgress => libbpf_sys::BPF_TCX_EGRESS,
+    };
+    // SAFETY: the options live through the call and say their own size.
+    let fd = unsafe {
+        libbpf_sys::bpf_link_create(
+            program.as_raw_fd(),
+            ifindex.cast_signed(),
+            attach_type,
+            &raw const options,
+        )
+    };
+    let fd = checked(fd)?;
+    // SAFETY: a fresh descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Replaces the program of a link: every packet meets the old one or the new one.
+///
+/// # Errors
+///
+/// What the kernel says; the old program stays.
+pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: both descriptors are open; no options is allowed.
+    let code = unsafe {
+        libbpf_sys::bpf_link_update(link.as_raw_fd(), program.as_raw_fd(), std::ptr::null())
+    };
+    checked(code).map(drop)
+}
+
+/// Detaches what a link attached, however many hold it.
+///
+/// # Errors
+///
+/// What the kernel says.
+pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: the descriptor is open.
+    checked(unsafe { libbpf_sys::bpf_link_detach(link.as_raw_fd()) }).map(drop)
+}
+
+/// Gives a map, program or link a name in a bpffs, which keeps it alive.
+///
+/// # Errors
+///
+/// What the kernel says.
+pub(crate) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    // SAFETY: the path ends in a zero and lives through the call.
+    checked(unsafe { libbpf_sys::bpf_obj_pin(object.as_raw_fd(), path.as_ptr()) }).map(drop)
+}
+
+/// Opens what a name in a bpffs keeps.
+///
+/// # Errors
+///
+/// What the kernel says.
+pub(crate) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    // SAFETY: the path ends in a zero and lives through the call.
+    let fd = checked(unsafe { libbpf_sys::bpf_obj_get(path.as_ptr()) })?;
+    // SAFETY: a fresh descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Runs a program once on a frame, in the network namespace of the calling thread; gives what it returned and what it
+/// made of the frame.
+///
+/// # Errors
+///
+/// What the kernel says; frames below 14 bytes are refused.
+pub(crate) fn test_run(program: BorrowedFd<'_>, frame: &[u8]) -> io::Result<(u32, Vec<u8>)> {
+    let mut out = vec![0; frame.len() + ROOM];
+    let mut options = libbpf_sys::bpf_test_run_opts {
+        sz: size_of::<libbpf_sys::bpf_test_run_opts>() as libbpf_sys::size_t,
+        data_in: frame.as_ptr().cast(),
+        data_size_in: u32::try_from(frame.len()).map_err(io::Error::other)?,
+        data_out: out.as_mut_ptr().cast(),
+        data_size_out: u32::try_from(out.len()).map_err(io::Error::other)?,
+        repeat: 1,
+        ..Default::default()
+    };
+    // SAFETY: both buffers live through the call and have the sizes that the options say.
+    let code =
+        unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &raw mut options) };
+    checked(code)?;
+    out.truncate(options.data_size_out as usize);
+    Ok((options.retval, out))
+}
+
+/// What a program may add to a frame: a Retry is at most this much longer than what it answers.
+const ROOM: usize = 256;
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
+}
+
+/// libbpf's calls give a descriptor, 0, or a negative error number.
+fn checked(code: i32) -> io::Result<i32> {
+    if code < 0 { Err(io::Error::from_raw_os_error(-code)) } else { Ok(code) }
+}

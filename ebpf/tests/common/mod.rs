@@ -1,0 +1,138 @@
+//! Network namespaces that tests make and remove.
+#![allow(dead_code, reason = "each test takes what it needs")]
+
+use std::fs::File;
+use std::net::IpAddr;
+use std::os::fd::AsFd as _;
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// How long anything may take that should happen at once: a bound, not a measure.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Whether the test can run here; says what it lacks otherwise.
+pub fn privileged(test: &str) -> bool {
+    let missing = millrace_edge::privileges::missing();
+    if !missing.is_empty() {
+        eprintln!("SKIPPED: {test} needs {missing:?}");
+    }
+    missing.is_empty()
+}
+
+/// Polls until the condition holds.
+///
+/// # Panics
+/// When it does not, for a long time.
+pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < PATIENCE, "in vain: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A network namespace of its own; removed when dropped.
+#[derive(Debug)]
+pub struct Namespace {
+    pub name: String,
+}
+
+impl Namespace {
+    pub fn new(label: &str) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("mr-{label}-{}-{number}", std::process::id());
+        ok(Command::new("ip").args(["netns", "add", &name]));
+        let namespace = Self { name };
+        namespace.ip("link set lo up");
+        namespace
+    }
+
+    /// Runs `ip` in it.
+    pub fn ip(&self, arguments: &str) -> String {
+        let words = arguments.split_whitespace();
+        ok(Command::new("ip").args(["-n", &self.name]).args(words))
+    }
+
+    /// Runs a function on a thread of its own in the namespace. Sockets made there stay there.
+    pub fn enter<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
+        let file = File::open(format!("/run/netns/{}", self.name)).unwrap();
+        std::thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+                act()
+            });
+            inside
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip")
+            .args(["netns", "del", &self.name])
+            .output();
+    }
+}
+
+/// Two namespaces, joined by a veth pair.
+#[derive(Debug)]
+pub struct Pair {
+    /// The node: interface `mr0`, 10.77.0.1 and fd77::1.
+    pub node: Namespace,
+    /// Everybody else: interface `mr1`, 10.77.0.2 and fd77::2.
+    pub world: Namespace,
+}
+
+pub const NODE: &str = "10.77.0.1";
+pub const WORLD: &str = "10.77.0.2";
+
+impl Pair {
+    pub fn new(label: &str) -> Self {
+        let pair = Self {
+            node: Namespace::new(label),
+            world: Namespace::new(label),
+        };
+        let world = &pair.world.name;
+        pair.node.ip(&format!(
+            "link add mr0 type veth peer name mr1 netns {world}"
+        ));
+        for (namespace, interface, host) in [(&pair.node, "mr0", 1), (&pair.world, "mr1", 2)] {
+            namespace.ip(&format!("addr add 10.77.0.{host}/24 dev {interface}"));
+            namespace.ip(&format!("addr add fd77::{host}/64 dev {interface} nodad"));
+            namespace.ip(&format!("link set {interface} up"));
+        }
+        pair
+    }
+
+    /// The MAC address of one of the two interfaces.
+    pub fn mac(namespace: &Namespace, interface: &str) -> [u8; 6] {
+        let shown = namespace.ip(&format!("-br link show {interface}"));
+        let text = shown.split_whitespace().nth(2).unwrap().to_owned();
+        let bytes: Vec<u8> = text
+            .split(':')
+            .map(|byte| u8::from_str_radix(byte, 16).unwrap())
+            .collect();
+        bytes.try_into().unwrap()
+    }
+}
+
+pub fn address(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+/// Runs a command that must succeed.
+pub fn ok(command: &mut Command) -> String {
+    let output: Output = command.output().unwrap();
+    assert!(
+        output.status.success(),
+        "{command:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}

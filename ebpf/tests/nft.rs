@@ -1,0 +1,303 @@
+//! The table `inet millrace` in real namespaces: what it lets pass, refuses and leaves alone.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::UdpSocket;
+use std::process::{Command, Stdio};
+
+use common::{NODE, Namespace, PATIENCE, Pair, WORLD, ok, privileged, until};
+use millrace_edge::nft::{Action, Nft, NftError, OutboundRule, Protocol, Table, User};
+
+const PORT: u16 = 4100;
+
+fn table(enforce: bool) -> Table {
+    Table {
+        enforce,
+        udp: BTreeSet::from([PORT, 4200]),
+        tcp: BTreeSet::from([8080]),
+        rejects_per_second: 100,
+        outbound: Vec::new(),
+    }
+}
+
+fn outbound(number: u32, action: Action) -> OutboundRule {
+    OutboundRule {
+        number,
+        prefixes: Vec::new(),
+        protocol: None,
+        ports: Vec::new(),
+        user: None,
+        action,
+    }
+}
+
+/// What is in force in the calling thread's namespace, without the counters' values.
+fn ruleset(table: &str) -> String {
+    let output = Command::new("nft")
+        .args(["-s", "list", "ruleset"])
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let mut tables = text.split("table ").filter(|text| text.starts_with(table));
+    tables.next().unwrap_or_default().to_owned()
+}
+
+/// Packets that the rule with this comment has counted.
+fn counted(comment: &str) -> u64 {
+    let text = ok(Command::new("nft").args(["list", "table", "inet", "millrace"]));
+    let lines = text
+        .lines()
+        .filter(|line| line.contains(&format!("comment \"{comment}\"")));
+    lines
+        .map(|line| {
+            let packets = line.split("counter packets ").nth(1).unwrap();
+            packets.split(' ').next().unwrap().parse::<u64>().unwrap()
+        })
+        .sum()
+}
+
+/// Marks what arrives, as the program's companion does.
+fn mark(mark: &str) {
+    let script = format!(
+        "table inet stamps {{ chain stamp {{ type filter hook prerouting priority raw; meta mark set {mark}; }}; }}"
+    );
+    let mut child = Command::new("nft")
+        .args(["-f", "-"])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    io::Write::write_all(&mut child.stdin.take().unwrap(), script.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+struct Ends {
+    server: UdpSocket,
+    client: UdpSocket,
+}
+
+impl Ends {
+    fn new(pair: &Pair) -> Self {
+        let server = pair.node.enter(|| UdpSocket::bind((NODE, PORT)).unwrap());
+        let client = pair.world.enter(|| UdpSocket::bind((WORLD, 0)).unwrap());
+        client.connect((NODE, PORT)).unwrap();
+        server.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self { server, client }
+    }
+
+    fn arrives(&self, text: &[u8]) -> bool {
+        self.client.send(text).unwrap();
+        let mut buffer = [0; 64];
+        let length = self.server.recv(&mut buffer).unwrap();
+        &buffer[..length] == text
+    }
+
+    fn nothing_arrived(&self) -> bool {
+        self.server.set_nonblocking(true).unwrap();
+        let received = self.server.recv(&mut [0; 64]);
+        self.server.set_nonblocking(false).unwrap();
+        received.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+    }
+}
+
+// Protects a node whose program was detached: what carries no stamp is not let in.
+#[test]
+fn unstamped_packets_are_dropped_only_where_enforced() {
+    if !privileged("unstamped_packets_are_dropped_only_where_enforced") {
+        return;
+    }
+    let pair = Pair::new("nft");
+    let ends = Ends::new(&pair);
+    pair.node
+        .enter(|| Nft::default().apply(&table(false)).unwrap());
+    assert!(ends.arrives(b"counted"));
+    pair.node.enter(|| assert_eq!(counted("unstamped"), 1));
+
+    pair.node
+        .enter(|| Nft::default().apply(&table(true)).unwrap());
+    ends.client.send(b"dropped").unwrap();
+    until("the packet is counted", || {
+        pair.node.enter(|| counted("unstamped")) == 1
+    });
+    assert!(ends.nothing_arrived());
+
+    pair.node.enter(|| mark("0x4d000007"));
+    assert!(ends.arrives(b"stamped"));
+
+    pair.node.enter(|| Nft::default().remove().unwrap());
+    pair.node.enter(|| assert_eq!(ruleset("inet millrace"), ""));
+    pair.node.enter(|| Nft::default().remove().unwrap());
+}
+
+// Protects rule `reject`: the sender is told, and only where enforced.
+#[test]
+fn packets_marked_reject_are_answered() {
+    if !privileged("packets_marked_reject_are_answered") {
+        return;
+    }
+    let pair = Pair::new("nft");
+    let ends = Ends::new(&pair);
+    pair.node.enter(|| {
+        Nft::default().apply(&table(false)).unwrap();
+        mark("0x4e000000");
+    });
+    assert!(ends.arrives(b"only counted"));
+    pair.node
+        .enter(|| Nft::default().apply(&table(true)).unwrap());
+    ends.client.send(b"refused").unwrap();
+    let error = ends.client.recv(&mut [0; 64]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+    assert!(ends.nothing_arrived());
+
+    let refused = pair
+        .world
+        .enter(|| std::net::TcpStream::connect((NODE, 8080)).unwrap_err());
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    pair.node.enter(|| assert_eq!(counted("refused"), 2));
+}
+
+// Protects the host's own rules, and the loopback interface.
+#[test]
+fn other_tables_and_loopback_are_left_alone() {
+    if !privileged("other_tables_and_loopback_are_left_alone") {
+        return;
+    }
+    Namespace::new("nft").enter(|| {
+        mark("0x00000001");
+        let before = ruleset("inet stamps");
+        Nft::default().apply(&table(true)).unwrap();
+        let server = UdpSocket::bind(("127.0.0.1", PORT)).unwrap();
+        server.set_read_timeout(Some(PATIENCE)).unwrap();
+        let client = UdpSocket::bind(("127.0.0.1", 0)).unwrap();
+        client.send_to(b"hello", ("127.0.0.1", PORT)).unwrap();
+        assert_eq!(server.recv(&mut [0; 64]).unwrap(), 5);
+        Nft::default().remove().unwrap();
+        assert_eq!(ruleset("inet stamps"), before);
+        assert!(before.contains("prerouting"));
+    });
+}
+
+// Protects the order of outbound rules, both families, ranges and users.
+#[test]
+fn the_first_outbound_rule_decides() {
+    if !privileged("the_first_outbound_rule_decides") {
+        return;
+    }
+    Namespace::new("nft").enter(|| {
+        ok(Command::new("ip").args(["addr", "add", "10.88.0.1/24", "dev", "lo"]));
+        ok(Command::new("ip").args(["addr", "add", "fd88::1/64", "dev", "lo"]));
+        let rules = vec![
+            OutboundRule {
+                ports: vec![5000..=5009, 5005..=5020, 5021..=5030],
+                protocol: Some(Protocol::Udp),
+                ..outbound(1, Action::Allow)
+            },
+            OutboundRule {
+                // Nested prefixes and host bits: an interval set refuses both.
+                prefixes: ["10.88.0.0/16", "10.88.0.1/24", "fd88::/16", "fd88::1/64"]
+                    .map(|prefix| prefix.parse().unwrap())
+                    .to_vec(),
+                user: Some(User::Id(0)),
+                ..outbound(2, Action::Deny)
+            },
+            OutboundRule {
+                user: Some(User::Id(4321)),
+                ..outbound(3, Action::Deny)
+            },
+            OutboundRule {
+                ports: vec![6000..=6000],
+                ..outbound(4, Action::Reject)
+            },
+        ];
+        let table = Table {
+            outbound: rules,
+            ..table(true)
+        };
+        Nft::default().apply(&table).unwrap();
+        let v4 = UdpSocket::bind(("10.88.0.1", 0)).unwrap();
+        let v6 = UdpSocket::bind(("fd88::1", 0)).unwrap();
+        for port in [5000, 5010, 5030] {
+            v4.send_to(b"allowed", ("10.88.0.1", port)).unwrap();
+            v6.send_to(b"allowed", ("fd88::1", port)).unwrap();
+        }
+        for port in [4999, 5031] {
+            let error = v4.send_to(b"denied", ("10.88.0.1", port)).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+            let error = v6.send_to(b"denied", ("fd88::1", port)).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+        }
+        let loopback = UdpSocket::bind(("127.0.0.1", 0)).unwrap();
+        loopback.send_to(b"no rule", ("127.0.0.1", 4999)).unwrap();
+        assert!(loopback.send_to(b"rejected", ("127.0.0.1", 6000)).is_err());
+        let counts = [1, 2, 3, 4].map(|rule| counted(&format!("rule {rule}")));
+        assert_eq!(counts, [6, 4, 0, 1]);
+    });
+}
+
+// Protects the last good table, and tells the operator which rule it is.
+#[test]
+fn a_refused_table_names_the_rule_and_changes_nothing() {
+    if !privileged("a_refused_table_names_the_rule_and_changes_nothing") {
+        return;
+    }
+    Namespace::new("nft").enter(|| {
+        Nft::default().apply(&table(true)).unwrap();
+        let before = ruleset("inet millrace");
+        let nobody: User = serde_json::from_str(r#"{"name": "no-such-user"}"#).unwrap();
+        let rules = vec![
+            outbound(11, Action::Allow),
+            OutboundRule {
+                user: Some(nobody),
+                ..outbound(17, Action::Deny)
+            },
+        ];
+        let error = Nft::default()
+            .apply(&Table {
+                outbound: rules,
+                ..table(true)
+            })
+            .unwrap_err();
+        let NftError::Refused {
+            rule: Some(17),
+            message,
+        } = &error
+        else {
+            panic!("{error}")
+        };
+        assert!(message.contains("User does not exist"), "{message}");
+        assert!(error.to_string().contains("outbound rule 17"), "{error}");
+        assert_eq!(ruleset("inet millrace"), before);
+    });
+}
+
+#[test]
+fn a_missing_nft_is_named() {
+    let nft = Nft {
+        program: "/nonexistent/nft".into(),
+    };
+    let error = nft.apply(&table(true)).unwrap_err();
+    assert_eq!(error.reason(), "nft_run");
+    assert!(error.to_string().contains("/nonexistent/nft"), "{error}");
+}
+
+// Protects invariant 1: no text reaches nft.
+#[test]
+fn a_user_name_cannot_carry_rules() {
+    for name in [
+        "",
+        "a b",
+        "a\"",
+        "a\n",
+        "-a",
+        "0a",
+        "a;b",
+        "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    ] {
+        let text = serde_json::to_string(&serde_json::json!({ "name": name })).unwrap();
+        assert!(serde_json::from_str::<User>(&text).is_err(), "{name:?}");
+    }
+    assert!(serde_json::from_str::<User>(r#"{"name": "ic-http_adapter.1"}"#).is_ok());
+}
