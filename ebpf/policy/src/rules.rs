@@ -1,1 +1,426 @@
-//! To come.
+//! Firewall rules, and what they compile to.
+//!
+//! ```text
+//! registry tables -> RuleSet -> for one node, in order -> compile -> tries, lines, outbound rules
+//! ```
+//!
+//! 1. The first rule that fits decides. Order: temporary rules (the newest first), the members of the registry, then the
+//!    registry's rules by scope (node, subnet, role, global) and place.
+//! 2. An invalid rule refuses the whole set: a firewall with a hole where a rule should be is worse than yesterday's firewall.
+//! 3. A rule without prefixes means every source; a rule whose list of members is empty means none.
+
+use crate::packet::Protocol;
+use crate::settings::SettingsError;
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use thiserror::Error;
+
+mod compile;
+mod read;
+#[cfg(test)]
+mod tests;
+
+pub use compile::{Bounds, Compiled, Line, Roots, compile};
+
+/// Rules that the kernel can tell apart (`EDGE_RULE_DEFAULT` is none of them).
+pub const RULES_MAX: usize = 65_534;
+
+/// What a rule does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[repr(u32)]
+pub enum RuleAction {
+    /// Lets the packet go on.
+    Allow = 0,
+    /// Drops it.
+    Deny = 1,
+    /// Drops it, and says so to the sender within a budget.
+    Reject = 2,
+}
+
+/// Whose packets a rule is about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sources {
+    /// Everybody's.
+    Any,
+    /// Those from (outbound: to) one of these; nobody's if there are none.
+    Prefixes(Vec<IpNet>),
+}
+
+/// Which way the packets go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Direction {
+    /// To this node: the program in the kernel decides.
+    #[default]
+    Inbound,
+    /// From this node: nftables decides.
+    Outbound,
+}
+
+/// A user whose packets an outbound rule is about: a name or a number, as `chown` takes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct User(String);
+
+/// Where a rule comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Provenance {
+    /// An operator, on this machine, for a while.
+    Temporary {
+        /// When it lapses, in seconds since 1970.
+        until_unix_seconds: u64,
+    },
+    /// The members of the registry are allowed.
+    Members,
+    /// A `[[firewall]]` table.
+    Registry {
+        /// Of the registry.
+        version: u64,
+        /// Place in that version, from 1.
+        number: usize,
+    },
+}
+
+/// A rule that applies to this node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rule {
+    /// Whose packets.
+    pub sources: Sources,
+    /// To which ports; none: to all that are declared.
+    pub ports: Option<Vec<RangeInclusive<u16>>>,
+    /// By which protocol; none: by both.
+    pub protocol: Option<Protocol>,
+    /// What becomes of them.
+    pub action: RuleAction,
+    /// Which way.
+    pub direction: Direction,
+    /// Of which user; outbound rules alone have one.
+    pub user: Option<User>,
+    /// For people.
+    pub comment: Option<String>,
+    /// Who says so.
+    pub provenance: Provenance,
+}
+
+/// An operator's live `allow` or `deny`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Temporary {
+    /// Whose packets.
+    pub prefix: IpNet,
+    /// Allow or deny.
+    pub action: RuleAction,
+    /// When it lapses, in seconds since 1970.
+    pub until_unix_seconds: u64,
+}
+
+/// Which nodes a rule is for.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RuleScope {
+    /// One node, by the text of its ID.
+    Node(String),
+    /// The nodes of a subnet, by the text of its ID.
+    Subnet(String),
+    /// The nodes that have this role.
+    Role(String),
+    /// All.
+    Global,
+}
+
+/// What decides which scopes are this node's.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Locality {
+    /// Text of the node's ID.
+    pub node: String,
+    /// Text of its subnet's ID.
+    pub subnet: Option<String>,
+    /// Its roles.
+    pub roles: Vec<String>,
+}
+
+/// The rules of one registry version, for all nodes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RuleSet {
+    version: u64,
+    rules: Vec<(RuleScope, Rule)>,
+}
+
+/// Why rules are refused, all of them.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RulesError {
+    /// One of them is wrong: the registry's fault.
+    #[error(
+        "registry version {version}, firewall rule {number}: {field} = {value}: {problem}; {remedy}"
+    )]
+    Rule {
+        /// Of the registry.
+        version: u64,
+        /// Place in that version, from 1.
+        number: usize,
+        /// Key of the table.
+        field: String,
+        /// What stands there.
+        value: String,
+        /// What is wrong with it.
+        problem: String,
+        /// What to do.
+        remedy: String,
+    },
+    /// More rules apply to this node than it keeps apart.
+    #[error(
+        "{rules} inbound rules apply, at most {rules_max} are kept; merge prefixes into one rule, or raise rules_max"
+    )]
+    TooManyRules {
+        /// That apply.
+        rules: usize,
+        /// Allowed.
+        rules_max: usize,
+    },
+    /// The tries do not fit.
+    #[error(
+        "the IPv{family} prefixes take up to {nodes} trie nodes (1 KiB each), {nodes_max} are kept; name fewer or shorter prefixes, or raise trie_nodes_max"
+    )]
+    TooManyNodes {
+        /// 4 or 6.
+        family: u8,
+        /// That the prefixes take if none hides another.
+        nodes: usize,
+        /// Allowed.
+        nodes_max: usize,
+    },
+    /// The operator's side of it is wrong.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+}
+
+impl RulesError {
+    /// Stable label for metrics and logs.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Rule { .. } => "rules_invalid",
+            Self::TooManyRules { .. } => "rules_too_many",
+            Self::TooManyNodes { .. } => "rules_too_many_nodes",
+            Self::Settings(error) => error.reason(),
+        }
+    }
+}
+
+impl RuleSet {
+    /// Reads the `[[firewall]]` tables of a registry version.
+    ///
+    /// Every rule is checked, whichever node it is for: all nodes refuse the same sets.
+    pub fn read(version: u64, tables: &[toml::Table]) -> Result<Self, RulesError> {
+        let rules = tables
+            .iter()
+            .enumerate()
+            .map(|(index, table)| read::rule(version, index + 1, table))
+            .collect::<Result<_, _>>()?;
+        Ok(Self { version, rules })
+    }
+
+    /// Version of the registry that the rules come from; 0: there is none yet.
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// The rules for one node, in the order in which they are tried.
+    pub fn for_node(&self, node: &Locality) -> Vec<Rule> {
+        let mut rules: Vec<_> = self
+            .rules
+            .iter()
+            .filter_map(|(scope, rule)| Some((scope.priority(node)?, rule.clone())))
+            .collect();
+        // Stable: inside a scope the document's order stays.
+        rules.sort_by_key(|(priority, _)| *priority);
+        rules.into_iter().map(|(_, rule)| rule).collect()
+    }
+}
+
+impl RuleScope {
+    /// 0 decides first; none: not for this node.
+    fn priority(&self, node: &Locality) -> Option<u8> {
+        match self {
+            Self::Node(id) => (*id == node.node).then_some(0),
+            Self::Subnet(id) => (Some(id) == node.subnet.as_ref()).then_some(1),
+            Self::Role(name) => node.roles.contains(name).then_some(2),
+            Self::Global => Some(3),
+        }
+    }
+}
+
+/// All rules of a node in the order in which they are tried: temporary ones that have not lapsed, the registry's members,
+/// the registry's rules.
+///
+/// `temporary` is in the order of issue: the newest decides first. `now_unix_seconds` is wall time.
+pub fn in_order(
+    temporary: &[Temporary],
+    members: impl IntoIterator<Item = IpAddr>,
+    set: &RuleSet,
+    node: &Locality,
+    now_unix_seconds: u64,
+) -> Vec<Rule> {
+    let live = temporary
+        .iter()
+        .rev()
+        .filter(|rule| now_unix_seconds < rule.until_unix_seconds)
+        .map(Rule::temporary);
+    live.chain([Rule::members(members)])
+        .chain(set.for_node(node))
+        .collect()
+}
+
+impl Rule {
+    /// The rule by which members of the registry are allowed, to all ports.
+    pub fn members(addresses: impl IntoIterator<Item = IpAddr>) -> Self {
+        let prefixes = addresses
+            .into_iter()
+            .map(|address| IpNet::from(address.to_canonical()))
+            .collect();
+        Self::plain(prefixes, RuleAction::Allow, Provenance::Members)
+    }
+
+    /// An operator's rule, for all ports.
+    pub fn temporary(rule: &Temporary) -> Self {
+        let until_unix_seconds = rule.until_unix_seconds;
+        let provenance = Provenance::Temporary { until_unix_seconds };
+        Self::plain(vec![rule.prefix.trunc()], rule.action, provenance)
+    }
+
+    fn plain(prefixes: Vec<IpNet>, action: RuleAction, provenance: Provenance) -> Self {
+        Self {
+            sources: Sources::Prefixes(prefixes),
+            ports: None,
+            protocol: None,
+            action,
+            direction: Direction::Inbound,
+            user: None,
+            comment: None,
+            provenance,
+        }
+    }
+
+    /// Whether packets to this port fall under the rule, if their source does.
+    pub fn covers(&self, protocol: Protocol, port: u16) -> bool {
+        let listed = |ports: &Vec<RangeInclusive<u16>>| ports.iter().any(|r| r.contains(&port));
+        self.protocol.is_none_or(|wanted| wanted == protocol)
+            && self.ports.as_ref().is_none_or(listed)
+    }
+
+    /// Whether the rule asks for no port and no protocol, and so also speaks for the ports that are not declared.
+    pub fn covers_host(&self) -> bool {
+        self.protocol.is_none() && self.ports.is_none()
+    }
+}
+
+impl User {
+    /// The name or number, of letters, digits, `_`, `-` and `.` alone.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for User {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
+        if text.is_empty() || text.len() > 32 || text.starts_with('-') || !text.bytes().all(allowed)
+        {
+            return Err("is no name of a user (1 to 32 letters, digits, '_', '-', '.')");
+        }
+        Ok(Self(text))
+    }
+}
+
+impl From<User> for String {
+    fn from(user: User) -> Self {
+        user.0
+    }
+}
+
+impl fmt::Display for RuleAction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Allow => "allow",
+            Self::Deny => "deny",
+            Self::Reject => "reject",
+        })
+    }
+}
+
+impl fmt::Display for Provenance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Temporary { .. } => f.write_str("temporary"),
+            Self::Members => f.write_str("registry members"),
+            Self::Registry { version, number } => {
+                write!(f, "registry version {version}, rule {number}")
+            }
+        }
+    }
+}
+
+/// Prefixes that are written out; a rule may have thousands.
+const PREFIXES_SHOWN: usize = 3;
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.action)?;
+        if let Some(protocol) = self.protocol {
+            write!(f, " {protocol}")?;
+        }
+        f.write_str(match self.direction {
+            Direction::Inbound => " from ",
+            Direction::Outbound => " to ",
+        })?;
+        write!(f, "{}", self.sources)?;
+        if let Some(ports) = &self.ports {
+            f.write_str(" port ")?;
+            list(f, ports, |f, range| match range.start() == range.end() {
+                true => write!(f, "{}", range.start()),
+                false => write!(f, "{}-{}", range.start(), range.end()),
+            })?;
+        }
+        match &self.user {
+            Some(user) => write!(f, " by user {}", user.as_str()),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Sources {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self::Prefixes(prefixes) = self else {
+            return f.write_str("any");
+        };
+        if prefixes.is_empty() {
+            return f.write_str("nobody");
+        }
+        let shown = prefixes.len().min(PREFIXES_SHOWN);
+        list(f, &prefixes[..shown], |f, prefix| prefix.fmt(f))?;
+        match prefixes.len() - shown {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
+    }
+}
+
+fn list<T>(
+    f: &mut fmt::Formatter<'_>,
+    items: &[T],
+    item: impl Fn(&mut fmt::Formatter<'_>, &T) -> fmt::Result,
+) -> fmt::Result {
+    for (index, one) in items.iter().enumerate() {
+        if index > 0 {
+            f.write_str(", ")?;
+        }
+        item(f, one)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,135 @@
+//! QUIC version 1 and what all versions have in common (RFC 8999, RFC 9000 section 17).
+
+use crate::reason::Reason;
+
+/// Longest connection ID of version 1.
+pub const ID_BYTES_MAX: usize = 20;
+/// Length of the connection IDs that we give out.
+pub const OUR_ID_BYTES: usize = 16;
+/// Shortest datagram that may open a connection (RFC 9000, 14.1).
+pub const INITIAL_BYTES_MIN: usize = 1_200;
+
+const KNOCK_FIRST: u8 = 0x0d;
+const KNOCK_BYTES: usize = 65;
+const LONG_HEADER: u8 = 0x80;
+const FIXED_BIT: u8 = 0x40;
+const VERSION_1: u32 = 1;
+/// First byte, version, and the length of the destination ID.
+const LONG_FIXED_BYTES: usize = 6;
+
+/// What a datagram is, before its IDs and tokens are checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quic<'p> {
+    /// A listener asks its dialler to dial.
+    Knock,
+    /// Belongs to a connection, if its destination ID is one of ours.
+    Known(&'p [u8]),
+    /// A version that we do not speak, long enough for an answer.
+    Version,
+    /// Of type Initial.
+    Initial(Initial<'p>),
+}
+
+/// An Initial up to its token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Initial<'p> {
+    /// Chosen by the client in its first packets, by us in later ones.
+    pub destination_id: &'p [u8],
+    /// Where our answers go.
+    pub source_id: &'p [u8],
+    /// Of the whole UDP payload.
+    pub datagram_bytes: usize,
+    /// From the token's length on.
+    rest: &'p [u8],
+}
+
+impl<'p> Quic<'p> {
+    /// Reads the payload of a UDP datagram.
+    pub fn parse(payload: &'p [u8]) -> Result<Self, Reason> {
+        let first = *payload.first().ok_or(Reason::QuicMalformed)?;
+        if first == KNOCK_FIRST {
+            return knock(payload);
+        }
+        if first & LONG_HEADER != 0 {
+            return long(first, payload);
+        }
+        if first & FIXED_BIT == 0 {
+            return Err(Reason::QuicFixedBit);
+        }
+        payload
+            .get(1..1 + OUR_ID_BYTES)
+            .map(Self::Known)
+            .ok_or(Reason::QuicMalformed)
+    }
+}
+
+impl<'p> Initial<'p> {
+    /// The token, empty if there is none.
+    pub fn token(&self) -> Result<&'p [u8], Reason> {
+        let (token_bytes, rest) = varint(self.rest).ok_or(Reason::QuicMalformed)?;
+        let token_bytes = usize::try_from(token_bytes).map_err(|_| Reason::QuicMalformed)?;
+        rest.get(..token_bytes).ok_or(Reason::QuicMalformed)
+    }
+}
+
+fn knock(payload: &[u8]) -> Result<Quic<'_>, Reason> {
+    if payload.len() == KNOCK_BYTES && payload[2..6] == *b"knck" {
+        Ok(Quic::Knock)
+    } else {
+        Err(Reason::QuicFixedBit)
+    }
+}
+
+fn long(first: u8, payload: &[u8]) -> Result<Quic<'_>, Reason> {
+    let Some(([_, v0, v1, v2, v3, id_bytes], rest)) =
+        payload.split_first_chunk::<LONG_FIXED_BYTES>()
+    else {
+        return Err(Reason::QuicMalformed);
+    };
+    if rest.is_empty() {
+        return Err(Reason::QuicMalformed);
+    }
+    let (destination_id, rest) = id(*id_bytes, rest)?;
+    let (source_bytes, rest) = rest.split_first().ok_or(Reason::QuicMalformed)?;
+    let (source_id, rest) = id(*source_bytes, rest)?;
+    match u32::from_be_bytes([*v0, *v1, *v2, *v3]) {
+        0 => return Ok(Quic::Known(destination_id)),
+        VERSION_1 => {}
+        _ if payload.len() < INITIAL_BYTES_MIN => return Err(Reason::QuicShortInitial),
+        _ => return Ok(Quic::Version),
+    }
+    if first & FIXED_BIT == 0 {
+        return Err(Reason::QuicFixedBit);
+    }
+    match first >> 4 & 3 {
+        0 => Ok(Quic::Initial(Initial {
+            destination_id,
+            source_id,
+            datagram_bytes: payload.len(),
+            rest,
+        })),
+        1 => Err(Reason::QuicZeroRtt),
+        _ => Ok(Quic::Known(destination_id)),
+    }
+}
+
+/// An ID of this length, and what follows it.
+fn id(bytes: u8, rest: &[u8]) -> Result<(&[u8], &[u8]), Reason> {
+    let bytes = usize::from(bytes);
+    if bytes > ID_BYTES_MAX {
+        return Err(Reason::QuicIdLength);
+    }
+    rest.split_at_checked(bytes).ok_or(Reason::QuicMalformed)
+}
+
+/// A variable-length integer (RFC 9000, section 16), and what follows it.
+fn varint(bytes: &[u8]) -> Option<(u64, &[u8])> {
+    let first = *bytes.first()?;
+    let (encoded, rest) = bytes.split_at_checked(1 << (first >> 6))?;
+    let value = encoded[1..]
+        .iter()
+        .fold(u64::from(first & 0x3f), |value, byte| {
+            value << 8 | u64::from(*byte)
+        });
+    Some((value, rest))
+}

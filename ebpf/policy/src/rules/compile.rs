@@ -1,0 +1,284 @@
+//! From ordered rules to the tables that the kernel walks.
+//!
+//! 1. The same settings and rules compile to the same tables.
+//! 2. Services for which the same rules and the same default speak share one tree.
+//! 3. The bounds hold for the whole set, each family by itself.
+
+use super::{Direction, RULES_MAX, Rule, RuleAction, RulesError, Sources};
+use crate::settings::{DefaultAction, Settings};
+use crate::trie::{Forest, Full, Leaf, RULE_DEFAULT};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What a set may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// Inbound rules.
+    pub rules_max: usize,
+    /// Trie nodes of 1 KiB, IPv4.
+    pub nodes4_max: usize,
+    /// Trie nodes of 1 KiB, IPv6.
+    pub nodes6_max: usize,
+}
+
+/// Where the trees of a service begin: indices of nodes, from the first of their family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Roots {
+    /// In [`Compiled::trie4`].
+    pub root4: u32,
+    /// In [`Compiled::trie6`].
+    pub root6: u32,
+}
+
+/// An inbound rule as people see it; its index is its number in the kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// The rule.
+    pub rule: Rule,
+    /// Numbers of the services that it speaks for; with scope `host`, see [`Rule::covers_host`].
+    pub services: Vec<u8>,
+}
+
+/// A set that can be published.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Compiled {
+    /// What the operator says.
+    pub settings: Settings,
+    /// Inbound rules, in order.
+    pub rules: Vec<Line>,
+    /// Trees over the four bytes of IPv4 addresses.
+    pub trie4: Forest,
+    /// Trees over the sixteen bytes of IPv6 addresses.
+    pub trie6: Forest,
+    /// For each service, in the order of the settings.
+    pub services: Vec<Roots>,
+    /// For ports that are not declared, with scope `host`.
+    pub host: Roots,
+    /// Outbound rules, in order: for nftables.
+    pub outbound: Vec<Rule>,
+}
+
+/// Compiles rules that are [`in_order`](super::in_order).
+pub fn compile(
+    settings: &Settings,
+    rules: &[Rule],
+    bounds: Bounds,
+) -> Result<Compiled, RulesError> {
+    settings.validate()?;
+    let (inbound, outbound): (Vec<_>, Vec<_>) = rules
+        .iter()
+        .cloned()
+        .partition(|rule| rule.direction == Direction::Inbound);
+    let (rules, rules_max) = (inbound.len(), bounds.rules_max.min(RULES_MAX));
+    if rules > rules_max {
+        return Err(RulesError::TooManyRules { rules, rules_max });
+    }
+
+    let columns: Vec<_> = settings
+        .services
+        .iter()
+        .map(|service| {
+            let (protocol, port) = (service.kind.protocol(), service.port);
+            Column::of(&inbound, service.default_action, |rule| {
+                rule.covers(protocol, port)
+            })
+        })
+        .collect();
+    let host = Column::of(&inbound, settings.host_default, Rule::covers_host);
+
+    let distinct = columns.iter().chain([&host]).collect();
+    let mut ipv4 = Family::ipv4(&inbound, bounds.nodes4_max);
+    let mut ipv6 = Family::ipv6(&inbound, bounds.nodes6_max);
+    let roots4 = ipv4.trees(&inbound, &distinct)?;
+    let roots6 = ipv6.trees(&inbound, &distinct)?;
+    let roots = |column: &Column| Roots {
+        root4: roots4[column],
+        root6: roots6[column],
+    };
+    Ok(Compiled {
+        settings: settings.clone(),
+        services: columns.iter().map(roots).collect(),
+        host: roots(&host),
+        rules: lines(inbound, &columns),
+        trie4: ipv4.forest,
+        trie6: ipv6.forest,
+        outbound,
+    })
+}
+
+fn lines(rules: Vec<Rule>, columns: &[Column]) -> Vec<Line> {
+    let speaks = |number: u16| {
+        let services = columns.iter().zip(0..);
+        services
+            .filter(|(column, _)| column.rules.binary_search(&number).is_ok())
+            .map(|(_, service)| service)
+            .collect()
+    };
+    let numbered = rules.into_iter().zip(0..);
+    numbered
+        .map(|(rule, number)| Line {
+            services: speaks(number),
+            rule,
+        })
+        .collect()
+}
+
+/// What a tree is made from: numbers of the rules that speak for a service, and its default.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Column {
+    rules: Vec<u16>,
+    default: DefaultAction,
+}
+
+impl Column {
+    fn of(rules: &[Rule], default: DefaultAction, covers: impl Fn(&Rule) -> bool) -> Self {
+        let numbered = rules.iter().zip(0..);
+        let covering = numbered.filter(|(rule, _)| covers(rule));
+        Self {
+            rules: covering.map(|(_, number)| number).collect(),
+            default,
+        }
+    }
+
+    fn default_leaf(&self) -> Leaf {
+        Leaf {
+            action: match self.default {
+                DefaultAction::Allow => RuleAction::Allow,
+                DefaultAction::Deny => RuleAction::Deny,
+            },
+            rule: RULE_DEFAULT,
+        }
+    }
+}
+
+/// The trees of one family of addresses.
+struct Family {
+    number: u8,
+    address_bytes: usize,
+    /// For each rule. None lies inside another and no two make a third: one rule never fills a node.
+    prefixes: Vec<Vec<Prefix>>,
+    forest: Forest,
+}
+
+struct Prefix {
+    /// As many bytes as the family has; the others are 0.
+    address: [u8; 16],
+    bits: u8,
+}
+
+impl Family {
+    fn ipv4(rules: &[Rule], nodes_max: usize) -> Self {
+        let of_rule = |rule: &Rule| {
+            let nets = match &rule.sources {
+                Sources::Any => vec![Ipv4Net::default()],
+                Sources::Prefixes(nets) => nets.iter().filter_map(ipv4).collect(),
+            };
+            let nets = Ipv4Net::aggregate(&nets);
+            let prefix = |net: Ipv4Net| Prefix {
+                address: first_bytes(&net.network().octets()),
+                bits: net.prefix_len(),
+            };
+            nets.into_iter().map(prefix).collect()
+        };
+        Self {
+            number: 4,
+            address_bytes: 4,
+            prefixes: rules.iter().map(of_rule).collect(),
+            forest: Forest::new(nodes_max),
+        }
+    }
+
+    fn ipv6(rules: &[Rule], nodes_max: usize) -> Self {
+        let of_rule = |rule: &Rule| {
+            let nets = match &rule.sources {
+                Sources::Any => vec![Ipv6Net::default()],
+                Sources::Prefixes(nets) => nets.iter().filter_map(ipv6).collect(),
+            };
+            let nets = Ipv6Net::aggregate(&nets);
+            let prefix = |net: Ipv6Net| Prefix {
+                address: net.network().octets(),
+                bits: net.prefix_len(),
+            };
+            nets.into_iter().map(prefix).collect()
+        };
+        Self {
+            number: 6,
+            address_bytes: 16,
+            prefixes: rules.iter().map(of_rule).collect(),
+            forest: Forest::new(nodes_max),
+        }
+    }
+
+    fn trees<'c>(
+        &mut self,
+        rules: &[Rule],
+        columns: &BTreeSet<&'c Column>,
+    ) -> Result<BTreeMap<&'c Column, u32>, RulesError> {
+        let mut roots = BTreeMap::new();
+        for column in columns {
+            let root = self.tree(rules, column).map_err(|Full { nodes_max }| {
+                let nodes = columns.iter().map(|column| self.nodes_of(column)).sum();
+                RulesError::TooManyNodes {
+                    family: self.number,
+                    nodes,
+                    nodes_max,
+                }
+            })?;
+            roots.insert(*column, root);
+        }
+        Ok(roots)
+    }
+
+    fn tree(&mut self, rules: &[Rule], column: &Column) -> Result<u32, Full> {
+        let root = self.forest.plant()?;
+        for &rule in &column.rules {
+            let number = usize::from(rule);
+            let action = rules[number].action;
+            for Prefix { address, bits } in &self.prefixes[number] {
+                let address = &address[..self.address_bytes];
+                self.forest
+                    .paint(root, address, *bits, Leaf { action, rule })?;
+            }
+        }
+        let everything = &[0; 16][..self.address_bytes];
+        self.forest
+            .paint(root, everything, 0, column.default_leaf())?;
+        Ok(root)
+    }
+
+    /// Nodes of a column's tree if no rule hides a part of another.
+    fn nodes_of(&self, column: &Column) -> usize {
+        let mut below_root = BTreeSet::new();
+        let prefixes = column
+            .rules
+            .iter()
+            .flat_map(|&number| &self.prefixes[usize::from(number)]);
+        for Prefix { address, bits } in prefixes {
+            // A prefix of 17 bits is painted in the node under its first two bytes.
+            for depth in 1..usize::from(*bits).div_ceil(8) {
+                below_root.insert((depth, first_bytes(&address[..depth])));
+            }
+        }
+        1 + below_root.len()
+    }
+}
+
+fn first_bytes(bytes: &[u8]) -> [u8; 16] {
+    let mut first = [0; 16];
+    first[..bytes.len()].copy_from_slice(bytes);
+    first
+}
+
+fn ipv4(net: &IpNet) -> Option<Ipv4Net> {
+    match net {
+        IpNet::V4(net) => Some(*net),
+        IpNet::V6(_) => None,
+    }
+}
+
+fn ipv6(net: &IpNet) -> Option<Ipv6Net> {
+    match net {
+        IpNet::V4(_) => None,
+        IpNet::V6(net) => Some(*net),
+    }
+}
