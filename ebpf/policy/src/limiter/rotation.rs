@@ -74,3 +74,63 @@ impl Rotation {
 fn reach_of(limits: impl IntoIterator<Item = Limit>) -> u64 {
     limits.into_iter().map(Limit::reach_ns).max().unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+
+    fn limit(interval_ns: u64, tolerance_ns: u64) -> Limit {
+        Limit {
+            interval_ns,
+            tolerance_ns,
+        }
+    }
+
+    // Protects the limits through a turn: what is left must count until it is past.
+    #[test]
+    fn turns_no_sooner_than_the_slowest_limit_is_past() {
+        let cases = [
+            (vec![], 0, PERIOD_MIN_NS),
+            (vec![Limit::NONE, limit(5, 10)], 15, PERIOD_MIN_NS),
+            (
+                vec![limit(1, 2), limit(40 * SECOND, 80 * SECOND)],
+                120 * SECOND,
+                120 * SECOND,
+            ),
+        ];
+        for (limits, reach_ns, period_ns) in cases {
+            let start = 7 * SECOND;
+            let mut rotation = Rotation::new(0, limits, start);
+            assert_eq!(rotation.period_ns(), period_ns);
+            assert_eq!(rotation.turn(start + period_ns - 1, [1; 16]), None);
+            let turned_at = start + period_ns + 3;
+            let switch = rotation.turn(turned_at, [1; 16]).unwrap();
+            let expected = Switch {
+                seed: Key::from_bytes([1; 16]),
+                old_until_ns: turned_at + reach_ns,
+                active: 1,
+            };
+            assert_eq!(switch, expected);
+            assert_eq!(rotation.due_at_ns(), turned_at + period_ns);
+            assert_eq!(rotation.turn(turned_at, [2; 16]), None);
+            assert_eq!(
+                rotation
+                    .turn(turned_at + period_ns, [2; 16])
+                    .unwrap()
+                    .active,
+                0
+            );
+        }
+    }
+
+    #[test]
+    fn a_reach_never_shrinks() {
+        let mut rotation = Rotation::new(0, [limit(1, 90 * SECOND)], 0);
+        rotation.widen([limit(1, 1)]);
+        assert_eq!(rotation.period_ns(), 90 * SECOND + 1);
+        rotation.widen([limit(1, 100 * SECOND)]);
+        assert_eq!(rotation.period_ns(), 100 * SECOND + 1);
+    }
+}

@@ -7,6 +7,7 @@
 //! 1. A key has at most one word in a generation: of two that were placed in one moment, one is given back.
 //! 2. A line with eight busy words refuses new keys.
 //! 3. Nothing is read or written for [`Limit::NONE`].
+//! 4. A `now_ns` may be a little late, as it is with several threads; after 9 hours a word's time would seem past.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -324,3 +325,6 @@ fn ahead(word: u64, now_ns: u64) -> u64 {
     let ahead = word.wrapping_sub(now_ns) & TIME_MASK;
     if ahead <= REACH_MAX_NS { ahead } else { 0 }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,227 @@
+//! Words and slots, bit by bit as `docs/reference/edge.md` has them.
+
+use super::*;
+
+const SEED: [Key; 2] = [Key { k0: 1, k1: 2 }, Key { k0: 3, k1: 4 }];
+const KEY: [u64; 2] = [0x1111, 0x2222];
+const LIMIT: Limit = Limit {
+    interval_ns: 10,
+    tolerance_ns: 20,
+};
+const NOW: u64 = 1_000_000;
+
+fn sketch(lines: &OwnedLines) -> Sketch<'_, OwnedLines> {
+    Sketch {
+        lines,
+        seed: SEED,
+        active: 0,
+        old_until_ns: 0,
+    }
+}
+
+fn hash(generation: usize, key: [u64; 2], purpose: Purpose, level: u64) -> u64 {
+    siphash13(
+        SEED[generation],
+        &[key[0], key[1], (purpose as u64) << 8 | level],
+    )
+}
+
+fn busy_word(tag: u64, until_ns: u64) -> u64 {
+    tag << 48 | until_ns & TIME_MASK
+}
+
+/// Fills every slot of a line with busy words of other keys.
+fn fill(line: &[AtomicU64; SLOTS], but: u64) {
+    for (slot, word) in line.iter().enumerate() {
+        let tag = (but + 1 + slot as u64) % 0xffff + 1;
+        word.store(busy_word(tag, NOW + 100), Ordering::Relaxed);
+    }
+}
+
+fn words(line: &[AtomicU64; SLOTS]) -> [u64; SLOTS] {
+    std::array::from_fn(|slot| line[slot].load(Ordering::Relaxed))
+}
+
+#[test]
+fn a_charge_writes_the_specified_word() {
+    let lines = OwnedLines::new(1 << 6);
+    assert_eq!(lines.count(), 1 << 7);
+    let sketch = sketch(&lines);
+    for (purpose, level) in [
+        (Purpose::Quic, 0),
+        (Purpose::Tcp, 2),
+        (Purpose::ConnectionId, 0),
+    ] {
+        let hash = hash(0, KEY, purpose, level as u64);
+        let word = &lines.line(hash as usize % 64)[(hash >> 40) as usize & 7];
+        assert!(sketch.charge(KEY, purpose, level, LIMIT, NOW));
+        assert_eq!(
+            word.load(Ordering::Relaxed),
+            busy_word((hash >> 48).max(1), NOW + 10)
+        );
+        assert!(sketch.charge(KEY, purpose, level, LIMIT, NOW + 1));
+        assert_eq!(
+            word.load(Ordering::Relaxed),
+            busy_word((hash >> 48).max(1), NOW + 20)
+        );
+    }
+}
+
+#[test]
+fn a_look_writes_nothing() {
+    let lines = OwnedLines::new(1);
+    let sketch = sketch(&lines);
+    assert!(sketch.look(KEY, Purpose::Quic, 0, LIMIT, NOW));
+    assert_eq!(words(lines.line(0)), [0; SLOTS]);
+}
+
+#[test]
+fn no_limit_touches_nothing() {
+    let lines = OwnedLines::new(1);
+    let sketch = sketch(&lines);
+    fill(lines.line(0), 0);
+    let before = words(lines.line(0));
+    assert!(sketch.look(KEY, Purpose::Quic, 0, Limit::NONE, NOW));
+    assert!(sketch.charge(KEY, Purpose::Quic, 0, Limit::NONE, NOW));
+    assert_eq!(words(lines.line(0)), before);
+}
+
+// Protects against failing open: the reference's set lets everybody pass when it is full.
+#[test]
+fn a_full_line_refuses_new_keys() {
+    let lines = OwnedLines::new(1);
+    let sketch = sketch(&lines);
+    fill(lines.line(0), hash(0, KEY, Purpose::Quic, 0) >> 48);
+    assert!(!sketch.look(KEY, Purpose::Quic, 0, LIMIT, NOW));
+    assert!(!sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW));
+    // Once its keys are idle, their slots are anybody's.
+    assert!(sketch.look(KEY, Purpose::Quic, 0, LIMIT, NOW + 100));
+    assert!(sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW + 100));
+}
+
+#[test]
+fn slots_are_visited_from_the_hash_on() {
+    let lines = OwnedLines::new(1);
+    let sketch = sketch(&lines);
+    let hash = hash(0, KEY, Purpose::Quic, 0);
+    let (tag, first) = (hash >> 48, (hash >> 40) as usize & 7);
+    fill(lines.line(0), tag);
+    let last = &lines.line(0)[(first + 7) % 8];
+    last.store(0, Ordering::Relaxed);
+    assert!(sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW));
+    assert_eq!(last.load(Ordering::Relaxed), busy_word(tag, NOW + 10));
+    // An idle slot before it does not draw the key away from the word that it has.
+    lines.line(0)[first].store(0, Ordering::Relaxed);
+    assert!(sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW));
+    assert_eq!(last.load(Ordering::Relaxed), busy_word(tag, NOW + 20));
+}
+
+#[test]
+fn time_wraps_at_48_bits() {
+    for now_ns in [(1 << 48) - 5, (1 << 48) - 1, 3 << 48, (9 << 48) - 10] {
+        let lines = OwnedLines::new(1);
+        let sketch = sketch(&lines);
+        for expected in [true, true, true, false] {
+            assert_eq!(
+                sketch.charge(KEY, Purpose::Quic, 0, LIMIT, now_ns),
+                expected,
+                "{now_ns}"
+            );
+        }
+        assert!(sketch.charge(KEY, Purpose::Quic, 0, LIMIT, now_ns + 10));
+        assert!(!sketch.charge(KEY, Purpose::Quic, 0, LIMIT, now_ns + 10));
+    }
+}
+
+#[test]
+fn words_are_busy_within_their_reach() {
+    let cases = [
+        (0, 5, 0),
+        (0, (1 << 48) - 5, 0),
+        (busy_word(1, 100), 100, 0),
+        (busy_word(1, 100), 99, 1),
+        (busy_word(1, 100), 101, 0),
+        (busy_word(1, 2 << 46), 1 << 46, 1 << 46),
+        (busy_word(1, 2 << 46), (1 << 46) - 1, 0),
+        (busy_word(1, 3), (1 << 48) - 4, 7),
+    ];
+    for (word, now_ns, expected) in cases {
+        assert_eq!(ahead(word, now_ns), expected, "{word:x} at {now_ns}");
+    }
+}
+
+#[test]
+fn the_generation_that_is_left_counts_for_a_while() {
+    let lines = OwnedLines::new(1);
+    let mut sketch = sketch(&lines);
+    while sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW) {}
+    sketch.active = 1;
+    assert!(
+        sketch.look(KEY, Purpose::Quic, 0, LIMIT, NOW),
+        "it counts no longer"
+    );
+    sketch.old_until_ns = NOW + 30;
+    assert!(!sketch.look(KEY, Purpose::Quic, 0, LIMIT, NOW));
+    assert!(!sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW + 9));
+    // The first charge carries what the key still owes into the active generation.
+    assert!(sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW + 10));
+    let hash = hash(1, KEY, Purpose::Quic, 0);
+    let word = lines.line(1)[(hash >> 40) as usize & 7].load(Ordering::Relaxed);
+    assert_eq!(word, busy_word(hash >> 48, NOW + 40));
+    assert!(!sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW + 10));
+}
+
+#[test]
+fn only_the_idle_generation_is_cleared() {
+    let lines = OwnedLines::new(4);
+    let mut sketch = sketch(&lines);
+    (0..lines.count()).for_each(|index| fill(lines.line(index), 0));
+    sketch.active = 1;
+    sketch.clear_idle();
+    for index in 0..4 {
+        assert_eq!(words(lines.line(index)), [0; SLOTS]);
+        assert!(words(lines.line(4 + index)).iter().all(|&word| word != 0));
+    }
+}
+
+// The interleaving step by step: two threads see no word of the key; they place it in different slots.
+#[test]
+fn a_key_placed_twice_is_given_back() {
+    let lines = OwnedLines::new(1);
+    let sketch = sketch(&lines);
+    let place = sketch.place(0, &key_words(KEY, Purpose::Quic, 0));
+    let (slot, present) = place.see(NOW).idle.unwrap();
+    let theirs = busy_word(place.tag, NOW + 10);
+    let other = &lines.line(0)[(slot + 3) % SLOTS];
+    other.store(theirs, Ordering::Relaxed);
+
+    assert!(place.replace(slot, present, theirs + 1));
+    assert!(!place.keep_only_one(slot, theirs + 1));
+    assert_eq!(lines.line(0)[slot].load(Ordering::Relaxed), 0);
+    assert_eq!(other.load(Ordering::Relaxed), theirs);
+}
+
+#[test]
+fn a_source_pays_at_all_its_levels() {
+    let lines = OwnedLines::new(1 << 8);
+    let sketch = sketch(&lines);
+    let limits = [LIMIT, LIMIT.scaled(2), LIMIT.scaled(4)];
+    let source = |last: u16| Source::of(format!("2001:db8:0:{last:x}::1").parse().unwrap());
+    let admitted = |source| {
+        (0..100)
+            .filter(|_| {
+                let look = sketch.look_source(source, Purpose::Quic, &limits, NOW);
+                let charge = sketch.charge_source(source, Purpose::Quic, &limits, NOW);
+                assert_eq!(look, charge);
+                charge
+            })
+            .count()
+    };
+    // Bursts are 3 for a /64, 6 for a /56, 12 for the /48.
+    assert_eq!(admitted(source(0x0001)), 3);
+    assert_eq!(admitted(source(0x0002)), 3);
+    assert_eq!(admitted(source(0x0003)), 0, "its /56 has nothing left");
+    assert_eq!(admitted(source(0x0101)), 3);
+    assert_eq!(admitted(source(0x0201)), 3);
+    assert_eq!(admitted(source(0x0301)), 0, "its /48 has nothing left");
+}
