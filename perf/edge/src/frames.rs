@@ -73,9 +73,19 @@ impl Shape {
             Self::Syn => tcp_sum(&bytes),
             _ => 0,
         };
-        let written = if length < REWRITTEN[1] { REWRITTEN[0] } else { REWRITTEN[1] };
+        let written = if length < REWRITTEN[1] {
+            REWRITTEN[0]
+        } else {
+            REWRITTEN[1]
+        };
         let ip_sum = sum(&bytes[ETHERNET..ETHERNET + IP]);
-        Ok(Template { bytes, written, ip_sum, tcp_sum, random_at })
+        Ok(Template {
+            bytes,
+            written,
+            ip_sum,
+            tcp_sum,
+            random_at,
+        })
     }
 }
 
@@ -132,7 +142,9 @@ fn tcp_sum(bytes: &[u8]) -> u32 {
 
 /// One's complement sum: independent of byte order, as long as it is written back in the same.
 fn sum(bytes: &[u8]) -> u32 {
-    let words = bytes.chunks_exact(2).map(|word| u32::from(u16::from_ne_bytes([word[0], word[1]])));
+    let words = bytes
+        .chunks_exact(2)
+        .map(|word| u32::from(u16::from_ne_bytes([word[0], word[1]])));
     let sum: u32 = words.sum();
     (sum & 0xffff) + (sum >> 16)
 }
@@ -165,7 +177,9 @@ mod tests {
 
     #[test]
     fn sums_are_those_of_a_checksum() {
-        let bytes = PacketBuilder::ipv4([0; 4], NODE.octets(), 64).tcp(0, TCP_PORT, 0, 64_240).syn();
+        let bytes = PacketBuilder::ipv4([0; 4], NODE.octets(), 64)
+            .tcp(0, TCP_PORT, 0, 64_240)
+            .syn();
         let mut whole = Vec::new();
         bytes.write(&mut whole, &[]).unwrap();
         let template = Shape::Syn.template().unwrap();

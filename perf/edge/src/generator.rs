@@ -98,7 +98,10 @@ impl<'o> Generator<'o> {
         let state = open.maps.bss_data.as_deref_mut().ok_or("no state")?;
         // Any seed but zero; rows are alike from run to run.
         state.state.random = 0x9e37_79b9_7f4a_7c15;
-        Ok(Self { skeleton: open.load()?, frame: template.bytes })
+        Ok(Self {
+            skeleton: open.load()?,
+            frame: template.bytes,
+        })
     }
 
     /// Sends `packets` at full speed from the calling thread, which must be in the attacker's namespace.
@@ -127,7 +130,10 @@ impl<'o> Generator<'o> {
     /// Mean cost of a packet when `program` is run over `packets` generated ones, the loop and the rewriting included.
     pub(crate) fn cost(&self, program: &impl AsFd, packets: u32) -> Result<Duration> {
         let descriptor = program.as_fd().as_raw_fd().to_ne_bytes();
-        self.skeleton.maps.next.update(&0u32.to_ne_bytes(), &descriptor, MapFlags::ANY)?;
+        self.skeleton
+            .maps
+            .next
+            .update(&0u32.to_ne_bytes(), &descriptor, MapFlags::ANY)?;
         let mut frame_out = vec![0; self.frame.len() + 256];
         let output = self.skeleton.progs.repeat.test_run(ProgramInput {
             data_in: Some(&self.frame),
@@ -141,6 +147,8 @@ impl<'o> Generator<'o> {
 
 impl std::fmt::Debug for Generator<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Generator").field("frame_bytes", &self.frame.len()).finish_non_exhaustive()
+        f.debug_struct("Generator")
+            .field("frame_bytes", &self.frame.len())
+            .finish_non_exhaustive()
     }
 }

@@ -1,52 +1,126 @@
-//! bench
+//! The edge against nftables and xdp-filter on one rig: what a hostile packet costs, and what honest clients still get.
+//!
+//! Two namespaces and a veth pair; a generator that writes every packet anew; filters take turns round by round, so that a
+//! slow minute of the host hits all alike. Every packet is accounted for, or the row is an error. `README.md` says how to
+//! read the figures.
+
+mod cost;
 mod cpu;
+mod edge;
+mod filters;
 mod frames;
 mod generator;
 mod namespace;
 mod receiver;
 mod reference;
+mod report;
 mod rig;
+mod rows;
 
+use std::fs;
+use std::mem::MaybeUninit;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+
+use crate::cpu::Clock;
+use crate::edge::Edges;
+use crate::filters::Parts;
+use crate::receiver::Receiver;
+use crate::report::{Report, Results};
+use crate::rig::Rig;
+
+/// A fault of the bench itself, or a packet that is not accounted for; it ends the run.
 pub(crate) type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-fn main() -> Result<()> {
-    namespace::guard()?;
-    cpu::pin_to(1)?;
-    let clock = cpu::Clock::of(1)?;
-    let mut o = std::mem::MaybeUninit::uninit();
-    let receiver = receiver::Receiver::load(&mut o, rig::CLIENT)?;
-    let rig = rig::Rig::build(&receiver)?;
-    for (shape, sources) in [
-        (frames::Shape::Initial, generator::Sources::ONE),
-        (frames::Shape::Initial, generator::Sources::ALL),
-        (frames::Shape::Syn, generator::Sources::MILLION),
-    ] {
-        let mut o = std::mem::MaybeUninit::uninit();
-        let generator = generator::Generator::load(&mut o, shape, sources, rig.client_index())?;
-        let link = {
-            let _n = rig.enter_node()?;
-            receiver.drop_all().attach_xdp(rig.node_index() as i32)?
-        };
-        {
-            let _c = rig.enter_client()?;
-            let before = clock.now()?;
-            generator.send(1_000_000)?;
-            let after = clock.now()?;
-            println!("{shape:?} {sources:?} {:?}", after - before);
+/// Measure what refusing a hostile packet costs.
+#[derive(Debug, Parser)]
+#[command(name = "bench-edge", version)]
+struct Cli {
+    /// One short round of everything, under 50 s.
+    #[arg(long)]
+    quick: bool,
+    /// Only rows whose name contains one of these.
+    #[arg(long, value_delimiter = ';')]
+    only: Vec<String>,
+    /// Interleaved rounds (default 7, or 1 with --quick).
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// Seconds for each measurement (default 1, or 0.3 with --quick).
+    #[arg(long)]
+    seconds: Option<f64>,
+    /// Core of generator, veth and filter.
+    #[arg(long, default_value_t = 1)]
+    cpu: usize,
+    /// Where the result goes.
+    #[arg(long, default_value = "perf/out/edge.json")]
+    out: PathBuf,
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench-edge: {error}");
+            ExitCode::FAILURE
         }
-        println!("{:?} {:?} {}", rig.received()?, receiver.counts()?, generator.sent()?);
-        drop(link);
-        println!("cost {:?}", generator.cost(receiver.nothing(), 1_000_000)?);
     }
-    {
-        let _n = rig.enter_node()?;
-        reference::load(&reference::ingress(rig.node_device()))?;
-        reference::flush()?;
-        reference::load(&reference::replica(true))?;
-        reference::flush()?;
-        println!("{:?}", reference::counters()?);
-        println!("{:?} {:?}", reference::has_xdp_filter(), reference::load_xdp_filter(rig.node_device()));
-        println!("{:?}", reference::unload_xdp_filter(rig.node_device()));
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    namespace::guard()?;
+    cpu::pin_to(cli.cpu)?;
+    let clock = Clock::of(cli.cpu)?;
+    let (rounds, seconds) = if cli.quick { (1, 0.3) } else { (7, 1.0) };
+    let rounds = cli.rounds.unwrap_or(rounds).max(1);
+    let lasts = Duration::from_secs_f64(cli.seconds.unwrap_or(seconds));
+
+    let mut object = MaybeUninit::uninit();
+    let receiver = Receiver::load(&mut object, rig::CLIENT)?;
+    let rig = Rig::build(&receiver)?;
+    let mut results = Results::default();
+    let mut rows = rows::all();
+    rows.retain(|row| {
+        let name = row.name();
+        cli.only.is_empty() || cli.only.iter().any(|part| name.contains(part.as_str()))
+    });
+    rows.retain(|row| match row.filter.missing() {
+        Some(why) => {
+            results.skip(format!("{}: {why}", row.name()));
+            false
+        }
+        None => true,
+    });
+    let edges = Edges::default();
+    let parts = Parts {
+        rig: &rig,
+        receiver: &receiver,
+        edges: &edges,
+    };
+    for round in 0..rounds {
+        for &row in &rows {
+            eprint!("\rround {}/{rounds}: {:<60}", round + 1, row.name());
+            let measured = row
+                .measure(&parts, &clock, lasts)
+                .map_err(|error| format!("{}: {error}", row.name()))?;
+            results.add(row, round, measured);
+        }
     }
+    eprintln!("\r{:<76}", "");
+    let report = Report::new(&results, rounds, cli.quick);
+    report.print();
+    write_json(&cli.out, &report)?;
+    eprintln!("written to {}", cli.out.display());
     Ok(())
+}
+
+fn write_json(path: &Path, report: &Report) -> Result<()> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    let mut text = serde_json::to_string_pretty(report)?;
+    text.push('\n');
+    Ok(fs::write(path, text)?)
 }

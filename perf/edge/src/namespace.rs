@@ -136,7 +136,9 @@ fn remove_stale() -> io::Result<()> {
     };
     for entry in entries {
         let name = entry?.file_name().to_string_lossy().into_owned();
-        let process = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
+        let process = name
+            .strip_prefix(PREFIX)
+            .and_then(|rest| rest.split('-').next());
         if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
             remove(&name);
         }

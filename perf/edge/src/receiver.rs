@@ -42,14 +42,13 @@ pub(crate) struct Counts {
 
 impl<'o> Receiver<'o> {
     /// `client` is the honest client's address at the attacker's end.
-    pub(crate) fn load(
-        object: &'o mut MaybeUninit<OpenObject>,
-        client: Ipv4Addr,
-    ) -> Result<Self> {
+    pub(crate) fn load(object: &'o mut MaybeUninit<OpenObject>, client: Ipv4Addr) -> Result<Self> {
         let mut open = ReceiverSkelBuilder::default().open(object)?;
         let constants = open.maps.rodata_data.as_deref_mut().ok_or("no constants")?;
         constants.client_address = u32::from_ne_bytes(client.octets());
-        Ok(Self { skeleton: open.load()? })
+        Ok(Self {
+            skeleton: open.load()?,
+        })
     }
 
     pub(crate) fn pass_all(&self) -> &ProgramMut<'o> {
@@ -84,7 +83,12 @@ impl<'o> Receiver<'o> {
             }
             Ok(sum)
         };
-        Ok(Counts { passed: sum(0)?, dropped: sum(1)?, retries: sum(2)?, answers: sum(3)? })
+        Ok(Counts {
+            passed: sum(0)?,
+            dropped: sum(1)?,
+            retries: sum(2)?,
+            answers: sum(3)?,
+        })
     }
 }
 

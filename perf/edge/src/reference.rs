@@ -6,6 +6,7 @@
 //! `log` of every packet that no rule took. Added: counters, so that every packet is accounted for.
 
 use std::fmt::Write as _;
+use std::fs;
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 
@@ -16,6 +17,8 @@ use crate::frames::{OPEN_PORT, TCP_PORT};
 use crate::namespace::run;
 
 const TABLE: &str = "bench";
+/// Counter of what the rules let through.
+const ACCEPTED: &str = "accepted";
 
 /// Addresses of other nodes in the automatic whitelist.
 const NODES: u32 = 500;
@@ -52,7 +55,7 @@ pub(crate) fn replica(open: bool) -> String {
   counter rate {{ }}
   counter connections {{ }}
   counter invalid {{ }}
-  counter accepted {{ }}
+  counter {ACCEPTED} {{ }}
   counter refused {{ }}
   chain input {{
     type filter hook input priority 0; policy drop;
@@ -63,11 +66,11 @@ pub(crate) fn replica(open: bool) -> String {
       counter name connections drop
     icmp type {{ destination-unreachable, time-exceeded, echo-request, echo-reply }} accept
     ip saddr {{ {nodes} }} ct state {{ new }} tcp dport {{ 22, 2497, {OPEN_PORT}, {TCP_PORT} }} \\
-      counter name accepted accept
+      counter name {ACCEPTED} accept
     ip saddr {{ 198.18.0.0/24 }} ct state {{ new }} tcp dport {{ {TCP_PORT} }} accept
     ip saddr {{ 203.0.113.4 }} ct state {{ new }} tcp dport {{ 1004 }} accept
     ip saddr {{ 203.0.113.6 }} ct state {{ new }} tcp dport {{ 1006 }} accept
-    ip saddr {{ {nodes}, 198.18.0.1 }} udp dport {{ {OPEN_PORT} }} counter name accepted accept
+    ip saddr {{ {nodes}, 198.18.0.1 }} udp dport {{ {OPEN_PORT} }} counter name {ACCEPTED} accept
     ct state {{ invalid }} counter name invalid drop
     ct state {{ established, related }} accept
     counter name refused
@@ -83,9 +86,15 @@ pub(crate) fn replica(open: bool) -> String {
 /// # Errors
 /// With nft's message.
 pub(crate) fn load(rules: &str) -> Result<()> {
-    let mut nft =
-        Command::new("nft").args(["-f", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    nft.stdin.take().ok_or("nft has no input")?.write_all(rules.as_bytes())?;
+    let mut nft = Command::new("nft")
+        .args(["-f", "-"])
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    nft.stdin
+        .take()
+        .ok_or("nft has no input")?
+        .write_all(rules.as_bytes())?;
     let output = nft.wait_with_output()?;
     if output.status.success() {
         return Ok(());
@@ -98,15 +107,16 @@ pub(crate) fn flush() -> Result<()> {
     run("nft", &["flush", "ruleset"]).map(drop)
 }
 
-/// Packets that a named counter of the rules has seen.
-#[derive(Debug, Deserialize)]
-pub(crate) struct Counter {
-    pub(crate) name: String,
+/// What the named counters of the rules have seen.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counted {
     pub(crate) packets: u64,
+    /// Those of them that the rules let through.
+    pub(crate) accepted: u64,
 }
 
-/// All named counters, in the namespace of the calling thread.
-pub(crate) fn counters() -> Result<Vec<Counter>> {
+/// Reads all named counters, in the namespace of the calling thread.
+pub(crate) fn counted() -> Result<Counted> {
     #[derive(Deserialize)]
     struct Listing {
         nftables: Vec<Entry>,
@@ -115,28 +125,64 @@ pub(crate) fn counters() -> Result<Vec<Counter>> {
     struct Entry {
         counter: Option<Counter>,
     }
+    #[derive(Deserialize)]
+    struct Counter {
+        name: String,
+        packets: u64,
+    }
     let listing: Listing = serde_json::from_str(&run("nft", &["-j", "list", "counters"])?)?;
-    Ok(listing.nftables.into_iter().filter_map(|entry| entry.counter).collect())
+    let mut counted = Counted::default();
+    for counter in listing
+        .nftables
+        .into_iter()
+        .filter_map(|entry| entry.counter)
+    {
+        counted.packets += counter.packets;
+        if counter.name == ACCEPTED {
+            counted.accepted += counter.packets;
+        }
+    }
+    Ok(counted)
 }
 
-/// Packets that every counter together has seen.
-pub(crate) fn counted() -> Result<u64> {
-    Ok(counters()?.iter().map(|counter| counter.packets).sum())
+/// Packets that conntrack had no room for, in the namespace of the calling thread.
+pub(crate) fn refused_by_conntrack() -> Result<u64> {
+    let text = fs::read_to_string("/proc/thread-self/net/stat/nf_conntrack")?;
+    let mut lines = text.lines().map(str::split_whitespace);
+    let mut names = lines.next().ok_or("no statistics of conntrack")?;
+    let column = names
+        .position(|name| name == "drop")
+        .ok_or("conntrack counts no drops")?;
+    let mut refused = 0;
+    // One line for each CPU, in hexadecimal.
+    for mut line in lines {
+        let word = line
+            .nth(column)
+            .ok_or("statistics of conntrack are short")?;
+        refused += u64::from_str_radix(word, 16)?;
+    }
+    Ok(refused)
 }
 
 /// Whether Debian's `xdp-tools` are there.
 pub(crate) fn has_xdp_filter() -> bool {
-    run("xdp-filter", &["--version"]).is_ok()
+    // It has no option that succeeds without doing anything; being found is what counts.
+    Command::new("xdp-filter").arg("help").output().is_ok()
 }
 
-/// Loads xdp-filter onto the device and lets it drop the open port.
+/// Loads xdp-filter onto the device, in the namespace of the calling thread, and lets it drop the open port.
 pub(crate) fn load_xdp_filter(device: &str) -> Result<()> {
-    run("xdp-filter", &["load", device, "--mode", "native", "--features", "udp,ipv4"])?;
-    let port = OPEN_PORT.to_string();
-    run("xdp-filter", &["port", &port, "--mode", "dst", "--proto", "udp"]).map(drop)
+    // It pins its maps below /sys/fs/bpf. A mount of its own, gone with the shell, leaves nothing behind; the program keeps
+    // the maps.
+    let script = format!(
+        "mount -t bpf bpf /sys/fs/bpf && \
+         xdp-filter load {device} --mode native --features udp,ipv4 && \
+         xdp-filter port {OPEN_PORT} --mode dst --proto udp"
+    );
+    run("unshare", &["--mount", "sh", "-c", &script]).map(drop)
 }
 
 /// Takes it off.
 pub(crate) fn unload_xdp_filter(device: &str) -> Result<()> {
-    run("xdp-filter", &["unload", device]).map(drop)
+    run("ip", &["link", "set", "dev", device, "xdp", "off"]).map(drop)
 }

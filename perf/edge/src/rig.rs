@@ -50,12 +50,27 @@ impl Rig {
         let node = Namespace::make("node")?;
         let peer = ["netns", node.name()];
         let mut add = vec!["link", "add", CLIENT_DEVICE, "netns", client.name()];
-        add.extend(["mtu", MTU, "type", "veth", "peer", "name", NODE_DEVICE, "mtu", MTU]);
+        add.extend([
+            "mtu",
+            MTU,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            NODE_DEVICE,
+            "mtu",
+            MTU,
+        ]);
         add.extend(peer);
         run("ip", &add)?;
         let client_index = set_up(&client, CLIENT_DEVICE, CLIENT_MAC, CLIENT, (NODE, NODE_MAC))?;
         let node_index = set_up(&node, NODE_DEVICE, NODE_MAC, NODE, (CLIENT, CLIENT_MAC))?;
-        let rig = Self { client, node, client_index, node_index };
+        let rig = Self {
+            client,
+            node,
+            client_index,
+            node_index,
+        };
         {
             let _client = rig.client.enter()?;
             Xdp::new(receiver.attacker().as_fd())
@@ -64,9 +79,15 @@ impl Rig {
         {
             let _node = rig.node.enter()?;
             // Answers to made-up sources leave by the attacker; no source is refused for its route.
-            run("ip", &["route", "add", "default", "via", &CLIENT.to_string()])?;
+            run(
+                "ip",
+                &["route", "add", "default", "via", &CLIENT.to_string()],
+            )?;
             for scope in ["all", NODE_DEVICE] {
-                run("sysctl", &["-qw", &format!("net.ipv4.conf.{scope}.rp_filter=0")])?;
+                run(
+                    "sysctl",
+                    &["-qw", &format!("net.ipv4.conf.{scope}.rp_filter=0")],
+                )?;
             }
             run("ethtool", &["-K", NODE_DEVICE, "gro", "on"])?;
         }
@@ -111,7 +132,10 @@ impl Rig {
             dropped: u64,
         }
         let _node = self.node.enter()?;
-        let text = run("ip", &["-json", "-statistics", "link", "show", "dev", NODE_DEVICE])?;
+        let text = run(
+            "ip",
+            &["-json", "-statistics", "link", "show", "dev", NODE_DEVICE],
+        )?;
         let [link]: [Link; 1] = serde_json::from_str(&text)?;
         let Rx { packets, dropped } = link.stats64.rx;
         Ok(Received { packets, dropped })
@@ -131,11 +155,27 @@ fn set_up(
     run("sysctl", &["-qw", "net.ipv6.conf.all.disable_ipv6=1"])?;
     run("ip", &["link", "set", "lo", "up"])?;
     run("ip", &["link", "set", device, "address", &text_of(mac)])?;
-    run("ip", &["address", "add", &format!("{address}/24"), "dev", device])?;
+    run(
+        "ip",
+        &["address", "add", &format!("{address}/24"), "dev", device],
+    )?;
     run("ip", &["link", "set", device, "up"])?;
     let other_mac = text_of(other_mac);
     let (other, permanent) = (other.to_string(), "permanent");
-    run("ip", &["neighbour", "add", &other, "lladdr", &other_mac, "dev", device, "nud", permanent])?;
+    run(
+        "ip",
+        &[
+            "neighbour",
+            "add",
+            &other,
+            "lladdr",
+            &other_mac,
+            "dev",
+            device,
+            "nud",
+            permanent,
+        ],
+    )?;
     let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
     Ok(name_to_index(any, device)?)
 }

@@ -1,0 +1,212 @@
+//! What stands at the node's end in a row: put there, read, and taken away again.
+
+use std::net::Ipv4Addr;
+
+use libbpf_rs::Link;
+use serde::{Deserialize, Serialize};
+
+use crate::Result;
+use crate::edge::{Case, Edges};
+use crate::generator::Sources;
+use crate::namespace::run;
+use crate::receiver::Receiver;
+use crate::reference;
+use crate::rig::Rig;
+
+/// One way to refuse hostile packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Filter {
+    /// An XDP program that drops all: what generator and veth cost, and part of every row.
+    Floor,
+    /// The edge, one verdict of it.
+    Edge(Case),
+    XdpFilter,
+    /// nftables, the device's ingress hook.
+    NftIngress,
+    /// nftables with the reference's rules; the attacker is on no list.
+    Reference,
+    /// The same; the attacker's addresses are on the whitelist.
+    ReferenceListed,
+    /// No filter: an XDP program that passes all, and a closed port.
+    Pass,
+}
+
+/// What a filter says of the packets that it has seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    pub(crate) seen: u64,
+    /// Let through to the stack.
+    pub(crate) passed: u64,
+    /// Answered by the filter itself.
+    pub(crate) answered: u64,
+    /// Went the way that the row is about.
+    pub(crate) expected: u64,
+}
+
+/// Everything that filters are made of.
+#[derive(Debug)]
+pub(crate) struct Parts<'a> {
+    pub(crate) rig: &'a Rig,
+    pub(crate) receiver: &'a Receiver<'a>,
+    pub(crate) edges: &'a Edges,
+}
+
+/// A filter that is in force until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Standing<'a> {
+    parts: &'a Parts<'a>,
+    filter: Filter,
+    sources: Sources,
+    _link: Option<Link>,
+}
+
+impl Filter {
+    pub(crate) fn label(self) -> String {
+        match self {
+            Self::Floor => "XDP, drop all".into(),
+            Self::Edge(case) => format!("edge, {}", case.label()),
+            Self::XdpFilter => "xdp-filter".into(),
+            Self::NftIngress => "nft ingress".into(),
+            Self::Reference => "reference's rules".into(),
+            Self::ReferenceListed => "reference's rules, listed".into(),
+            Self::Pass => "XDP, pass all".into(),
+        }
+    }
+
+    /// Why it cannot be measured here.
+    pub(crate) fn missing(self) -> Option<&'static str> {
+        (self == Self::XdpFilter && !reference::has_xdp_filter())
+            .then_some("xdp-filter is not installed (Debian: xdp-tools)")
+    }
+
+    /// Puts it in force at the node's end, against packets of so many sources.
+    pub(crate) fn stand<'a>(self, parts: &'a Parts<'a>, sources: Sources) -> Result<Standing<'a>> {
+        let _node = parts.rig.enter_node()?;
+        let device = parts.rig.node_device();
+        let index = i32::try_from(parts.rig.node_index())?;
+        let link = match self {
+            Self::Floor => Some(parts.receiver.drop_all().attach_xdp(index)?),
+            Self::Pass => Some(parts.receiver.pass_all().attach_xdp(index)?),
+            Self::Edge(case) => Some(parts.edges.of(case, sources)?.attach(index)?),
+            Self::XdpFilter => reference::load_xdp_filter(device).map(|()| None)?,
+            Self::NftIngress => reference::load(&reference::ingress(device)).map(|()| None)?,
+            Self::Reference => reference::load(&reference::replica(false)).map(|()| None)?,
+            Self::ReferenceListed => reference::load(&reference::replica(true)).map(|()| None)?,
+        };
+        Ok(Standing {
+            parts,
+            filter: self,
+            sources,
+            _link: link,
+        })
+    }
+}
+
+impl Standing<'_> {
+    /// What it has seen since the rig was built, or since it was put in force.
+    pub(crate) fn tally(&self) -> Result<Tally> {
+        let _node = self.parts.rig.enter_node()?;
+        match self.filter {
+            Filter::Floor => {
+                let seen = self.parts.receiver.counts()?.dropped;
+                Ok(Tally {
+                    seen,
+                    expected: seen,
+                    ..Tally::default()
+                })
+            }
+            Filter::Pass => {
+                let passed = self.parts.receiver.counts()?.passed;
+                let expected = stack()?.closed_ports;
+                Ok(Tally {
+                    seen: passed,
+                    passed,
+                    expected,
+                    answered: 0,
+                })
+            }
+            Filter::Edge(case) => self.parts.edges.of(case, self.sources)?.tally(),
+            Filter::XdpFilter => {
+                let seen = self.parts.rig.received()?.packets;
+                let passed = stack()?.received;
+                Ok(Tally {
+                    seen,
+                    passed,
+                    expected: seen.saturating_sub(passed),
+                    answered: 0,
+                })
+            }
+            Filter::NftIngress | Filter::Reference => {
+                let counted = reference::counted()?;
+                let expected = counted.packets - counted.accepted;
+                Ok(Tally {
+                    seen: counted.packets,
+                    passed: counted.accepted,
+                    expected,
+                    answered: 0,
+                })
+            }
+            Filter::ReferenceListed => {
+                let counted = reference::counted()?;
+                // Flows that were let through fill conntrack's table, which refuses before any rule sees the packet.
+                let seen = counted.packets + reference::refused_by_conntrack()?;
+                let passed = counted.accepted;
+                Ok(Tally {
+                    seen,
+                    passed,
+                    expected: seen,
+                    answered: 0,
+                })
+            }
+        }
+    }
+}
+
+impl Drop for Standing<'_> {
+    fn drop(&mut self) {
+        let gone = self
+            .parts
+            .rig
+            .enter_node()
+            .and_then(|_node| match self.filter {
+                Filter::XdpFilter => reference::unload_xdp_filter(self.parts.rig.node_device()),
+                Filter::NftIngress | Filter::Reference | Filter::ReferenceListed => {
+                    reference::flush()
+                }
+                Filter::Floor | Filter::Pass | Filter::Edge(_) => Ok(()),
+            });
+        if let Err(error) = gone {
+            eprintln!(
+                "bench-edge: {} stays in force: {error}",
+                self.filter.label()
+            );
+        }
+    }
+}
+
+/// What has reached the stack of the calling thread's namespace.
+#[derive(Debug)]
+struct Stack {
+    received: u64,
+    closed_ports: u64,
+}
+
+fn stack() -> Result<Stack> {
+    #[derive(Deserialize)]
+    struct Output {
+        kernel: Kernel,
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "PascalCase")]
+    struct Kernel {
+        ip_in_receives: u64,
+        udp_no_ports: u64,
+    }
+    let text = run("nstat", &["--json", "--zeros", "--ignore", "--noupdate"])?;
+    let Output { kernel } = serde_json::from_str(&text)?;
+    Ok(Stack {
+        received: kernel.ip_in_receives,
+        closed_ports: kernel.udp_no_ports,
+    })
+}

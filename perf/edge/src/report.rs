@@ -1,0 +1,318 @@
+//! Medians, per-round ratios and the targets.
+//!
+//! A ratio compares two rows within one round and is then the median over the rounds, because the host has slow minutes.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::cost::{Cost, Subject};
+use crate::edge::Case;
+use crate::filters::Filter;
+use crate::frames::Shape;
+use crate::generator::Sources;
+use crate::rows::{Measured, Row};
+
+/// Every measurement of a run.
+#[derive(Debug, Default)]
+pub(crate) struct Results {
+    rows: BTreeMap<Row, BTreeMap<usize, Measured>>,
+    costs: BTreeMap<Subject, Vec<Cost>>,
+    skipped: Vec<String>,
+}
+
+impl Results {
+    pub(crate) fn add(&mut self, row: Row, round: usize, measured: Measured) {
+        self.rows.entry(row).or_default().insert(round, measured);
+    }
+
+    pub(crate) fn add_cost(&mut self, subject: Subject, cost: Cost) {
+        self.costs.entry(subject).or_default().push(cost);
+    }
+
+    pub(crate) fn skip(&mut self, what: String) {
+        self.skipped.push(what);
+    }
+
+    fn median_of(&self, row: Row, metric: fn(&Measured) -> f64) -> Option<f64> {
+        median(self.rows.get(&row)?.values().map(metric).collect())
+    }
+
+    /// Median over the rounds of how many packets of `ours` the time of one packet of `theirs` buys.
+    fn ratio(&self, ours: Row, theirs: Row) -> Option<f64> {
+        let theirs = self.rows.get(&theirs)?;
+        let ratios = self.rows.get(&ours)?.iter().filter_map(|(round, ours)| {
+            Some(ours.mpps_per_cpu_second / theirs.get(round)?.mpps_per_cpu_second)
+        });
+        median(ratios.collect())
+    }
+
+    /// Least of the rounds: interruptions only ever add.
+    fn cost(&self, subject: Subject) -> Option<f64> {
+        self.costs
+            .get(&subject)?
+            .iter()
+            .map(|cost| cost.net_ns())
+            .reduce(f64::min)
+    }
+}
+
+/// What is written to `perf/out/edge.json`.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    rounds: usize,
+    quick: bool,
+    rows: Vec<RowMedians>,
+    costs: Vec<CostLine>,
+    targets: Vec<Target>,
+    skipped: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct RowMedians {
+    filter: String,
+    packets: &'static str,
+    sources: Sources,
+    #[serde(flatten)]
+    medians: Measured,
+}
+
+#[derive(Debug, Serialize)]
+struct CostLine {
+    what: String,
+    /// Least of the rounds, the loop taken off.
+    ns_per_packet: f64,
+    /// What was taken off.
+    loop_ns: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Better {
+    Higher,
+    Lower,
+}
+
+#[derive(Debug, Serialize)]
+struct Target {
+    name: &'static str,
+    /// Null when the run left a row of it out.
+    value: Option<f64>,
+    target: f64,
+    better: Better,
+    holds: bool,
+}
+
+impl Report {
+    pub(crate) fn new(results: &Results, rounds: usize, quick: bool) -> Self {
+        let rows = results.rows.keys().map(|&row| {
+            let of = |metric| results.median_of(row, metric).unwrap_or_default();
+            RowMedians {
+                filter: row.filter.label(),
+                packets: row.shape.label(),
+                sources: row.sources,
+                medians: Measured {
+                    mpps_per_cpu_second: of(|m| m.mpps_per_cpu_second),
+                    ns_per_packet: of(|m| m.ns_per_packet),
+                    passed: of(|m| m.passed),
+                    answered: of(|m| m.answered),
+                },
+            }
+        });
+        let costs = results.costs.iter().map(|(subject, costs)| CostLine {
+            what: subject.label(),
+            ns_per_packet: results.cost(*subject).unwrap_or_default(),
+            loop_ns: costs
+                .iter()
+                .map(|cost| cost.loop_ns)
+                .reduce(f64::min)
+                .unwrap_or_default(),
+        });
+        Self {
+            rounds,
+            quick,
+            rows: rows.collect(),
+            costs: costs.collect(),
+            targets: targets(results),
+            skipped: results.skipped.clone(),
+        }
+    }
+
+    pub(crate) fn print(&self) {
+        println!(
+            "{:<26} {:<18} {:>7} {:>11} {:>10} {:>8} {:>9}",
+            "filter", "packets", "sources", "Mpps/CPU s", "ns/packet", "passed", "answered"
+        );
+        for row in &self.rows {
+            let m = &row.medians;
+            println!(
+                "{:<26} {:<18} {:>7} {:>11.2} {:>10.0} {:>8} {:>9}",
+                row.filter,
+                row.packets,
+                row.sources.label(),
+                m.mpps_per_cpu_second,
+                m.ns_per_packet,
+                percent(m.passed),
+                percent(m.answered),
+            );
+        }
+        if !self.costs.is_empty() {
+            println!(
+                "\n{:<56} {:>10} {:>10}",
+                "program alone (test run)", "ns/packet", "loop"
+            );
+        }
+        for cost in &self.costs {
+            println!(
+                "{:<56} {:>10.0} {:>10.0}",
+                cost.what, cost.ns_per_packet, cost.loop_ns
+            );
+        }
+        println!("\n{:<56} {:>10} {:>10}  holds", "target", "value", "target");
+        for target in &self.targets {
+            let sign = if target.better == Better::Higher {
+                ">="
+            } else {
+                "<="
+            };
+            let verdict = match (target.value, target.holds) {
+                (None, _) => "not measured",
+                (_, true) => "yes",
+                (_, false) => "NO",
+            };
+            let value = target
+                .value
+                .map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
+            println!(
+                "{:<56} {value:>10} {sign} {:>7.2}  {verdict}",
+                target.name, target.target
+            );
+        }
+        for skipped in &self.skipped {
+            println!("SKIPPED: {skipped}");
+        }
+    }
+}
+
+fn percent(share: f64) -> String {
+    if share == 0.0 {
+        "-".into()
+    } else {
+        format!("{:.1} %", share * 100.0)
+    }
+}
+
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => None,
+        length if length % 2 == 1 => Some(values[middle]),
+        _ => Some(f64::midpoint(values[middle - 1], values[middle])),
+    }
+}
+
+fn targets(results: &Results) -> Vec<Target> {
+    use Better::{Higher, Lower};
+
+    let initial = |filter, sources| Row {
+        filter,
+        shape: Shape::Initial,
+        sources,
+    };
+    let to_reference = |sources| {
+        let ours = initial(Filter::Edge(Case::Full), sources);
+        results.ratio(ours, initial(Filter::Reference, sources))
+    };
+    let retry = initial(Filter::Edge(Case::Retry), Sources::ALL);
+    let prefixes = results
+        .cost(Subject::Prefixes)
+        .zip(results.cost(Subject::Admitted(Sources::ALL)))
+        .map(|(with, without)| with - without);
+    let target = |name, value: Option<f64>, target, better| Target {
+        name,
+        value,
+        target,
+        better,
+        holds: value.is_some_and(|value| match better {
+            Higher => value >= target,
+            Lower => value <= target,
+        }),
+    };
+    vec![
+        target(
+            "full path, 1 source: times the reference's rules",
+            to_reference(Sources::ONE),
+            5.0,
+            Higher,
+        ),
+        target(
+            "full path, 1 M sources: times the reference's rules",
+            to_reference(Sources::MILLION),
+            5.0,
+            Higher,
+        ),
+        target(
+            "full path, 2^32 sources: ns",
+            results.cost(Subject::Admitted(Sources::ALL)),
+            200.0,
+            Lower,
+        ),
+        target("100,000 prefixes add: ns", prefixes, 60.0, Lower),
+        target(
+            "Retry, 2^32 sources: million per CPU second",
+            results.median_of(retry, |m| m.mpps_per_cpu_second),
+            1.5,
+            Higher,
+        ),
+    ]
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "test code")]
+mod tests {
+    use super::*;
+
+    fn rate(mpps_per_cpu_second: f64) -> Measured {
+        Measured {
+            mpps_per_cpu_second,
+            ..Measured::default()
+        }
+    }
+
+    #[test]
+    fn ratios_are_taken_inside_a_round() {
+        let mut results = Results::default();
+        let row = |filter| Row {
+            filter,
+            shape: Shape::Initial,
+            sources: Sources::ONE,
+        };
+        // The second round is slow for all: the ratio does not see it.
+        for (round, host) in [1.0, 0.5, 1.0].into_iter().enumerate() {
+            results.add(row(Filter::Edge(Case::Full)), round, rate(5.5 * host));
+            results.add(row(Filter::Reference), round, rate(1.0 * host));
+        }
+        let targets = targets(&results);
+        assert_eq!(targets[0].value, Some(5.5));
+        assert!(targets[0].holds);
+        assert!(targets[1].value.is_none() && !targets[1].holds);
+    }
+
+    #[test]
+    fn the_report_has_the_agreed_form() {
+        let mut results = Results::default();
+        let row = Row {
+            filter: Filter::Floor,
+            shape: Shape::Syn,
+            sources: Sources::ALL,
+        };
+        results.add(row, 0, rate(7.0));
+        let report = serde_json::to_value(Report::new(&results, 1, true)).unwrap();
+        assert_eq!(report["rows"][0]["filter"], "XDP, drop all");
+        assert_eq!(report["rows"][0]["packets"], "syn");
+        assert_eq!(report["rows"][0]["sources"], 1u64 << 32);
+        assert_eq!(report["rows"][0]["mpps_per_cpu_second"], 7.0);
+        assert_eq!(report["targets"][0]["better"], "higher");
+    }
+}

@@ -1,0 +1,199 @@
+//! Rows: one filter against one kind of packet from so many sources, in interleaved rounds.
+//!
+//! A row is an error unless every packet that was sent is accounted for: received by the node's device, seen by the filter's
+//! own counters, and gone the way that the row is about.
+
+use std::mem::MaybeUninit;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::Result;
+use crate::cpu::Clock;
+use crate::edge::Case;
+use crate::filters::{Filter, Parts, Standing, Tally};
+use crate::frames::Shape;
+use crate::generator::{Generator, Sources};
+
+/// Packets of one call into the kernel: tens of milliseconds.
+const PACKETS_PER_CALL: u32 = 50_000;
+/// Before the clock starts: sets fill up (65,535 entries), bursts are spent, caches and branch predictors settle.
+const WARM_UP: u32 = 200_000;
+/// How long the last packets may take to be counted.
+const SETTLE: Duration = Duration::from_secs(2);
+/// Of the packets sent, how many must go the expected way. Not all: the edge's budgets let a few through, however low.
+const EXPECTED_SHARE: f64 = 0.999;
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Row {
+    pub(crate) filter: Filter,
+    pub(crate) shape: Shape,
+    pub(crate) sources: Sources,
+}
+
+/// One measurement of a row.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub(crate) struct Measured {
+    /// Of the core's time, generator and veth included.
+    pub(crate) mpps_per_cpu_second: f64,
+    pub(crate) ns_per_packet: f64,
+    /// Share that reached the stack.
+    pub(crate) passed: f64,
+    /// Share that the filter answered by itself.
+    pub(crate) answered: f64,
+}
+
+/// Every row, filters side by side.
+pub(crate) fn all() -> Vec<Row> {
+    use Sources as S;
+    let row = |filter, shape, sources| Row {
+        filter,
+        shape,
+        sources,
+    };
+    let mut rows = Vec::new();
+    for sources in [S::ONE, S::SIXTEEN_THOUSAND, S::MILLION, S::ALL] {
+        let mut initial = |filter| rows.push(row(filter, Shape::Initial, sources));
+        initial(Filter::Floor);
+        initial(Filter::Edge(Case::Deny));
+        // Nobody can be charged for 2^32 made-up sources: there the way ends in a Retry.
+        if sources != S::ALL {
+            initial(Filter::Edge(Case::Full));
+        }
+        initial(Filter::Edge(Case::Retry));
+        initial(Filter::Reference);
+        if matches!(sources, S::ONE | S::MILLION) {
+            initial(Filter::ReferenceListed);
+            initial(Filter::XdpFilter);
+            initial(Filter::NftIngress);
+        }
+        if matches!(sources, S::ONE | S::MILLION) {
+            rows.push(row(Filter::Pass, Shape::InitialElsewhere, sources));
+        }
+    }
+    rows.push(row(Filter::Edge(Case::Garbage), Shape::ShortHeader, S::ALL));
+    rows.push(row(Filter::Edge(Case::Syn), Shape::Syn, S::ALL));
+    rows.push(row(Filter::Reference, Shape::Syn, S::ALL));
+    rows
+}
+
+impl Row {
+    pub(crate) fn name(self) -> String {
+        format!(
+            "{}, {}, {}",
+            self.filter.label(),
+            self.shape.label(),
+            self.sources.label()
+        )
+    }
+
+    /// Measures it once for at least `lasts` of wall time.
+    pub(crate) fn measure(
+        self,
+        parts: &Parts<'_>,
+        clock: &Clock,
+        lasts: Duration,
+    ) -> Result<Measured> {
+        let mut object = MaybeUninit::uninit();
+        let interface = parts.rig.client_index();
+        let generator = Generator::load(&mut object, self.shape, self.sources, interface)?;
+        let standing = self.filter.stand(parts, self.sources)?;
+        let rest = Snapshot::read(parts, &standing, &generator)?;
+        let client = parts.rig.enter_client()?;
+        generator.send(WARM_UP)?;
+        drop(client);
+        let before = Snapshot::settled(parts, &standing, &generator, rest)?;
+
+        let client = parts.rig.enter_client()?;
+        let (started, cpu_before) = (Instant::now(), clock.now()?);
+        while started.elapsed() < lasts {
+            generator.send(PACKETS_PER_CALL)?;
+        }
+        let cpu = clock.now()?.saturating_sub(cpu_before);
+        drop(client);
+        let after = Snapshot::settled(parts, &standing, &generator, before)?;
+
+        let sent = after.sent - before.sent;
+        self.check(before, after)?;
+        let share =
+            |of: fn(&Tally) -> u64| (of(&after.tally) - of(&before.tally)) as f64 / sent as f64;
+        Ok(Measured {
+            mpps_per_cpu_second: sent as f64 / cpu.as_secs_f64() / 1e6,
+            ns_per_packet: cpu.as_nanos() as f64 / sent as f64,
+            passed: share(|tally| tally.passed),
+            answered: share(|tally| tally.answered),
+        })
+    }
+
+    fn check(self, before: Snapshot, after: Snapshot) -> Result<()> {
+        let sent = after.sent - before.sent;
+        let expected = after.tally.expected - before.tally.expected;
+        let answered = after.tally.answered - before.tally.answered;
+        let returned = after.returned - before.returned;
+        // ICMP and resets of the stack come back as well, but only where the stack was reached.
+        let lost = answered != returned && after.tally.passed == before.tally.passed;
+        if (expected as f64) < sent as f64 * EXPECTED_SHARE || lost {
+            let name = self.name();
+            return Err(format!(
+                "{name}: {sent} packets sent, {expected} went the expected way; \
+                 {answered} answered, {returned} answers came back"
+            )
+            .into());
+        }
+        Ok(())
+    }
+}
+
+/// All counters at one moment.
+#[derive(Clone, Copy, Debug)]
+struct Snapshot {
+    sent: u64,
+    received: u64,
+    /// Answers of the filter that the attacker has received.
+    returned: u64,
+    tally: Tally,
+}
+
+impl Snapshot {
+    /// Reads until everything sent since `earlier` is accounted for.
+    ///
+    /// # Errors
+    /// If it is not in time: packets were lost, or counted twice.
+    fn settled(
+        parts: &Parts<'_>,
+        standing: &Standing<'_>,
+        generator: &Generator<'_>,
+        earlier: Self,
+    ) -> Result<Self> {
+        let deadline = Instant::now() + SETTLE;
+        loop {
+            let now = Self::read(parts, standing, generator)?;
+            let sent = now.sent - earlier.sent;
+            let seen = now.tally.seen.saturating_sub(earlier.tally.seen);
+            let received = now.received.saturating_sub(earlier.received);
+            if seen == sent && received == sent {
+                return Ok(now);
+            }
+            if Instant::now() > deadline {
+                return Err(
+                    format!("{sent} packets sent, {received} received, {seen} seen").into(),
+                );
+            }
+        }
+    }
+
+    fn read(parts: &Parts<'_>, standing: &Standing<'_>, generator: &Generator<'_>) -> Result<Self> {
+        let received = parts.rig.received()?;
+        if received.dropped > 0 {
+            return Err(format!("the veth's ring dropped {} packets", received.dropped).into());
+        }
+        let counts = parts.receiver.counts()?;
+        Ok(Self {
+            sent: generator.sent()?,
+            received: received.packets,
+            returned: counts.retries + counts.answers,
+            tally: standing.tally()?,
+        })
+    }
+}
