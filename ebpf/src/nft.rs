@@ -14,6 +14,9 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use millrace_edge_policy::packet::Protocol;
+use millrace_edge_policy::rules::{Compiled, Provenance, Rule, RuleAction, Sources, User};
+use millrace_edge_policy::settings::Mode;
 use serde::{Deserialize, Serialize};
 
 /// Mark of packets that the program passed, in the bits of [`MARK_MASK`].
@@ -35,87 +38,26 @@ pub struct Table {
     /// Answers to refused packets, per second, at least 1; the program has spent its own budget before.
     pub rejects_per_second: u32,
     /// Rules for what this host sends; the first match wins, no match is allowed.
-    pub outbound: Vec<OutboundRule>,
+    pub outbound: Vec<Rule>,
 }
 
-/// A rule for what this host sends.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct OutboundRule {
-    /// Its number among the rules of its registry version, for people and for errors.
-    pub number: u32,
-    /// Destinations; empty: any.
-    pub prefixes: Vec<IpNet>,
-    /// Protocol; none: UDP and TCP if there are ports, else any.
-    pub protocol: Option<Protocol>,
-    /// Destination ports; empty: any.
-    pub ports: Vec<RangeInclusive<u16>>,
-    /// Owner of the sending socket; none: anybody.
-    pub user: Option<User>,
-    /// What becomes of the packet.
-    pub action: Action,
-}
-
-/// A transport protocol.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Protocol {
-    /// UDP.
-    Udp,
-    /// TCP.
-    Tcp,
-}
-
-/// What becomes of an outbound packet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Action {
-    /// It is sent.
-    Allow,
-    /// It is dropped.
-    Deny,
-    /// It is dropped and the sender told.
-    Reject,
-}
-
-/// Owner of a socket.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum User {
-    /// By number.
-    Id(u32),
-    /// By name, looked up when the table is applied.
-    Name(UserName),
-}
-
-/// Name of a user: 1 to 32 of `a-z`, `A-Z`, `0-9`, `_`, `-`, `.`, beginning with a letter or `_`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct UserName(String);
-
-/// A text that is not the name of a user.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{0:?} is not a user's name: 1 to 32 of a-z, A-Z, 0-9, '_', '-', '.', beginning with a letter or '_'"
-)]
-pub struct NotAUserName(String);
-
-impl TryFrom<String> for UserName {
-    type Error = NotAUserName;
-
-    fn try_from(name: String) -> Result<Self, NotAUserName> {
-        let first = |c: char| c.is_ascii_alphabetic() || c == '_';
-        let rest = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-        if name.len() <= 32 && name.starts_with(first) && name.chars().all(rest) {
-            Ok(Self(name))
-        } else {
-            Err(NotAUserName(name))
+impl Table {
+    /// The table that goes with a set for the program.
+    #[must_use]
+    pub fn of(compiled: &Compiled) -> Self {
+        let settings = &compiled.settings;
+        let ports = |protocol| {
+            let services = settings.services.iter();
+            let services = services.filter(|service| service.kind.protocol() == protocol);
+            services.map(|service| service.port).collect()
+        };
+        Self {
+            enforce: settings.mode == Mode::Enforce,
+            udp: ports(Protocol::Udp),
+            tcp: ports(Protocol::Tcp),
+            rejects_per_second: REJECTS_PER_SECOND,
+            outbound: compiled.outbound.clone(),
         }
-    }
-}
-
-impl From<UserName> for String {
-    fn from(name: UserName) -> Self {
-        name.0
     }
 }
 
@@ -135,10 +77,10 @@ pub enum NftError {
     #[error("cannot talk to nft: {0}")]
     Talk(#[source] io::Error),
     /// It refused the table.
-    #[error("nft refuses {}: {message}", match rule { Some(rule) => format!("outbound rule {rule}"), None => "the table".into() })]
+    #[error("{}: nft says: {message}", culprit(*rule))]
     Refused {
-        /// Number of the outbound rule that it names, if it names one.
-        rule: Option<u32>,
+        /// The outbound rule that it names, if it names one.
+        rule: Option<Provenance>,
         /// Its own words.
         message: String,
     },
@@ -219,7 +161,7 @@ impl Nft {
 /// What `nft` reads, and which line belongs to which rule.
 struct Script {
     text: String,
-    rule_of_line: Vec<Option<u32>>,
+    rule_of_line: Vec<Option<Provenance>>,
 }
 
 impl Script {
@@ -234,7 +176,7 @@ impl Script {
         self.line_of(None, text);
     }
 
-    fn line_of(&mut self, rule: Option<u32>, text: fmt::Arguments<'_>) {
+    fn line_of(&mut self, rule: Option<Provenance>, text: fmt::Arguments<'_>) {
         // Writing into a `String` cannot fail.
         let _ = writeln!(self.text, "{text}");
         self.rule_of_line.push(rule);
@@ -293,27 +235,23 @@ impl Script {
         self.line(format_args!("}}"));
     }
 
-    fn output(&mut self, rules: &[OutboundRule]) {
+    fn output(&mut self, rules: &[Rule]) {
         self.line(format_args!("chain output {{"));
-        self.line(format_args!(
-            "type filter hook output priority filter - 10; policy accept;"
-        ));
+        self.line(format_args!("type filter hook output priority filter - 10; policy accept;"));
         for rule in rules {
-            for destinations in destinations(&rule.prefixes) {
-                let action = match (rule.action, rule.protocol) {
-                    (Action::Allow, _) => "accept",
-                    (Action::Deny, _) => "drop",
-                    (Action::Reject, Some(Protocol::Tcp)) => "reject with tcp reset",
-                    (Action::Reject, _) => "reject with icmpx admin-prohibited",
-                };
+            let sender = owner(rule.user.as_ref());
+            let transport = transport(rule.protocol, rule.ports.as_deref());
+            let verdict = match (rule.action, rule.protocol) {
+                (RuleAction::Allow, _) => "accept",
+                (RuleAction::Deny, _) => "drop",
+                (RuleAction::Reject, Some(Protocol::Tcp)) => "reject with tcp reset",
+                (RuleAction::Reject, _) => "reject with icmpx admin-prohibited",
+            };
+            let comment = comment(rule.provenance);
+            for destination in destinations(&rule.sources) {
                 self.line_of(
-                    Some(rule.number),
-                    format_args!(
-                        "{destinations}{}{}counter {action} comment \"rule {}\"",
-                        owner(rule.user.as_ref()),
-                        transport(rule.protocol, &rule.ports),
-                        rule.number,
-                    ),
+                    Some(rule.provenance),
+                    format_args!("{destination}{sender}{transport}counter {verdict} {comment}"),
                 );
             }
         }
@@ -336,11 +274,12 @@ impl Script {
     }
 }
 
-/// One match for each family that the prefixes have; one that matches all if there are none.
-fn destinations(prefixes: &[IpNet]) -> Vec<String> {
-    if prefixes.is_empty() {
-        return vec![String::new()];
-    }
+/// One match for each family that the prefixes have; one that matches all for any destination.
+fn destinations(to: &Sources) -> Vec<String> {
+    let prefixes = match to {
+        Sources::Any => return vec![String::new()],
+        Sources::Prefixes(prefixes) => prefixes,
+    };
     // An interval set refuses overlaps, so nested prefixes are merged first.
     let v4: Vec<Ipv4Net> = prefixes
         .iter()
@@ -366,29 +305,43 @@ fn destinations(prefixes: &[IpNet]) -> Vec<String> {
     matches
 }
 
+/// A name is looked up by `nft`; its letters are those that [`User`] allows.
 fn owner(user: Option<&User>) -> String {
-    match user {
+    match user.map(User::as_str) {
         None => String::new(),
-        Some(User::Id(id)) => format!("meta skuid {id} "),
-        Some(User::Name(UserName(name))) => format!("meta skuid \"{name}\" "),
+        Some(number) if number.bytes().all(|byte| byte.is_ascii_digit()) => {
+            format!("meta skuid {number} ")
+        }
+        Some(name) => format!("meta skuid \"{name}\" "),
     }
 }
 
-fn transport(protocol: Option<Protocol>, ports: &[RangeInclusive<u16>]) -> String {
+fn transport(protocol: Option<Protocol>, ports: Option<&[RangeInclusive<u16>]>) -> String {
     let name = match protocol {
-        None if ports.is_empty() => return String::new(),
+        None if ports.is_none() => return String::new(),
         None => "meta l4proto { tcp, udp } th",
         Some(Protocol::Udp) => "udp",
         Some(Protocol::Tcp) => "tcp",
     };
-    if ports.is_empty() {
-        return format!("meta l4proto {name} ");
-    }
+    let Some(ports) = ports else { return format!("meta l4proto {name} ") };
     let ranges = merged(ports);
-    let ranges = ranges
-        .iter()
-        .map(|range| format!("{}-{}", range.start(), range.end()));
+    let ranges = ranges.iter().map(|range| format!("{}-{}", range.start(), range.end()));
     format!("{name} dport {} ", set(ranges))
+}
+
+fn comment(provenance: Provenance) -> String {
+    match provenance {
+        Provenance::Registry { number, .. } => format!("comment \"rule {number}\""),
+        Provenance::Temporary { .. } | Provenance::Members => String::new(),
+    }
+}
+
+/// Who is to blame, for people.
+fn culprit(rule: Option<Provenance>) -> String {
+    match rule {
+        Some(rule) => rule.to_string(),
+        None => "the table inet millrace".to_owned(),
+    }
 }
 
 /// The same ports, in ranges that neither overlap nor touch: an interval set refuses overlaps.
@@ -414,3 +367,6 @@ fn set(elements: impl IntoIterator<Item = impl fmt::Display>) -> String {
         .collect();
     format!("{{ {} }}", elements.join(", "))
 }
+
+/// Enough for people who try a refused port, and too little to be worth provoking: the default budget of the program.
+const REJECTS_PER_SECOND: u32 = 100;

@@ -8,7 +8,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use ipnet::IpNet;
+use millrace_edge_policy::rules::Temporary;
 use serde::{Deserialize, Serialize};
 
 use crate::pins::{Lock, Pins};
@@ -43,8 +43,8 @@ pub struct State {
     pub set: u32,
     /// Version of the registry that it came from, if it came from one.
     pub registry_version: Option<u64>,
-    /// Rules that end by themselves.
-    pub temporary: Vec<TemporaryRule>,
+    /// Rules that end by themselves, in the order of their issue.
+    pub temporary: Vec<Temporary>,
 }
 
 /// An interface that the program is attached to.
@@ -57,18 +57,6 @@ pub struct Interface {
     pub index: u32,
     /// What was asked for.
     pub mode: AttachMode,
-}
-
-/// A rule that ends by itself.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TemporaryRule {
-    /// Sources.
-    pub prefix: IpNet,
-    /// Whether they are allowed; otherwise they are denied.
-    pub allow: bool,
-    /// When it ends: seconds since 1970, by the wall clock.
-    pub until_unix_seconds: u64,
 }
 
 /// Why the file could not be read or written.
@@ -195,6 +183,7 @@ fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use millrace_edge_policy::rules::RuleAction;
 
     fn pins() -> (tempfile::TempDir, Pins) {
         let folder = tempfile::tempdir().unwrap();
@@ -215,9 +204,9 @@ mod tests {
             enforce: true,
             set: 12,
             registry_version: Some(40),
-            temporary: vec![TemporaryRule {
+            temporary: vec![Temporary {
                 prefix: "2001:db8::/32".parse().unwrap(),
-                allow: false,
+                action: RuleAction::Deny,
                 until_unix_seconds: 1_900_000_000,
             }],
             ..State::default()
@@ -238,9 +227,9 @@ mod tests {
 
     #[test]
     fn rules_end_when_their_time_is_over() {
-        let rule = |until| TemporaryRule {
+        let rule = |until| Temporary {
             prefix: "192.0.2.0/24".parse().unwrap(),
-            allow: true,
+            action: RuleAction::Allow,
             until_unix_seconds: until,
         };
         let mut state = State { temporary: vec![rule(100), rule(160)], ..State::default() };
