@@ -211,7 +211,8 @@ impl Sample {
     fn pressure(&self, elapsed_ns: u64) -> Pressure {
         let each_second = |count: u64| {
             let rate = u128::from(count) * 1_000_000_000 / u128::from(elapsed_ns.max(1));
-            u64::try_from(rate).unwrap_or(u64::MAX)
+            // Even the greatest rate does not reach a mark that is never reached.
+            u64::try_from(rate).unwrap_or(u64::MAX).min(u64::MAX - 1)
         };
         let half_open_max = self.half_open_max.max(1) as u64;
         Pressure {

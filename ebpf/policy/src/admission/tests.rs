@@ -1,1 +1,391 @@
+//! Who may open a connection, by each of the reasons that user space can see.
 
+use std::thread;
+
+use super::*;
+use crate::cid::{HANDSHAKE_EPOCH_SHIFT, Place, ROAMING_EPOCH_SHIFT};
+
+const NOW: u64 = 5_000_000_000_000;
+const WALL: u64 = 1_700_000_000_000_000_000;
+const DCID: [u8; 8] = [3, 1, 4, 1, 5, 9, 2, 6];
+const NODE: u32 = 77;
+const PAIR: Key = Key { k0: 5, k1: 6 };
+
+fn config() -> AdmissionConfig {
+    let limit = Limit::per(1, Duration::from_secs(60), 3);
+    AdmissionConfig {
+        unvalidated: Limit::per(1, Duration::from_secs(1), 4),
+        source: [limit, limit.scaled(4), limit.scaled(16)],
+        peer: Limit::per(1, Duration::from_secs(1), 5),
+        proof: Limit::per(1, Duration::from_secs(1), 2),
+        connections_max: 2,
+        sources_max: 3,
+        half_open_retry: 10,
+        sketch_lines: 1 << 8,
+    }
+}
+
+/// Bytes that differ at every call.
+fn numbered() -> impl FnMut() -> [u8; 16] {
+    let mut number = 0u128;
+    move || {
+        number += 1;
+        number.to_le_bytes()
+    }
+}
+
+fn admission() -> Admission {
+    let admission = Admission::new(config(), NOW, numbered());
+    admission.set_peers(BTreeMap::from([(NODE, PAIR)]));
+    admission
+}
+
+fn from(host: u8) -> SocketAddr {
+    SocketAddr::from(([192, 0, host, 1], 4_100))
+}
+
+impl Admission {
+    /// A first packet with nothing to show.
+    fn plain(&self, from: SocketAddr) -> First {
+        self.first_packet(from, &DCID, &[], 0, NOW, WALL)
+    }
+
+    fn prove(&self, from: SocketAddr, nonce: u8) -> First {
+        let id = proof::make(9, NODE, [nonce; 6], from.ip(), WALL, PAIR);
+        self.first_packet(from, &id, &[], 0, NOW, WALL)
+    }
+
+    /// A first packet that brings what an earlier Retry gave it.
+    fn with_token(&self, from: SocketAddr, minted: &Minted, now_ns: u64) -> First {
+        self.first_packet(from, &minted.retry_id, &minted.token, 0, now_ns, WALL)
+    }
+
+    /// What a Retry gives this client now.
+    fn retried(&self, from: SocketAddr) -> Minted {
+        token::mint(&DCID, from, &self.keys(), NOW).unwrap()
+    }
+}
+
+fn accepted() -> First {
+    First::Accept {
+        original: None,
+        peer: None,
+    }
+}
+
+fn accepted_by_token() -> First {
+    First::Accept {
+        original: OriginalId::new(&DCID),
+        peer: None,
+    }
+}
+
+#[track_caller]
+fn assert_retry(admission: &Admission, first: First, from: SocketAddr) {
+    let First::Retry(minted) = first else {
+        panic!("{first:?} is no Retry");
+    };
+    assert_eq!(
+        admission.with_token(from, &minted, NOW),
+        accepted_by_token()
+    );
+}
+
+#[test]
+fn strangers_share_a_budget_and_then_get_a_retry() {
+    let admission = admission();
+    for host in 0..4 {
+        assert_eq!(admission.plain(from(host)), accepted());
+    }
+    assert_retry(&admission, admission.plain(from(4)), from(4));
+    // Time refills it.
+    let later = NOW + 1_000_000_000;
+    let first = admission.first_packet(from(5), &DCID, &[], 0, later, WALL);
+    assert_eq!(first, accepted());
+}
+
+#[test]
+fn many_half_open_handshakes_and_stress_ask_for_an_address() {
+    let admission = admission();
+    let first = admission.first_packet(from(1), &DCID, &[], 9, NOW, WALL);
+    assert_eq!(first, accepted());
+    let first = admission.first_packet(from(2), &DCID, &[], 10, NOW, WALL);
+    assert_retry(&admission, first, from(2));
+    admission.set_stress(Level::Retry);
+    assert_retry(&admission, admission.plain(from(3)), from(3));
+}
+
+#[test]
+fn under_the_highest_stress_only_proven_peers_come_in() {
+    let admission = admission();
+    admission.set_stress(Level::Peers);
+    let refused = First::Drop(Reason::QuicPeersOnly);
+    assert_eq!(admission.plain(from(1)), refused);
+    assert_eq!(
+        admission.with_token(from(1), &admission.retried(from(1)), NOW),
+        refused
+    );
+    assert_eq!(
+        admission.prove(from(1), 1),
+        First::Accept {
+            original: None,
+            peer: Some(NODE)
+        }
+    );
+}
+
+#[test]
+fn proofs_have_budgets_of_their_own() {
+    let admission = admission();
+    let peer = First::Accept {
+        original: None,
+        peer: Some(NODE),
+    };
+    // The same proof twice, the burst of proofs; each of them costs the peer one of five.
+    assert_eq!(
+        [(); 3].map(|()| admission.prove(from(1), 1)),
+        [peer, peer, First::Drop(Reason::QuicProofReplayed)]
+    );
+    assert_eq!(
+        [2, 3, 4, 5].map(|nonce| admission.prove(from(1), nonce)),
+        [peer, peer, peer, First::Drop(Reason::QuicPeerBudget)]
+    );
+    // None of that costs the address anything.
+    assert_eq!(admission.plain(from(1)), accepted());
+}
+
+#[test]
+fn a_proof_from_elsewhere_is_any_id() {
+    let admission = admission();
+    let id = proof::make(9, NODE, [1; 6], from(1).ip(), WALL, PAIR);
+    let first = |from| admission.first_packet(from, &id, &[], 0, NOW, WALL);
+    assert_eq!(first(from(2)), accepted());
+    admission.set_stress(Level::Peers);
+    assert_eq!(first(from(2)), First::Drop(Reason::QuicPeersOnly));
+    admission.set_peers(BTreeMap::new());
+    assert_eq!(first(from(1)), First::Drop(Reason::QuicPeersOnly));
+}
+
+#[test]
+fn tokens_serve_their_own_address_and_time() {
+    let admission = admission();
+    let minted = admission.retried(from(1));
+    assert_eq!(
+        admission.with_token(from(2), &minted, NOW),
+        First::Drop(Reason::QuicBadToken)
+    );
+    let first = admission.first_packet(from(1), &DCID, &minted.token, 0, NOW, WALL);
+    assert_eq!(
+        first,
+        First::Drop(Reason::QuicBadToken),
+        "another destination ID"
+    );
+    let late = NOW + (2 << HANDSHAKE_EPOCH_SHIFT);
+    let first = admission.with_token(from(1), &minted, late);
+    assert_eq!(first, First::Drop(Reason::QuicExpiredToken));
+    assert_eq!(
+        admission.with_token(from(1), &minted, NOW),
+        accepted_by_token()
+    );
+}
+
+#[test]
+fn a_shown_address_is_charged() {
+    let refused = First::Drop(Reason::QuicSourceRate);
+    // By tokens: a burst of three.
+    let admission = admission();
+    let minted = admission.retried(from(1));
+    let firsts = [(); 4].map(|()| admission.with_token(from(1), &minted, NOW));
+    assert_eq!(
+        firsts,
+        [
+            accepted_by_token(),
+            accepted_by_token(),
+            accepted_by_token(),
+            refused
+        ]
+    );
+    assert_eq!(admission.plain(from(1)), refused);
+    assert_eq!(admission.plain(from(2)), accepted());
+}
+
+// Protects the owners of addresses that others forge.
+#[test]
+fn an_address_that_was_not_shown_is_not_charged() {
+    let admission = admission();
+    for _ in 0..100 {
+        admission.plain(from(1));
+    }
+    assert_eq!(
+        admission.with_token(from(1), &admission.retried(from(1)), NOW),
+        accepted_by_token()
+    );
+    // Completed handshakes do show it.
+    for _ in 0..2 {
+        admission.validated(from(1), NOW);
+    }
+    assert_eq!(
+        admission.plain(from(1)),
+        First::Drop(Reason::QuicSourceRate)
+    );
+}
+
+#[test]
+fn connections_are_capped_exactly() {
+    let admission = admission();
+    let (one, same) = (
+        from(1),
+        SocketAddr::new("::ffff:192.0.1.1".parse().unwrap(), 9),
+    );
+    assert_eq!(
+        [admission.opened(one), admission.opened(same)],
+        [Ok(()), Ok(())]
+    );
+    assert_eq!(admission.connections(Source::of(one.ip())), 2);
+    assert_eq!(admission.opened(one), Err(Reason::QuicSourceCap));
+    assert_eq!(admission.plain(one), First::Drop(Reason::QuicSourceCap));
+    admission.closed(same);
+    assert_eq!(admission.plain(one), accepted());
+    assert_eq!(admission.opened(one), Ok(()));
+    assert_eq!(admission.opened(one), Err(Reason::QuicSourceCap));
+}
+
+#[test]
+fn sources_are_bounded_and_forgotten() {
+    let admission = admission();
+    for host in 0..3 {
+        assert_eq!(admission.opened(from(host)), Ok(()));
+    }
+    assert_eq!(admission.opened(from(3)), Err(Reason::QuicSourceCap));
+    admission.closed(from(0));
+    assert_eq!(admission.connections(Source::of(from(0).ip())), 0);
+    assert_eq!(admission.opened(from(3)), Ok(()));
+}
+
+#[test]
+fn without_a_cap_connections_are_only_counted() {
+    let config = AdmissionConfig {
+        connections_max: 0,
+        ..config()
+    };
+    let admission = Admission::new(config, NOW, numbered());
+    for _ in 0..50 {
+        assert_eq!(admission.opened(from(1)), Ok(()));
+    }
+    assert_eq!(admission.connections(Source::of(from(1).ip())), 50);
+}
+
+#[test]
+fn threads_never_pass_the_cap() {
+    let admission = admission();
+    let hammer = || {
+        for _ in 0..2_000 {
+            if admission.opened(from(1)).is_ok() {
+                assert!((1..=2).contains(&admission.connections(Source::of(from(1).ip()))));
+                admission.closed(from(1));
+            }
+        }
+    };
+    thread::scope(|scope| {
+        scope.spawn(hammer);
+        scope.spawn(hammer);
+        hammer();
+    });
+    assert_eq!(admission.connections(Source::of(from(1).ip())), 0);
+}
+
+#[test]
+fn what_the_kernel_charges_is_not_charged_twice() {
+    let admission = admission();
+    admission.set_kernel_charges(true);
+    for nonce in 0..50 {
+        assert_eq!(admission.plain(from(1)), accepted());
+        let peer = First::Accept {
+            original: None,
+            peer: Some(NODE),
+        };
+        assert_eq!(admission.prove(from(1), nonce), peer);
+        let minted = admission.retried(from(1));
+        assert_eq!(
+            admission.with_token(from(1), &minted, NOW),
+            accepted_by_token()
+        );
+        admission.validated(from(1), NOW);
+    }
+    // Tokens, half-open handshakes and caps remain.
+    let minted = admission.retried(from(2));
+    assert_eq!(
+        admission.with_token(from(1), &minted, NOW),
+        First::Drop(Reason::QuicBadToken)
+    );
+    let first = admission.first_packet(from(1), &DCID, &[], 10, NOW, WALL);
+    assert_retry(&admission, first, from(1));
+    admission.opened(from(1)).unwrap();
+    admission.opened(from(1)).unwrap();
+    assert_eq!(admission.plain(from(1)), First::Drop(Reason::QuicSourceCap));
+}
+
+// Protects the limits: who holds an ID of ours passes the kernel unasked, so it must not begin a connection.
+#[test]
+fn our_own_ids_begin_nothing() {
+    let admission = admission();
+    let place = Place {
+        shard: 0,
+        generation: 1,
+        slot: 2,
+    };
+    let keys = admission.keys();
+    for id in [
+        LocalCid::issue_roaming(place, 0, &keys, NOW),
+        LocalCid::issue_handshake(place, 0, from(1), &keys, NOW),
+    ] {
+        let first = admission.first_packet(from(1), &id, &[], 0, NOW, WALL);
+        assert_eq!(first, First::Drop(Reason::QuicUnknownId));
+    }
+}
+
+#[test]
+fn ids_of_a_wrong_length_are_refused() {
+    let admission = admission();
+    for len in 0..40 {
+        let first = admission.first_packet(from(1), &vec![1; len], &[], 99, NOW, WALL);
+        assert_eq!(
+            matches!(first, First::Retry(_)),
+            (8..=20).contains(&len),
+            "{len}: {first:?}"
+        );
+    }
+}
+
+#[test]
+fn a_turn_of_the_sketch_forgets_nobody() {
+    let (admission, mut random) = (admission(), numbered());
+    let refused = First::Drop(Reason::QuicSourceRate);
+    let first = |now_ns| admission.first_packet(from(1), &DCID, &[], 0, now_ns, WALL);
+    let due_at = admission.housekeeping().rotation.due_at_ns();
+    for _ in 0..3 {
+        admission.validated(from(1), due_at - 1);
+    }
+    assert_eq!(first(due_at - 1), refused);
+    admission.tick(due_at, &mut random);
+    assert_eq!(admission.present().active, 1);
+    assert_eq!(first(due_at), refused);
+    assert_eq!(first(due_at + 60_000_000_000), accepted());
+}
+
+#[test]
+fn keys_change_with_the_epoch() {
+    let (admission, mut random) = (admission(), numbered());
+    let before = admission.keys();
+    let next_epoch = ((NOW >> ROAMING_EPOCH_SHIFT) + 1) << ROAMING_EPOCH_SHIFT;
+    assert!(!admission.tick(next_epoch - 1, &mut random));
+    assert_eq!(admission.keys(), before);
+    assert!(admission.tick(next_epoch, &mut random));
+    assert_eq!(admission.keys().active, (before.active + 1) % 4);
+    // A Retry from before the change is still good.
+    let minted = token::mint(&DCID, from(1), &before, next_epoch - 1).unwrap();
+    assert_eq!(
+        admission.with_token(from(1), &minted, next_epoch),
+        accepted_by_token()
+    );
+}

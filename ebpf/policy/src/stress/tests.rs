@@ -1,1 +1,163 @@
+//! Levels of stress: up at once, down after calm, and never to and fro.
 
+use proptest::prelude::*;
+
+use super::*;
+
+const SECOND: u64 = 1_000_000_000;
+
+fn config() -> StressConfig {
+    StressConfig::default()
+}
+
+/// One second with this many percent half open, refused and unvalidated packets.
+fn sample(half_open_percent: usize, refused: u64, unvalidated: u64) -> Sample {
+    Sample {
+        half_open: half_open_percent * 2,
+        half_open_max: 200,
+        refused,
+        unvalidated,
+    }
+}
+
+/// Feeds each sample for a number of seconds; the level must be as said after the last of them.
+fn run(steps: &[(u64, Sample, Level)]) {
+    let mut stress = Stress::new(config(), 0);
+    let mut now_ns = 0;
+    for (index, &(seconds, sample, expected)) in steps.iter().enumerate() {
+        for _ in 0..seconds {
+            now_ns += SECOND;
+            stress.tick(sample, now_ns);
+        }
+        assert_eq!(stress.level(), expected, "after step {index}");
+    }
+}
+
+#[test]
+fn calm_stays_normal() {
+    run(&[
+        (100, sample(0, 0, 0), Level::Normal),
+        (100, sample(49, 99, 1_000_000), Level::Normal),
+    ]);
+}
+
+#[test]
+fn each_measure_raises() {
+    run(&[(1, sample(50, 0, 0), Level::Retry)]);
+    run(&[(1, sample(0, 100, 0), Level::Retry)]);
+    run(&[(1, sample(90, 0, 0), Level::Peers)]);
+    // A flood of packets alone never locks out who can show an address.
+    run(&[(100, sample(0, u64::MAX, u64::MAX), Level::Retry)]);
+}
+
+#[test]
+fn falls_one_level_at_a_time_after_its_hold() {
+    run(&[
+        (1, sample(95, 0, 0), Level::Peers),
+        (30, sample(0, 0, 0), Level::Peers),
+        (1, sample(0, 0, 0), Level::Retry),
+        (10, sample(0, 0, 0), Level::Retry),
+        (1, sample(0, 0, 0), Level::Normal),
+    ]);
+}
+
+#[test]
+fn between_the_marks_nothing_changes() {
+    run(&[
+        (1, sample(60, 0, 0), Level::Retry),
+        (100, sample(30, 0, 0), Level::Retry),
+        (8, sample(24, 0, 0), Level::Retry),
+        (1, sample(30, 0, 0), Level::Retry),
+        (8, sample(24, 0, 0), Level::Retry),
+        (3, sample(24, 0, 0), Level::Normal),
+    ]);
+    run(&[
+        (1, sample(91, 0, 0), Level::Peers),
+        (100, sample(60, 0, 0), Level::Peers),
+    ]);
+}
+
+// At `Retry` no budget refuses any more: what keeps the level is the flood itself.
+#[test]
+fn a_flood_that_goes_on_holds_its_level() {
+    run(&[
+        (1, sample(0, 5_000, 7_000), Level::Retry),
+        (1_000, sample(0, 0, 7_000), Level::Retry),
+        (10, sample(0, 0, 10), Level::Retry),
+        (1, sample(0, 0, 10), Level::Normal),
+    ]);
+}
+
+#[test]
+fn rates_are_for_each_second() {
+    for (tick_ns, refused, expected) in [
+        (SECOND / 10, 10, Level::Retry),
+        (SECOND / 10, 9, Level::Normal),
+        (10 * SECOND, 999, Level::Normal),
+        (10 * SECOND, 1_000, Level::Retry),
+        (0, 1, Level::Retry),
+    ] {
+        let mut stress = Stress::new(config(), 5 * SECOND);
+        let level = stress.tick(sample(0, refused, 0), 5 * SECOND + tick_ns);
+        assert_eq!(level, expected, "{refused} in {tick_ns} ns");
+    }
+}
+
+#[test]
+fn a_mark_for_leaving_above_the_one_for_entering_does_no_harm() {
+    let mut config = config();
+    config.retry.leave = Pressure {
+        half_open_percent: 100,
+        refused_per_second: u64::MAX,
+        unvalidated_per_second: u64::MAX,
+    };
+    let mut stress = Stress::new(config, 0);
+    for second in 1..100 {
+        assert_eq!(stress.tick(sample(50, 0, 0), second * SECOND), Level::Retry);
+    }
+}
+
+#[test]
+fn no_bound_is_a_bound_of_one() {
+    let mut stress = Stress::new(config(), 0);
+    let sample = Sample {
+        half_open: 1,
+        ..Sample::default()
+    };
+    assert_eq!(stress.tick(sample, SECOND), Level::Peers);
+}
+
+#[test]
+fn levels_are_the_kernels_numbers() {
+    for level in [Level::Normal, Level::Retry, Level::Peers] {
+        assert_eq!(Level::from_number(level as u32), level);
+    }
+    assert_eq!(Level::from_number(9), Level::Peers);
+}
+
+proptest! {
+    // No flapping: whatever comes, each step down is a hold time after what came before it.
+    #[test]
+    fn steps_down_are_rare(
+        ticks in prop::collection::vec((0..3 * SECOND, 0..120usize, 0..300u64, 0..3_000u64), 1..400),
+    ) {
+        let mut stress = Stress::new(config(), 0);
+        let (mut now_ns, mut changed_at_ns) = (0, 0);
+        for (elapsed_ns, percent, refused, unvalidated) in ticks {
+            now_ns += elapsed_ns;
+            let before = stress.level();
+            let level = stress.tick(sample(percent, refused, unvalidated), now_ns);
+            if level < before {
+                let hold_ns = match before {
+                    Level::Peers => config().peers.hold_ns,
+                    _ => config().retry.hold_ns,
+                };
+                prop_assert_eq!(before as u32 - level as u32, 1);
+                prop_assert!(now_ns - changed_at_ns >= hold_ns);
+            }
+            if level != before {
+                changed_at_ns = now_ns;
+            }
+        }
+    }
+}
