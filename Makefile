@@ -11,7 +11,7 @@ PACKAGES := build-essential cmake clang libclang-dev libelf-dev zlib1g-dev pkg-c
 # The gate's own tests belong to the rest; the peers (tokio, quinn, s2n-quic) are minutes of building for nothing.
 TESTED := --workspace --exclude millrace-peers
 
-.PHONY: setup demo test lint docs bench peers perf-gate
+.PHONY: setup demo test lint docs bench bench-edge peers perf-gate
 
 setup:
 	@missing=""; \
@@ -56,6 +56,11 @@ bench: setup
 # Side by side with quinn and s2n-quic; ARGS=--quick for a look of under 50 s.
 peers: setup
 	$(CARGO) run --profile dist -p millrace-peers -- $(ARGS)
+
+# What a hostile packet costs: the edge, nftables, xdp-filter on one rig. Needs root. ARGS=--quick for a look of under 50 s.
+bench-edge: setup
+	$(CARGO) build --profile dist -p millrace-bench-edge
+	target/dist/bench-edge $(ARGS)
 
 # Instruction counts of the pure hot pieces against the committed baseline; UPDATE=1 records a new one.
 perf-gate: setup

@@ -15,8 +15,6 @@ use crate::filters::{Filter, Parts, Standing, Tally};
 use crate::frames::Shape;
 use crate::generator::{Generator, Sources};
 
-/// Packets of one call into the kernel: tens of milliseconds.
-const PACKETS_PER_CALL: u32 = 50_000;
 /// Before the clock starts: sets fill up (65,535 entries), bursts are spent, caches and branch predictors settle.
 const WARM_UP: u32 = 200_000;
 /// How long the last packets may take to be counted.
@@ -88,7 +86,7 @@ impl Row {
         )
     }
 
-    /// Measures it once for at least `lasts` of wall time.
+    /// Measures it once, for about `lasts` of the core's time.
     pub(crate) fn measure(
         self,
         parts: &Parts<'_>,
@@ -100,18 +98,12 @@ impl Row {
         let generator = Generator::load(&mut object, self.shape, self.sources, interface)?;
         let standing = self.filter.stand(parts, self.sources)?;
         let rest = Snapshot::read(parts, &standing, &generator)?;
-        let client = parts.rig.enter_client()?;
-        generator.send(WARM_UP)?;
-        drop(client);
+        let pace = timed_send(parts, clock, &generator, WARM_UP)?;
         let before = Snapshot::settled(parts, &standing, &generator, rest)?;
-
-        let client = parts.rig.enter_client()?;
-        let (started, cpu_before) = (Instant::now(), clock.now()?);
-        while started.elapsed() < lasts {
-            generator.send(PACKETS_PER_CALL)?;
-        }
-        let cpu = clock.now()?.saturating_sub(cpu_before);
-        drop(client);
+        // One call: each ends by waiting for all cores to forget its pages, tens of milliseconds.
+        let packets = lasts.as_nanos() * u128::from(WARM_UP) / pace.as_nanos().max(1);
+        let packets = u32::try_from(packets)?.max(WARM_UP);
+        let cpu = timed_send(parts, clock, &generator, packets)?;
         let after = Snapshot::settled(parts, &standing, &generator, before)?;
 
         let sent = after.sent - before.sent;
@@ -143,6 +135,19 @@ impl Row {
         }
         Ok(())
     }
+}
+
+/// Sends from the attacker's namespace; returns the time of the core.
+fn timed_send(
+    parts: &Parts<'_>,
+    clock: &Clock,
+    generator: &Generator<'_>,
+    packets: u32,
+) -> Result<Duration> {
+    let _client = parts.rig.enter_client()?;
+    let before = clock.now()?;
+    generator.send(packets)?;
+    Ok(clock.now()?.saturating_sub(before))
 }
 
 /// All counters at one moment.
