@@ -34,6 +34,6 @@ pub use mailbox::{MailError, MailReceiver, MailSender, mailbox};
 pub use runtime::{ShardContext, ShardHandle, StartError, spawn, spawn_with_mailbox};
 pub use socket::{
     ShardSocket, SocketError, UdpGroupConfig, attach_classic_steering, attach_steering, bind_group,
-    bind_unsteered,
+    bind_unsteered, source_address,
 };
 pub use stats::{ShardStats, ShardStatsSnapshot};

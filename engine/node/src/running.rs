@@ -16,7 +16,7 @@ use millrace_protocol::topology::Topology;
 use millrace_shards::chunk::{Body, BodyMut, ChunkPool};
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
-use millrace_transport::{Payload, Request, RpcError, Transport, TransportConfig, TransportStart};
+use millrace_transport::{EdgeStart, Payload, Request, RpcError, Transport, TransportConfig, TransportStart};
 
 use crate::app::announced::Announced;
 use crate::app::handler::{App, joined, payload_of};
@@ -135,6 +135,7 @@ impl Running {
             shards: start.shards,
             udp: start.udp,
             topology,
+            edge: EdgeStart::default(),
         };
         let app = (
             Arc::clone(&store),

@@ -37,7 +37,12 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     (
         "millrace-perf",
-        &["millrace-protocol", "millrace-shards", "millrace-transport"],
+        &[
+            "millrace-edge-policy",
+            "millrace-protocol",
+            "millrace-shards",
+            "millrace-transport",
+        ],
     ),
     (
         "millrace-bench-edge",
@@ -51,7 +56,12 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     (
         "millrace-peers",
-        &["millrace-protocol", "millrace-shards", "millrace-transport"],
+        &[
+            "millrace-edge-policy",
+            "millrace-protocol",
+            "millrace-shards",
+            "millrace-transport",
+        ],
     ),
 ];
 

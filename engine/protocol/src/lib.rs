@@ -12,7 +12,6 @@
 
 pub mod backoff;
 pub mod budget;
-pub mod cid;
 pub mod frame;
 pub mod health;
 pub mod id;

@@ -326,6 +326,11 @@ impl Registry {
         self.held.last_key_value().map_or(0, |(number, _)| *number)
     }
 
+    /// All versions that are held, the oldest first.
+    pub fn versions(&self) -> impl Iterator<Item = &RegistryVersion> {
+        self.held.values().map(|(_, version)| version)
+    }
+
     /// The newest version.
     pub fn newest(&self) -> Option<&RegistryVersion> {
         self.held.last_key_value().map(|(_, (_, version))| version)

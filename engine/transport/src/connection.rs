@@ -10,6 +10,7 @@
 //! 2. A connection is `Up` from the peer's first frame on, not from the end of the handshake, which a client sees before the server judged it.
 //! 3. `timer` is armed at the earliest thing this connection waits for.
 
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,8 @@ use crate::buffers::QuicConnection;
 use crate::carrier::Pumped;
 use crate::config::TransportConfig;
 use crate::counters::{Counter, Counters, Family};
+use crate::gate::Counted;
+use crate::ids::{IdBytes, LiveIds};
 use crate::inbox::{Arrived, Inbox, Room, StreamFault, wants_answer};
 use crate::link::Link;
 use crate::message::{Answer, Defer, Handler, Inbound, InboundBody};
@@ -87,11 +90,17 @@ pub(crate) struct Events {
 pub(crate) struct Connection {
     pub(crate) quic: QuicConnection,
     pub(crate) key: ConnKey,
-    /// Our connection ID.
-    pub(crate) cid: [u8; 16],
+    /// Our connection IDs.
+    pub(crate) ids: LiveIds,
     /// The ID that the client chose for its first packets, on the listening side until the handshake is done.
     pub(crate) initial: Option<Vec<u8>>,
     pub(crate) is_server: bool,
+    /// Where an inbound connection came from at first.
+    pub(crate) from: Option<SocketAddr>,
+    /// The same, until that source is charged for it: it brought no token and no proof.
+    pub(crate) uncharged: Option<SocketAddr>,
+    /// From when the handshake of an inbound connection has completed.
+    pub(crate) counted: Option<Counted>,
     /// The dial that this is, until its handshake is done.
     pub(crate) attempt: Option<Attempt>,
     /// Which of the connections of a pair of nodes this is.
@@ -122,7 +131,7 @@ impl Connection {
     pub(crate) fn new(
         quic: QuicConnection,
         key: ConnKey,
-        cid: [u8; 16],
+        handshake_id: IdBytes,
         is_server: bool,
         config: &TransportConfig,
         now: Instant,
@@ -130,9 +139,12 @@ impl Connection {
         Self {
             quic,
             key,
-            cid,
+            ids: LiveIds::new(handshake_id),
             initial: None,
             is_server,
+            from: None,
+            uncharged: None,
+            counted: None,
             attempt: None,
             index: 0,
             verify_from: None,
@@ -330,25 +342,22 @@ impl Connection {
         .min()
     }
 
+    /// The path that is in use; others are where the peer was before.
+    pub(crate) fn path(&self) -> Option<quiche::PathStats> {
+        self.quic.path_stats().find(|path| path.active)
+    }
+
     /// How long the last bytes and their repeats may take: three round trips, within bounds.
     pub(crate) fn linger(&self) -> Duration {
         const SHORTEST: Duration = Duration::from_millis(5);
         const LONGEST: Duration = Duration::from_millis(500);
-        let rtt = self
-            .quic
-            .path_stats()
-            .next()
-            .map_or(SHORTEST, |path| path.rtt);
+        let rtt = self.path().map_or(SHORTEST, |path| path.rtt);
         (3 * rtt).clamp(SHORTEST, LONGEST)
     }
 
     /// Asks the peer for a sign of life. False when an answer cannot be expected within [`VERIFY_TIMEOUT`].
     pub(crate) fn ask_for_life(&mut self) -> bool {
-        let rtt = self
-            .quic
-            .path_stats()
-            .next()
-            .map_or(Duration::ZERO, |path| path.rtt);
+        let rtt = self.path().map_or(Duration::ZERO, |path| path.rtt);
         // Room for a loss and its repeat.
         if rtt * 6 > VERIFY_TIMEOUT {
             return false;

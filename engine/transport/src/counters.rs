@@ -81,6 +81,10 @@ counters! {
     DatagramsUnroutable = "millrace_transport_datagrams_unroutable",
     /// Datagrams that quiche refused: forged, corrupted or for a connection that is gone.
     DatagramsInvalid = "millrace_transport_datagrams_invalid",
+    /// First packets that were answered by a Retry.
+    Retries = "millrace_transport_retries",
+    /// Connections whose peer was found at another address, and validated there.
+    Migrations = "millrace_transport_migrations",
     /// Requests that a peer took back before they were answered.
     RequestsCancelled = "millrace_transport_requests_cancelled",
     /// Answers to requests that were no longer waited for.

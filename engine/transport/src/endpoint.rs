@@ -3,13 +3,14 @@
 //! This is what the transport plugs into the shard's loop. Cost per packet: one comparison of a connection ID, quiche, nothing of ours.
 //!
 //! Invariants
-//! 1. A connection ID of ours names a slot and is compared whole: a packet for an older tenant of the slot finds nobody.
-//! 2. A slot is in `dirty` at least once while its connection has something to send; a spurious entry costs one `send` that says `Done`.
-//! 3. Decisions about who may be connected are [`Peers`]'; this file carries them out.
+//! 1. A slot is in `dirty` at least once while its connection has something to send; a spurious entry costs one `send` that says `Done`.
+//! 2. Decisions about who may be connected are [`Peers`]'; this file carries them out.
 
 mod decisions;
+mod established;
 mod opening;
 mod receiving;
+mod routing;
 mod timing;
 
 use std::collections::BTreeMap;
@@ -18,8 +19,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use millrace_edge_policy::cid::SLOTS_MAX;
 use millrace_protocol::budget::{ReceiveBudget, Reservation};
-use millrace_protocol::cid::{LocalCid, dcid_of};
 use millrace_protocol::health::{Health, HealthConfig};
 use millrace_protocol::id::NodeId;
 use millrace_protocol::knock::Knock;
@@ -29,21 +30,31 @@ use millrace_protocol::topology::Topology;
 use millrace_shards::chunk::ChunkPool;
 use millrace_shards::datapath::{Datagrams, Datapath, Trains, Transmit};
 use millrace_shards::stats::ShardStats;
-use ring::rand::SecureRandom;
 
+use crate::clock::Clock;
 use crate::config::TransportConfig;
 use crate::connection::{Connection, EXCHANGE_PACKETS, Phase, Sent};
 use crate::counters::{Counter, Counters};
+use crate::gate::Gate;
+use crate::ids::IdBytes;
 use crate::inbox::Room;
 use crate::link::Shared;
 use crate::message::Handler;
+use crate::pair_keys::DialKeys;
 use crate::quic::CloseCode;
+use crate::random::random_bytes;
 use crate::start::Message;
 use crate::status::{PeerStatus, StatusBoard};
 use crate::tls::Members;
 
 /// TLS alert `certificate_required` as a QUIC error code (RFC 9001, 4.8).
 const CERTIFICATE_REQUIRED: u64 = 0x100 + 116;
+
+/// TLS alert `certificate_unknown`, by which we refuse a certificate, as a QUIC error code.
+const CERTIFICATE_UNKNOWN: u64 = 0x100 + 46;
+
+/// How often the admission is ticked, if that is ours to do.
+const ADMISSION_TICK: Duration = Duration::from_secs(1);
 
 /// Datagrams outside connections that may wait for the next turn; more are dropped.
 const REPLIES_MAX: usize = 64;
@@ -91,6 +102,12 @@ pub(crate) struct EndpointParts {
     pub(crate) pool: ChunkPool,
     pub(crate) shared: Rc<Shared>,
     pub(crate) board: Arc<StatusBoard>,
+    pub(crate) gate: Gate,
+    /// Whether this endpoint ticks the admission.
+    pub(crate) ticks_admission: bool,
+    pub(crate) clock: Clock,
+    /// What first packets prove themselves with, by the peer that is dialled.
+    pub(crate) dial_keys: DialKeys,
     pub(crate) now: Instant,
 }
 
@@ -102,17 +119,23 @@ pub(crate) struct Endpoint<H> {
     free: Vec<usize>,
     live: usize,
     handshakes: usize,
+    /// Of them, those that peers began.
+    half_open: usize,
+    /// Serial number of the last connection, for keys that no two tenants of a slot share.
+    opened: u32,
+    /// Serial number of the last connection ID.
+    issued: u16,
     /// Connections by the ID that a client chose for its first packets.
     initial: BTreeMap<Vec<u8>, usize>,
     wheel: Wheel<Timer>,
     peers_timers: Vec<Option<TimerId>>,
     due: Vec<Timer>,
     scratch: Box<[u8]>,
-    random: ring::rand::SystemRandom,
     topology: Arc<Topology>,
-    /// Datagrams that quiche answered by itself (version negotiation), sent with the next turn.
+    /// Datagrams outside connections (version negotiation, Retry, knocks), sent with the next turn.
     replies: Vec<(Vec<u8>, SocketAddr)>,
     stop_at: Option<Instant>,
+    admission_tick_at: Instant,
 }
 
 impl<H> std::fmt::Debug for Endpoint<H> {
@@ -135,15 +158,18 @@ impl<H: Handler> Endpoint<H> {
             free: Vec::new(),
             live: 0,
             handshakes: 0,
+            half_open: 0,
+            opened: 0,
+            issued: u16::from_le_bytes(random_bytes()),
             initial: BTreeMap::new(),
             wheel: Wheel::new(now),
             peers_timers: vec![None; machines],
             due: Vec::new(),
             scratch: vec![0; 64 << 10].into_boxed_slice(),
-            random: ring::rand::SystemRandom::new(),
             topology: Arc::clone(&topology),
             replies: Vec::new(),
             stop_at: None,
+            admission_tick_at: now,
         };
         endpoint.set_topology(topology, now);
         endpoint
@@ -162,40 +188,6 @@ impl<H: Handler> Endpoint<H> {
         self.run_actions(now);
     }
 
-    // --- routing ---
-
-    /// The slot of the connection that a datagram belongs to.
-    fn route(&self, datagram: &[u8]) -> Option<usize> {
-        let (dcid, is_long) = dcid_of(datagram)?;
-        if let Some(cid) = LocalCid::decode(dcid) {
-            let slot = cid.slot as usize;
-            if let Some(Some(connection)) = self.connections.get(slot)
-                && connection.cid == dcid
-            {
-                return Some(slot);
-            }
-        }
-        if is_long {
-            self.initial.get(dcid).copied()
-        } else {
-            None
-        }
-    }
-
-    fn new_cid(&self, slot: usize) -> [u8; 16] {
-        let mut tag = [0; 10];
-        // The system's generator does not fail once it was seeded; an all-zero tag would only be guessable.
-        self.random.fill(&mut tag).ok();
-        let shard = self.parts.shard as u8;
-        LocalCid {
-            shard,
-            generation: self.parts.generation,
-            slot: slot as u32,
-            tag,
-        }
-        .encode()
-    }
-
     fn take_slot(&mut self) -> usize {
         self.free.pop().unwrap_or_else(|| {
             self.connections.push(None);
@@ -203,9 +195,15 @@ impl<H: Handler> Endpoint<H> {
         })
     }
 
-    fn key_of(slot: usize, cid: &[u8; 16]) -> ConnKey {
-        let [.., a, b, c, d] = *cid;
-        ConnKey((slot as u64) << 32 | u64::from(u32::from_le_bytes([a, b, c, d])))
+    /// Whether one more connection may be held.
+    fn has_room(&self) -> bool {
+        let connections_max = self.parts.shared.config.connections_max;
+        self.live < connections_max.min(SLOTS_MAX as usize)
+    }
+
+    fn new_key(&mut self, slot: usize) -> ConnKey {
+        self.opened = self.opened.wrapping_add(1);
+        ConnKey((slot as u64) << 32 | u64::from(self.opened))
     }
 
     fn slot_of(&self, key: ConnKey) -> Option<usize> {
@@ -284,7 +282,7 @@ impl<H: Handler> Endpoint<H> {
             .flatten()
             .filter_map(|connection| {
                 if let (Some(link), true) = (&connection.link, connection.phase == Phase::Up) {
-                    let path = connection.quic.path_stats().next();
+                    let path = connection.path();
                     let stats = connection.quic.stats();
                     return Some(PeerStatus {
                         node_id: link.peer,
@@ -329,7 +327,10 @@ impl<H: Handler> Datapath for Endpoint<H> {
     fn on_message(&mut self, message: Message, now: Instant) {
         self.parts.shared.now.set(now);
         match message {
-            Message::Topology(topology) => self.set_topology(topology, now),
+            Message::Topology(topology, dial_keys) => {
+                self.parts.dial_keys = dial_keys;
+                self.set_topology(topology, now);
+            }
             Message::Run(run) => run(&self.parts.shared),
         }
     }
@@ -342,7 +343,7 @@ impl<H: Handler> Datapath for Endpoint<H> {
             from: datagrams.from(),
             to: self.parts.local,
         };
-        let mut touched: Option<(usize, [u8; 16])> = None;
+        let mut touched: Option<(usize, IdBytes)> = None;
         for datagram in datagrams.into_segments() {
             if let Some(knock) = Knock::decode(datagram) {
                 self.on_knock(&knock, now);
@@ -362,10 +363,9 @@ impl<H: Handler> Datapath for Endpoint<H> {
                     else {
                         continue;
                     };
-                    let Some(Some(connection)) = self.connections.get(slot) else {
+                    let Some(cid) = self.routed_by(slot, datagram) else {
                         continue;
                     };
-                    let cid = connection.cid;
                     if let Some((last, _)) = touched.replace((slot, cid))
                         && last != slot
                     {
@@ -458,6 +458,12 @@ impl<H: Handler> Datapath for Endpoint<H> {
             if let Some(link) = &connection.link {
                 link.out.borrow_mut().set_lossy(lossy);
             }
+        }
+        self.renew_all_ids(now);
+        if self.parts.ticks_admission && self.admission_tick_at <= now {
+            self.admission_tick_at = now + ADMISSION_TICK;
+            let now_ns = self.parts.clock.ns(now);
+            self.parts.gate.admission.tick(now_ns, random_bytes);
         }
         self.publish();
     }

@@ -3,6 +3,7 @@
 use millrace_protocol::peers::{CloseReason, Refusal};
 
 use crate::config::{CongestionControl, TransportConfig};
+use crate::ids::ACTIVE_IDS;
 use crate::tls::{ALPN_NODE, TlsError};
 
 /// Application error code of CONNECTION_CLOSE (RFC 9000, 20.2).
@@ -83,7 +84,8 @@ pub(crate) fn quic_config(
         CongestionControl::Bbr2 => quiche::CongestionControlAlgorithm::Bbr2Gcongestion,
     });
     quic.enable_dgram(true, 256, 256);
-    quic.set_active_connection_id_limit(2);
+    quic.set_active_connection_id_limit(ACTIVE_IDS);
+    // A peer whose NAT rebinds keeps its connection all the same (RFC 9000, 9.3): only moves by its own choice are off.
     quic.set_disable_active_migration(true);
     quic.grease(false);
     Ok(quic)

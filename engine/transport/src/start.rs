@@ -1,14 +1,14 @@
 //! Starting a node's transport, and the handle that any thread may hold.
 
-use std::future::Future;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::task::{Context, Poll, Waker};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
 
+use millrace_edge_policy::admission::{Admission, AdmissionConfig};
+use millrace_edge_policy::siphash::Key;
 use millrace_protocol::backoff::BackoffConfig;
 use millrace_protocol::budget::{BudgetConfig, ReceiveBudget};
 use millrace_protocol::frame::{Class, Method};
@@ -21,18 +21,22 @@ use millrace_shards::chunk::ChunkPool;
 use millrace_shards::config::ShardConfig;
 use millrace_shards::mailbox::MailSender;
 use millrace_shards::runtime::{self, ShardHandle};
-use millrace_shards::socket::{SocketError, UdpGroupConfig, bind_group};
+use millrace_shards::socket::{ShardSocket, SocketError, UdpGroupConfig, bind_group};
 use millrace_shards::stats::ShardStats;
-use ring::rand::SecureRandom;
 
+use crate::clock::Clock;
 use crate::config::TransportConfig;
 use crate::connection::VERIFY_TIMEOUT;
 use crate::counters::{Counters, Family};
 use crate::endpoint::{Endpoint, EndpointParts};
+use crate::gate::{ConnectionCounts, Gate};
 use crate::link::{Shared, Waiter};
 use crate::local::Local;
 use crate::message::{Handler, Payload, Request};
+use crate::pair_keys::{DialKeys, PairKeys};
 use crate::quic::quic_config;
+use crate::random::random_bytes;
+use crate::remote::{Promise, RemoteAnswer};
 use crate::status::StatusBoard;
 use crate::tls::{Credentials, Members, TlsError};
 
@@ -41,14 +45,14 @@ type Run = Box<dyn FnOnce(&Rc<Shared>) + Send>;
 
 /// What crosses into a shard.
 pub(crate) enum Message {
-    Topology(Arc<Topology>),
+    Topology(Arc<Topology>, DialKeys),
     Run(Run),
 }
 
 impl std::fmt::Debug for Message {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Self::Topology(_) => "Topology",
+            Self::Topology(..) => "Topology",
             Self::Run(_) => "Run",
         })
     }
@@ -67,6 +71,22 @@ pub struct TransportStart {
     pub udp: UdpGroupConfig,
     /// The members now.
     pub topology: Arc<Topology>,
+    /// What the transport shares with the edge; `Default` for a node without one.
+    pub edge: EdgeStart,
+}
+
+/// What a transport shares with the edge in front of it.
+#[derive(Debug, Default)]
+pub struct EdgeStart {
+    /// Who may open connections. Whoever gives it also calls its [`tick`](Admission::tick); without one, the transport makes one with the
+    /// defaults, and ticks it.
+    pub admission: Option<Arc<Admission>>,
+    /// Hears of every counted connection.
+    pub counts: Option<Arc<dyn ConnectionCounts>>,
+    /// Sockets that were bound and steered before, one for each shard; otherwise they are bound as `udp` says.
+    pub sockets: Option<Vec<ShardSocket>>,
+    /// The time of connection IDs, tokens and limits.
+    pub clock: Clock,
 }
 
 /// Why a transport did not start. All causes are local.
@@ -87,6 +107,14 @@ pub enum StartError {
     /// Key or certificate could not be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// Not as many sockets as shards were given.
+    #[error("{shards} shards were given {sockets} sockets; fix: bind one for each")]
+    Sockets {
+        /// Shards configured.
+        shards: usize,
+        /// Sockets given.
+        sockets: usize,
+    },
     /// There must be a shard.
     #[error(
         "no shard is configured; fix: give at least one [[shards.core]], or leave the section out"
@@ -106,6 +134,8 @@ struct Inner {
     stats: OnceLock<Vec<Arc<ShardStats>>>,
     counters: Vec<Arc<Counters>>,
     board: Arc<StatusBoard>,
+    admission: Arc<Admission>,
+    pair_keys: Mutex<PairKeys>,
 }
 
 /// A running transport: a handle that any thread may hold and clone.
@@ -127,13 +157,23 @@ impl Transport {
             shards,
             mut udp,
             topology,
+            edge,
         } = start;
         let count = shards.len();
         if count == 0 {
             return Err(StartError::NoShards);
         }
         udp.shards = count;
-        let sockets = bind_group(&udp)?;
+        let sockets = match edge.sockets {
+            Some(sockets) if sockets.len() == count => sockets,
+            Some(sockets) => {
+                return Err(StartError::Sockets {
+                    shards: count,
+                    sockets: sockets.len(),
+                });
+            }
+            None => bind_group(&udp)?,
+        };
         let local = sockets
             .first()
             .map_or(udp.local, |socket| socket.local_addr());
@@ -141,6 +181,17 @@ impl Transport {
         let connections_per_peer = config.connections_per_peer.clamp(1, count.min(8) as u8);
         let board = Arc::new(StatusBoard::new(count));
         let counters: Vec<_> = (0..count).map(|_| Arc::new(Counters::default())).collect();
+        let clock = edge.clock;
+        let ticks_admission = edge.admission.is_none();
+        let make_admission = || Arc::new(default_admission(&config, &clock));
+        let admission = edge.admission.unwrap_or_else(make_admission);
+        let mut pair_keys = PairKeys::new(identity.clone());
+        let dial_keys = pair_keys.update(&topology);
+        admission.set_peers(pair_keys.by_tag());
+        let gate = Gate {
+            admission: Arc::clone(&admission),
+            counts: edge.counts,
+        };
         let transport = Self {
             inner: Arc::new(Inner {
                 me,
@@ -153,12 +204,13 @@ impl Transport {
                 stats: OnceLock::new(),
                 counters: counters.clone(),
                 board: Arc::clone(&board),
+                admission,
+                pair_keys: Mutex::new(pair_keys),
             }),
         };
         let credentials = Credentials::new(&identity)?;
-        let mut generation = [0; 1];
         // Only a label that tells this run's packets from an earlier run's.
-        ring::rand::SystemRandom::new().fill(&mut generation).ok();
+        let [generation] = random_bytes();
         let mut handles = Vec::with_capacity(count);
         for (index, (shard, socket)) in shards.into_iter().zip(sockets).enumerate() {
             let members = Members::new(Arc::clone(&topology));
@@ -168,11 +220,10 @@ impl Transport {
             let (config, board, topology) =
                 (config.clone(), Arc::clone(&board), Arc::clone(&topology));
             let (handler, transport) = (handler.clone(), transport.clone());
+            let (gate, clock, dial_keys) = (gate.clone(), clock.clone(), Arc::clone(&dial_keys));
             let handle = runtime::spawn(shard, index, count, Some(socket), move |context| {
                 let now = Instant::now();
-                let mut seed = [0; 8];
-                ring::rand::SystemRandom::new().fill(&mut seed).ok();
-                let seed = u64::from_le_bytes(seed);
+                let seed = u64::from_le_bytes(random_bytes());
                 let machine = |pair| {
                     Peers::new(
                         me,
@@ -194,7 +245,7 @@ impl Transport {
                     local,
                     shard: index,
                     shards: count,
-                    generation: generation[0],
+                    generation,
                     server,
                     client,
                     members,
@@ -203,6 +254,10 @@ impl Transport {
                     pool: context.pool.clone(),
                     shared,
                     board,
+                    gate,
+                    ticks_admission: ticks_admission && index == 0,
+                    clock,
+                    dial_keys,
                     now,
                 };
                 Endpoint::new(parts, topology, handler(local_transport))
@@ -281,10 +336,15 @@ impl Transport {
     /// Replaces the members: removed peers are cut, added ones dialled. False when a shard's mailbox was full; call again then.
     #[must_use]
     pub fn update_topology(&self, topology: &Arc<Topology>) -> bool {
+        let dial_keys = {
+            let mut pair_keys = self.pair_keys();
+            let dial_keys = pair_keys.update(topology);
+            self.inner.admission.set_peers(pair_keys.by_tag());
+            dial_keys
+        };
         let send = |sender: &MailSender<Message>| {
-            sender
-                .try_send(Message::Topology(Arc::clone(topology)))
-                .is_ok()
+            let message = Message::Topology(Arc::clone(topology), Arc::clone(&dial_keys));
+            sender.try_send(message).is_ok()
         };
         self.inner
             .senders
@@ -292,16 +352,28 @@ impl Transport {
             .is_some_and(|senders| senders.iter().map(send).fold(true, |all, one| all & one))
     }
 
+    /// The keys that we share with the members, by the tag that stands for a node in its proofs: for whoever checks proofs before they
+    /// come here.
+    pub fn peer_keys(&self) -> BTreeMap<u32, Key> {
+        self.pair_keys().by_tag()
+    }
+
+    /// Who may open connections.
+    pub fn admission(&self) -> &Arc<Admission> {
+        &self.inner.admission
+    }
+
+    fn pair_keys(&self) -> MutexGuard<'_, PairKeys> {
+        let pair_keys = self.inner.pair_keys.lock();
+        pair_keys.unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Asks `peer`, from any thread.
     pub fn request(&self, peer: NodeId, request: Request) -> RemoteAnswer {
-        let state = Arc::new(RemoteState::default());
-        let answer = RemoteAnswer {
-            state: Arc::clone(&state),
-        };
+        let (promise, answer) = Promise::new();
         let class = request.class;
         let body = class == Class::Bulk;
         let shard = self.owner_of(&peer, body);
-        let promise = Promise { state: Some(state) };
         let run = move |shared: &Rc<Shared>| {
             if shared.stopping.get() {
                 return promise.keep(Err(RpcError::LocalShuttingDown));
@@ -315,7 +387,7 @@ impl Transport {
             }
         };
         if !self.run_on(shard, run) && !self.is_stopped(shard) {
-            answer.state.complete(Err(RpcError::LocalBusy(class)));
+            answer.fail(RpcError::LocalBusy(class));
         }
         answer
     }
@@ -396,6 +468,15 @@ fn stop_all(handles: Vec<ShardHandle<Message>>) {
     }
 }
 
+/// Admits with the defaults; beyond half of the handshakes that may be open, strangers show their address first.
+fn default_admission(config: &TransportConfig, clock: &Clock) -> Admission {
+    let admission = AdmissionConfig {
+        half_open_retry: config.handshakes_max / 2,
+        ..AdmissionConfig::default()
+    };
+    Admission::new(admission, clock.ns(Instant::now()), random_bytes)
+}
+
 fn peers_config(config: &TransportConfig, pair: u8, shard: usize, shards: usize) -> PeersConfig {
     PeersConfig {
         shard: shard as u8,
@@ -410,106 +491,5 @@ fn peers_config(config: &TransportConfig, pair: u8, shard: usize, shards: usize)
         drain_timeout: config.drain_timeout,
         verify_timeout: VERIFY_TIMEOUT,
         ..Default::default()
-    }
-}
-
-#[derive(Debug, Default)]
-struct RemoteSlot {
-    result: Option<Result<Payload, RpcError>>,
-    waker: Option<Waker>,
-}
-
-#[derive(Debug, Default)]
-struct RemoteState {
-    slot: Mutex<RemoteSlot>,
-    ready: std::sync::Condvar,
-}
-
-/// The shard's side of a [`RemoteAnswer`]: whatever happens to it, the other side hears once.
-#[derive(Debug)]
-struct Promise {
-    state: Option<Arc<RemoteState>>,
-}
-
-impl Promise {
-    fn keep(mut self, result: Result<Payload, RpcError>) {
-        if let Some(state) = self.state.take() {
-            state.complete(result);
-        }
-    }
-}
-
-impl Drop for Promise {
-    fn drop(&mut self) {
-        if let Some(state) = self.state.take() {
-            // The mailbox was full, or the shard stopped with the request in it or in flight.
-            state.complete(Err(RpcError::LocalShuttingDown));
-        }
-    }
-}
-
-impl RemoteState {
-    fn complete(&self, result: Result<Payload, RpcError>) {
-        let waker = {
-            let mut slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
-            slot.result = Some(result);
-            slot.waker.take()
-        };
-        self.ready.notify_all();
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-    }
-}
-
-/// The answer to a request from outside the shards: await it, or [`wait`](Self::wait) for it. Dropping it does not take the request back.
-#[derive(Debug)]
-#[must_use]
-pub struct RemoteAnswer {
-    state: Arc<RemoteState>,
-}
-
-impl RemoteAnswer {
-    /// Blocks this thread until the answer is there. The request's deadline bounds the wait; `limit` is a belt.
-    pub fn wait(self, limit: Duration) -> Result<Payload, RpcError> {
-        let until = Instant::now() + limit;
-        let mut slot = self
-            .state
-            .slot
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        loop {
-            if let Some(result) = slot.result.take() {
-                return result;
-            }
-            let Some(left) = until.checked_duration_since(Instant::now()) else {
-                return Err(RpcError::Timeout);
-            };
-            slot = self
-                .state
-                .ready
-                .wait_timeout(slot, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-    }
-}
-
-impl Future for RemoteAnswer {
-    type Output = Result<Payload, RpcError>;
-
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut slot = self
-            .state
-            .slot
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        match slot.result.take() {
-            Some(result) => Poll::Ready(result),
-            None => {
-                slot.waker = Some(context.waker().clone());
-                Poll::Pending
-            }
-        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::hint::black_box;
 
-use millrace_protocol::cid::{LocalCid, dcid_of, initial_dcid};
+use millrace_edge_policy::cid::{Kind as CidKind, LocalCid, dcid_of, initial_dcid};
 use millrace_protocol::frame::{Carriage, Class, Header, Kind, LaneParser, Limits, Method};
 use millrace_protocol::rng::Rng;
 
@@ -140,13 +140,16 @@ fn datagram(rng: &mut Rng) -> [u8; 64] {
         let dcid = initial_dcid(rng.below(256) as u8, random);
         bytes[6..6 + dcid.len()].copy_from_slice(&dcid);
     } else {
-        let mut cid = LocalCid {
+        let cid = LocalCid {
             shard: rng.below(8) as u8,
             generation: 1,
             slot: rng.below(4096) as u32,
-            tag: [0; 10],
+            nonce: rng.below(1 << 16) as u16,
+            kind: CidKind::Roaming,
+            key: 0,
+            epoch: 0,
+            tag: rng.below(u64::MAX),
         };
-        rng.fill(&mut cid.tag);
         bytes[0] = 0x40;
         bytes[1..=LocalCid::BYTES].copy_from_slice(&cid.encode());
     }

@@ -12,7 +12,10 @@ use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_protocol::knock::Knock;
 use millrace_protocol::peers::{Action, CloseKind, ConnKey};
 
-use super::{CERTIFICATE_REQUIRED, Endpoint, PeerRoom, REPLIES_MAX, Timer, health_config};
+use super::{
+    CERTIFICATE_REQUIRED, CERTIFICATE_UNKNOWN, Endpoint, PeerRoom, REPLIES_MAX, Timer,
+    health_config,
+};
 use crate::connection::{Connection, Phase};
 use crate::counters::{Family, TlsRefusal};
 use crate::message::Handler;
@@ -172,9 +175,11 @@ impl<H: Handler> Endpoint<H> {
         if let Some(id) = connection.timer {
             self.wheel.cancel(id);
         }
-        self.handshakes -= usize::from(connection.is_handshaking);
-        if let Some(initial) = connection.initial.take() {
-            self.initial.remove(&initial);
+        self.end_handshake(&mut connection);
+        if let Some(from) = connection.uncharged.take()
+            && was_refused_by_certificate(&connection)
+        {
+            self.parts.gate.validated(from, self.parts.clock.ns(now));
         }
         let kind = self.judge_end(&connection);
         if let Some(link) = connection.link.take() {
@@ -229,4 +234,12 @@ impl<H: Handler> Endpoint<H> {
         counters.count(Family::Closed, reason);
         kind
     }
+}
+
+/// Whether TLS ended because of the peer's certificate, which comes under keys of the handshake: whoever sent it is where it says.
+fn was_refused_by_certificate(connection: &Connection) -> bool {
+    let error = connection.quic.local_error();
+    error.is_some_and(|e| {
+        !e.is_app && [CERTIFICATE_REQUIRED, CERTIFICATE_UNKNOWN].contains(&e.error_code)
+    })
 }

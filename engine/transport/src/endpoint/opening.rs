@@ -1,40 +1,82 @@
-//! How connections begin: accepting, dialling, and what follows when TLS has said who the peer is.
+//! How connections begin: accepting and dialling.
 //!
 //! Invariants
-//! 1. A datagram opens a connection only when it has the size and the IDs that RFC 9000 asks of a client's first one.
-//! 2. Handshakes and connections are bounded before anything is allocated for a new one.
+//! 1. A datagram opens a connection only when it has the size and the IDs that RFC 9000 asks of a client's first one, and when
+//!    [`Admission`](millrace_edge_policy::admission::Admission) lets it.
+//! 2. Handshakes and connections are bounded before anything is allocated for a new one; strangers get a Retry, which costs no
+//!    memory, long before the bound.
+//! 3. A dial proves in its first packet who it comes from.
 
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use millrace_protocol::cid::{LocalCid, initial_dcid};
-use millrace_protocol::frame::{Hello, Kind, PROTOCOL_VERSION};
+use millrace_edge_policy::admission::First;
+use millrace_edge_policy::cid::{LocalCid, initial_dcid};
+use millrace_edge_policy::proof;
+use millrace_edge_policy::token::{Minted, OriginalId};
 use millrace_protocol::id::NodeId;
-use millrace_protocol::peers::{Attempt, Direction, Refusal};
-use ring::rand::SecureRandom;
+use millrace_protocol::peers::Attempt;
+use millrace_shards::socket::source_address;
+use quiche::ConnectionId;
 
 use super::Endpoint;
-use crate::buffers::Buffers;
-use crate::connection::{Connection, Phase};
+use crate::buffers::{Buffers, QuicConnection};
+use crate::clock::wall_ns;
+use crate::connection::Connection;
 use crate::counters::{Counter, Family};
-use crate::link::Link;
 use crate::message::Handler;
-use crate::quic::CloseCode;
+use crate::random::random_bytes;
 use crate::tls;
 
 impl<H: Handler> Endpoint<H> {
-    pub(super) fn insert(&mut self, slot: usize, connection: Connection) {
-        self.connections[slot] = Some(Box::new(connection));
+    fn insert(&mut self, slot: usize, connection: Connection) {
         self.live += 1;
         self.handshakes += 1;
+        self.half_open += usize::from(connection.is_server);
+        self.connections[slot] = Some(Box::new(connection));
     }
 
+    /// A datagram for no connection that is known: opens one if it may.
     pub(super) fn accept(
         &mut self,
         datagram: &mut [u8],
         from: SocketAddr,
         now: Instant,
     ) -> Option<usize> {
+        let header = self.first_header(datagram, from)?;
+        if self.handshakes >= self.parts.shared.config.handshakes_max || !self.has_room() {
+            self.counters().count(Family::Refused, "handshakes_full");
+            return None;
+        }
+        let now_ns = self.parts.clock.ns(now);
+        let gate = &self.parts.gate;
+        match gate.first_packet(&header, from, self.half_open, now_ns, wall_ns()) {
+            First::Accept { original, peer } => {
+                let is_charged = original.is_some() || peer.is_some();
+                let slot = self.open(&header, original, from, now)?;
+                if let Some(Some(connection)) = self.connections.get_mut(slot) {
+                    connection.from = Some(from);
+                    connection.uncharged = (!is_charged).then_some(from);
+                }
+                Some(slot)
+            }
+            First::Retry(minted) => {
+                self.retry(&header, &minted, from);
+                None
+            }
+            First::Drop(reason) => {
+                self.counters().count(Family::Refused, reason.label());
+                None
+            }
+        }
+    }
+
+    /// The header of a datagram that a client may begin with; what else there is, is counted or answered.
+    fn first_header<'d>(
+        &mut self,
+        datagram: &'d mut [u8],
+        from: SocketAddr,
+    ) -> Option<quiche::Header<'d>> {
         // RFC 9000, 14.1: a datagram that opens a connection has at least 1,200 bytes, and so has one that asks for a version.
         const OPENING_BYTES_MIN: usize = 1_200;
         let len = datagram.len();
@@ -45,41 +87,49 @@ impl<H: Handler> Endpoint<H> {
             self.counters().add(Counter::DatagramsUnroutable, 1);
             return None;
         };
+        let is_supported = quiche::version_is_supported(header.version);
+        if !is_supported && header.ty != quiche::Type::VersionNegotiation {
+            self.negotiate_version(&header, from);
+        }
         if header.ty != quiche::Type::Initial || self.stop_at.is_some() {
-            if header.ty != quiche::Type::VersionNegotiation
-                && !quiche::version_is_supported(header.version)
-            {
-                self.negotiate_version(&header, from);
-            }
             self.counters().add(Counter::DatagramsUnroutable, 1);
             return None;
         }
-        if !quiche::version_is_supported(header.version) {
-            self.negotiate_version(&header, from);
-            return None;
-        }
-        let config = &self.parts.shared.config;
-        if self.handshakes >= config.handshakes_max || self.live >= config.connections_max {
-            self.counters().count(Family::Refused, "handshakes_full");
-            return None;
-        }
+        is_supported.then_some(header)
+    }
+
+    /// Begins a connection with a client; `original` is the ID that it began with, if a Retry came between.
+    fn open(
+        &mut self,
+        header: &quiche::Header<'_>,
+        original: Option<OriginalId>,
+        from: SocketAddr,
+        now: Instant,
+    ) -> Option<usize> {
         let slot = self.take_slot();
-        let cid = self.new_cid(slot);
-        let scid = quiche::ConnectionId::from_ref(&cid);
-        let quic = quiche::accept_with_buf_factory::<Buffers>(
-            &scid,
-            None,
-            self.parts.local,
-            from,
-            &mut self.parts.server,
-        );
+        let id = self.handshake_id(slot, from, now);
+        let scid = ConnectionId::from_ref(&id);
+        let (local, server) = (self.parts.local, &mut self.parts.server);
+        let quic: quiche::Result<QuicConnection> = match &original {
+            None => quiche::accept_with_buf_factory::<Buffers>(&scid, None, local, from, server),
+            Some(original) => quiche::accept_with_retry::<Buffers>(
+                &scid,
+                quiche::RetryConnectionIds {
+                    original_destination_cid: &ConnectionId::from_ref(original.as_bytes()),
+                    retry_source_cid: &header.dcid,
+                },
+                local,
+                from,
+                server,
+            ),
+        };
         let Ok(quic) = quic else {
             self.free.push(slot);
             self.counters().count(Family::Refused, "quic_accept");
             return None;
         };
-        let key = Self::key_of(slot, &cid);
-        let mut connection = Connection::new(quic, key, cid, true, &self.parts.shared.config, now);
+        let key = self.new_key(slot);
+        let mut connection = Connection::new(quic, key, id, true, &self.parts.shared.config, now);
         let dcid = header.dcid.to_vec();
         self.initial.insert(dcid.clone(), slot);
         connection.initial = Some(dcid);
@@ -87,7 +137,25 @@ impl<H: Handler> Endpoint<H> {
         Some(slot)
     }
 
-    pub(super) fn negotiate_version(&mut self, header: &quiche::Header<'_>, to: SocketAddr) {
+    /// Asks a client to show that it is where it says; keeps nothing.
+    fn retry(&mut self, header: &quiche::Header<'_>, minted: &Minted, to: SocketAddr) {
+        let mut reply = vec![0; 128];
+        let written = quiche::retry(
+            &header.scid,
+            &header.dcid,
+            &ConnectionId::from_ref(&minted.retry_id),
+            &minted.token,
+            header.version,
+            &mut reply,
+        );
+        if let Ok(len) = written {
+            self.counters().add(Counter::Retries, 1);
+            reply.truncate(len);
+            self.reply(reply, to);
+        }
+    }
+
+    fn negotiate_version(&mut self, header: &quiche::Header<'_>, to: SocketAddr) {
         let mut reply = vec![0; 128];
         if let Ok(len) = quiche::negotiate_version(&header.scid, &header.dcid, &mut reply) {
             reply.truncate(len);
@@ -104,11 +172,10 @@ impl<H: Handler> Endpoint<H> {
         now: Instant,
     ) {
         self.counters().add(Counter::Dials, 1);
-        let room = self.live < self.parts.shared.config.connections_max;
-        let Some(key) = self
+        let Some(public_key) = self
             .topology
             .member(&peer)
-            .filter(|_| room)
+            .filter(|_| self.has_room())
             .map(|member| member.public_key)
         else {
             self.parts.peers[index].dial_failed(attempt, now);
@@ -117,14 +184,11 @@ impl<H: Handler> Endpoint<H> {
         // As the shard's socket will name the peer.
         let to = SocketAddr::new(to.ip().to_canonical(), to.port());
         let slot = self.take_slot();
-        let cid = self.new_cid(slot);
-        let mut random = [0; 15];
-        self.random.fill(&mut random).ok();
-        let dcid = initial_dcid(self.parts.me.spread().wrapping_add(index as u8), random);
+        let id = self.handshake_id(slot, to, now);
         let opened = quiche::connect_with_dcid_and_buffer_factory::<Buffers>(
             None,
-            &quiche::ConnectionId::from_ref(&cid),
-            &quiche::ConnectionId::from_ref(&dcid),
+            &ConnectionId::from_ref(&id),
+            &self.first_id(index, &peer, to),
             self.parts.local,
             to,
             &mut self.parts.client,
@@ -135,76 +199,37 @@ impl<H: Handler> Endpoint<H> {
             self.parts.peers[index].dial_failed(attempt, now);
             return;
         };
-        tls::pin(quic.as_mut(), key, &self.parts.shared.counters);
-        let key = Self::key_of(slot, &cid);
-        let mut connection = Connection::new(quic, key, cid, false, &self.parts.shared.config, now);
+        tls::pin(quic.as_mut(), public_key, &self.parts.shared.counters);
+        let key = self.new_key(slot);
+        let mut connection = Connection::new(quic, key, id, false, &self.parts.shared.config, now);
         connection.attempt = Some(attempt);
         connection.index = index;
         self.insert(slot, connection);
         self.mark_dirty(slot);
     }
 
-    /// TLS is done on our side: learn who it is, and ask whether it may stay.
-    pub(super) fn on_established(&mut self, slot: usize, now: Instant) {
-        let Some(Some(connection)) = self.connections.get_mut(slot) else {
-            return;
-        };
-        self.handshakes -= usize::from(std::mem::take(&mut connection.is_handshaking));
-        let steering = connection
-            .initial
-            .as_ref()
-            .and_then(|dcid| dcid.first())
-            .copied();
-        if let Some(initial) = connection.initial.take() {
-            self.initial.remove(&initial);
-        }
-        let peer =
-            tls::peer_key(connection.quic.as_mut()).and_then(|key| self.topology.node_of_key(&key));
-        let Some(peer) = peer else {
-            // Passed the callback, and left the registry since.
-            self.parts
-                .shared
-                .counters
-                .count(Family::Refused, CloseCode::NotAMember.reason());
-            connection.close(CloseCode::NotAMember);
-            return;
-        };
-        let direction = match connection.attempt.take() {
-            Some(attempt) => {
-                self.parts.shared.counters.add(Counter::ConnectionsOut, 1);
-                Direction::Outbound(attempt)
-            }
-            None => {
-                // The dialler says in its first connection ID which connection of the pair this is.
-                connection.index =
-                    steering.map_or(0, |byte| usize::from(byte.wrapping_sub(peer.spread())));
-                self.parts.shared.counters.add(Counter::ConnectionsIn, 1);
-                Direction::Inbound
-            }
-        };
-        let allowed = match self.parts.peers.get_mut(connection.index) {
-            Some(peers) => peers.handshake_done(connection.key, peer, direction, now),
-            None => Err(Refusal::TooMany),
-        };
-        if let Err(refusal) = allowed {
-            self.parts
-                .shared
-                .counters
-                .count(Family::Refused, refusal.reason());
-            connection.close(CloseCode::of_refusal(refusal));
-            self.mark_dirty(slot);
-            return;
-        }
-        connection.phase = Phase::AwaitHello;
-        let link = Link::new(&self.parts.shared, slot, peer, connection.is_server);
-        let hello = Hello {
-            protocol_version: PROTOCOL_VERSION,
-            registry_version: self.topology.newest_version(),
-            features: 0,
-            shards: self.parts.shards as u8,
-        };
-        link.control(Kind::Hello, 0, &hello.encode());
-        connection.link = Some(link);
-        self.run_actions(now);
+    /// The destination ID of a dial's first packets: steers them to the shard that will own the connection, and proves who dials. Where
+    /// no proof can be made the dial goes on as any client's.
+    fn first_id(&self, index: usize, peer: &NodeId, to: SocketAddr) -> ConnectionId<'static> {
+        let me = self.parts.me;
+        let steer = me.spread().wrapping_add(index as u8);
+        let key = self.parts.dial_keys.get(peer);
+        let proof = key.and_then(|key| {
+            let source = source_address(self.parts.local.ip(), to).ok()?;
+            let tag = proof::node_tag_of(me.as_bytes());
+            Some(proof::make(
+                steer,
+                tag,
+                random_bytes(),
+                source,
+                wall_ns(),
+                *key,
+            ))
+        });
+        let id = proof.map_or_else(
+            || initial_dcid(steer, random_bytes()).to_vec(),
+            |proof| proof.to_vec(),
+        );
+        ConnectionId::from_vec(id)
     }
 }

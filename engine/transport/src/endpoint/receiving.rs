@@ -20,6 +20,7 @@ impl<H: Handler> Endpoint<H> {
             self.on_established(slot, now);
         }
         self.notice_life(slot, now);
+        self.follow_peer(slot, now);
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;
         };

@@ -15,8 +15,8 @@ use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
 use millrace_transport::counters::Family;
 use millrace_transport::{
-    Answer, Defer, Handler, Inbound, InboundBody, Local, Payload, Request, Responder, Transport,
-    TransportConfig, TransportStart,
+    Answer, Defer, EdgeStart, Handler, Inbound, InboundBody, Local, Payload, Request, Responder,
+    Transport, TransportConfig, TransportStart,
 };
 
 /// Answers with the request's body.
@@ -134,6 +134,18 @@ impl Node {
         config: TransportConfig,
         shards: Vec<ShardConfig>,
     ) -> Self {
+        Self::start_behind(key, addr, topology, config, shards, EdgeStart::default())
+    }
+
+    /// A node behind an edge of the test's making.
+    pub(crate) fn start_behind(
+        key: SigningKey,
+        addr: SocketAddr,
+        topology: &Arc<Topology>,
+        config: TransportConfig,
+        shards: Vec<ShardConfig>,
+        edge: EdgeStart,
+    ) -> Self {
         let (sender, events) = channel();
         let identity = SigningKey::from_seed(*key.seed());
         let transport = Transport::start(
@@ -146,6 +158,7 @@ impl Node {
                     ..Default::default()
                 },
                 topology: Arc::clone(topology),
+                edge,
             },
             move |_local: Local| TestHandler {
                 events: sender.clone(),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use boring::pkey::PKey;
 use boring::ssl::{SslContextBuilder, SslMethod, SslSignatureAlgorithm, SslVerifyMode};
 use boring::x509::X509;
-use millrace_protocol::cid::initial_dcid;
+use millrace_edge_policy::cid::initial_dcid;
 use millrace_protocol::frame::Kind;
 use millrace_protocol::identity::SigningKey;
 

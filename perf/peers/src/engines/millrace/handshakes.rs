@@ -17,7 +17,7 @@ use boring::ssl::{
     SslVerifyMode,
 };
 use boring::x509::X509;
-use millrace_protocol::cid::initial_dcid;
+use millrace_edge_policy::cid::initial_dcid;
 use millrace_protocol::identity::SigningKey;
 use millrace_shards::stats::ShardStats;
 use millrace_shards::{

@@ -19,7 +19,7 @@ use millrace_protocol::topology::{Member, Topology};
 use millrace_shards::chunk::Body;
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
-use millrace_transport::{Handler, Local, Transport, TransportConfig, TransportStart};
+use millrace_transport::{EdgeStart, Handler, Local, Transport, TransportConfig, TransportStart};
 
 pub(super) use drive::drive;
 pub(super) use serve::serve;
@@ -116,6 +116,7 @@ where
             ..UdpGroupConfig::default()
         },
         topology: Arc::clone(topology),
+        edge: EdgeStart::default(),
     };
     Ok(Transport::start(start, handler)?)
 }

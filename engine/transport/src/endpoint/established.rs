@@ -1,0 +1,112 @@
+//! When TLS has said who the peer is: whether it may stay, and what it gets if so.
+//!
+//! Invariants
+//! 1. Nothing is counted against a source before the handshake has shown that the address is its own.
+//! 2. A peer that stays has a link and roaming IDs; one that may not is told why.
+
+use std::time::Instant;
+
+use millrace_protocol::frame::{Hello, Kind, PROTOCOL_VERSION};
+use millrace_protocol::id::NodeId;
+use millrace_protocol::peers::{Direction, Refusal};
+
+use super::Endpoint;
+use crate::connection::{Connection, Phase};
+use crate::counters::{Counter, Family};
+use crate::link::Link;
+use crate::message::Handler;
+use crate::quic::CloseCode;
+use crate::tls;
+
+impl<H: Handler> Endpoint<H> {
+    /// TLS is done on our side: learn who it is, and ask whether it may stay.
+    pub(super) fn on_established(&mut self, slot: usize, now: Instant) {
+        let Some(mut connection) = self.connections.get_mut(slot).and_then(Option::take) else {
+            return;
+        };
+        let judged = self.judge(&mut connection, now);
+        if let Ok(peer) = judged {
+            self.introduce(slot, &mut connection, peer);
+        }
+        if let Err((code, reason)) = judged {
+            self.counters().count(Family::Refused, reason);
+            connection.close(code);
+        }
+        self.connections[slot] = Some(connection);
+        self.mark_dirty(slot);
+        if judged.is_ok() {
+            self.renew_ids(slot, now);
+            self.run_actions(now);
+        }
+    }
+
+    /// The proven peer, if it may stay; else what it is told, and what is counted.
+    fn judge(
+        &mut self,
+        connection: &mut Connection,
+        now: Instant,
+    ) -> Result<NodeId, (CloseCode, &'static str)> {
+        let steering = connection
+            .initial
+            .as_ref()
+            .and_then(|id| id.first())
+            .copied();
+        self.end_handshake(connection);
+        if let Some(from) = connection.uncharged.take() {
+            self.parts.gate.validated(from, self.parts.clock.ns(now));
+        }
+        let key = tls::peer_key(connection.quic.as_mut());
+        let Some(peer) = key.and_then(|key| self.topology.node_of_key(&key)) else {
+            // Passed the callback, and left the registry since.
+            return Err((CloseCode::NotAMember, CloseCode::NotAMember.reason()));
+        };
+        let direction = match connection.attempt.take() {
+            Some(attempt) => {
+                self.counters().add(Counter::ConnectionsOut, 1);
+                Direction::Outbound(attempt)
+            }
+            None => {
+                // The dialler says in its first connection ID which connection of the pair this is.
+                connection.index =
+                    steering.map_or(0, |byte| usize::from(byte.wrapping_sub(peer.spread())));
+                self.counters().add(Counter::ConnectionsIn, 1);
+                Direction::Inbound
+            }
+        };
+        if let Some(from) = connection.from {
+            let counted = self.parts.gate.open(from);
+            connection.counted = Some(counted.map_err(|why| (CloseCode::NoRoom, why.label()))?);
+        }
+        let allowed = match self.parts.peers.get_mut(connection.index) {
+            Some(peers) => peers.handshake_done(connection.key, peer, direction, now),
+            None => Err(Refusal::TooMany),
+        };
+        allowed.map_err(|refusal| (CloseCode::of_refusal(refusal), refusal.reason()))?;
+        Ok(peer)
+    }
+
+    /// From here on there is a link, and a hello on its way.
+    fn introduce(&self, slot: usize, connection: &mut Connection, peer: NodeId) {
+        connection.phase = Phase::AwaitHello;
+        let link = Link::new(&self.parts.shared, slot, peer, connection.is_server);
+        let hello = Hello {
+            protocol_version: PROTOCOL_VERSION,
+            registry_version: self.topology.newest_version(),
+            features: 0,
+            shards: self.parts.shards as u8,
+        };
+        link.control(Kind::Hello, 0, &hello.encode());
+        connection.link = Some(link);
+    }
+
+    /// The handshake is over, well or badly. More than once does no harm.
+    pub(super) fn end_handshake(&mut self, connection: &mut Connection) {
+        if std::mem::take(&mut connection.is_handshaking) {
+            self.handshakes -= 1;
+            self.half_open -= usize::from(connection.is_server);
+        }
+        if let Some(initial) = connection.initial.take() {
+            self.initial.remove(&initial);
+        }
+    }
+}

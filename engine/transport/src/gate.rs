@@ -1,0 +1,91 @@
+//! The transport's side of admission: who may open a connection, and the count of those that are open.
+//!
+//! Invariants
+//! 1. A connection is counted from the end of its handshake until it is removed, whatever removes it: the count is a guard that it owns.
+//! 2. Nothing here is asked for a packet of a connection that is known.
+
+use std::fmt::Debug;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use millrace_edge_policy::admission::{Admission, First};
+use millrace_edge_policy::cid::Keys;
+use millrace_edge_policy::reason::Reason;
+use millrace_edge_policy::source::Source;
+
+/// Who wants to hear of every counted connection: the edge, which tells the kernel.
+///
+/// Called on the shards, once for each connection that opens or closes: must not block.
+pub trait ConnectionCounts: Debug + Send + Sync {
+    /// A connection from this source is open; its cap had room.
+    fn opened(&self, source: Source);
+
+    /// A connection that was [`opened`](Self::opened) is over.
+    fn closed(&self, source: Source);
+
+    /// A source that came without token or proof has shown that the address is its own: it is charged now.
+    fn validated(&self, source: Source);
+}
+
+/// The admission of all shards, and who listens.
+#[derive(Clone, Debug)]
+pub(crate) struct Gate {
+    pub(crate) admission: Arc<Admission>,
+    pub(crate) counts: Option<Arc<dyn ConnectionCounts>>,
+}
+
+impl Gate {
+    pub(crate) fn keys(&self) -> Keys {
+        self.admission.keys()
+    }
+
+    /// What becomes of a packet that may begin a connection; see [`Admission::first_packet`].
+    pub(crate) fn first_packet(
+        &self,
+        header: &quiche::Header<'_>,
+        from: SocketAddr,
+        half_open: usize,
+        now_ns: u64,
+        wall_ns: u64,
+    ) -> First {
+        let token = header.token.as_deref().unwrap_or_default();
+        self.admission
+            .first_packet(from, &header.dcid, token, half_open, now_ns, wall_ns)
+    }
+
+    /// A source that came without token or proof has shown its address.
+    pub(crate) fn validated(&self, from: SocketAddr, now_ns: u64) {
+        self.admission.validated(from, now_ns);
+        if let Some(counts) = &self.counts {
+            counts.validated(Source::of(from.ip()));
+        }
+    }
+
+    /// Counts a connection for as long as what this returns lives; refused at the cap of its source.
+    pub(crate) fn open(&self, from: SocketAddr) -> Result<Counted, Reason> {
+        self.admission.opened(from)?;
+        if let Some(counts) = &self.counts {
+            counts.opened(Source::of(from.ip()));
+        }
+        Ok(Counted {
+            gate: self.clone(),
+            from,
+        })
+    }
+}
+
+/// A connection that is counted.
+#[derive(Debug)]
+pub(crate) struct Counted {
+    gate: Gate,
+    from: SocketAddr,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.gate.admission.closed(self.from);
+        if let Some(counts) = &self.gate.counts {
+            counts.closed(Source::of(self.from.ip()));
+        }
+    }
+}
