@@ -15,14 +15,14 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::Duration;
 
 use crate::cid::{KeySchedule, Keys, LocalCid};
 use crate::limiter::{Limit, OwnedLines, Purpose, Rotation, Sketch, charge_word};
 use crate::proof;
 use crate::reason::Reason;
+use crate::settings::{self, Caps, Limits};
 use crate::siphash::Key;
-use crate::source::{LEVELS_MAX, Source};
+use crate::source::Source;
 use crate::stress::Level;
 use crate::token::{self, BadToken, Minted, OriginalId};
 
@@ -31,16 +31,10 @@ use counts::Counts;
 /// What may be admitted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AdmissionConfig {
-    /// Budget of handshakes whose address has not been shown, of all sources together.
-    pub unvalidated: Limit,
-    /// Connections that a source opens, by level.
-    pub source: [Limit; LEVELS_MAX],
-    /// Connections that a proven registry peer opens.
-    pub peer: Limit,
-    /// Uses of one proof.
-    pub proof: Limit,
-    /// Connections of one source at a time; 0: no cap.
-    pub connections_max: u32,
+    /// Rates; those of QUIC connections and of peers count here.
+    pub limits: Limits,
+    /// Connections of one source at a time; the one for QUIC counts here.
+    pub caps: Caps,
     /// Sources that may have connections at a time.
     pub sources_max: usize,
     /// With this many handshakes half open, who has not shown an address gets a Retry.
@@ -50,17 +44,11 @@ pub struct AdmissionConfig {
 }
 
 impl Default for AdmissionConfig {
-    /// The reference's figures for a source, and room for 16,000 sources at once.
+    /// The operator's defaults, and room for 16,000 busy sources.
     fn default() -> Self {
-        const MINUTE: Duration = Duration::from_secs(60);
-        const SECOND: Duration = Duration::from_secs(1);
-        let source = Limit::per(1_000, MINUTE, 500);
         Self {
-            unvalidated: Limit::per(2_000, SECOND, 2_000),
-            source: [source, source.scaled(4), source.scaled(16)],
-            peer: Limit::per(50, SECOND, 100),
-            proof: Limit::per(1, SECOND, 16),
-            connections_max: 100,
+            limits: Limits::default(),
+            caps: Caps::default(),
             sources_max: 65_536,
             half_open_retry: 512,
             sketch_lines: 1 << 14,
@@ -87,7 +75,7 @@ pub enum First {
 /// Decides for all shards of a process.
 #[derive(Debug)]
 pub struct Admission {
-    config: AdmissionConfig,
+    half_open_retry: usize,
     lines: OwnedLines,
     unvalidated: AtomicU64,
     stress: AtomicU32,
@@ -100,6 +88,7 @@ pub struct Admission {
 /// What holds now.
 #[derive(Debug)]
 struct Present {
+    limits: Limits,
     keys: Keys,
     peers: BTreeMap<u32, Key>,
     seed: [Key; 2],
@@ -127,8 +116,9 @@ impl Admission {
     /// Admits within `config`, from `now_ns` on. `random` gives unpredictable bytes: six times.
     pub fn new(config: AdmissionConfig, now_ns: u64, mut random: impl FnMut() -> [u8; 16]) -> Self {
         let schedule = KeySchedule::new(now_ns, &mut random);
-        let rotation = Rotation::new(0, config.sketch_limits(), now_ns);
+        let rotation = Rotation::new(0, sketch_limits(&config.limits), now_ns);
         let present = Present {
+            limits: config.limits,
             keys: schedule.keys(),
             peers: BTreeMap::new(),
             seed: [random(), random()].map(Key::from_bytes),
@@ -136,14 +126,14 @@ impl Admission {
             old_until_ns: 0,
         };
         Self {
+            half_open_retry: config.half_open_retry,
             lines: OwnedLines::new(config.sketch_lines),
             unvalidated: AtomicU64::new(0),
             stress: AtomicU32::new(Level::Normal as u32),
             kernel_charges: AtomicBool::new(false),
             present: RwLock::new(present),
             housekeeping: Mutex::new(Housekeeping { schedule, rotation }),
-            counts: Counts::new(config.connections_max, config.sources_max),
-            config,
+            counts: Counts::new(config.caps.quic, config.sources_max),
         }
     }
 
@@ -187,13 +177,11 @@ impl Admission {
     /// Where the kernel charges, its sketch is charged instead, by whoever maps it.
     pub fn validated(&self, from: SocketAddr, now_ns: u64) {
         if !self.kernel_charges() {
+            let present = self.present();
+            let limits = settings::levels(present.limits.source_quic);
             let source = Source::of(from.ip());
-            self.sketch(&self.present()).charge_source(
-                source,
-                Purpose::Quic,
-                &self.config.source,
-                now_ns,
-            );
+            self.sketch(&present)
+                .charge_source(source, Purpose::Quic, &limits, now_ns);
         }
     }
 
@@ -226,6 +214,13 @@ impl Admission {
         self.kernel_charges.store(charges, Ordering::Relaxed);
     }
 
+    /// Puts other limits and caps into force. What sources have spent and opened so far still counts.
+    pub fn set_limits(&self, limits: Limits, caps: Caps) {
+        self.housekeeping().rotation.widen(sketch_limits(&limits));
+        self.counts.set_cap(caps.quic);
+        self.present_mut().limits = limits;
+    }
+
     /// Sets the keys that we share with registry peers, by node tag.
     pub fn set_peers(&self, peers: BTreeMap<u32, Key>) {
         self.present_mut().peers = peers;
@@ -246,7 +241,8 @@ impl Admission {
         }
         if now_ns >= housekeeping.rotation.due_at_ns() {
             // What the idle generation held is past, so nobody reads it; emptying takes too long to hold the lock that shards wait for.
-            self.sketch(&self.present()).clear_idle();
+            let sketch = self.sketch(&self.present());
+            sketch.clear_idle();
             if let Some(switch) = housekeeping.rotation.turn(now_ns, random()) {
                 let mut present = self.present_mut();
                 present.seed[switch.active] = switch.seed;
@@ -264,10 +260,10 @@ impl Admission {
             let proof = Source::from_bytes(std::array::from_fn(|i| packet.dcid[i])).words();
             let peer = [u64::from(tag), 0];
             let now_ns = packet.now_ns;
-            if !sketch.charge(proof, Purpose::Proof, 0, self.config.proof, now_ns) {
+            if !sketch.charge(proof, Purpose::Proof, 0, present.limits.proof, now_ns) {
                 return Err(Reason::QuicProofReplayed);
             }
-            if !sketch.charge(peer, Purpose::Peer, 0, self.config.peer, now_ns) {
+            if !sketch.charge(peer, Purpose::Peer, 0, present.limits.peer, now_ns) {
                 return Err(Reason::QuicPeerBudget);
             }
         }
@@ -292,7 +288,7 @@ impl Admission {
             return Err(Reason::QuicSourceCap);
         }
         self.within_rates(present, source, original.is_some(), packet.now_ns)?;
-        if original.is_some() || self.may_be_unvalidated(stress, packet) {
+        if original.is_some() || self.may_be_unvalidated(present, stress, packet) {
             return Ok(First::Accept {
                 original,
                 peer: None,
@@ -311,7 +307,8 @@ impl Admission {
         shown: bool,
         now_ns: u64,
     ) -> Result<(), Reason> {
-        let (sketch, limits) = (self.sketch(present), &self.config.source);
+        let sketch = self.sketch(present);
+        let limits = &settings::levels(present.limits.source_quic);
         let within = self.kernel_charges()
             || sketch.look_source(source, Purpose::Quic, limits, now_ns)
                 && (!shown || sketch.charge_source(source, Purpose::Quic, limits, now_ns));
@@ -322,11 +319,11 @@ impl Admission {
         }
     }
 
-    fn may_be_unvalidated(&self, stress: Level, packet: &Packet<'_>) -> bool {
+    fn may_be_unvalidated(&self, present: &Present, stress: Level, packet: &Packet<'_>) -> bool {
         stress == Level::Normal
-            && packet.half_open < self.config.half_open_retry
+            && packet.half_open < self.half_open_retry
             && (self.kernel_charges()
-                || charge_word(&self.unvalidated, self.config.unvalidated, packet.now_ns))
+                || charge_word(&self.unvalidated, present.limits.unvalidated, packet.now_ns))
     }
 
     fn kernel_charges(&self) -> bool {
@@ -359,10 +356,10 @@ impl Admission {
     }
 }
 
-impl AdmissionConfig {
-    fn sketch_limits(&self) -> impl Iterator<Item = Limit> {
-        self.source.into_iter().chain([self.peer, self.proof])
-    }
+fn sketch_limits(limits: &Limits) -> impl Iterator<Item = Limit> {
+    settings::levels(limits.source_quic)
+        .into_iter()
+        .chain([limits.peer, limits.proof])
 }
 
 impl Packet<'_> {

@@ -5,13 +5,15 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::source::Source;
 
 #[derive(Debug)]
 pub(super) struct Counts {
-    connections_max: u32,
+    /// 0: no cap.
+    connections_max: AtomicU32,
     sources_max: usize,
     by_source: Mutex<BTreeMap<Source, u32>>,
 }
@@ -19,16 +21,17 @@ pub(super) struct Counts {
 impl Counts {
     /// `connections_max` 0: no cap.
     pub(super) fn new(connections_max: u32, sources_max: usize) -> Self {
-        let connections_max = if connections_max == 0 {
-            u32::MAX
-        } else {
-            connections_max
-        };
         Self {
-            connections_max,
+            connections_max: AtomicU32::new(connections_max),
             sources_max,
             by_source: Mutex::default(),
         }
+    }
+
+    /// Who has more connections than the new cap keeps them.
+    pub(super) fn set_cap(&self, connections_max: u32) {
+        self.connections_max
+            .store(connections_max, Ordering::Relaxed);
     }
 
     /// False: refused, nothing is counted.
@@ -40,7 +43,7 @@ impl Counts {
                 entry.insert(1);
                 true
             }
-            Entry::Occupied(mut entry) if *entry.get() < self.connections_max => {
+            Entry::Occupied(mut entry) if !self.reaches_cap(*entry.get()) => {
                 *entry.get_mut() += 1;
                 true
             }
@@ -65,7 +68,12 @@ impl Counts {
     }
 
     pub(super) fn is_full(&self, source: Source) -> bool {
-        self.of(source) >= self.connections_max
+        self.reaches_cap(self.of(source))
+    }
+
+    fn reaches_cap(&self, connections: u32) -> bool {
+        let cap = self.connections_max.load(Ordering::Relaxed);
+        cap != 0 && connections >= cap
     }
 
     // Nothing in between can panic, so a poisoned lock holds true counts.

@@ -1,6 +1,7 @@
 //! Who may open a connection, by each of the reasons that user space can see.
 
 use std::thread;
+use std::time::Duration;
 
 use super::*;
 use crate::cid::{HANDSHAKE_EPOCH_SHIFT, Place, ROAMING_EPOCH_SHIFT};
@@ -12,13 +13,16 @@ const NODE: u32 = 77;
 const PAIR: Key = Key { k0: 5, k1: 6 };
 
 fn config() -> AdmissionConfig {
-    let limit = Limit::per(1, Duration::from_secs(60), 3);
+    let second = |burst| Limit::per(1, Duration::from_secs(1), burst);
     AdmissionConfig {
-        unvalidated: Limit::per(1, Duration::from_secs(1), 4),
-        source: [limit, limit.scaled(4), limit.scaled(16)],
-        peer: Limit::per(1, Duration::from_secs(1), 5),
-        proof: Limit::per(1, Duration::from_secs(1), 2),
-        connections_max: 2,
+        limits: Limits {
+            unvalidated: second(4),
+            source_quic: Limit::per(1, Duration::from_secs(60), 3),
+            peer: second(5),
+            proof: second(2),
+            ..Limits::default()
+        },
+        caps: Caps { quic: 2, tcp: 0 },
         sources_max: 3,
         half_open_retry: 10,
         sketch_lines: 1 << 8,
@@ -265,7 +269,7 @@ fn sources_are_bounded_and_forgotten() {
 #[test]
 fn without_a_cap_connections_are_only_counted() {
     let config = AdmissionConfig {
-        connections_max: 0,
+        caps: Caps { quic: 0, tcp: 0 },
         ..config()
     };
     let admission = Admission::new(config, NOW, numbered());
@@ -273,6 +277,30 @@ fn without_a_cap_connections_are_only_counted() {
         assert_eq!(admission.opened(from(1)), Ok(()));
     }
     assert_eq!(admission.connections(Source::of(from(1).ip())), 50);
+}
+
+#[test]
+fn limits_change_while_connections_are_open() {
+    let admission = admission();
+    admission.opened(from(1)).unwrap();
+    admission.opened(from(1)).unwrap();
+    let AdmissionConfig { limits, .. } = config();
+    admission.set_limits(limits, Caps { quic: 1, tcp: 0 });
+    admission.closed(from(1));
+    assert_eq!(admission.opened(from(1)), Err(Reason::QuicSourceCap));
+    admission.set_limits(limits, Caps { quic: 3, tcp: 0 });
+    assert_eq!(admission.opened(from(1)), Ok(()));
+
+    let unvalidated = Limit::per(1, Duration::from_secs(1), 1);
+    admission.set_limits(
+        Limits {
+            unvalidated,
+            ..limits
+        },
+        config().caps,
+    );
+    assert_eq!(admission.plain(from(2)), accepted());
+    assert_retry(&admission, admission.plain(from(2)), from(2));
 }
 
 #[test]
