@@ -7,15 +7,40 @@
 use std::fs;
 use std::time::Duration;
 
+use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::Result;
 
 /// Keeps the calling thread, and every process and thread it starts later, on one core.
 pub(crate) fn pin_to(cpu: usize) -> Result<()> {
+    pin(None, cpu)
+}
+
+/// Keeps a thread on one core; none: the calling one.
+pub(crate) fn pin(thread: Option<Pid>, cpu: usize) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu);
-    Ok(sched_setaffinity(None, &set)?)
+    Ok(sched_setaffinity(thread, &set)?)
+}
+
+/// Processes, threads of the kernel among them, whose name begins like this.
+pub(crate) fn threads_named(prefix: &str) -> Result<Vec<Pid>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let path = entry?.path();
+        // Not a process, or gone.
+        let Ok(name) = fs::read_to_string(path.join("comm")) else {
+            continue;
+        };
+        let number = path
+            .file_name()
+            .and_then(|name| name.to_str()?.parse().ok());
+        if name.starts_with(prefix) {
+            found.extend(number.and_then(Pid::from_raw));
+        }
+    }
+    Ok(found)
 }
 
 /// Run time of the calling thread and of its core's `ksoftirqd`.
@@ -27,19 +52,14 @@ pub(crate) struct Clock {
 impl Clock {
     /// The calling thread must stay on `cpu`.
     pub(crate) fn of(cpu: usize) -> Result<Self> {
-        let name = format!("ksoftirqd/{cpu}");
-        for entry in fs::read_dir("/proc")? {
-            let path = entry?.path();
-            // Not a process, or gone.
-            let Ok(command) = fs::read_to_string(path.join("comm")) else {
-                continue;
-            };
-            if command.trim_end() == name {
-                let ksoftirqd = path.join("schedstat").to_string_lossy().into_owned();
-                return Ok(Self { ksoftirqd });
-            }
-        }
-        Err(format!("no thread {name}: is this a container without the host's /proc?").into())
+        // With the line's end: 1 is not 10.
+        let name = format!("ksoftirqd/{cpu}\n");
+        let [thread] = threads_named(&name)?[..] else {
+            return Err(format!("no thread {}: is this the host's /proc?", name.trim()).into());
+        };
+        Ok(Self {
+            ksoftirqd: format!("/proc/{}/schedstat", thread.as_raw_nonzero()),
+        })
     }
 
     pub(crate) fn now(&self) -> Result<Duration> {

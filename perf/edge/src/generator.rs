@@ -4,6 +4,7 @@
 //! the packets cost, generator included.
 
 use std::mem::MaybeUninit;
+use std::num::NonZeroU32;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
@@ -32,6 +33,7 @@ use skeleton::{GeneratorSkel, GeneratorSkelBuilder};
 
 /// `BPF_F_TEST_XDP_LIVE_FRAMES`: what the program says is done, instead of being returned.
 const LIVE_FRAMES: u32 = 1 << 1;
+const NANOSECONDS: u32 = 1_000_000_000;
 /// First of the made-up sources.
 const SOURCE_BASE: u32 = 0x1000_0000;
 
@@ -77,12 +79,13 @@ pub(crate) struct Generator<'o> {
 }
 
 impl<'o> Generator<'o> {
-    /// `interface` is the attacker's end of the veth; 0 if only test runs are wanted.
+    /// `interface` is the attacker's end of the veth; 0 if only test runs are wanted. `packets_per_second`: at full speed if none.
     pub(crate) fn load(
         object: &'o mut MaybeUninit<OpenObject>,
         shape: Shape,
         sources: Sources,
         interface: u32,
+        packets_per_second: Option<NonZeroU32>,
     ) -> Result<Self> {
         let template = shape.template()?;
         let mut open = GeneratorSkelBuilder::default().open(object)?;
@@ -95,6 +98,7 @@ impl<'o> Generator<'o> {
         constants.tcp_sum = template.tcp_sum;
         constants.random_at = u32::try_from(template.random_at)?;
         constants.interface = interface;
+        constants.interval_ns = packets_per_second.map_or(0, |rate| NANOSECONDS / rate);
         let state = open.maps.bss_data.as_deref_mut().ok_or("no state")?;
         // Any seed but zero; rows are alike from run to run.
         state.state.random = 0x9e37_79b9_7f4a_7c15;
@@ -104,7 +108,7 @@ impl<'o> Generator<'o> {
         })
     }
 
-    /// Sends `packets` at full speed from the calling thread, which must be in the attacker's namespace.
+    /// Sends `packets` from the calling thread, which must be in the attacker's namespace.
     pub(crate) fn send(&self, packets: u32) -> Result<()> {
         self.skeleton.progs.generate.test_run(ProgramInput {
             data_in: Some(&self.frame),

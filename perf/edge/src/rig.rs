@@ -12,9 +12,9 @@ use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketType, socket};
 use serde::Deserialize;
 
-use crate::Result;
 use crate::namespace::{Inside, Namespace, run};
 use crate::receiver::Receiver;
+use crate::{Result, cpu};
 
 /// Of the range for benchmarks (RFC 2544).
 pub(crate) const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 1);
@@ -110,6 +110,24 @@ impl Rig {
     /// Index of the node's end in its namespace.
     pub(crate) fn node_index(&self) -> u32 {
         self.node_index
+    }
+
+    /// From now on a thread of its own receives for the node, on `cpu`, as far from the attacker's core as a network card is.
+    pub(crate) fn receive_on(&self, cpu: usize) -> Result<()> {
+        // sysfs shows the devices of the namespace that mounted it.
+        let script =
+            format!("mount -t sysfs none /sys && echo 1 > /sys/class/net/{NODE_DEVICE}/threaded");
+        {
+            let _node = self.node.enter()?;
+            run("unshare", &["--mount", "sh", "-c", &script])?;
+        }
+        let threads = cpu::threads_named(&format!("napi/{NODE_DEVICE}-"))?;
+        if threads.is_empty() {
+            return Err("the kernel started no thread for the node's device".into());
+        }
+        threads
+            .into_iter()
+            .try_for_each(|thread| cpu::pin(Some(thread), cpu))
     }
 
     pub(crate) fn node_device(&self) -> &'static str {

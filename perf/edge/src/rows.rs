@@ -95,7 +95,7 @@ impl Row {
     ) -> Result<Measured> {
         let mut object = MaybeUninit::uninit();
         let interface = parts.rig.client_index();
-        let generator = Generator::load(&mut object, self.shape, self.sources, interface)?;
+        let generator = Generator::load(&mut object, self.shape, self.sources, interface, None)?;
         let standing = self.filter.stand(parts, self.sources)?;
         let rest = Snapshot::read(parts, &standing, &generator)?;
         let pace = timed_send(parts, clock, &generator, WARM_UP)?;

@@ -16,11 +16,13 @@ const volatile __u32 ip_sum; /* of the IP header as in `header` */
 const volatile __u32 tcp_sum; /* of the TCP header and its pseudo header; 0: not TCP */
 const volatile __u32 random_at; /* offset of 8 bytes that are random in each packet (a connection ID); 0: none */
 const volatile __u32 interface;
+const volatile __u32 interval_ns; /* between packets; 0: as fast as they go */
 
 /* One CPU runs this, so nothing here is atomic. Order is known to `generator.rs`. */
 struct {
 	__u64 random;
 	__u64 sent;
+	__u64 next_ns; /* when the next packet is due */
 } state;
 
 struct {
@@ -99,11 +101,29 @@ static __always_inline int rewrite(struct xdp_md *ctx)
 	return 1;
 }
 
+static long not_yet(__u32 round, void *nothing)
+{
+	return bpf_ktime_get_ns() >= state.next_ns;
+}
+
+/* Waits for the packet's time. What is late by more than a batch is not made up for: no bursts. */
+static __always_inline void pace(void)
+{
+	__u64 now = bpf_ktime_get_ns();
+
+	if (state.next_ns + 64 * (__u64)interval_ns < now)
+		state.next_ns = now;
+	bpf_loop(1 << 20, not_yet, 0, 0);
+	state.next_ns += interval_ns;
+}
+
 SEC("xdp")
 int generate(struct xdp_md *ctx)
 {
 	if (!rewrite(ctx))
 		return XDP_ABORTED;
+	if (interval_ns)
+		pace();
 	state.sent++;
 	return bpf_redirect(interface, 0);
 }
