@@ -13,6 +13,7 @@ pub mod model;
 pub mod packet;
 pub mod proof;
 pub mod reason;
+pub mod retry;
 pub mod rules;
 pub mod settings;
 pub mod siphash;

@@ -1,1 +1,350 @@
-//! To come.
+//! The whole program of the kernel, in plain Rust: the same packets, the same world, the same decisions.
+//!
+//! It is the specification that runs: a test sends what it decides on through the program as well, and no one may
+//! differ. It is not made to be fast.
+//!
+//! 1. Whatever a frame holds, nothing panics, and exactly one counter goes up by one.
+//! 2. Time and the cookies of the kernel are arguments; all else of the world is in the fields.
+//! 3. A generation that was never published owns no port.
+
+use crate::cid::Keys;
+use crate::limiter::{Lines, OwnedLines, Sketch, charge_word};
+use crate::packet::{Packet, Protocol, Quic, Transport};
+use crate::reason::Reason;
+use crate::rules::{Compiled, Roots, RuleAction};
+use crate::settings::{BUDGETS, Budget, Kind, Mode, Scope};
+use crate::siphash::Key;
+use crate::source::Source;
+use crate::trie::{Leaf, RULE_DEFAULT};
+use crate::verdict::{Action, Decision, Stamp};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+mod admit;
+#[cfg(test)]
+mod tests;
+
+/// Highest stress: only registry peers open connections (`EDGE_STRESS_PEERS`).
+pub const STRESS_PEERS: u32 = 2;
+
+/// What a packet meets besides the model's own state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct World {
+    /// CLOCK_MONOTONIC, in nanoseconds.
+    pub now_ns: u64,
+    /// Sequence number of the SYN cookie that the kernel would give; none: it gives none.
+    pub cookie: Option<u32>,
+    /// Limits are looked at and not charged.
+    pub read_only: bool,
+}
+
+/// What this host sent, seen from the answer (`struct edge_flow`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Flow {
+    /// Who answers.
+    pub remote: Source,
+    /// From which port.
+    pub remote_port: u16,
+    /// To which port of ours.
+    pub port: u16,
+    /// UDP or TCP.
+    pub protocol: Protocol,
+}
+
+/// QUIC connections of a source, as a run of the daemon counted them (`struct edge_count`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    /// The run.
+    pub run: u32,
+    /// Established connections.
+    pub connections: u32,
+}
+
+/// The kernel's maps, and what it does with them.
+#[derive(Debug)]
+pub struct Model {
+    /// Both generations of what operator and registry say.
+    pub config: [Option<Compiled>; 2],
+    /// Generation in force.
+    pub active: usize,
+    /// From when the other generation is in force again; 0: never.
+    pub revert_at_ns: u64,
+    /// Until when stress and QUIC counts hold.
+    pub lease_until_ns: u64,
+    /// 0, 1 or 2.
+    pub stress: u32,
+    /// Run of the daemon whose counts hold.
+    pub run: u32,
+    /// What wall time is ahead of the monotonic clock; wraps.
+    pub wall_offset_ns: u64,
+    /// Keys of connection IDs and tokens.
+    pub keys: Keys,
+    /// Seeds of the sketch.
+    pub seed: [Key; 2],
+    /// Generation of the sketch that is charged.
+    pub limiter_active: usize,
+    /// Until when the other one counts as well.
+    pub limiter_old_until_ns: u64,
+    /// Lines of the sketch, both generations.
+    pub lines: OwnedLines,
+    /// Global budgets, by [`Budget`].
+    pub budgets: [AtomicU64; BUDGETS],
+    /// Keys of registry peers, by node tag.
+    pub peers: BTreeMap<u32, Key>,
+    /// QUIC connections, by [`Source::cap_key`].
+    pub quic_sources: BTreeMap<Source, Count>,
+    /// TCP connections, by [`Source::cap_key`].
+    pub tcp_sources: BTreeMap<Source, u64>,
+    /// With scope `host`: what may answer.
+    pub replies: BTreeSet<Flow>,
+    /// Packets by reason: acted upon, and only counted.
+    pub counters: [[u64; 2]; Reason::ALL.len()],
+    /// Packets that a rule decided, by generation and rule.
+    pub hits: BTreeMap<(usize, u16), u64>,
+}
+
+/// One packet of ours on its way.
+struct Case<'m> {
+    model: &'m Model,
+    compiled: &'m Compiled,
+    world: World,
+    rule: Option<u16>,
+    answer: Option<Vec<u8>>,
+}
+
+/// What is known of a packet when its reason is.
+struct Verdict {
+    reason: Reason,
+    ours: bool,
+    service: Option<u8>,
+    rule: Option<u16>,
+    answer: Option<Vec<u8>>,
+}
+
+impl Model {
+    /// A world in which nothing was published yet, with so many lines in each generation of the sketch.
+    pub fn new(limiter_lines: usize) -> Self {
+        Self {
+            config: [None, None],
+            active: 0,
+            revert_at_ns: 0,
+            lease_until_ns: 0,
+            stress: 0,
+            run: 0,
+            wall_offset_ns: 0,
+            keys: Keys {
+                keys: [Key::default(); 4],
+                active: 0,
+            },
+            seed: [Key::default(); 2],
+            limiter_active: 0,
+            limiter_old_until_ns: 0,
+            lines: OwnedLines::new(limiter_lines),
+            budgets: Default::default(),
+            peers: BTreeMap::new(),
+            quic_sources: BTreeMap::new(),
+            tcp_sources: BTreeMap::new(),
+            replies: BTreeSet::new(),
+            counters: [[0; 2]; Reason::ALL.len()],
+            hits: BTreeMap::new(),
+        }
+    }
+
+    /// Puts a set in force at once, in the idle generation; its rules have no hits yet.
+    pub fn publish(&mut self, compiled: Compiled) {
+        let idle = self.active ^ 1;
+        self.config[idle] = Some(compiled);
+        self.hits.retain(|(generation, _), _| *generation != idle);
+        self.active = idle;
+        self.revert_at_ns = 0;
+    }
+
+    /// Decides on a frame, charges its limits and counts it.
+    pub fn decide(&mut self, frame: &[u8], world: World) -> Decision {
+        let generation = self.generation(world.now_ns);
+        let verdict = self.verdict(frame, generation, world);
+        let Verdict {
+            reason,
+            ours,
+            service,
+            rule,
+            answer,
+        } = verdict;
+        let enforce = self.mode(generation) == Mode::Enforce;
+        let passes = reason.action() == Action::Pass && reason != Reason::PassReject;
+        let counted = !enforce && !passes;
+        let action = if enforce {
+            reason.action()
+        } else {
+            Action::Pass
+        };
+        let stamp = match reason {
+            Reason::PassReject if enforce => Stamp::Reject,
+            _ => Stamp::Pass,
+        };
+        self.counters[reason.index() as usize][usize::from(counted)] += 1;
+        if let Some(rule) = rule {
+            *self.hits.entry((generation, rule)).or_default() += 1;
+        }
+        Decision {
+            reason,
+            action,
+            counted,
+            rule,
+            service,
+            stamp: (ours && action == Action::Pass).then_some(stamp),
+            frame: answer,
+            stress: self.stress(world.now_ns),
+            generation,
+        }
+    }
+
+    /// Stress as it holds: 0 once nobody renews the lease.
+    pub fn stress(&self, now_ns: u64) -> u32 {
+        if now_ns < self.lease_until_ns {
+            self.stress
+        } else {
+            0
+        }
+    }
+
+    fn generation(&self, now_ns: u64) -> usize {
+        let reverted = self.revert_at_ns != 0 && now_ns >= self.revert_at_ns;
+        self.active & 1 ^ usize::from(reverted)
+    }
+
+    fn mode(&self, generation: usize) -> Mode {
+        let config = self.config[generation].as_ref();
+        config.map_or(Mode::Count, |compiled| compiled.settings.mode)
+    }
+
+    /// Up to the service, and on if there is one.
+    fn verdict(&self, frame: &[u8], generation: usize, world: World) -> Verdict {
+        let not_ours = |reason| Verdict {
+            reason,
+            ours: false,
+            service: None,
+            rule: None,
+            answer: None,
+        };
+        let packet = match Packet::parse(frame) {
+            Ok(packet) => packet,
+            Err(reason) => return not_ours(reason),
+        };
+        let Some(compiled) = &self.config[generation] else {
+            return not_ours(Reason::PassOther);
+        };
+        let settings = &compiled.settings;
+        let service = settings.service(packet.protocol, packet.destination_port);
+        if service.is_none() && settings.scope == Scope::Ports {
+            return not_ours(Reason::PassOther);
+        }
+        if service.is_none() && self.replies.contains(&Flow::answered_by(&packet)) {
+            return not_ours(Reason::PassReply);
+        }
+        let mut case = Case {
+            model: self,
+            compiled,
+            world,
+            rule: None,
+            answer: None,
+        };
+        // Both ways a reason: `?` ends where it is found.
+        let (Ok(reason) | Err(reason)) = match service {
+            Some(service) => case.of_service(&packet, service),
+            None => case.of_host(&packet),
+        };
+        Verdict {
+            reason,
+            ours: true,
+            service: service.map(|index| index as u8),
+            rule: case.rule,
+            answer: case.answer,
+        }
+    }
+
+    fn sketch(&self) -> Sketch<'_, impl Lines + use<>> {
+        Sketch {
+            lines: &self.lines,
+            seed: self.seed,
+            active: self.limiter_active,
+            old_until_ns: self.limiter_old_until_ns,
+        }
+    }
+}
+
+impl Flow {
+    /// The flow that this packet answers, if there is one.
+    pub fn answered_by(packet: &Packet<'_>) -> Self {
+        Self {
+            remote: Source::of(packet.source),
+            remote_port: packet.source_port,
+            port: packet.destination_port,
+            protocol: packet.protocol,
+        }
+    }
+}
+
+impl Case<'_> {
+    fn of_service(&mut self, packet: &Packet<'_>, service: usize) -> Result<Reason, Reason> {
+        packet.refuse_fragments_and_options()?;
+        let transport = packet.transport()?;
+        let kind = self.compiled.settings.services[service].kind;
+        let roots = self.compiled.services[service];
+        match (kind, transport) {
+            (Kind::Quic, Transport::Udp(payload)) => {
+                let quic = Quic::parse(payload)?;
+                self.firewall(packet.source, roots)?;
+                self.admit_quic(packet, quic)
+            }
+            (Kind::Tcp, Transport::Tcp(flags)) => {
+                self.firewall(packet.source, roots)?;
+                self.admit_tcp(packet.source, flags)
+            }
+            (Kind::Udp, Transport::Udp(_)) => {
+                self.firewall(packet.source, roots)?;
+                Ok(Reason::PassUdp)
+            }
+            // A service is found by its protocol, so this is none of its packets.
+            _ => Err(Reason::Internal),
+        }
+    }
+
+    fn of_host(&mut self, packet: &Packet<'_>) -> Result<Reason, Reason> {
+        packet.refuse_fragments_and_options()?;
+        self.firewall(packet.source, self.compiled.host)?;
+        Ok(Reason::PassHost)
+    }
+
+    /// Section 3.
+    fn firewall(&mut self, source: IpAddr, roots: Roots) -> Result<(), Reason> {
+        let leaf = match source {
+            IpAddr::V4(v4) => self.compiled.trie4.lookup(roots.root4, &v4.octets()),
+            IpAddr::V6(v6) => self.compiled.trie6.lookup(roots.root6, &v6.octets()),
+        };
+        let Leaf { action, rule } = leaf.ok_or(Reason::Internal)?;
+        self.rule = (rule != RULE_DEFAULT).then_some(rule);
+        match action {
+            RuleAction::Allow => Ok(()),
+            RuleAction::Deny if self.rule.is_some() => Err(Reason::FirewallDeny),
+            RuleAction::Deny => Err(Reason::FirewallDefault),
+            RuleAction::Reject if self.charge_budget(Budget::Reject) => Err(Reason::PassReject),
+            RuleAction::Reject => Err(Reason::FirewallRejectBudget),
+        }
+    }
+
+    fn charge_budget(&self, budget: Budget) -> bool {
+        let limit = self.compiled.settings.limits.budgets()[budget as usize];
+        let word = &self.model.budgets[budget as usize];
+        if self.world.read_only {
+            let copy = AtomicU64::new(word.load(Ordering::Relaxed));
+            return charge_word(&copy, limit, self.world.now_ns);
+        }
+        charge_word(word, limit, self.world.now_ns)
+    }
+
+    fn stress(&self) -> u32 {
+        self.model.stress(self.world.now_ns)
+    }
+}

@@ -53,7 +53,7 @@ impl fmt::Display for Protocol {
 pub struct Packet<'f> {
     /// Ethernet header and VLAN tags.
     pub link: &'f [u8],
-    /// Sender. An IPv6 packet has an IPv6 address, v4-mapped ones included.
+    /// Sender.
     pub source: IpAddr,
     /// Receiver.
     pub destination: IpAddr,
@@ -229,7 +229,10 @@ fn ipv6(packet: &[u8]) -> Result<Ip<'_>, Reason> {
         return Err(Reason::MalformedIp);
     };
     let payload_bytes = usize::from(be16(fixed, 4));
-    if fixed[0] >> 4 != 6 {
+    let address = |from: usize| Ipv6Addr::from(chunk::<16>(fixed, from));
+    let source = address(8);
+    // The host drops IPv4 in IPv6 too; here it would be counted as one family and looked up as the other.
+    if fixed[0] >> 4 != 6 || source.to_ipv4_mapped().is_some() {
         return Err(Reason::MalformedIp);
     }
     let payload = payload.get(..payload_bytes).ok_or(Reason::MalformedIp)?;
@@ -237,10 +240,9 @@ fn ipv6(packet: &[u8]) -> Result<Ip<'_>, Reason> {
         return Err(Reason::PassOther);
     }
     let chain = Extensions::walk(fixed[6], payload)?;
-    let address = |from: usize| IpAddr::V6(Ipv6Addr::from(chunk::<16>(fixed, from)));
     Ok(Ip {
-        source: address(8),
-        destination: address(24),
+        source: IpAddr::V6(source),
+        destination: IpAddr::V6(address(24)),
         protocol: Protocol::from_number(chain.next).ok_or(Reason::PassOther)?,
         segment: chain.rest,
         fragment: chain.fragment,

@@ -12,8 +12,24 @@ use thiserror::Error;
 
 /// Services of one node, the host's own not counted.
 pub const SERVICES_MAX: usize = 16;
-/// Global budgets: [`Limits::budgets`].
+/// Global budgets: see [`Budget`].
 pub const BUDGETS: usize = 5;
+
+/// A budget that all sources share. The order is that of `enum edge_budget`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Budget {
+    /// [`Limits::unvalidated`].
+    Unvalidated = 0,
+    /// [`Limits::syn`].
+    Syn = 1,
+    /// [`Limits::version`].
+    Version = 2,
+    /// [`Limits::knock`].
+    Knock = 3,
+    /// [`Limits::reject`].
+    Reject = 4,
+}
 
 /// Whether the edge refuses, or only counts what it would refuse.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -208,7 +224,7 @@ impl Settings {
 }
 
 impl Limits {
-    /// The global budgets, in the order of `enum edge_budget`.
+    /// The global budgets; [`Budget`] is the index.
     pub fn budgets(&self) -> [Limit; BUDGETS] {
         [
             self.unvalidated,
@@ -352,21 +368,24 @@ mod tests {
     #[test]
     fn limits_that_the_sketch_cannot_keep_are_refused() {
         let slow = Limit::per(1, Duration::from_secs(3_600), 20);
-        let cases: [(&str, fn(&mut Limits) -> &mut Limit); 5] = [
-            ("source_quic", |limits| &mut limits.source_quic),
-            ("source_tcp", |limits| &mut limits.source_tcp),
-            ("peer", |limits| &mut limits.peer),
-            ("proof", |limits| &mut limits.proof),
-            ("id", |limits| &mut limits.id),
-        ];
-        for (name, field) in cases {
+        let with = |change: fn(&mut Limits, Limit)| {
             let mut limits = Limits::default();
-            *field(&mut limits) = slow;
-            let Err(SettingsError::Limit { limit, reach_ns }) = limits.validate() else {
-                panic!("{name} of 20 hours is accepted");
-            };
-            assert_eq!(limit, name);
-            assert_eq!(reach_ns, 19 * 3_600_000_000_000);
+            change(&mut limits, slow);
+            limits.validate()
+        };
+        let cases = [
+            (
+                "source_quic",
+                with(|limits, slow| limits.source_quic = slow),
+            ),
+            ("source_tcp", with(|limits, slow| limits.source_tcp = slow)),
+            ("peer", with(|limits, slow| limits.peer = slow)),
+            ("proof", with(|limits, slow| limits.proof = slow)),
+            ("id", with(|limits, slow| limits.id = slow)),
+        ];
+        for (limit, result) in cases {
+            let reach_ns = 19 * 3_600_000_000_000;
+            assert_eq!(result, Err(SettingsError::Limit { limit, reach_ns }));
         }
         let global = Limits {
             unvalidated: slow,

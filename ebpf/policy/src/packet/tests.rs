@@ -243,6 +243,15 @@ fn ipv6_lengths_and_extensions() {
             Some(Reason::MalformedIp),
         ),
         (
+            "IPv4 in IPv6",
+            with(
+                frame.clone(),
+                22,
+                &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff],
+            ),
+            Some(Reason::MalformedIp),
+        ),
+        (
             "payload past end",
             with(frame.clone(), 18, &[0, 16]),
             Some(Reason::MalformedIp),

@@ -118,7 +118,10 @@ impl Fields<'_> {
             version: self.version,
             number: self.number,
             field: field.chars().take(QUOTED_CHARS_MAX).collect(),
-            value: self.table.get(field).map_or("(absent)".into(), quoted),
+            value: self
+                .table
+                .get(field)
+                .map_or_else(|| "(absent)".into(), quoted),
             problem: wrong.problem,
             remedy: wrong.remedy,
         }
