@@ -133,3 +133,6 @@ fn varint(bytes: &[u8]) -> Option<(u64, &[u8])> {
         });
     Some((value, rest))
 }
+
+#[cfg(test)]
+pub(super) mod tests;

@@ -2,7 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-use super::{Initial, Packet, Protocol, Quic, TcpFlags, Transport};
+use super::quic::tests::long;
+use super::{Packet, Protocol, Quic, TcpFlags, Transport};
 use crate::reason::Reason;
 use etherparse::{IpFragOffset, IpNumber, PacketBuilder};
 use proptest::prelude::*;
@@ -39,7 +40,7 @@ fn tcp4(flags: u8) -> Vec<u8> {
 }
 
 /// The frame with other bytes from `at` on.
-fn with(mut frame: Vec<u8>, at: usize, bytes: &[u8]) -> Vec<u8> {
+pub(super) fn with(mut frame: Vec<u8>, at: usize, bytes: &[u8]) -> Vec<u8> {
     frame[at..at + bytes.len()].copy_from_slice(bytes);
     frame
 }
@@ -377,139 +378,6 @@ fn tcp_lengths_and_flags() {
     }
     assert!(TcpFlags(syn | urg).opens());
     assert!(!TcpFlags(syn | ack).opens() && !TcpFlags(ack).opens());
-}
-
-/// A long header with IDs of these lengths, and `rest` behind them.
-fn long(first: u8, version: u32, destination: u8, source: u8, rest: &[u8]) -> Vec<u8> {
-    let mut payload = vec![first];
-    payload.extend(version.to_be_bytes());
-    payload.push(destination);
-    payload.extend(vec![0xdd; destination.into()]);
-    payload.push(source);
-    payload.extend(vec![0x55; source.into()]);
-    payload.extend(rest);
-    payload
-}
-
-#[test]
-fn quic_classes() {
-    let knock = {
-        let mut knock = vec![0x0d; 65];
-        knock[2..6].copy_from_slice(b"knck");
-        knock
-    };
-    let body = [0; 1_200];
-    let id = [0xdd; 16];
-    let cases: &[(&str, Vec<u8>, Result<Quic<'_>, Reason>)] = &[
-        ("nothing", vec![], Err(Reason::QuicMalformed)),
-        ("knock", knock.clone(), Ok(Quic::Knock)),
-        (
-            "knock of 64 bytes",
-            knock[..64].to_vec(),
-            Err(Reason::QuicFixedBit),
-        ),
-        (
-            "knock without its mark",
-            with(knock, 2, b"knok"),
-            Err(Reason::QuicFixedBit),
-        ),
-        (
-            "short, ID",
-            [&[0x40][..], &id].concat(),
-            Ok(Quic::Known(&id)),
-        ),
-        (
-            "short, 16 bytes",
-            [&[0x40][..], &id[1..]].concat(),
-            Err(Reason::QuicMalformed),
-        ),
-        ("short, no fixed bit", vec![0x3f], Err(Reason::QuicFixedBit)),
-        (
-            "long, 6 bytes",
-            long(0xc0, 1, 0, 0, &[])[..6].to_vec(),
-            Err(Reason::QuicMalformed),
-        ),
-        (
-            "long, 7 bytes",
-            long(0xe0, 1, 0, 0, &[]),
-            Ok(Quic::Known(&[])),
-        ),
-        (
-            "destination ID of 21",
-            long(0xc0, 1, 21, 0, &body),
-            Err(Reason::QuicIdLength),
-        ),
-        (
-            "destination ID past the end",
-            with(long(0xc0, 1, 4, 0, &[]), 5, &[5]),
-            Err(Reason::QuicMalformed),
-        ),
-        (
-            "source ID of 21",
-            long(0xc0, 1, 8, 21, &body),
-            Err(Reason::QuicIdLength),
-        ),
-        (
-            "source ID past the end",
-            with(long(0xc0, 1, 0, 0, &[]), 6, &[1]),
-            Err(Reason::QuicMalformed),
-        ),
-        (
-            "Version Negotiation",
-            long(0x80, 0, 16, 3, &[]),
-            Ok(Quic::Known(&id)),
-        ),
-        (
-            "other version, short",
-            long(0x80, 2, 16, 3, &[]),
-            Err(Reason::QuicShortInitial),
-        ),
-        (
-            "other version, long",
-            long(0x80, 2, 16, 3, &body),
-            Ok(Quic::Version),
-        ),
-        (
-            "no fixed bit",
-            long(0x80, 1, 16, 3, &body),
-            Err(Reason::QuicFixedBit),
-        ),
-        (
-            "0-RTT",
-            long(0xd0, 1, 16, 3, &body),
-            Err(Reason::QuicZeroRtt),
-        ),
-        ("Handshake", long(0xe0, 1, 16, 3, &[]), Ok(Quic::Known(&id))),
-        ("Retry", long(0xf0, 1, 16, 3, &[]), Ok(Quic::Known(&id))),
-    ];
-    for (name, payload, expected) in cases {
-        assert_eq!(Quic::parse(payload), *expected, "{name}");
-    }
-}
-
-#[test]
-fn tokens_have_variable_lengths() {
-    let token = |rest: &[u8]| {
-        let payload = long(0xc0, 1, 8, 0, rest);
-        let Ok(Quic::Initial(initial)) = Quic::parse(&payload) else {
-            panic!("no Initial");
-        };
-        let Initial { datagram_bytes, .. } = initial;
-        assert_eq!(datagram_bytes, payload.len());
-        initial.token().map(<[u8]>::len)
-    };
-    let cut_short = Err(Reason::QuicMalformed);
-    assert_eq!(token(&[]), cut_short);
-    assert_eq!(token(&[0]), Ok(0));
-    assert_eq!(token(&[2, 7, 7, 9]), Ok(2));
-    assert_eq!(token(&[3, 7, 7]), cut_short);
-    assert_eq!(token(&[0x40]), cut_short);
-    assert_eq!(token(&[0x40, 1, 7]), Ok(1));
-    assert_eq!(token(&[0x80, 0, 0]), cut_short);
-    assert_eq!(token(&[0x80, 0, 0, 1, 7]), Ok(1));
-    assert_eq!(token(&[0xc0, 0, 0, 0, 0, 0, 0]), cut_short);
-    assert_eq!(token(&[0xc0, 0, 0, 0, 0, 0, 0, 1, 7]), Ok(1));
-    assert_eq!(token(&[0xff; 40]), cut_short);
 }
 
 #[test]

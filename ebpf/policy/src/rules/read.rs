@@ -303,3 +303,6 @@ fn array(value: &Value) -> Read<&Vec<Value>> {
     };
     value.as_array().ok_or_else(wrong)
 }
+
+#[cfg(test)]
+mod tests;

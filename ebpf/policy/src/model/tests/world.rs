@@ -4,7 +4,7 @@ use super::frames::{
     CLIENT, CLIENT6, HANDSHAKE_EPOCH_NS, NOW_NS, QUIC, TCP, UDP, address, compiled, handshake_id,
     initial, keys, knock, model, proof_of, short, tcp, udp,
 };
-use super::{first, with_token};
+use super::table::{first, with_token};
 use crate::model::{Model, World};
 use crate::packet::{Packet, Transport};
 use crate::reason::Reason;
