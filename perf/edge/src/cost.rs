@@ -1,26 +1,23 @@
 //! What the edge's program costs by itself: test runs over generated packets, without veth and without stack.
 
 use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::time::Duration;
 
 use crate::Result;
 use crate::edge::{Case, Edges};
-use crate::frames::Shape;
 use crate::generator::{Generator, Sources};
 use crate::receiver::Receiver;
+use crate::rows::EXPECTED_SHARE;
 
-/// What is run.
+/// Runs of each measurement; the least counts.
+const RUNS: usize = 5;
+
+/// What is run, over packets of so many sources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Subject {
-    /// Refused by the firewall.
-    Deny(Sources),
-    /// Firewall, caps, all levels of a fresh source, the global budget, the stamp: passed.
-    Admitted(Sources),
-    /// The same behind a firewall of 100,000 prefixes.
-    Prefixes,
-    /// Refused because the source has spent its burst.
-    Full(Sources),
-    /// Answered in place.
-    Retry,
+pub(crate) struct Subject {
+    pub(crate) case: Case,
+    pub(crate) sources: Sources,
 }
 
 /// One measurement.
@@ -38,14 +35,81 @@ impl Cost {
     }
 }
 
+/// Everything that is run.
+pub(crate) fn all() -> Vec<Subject> {
+    use Sources as S;
+    let of = |case, sources: &[S]| -> Vec<_> {
+        sources
+            .iter()
+            .map(|&sources| Subject { case, sources })
+            .collect()
+    };
+    [
+        of(Case::Deny, &[S::ONE, S::ALL]),
+        of(Case::Garbage, &[S::ALL]),
+        of(Case::Full, &[S::ONE, S::SIXTEEN_THOUSAND, S::MILLION]),
+        of(Case::Admitted, &[S::ONE, S::MILLION, S::ALL]),
+        of(Case::Prefixes, &[S::ALL]),
+        of(Case::Retry, &[S::ALL]),
+    ]
+    .concat()
+}
+
 impl Subject {
-    pub(crate) fn label(self) -> String {
-        match self {
-            Self::Deny(sources) => format!("deny, {} sources", sources.label()),
-            Self::Admitted(sources) => format!("full path, admitted, {} sources", sources.label()),
-            Self::Prefixes => "full path, admitted, 2^32 sources, 100,000 prefixes".into(),
-            Self::Full(sources) => format!("full path, refused, {} sources", sources.label()),
-            Self::Retry => "Retry, 2^32 sources".into(),
-        }
+    pub(crate) fn name(self) -> String {
+        format!(
+            "edge, {}, {} sources",
+            self.case.label(),
+            self.sources.label()
+        )
     }
+
+    /// Measures it over `packets` packets, some times.
+    ///
+    /// # Errors
+    /// If not every packet went the way that this is about.
+    pub(crate) fn measure(
+        self,
+        edges: &Edges,
+        receiver: &Receiver<'_>,
+        packets: u32,
+    ) -> Result<Cost> {
+        let edge = edges.of(self.case, self.sources)?;
+        let shape = self.case.shape();
+        let mut object = MaybeUninit::uninit();
+        let generator = Generator::load(&mut object, shape, self.sources, 0, None)?;
+        // A Retry is shorter than what it answers, and the next run has to make the frame long again.
+        let empty = match self.case {
+            Case::Retry => receiver.shorten(),
+            _ => receiver.nothing(),
+        };
+        let mut cost = Cost {
+            gross_ns: f64::MAX,
+            loop_ns: f64::MAX,
+        };
+        // The first run is a warm-up as well; the least does not see it.
+        for _ in 0..RUNS {
+            cost.loop_ns = cost
+                .loop_ns
+                .min(nanoseconds(generator.cost(&empty.as_fd(), packets)?));
+            let before = edge.tally()?;
+            let gross = generator.cost(&edge.program(), packets)?;
+            let after = edge.tally()?;
+            cost.gross_ns = cost.gross_ns.min(nanoseconds(gross));
+            let (seen, expected) = (after.seen - before.seen, after.expected - before.expected);
+            let share = expected as f64 / f64::from(packets);
+            if seen != u64::from(packets) || share < EXPECTED_SHARE {
+                let name = self.name();
+                return Err(format!(
+                    "{name}: {packets} packets, {seen} seen, {expected} went the expected way"
+                )
+                .into());
+            }
+        }
+        Ok(cost)
+    }
+}
+
+fn nanoseconds(duration: Duration) -> f64 {
+    duration.as_nanos() as f64
 }

@@ -1,13 +1,41 @@
-//! The edge, set up for one verdict.
+//! The edge, set up so that all packets of a row meet one verdict.
+//!
+//! Each is loaded and configured of its own: rules like those that the reference is given, limits that decide the row, and
+//! state that a long attack would have left: bursts spent, budgets spent.
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
-use libbpf_rs::Link;
+use ipnet::{IpNet, Ipv4Net};
+use libbpf_rs::{ProgramHandle, Xdp, XdpFlags};
+use millrace_edge::abi::{EdgeConfig, EdgeKey, EdgeNode, EdgeService, MODE_ENFORCE};
+use millrace_edge::load::{LoadOptions, Loaded, Program};
+use millrace_edge::metrics::Counters;
+use millrace_edge_policy::limiter::{Limit, Purpose, Sketch, TOLERANCE_MAX_NS};
+use millrace_edge_policy::reason::Reason;
+use millrace_edge_policy::rules::{
+    Bounds, Compiled, Direction, Provenance, Rule, RuleAction, Sources as RuleSources, compile,
+};
+use millrace_edge_policy::settings::{
+    Caps, DefaultAction, Kind, Limits, Mode, Service, Settings, levels,
+};
+use millrace_edge_policy::siphash::Key;
+use millrace_edge_policy::source::Source;
+use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use crate::Result;
 use crate::filters::Tally;
+use crate::frames::{OPEN_PORT, Shape, TCP_PORT};
 use crate::generator::Sources;
+use crate::reference::node_addresses;
+
+/// Room for a million sources with a word each: 32 MiB.
+const LIMITER_LINES: u32 = 1 << 18;
+/// Prefixes of [`Case::Prefixes`].
+const PREFIXES: u32 = 100_000;
 
 /// Which verdict of the edge a row is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -17,7 +45,11 @@ pub(crate) enum Case {
     Deny,
     /// Firewall, caps and all levels of a source that has spent its burst.
     Full,
-    /// Firewall, caps, levels and a global budget that is spent: answered in place.
+    /// Firewall, caps, all levels of a fresh source, the global budget: passed.
+    Admitted,
+    /// The same behind a firewall of 100,000 prefixes.
+    Prefixes,
+    /// Firewall, caps, levels, and a global budget that is spent: answered in place.
     Retry,
     /// A connection ID that nobody gave out.
     Garbage,
@@ -30,22 +62,255 @@ impl Case {
         match self {
             Self::Deny => "deny",
             Self::Full => "full path",
+            Self::Admitted => "full path, admitted",
+            Self::Prefixes => "full path, admitted, 100,000 prefixes",
             Self::Retry => "Retry",
             Self::Garbage => "garbage",
             Self::Syn => "SYN",
         }
     }
+
+    /// What every packet of the row is counted as.
+    fn reason(self) -> Reason {
+        match self {
+            Self::Deny => Reason::FirewallDefault,
+            Self::Full => Reason::QuicSourceRate,
+            Self::Admitted | Self::Prefixes => Reason::PassQuicInitial,
+            Self::Retry => Reason::TxRetry,
+            Self::Garbage => Reason::QuicUnknownId,
+            Self::Syn => Reason::TcpSynBudget,
+        }
+    }
+
+    /// The packets that it is about.
+    pub(crate) fn shape(self) -> Shape {
+        match self {
+            Self::Garbage => Shape::ShortHeader,
+            Self::Syn => Shape::Syn,
+            _ => Shape::Initial,
+        }
+    }
+
+    fn settings(self) -> Settings {
+        let never = Limit {
+            interval_ns: TOLERANCE_MAX_NS,
+            tolerance_ns: 0,
+        };
+        let always = Limit::per(1_000_000_000, Duration::from_secs(1), 1_000_000_000);
+        let defaults = Limits::default();
+        let limits = match self {
+            // One packet of a source in nine hours: what was charged before the row stays spent through it.
+            Self::Full => Limits {
+                source_quic: never,
+                ..defaults
+            },
+            Self::Admitted | Self::Prefixes => Limits {
+                unvalidated: always,
+                ..defaults
+            },
+            Self::Retry => Limits {
+                unvalidated: never,
+                ..defaults
+            },
+            Self::Syn => Limits {
+                syn: never,
+                ..defaults
+            },
+            Self::Deny | Self::Garbage => defaults,
+        };
+        let default_action = if self == Self::Deny {
+            DefaultAction::Deny
+        } else {
+            DefaultAction::Allow
+        };
+        let service = |port, kind| Service {
+            port,
+            kind,
+            default_action,
+        };
+        Settings {
+            mode: Mode::Enforce,
+            services: vec![service(OPEN_PORT, Kind::Quic), service(TCP_PORT, Kind::Tcp)],
+            limits,
+            caps: Caps::default(),
+            ..Settings::default()
+        }
+    }
+
+    /// The nodes that the reference's rules list as well; or many prefixes.
+    fn rule(self) -> Rule {
+        let of = |address, bits| Ipv4Net::new(address, bits).map(IpNet::from);
+        let prefixes: std::result::Result<Vec<_>, _> = match self {
+            // One in 168 networks of 256 addresses, all over the address space.
+            Self::Prefixes => (0..PREFIXES)
+                .map(|number| of(Ipv4Addr::from(number.wrapping_mul(0x9e37_79b1) & !0xff), 24))
+                .collect(),
+            _ => node_addresses().map(|address| of(address, 32)).collect(),
+        };
+        Rule {
+            sources: RuleSources::Prefixes(prefixes.unwrap_or_default()),
+            ports: None,
+            protocol: None,
+            action: RuleAction::Allow,
+            direction: Direction::Inbound,
+            user: None,
+            comment: None,
+            provenance: Provenance::Members,
+        }
+    }
 }
 
+/// One edge in the kernel.
 #[derive(Debug)]
-pub(crate) struct Edge {}
+pub(crate) struct Edge {
+    case: Case,
+    loaded: Loaded,
+    program: ProgramHandle,
+}
+
+/// The edge is attached to a device until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Attached<'e> {
+    edge: &'e Edge,
+    device: i32,
+}
 
 impl Edge {
-    pub(crate) fn attach(&self, _index: i32) -> Result<Link> {
-        Err("no edge yet".into())
+    /// Loads it and brings it into the state that a long attack from `sources` would have left.
+    pub(crate) fn load(case: Case, sources: Sources) -> Result<Self> {
+        let mut options = LoadOptions {
+            limiter_lines: LIMITER_LINES,
+            ..LoadOptions::default()
+        };
+        if case == Case::Prefixes {
+            options.trie_nodes4 = 1 << 17;
+        }
+        let bounds = Bounds {
+            rules_max: options.rules_max as usize,
+            nodes4_max: options.trie_nodes4 as usize,
+            nodes6_max: options.trie_nodes6 as usize,
+        };
+        let compiled = compile(&case.settings(), &[case.rule()], bounds)?;
+        let loaded = Loaded::load(&options)?;
+        let program = loaded.program(Program::Edge)?;
+        let edge = Self {
+            case,
+            loaded,
+            program,
+        };
+        edge.publish(&compiled);
+        if case == Case::Full {
+            edge.spend(&compiled.settings, sources);
+        }
+        Ok(edge)
     }
+
+    /// The program, for test runs.
+    pub(crate) fn program(&self) -> BorrowedFd<'_> {
+        self.program.as_fd()
+    }
+
+    /// Attaches to a device of the calling thread's namespace.
+    pub(crate) fn attach(&self, device: i32) -> Result<Attached<'_>> {
+        Xdp::new(self.program()).attach(device, XdpFlags::DRV_MODE)?;
+        Ok(Attached { edge: self, device })
+    }
+
+    /// What it has counted.
     pub(crate) fn tally(&self) -> Result<Tally> {
-        Err("no edge yet".into())
+        let counters = Counters::read(self.loaded.maps().counters())?;
+        let answered = [Reason::TxRetry, Reason::TxSynCookie];
+        let passed = Reason::ALL
+            .iter()
+            .filter(|&&reason| reason < Reason::TxRetry);
+        Ok(Tally {
+            seen: counters.packets(),
+            passed: passed.map(|&reason| counters.acted_on(reason)).sum(),
+            answered: answered
+                .map(|reason| counters.acted_on(reason))
+                .iter()
+                .sum(),
+            expected: counters.acted_on(self.case.reason()),
+        })
+    }
+
+    fn publish(&self, compiled: &Compiled) {
+        let maps = self.loaded.maps();
+        let forests = [
+            (&compiled.trie4, &maps.trie4),
+            (&compiled.trie6, &maps.trie6),
+        ];
+        for (forest, table) in forests {
+            for (index, entry) in forest.nodes().iter().enumerate() {
+                table.store(index, &EdgeNode { entry: *entry });
+            }
+        }
+        let Settings {
+            services,
+            limits,
+            caps,
+            ..
+        } = &compiled.settings;
+        let mut config = EdgeConfig {
+            mode: MODE_ENFORCE,
+            services: services.len() as u32,
+            budget: limits.budgets().map(Into::into),
+            source_quic: levels(limits.source_quic).map(Into::into),
+            source_tcp: levels(limits.source_tcp).map(Into::into),
+            peer: limits.peer.into(),
+            proof: limits.proof.into(),
+            id: limits.id.into(),
+            quic_connections_max: caps.quic,
+            tcp_connections_max: caps.tcp,
+            ..EdgeConfig::default()
+        };
+        for (index, (service, roots)) in services.iter().zip(&compiled.services).enumerate() {
+            let is_tcp = service.kind == Kind::Tcp;
+            config.service[index] = EdgeService {
+                port: service.port,
+                protocol: if is_tcp { 6 } else { 17 },
+                kind: service.kind as u8,
+                root4: roots.root4,
+                root6: roots.root6,
+                pad: 0,
+            };
+            maps.set_port(0, is_tcp, service.port, Some(index as u8));
+        }
+        maps.store_config(0, &config);
+        let mut control = maps.control.load(0);
+        control.seed = SEEDS.map(EdgeKey::from);
+        control.keys = [EdgeKey { k0: 5, k1: 6 }; 4];
+        control.active = 0;
+        maps.control.store(0, &control);
+    }
+
+    /// Charges every source once.
+    fn spend(&self, settings: &Settings, sources: Sources) {
+        let lines = &self.loaded.maps().limiter;
+        let sketch = Sketch {
+            lines,
+            seed: SEEDS,
+            active: 0,
+            old_until_ns: 0,
+        };
+        let limits = levels(settings.limits.source_quic);
+        let now = clock_gettime(ClockId::Monotonic);
+        let now_ns = Duration::new(now.tv_sec as u64, now.tv_nsec as u32).as_nanos() as u64;
+        for address in sources.addresses() {
+            let source = Source::of(IpAddr::V4(Ipv4Addr::from(address)));
+            // Refused at a wider level: as spent as it gets.
+            sketch.charge_source(source, Purpose::Quic, &limits, now_ns);
+        }
+    }
+}
+
+const SEEDS: [Key; 2] = [Key { k0: 1, k1: 2 }, Key { k0: 3, k1: 4 }];
+
+impl Drop for Attached<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = Xdp::new(self.edge.program()).detach(self.device, XdpFlags::DRV_MODE) {
+            eprintln!("bench-edge: the edge stays attached: {error}");
+        }
     }
 }
 
@@ -54,6 +319,14 @@ impl Edge {
 pub(crate) struct Edges(BTreeMap<(Case, Sources), Edge>);
 
 impl Edges {
+    /// Loads one, unless it is there.
+    pub(crate) fn prepare(&mut self, case: Case, sources: Sources) -> Result<()> {
+        if !self.0.contains_key(&(case, sources)) {
+            self.0.insert((case, sources), Edge::load(case, sources)?);
+        }
+        Ok(())
+    }
+
     pub(crate) fn of(&self, case: Case, sources: Sources) -> Result<&Edge> {
         self.0
             .get(&(case, sources))

@@ -1,12 +1,10 @@
 //! What stands at the node's end in a row: put there, read, and taken away again.
 
-use std::net::Ipv4Addr;
-
 use libbpf_rs::Link;
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
-use crate::edge::{Case, Edges};
+use crate::edge::{Attached, Case, Edges};
 use crate::generator::Sources;
 use crate::namespace::run;
 use crate::receiver::Receiver;
@@ -58,7 +56,14 @@ pub(crate) struct Standing<'a> {
     parts: &'a Parts<'a>,
     filter: Filter,
     sources: Sources,
-    _link: Option<Link>,
+    _attached: Option<Held<'a>>,
+}
+
+/// A program that leaves the device when this is dropped.
+#[derive(Debug)]
+enum Held<'a> {
+    Link { _link: Link },
+    Edge { _attached: Attached<'a> },
 }
 
 impl Filter {
@@ -85,10 +90,16 @@ impl Filter {
         let _node = parts.rig.enter_node()?;
         let device = parts.rig.node_device();
         let index = i32::try_from(parts.rig.node_index())?;
-        let link = match self {
-            Self::Floor => Some(parts.receiver.drop_all().attach_xdp(index)?),
-            Self::Pass => Some(parts.receiver.pass_all().attach_xdp(index)?),
-            Self::Edge(case) => Some(parts.edges.of(case, sources)?.attach(index)?),
+        let held = match self {
+            Self::Floor => Some(Held::Link {
+                _link: parts.receiver.drop_all().attach_xdp(index)?,
+            }),
+            Self::Pass => Some(Held::Link {
+                _link: parts.receiver.pass_all().attach_xdp(index)?,
+            }),
+            Self::Edge(case) => Some(Held::Edge {
+                _attached: parts.edges.of(case, sources)?.attach(index)?,
+            }),
             Self::XdpFilter => reference::load_xdp_filter(device).map(|()| None)?,
             Self::NftIngress => reference::load(&reference::ingress(device)).map(|()| None)?,
             Self::Reference => reference::load(&reference::replica(false)).map(|()| None)?,
@@ -98,7 +109,7 @@ impl Filter {
             parts,
             filter: self,
             sources,
-            _link: link,
+            _attached: held,
         })
     }
 }

@@ -91,6 +91,7 @@ impl<'o> Generator<'o> {
         let mut open = GeneratorSkelBuilder::default().open(object)?;
         let constants = open.maps.rodata_data.as_deref_mut().ok_or("no constants")?;
         constants.header[..template.written].copy_from_slice(&template.bytes[..template.written]);
+        constants.frame_bytes = u32::try_from(template.bytes.len())?;
         constants.written = u32::try_from(template.written)?;
         constants.source_base = sources.base();
         constants.source_mask = sources.mask();

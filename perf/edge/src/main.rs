@@ -27,7 +27,7 @@ use clap::Parser;
 
 use crate::cpu::Clock;
 use crate::edge::Edges;
-use crate::filters::Parts;
+use crate::filters::{Filter, Parts};
 use crate::receiver::Receiver;
 use crate::report::{Report, Results};
 use crate::rig::Rig;
@@ -77,6 +77,8 @@ fn run(cli: &Cli) -> Result<()> {
     let rounds = cli.rounds.unwrap_or(rounds).max(1);
     let lasts = Duration::from_secs_f64(cli.seconds.unwrap_or(seconds));
 
+    let packets = if cli.quick { 200_000 } else { 1_000_000 };
+
     let mut object = MaybeUninit::uninit();
     let receiver = Receiver::load(&mut object, rig::CLIENT)?;
     let rig = Rig::build(&receiver)?;
@@ -93,7 +95,20 @@ fn run(cli: &Cli) -> Result<()> {
         }
         None => true,
     });
-    let edges = Edges::default();
+    let subjects = if cli.only.is_empty() {
+        cost::all()
+    } else {
+        Vec::new()
+    };
+    let mut edges = Edges::default();
+    for row in &rows {
+        if let Filter::Edge(case) = row.filter {
+            edges.prepare(case, row.sources)?;
+        }
+    }
+    for subject in &subjects {
+        edges.prepare(subject.case, subject.sources)?;
+    }
     let parts = Parts {
         rig: &rig,
         receiver: &receiver,
@@ -106,6 +121,10 @@ fn run(cli: &Cli) -> Result<()> {
                 .measure(&parts, &clock, lasts)
                 .map_err(|error| format!("{}: {error}", row.name()))?;
             results.add(row, round, measured);
+        }
+        for &subject in &subjects {
+            eprint!("\rround {}/{rounds}: {:<60}", round + 1, subject.name());
+            results.add_cost(subject, subject.measure(&edges, &receiver, packets)?);
         }
     }
     eprintln!("\r{:<76}", "");

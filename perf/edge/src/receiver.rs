@@ -64,6 +64,11 @@ impl<'o> Receiver<'o> {
         &self.skeleton.progs.nothing
     }
 
+    /// Cuts the frame to the length of a Retry; for test runs.
+    pub(crate) fn shorten(&self) -> &ProgramMut<'o> {
+        &self.skeleton.progs.shorten
+    }
+
     pub(crate) fn attacker(&self) -> &ProgramMut<'o> {
         &self.skeleton.progs.attacker
     }

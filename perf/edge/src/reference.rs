@@ -5,9 +5,9 @@
 //! are limited by a dynamic set, then counted by conntrack, then looked up in the lists. Left out in its favour: the final
 //! `log` of every packet that no rule took. Added: counters, so that every packet is accounted for.
 
-use std::fmt::Write as _;
 use std::fs;
 use std::io::Write as _;
+use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 
 use serde::Deserialize;
@@ -22,6 +22,11 @@ const ACCEPTED: &str = "accepted";
 
 /// Addresses of other nodes in the automatic whitelist.
 const NODES: u32 = 500;
+
+/// Other nodes, which every filter lets in: spread over many networks, as nodes are.
+pub(crate) fn node_addresses() -> impl Iterator<Item = Ipv4Addr> {
+    (0..NODES).map(|node| Ipv4Addr::from(0xc000_0000 + node * 65_537))
+}
 
 /// Drops in the device's ingress hook, before IP: the least that nftables can do.
 pub(crate) fn ingress(device: &str) -> String {
@@ -39,15 +44,13 @@ pub(crate) fn ingress(device: &str) -> String {
 
 /// The reference's rules. `open`: the attacker's addresses are on the whitelist, as a hacked node's would be.
 pub(crate) fn replica(open: bool) -> String {
-    let mut nodes = String::new();
-    for node in 0..NODES {
-        // Spread over many networks, as nodes are.
-        let address = std::net::Ipv4Addr::from(0xc000_0000 + node * 65_537);
-        let _infallible = write!(nodes, "{}{address}", if node == 0 { "" } else { "," });
-    }
+    let mut nodes: Vec<_> = node_addresses()
+        .map(|address| address.to_string())
+        .collect();
     if open {
-        nodes.push_str(",16.0.0.0/8");
+        nodes.push("16.0.0.0/8".into());
     }
+    let nodes = nodes.join(",");
     format!(
         "table ip {TABLE} {{
   set rate_limit {{ type ipv4_addr; size 65535; flags dynamic; }}

@@ -120,7 +120,7 @@ impl Report {
             }
         });
         let costs = results.costs.iter().map(|(subject, costs)| CostLine {
-            what: subject.label(),
+            what: subject.name(),
             ns_per_packet: results.cost(*subject).unwrap_or_default(),
             loop_ns: costs
                 .iter()
@@ -225,9 +225,13 @@ fn targets(results: &Results) -> Vec<Target> {
         results.ratio(ours, initial(Filter::Reference, sources))
     };
     let retry = initial(Filter::Edge(Case::Retry), Sources::ALL);
+    let subject = |case| Subject {
+        case,
+        sources: Sources::ALL,
+    };
     let prefixes = results
-        .cost(Subject::Prefixes)
-        .zip(results.cost(Subject::Admitted(Sources::ALL)))
+        .cost(subject(Case::Prefixes))
+        .zip(results.cost(subject(Case::Admitted)))
         .map(|(with, without)| with - without);
     let target = |name, value: Option<f64>, target, better| Target {
         name,
@@ -254,7 +258,7 @@ fn targets(results: &Results) -> Vec<Target> {
         ),
         target(
             "full path, 2^32 sources: ns",
-            results.cost(Subject::Admitted(Sources::ALL)),
+            results.cost(subject(Case::Admitted)),
             200.0,
             Lower,
         ),

@@ -20,7 +20,7 @@ const WARM_UP: u32 = 200_000;
 /// How long the last packets may take to be counted.
 const SETTLE: Duration = Duration::from_secs(2);
 /// Of the packets sent, how many must go the expected way. Not all: the edge's budgets let a few through, however low.
-const EXPECTED_SHARE: f64 = 0.999;
+pub(crate) const EXPECTED_SHARE: f64 = 0.999;
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

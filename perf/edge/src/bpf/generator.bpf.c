@@ -9,6 +9,7 @@
 #define HEADER 128
 
 const volatile __u8 header[HEADER]; /* with source address, source port and checksums 0 */
+const volatile __u32 frame_bytes;
 const volatile __u32 written; /* 64 or 128 bytes of it */
 const volatile __u32 source_base;
 const volatile __u32 source_mask; /* sources are base + (random & mask); all ones: any unicast address */
@@ -136,6 +137,11 @@ int repeat(struct xdp_md *ctx)
 
 	if (stamp > 0)
 		bpf_xdp_adjust_meta(ctx, stamp);
+	/* ... or a shorter frame. */
+	__s32 missing = frame_bytes - (ctx->data_end - ctx->data);
+
+	if (missing > 0)
+		bpf_xdp_adjust_tail(ctx, missing);
 	if (!rewrite(ctx))
 		return XDP_ABORTED;
 	bpf_tail_call(ctx, &next, 0);

@@ -1,6 +1,8 @@
 /* What stands at the ends of the veth when the edge does not: programs that pass or drop all, and the attacker's end. */
 #include "xdp.h"
 
+#define RETRY_BYTES 124
+
 /* Order is known to `receiver.rs`. */
 enum count { PASSED, DROPPED, RETRIES, ANSWERS, COUNTS };
 
@@ -40,6 +42,16 @@ SEC("xdp.frags")
 int nothing(struct xdp_md *ctx)
 {
 	return XDP_DROP;
+}
+
+/* The same for a program that leaves a Retry's length behind. */
+SEC("xdp.frags")
+int shorten(struct xdp_md *ctx)
+{
+	int length = ctx->data_end - ctx->data;
+
+	bpf_xdp_adjust_tail(ctx, RETRY_BYTES - length);
+	return XDP_TX;
 }
 
 /* The attacker's end: answers to addresses that the attacker made up are counted and gone; the rest is the client's. */

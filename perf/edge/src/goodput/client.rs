@@ -1,0 +1,193 @@
+//! The honest clients: RPCs over one QUIC connection, and TCP connections that echo.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use millrace_protocol::frame::Class;
+use millrace_protocol::id::{ConnectionNumber, NodeId};
+use millrace_shards::{Queue, sleep};
+use millrace_transport::{
+    Answer, Defer, EdgeStart, Handler, Inbound, Local, Payload, Request, Transport,
+};
+
+use super::load::{BYTES, CALLERS, Latencies, Load, PATIENCE, THINK};
+use super::node::{BODY, Identities, RPC, client_address, start};
+use crate::Result;
+use crate::frames::TCP_PORT;
+use crate::rig::NODE;
+
+/// How long the connection may take, before there is an attack.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// Connects, says so, waits for a line, asks for `lasts`, prints what it got.
+pub(crate) fn drive(lasts: Duration) -> Result<()> {
+    let rpc = Rpc::connect()?;
+    let echoes: Vec<_> = (0..CALLERS).map(|_| connect()).collect::<Result<_>>()?;
+    println!("ready");
+    std::io::stdin().read_line(&mut String::new())?;
+    // The attack begins meanwhile.
+    thread::sleep(super::LEAD);
+    let from = Instant::now();
+    let until = from + lasts;
+    rpc.record(Window { from, until })?;
+    let callers: Vec<_> = echoes
+        .into_iter()
+        .map(|connection| thread::spawn(move || ask_by_tcp(connection, until)))
+        .collect();
+    let mut tcp = Latencies::default();
+    for caller in callers {
+        tcp.merge(&caller.join().map_err(|_| "a caller panicked")?);
+    }
+    let quic = rpc.end()?;
+    let loads: [Load; 2] = [quic.summarise(lasts), tcp.summarise(lasts)];
+    println!("{}", serde_json::to_string(&loads)?);
+    Ok(())
+}
+
+fn connect() -> Result<TcpStream> {
+    let node = SocketAddr::from((NODE, TCP_PORT));
+    let connection = TcpStream::connect_timeout(&node, CONNECT)?;
+    connection.set_nodelay(true)?;
+    connection.set_read_timeout(Some(PATIENCE))?;
+    Ok(connection)
+}
+
+/// One outstanding request after the other. A connection that broke is not made anew: its requests are missing.
+fn ask_by_tcp(mut connection: TcpStream, until: Instant) -> Latencies {
+    let mut latencies = Latencies::default();
+    let mut answer = [0; BYTES];
+    while Instant::now() < until {
+        let started = Instant::now();
+        let mut read = 0;
+        if connection.write_all(&BODY).is_err() {
+            latencies.fail();
+            break;
+        }
+        while read < BYTES {
+            match connection.read(&mut answer[read..]) {
+                Ok(0) => break,
+                Ok(more) => read += more,
+                // The answer may still come; the next one must not be taken for it.
+                Err(error) if error.kind() == ErrorKind::WouldBlock && Instant::now() < until => {
+                    latencies.fail();
+                }
+                Err(_) => break,
+            }
+        }
+        if read < BYTES {
+            latencies.fail();
+            break;
+        }
+        latencies.complete(started.elapsed());
+        thread::sleep(THINK);
+    }
+    latencies
+}
+
+/// The QUIC client: callers are tasks on its shard, which ask from the moment that the connection is up.
+struct Rpc {
+    transport: Transport,
+    /// When to record.
+    window: Arc<OnceLock<Window>>,
+    results: Receiver<Latencies>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Window {
+    from: Instant,
+    until: Instant,
+}
+
+impl Rpc {
+    fn connect() -> Result<Self> {
+        let window = Arc::new(OnceLock::new());
+        let (sender, results) = channel();
+        let (up, is_up) = channel();
+        let identities = Identities::new();
+        let begun = Arc::clone(&window);
+        let handler = move |local| Client {
+            local,
+            up: up.clone(),
+            window: Arc::clone(&begun),
+            results: sender.clone(),
+        };
+        let edge = EdgeStart::default();
+        let transport = start(&identities.client, client_address(), edge, handler)?;
+        is_up.recv_timeout(CONNECT).map_err(|_| "the QUIC connection did not come up")?;
+        Ok(Self { transport, window, results })
+    }
+
+    fn record(&self, window: Window) -> Result<()> {
+        self.window.set(window).map_err(|_| "recorded before".into())
+    }
+
+    fn end(self) -> Result<Latencies> {
+        let mut all = Latencies::default();
+        for _ in 0..CALLERS {
+            all.merge(&self.results.recv_timeout(CONNECT)?);
+        }
+        self.transport.shutdown();
+        Ok(all)
+    }
+}
+
+/// Starts the callers when the node is up.
+struct Client {
+    local: Local,
+    up: Sender<()>,
+    window: Arc<OnceLock<Window>>,
+    results: Sender<Latencies>,
+}
+
+impl Handler for Client {
+    fn on_request(&mut self, _request: Inbound<'_>, _defer: Defer<'_>) -> Answer {
+        Answer::Reply(Payload::Empty)
+    }
+
+    fn on_send(&mut self, _message: Inbound<'_>) {}
+
+    fn on_up(&mut self, peer: NodeId, _connection: ConnectionNumber) {
+        // The second time is after a break: the callers are still there, and have counted what failed.
+        if self.up.send(()).is_err() || self.window.get().is_some() {
+            return;
+        }
+        for _ in 0..CALLERS {
+            let (local, window) = (self.local.clone(), Arc::clone(&self.window));
+            let results = self.results.clone();
+            self.local.spawn(Queue::Latency, async move {
+                // Nobody waits any more if the measurement has failed.
+                results.send(ask_by_quic(&local, peer, &window).await).ok();
+            });
+        }
+    }
+}
+
+/// One outstanding request after the other, until the window closes.
+async fn ask_by_quic(local: &Local, peer: NodeId, window: &OnceLock<Window>) -> Latencies {
+    let mut latencies = Latencies::default();
+    loop {
+        let started = Instant::now();
+        let request = Request {
+            class: Class::Normal,
+            method: RPC,
+            body: Payload::Bytes(BODY.as_slice().into()),
+            deadline: PATIENCE,
+        };
+        let answer = local.request(&peer, request).await;
+        if let Some(window) = window.get() {
+            if started >= window.until {
+                return latencies;
+            }
+            match answer {
+                _ if started < window.from => {}
+                Ok(answer) if answer.len() == BYTES as u64 => latencies.complete(started.elapsed()),
+                _ => latencies.fail(),
+            }
+        }
+        sleep(THINK).await;
+    }
+}

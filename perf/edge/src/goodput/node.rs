@@ -1,0 +1,132 @@
+//! The node that is attacked: a transport that answers RPCs, and a TCP echo.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use millrace_edge_policy::admission::{Admission, AdmissionConfig};
+use millrace_protocol::frame::{FailureCode, Method};
+use millrace_protocol::identity::SigningKey;
+use millrace_protocol::topology::{Member, Topology};
+use millrace_shards::config::ShardConfig;
+use millrace_shards::socket::UdpGroupConfig;
+use millrace_transport::{
+    Answer, Clock, Defer, EdgeStart, Handler, Inbound, Local, Payload, Transport, TransportConfig,
+    TransportStart,
+};
+
+use super::load::BYTES;
+use crate::Result;
+use crate::frames::{OPEN_PORT, TCP_PORT};
+use crate::rig::{CLIENT, NODE};
+
+pub(super) const RPC: Method = Method(1);
+pub(super) static BODY: [u8; BYTES] = [7; BYTES];
+/// Port of the client's transport; nobody dials it.
+const CLIENT_PORT: u16 = 4200;
+
+/// Who is who. The lower ID dials, and the client has to.
+pub(super) struct Identities {
+    pub(super) client: SigningKey,
+    pub(super) node: SigningKey,
+}
+
+impl Identities {
+    pub(super) fn new() -> Self {
+        let mut keys = [1, 2].map(|seed| SigningKey::from_seed([seed; 32]));
+        keys.sort_by_key(SigningKey::node_id);
+        let [client, node] = keys;
+        Self { client, node }
+    }
+
+    fn topology(&self) -> Arc<Topology> {
+        let member = |key: &SigningKey, address: (Ipv4Addr, u16)| Member {
+            public_key: key.public_key(),
+            addresses: vec![address.into()],
+        };
+        let members = [
+            member(&self.client, (CLIENT, CLIENT_PORT)),
+            member(&self.node, (NODE, OPEN_PORT)),
+        ];
+        Arc::new(Topology::from_members(members, 1))
+    }
+}
+
+/// What the node admits by. Its keys are the same in every process, so that the edge in the kernel can be given them.
+pub(crate) fn admission(clock: &Clock) -> Admission {
+    let mut next = 0;
+    Admission::new(AdmissionConfig::default(), clock.ns(std::time::Instant::now()), || {
+        next += 1;
+        [next; 16]
+    })
+}
+
+/// Starts one side's transport on one shard of the core that the process is pinned to.
+pub(super) fn start<H: Handler>(
+    key: &SigningKey,
+    local: (Ipv4Addr, u16),
+    edge: EdgeStart,
+    handler: impl Fn(Local) -> H + Send + Clone + 'static,
+) -> Result<Transport> {
+    let start = TransportStart {
+        identity: SigningKey::from_seed(*key.seed()),
+        config: TransportConfig::default(),
+        // Client and node share the core: neither may spin on the other's time.
+        shards: vec![ShardConfig { spin: Duration::ZERO, ..ShardConfig::default() }],
+        udp: UdpGroupConfig { local: local.into(), ..UdpGroupConfig::default() },
+        topology: Identities::new().topology(),
+        edge,
+    };
+    Ok(Transport::start(start, handler)?)
+}
+
+/// The client's end of the same.
+pub(super) fn client_address() -> (Ipv4Addr, u16) {
+    (CLIENT, CLIENT_PORT)
+}
+
+/// Serves until the parent goes away.
+pub(crate) fn serve() -> Result<()> {
+    let clock = Clock::new();
+    let edge = EdgeStart {
+        admission: Some(Arc::new(admission(&clock))),
+        clock,
+        ..EdgeStart::default()
+    };
+    let _node = start(&Identities::new().node, (NODE, OPEN_PORT), edge, |_local| Server)?;
+    let listener = TcpListener::bind(SocketAddr::from((NODE, TCP_PORT)))?;
+    thread::spawn(move || {
+        for connection in listener.incoming().flatten() {
+            thread::spawn(move || echo(connection));
+        }
+    });
+    println!("ready");
+    std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
+    Ok(())
+}
+
+/// Answers until the client goes away.
+fn echo(mut connection: TcpStream) -> std::io::Result<()> {
+    connection.set_nodelay(true)?;
+    let mut request = [0; BYTES];
+    loop {
+        connection.read_exact(&mut request)?;
+        connection.write_all(&request)?;
+    }
+}
+
+struct Server;
+
+impl Handler for Server {
+    fn on_request(&mut self, request: Inbound<'_>, _defer: Defer<'_>) -> Answer {
+        if request.method == RPC {
+            Answer::Reply(Payload::Bytes(BODY.as_slice().into()))
+        } else {
+            Answer::Failure(FailureCode::Malformed)
+        }
+    }
+
+    fn on_send(&mut self, _message: Inbound<'_>) {}
+}
