@@ -172,6 +172,14 @@ struct edge_count {
 	__u32 connections;
 };
 
+/* Sizes that the loader knows and the programs take for constants: section `.rodata.sizes` of each object. */
+struct edge_sizes {
+	__u32 limiter_lines; /* of one generation, a power of two */
+	__u32 rules_max; /* of one generation */
+	__u32 shards;
+	__u32 pad;
+};
+
 /* The one value of `counters`, per CPU. `counted`: what mode `count` would not have passed. */
 struct edge_counters {
 	__u64 acted[EDGE_REASONS];

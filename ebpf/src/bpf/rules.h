@@ -1,0 +1,71 @@
+/* The firewall: one walk through a trie of strides of eight bits gives the rule that decides, or the service's default. */
+#ifndef MILLRACE_RULES_H
+#define MILLRACE_RULES_H
+
+#include "world.h"
+
+#define ENTRY_NONE 0 /* what no trie has: the root is no child */
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct edge_node);
+} trie4 SEC(".maps"), trie6 SEC(".maps");
+
+/* The leaf of an IPv4 address in network order; ENTRY_NONE if the trie has none. */
+__noinline __u32 trie4_find(__u32 root, __u32 address)
+{
+	__u32 entry = root;
+
+#pragma unroll
+	for (int i = 0; i < 4; i++) {
+		const struct edge_node *node = bpf_map_lookup_elem(&trie4, &entry);
+
+		if (!node)
+			return ENTRY_NONE;
+		entry = node->entry[address & 0xff];
+		if (entry & EDGE_LEAF)
+			return entry;
+		address >>= 8;
+	}
+	return ENTRY_NONE;
+}
+
+/* The leaf of an IPv6 address, given as words. */
+__noinline __u32 trie6_find(__u32 root, __u64 first, __u64 second)
+{
+	__u32 entry = root;
+
+	for (int i = 0; i < 16; i++) {
+		const struct edge_node *node = bpf_map_lookup_elem(&trie6, &entry);
+
+		if (!node)
+			return ENTRY_NONE;
+		entry = node->entry[first & 0xff];
+		if (entry & EDGE_LEAF)
+			return entry;
+		first = first >> 8;
+		if (i == 7)
+			first = second;
+	}
+	return ENTRY_NONE;
+}
+
+EDGE_INLINE __u32 rules_find(const struct edge_service *service, const __u64 source[2], bool ipv4)
+{
+	return ipv4 ? trie4_find(service->root4, source[1] >> 32) : trie6_find(service->root6, source[0], source[1]);
+}
+
+EDGE_INLINE __u32 entry_rule(__u32 entry)
+{
+	return entry & 0xffff;
+}
+
+EDGE_INLINE __u32 entry_action(__u32 entry)
+{
+	return entry >> 16 & 3;
+}
+
+#endif

@@ -1,0 +1,76 @@
+/* Companions of `edge` in tcx: `stamp` turns its stamp into a mark that nftables can see, `learn` remembers what this host sends. */
+#include "parse.h"
+#include "replies.h"
+
+char LICENSE[] SEC("license") = "GPL";
+
+#define MARK_MASK 0xff000000u
+#define MARK_PASS 0x4d000000u
+#define MARK_REJECT 0x4e000000u
+
+/* Ingress. A mark of ours comes from a stamp only: one that the frame already had is taken away. */
+SEC("tcx/ingress")
+int stamp(struct __sk_buff *skb)
+{
+	const __u32 *found = (void *)(long)skb->data_meta;
+	__u32 mark = skb->mark, present = mark & MARK_MASK;
+
+	if (present == MARK_PASS || present == MARK_REJECT)
+		mark &= ~MARK_MASK;
+	if ((void *)(found + 2) <= (void *)(long)skb->data && found[0] == EDGE_STAMP_MAGIC)
+		mark = (mark & ~MARK_MASK) | (found[1] == EDGE_STAMP_REJECT ? MARK_REJECT : MARK_PASS);
+	if (mark != skb->mark)
+		skb->mark = mark;
+	return TCX_NEXT;
+}
+
+EDGE_INLINE void learn_ipv4(struct __sk_buff *skb)
+{
+	__u8 ip[IPV4_BYTES];
+	__be16 pair[2];
+	__u64 remote[2] = {};
+	__u32 header_bytes;
+
+	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, ip, sizeof(ip)))
+		return;
+	header_bytes = (ip[0] & 0x0f) * 4;
+	if ((ip[9] != IPPROTO_UDP && ip[9] != IPPROTO_TCP) || load16be(ip + 6) & 0x1fff ||
+	    bpf_skb_load_bytes(skb, ETHERNET_BYTES + header_bytes, pair, sizeof(pair)))
+		return;
+	remote[1] = (__u64)load32(ip + 16) << 32 | V4_MAPPED;
+	reply_learn(remote, bpf_ntohs(pair[1]), bpf_ntohs(pair[0]), ip[9]);
+}
+
+/* This host sends no extension headers in front of UDP and TCP that an answer would have to follow. */
+EDGE_INLINE void learn_ipv6(struct __sk_buff *skb)
+{
+	__u8 ip[IPV6_BYTES];
+	__be16 pair[2];
+	__u64 remote[2];
+
+	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, ip, sizeof(ip)) ||
+	    (ip[6] != IPPROTO_UDP && ip[6] != IPPROTO_TCP) ||
+	    bpf_skb_load_bytes(skb, ETHERNET_BYTES + IPV6_BYTES, pair, sizeof(pair)))
+		return;
+	remote[0] = load64(ip + 24);
+	remote[1] = load64(ip + 32);
+	reply_learn(remote, bpf_ntohs(pair[1]), bpf_ntohs(pair[0]), ip[6]);
+}
+
+/* Egress. Idle unless the set in force owns the whole host. */
+SEC("tcx/egress")
+int learn(struct __sk_buff *skb)
+{
+	struct edge_view view = { .control = edge_control_value() };
+
+	if (!view.control)
+		return TCX_NEXT;
+	view_choose_generation(&view, EDGE_LIVE);
+	if (view.config->scope != EDGE_SCOPE_HOST)
+		return TCX_NEXT;
+	if (skb->protocol == bpf_htons(ETHER_IPV4))
+		learn_ipv4(skb);
+	else if (skb->protocol == bpf_htons(ETHER_IPV6))
+		learn_ipv6(skb);
+	return TCX_NEXT;
+}

@@ -1,0 +1,145 @@
+/* TCP: limits for SYNs, and SYN cookies: section 5 of the specification. */
+#ifndef MILLRACE_TCP_H
+#define MILLRACE_TCP_H
+
+#include "limit.h"
+#include "reply.h"
+#include "sources.h"
+
+#define TCP_BYTES_MAX 60
+#define TCP_MSS_OPTION 0x0204 /* kind 2, 4 bytes */
+#define SYN_ACK_BYTES 24
+#define SYN_ACK_WINDOW 29200 /* 20 segments of 1,460 bytes: below what the kernel will grant once the cookie comes back */
+
+EDGE_INLINE bool tcp_source_full(const struct edge_view *view, const struct edge_packet *packet)
+{
+	struct edge_source source = source_cap_key(packet->source, packet->ipv4);
+	__u32 cap = view->config->tcp_connections_max;
+	const __u64 *count;
+	__u64 word;
+
+	if (!cap)
+		return false;
+	count = bpf_map_lookup_elem(&tcp_sources, &source);
+	if (!count)
+		return false;
+	word = read_once(count);
+	return !(word & EDGE_TCP_DEAD) && (word & EDGE_TCP_CONNECTIONS) >= cap;
+}
+
+/* Sequence number in the low half, largest segment in the high one, as the kernel has it; negative: none. */
+__noinline __s64 cookie_ask_kernel(struct xdp_md *ctx, const struct edge_packet *packet)
+{
+	struct edge_scratch *room = reply_scratch();
+	struct bpf_sock_tuple tuple = {};
+	struct bpf_sock *listener;
+	__u32 header_bytes, tuple_bytes;
+	__s64 cookie = -1;
+
+	if (!packet || !room)
+		return -1;
+	if (bpf_xdp_load_bytes(ctx, packet->network, room->bytes, IPV4_BYTES) ||
+	    (!packet->ipv4 && bpf_xdp_load_bytes(ctx, packet->network, room->bytes, IPV6_BYTES)) ||
+	    bpf_xdp_load_bytes(ctx, packet->transport, room->bytes + 64, TCP_BYTES))
+		return -1;
+	header_bytes = (room->bytes[64 + 12] >> 4) * 4;
+	if (header_bytes < TCP_BYTES || header_bytes > TCP_BYTES_MAX)
+		return -1;
+	if (bpf_xdp_load_bytes(ctx, packet->transport, room->bytes + 64, header_bytes))
+		return -1;
+	if (packet->ipv4) {
+		tuple.ipv4.saddr = packet->source[1] >> 32;
+		tuple.ipv4.daddr = packet->destination[1] >> 32;
+		tuple.ipv4.sport = bpf_htons(packet->source_port);
+		tuple.ipv4.dport = bpf_htons(packet->port);
+		tuple_bytes = sizeof(tuple.ipv4);
+	} else {
+		store64(tuple.ipv6.saddr, packet->source[0]);
+		store64(tuple.ipv6.saddr + 2, packet->source[1]);
+		store64(tuple.ipv6.daddr, packet->destination[0]);
+		store64(tuple.ipv6.daddr + 2, packet->destination[1]);
+		tuple.ipv6.sport = bpf_htons(packet->source_port);
+		tuple.ipv6.dport = bpf_htons(packet->port);
+		tuple_bytes = sizeof(tuple.ipv6);
+	}
+	listener = bpf_skc_lookup_tcp(ctx, &tuple, tuple_bytes, BPF_F_CURRENT_NETNS, 0);
+	if (!listener)
+		return -1;
+	if (listener->state == TCP_LISTEN)
+		cookie = bpf_tcp_gen_syncookie(listener, room->bytes, reply_network_bytes(packet),
+					       (void *)room->bytes + 64, header_bytes);
+	bpf_sk_release(listener);
+	return cookie;
+}
+
+EDGE_INLINE __s64 cookie_ask(struct xdp_md *ctx, const struct edge_view *view, const struct edge_packet *packet,
+			     const enum edge_world world)
+{
+	if (world != EDGE_TEST)
+		return cookie_ask_kernel(ctx, packet);
+	return view->mock->cookie ? (__s64)((__u64)EDGE_MOCK_MSS << 32 | view->mock->cookie) : -1;
+}
+
+/* Turns the SYN into the SYN-ACK that answers it. */
+__noinline int cookie_send(struct xdp_md *ctx, const struct edge_packet *packet, __s64 cookie)
+{
+	__u32 network_bytes, words[6];
+	__u8 *link, *ip, *tcp;
+	__u64 sum;
+
+	if (!packet)
+		return false;
+	network_bytes = reply_network_bytes(packet);
+	tcp = frame_at(ctx, packet->transport, TCP_BYTES);
+	if (!tcp)
+		return false;
+	words[0] = bpf_htonl((__u32)packet->port << 16 | packet->source_port);
+	words[1] = bpf_htonl((__u32)cookie);
+	words[2] = bpf_htonl(bpf_ntohl(load32(tcp + 4)) + 1);
+	words[3] = bpf_htonl((SYN_ACK_BYTES / 4) << 28 | (TCP_SYN | TCP_ACK) << 16 | SYN_ACK_WINDOW);
+	words[4] = 0;
+	words[5] = bpf_htonl(TCP_MSS_OPTION << 16 | (__u16)(cookie >> 32));
+	sum = reply_pseudo_sum(packet, SYN_ACK_BYTES);
+#pragma unroll
+	for (int i = 0; i < 6; i++)
+		sum += words[i];
+	words[4] = sum_finish(sum);
+
+	if (!reply_resize(ctx, packet->network + network_bytes + SYN_ACK_BYTES))
+		return false;
+	link = frame_at(ctx, 0, ETHERNET_BYTES);
+	ip = frame_at(ctx, packet->network, IPV6_BYTES);
+	tcp = frame_at(ctx, packet->network + network_bytes, SYN_ACK_BYTES);
+	if (!link || !ip || !tcp)
+		return false;
+	reply_ethernet(link);
+	reply_network(ip, packet, SYN_ACK_BYTES);
+#pragma unroll
+	for (int i = 0; i < 6; i++)
+		store32(tcp + 4 * i, words[i]);
+	return true;
+}
+
+/* Section 5. With R_TX_SYN_COOKIE, `cookie` is what to send; `without`: what becomes of the SYN if it cannot be sent. */
+EDGE_INLINE int tcp_admit(struct xdp_md *ctx, struct edge_view *view, const struct edge_packet *packet,
+			  const enum edge_world world, __s64 *cookie, int *without)
+{
+	bool within;
+
+	if ((packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
+		return R_PASS_TCP;
+	if (tcp_source_full(view, packet))
+		return R_TCP_SOURCE_CAP;
+	view_now(view, world);
+	if (!sketch_ask_source(view->config->source_tcp, packet->source, packet->ipv4, EDGE_PURPOSE_TCP, view->now_ns,
+			       false))
+		return R_TCP_SOURCE_RATE;
+	within = budget_charge(view, EDGE_BUDGET_SYN);
+	if (within && view_stress(view, world) == EDGE_STRESS_NORMAL)
+		return R_PASS_TCP_SYN;
+	*without = within ? R_PASS_TCP_SYN : R_TCP_SYN_BUDGET;
+	*cookie = cookie_ask(ctx, view, packet, world);
+	return *cookie < 0 ? *without : R_TX_SYN_COOKIE;
+}
+
+#endif

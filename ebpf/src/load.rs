@@ -1,0 +1,519 @@
+//! Opens the compiled objects, sizes their maps, and puts them into the kernel.
+//!
+//! Invariants:
+//!
+//! 1. All objects share one set of maps: those of `edge.bpf.o`, which are made first, or taken over from pins.
+//! 2. The sizes that programs take for constants are those of the maps, also of maps that were taken over.
+//! 3. An error that the verifier caused carries the end of its log.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::path::PathBuf;
+use std::sync::Once;
+
+use libbpf_rs::{
+    MapCore as _, MapFlags, MapHandle, Object, ObjectBuilder, OpenObject, PrintLevel,
+    ProgramHandle, ProgramInput, ProgramMut,
+};
+
+use crate::abi::{EdgeSizes, GENERATIONS, STAMP_BYTES, STAMP_MAGIC};
+use crate::maps::{MapError, Maps};
+
+const EDGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/edge.bpf.o"));
+const STAMP: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/stamp.bpf.o"));
+const CONN_STATE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/conn_state.bpf.o"));
+const STEER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/steer.bpf.o"));
+
+/// Name of the section that holds [`EdgeSizes`].
+const SIZES: &str = ".rodata.sizes";
+/// Lines of the verifier's log that an error carries.
+const LOG_LINES: usize = 12;
+/// What a program may put in front of a frame, or behind it: a stamp, an option.
+const FRAME_GROWTH: usize = 256;
+
+/// Sizes of the maps; all are fixed once the maps exist.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Nodes of the IPv4 tries of one generation: 1 KiB each, twice.
+    pub trie_nodes4: u32,
+    /// Nodes of the IPv6 tries of one generation.
+    pub trie_nodes6: u32,
+    /// Lines of one generation of the sketch, rounded up to a power of two: 64 bytes each, twice.
+    pub limiter_lines: u32,
+    /// Rules of one generation: 8 bytes each for each CPU, twice.
+    pub rules_max: u32,
+    /// Registry peers that can prove themselves.
+    pub peers_max: u32,
+    /// Sources whose connections are counted, of each protocol.
+    pub sources_max: u32,
+    /// Flows remembered with scope `host`.
+    pub replies_max: u32,
+    /// Maps to take over: name to pin. Their sizes stay, whatever is said above.
+    pub reuse: BTreeMap<String, PathBuf>,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            trie_nodes4: 4_096,
+            trie_nodes6: 8_192,
+            limiter_lines: 1 << 16,
+            rules_max: 4_096,
+            peers_max: 4_096,
+            sources_max: 1 << 16,
+            replies_max: 1 << 16,
+            reuse: BTreeMap::new(),
+        }
+    }
+}
+
+/// Why the programs are not in the kernel.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// An object could not be read: a defect of the build.
+    #[error("cannot open the object {object}: {source}")]
+    Open {
+        /// The object.
+        object: &'static str,
+        /// What libbpf said.
+        source: libbpf_rs::Error,
+    },
+    /// A map could not be sized or taken over.
+    #[error("cannot set up map {map} of {object}: {source}")]
+    Map {
+        /// The object.
+        object: &'static str,
+        /// The map.
+        map: String,
+        /// What libbpf said.
+        source: libbpf_rs::Error,
+    },
+    /// The kernel refused maps or programs.
+    #[error("the kernel refuses {object}: {source}\n{log}")]
+    Refused {
+        /// The object.
+        object: &'static str,
+        /// What libbpf said.
+        source: libbpf_rs::Error,
+        /// End of libbpf's and the verifier's log.
+        log: String,
+    },
+    /// The maps cannot be used.
+    #[error(transparent)]
+    Maps(#[from] MapError),
+}
+
+/// A program of the edge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Program {
+    /// XDP, the one that is attached.
+    Edge,
+    /// XDP: says what `Edge` would do and changes nothing.
+    EdgeTrace,
+    /// XDP: does what `Edge` does, in a world that the caller makes up.
+    EdgeTest,
+    /// tcx ingress: turns stamps into marks.
+    Stamp,
+    /// tcx egress: learns what this host sends, for scope `host`.
+    Learn,
+    /// Tracepoint: counts TCP connections.
+    ConnState,
+}
+
+impl Program {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Edge,
+        Self::EdgeTrace,
+        Self::EdgeTest,
+        Self::Stamp,
+        Self::Learn,
+        Self::ConnState,
+    ];
+
+    /// Its name in the kernel.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Edge => "edge",
+            Self::EdgeTrace => "edge_trace",
+            Self::EdgeTest => "edge_test",
+            Self::Stamp => "stamp",
+            Self::Learn => "learn",
+            Self::ConnState => "conn_state",
+        }
+    }
+}
+
+/// What a program, run by hand, made of a frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Run {
+    /// `enum xdp_action`.
+    pub action: u32,
+    /// The stamp in front of the frame, if it has one.
+    pub stamp: Option<u32>,
+    /// The frame as the program left it.
+    pub frame: Vec<u8>,
+    /// Time of one run, in nanoseconds; the kernel's own measure, without the call.
+    pub nanoseconds: u64,
+}
+
+/// The edge in the kernel. Nothing is attached by that; what is neither attached nor pinned goes with it.
+#[derive(Debug)]
+pub struct Loaded {
+    edge: Object,
+    stamp: Object,
+    conn_state: Object,
+    maps: Maps,
+}
+
+impl Loaded {
+    /// Loads every program.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses a map or a program: without CAP_BPF and CAP_NET_ADMIN (CAP_PERFMON for the tracepoint), or when
+    /// it is too old.
+    pub fn load(options: &LoadOptions) -> Result<Self, LoadError> {
+        let edge = load_edge(options)?;
+        let stamp = load_companion("stamp", STAMP, &edge, &BTreeMap::new())?;
+        let conn_state = load_companion("conn_state", CONN_STATE, &edge, &options.reuse)?;
+        let maps = Maps::open(|name| match handle_of(&edge, name)? {
+            Some(handle) => Ok(handle),
+            None => handle_of(&conn_state, name)?.ok_or_else(not_there),
+        })?;
+        Ok(Self {
+            edge,
+            stamp,
+            conn_state,
+            maps,
+        })
+    }
+
+    /// The maps.
+    #[must_use]
+    pub fn maps(&self) -> &Maps {
+        &self.maps
+    }
+
+    /// A descriptor of a program, for attaching and pinning.
+    ///
+    /// # Errors
+    ///
+    /// When there is no descriptor left.
+    pub fn program(&self, program: Program) -> Result<ProgramHandle, libbpf_rs::Error> {
+        ProgramHandle::try_from(&self.find(program)?)
+    }
+
+    /// Runs an XDP program on a frame, `repeat` times on the same memory, without any interface.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says: frames have at least 14 bytes.
+    pub fn run(
+        &self,
+        program: Program,
+        frame: &[u8],
+        repeat: u32,
+    ) -> Result<Run, libbpf_rs::Error> {
+        let mut left = vec![0; frame.len() + FRAME_GROWTH];
+        let input = ProgramInput {
+            data_in: Some(frame),
+            data_out: Some(&mut left),
+            repeat,
+            ..ProgramInput::default()
+        };
+        let output = self.find(program)?.test_run(input)?;
+        let bytes = output.data.map_or(0, |data| data.len());
+        let action = output.return_value;
+        let nanoseconds = u64::try_from(output.duration.as_nanos()).unwrap_or(u64::MAX);
+        left.truncate(bytes);
+        let stamp = take_stamp(&mut left);
+        Ok(Run {
+            action,
+            stamp,
+            frame: left,
+            nanoseconds,
+        })
+    }
+
+    fn find(&self, program: Program) -> Result<ProgramMut<'_>, libbpf_rs::Error> {
+        let object = match program {
+            Program::Edge | Program::EdgeTrace | Program::EdgeTest => &self.edge,
+            Program::Stamp | Program::Learn => &self.stamp,
+            Program::ConnState => &self.conn_state,
+        };
+        let found = object
+            .progs_mut()
+            .find(|found| found.name() == program.name());
+        found.ok_or_else(not_there)
+    }
+}
+
+/// The steering of one reuseport group: a program and its table of sockets.
+#[derive(Debug)]
+pub struct Steering {
+    object: Object,
+    sockets: MapHandle,
+}
+
+impl Steering {
+    /// Loads the program for a group of `shards` sockets.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses the map or the program.
+    pub fn load(shards: u32) -> Result<Self, LoadError> {
+        let mut object = open("steer", STEER)?;
+        set_sizes(
+            "steer",
+            &mut object,
+            &EdgeSizes {
+                shards,
+                ..EdgeSizes::default()
+            },
+        )?;
+        size_map("steer", &mut object, "sockets", shards)?;
+        let object = finish("steer", object)?;
+        let sockets = handle_of(&object, "sockets").and_then(|found| found.ok_or_else(not_there));
+        let sockets = sockets.map_err(|source| LoadError::Open {
+            object: "steer",
+            source,
+        })?;
+        Ok(Self { object, sockets })
+    }
+
+    /// A descriptor of the program: for `SO_ATTACH_REUSEPORT_EBPF` on a socket of the group.
+    ///
+    /// # Errors
+    ///
+    /// When there is no descriptor left.
+    pub fn program(&self) -> Result<ProgramHandle, libbpf_rs::Error> {
+        let program = self.object.progs_mut().next().ok_or_else(not_there)?;
+        ProgramHandle::try_from(&program)
+    }
+
+    /// Puts a shard's socket into the table; it must be bound with `SO_REUSEPORT`. It leaves by being closed.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn set_socket(&self, shard: u32, socket: BorrowedFd<'_>) -> Result<(), libbpf_rs::Error> {
+        let descriptor = u64::from(socket.as_raw_fd().cast_unsigned());
+        self.sockets.update(
+            &shard.to_ne_bytes(),
+            &descriptor.to_ne_bytes(),
+            MapFlags::ANY,
+        )
+    }
+}
+
+fn not_there() -> libbpf_rs::Error {
+    io::Error::from(io::ErrorKind::NotFound).into()
+}
+
+/// The stamp is metadata: the kernel hands it back in front of the frame.
+fn take_stamp(left: &mut Vec<u8>) -> Option<u32> {
+    let (magic, kind) = left.get(..STAMP_BYTES)?.split_at(4);
+    if magic != STAMP_MAGIC.to_ne_bytes() {
+        return None;
+    }
+    let kind = u32::from_ne_bytes(kind.try_into().ok()?);
+    left.drain(..STAMP_BYTES);
+    Some(kind)
+}
+
+fn load_edge(options: &LoadOptions) -> Result<Object, LoadError> {
+    const OBJECT: &str = "edge";
+    let mut object = open(OBJECT, EDGE)?;
+    let generations = |each: u32| each.saturating_mul(GENERATIONS as u32);
+    let lines = options
+        .limiter_lines
+        .max(1)
+        .checked_next_power_of_two()
+        .unwrap_or(1 << 24);
+    let entries = [
+        ("trie4", generations(options.trie_nodes4)),
+        ("trie6", generations(options.trie_nodes6)),
+        ("limiter", generations(lines)),
+        ("hits", generations(options.rules_max)),
+        ("peers", options.peers_max),
+        ("quic_sources", options.sources_max),
+        ("tcp_sources", options.sources_max),
+        ("replies", options.replies_max),
+    ];
+    for (map, entries) in entries {
+        size_map(OBJECT, &mut object, map, entries)?;
+    }
+    take_over(OBJECT, &mut object, &options.reuse)?;
+    let sizes = EdgeSizes {
+        limiter_lines: entries_of(&object, "limiter") / GENERATIONS as u32,
+        rules_max: entries_of(&object, "hits") / GENERATIONS as u32,
+        ..EdgeSizes::default()
+    };
+    set_sizes(OBJECT, &mut object, &sizes)?;
+    finish(OBJECT, object)
+}
+
+/// Loads an object that uses the maps of `edge`.
+fn load_companion(
+    name: &'static str,
+    bytes: &[u8],
+    edge: &Object,
+    reuse: &BTreeMap<String, PathBuf>,
+) -> Result<Object, LoadError> {
+    let mut object = open(name, bytes)?;
+    let shared = object
+        .maps_mut()
+        .filter_map(|map| Some((map.name().to_str()?.to_owned(), map)));
+    for (map, mut found) in shared.filter(|(map, _)| Maps::NAMES.contains(&map.as_str())) {
+        let reused = match (handle_of(edge, &map), reuse.get(&map)) {
+            (Err(source), _) => Err(source),
+            (Ok(Some(theirs)), _) => found.reuse_fd(theirs.as_fd()),
+            (Ok(None), Some(pin)) => found.reuse_pinned_map(pin),
+            (Ok(None), None) => Ok(()),
+        };
+        reused.map_err(|source| LoadError::Map {
+            object: name,
+            map,
+            source,
+        })?;
+    }
+    let lines = handle_of(edge, "limiter").and_then(|found| found.ok_or_else(not_there));
+    let lines = lines
+        .map_err(|source| LoadError::Open {
+            object: name,
+            source,
+        })?
+        .max_entries();
+    let sizes = EdgeSizes {
+        limiter_lines: lines / GENERATIONS as u32,
+        ..EdgeSizes::default()
+    };
+    set_sizes(name, &mut object, &sizes)?;
+    finish(name, object)
+}
+
+fn open(object: &'static str, bytes: &[u8]) -> Result<OpenObject, LoadError> {
+    hear_libbpf();
+    let opened = ObjectBuilder::default()
+        .name(object)
+        .and_then(|builder| builder.open_memory(bytes));
+    opened.map_err(|source| LoadError::Open { object, source })
+}
+
+fn finish(name: &'static str, object: OpenObject) -> Result<Object, LoadError> {
+    LOG.take();
+    object.load().map_err(|source| {
+        let lines: Vec<String> = LOG.take().into();
+        LoadError::Refused {
+            object: name,
+            source,
+            log: lines.concat(),
+        }
+    })
+}
+
+fn size_map(
+    name: &'static str,
+    object: &mut OpenObject,
+    map: &str,
+    entries: u32,
+) -> Result<(), LoadError> {
+    let mut found = object.maps_mut().find(|found| found.name() == map);
+    let sized = found.as_mut().map_or_else(
+        || Err(not_there()),
+        |found| found.set_max_entries(entries.max(1)),
+    );
+    sized.map_err(|source| LoadError::Map {
+        object: name,
+        map: map.to_owned(),
+        source,
+    })
+}
+
+fn take_over(
+    name: &'static str,
+    object: &mut OpenObject,
+    reuse: &BTreeMap<String, PathBuf>,
+) -> Result<(), LoadError> {
+    for mut map in object.maps_mut() {
+        let Some(pin) = map.name().to_str().and_then(|map| reuse.get(map)) else {
+            continue;
+        };
+        map.reuse_pinned_map(pin).map_err(|source| {
+            let map = map.name().to_string_lossy().into_owned();
+            LoadError::Map {
+                object: name,
+                map,
+                source,
+            }
+        })?;
+    }
+    Ok(())
+}
+
+fn entries_of(object: &OpenObject, map: &str) -> u32 {
+    object
+        .maps()
+        .find(|found| found.name() == map)
+        .map_or(0, |found| found.max_entries())
+}
+
+/// Tells the programs what they take for constants. An object that uses none has no such section.
+fn set_sizes(
+    name: &'static str,
+    object: &mut OpenObject,
+    sizes: &EdgeSizes,
+) -> Result<(), LoadError> {
+    let Some(mut section) = object.maps_mut().find(|map| map.name() == SIZES) else {
+        return Ok(());
+    };
+    let words = [
+        sizes.limiter_lines,
+        sizes.rules_max,
+        sizes.shards,
+        sizes.pad,
+    ];
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    let set = section.set_initial_value(&bytes);
+    set.map_err(|source| LoadError::Map {
+        object: name,
+        map: SIZES.to_owned(),
+        source,
+    })
+}
+
+fn handle_of(object: &Object, map: &str) -> Result<Option<MapHandle>, libbpf_rs::Error> {
+    let found = object.maps().find(|found| found.name() == map);
+    found.map(|found| MapHandle::try_from(&found)).transpose()
+}
+
+thread_local! {
+    /// What libbpf has said on this thread since the last load began.
+    static LOG: RefCell<VecDeque<String>> = const { RefCell::new(VecDeque::new()) };
+}
+
+/// libbpf has one ear for the whole process.
+fn hear_libbpf() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        libbpf_rs::set_print(Some((PrintLevel::Warn, |_level, message| {
+            tracing::debug!(target: "libbpf", "{}", message.trim_end());
+            LOG.with_borrow_mut(|log| keep_tail(log, &message));
+        })));
+    });
+}
+
+/// The verifier's log comes as one message of many lines, of which the last say why.
+fn keep_tail(log: &mut VecDeque<String>, message: &str) {
+    for line in message.split_inclusive('\n') {
+        if log.len() == LOG_LINES {
+            log.pop_front();
+        }
+        log.push_back(line.to_owned());
+    }
+}

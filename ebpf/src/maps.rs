@@ -1,0 +1,492 @@
+//! The maps: descriptors of all, and the memory of those that the kernel lets user space map.
+//!
+//! Invariants:
+//!
+//! 1. This is the only place that touches mapped memory. The kernel's programs, other threads and other processes write it at any time, so it is only
+//!    ever read and written by atomics, word by word; no reference to a plain value in it exists.
+//! 2. A word of 8 bytes is never torn. A larger value is: what must change at once is one word (`active` in `control`).
+//! 3. Stores release and loads acquire: who sees a new `active` sees all that was written before it.
+//! 4. A mapping lives as long as its table, and outlives the descriptor.
+#![allow(unsafe_code, reason = "maps memory that the kernel shares")]
+
+use std::collections::BTreeMap;
+use std::marker::PhantomData;
+use std::mem::{MaybeUninit, offset_of};
+use std::os::fd::AsFd as _;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use libbpf_rs::{MapCore as _, MapHandle};
+use millrace_edge_policy::limiter::Lines;
+use rustix::mm::{MapFlags, ProtFlags};
+
+use crate::abi::{
+    EdgeConfig, EdgeControl, EdgeCounters, EdgeDecision, EdgeKey, EdgeLimit, EdgeLine, EdgeMock,
+    EdgeNode, EdgePorts, EdgeSampling, EdgeService, GENERATIONS, PORTS,
+};
+
+/// What a map's memory may be read as and written from.
+///
+/// # Safety
+///
+/// `repr(C)`, aligned to at most 8 bytes, without padding; every pattern of bits is a value.
+pub unsafe trait Plain: Copy {}
+
+macro_rules! plain {
+    ($($type:ty),* $(,)?) => {
+        $(
+            // SAFETY: integers, arrays of them, or `repr(C)` structures of both whose padding is a field.
+            unsafe impl Plain for $type {}
+        )*
+    };
+}
+
+plain!(
+    u8,
+    u16,
+    u32,
+    u64,
+    EdgeKey,
+    EdgeLimit,
+    EdgeService,
+    EdgeConfig,
+    EdgeControl,
+    EdgeCounters
+);
+plain!(
+    EdgeDecision,
+    EdgeMock,
+    EdgeLine,
+    EdgeNode,
+    EdgePorts,
+    EdgeSampling
+);
+
+/// Why a map is not what it should be.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MapError {
+    /// It could not be opened.
+    #[error("map {name}: {source}")]
+    Open {
+        /// The map.
+        name: String,
+        /// What the kernel said.
+        source: libbpf_rs::Error,
+    },
+    /// Its values have another size than this binary knows.
+    #[error(
+        "map {name} has values of {found} bytes, not of {expected}: it belongs to another version of millrace"
+    )]
+    Layout {
+        /// The map.
+        name: String,
+        /// Bytes of its values.
+        found: usize,
+        /// Bytes that they should have.
+        expected: usize,
+    },
+    /// The kernel does not map its memory.
+    #[error("cannot map the memory of {name}: {source}")]
+    Memory {
+        /// The map.
+        name: String,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+}
+
+/// Memory that a map shares with this process.
+#[derive(Debug)]
+struct Memory {
+    start: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: all access is by atomics.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: this is what `mmap` gave; nobody borrows from it any longer.
+        let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.bytes) };
+    }
+}
+
+/// The values of an array map that is mapped.
+#[derive(Debug)]
+pub struct Table<T> {
+    memory: Memory,
+    len: usize,
+    values: PhantomData<T>,
+}
+
+/// Values of an array map start at multiples of 8 bytes.
+const fn stride<T>() -> usize {
+    size_of::<T>().next_multiple_of(8)
+}
+
+impl<T: Plain> Table<T> {
+    /// Maps an array map.
+    ///
+    /// # Errors
+    ///
+    /// When its values have not the size of `T`, or the kernel does not map it.
+    pub fn map(handle: &MapHandle) -> Result<Self, MapError> {
+        let name = || handle.name().to_string_lossy().into_owned();
+        let found = handle.value_size() as usize;
+        if found != size_of::<T>() {
+            return Err(MapError::Layout {
+                name: name(),
+                found,
+                expected: size_of::<T>(),
+            });
+        }
+        let len = handle.max_entries() as usize;
+        let bytes = len * stride::<T>();
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::SHARED;
+        // SAFETY: a fresh mapping at an address of the kernel's choice.
+        let start = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                access,
+                flags,
+                handle.as_fd(),
+                0,
+            )
+        };
+        let start = start.map_err(|source| MapError::Memory {
+            name: name(),
+            source: source.into(),
+        })?;
+        let start = NonNull::new(start.cast()).ok_or_else(|| MapError::Memory {
+            name: name(),
+            source: std::io::ErrorKind::OutOfMemory.into(),
+        })?;
+        Ok(Self {
+            memory: Memory { start, bytes },
+            len,
+            values: PhantomData,
+        })
+    }
+
+    /// Values.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none, which no map allows.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Reads one value, word by word. Panics past the last.
+    #[must_use]
+    pub fn load(&self, index: usize) -> T {
+        self.load_part(index, 0)
+    }
+
+    /// Writes one value, word by word. Panics past the last.
+    pub fn store(&self, index: usize, value: &T) {
+        self.store_part(index, 0, value);
+    }
+
+    /// Reads a field at its offset (`std::mem::offset_of`). Panics past the value's end.
+    #[must_use]
+    pub fn load_part<F: Plain>(&self, index: usize, offset: usize) -> F {
+        let from = self.place::<F>(index, offset);
+        let mut value = MaybeUninit::<F>::uninit();
+        let to = value.as_mut_ptr().cast::<u8>();
+        for (at, width) in Words::of(from.as_ptr() as usize, size_of::<F>()) {
+            // SAFETY: in bounds of both, aligned in the map; `to` is written as bytes.
+            unsafe { load_word(from.as_ptr().wrapping_add(at), to.wrapping_add(at), width) };
+        }
+        // SAFETY: all bytes are written, and any are a value.
+        unsafe { value.assume_init() }
+    }
+
+    /// Writes a field at its offset. Panics past the value's end.
+    pub fn store_part<F: Plain>(&self, index: usize, offset: usize, value: &F) {
+        let to = self.place::<F>(index, offset);
+        let from = std::ptr::from_ref(value).cast::<u8>();
+        for (at, width) in Words::of(to.as_ptr() as usize, size_of::<F>()) {
+            // SAFETY: in bounds of both, aligned in the map; `from` has no padding.
+            unsafe { store_word(to.as_ptr().wrapping_add(at), from.wrapping_add(at), width) };
+        }
+    }
+
+    fn place<F>(&self, index: usize, offset: usize) -> NonNull<u8> {
+        assert!(index < self.len, "value {index} of {}", self.len);
+        assert!(
+            offset + size_of::<F>() <= size_of::<T>(),
+            "offset {offset} in {} bytes",
+            size_of::<T>()
+        );
+        // SAFETY: both bounds are checked, and the mapping holds `len` strides.
+        unsafe { self.memory.start.add(index * stride::<T>() + offset) }
+    }
+}
+
+/// Cuts a range of bytes into words that are aligned, the largest that fit: offset and width.
+struct Words {
+    address: usize,
+    at: usize,
+    bytes: usize,
+}
+
+impl Words {
+    fn of(address: usize, bytes: usize) -> Self {
+        Self {
+            address,
+            at: 0,
+            bytes,
+        }
+    }
+}
+
+impl Iterator for Words {
+    type Item = (usize, usize);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let left = self.bytes - self.at;
+        let fits = |width: usize| left >= width && (self.address + self.at).is_multiple_of(width);
+        let width = [8, 4, 1].into_iter().find(|width| fits(*width))?;
+        let at = self.at;
+        self.at += width;
+        Some((at, width))
+    }
+}
+
+/// # Safety
+///
+/// `from` is mapped for `width` bytes, and aligned to them; `to` may be written as many.
+unsafe fn load_word(from: *mut u8, to: *mut u8, width: usize) {
+    match width {
+        8 => {
+            // SAFETY: mapped and aligned.
+            let word = unsafe { AtomicU64::from_ptr(from.cast()) }.load(Ordering::Acquire);
+            // SAFETY: may be written.
+            unsafe { to.cast::<u64>().write_unaligned(word) };
+        }
+        4 => {
+            // SAFETY: mapped and aligned.
+            let word = unsafe { AtomicU32::from_ptr(from.cast()) }.load(Ordering::Acquire);
+            // SAFETY: may be written.
+            unsafe { to.cast::<u32>().write_unaligned(word) };
+        }
+        _ => {
+            // SAFETY: mapped.
+            let byte = unsafe { AtomicU8::from_ptr(from) }.load(Ordering::Acquire);
+            // SAFETY: may be written.
+            unsafe { to.write(byte) };
+        }
+    }
+}
+
+/// # Safety
+///
+/// `to` is mapped for `width` bytes, and aligned to them; `from` may be read as many.
+unsafe fn store_word(to: *mut u8, from: *const u8, width: usize) {
+    match width {
+        8 => {
+            // SAFETY: may be read.
+            let word = unsafe { from.cast::<u64>().read_unaligned() };
+            // SAFETY: mapped and aligned.
+            unsafe { AtomicU64::from_ptr(to.cast()) }.store(word, Ordering::Release);
+        }
+        4 => {
+            // SAFETY: may be read.
+            let word = unsafe { from.cast::<u32>().read_unaligned() };
+            // SAFETY: mapped and aligned.
+            unsafe { AtomicU32::from_ptr(to.cast()) }.store(word, Ordering::Release);
+        }
+        _ => {
+            // SAFETY: may be read.
+            let byte = unsafe { from.read() };
+            // SAFETY: mapped.
+            unsafe { AtomicU8::from_ptr(to) }.store(byte, Ordering::Release);
+        }
+    }
+}
+
+impl Lines for Table<EdgeLine> {
+    fn count(&self) -> usize {
+        self.len
+    }
+
+    fn line(&self, index: usize) -> &[AtomicU64; 8] {
+        let place = self.place::<EdgeLine>(index, 0);
+        // SAFETY: in bounds, aligned to 8, and only ever used by atomics; it lives as long as `self`.
+        unsafe { place.cast().as_ref() }
+    }
+}
+
+/// All maps of the edge. Dropping it lets go of this process's share only.
+#[derive(Debug)]
+pub struct Maps {
+    handles: BTreeMap<&'static str, MapHandle>,
+    /// What user space says: one value.
+    pub control: Table<EdgeControl>,
+    /// Services by port: one value.
+    pub ports: Table<EdgePorts>,
+    /// Nodes of the IPv4 tries, of both generations.
+    pub trie4: Table<EdgeNode>,
+    /// Nodes of the IPv6 tries, of both generations.
+    pub trie6: Table<EdgeNode>,
+    /// Lines of the sketch, of both generations.
+    pub limiter: Table<EdgeLine>,
+    /// Global budgets: one line each, of which the first word is in use.
+    pub budgets: Table<EdgeLine>,
+    /// How many drops become events: one value.
+    pub sampling: Table<EdgeSampling>,
+    /// What `edge_trace` and `edge_test` decided last: one value.
+    pub decision: Table<EdgeDecision>,
+    /// The world of `edge_test`: one value.
+    pub mock: Table<EdgeMock>,
+}
+
+impl Maps {
+    /// Maps that outlive a program: pinned, and taken over by the next one.
+    pub const NAMES: [&'static str; 17] = [
+        "control",
+        "ports",
+        "trie4",
+        "trie6",
+        "limiter",
+        "budgets",
+        "peers",
+        "quic_sources",
+        "tcp_sources",
+        "connections",
+        "replies",
+        "counters",
+        "hits",
+        "sampling",
+        "events",
+        "decision",
+        "mock",
+    ];
+
+    /// Opens every map by name, and maps what can be.
+    ///
+    /// # Errors
+    ///
+    /// When one cannot be opened, or has not the layout of this binary.
+    pub fn open(
+        mut open: impl FnMut(&'static str) -> Result<MapHandle, libbpf_rs::Error>,
+    ) -> Result<Self, MapError> {
+        let mut handles = BTreeMap::new();
+        for name in Self::NAMES {
+            let handle = open(name).map_err(|source| MapError::Open {
+                name: name.to_owned(),
+                source,
+            })?;
+            handles.insert(name, handle);
+        }
+        Ok(Self {
+            control: Table::map(&handles["control"])?,
+            ports: Table::map(&handles["ports"])?,
+            trie4: Table::map(&handles["trie4"])?,
+            trie6: Table::map(&handles["trie6"])?,
+            limiter: Table::map(&handles["limiter"])?,
+            budgets: Table::map(&handles["budgets"])?,
+            sampling: Table::map(&handles["sampling"])?,
+            decision: Table::map(&handles["decision"])?,
+            mock: Table::map(&handles["mock"])?,
+            handles,
+        })
+    }
+
+    /// A map's descriptor. Panics on a name that is not in [`Self::NAMES`].
+    #[must_use]
+    pub fn handle(&self, name: &str) -> &MapHandle {
+        &self.handles[name]
+    }
+
+    /// Key of registry peers by node tag.
+    #[must_use]
+    pub fn peers(&self) -> &MapHandle {
+        self.handle("peers")
+    }
+
+    /// QUIC connections by source.
+    #[must_use]
+    pub fn quic_sources(&self) -> &MapHandle {
+        self.handle("quic_sources")
+    }
+
+    /// TCP connections by source.
+    #[must_use]
+    pub fn tcp_sources(&self) -> &MapHandle {
+        self.handle("tcp_sources")
+    }
+
+    /// Packets by reason, for each CPU.
+    #[must_use]
+    pub fn counters(&self) -> &MapHandle {
+        self.handle("counters")
+    }
+
+    /// Packets by rule, for each CPU: index `generation * rules_max + rule`.
+    #[must_use]
+    pub fn hits(&self) -> &MapHandle {
+        self.handle("hits")
+    }
+
+    /// Sampled drops: a ring buffer of `EdgeEvent`.
+    #[must_use]
+    pub fn events(&self) -> &MapHandle {
+        self.handle("events")
+    }
+
+    /// Rules that one generation has room for.
+    #[must_use]
+    pub fn rules_max(&self) -> usize {
+        self.hits().max_entries() as usize / GENERATIONS
+    }
+
+    /// Says which service a port belongs to: none, or its index. One store.
+    ///
+    /// Panics for a generation or an index that there is not.
+    pub fn set_port(&self, generation: usize, tcp: bool, port: u16, service: Option<u8>) {
+        let entry = service.map_or(0, |index| index + 1);
+        self.ports
+            .store_part(0, port_offset(generation, tcp, port), &entry);
+    }
+
+    /// The service that a port belongs to.
+    #[must_use]
+    pub fn port(&self, generation: usize, tcp: bool, port: u16) -> Option<u8> {
+        self.ports
+            .load_part::<u8>(0, port_offset(generation, tcp, port))
+            .checked_sub(1)
+    }
+
+    /// Writes one generation of what was set. It is not in force by that: `control.active` is.
+    pub fn store_config(&self, generation: usize, config: &EdgeConfig) {
+        self.control
+            .store_part(0, config_offset(generation), config);
+    }
+
+    /// One generation of what was set.
+    #[must_use]
+    pub fn load_config(&self, generation: usize) -> EdgeConfig {
+        self.control.load_part(0, config_offset(generation))
+    }
+}
+
+fn config_offset(generation: usize) -> usize {
+    assert!(generation < GENERATIONS, "generation {generation}");
+    offset_of!(EdgeControl, config) + generation * size_of::<EdgeConfig>()
+}
+
+fn port_offset(generation: usize, tcp: bool, port: u16) -> usize {
+    assert!(generation < GENERATIONS, "generation {generation}");
+    (generation * 2 + usize::from(tcp)) * PORTS + usize::from(port)
+}
