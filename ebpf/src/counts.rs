@@ -37,7 +37,12 @@ impl Counts {
         for key in stale {
             map.delete(&key)?;
         }
-        Ok(Self { map, run, live: Mutex::default(), missed: AtomicU64::new(0) })
+        Ok(Self {
+            map,
+            run,
+            live: Mutex::default(),
+            missed: AtomicU64::new(0),
+        })
     }
 
     /// The number that the counts are written under.
@@ -64,7 +69,9 @@ impl Counts {
         let source = Source::of(peer).cap_key();
         let mut live = locked(&self.live);
         // Absent: it was missed when it opened.
-        let Some(connections) = live.get_mut(&source) else { return };
+        let Some(connections) = live.get_mut(&source) else {
+            return;
+        };
         *connections -= 1;
         let left = *connections;
         if left == 0 {
@@ -76,7 +83,10 @@ impl Counts {
     /// Connections of a source.
     #[must_use]
     pub fn connections(&self, peer: IpAddr) -> u32 {
-        locked(&self.live).get(&Source::of(peer).cap_key()).copied().unwrap_or(0)
+        locked(&self.live)
+            .get(&Source::of(peer).cap_key())
+            .copied()
+            .unwrap_or(0)
     }
 
     /// Sources with connections.
@@ -149,13 +159,19 @@ impl TcpCap {
             return None;
         }
         live.insert(source, connections + 1);
-        Some(TcpGuard { cap: Arc::clone(self), source })
+        Some(TcpGuard {
+            cap: Arc::clone(self),
+            source,
+        })
     }
 
     /// Connections of a source.
     #[must_use]
     pub fn connections(&self, peer: IpAddr) -> u32 {
-        locked(&self.live).get(&Source::of(peer).cap_key()).copied().unwrap_or(0)
+        locked(&self.live)
+            .get(&Source::of(peer).cap_key())
+            .copied()
+            .unwrap_or(0)
     }
 
     /// Connections that were refused.

@@ -3,6 +3,13 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::abi::LAYOUT;
+use crate::load::LoadError;
+use crate::maps::MapError;
+use crate::publish::PublishError;
+use crate::selftest::SelfTestError;
+use crate::state::StateError;
+
 /// Why pins could not be read, made or removed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -76,5 +83,135 @@ impl PinError {
             Self::Lock { .. } => "pin_lock",
             Self::Busy { .. } => "pin_busy",
         }
+    }
+}
+
+/// Why the edge could not be attached, adopted, reloaded or detached.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EdgeError {
+    /// The programs could not be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// A new program does not decide as it should; it was not put in force.
+    #[error(transparent)]
+    SelfTest(#[from] SelfTestError),
+    /// Pins could not be read, made or removed.
+    #[error(transparent)]
+    Pins(#[from] PinError),
+    /// The file beside the pins could not be read or written.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A map could not be opened.
+    #[error(transparent)]
+    Maps(#[from] MapError),
+    /// A set could not be published.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// There is no descriptor left for a program.
+    #[error("cannot hold a program: {0}; raise the limit of open files (ulimit -n)")]
+    Handle(#[source] libbpf_rs::Error),
+    /// Something is attached already.
+    #[error("an edge is pinned at {}; adopt or detach it", .root.display())]
+    Present {
+        /// The folder of pins.
+        root: PathBuf,
+    },
+    /// Nothing is attached.
+    #[error("no edge is pinned at {}; attach first (millrace xdp attach)", .root.display())]
+    Absent {
+        /// The folder of pins.
+        root: PathBuf,
+    },
+    /// Another version of this program has pinned other maps.
+    #[error("{} holds {found}, this program knows layout {LAYOUT}; detach (millrace xdp detach) and attach again", .root.display())]
+    Layout {
+        /// The folder of pins.
+        root: PathBuf,
+        /// What is there.
+        found: String,
+    },
+    /// Something that was pinned is missing.
+    #[error("the pins are incomplete: {}: {source}; detach (millrace xdp detach) and attach again", .path.display())]
+    Incomplete {
+        /// What is missing.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// There is no such interface.
+    #[error("no interface {name}: {source}; `ip link` shows those that there are")]
+    Interface {
+        /// Its name.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Not attached to such an interface.
+    #[error("the edge is not attached to {name}")]
+    NotAttached {
+        /// Its name.
+        name: String,
+    },
+    /// The kernel refuses to attach.
+    #[error("cannot attach {program} to {place}: {source}{}", hint(.source))]
+    Attach {
+        /// The program.
+        program: &'static str,
+        /// The interface or the tracepoint.
+        place: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A link did not take the new program; all have their old one.
+    #[error("{} does not take the new program: {source}", .path.display())]
+    Update {
+        /// The link's pin.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The kernel does not say which network namespace this is.
+    #[error("cannot tell the network namespace: {source}; it takes Linux 5.14")]
+    Namespace {
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl EdgeError {
+    /// The error as a metric label.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Load(_) => "load",
+            Self::SelfTest(_) => "self_test",
+            Self::Pins(error) => error.reason(),
+            Self::State(error) => error.reason(),
+            Self::Maps(_) => "maps",
+            Self::Publish(error) => error.reason(),
+            Self::Handle(_) => "handle",
+            Self::Present { .. } => "present",
+            Self::Absent { .. } => "absent",
+            Self::Layout { .. } => "layout",
+            Self::Incomplete { .. } => "incomplete",
+            Self::Interface { .. } => "interface",
+            Self::NotAttached { .. } => "not_attached",
+            Self::Attach { .. } => "attach",
+            Self::Update { .. } => "update",
+            Self::Namespace { .. } => "namespace",
+        }
+    }
+}
+
+/// What an operator can do about a refusal.
+fn hint(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::ResourceBusy | io::ErrorKind::AlreadyExists => {
+            "; another program is attached there: see `ip link`, and detach it first"
+        }
+        io::ErrorKind::PermissionDenied => "; it takes CAP_BPF and CAP_NET_ADMIN",
+        io::ErrorKind::Unsupported => "; the driver has no native XDP: use mode generic",
+        _ => "",
     }
 }

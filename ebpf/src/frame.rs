@@ -48,10 +48,19 @@ impl Description {
             Shape::QuicInitial | Shape::QuicShort | Shape::Udp => {
                 ip.udp(from, to).write_to_vec(&mut frame, &payload)
             }
-            Shape::TcpSyn => ip.tcp(from, to, 1, WINDOW).syn().write_to_vec(&mut frame, &payload),
-            Shape::TcpAck => ip.tcp(from, to, 1, WINDOW).ack(1).write_to_vec(&mut frame, &payload),
+            Shape::TcpSyn => ip
+                .tcp(from, to, 1, WINDOW)
+                .syn()
+                .write_to_vec(&mut frame, &payload),
+            Shape::TcpAck => ip
+                .tcp(from, to, 1, WINDOW)
+                .ack(1)
+                .write_to_vec(&mut frame, &payload),
         };
-        debug_assert!(written.is_ok(), "lengths are below those of IP: {written:?}");
+        debug_assert!(
+            written.is_ok(),
+            "lengths are below those of IP: {written:?}"
+        );
         frame
     }
 
@@ -96,7 +105,12 @@ mod tests {
     use millrace_edge_policy::packet::{Packet, Protocol, Quic, Transport};
 
     fn description(from: &str, shape: Shape) -> Description {
-        Description { from: from.parse().unwrap(), to_port: 4100, shape, payload_bytes: None }
+        Description {
+            from: from.parse().unwrap(),
+            to_port: 4100,
+            shape,
+            payload_bytes: None,
+        }
     }
 
     // Protects `trace`: what the operator asks about is what the program is shown.
@@ -108,8 +122,13 @@ mod tests {
                 let packet = Packet::parse(&frame).unwrap();
                 assert_eq!(packet.source, from.parse::<SocketAddr>().unwrap().ip());
                 assert_eq!(packet.protocol, Protocol::Udp);
-                assert_eq!((packet.source_port, packet.destination_port), (40_000, 4_100));
-                let Transport::Udp(payload) = packet.transport().unwrap() else { panic!() };
+                assert_eq!(
+                    (packet.source_port, packet.destination_port),
+                    (40_000, 4_100)
+                );
+                let Transport::Udp(payload) = packet.transport().unwrap() else {
+                    panic!()
+                };
                 match shape {
                     Shape::QuicInitial => {
                         assert!(matches!(Quic::parse(payload).unwrap(), Quic::Initial(_)));

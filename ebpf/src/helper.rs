@@ -30,8 +30,11 @@ pub const MESSAGE_BYTES_MAX: usize = 32 << 20;
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 
 /// What the helper keeps: loading and attaching, and what `nft` needs.
-const KEPT: [Capability; 3] =
-    [Capability::CAP_BPF, Capability::CAP_NET_ADMIN, Capability::CAP_PERFMON];
+const KEPT: [Capability; 3] = [
+    Capability::CAP_BPF,
+    Capability::CAP_NET_ADMIN,
+    Capability::CAP_PERFMON,
+];
 
 /// What the helper is told at its start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,15 +139,20 @@ impl Helper {
     /// [`HelperError::Start`].
     pub fn start(mut command: Command, setup: &Setup) -> Result<Self, HelperError> {
         let (ours, theirs) = UnixStream::pair().map_err(HelperError::Start)?;
-        ours.set_read_timeout(Some(ANSWER_WITHIN)).map_err(HelperError::Start)?;
-        ours.set_write_timeout(Some(ANSWER_WITHIN)).map_err(HelperError::Start)?;
+        ours.set_read_timeout(Some(ANSWER_WITHIN))
+            .map_err(HelperError::Start)?;
+        ours.set_write_timeout(Some(ANSWER_WITHIN))
+            .map_err(HelperError::Start)?;
         let child = command
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .spawn()
             .map_err(HelperError::Start)?;
         // The command holds the other end as well, and its end must be the helper's alone.
         drop(command);
-        let helper = Self { child, socket: Some(Mutex::new(ours)) };
+        let helper = Self {
+            child,
+            socket: Some(Mutex::new(ours)),
+        };
         helper.exchange(setup)?;
         Ok(helper)
     }
@@ -203,7 +211,9 @@ pub fn serve_stdin() -> io::Result<()> {
 /// What broke the conversation; a closed socket is no error.
 pub fn serve(mut socket: UnixStream) -> io::Result<()> {
     drop_capabilities(&KEPT).map_err(io::Error::other)?;
-    let Some(setup) = receive::<Setup>(&mut socket)? else { return Ok(()) };
+    let Some(setup) = receive::<Setup>(&mut socket)? else {
+        return Ok(());
+    };
     answer(&mut socket, &Answer::Done)?;
     while let Some(request) = receive(&mut socket)? {
         let done = perform(&setup, &request);

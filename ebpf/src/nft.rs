@@ -237,7 +237,9 @@ impl Script {
 
     fn output(&mut self, rules: &[Rule]) {
         self.line(format_args!("chain output {{"));
-        self.line(format_args!("type filter hook output priority filter - 10; policy accept;"));
+        self.line(format_args!(
+            "type filter hook output priority filter - 10; policy accept;"
+        ));
         for rule in rules {
             let sender = owner(rule.user.as_ref());
             let transport = transport(rule.protocol, rule.ports.as_deref());
@@ -323,9 +325,13 @@ fn transport(protocol: Option<Protocol>, ports: Option<&[RangeInclusive<u16>]>) 
         Some(Protocol::Udp) => "udp",
         Some(Protocol::Tcp) => "tcp",
     };
-    let Some(ports) = ports else { return format!("meta l4proto {name} ") };
+    let Some(ports) = ports else {
+        return format!("meta l4proto {name} ");
+    };
     let ranges = merged(ports);
-    let ranges = ranges.iter().map(|range| format!("{}-{}", range.start(), range.end()));
+    let ranges = ranges
+        .iter()
+        .map(|range| format!("{}-{}", range.start(), range.end()));
     format!("{name} dport {} ", set(ranges))
 }
 

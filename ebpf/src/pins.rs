@@ -130,8 +130,13 @@ impl Pins {
 
     fn locked(&self, operation: FlockOperation) -> Result<Lock, PinError> {
         let path = beside(&self.root, "lock");
-        let failed = |source| PinError::Lock { path: path.clone(), source };
-        fs::create_dir_all(path.parent().unwrap_or(Path::new("/"))).map_err(failed)?;
+        let failed = |source| PinError::Lock {
+            path: path.clone(),
+            source,
+        };
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder).map_err(failed)?;
+        }
         let file = File::options()
             .create(true)
             .truncate(false)
@@ -151,11 +156,17 @@ impl Pins {
     ///
     /// [`PinError::Mount`] without the capability to mount; [`PinError::Create`] otherwise.
     pub fn create(&self) -> Result<(), PinError> {
-        let failed = |path: &Path, source| PinError::Create { path: path.to_owned(), source };
+        let failed = |path: &Path, source| PinError::Create {
+            path: path.to_owned(),
+            source,
+        };
         fs::create_dir_all(&self.root).map_err(|source| failed(&self.root, source))?;
         if !self.is_bpffs() {
             mount("millrace", &self.root, "bpf", MountFlags::empty(), None).map_err(|errno| {
-                PinError::Mount { path: self.root.clone(), source: errno.into() }
+                PinError::Mount {
+                    path: self.root.clone(),
+                    source: errno.into(),
+                }
             })?;
         }
         for kind in [Kind::Map, Kind::Program, Kind::Link] {
@@ -193,7 +204,10 @@ impl Pins {
         let state = self.state_path();
         match fs::remove_file(&state) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                keep(Err(PinError::Remove { path: state, source }));
+                keep(Err(PinError::Remove {
+                    path: state,
+                    source,
+                }));
             }
             _ => {}
         }
@@ -207,7 +221,7 @@ impl Pins {
     }
 
     fn is_bpffs(&self) -> bool {
-        statfs(&self.root).is_ok_and(|stat| i64::from(stat.f_type) == BPF_FS_MAGIC)
+        statfs(&self.root).is_ok_and(|stat| stat.f_type == BPF_FS_MAGIC)
     }
 }
 
@@ -217,7 +231,10 @@ impl Pins {
 ///
 /// [`PinError::Remove`].
 pub(crate) fn remove_link(path: &Path) -> Result<(), PinError> {
-    let failed = |source| PinError::Remove { path: path.to_owned(), source };
+    let failed = |source| PinError::Remove {
+        path: path.to_owned(),
+        source,
+    };
     let link = sys::open_pin(path).map_err(failed)?;
     match sys::link_detach(link.as_fd()) {
         // Links of tracepoints cannot be detached; they end with their last holder, which is the name below.
@@ -227,12 +244,17 @@ pub(crate) fn remove_link(path: &Path) -> Result<(), PinError> {
 }
 
 fn remove_all(folder: &Path) -> Result<(), PinError> {
-    fs::remove_dir_all(folder)
-        .map_err(|source| PinError::Remove { path: folder.to_owned(), source })
+    fs::remove_dir_all(folder).map_err(|source| PinError::Remove {
+        path: folder.to_owned(),
+        source,
+    })
 }
 
 fn names_in(folder: &Path) -> Result<Vec<String>, PinError> {
-    let failed = |source| PinError::Read { path: folder.to_owned(), source };
+    let failed = |source| PinError::Read {
+        path: folder.to_owned(),
+        source,
+    };
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

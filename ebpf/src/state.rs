@@ -136,11 +136,17 @@ impl State {
             Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(source) => return Err(StateError::Read { path, source }),
         };
-        let parse = |source| StateError::Parse { path: path.clone(), source };
+        let parse = |source| StateError::Parse {
+            path: path.clone(),
+            source,
+        };
         // The format first: other formats have other fields.
         let Format { format } = serde_json::from_slice(&text).map_err(parse)?;
         if format != FORMAT {
-            return Err(StateError::Format { path, found: format });
+            return Err(StateError::Format {
+                path,
+                found: format,
+            });
         }
         serde_json::from_slice(&text).map_err(parse)
     }
@@ -152,16 +158,23 @@ impl State {
     /// [`StateError::Write`]; the file is as before.
     pub fn write(&self, pins: &Pins, _lock: &Lock) -> Result<(), StateError> {
         let path = pins.state_path();
-        let text = serde_json::to_vec_pretty(self)
-            .map_err(|source| StateError::Parse { path: path.clone(), source })?;
+        let text = serde_json::to_vec_pretty(self).map_err(|source| StateError::Parse {
+            path: path.clone(),
+            source,
+        })?;
         replace(&path, &text).map_err(|source| StateError::Write { path, source })
     }
 
     /// Drops rules whose time is over, and gives how long it is until the next one ends.
     pub fn expire(&mut self, now: SystemTime) -> Option<Duration> {
         let now = now.duration_since(UNIX_EPOCH).unwrap_or_default();
-        self.temporary.retain(|rule| Duration::from_secs(rule.until_unix_seconds) > now);
-        let next = self.temporary.iter().map(|rule| rule.until_unix_seconds).min()?;
+        self.temporary
+            .retain(|rule| Duration::from_secs(rule.until_unix_seconds) > now);
+        let next = self
+            .temporary
+            .iter()
+            .map(|rule| rule.until_unix_seconds)
+            .min()?;
         Some(Duration::from_secs(next).saturating_sub(now))
     }
 }
@@ -220,9 +233,15 @@ mod tests {
         let (_folder, pins) = pins();
         fs::write(pins.state_path(), r#"{"format": 2, "colour": "blue"}"#).unwrap();
         let error = State::read(&pins).unwrap_err();
-        assert!(matches!(error, StateError::Format { found: 2, .. }), "{error}");
+        assert!(
+            matches!(error, StateError::Format { found: 2, .. }),
+            "{error}"
+        );
         fs::write(pins.state_path(), r#"{"format": 1"#).unwrap();
-        assert!(matches!(State::read(&pins).unwrap_err(), StateError::Parse { .. }));
+        assert!(matches!(
+            State::read(&pins).unwrap_err(),
+            StateError::Parse { .. }
+        ));
     }
 
     #[test]
@@ -232,7 +251,10 @@ mod tests {
             action: RuleAction::Allow,
             until_unix_seconds: until,
         };
-        let mut state = State { temporary: vec![rule(100), rule(160)], ..State::default() };
+        let mut state = State {
+            temporary: vec![rule(100), rule(160)],
+            ..State::default()
+        };
         let at = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
         assert_eq!(state.expire(at(99)), Some(Duration::from_secs(1)));
         assert_eq!(state.expire(at(100)), Some(Duration::from_secs(60)));
@@ -244,7 +266,10 @@ mod tests {
     fn the_lock_is_held_by_one() {
         let (_folder, pins) = pins();
         let lock = pins.lock().unwrap();
-        assert!(matches!(pins.lock().unwrap_err(), crate::error::PinError::Busy { .. }));
+        assert!(matches!(
+            pins.lock().unwrap_err(),
+            crate::error::PinError::Busy { .. }
+        ));
         drop(lock);
         pins.lock().unwrap();
     }

@@ -23,7 +23,14 @@ pub(crate) enum Hook {
     TcxIngress,
     /// tcx, behind the stack.
     TcxEgress,
+    /// The kernel's own tracepoint that the program was loaded for; no interface.
+    Tracepoint,
 }
+
+/// Flag of [`Hook::Xdp`]: in the driver, or not at all.
+pub(crate) const NATIVE: u32 = libbpf_sys::XDP_FLAGS_DRV_MODE;
+/// Flag of [`Hook::Xdp`]: in the kernel's generic code.
+pub(crate) const GENERIC: u32 = libbpf_sys::XDP_FLAGS_SKB_MODE;
 
 /// Attaches a program to an interface of the calling thread's network namespace.
 ///
@@ -46,6 +53,7 @@ pub(crate) fn link_create(
         }
         Hook::TcxIngress => libbpf_sys::BPF_TCX_INGRESS,
         Hook::TcxEgress => libbpf_sys::BPF_TCX_EGRESS,
+        Hook::Tracepoint => libbpf_sys::BPF_TRACE_RAW_TP,
     };
     // SAFETY: the options live through the call and say their own size.
     let fd = unsafe {
@@ -126,11 +134,35 @@ pub(crate) fn test_run(program: BorrowedFd<'_>, frame: &[u8]) -> io::Result<(u32
         ..Default::default()
     };
     // SAFETY: both buffers live through the call and have the sizes that the options say.
-    let code =
-        unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &raw mut options) };
+    let code = unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &raw mut options) };
     checked(code)?;
     out.truncate(options.data_size_out as usize);
     Ok((options.retval, out))
+}
+
+/// Number that the kernel gave the network namespace of a socket; no other namespace ever has it.
+///
+/// # Errors
+///
+/// What the kernel says.
+pub(crate) fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut cookie = 0_u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes, which is the size of what it writes to.
+    let code = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if code < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(cookie)
+    }
 }
 
 /// What a program may add to a frame: a Retry is at most this much longer than what it answers.
@@ -142,5 +174,9 @@ fn c_path(path: &Path) -> io::Result<CString> {
 
 /// libbpf's calls give a descriptor, 0, or a negative error number.
 fn checked(code: i32) -> io::Result<i32> {
-    if code < 0 { Err(io::Error::from_raw_os_error(-code)) } else { Ok(code) }
+    if code < 0 {
+        Err(io::Error::from_raw_os_error(-code))
+    } else {
+        Ok(code)
+    }
 }

@@ -273,10 +273,27 @@ fn a_refused_table_names_the_rule_and_changes_nothing() {
                 ..table(true)
             })
             .unwrap_err();
-        let NftError::Refused { rule: Some(rule), message } = &error else { panic!("{error}") };
-        assert_eq!(*rule, Provenance::Registry { version: 5, number: 17 });
+        let NftError::Refused {
+            rule: Some(rule),
+            message,
+        } = &error
+        else {
+            panic!("{error}")
+        };
+        assert_eq!(
+            *rule,
+            Provenance::Registry {
+                version: 5,
+                number: 17
+            }
+        );
         assert!(message.contains("User does not exist"), "{message}");
-        assert!(error.to_string().starts_with("registry version 5, rule 17:"), "{error}");
+        assert!(
+            error
+                .to_string()
+                .starts_with("registry version 5, rule 17:"),
+            "{error}"
+        );
         assert_eq!(ruleset("inet millrace"), before);
     });
 }

@@ -1,8 +1,7 @@
 //! Network namespaces that tests make and remove.
-#![allow(dead_code, reason = "each test takes what it needs")]
+#![allow(dead_code, unreachable_pub, reason = "each test takes what it needs")]
 
 use std::fs::File;
-use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -59,17 +58,20 @@ impl Namespace {
 
     /// Runs a function on a thread of its own in the namespace. Sockets made there stay there.
     pub fn enter<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
-        let file = File::open(format!("/run/netns/{}", self.name)).unwrap();
-        std::thread::scope(|scope| {
-            let inside = scope.spawn(|| {
-                move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
-                act()
-            });
-            inside
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
+        enter(&self.name, act)
     }
+}
+
+/// Runs a function on a thread of its own in the namespace of this name.
+pub fn enter<T: Send>(name: &str, act: impl FnOnce() -> T + Send) -> T {
+    let file = File::open(format!("/run/netns/{name}")).unwrap();
+    std::thread::scope(|scope| {
+        let inside = scope.spawn(|| {
+            move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+            act()
+        });
+        inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 impl Drop for Namespace {
@@ -109,21 +111,6 @@ impl Pair {
         }
         pair
     }
-
-    /// The MAC address of one of the two interfaces.
-    pub fn mac(namespace: &Namespace, interface: &str) -> [u8; 6] {
-        let shown = namespace.ip(&format!("-br link show {interface}"));
-        let text = shown.split_whitespace().nth(2).unwrap().to_owned();
-        let bytes: Vec<u8> = text
-            .split(':')
-            .map(|byte| u8::from_str_radix(byte, 16).unwrap())
-            .collect();
-        bytes.try_into().unwrap()
-    }
-}
-
-pub fn address(text: &str) -> IpAddr {
-    text.parse().unwrap()
 }
 
 /// Runs a command that must succeed.

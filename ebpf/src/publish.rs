@@ -1,0 +1,392 @@
+//! Puts sets into force: writes the generation that is idle, then lets the program change over by one store.
+//!
+//! Which generation is in force is `active`, or the other one once `revert_at_ns` has passed. So there are three standings:
+//!
+//! ```text
+//! settled     revert_at_ns = 0              `active` is in force, for good
+//! probation   revert_at_ns in the future    `active` is in force, and the program goes back by its own clock
+//! lapsed      revert_at_ns in the past      the other one is in force, for good
+//! ```
+//!
+//! 1. What is in force is never written to, and changes by one store: `active` or `revert_at_ns`. A process that dies at any point leaves
+//!    a set in force that somebody published: the old or the new one, never half of one.
+//! 2. A generation is written no sooner than [`GRACE`] after it was last in force: packets that began under it have ended.
+//! 3. While a set is on probation, no other is published.
+//! 4. Whoever publishes from one of several processes holds the pins' lock; [`crate::edge::Edge::publish`] does.
+
+use std::mem::offset_of;
+use std::time::Duration;
+
+use libbpf_rs::{MapCore as _, MapFlags};
+use millrace_edge_policy::limiter::Limit;
+use millrace_edge_policy::packet::Protocol;
+use millrace_edge_policy::rules::{Compiled, Roots};
+use millrace_edge_policy::settings::{Service, levels};
+
+use crate::abi::{EdgeConfig, EdgeControl, EdgeLimit, EdgeNode, EdgeService, GENERATIONS};
+use crate::clock::now_ns;
+use crate::maps::{Maps, Table};
+
+/// How long a generation that is no longer in force is left alone: the coarsest tick of the program's clock, and as much again for packets
+/// that are on their way through the program.
+pub const GRACE: Duration = Duration::from_millis(20);
+
+/// Why a set was not published. What was in force is.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PublishError {
+    /// Another set is on probation.
+    #[error("set {set} is on probation for {}.{:03} s; confirm or revert it first", .left.as_secs(), .left.subsec_millis())]
+    Probation {
+        /// Its number.
+        set: u32,
+        /// Until it lapses.
+        left: Duration,
+    },
+    /// No set is on probation, or it has lapsed.
+    #[error(
+        "no set is on probation; what was published with --confirm has lapsed, or was confirmed before"
+    )]
+    NoProbation,
+    /// The set does not fit into the maps.
+    #[error(
+        "the set takes {needed} {what}, the maps hold {available}; detach, raise {key} and attach again"
+    )]
+    TooLarge {
+        /// What there is too much of.
+        what: &'static str,
+        /// How much the set takes.
+        needed: usize,
+        /// How much there is room for.
+        available: usize,
+        /// Key of the config.
+        key: &'static str,
+    },
+    /// Hits of the idle generation could not be set to zero.
+    #[error("cannot write the map hits: {0}")]
+    Hits(#[source] libbpf_rs::Error),
+}
+
+impl PublishError {
+    /// The error as a metric label.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Probation { .. } => "publish_probation",
+            Self::NoProbation => "publish_no_probation",
+            Self::TooLarge { .. } => "publish_too_large",
+            Self::Hits(_) => "publish_hits",
+        }
+    }
+}
+
+/// What is in force, and for how long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// For good.
+    Settled,
+    /// Until it is confirmed or this time is over.
+    Probation {
+        /// What is left.
+        left: Duration,
+    },
+    /// For good, since a set that was on probation has lapsed.
+    Lapsed,
+}
+
+/// Publishes sets.
+#[derive(Debug, Clone, Copy)]
+pub struct Publisher<'m> {
+    maps: &'m Maps,
+}
+
+impl<'m> Publisher<'m> {
+    /// Publishes to these maps.
+    #[must_use]
+    pub fn new(maps: &'m Maps) -> Self {
+        Self { maps }
+    }
+
+    /// Puts a set into force under a number for people; with `probation`, only for so long unless it is confirmed. Takes up to three
+    /// times [`GRACE`].
+    ///
+    /// # Errors
+    ///
+    /// See [`PublishError`].
+    pub fn publish(
+        &self,
+        set: &Compiled,
+        number: u32,
+        probation: Option<Duration>,
+    ) -> Result<(), PublishError> {
+        if let Standing::Probation { left } = self.standing() {
+            return Err(PublishError::Probation {
+                set: self.config().set,
+                left,
+            });
+        }
+        self.check_room(set)?;
+        self.leave_alias();
+        std::thread::sleep(GRACE);
+        if probation.is_some() && self.standing() == Standing::Settled {
+            self.lapse_in_place();
+            std::thread::sleep(GRACE);
+        }
+        let idle = self.in_force() ^ 1;
+        self.write(idle, set, number)?;
+        match (self.standing(), probation) {
+            (Standing::Settled, _) => self.set_active(idle),
+            (_, None) => self.set_revert_at(SETTLED),
+            (_, Some(period)) => self.set_revert_at(now_ns() + nanoseconds(period)),
+        }
+        Ok(())
+    }
+
+    /// Ends the probation: what is in force stays.
+    ///
+    /// # Errors
+    ///
+    /// [`PublishError::NoProbation`], also in the last moment of one: the program may have gone back already.
+    pub fn confirm(&self) -> Result<(), PublishError> {
+        match self.standing() {
+            Standing::Probation { left } if left > GRACE => {
+                self.set_revert_at(SETTLED);
+                Ok(())
+            }
+            _ => Err(PublishError::NoProbation),
+        }
+    }
+
+    /// Ends the probation: what was in force before is again.
+    ///
+    /// # Errors
+    ///
+    /// [`PublishError::NoProbation`].
+    pub fn revert(&self) -> Result<(), PublishError> {
+        match self.standing() {
+            Standing::Probation { .. } => {
+                self.set_revert_at(LONG_AGO);
+                Ok(())
+            }
+            _ => Err(PublishError::NoProbation),
+        }
+    }
+
+    /// What is in force, and for how long.
+    #[must_use]
+    pub fn standing(&self) -> Standing {
+        let revert_at_ns = self.revert_at();
+        match revert_at_ns.checked_sub(now_ns()) {
+            _ if revert_at_ns == SETTLED => Standing::Settled,
+            None | Some(0) => Standing::Lapsed,
+            Some(left) => Standing::Probation {
+                left: Duration::from_nanos(left),
+            },
+        }
+    }
+
+    /// The generation in force.
+    #[must_use]
+    pub fn in_force(&self) -> usize {
+        let active = (self.load::<u32>(offset_of!(EdgeControl, active)) & 1) as usize;
+        active ^ usize::from(self.standing() == Standing::Lapsed)
+    }
+
+    /// What is in force.
+    #[must_use]
+    pub fn config(&self) -> EdgeConfig {
+        self.maps.load_config(self.in_force())
+    }
+
+    fn check_room(&self, set: &Compiled) -> Result<(), PublishError> {
+        let room = [
+            ("rules", set.rules.len(), self.maps.rules_max(), "rules_max"),
+            (
+                "IPv4 trie nodes",
+                set.trie4.nodes().len(),
+                half(&self.maps.trie4),
+                "trie_nodes_max",
+            ),
+            (
+                "IPv6 trie nodes",
+                set.trie6.nodes().len(),
+                half(&self.maps.trie6),
+                "trie_nodes_max",
+            ),
+        ];
+        match room
+            .into_iter()
+            .find(|(_, needed, available, _)| needed > available)
+        {
+            None => Ok(()),
+            Some((what, needed, available, key)) => Err(PublishError::TooLarge {
+                what,
+                needed,
+                available,
+                key,
+            }),
+        }
+    }
+
+    /// Writes a generation that is not in force.
+    fn write(&self, generation: usize, set: &Compiled, number: u32) -> Result<(), PublishError> {
+        let maps = self.maps;
+        self.clear_hits(generation).map_err(PublishError::Hits)?;
+        let base4 = base(&maps.trie4, generation);
+        let base6 = base(&maps.trie6, generation);
+        let tries = [
+            (&maps.trie4, &set.trie4, base4),
+            (&maps.trie6, &set.trie6, base6),
+        ];
+        for (table, forest, base) in tries {
+            for (index, entry) in (base as usize..).zip(forest.relocated(base)) {
+                table.store(index, &EdgeNode { entry });
+            }
+        }
+        self.write_ports(generation, |protocol, port| {
+            set.settings
+                .service(protocol, port)
+                .and_then(|index| u8::try_from(index).ok())
+        });
+        maps.store_config(generation, &config(set, number, base4, base6));
+        Ok(())
+    }
+
+    /// Only what differs: the table has 131,072 entries.
+    fn write_ports(&self, generation: usize, service: impl Fn(Protocol, u16) -> Option<u8>) {
+        for (tcp, protocol) in [(false, Protocol::Udp), (true, Protocol::Tcp)] {
+            for port in 0..=u16::MAX {
+                let wanted = service(protocol, port);
+                if self.maps.port(generation, tcp, port) != wanted {
+                    self.maps.set_port(generation, tcp, port, wanted);
+                }
+            }
+        }
+    }
+
+    fn clear_hits(&self, generation: usize) -> Result<(), libbpf_rs::Error> {
+        let hits = self.maps.hits();
+        let zeros = vec![vec![0; size_of::<u64>()]; libbpf_rs::num_possible_cpus()?];
+        let rules = self.maps.rules_max();
+        (generation * rules..(generation + 1) * rules).try_for_each(|index| {
+            hits.update_percpu(&(index as u32).to_le_bytes(), &zeros, MapFlags::ANY)
+        })
+    }
+
+    /// From settled to lapsed with the same set in force: a probation can then begin and end by one store each.
+    ///
+    /// Both generations say the same in between, so that it does not matter which of the two words a packet sees first.
+    fn lapse_in_place(&self) {
+        let (in_force, idle) = (self.in_force(), self.in_force() ^ 1);
+        self.write_ports(idle, |protocol, port| {
+            self.maps.port(in_force, protocol == Protocol::Tcp, port)
+        });
+        self.maps
+            .store_config(idle, &self.maps.load_config(in_force));
+        self.set_revert_at(LONG_AGO);
+        self.set_active(idle);
+    }
+
+    /// Puts the original in force if a copy of it is: somebody died between the two stores of [`Self::lapse_in_place`].
+    fn leave_alias(&self) {
+        let in_force = self.in_force();
+        let home = base(&self.maps.trie4, in_force);
+        let there = home..home + half(&self.maps.trie4) as u32;
+        let is_copy = !there.contains(&self.maps.load_config(in_force).host.root4);
+        if is_copy && self.standing() == Standing::Lapsed {
+            self.set_revert_at(SETTLED);
+        }
+    }
+
+    fn revert_at(&self) -> u64 {
+        self.load(offset_of!(EdgeControl, revert_at_ns))
+    }
+
+    fn set_revert_at(&self, at_ns: u64) {
+        self.maps
+            .control
+            .store_part(0, offset_of!(EdgeControl, revert_at_ns), &at_ns);
+    }
+
+    fn set_active(&self, generation: usize) {
+        let generation = generation as u32;
+        self.maps
+            .control
+            .store_part(0, offset_of!(EdgeControl, active), &generation);
+    }
+
+    fn load<F: crate::maps::Plain>(&self, offset: usize) -> F {
+        self.maps.control.load_part(0, offset)
+    }
+}
+
+/// `revert_at_ns` that never comes.
+const SETTLED: u64 = 0;
+/// `revert_at_ns` that is past whenever it is looked at.
+const LONG_AGO: u64 = 1;
+
+fn nanoseconds(period: Duration) -> u64 {
+    u64::try_from(period.as_nanos()).unwrap_or(u64::MAX / 2)
+}
+
+/// Nodes of one generation.
+fn half(trie: &Table<EdgeNode>) -> usize {
+    trie.len() / GENERATIONS
+}
+
+/// First node of a generation.
+fn base(trie: &Table<EdgeNode>, generation: usize) -> u32 {
+    (generation * half(trie)) as u32
+}
+
+/// A set as the program reads it.
+fn config(set: &Compiled, number: u32, base4: u32, base6: u32) -> EdgeConfig {
+    let settings = &set.settings;
+    let limits = &settings.limits;
+    let relocated = |roots: &Roots| (roots.root4 + base4, roots.root6 + base6);
+    let mut config = EdgeConfig {
+        mode: settings.mode as u32,
+        scope: settings.scope as u32,
+        services: settings.services.len() as u32,
+        set: number,
+        budget: limits.budgets().map(EdgeLimit::from),
+        source_quic: of_levels(limits.source_quic),
+        source_tcp: of_levels(limits.source_tcp),
+        peer: limits.peer.into(),
+        proof: limits.proof.into(),
+        id: limits.id.into(),
+        quic_connections_max: settings.caps.quic,
+        tcp_connections_max: settings.caps.tcp,
+        ..EdgeConfig::default()
+    };
+    let services = settings.services.iter().zip(&set.services);
+    for (place, (service, roots)) in config.service.iter_mut().zip(services) {
+        *place = edge_service(service, relocated(roots));
+    }
+    let (root4, root6) = relocated(&set.host);
+    config.host = EdgeService {
+        kind: KIND_HOST,
+        root4,
+        root6,
+        ..EdgeService::default()
+    };
+    config
+}
+
+fn edge_service(service: &Service, (root4, root6): (u32, u32)) -> EdgeService {
+    EdgeService {
+        port: service.port,
+        protocol: service.kind.protocol() as u8,
+        kind: service.kind as u8,
+        root4,
+        root6,
+        pad: 0,
+    }
+}
+
+fn of_levels(limit: Limit) -> [EdgeLimit; 3] {
+    levels(limit).map(EdgeLimit::from)
+}
+
+/// `EDGE_KIND_HOST`.
+const KIND_HOST: u8 = 4;

@@ -1,0 +1,315 @@
+//! What a new program must get right before it goes live: a handful of packets, on maps of its own, at a made-up time.
+//!
+//! Nothing here touches the maps in force. A unit test compares the expected reasons with the model's.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use millrace_edge_policy::reason::Reason;
+use millrace_edge_policy::rules::{
+    self, Bounds, Compiled, Direction, Provenance, Rule, RuleAction, RulesError, Sources,
+};
+use millrace_edge_policy::settings::{DefaultAction, Kind, Mode, Service, Settings};
+use millrace_edge_policy::verdict::Action;
+
+use crate::abi::EdgeMock;
+use crate::frame::{Description, Shape};
+use crate::load::{LoadError, LoadOptions, Loaded, Program};
+use crate::publish::{PublishError, Publisher};
+
+/// Why a new program is not put in force.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SelfTestError {
+    /// It could not be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Its rules could not be compiled: a defect.
+    #[error("self-test: {0}")]
+    Rules(#[from] RulesError),
+    /// Its rules could not be published: a defect.
+    #[error("self-test: {0}")]
+    Publish(#[from] PublishError),
+    /// It could not be run.
+    #[error("self-test: {fixture} cannot be run: {source}")]
+    Run {
+        /// The packet.
+        fixture: &'static str,
+        /// What the kernel said.
+        source: libbpf_rs::Error,
+    },
+    /// It decided otherwise than it should.
+    #[error(
+        "self-test: {fixture}: {found} instead of {expected}; the program before stays in force"
+    )]
+    Differs {
+        /// The packet.
+        fixture: &'static str,
+        /// What it should have decided.
+        expected: String,
+        /// What it decided.
+        found: String,
+    },
+}
+
+/// Loads the programs of this binary on maps of their own and sees whether they decide as they should.
+///
+/// # Errors
+///
+/// See [`SelfTestError`].
+pub fn run() -> Result<(), SelfTestError> {
+    let sizes = LoadOptions {
+        trie_nodes4: NODES,
+        trie_nodes6: NODES,
+        limiter_lines: 64,
+        rules_max: RULES,
+        peers_max: 1,
+        sources_max: 1,
+        replies_max: 1,
+        ..LoadOptions::default()
+    };
+    let loaded = Loaded::load(&sizes)?;
+    Publisher::new(loaded.maps()).publish(&set()?, 1, None)?;
+    loaded.maps().mock.store(0, &MOCK);
+    FIXTURES
+        .iter()
+        .try_for_each(|fixture| fixture.check(&loaded))
+}
+
+/// One packet and what becomes of it.
+struct Fixture {
+    name: &'static str,
+    from: IpAddr,
+    to_port: u16,
+    shape: Shape,
+    expected: Reason,
+}
+
+impl Fixture {
+    fn frame(&self) -> Vec<u8> {
+        let (from, to_port, shape) = ((self.from, 40_000).into(), self.to_port, self.shape);
+        Description {
+            from,
+            to_port,
+            shape,
+            payload_bytes: None,
+        }
+        .frame()
+    }
+
+    fn check(&self, loaded: &Loaded) -> Result<(), SelfTestError> {
+        let run = loaded
+            .run(Program::EdgeTest, &self.frame(), 1)
+            .map_err(|source| SelfTestError::Run {
+                fixture: self.name,
+                source,
+            })?;
+        let left = loaded.maps().decision.load(0);
+        let reason = Reason::from_index(left.reason);
+        if reason == Some(self.expected) && run.action == xdp_action(self.expected.action()) {
+            return Ok(());
+        }
+        let expected = format!(
+            "{} (action {})",
+            self.expected.label(),
+            xdp_action(self.expected.action())
+        );
+        let found = format!(
+            "{} (action {})",
+            reason.map_or("no reason", Reason::label),
+            run.action
+        );
+        Err(SelfTestError::Differs {
+            fixture: self.name,
+            expected,
+            found,
+        })
+    }
+}
+
+/// `enum xdp_action`.
+fn xdp_action(action: Action) -> u32 {
+    match action {
+        Action::Drop => 1,
+        Action::Pass => 2,
+        Action::Transmit => 3,
+    }
+}
+
+/// Services of each kind; one prefix denied, one allowed, the rest by the service's default.
+fn set() -> Result<Compiled, RulesError> {
+    let service = |port, kind, default_action| Service {
+        port,
+        kind,
+        default_action,
+    };
+    let settings = Settings {
+        mode: Mode::Enforce,
+        services: vec![
+            service(QUIC, Kind::Quic, DefaultAction::Deny),
+            service(TCP, Kind::Tcp, DefaultAction::Allow),
+            service(UDP, Kind::Udp, DefaultAction::Deny),
+        ],
+        ..Settings::default()
+    };
+    let rule = |number, prefixes: [IpNet; 2], action| Rule {
+        sources: Sources::Prefixes(prefixes.into()),
+        ports: None,
+        protocol: None,
+        action,
+        direction: Direction::Inbound,
+        user: None,
+        comment: None,
+        provenance: Provenance::Registry { version: 0, number },
+    };
+    // The narrow ones first: the first rule that fits decides.
+    let denied = [
+        IpNet::V4(Ipv4Net::new_assert(DENIED4, 32)),
+        IpNet::V6(Ipv6Net::new_assert(DENIED6, 128)),
+    ];
+    let allowed = [
+        IpNet::V4(Ipv4Net::new_assert(NET4, 24)),
+        IpNet::V6(Ipv6Net::new_assert(NET6, 64)),
+    ];
+    let rules = [
+        rule(1, denied, RuleAction::Deny),
+        rule(2, allowed, RuleAction::Allow),
+    ];
+    let nodes_max = NODES as usize;
+    let bounds = Bounds {
+        rules_max: RULES as usize,
+        nodes4_max: nodes_max,
+        nodes6_max: nodes_max,
+    };
+    rules::compile(&settings, &rules, bounds)
+}
+
+const fn fixture(
+    name: &'static str,
+    from: IpAddr,
+    to_port: u16,
+    shape: Shape,
+    expected: Reason,
+) -> Fixture {
+    Fixture {
+        name,
+        from,
+        to_port,
+        shape,
+        expected,
+    }
+}
+
+const FIXTURES: [Fixture; 14] = [
+    fixture(
+        "to another port",
+        ALLOWED,
+        OTHER,
+        Shape::Udp,
+        Reason::PassOther,
+    ),
+    fixture(
+        "SYN to another port",
+        STRANGER,
+        OTHER,
+        Shape::TcpSyn,
+        Reason::PassOther,
+    ),
+    fixture(
+        "first packet",
+        ALLOWED,
+        QUIC,
+        Shape::QuicInitial,
+        Reason::PassQuicInitial,
+    ),
+    fixture(
+        "first packet, IPv6",
+        ALLOWED_V6,
+        QUIC,
+        Shape::QuicInitial,
+        Reason::PassQuicInitial,
+    ),
+    fixture(
+        "from a denied host",
+        DENIED,
+        QUIC,
+        Shape::QuicInitial,
+        Reason::FirewallDeny,
+    ),
+    fixture(
+        "from a denied host, IPv6",
+        DENIED_V6,
+        UDP,
+        Shape::Udp,
+        Reason::FirewallDeny,
+    ),
+    fixture(
+        "from a stranger",
+        STRANGER,
+        QUIC,
+        Shape::QuicInitial,
+        Reason::FirewallDefault,
+    ),
+    fixture(
+        "from a stranger, IPv6",
+        STRANGER_V6,
+        UDP,
+        Shape::Udp,
+        Reason::FirewallDefault,
+    ),
+    fixture(
+        "a foreign ID",
+        ALLOWED,
+        QUIC,
+        Shape::QuicShort,
+        Reason::QuicUnknownId,
+    ),
+    fixture("not QUIC", ALLOWED, QUIC, Shape::Udp, Reason::QuicMalformed),
+    fixture("plain UDP", ALLOWED_V6, UDP, Shape::Udp, Reason::PassUdp),
+    fixture(
+        "SYN from a stranger",
+        STRANGER,
+        TCP,
+        Shape::TcpSyn,
+        Reason::PassTcpSyn,
+    ),
+    fixture(
+        "TCP from a stranger, IPv6",
+        STRANGER_V6,
+        TCP,
+        Shape::TcpAck,
+        Reason::PassTcp,
+    ),
+    fixture(
+        "SYN from a denied host",
+        DENIED,
+        TCP,
+        Shape::TcpSyn,
+        Reason::FirewallDeny,
+    ),
+];
+
+/// Nothing is charged, so that the order of the fixtures says nothing.
+const MOCK: EdgeMock = EdgeMock {
+    now_ns: 1_000_000_000_000,
+    cookie: 0,
+    read_only: 1,
+};
+
+const NODES: u32 = 128;
+const RULES: u32 = 16;
+const QUIC: u16 = 4_100;
+const TCP: u16 = 8_080;
+const UDP: u16 = 4_200;
+const OTHER: u16 = 53;
+
+const NET4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 0);
+const NET6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 1, 0, 0, 0, 0);
+const DENIED4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 66);
+const DENIED6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 1, 0, 0, 0, 66);
+const ALLOWED: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 7));
+const ALLOWED_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 1, 0, 0, 0, 7));
+const DENIED: IpAddr = IpAddr::V4(DENIED4);
+const DENIED_V6: IpAddr = IpAddr::V6(DENIED6);
+const STRANGER: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 9));
+const STRANGER_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 2, 0, 0, 0, 9));
