@@ -1,4 +1,22 @@
-//! The edge in the kernel.
+//! The edge in the kernel: XDP and its companions, their maps, pins, rules of nftables.
+//!
+//! `docs/reference/edge.md` says what is decided; `src/bpf` decides it, `millrace_edge_policy` models it.
 
+pub mod abi;
+pub mod clock;
+pub mod counts;
+pub mod edge;
+pub mod error;
+pub mod frame;
+pub mod helper;
+pub mod load;
+pub mod maps;
+pub mod metrics;
 pub mod nft;
+pub mod pins;
 pub mod privileges;
+pub mod publish;
+pub mod selftest;
+pub mod state;
+mod sys;
+pub mod trace;
