@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use millrace_edge_policy::admission::{Admission, AdmissionConfig};
+use millrace_edge_policy::limiter::Limit;
+use millrace_edge_policy::settings::{Caps, Limits};
 use millrace_edge_policy::siphash::Key;
 use millrace_protocol::backoff::BackoffConfig;
 use millrace_protocol::budget::{BudgetConfig, ReceiveBudget};
@@ -78,8 +80,8 @@ pub struct TransportStart {
 /// What a transport shares with the edge in front of it.
 #[derive(Debug, Default)]
 pub struct EdgeStart {
-    /// Who may open connections. Whoever gives it also calls its [`tick`](Admission::tick); without one, the transport makes one with the
-    /// defaults, and ticks it.
+    /// Who may open connections. Whoever gives it also calls its [`tick`](Admission::tick); without one, the transport makes one that knows
+    /// no rates and no caps, and ticks it.
     pub admission: Option<Arc<Admission>>,
     /// Hears of every counted connection.
     pub counts: Option<Arc<dyn ConnectionCounts>>,
@@ -468,10 +470,19 @@ fn stop_all(handles: Vec<ShardHandle<Message>>) {
     }
 }
 
-/// Admits with the defaults; beyond half of the handshakes that may be open, strangers show their address first.
+/// Admits whoever comes, without a rate or a cap for a source; beyond half of the handshakes that may be open, strangers show their
+/// address first.
 fn default_admission(config: &TransportConfig, clock: &Clock) -> Admission {
     let admission = AdmissionConfig {
+        limits: Limits {
+            unvalidated: Limit::NONE,
+            source_quic: Limit::NONE,
+            peer: Limit::NONE,
+            ..Limits::default()
+        },
+        caps: Caps { quic: 0, tcp: 0 },
         half_open_retry: config.handshakes_max / 2,
+        sketch_lines: 1 << 12,
         ..AdmissionConfig::default()
     };
     Admission::new(admission, clock.ns(Instant::now()), random_bytes)

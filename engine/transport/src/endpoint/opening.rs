@@ -13,6 +13,7 @@ use std::time::Instant;
 use millrace_edge_policy::admission::First;
 use millrace_edge_policy::cid::{LocalCid, initial_dcid};
 use millrace_edge_policy::proof;
+use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::token::{Minted, OriginalId};
 use millrace_protocol::id::NodeId;
 use millrace_protocol::peers::Attempt;
@@ -62,6 +63,11 @@ impl<H: Handler> Endpoint<H> {
             }
             First::Retry(minted) => {
                 self.retry(&header, &minted, from);
+                None
+            }
+            // Late: the connection that had this ID is gone.
+            First::Drop(Reason::QuicUnknownId) => {
+                self.counters().add(Counter::DatagramsUnroutable, 1);
                 None
             }
             First::Drop(reason) => {

@@ -13,7 +13,7 @@ use millrace_protocol::topology::{Member, Topology};
 use millrace_shards::chunk::Body;
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
-use millrace_transport::counters::Family;
+use millrace_transport::counters::{Counter, Family};
 use millrace_transport::{
     Answer, Defer, EdgeStart, Handler, Inbound, InboundBody, Local, Payload, Request, Responder,
     Transport, TransportConfig, TransportStart,
@@ -220,6 +220,23 @@ impl Node {
             "{reason} was counted {} times, wanted {n}; all: {all:?}",
             self.reason(family, reason)
         );
+    }
+
+    /// Waits until the sum over shards of a counter is at least `n`.
+    pub(crate) fn wait_for_count(&self, counter: Counter, n: u64) {
+        let held = self
+            .transport
+            .status()
+            .wait(PATIENCE, |_| self.count(counter) >= n);
+        assert!(held, "{counter:?} is {}, wanted {n}", self.count(counter));
+    }
+
+    pub(crate) fn count(&self, counter: Counter) -> u64 {
+        self.transport
+            .counters()
+            .iter()
+            .map(|counters| counters.get(counter))
+            .sum()
     }
 
     pub(crate) fn reason(&self, family: Family, reason: &str) -> u64 {

@@ -60,18 +60,32 @@ fn config(options: &RawOptions) -> quiche::Config {
     config
 }
 
+impl RawOptions {
+    /// A member, or somebody who would like to be.
+    pub(crate) fn of(key: &SigningKey) -> Self {
+        Self {
+            key: Some(key.clone()),
+            session: None,
+        }
+    }
+}
+
 impl Raw {
     pub(crate) fn dial(to: SocketAddr, options: &RawOptions) -> Self {
-        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        // The first connection ID steers to the shard that owns the connection; a member knows that.
+        let spread = options.key.as_ref().map_or(0, |key| key.node_id().spread());
+        Self::dial_from("127.0.0.1:0", to, options, &initial_dcid(spread, [9; 15]))
+    }
+
+    /// As [`Self::dial`], from an address and with a first destination ID of the test's choice.
+    pub(crate) fn dial_from(bind: &str, to: SocketAddr, options: &RawOptions, dcid: &[u8]) -> Self {
+        let socket = UdpSocket::bind(bind).unwrap();
         socket
             .set_read_timeout(Some(Duration::from_millis(1)))
             .unwrap();
         let local = socket.local_addr().unwrap();
         let scid = quiche::ConnectionId::from_ref(&[7; 16]);
-        // The first connection ID steers to the shard that owns the connection; a member knows that.
-        let spread = options.key.as_ref().map_or(0, |key| key.node_id().spread());
-        let dcid = initial_dcid(spread, [9; 15]);
-        let dcid = quiche::ConnectionId::from_ref(&dcid);
+        let dcid = quiche::ConnectionId::from_ref(dcid);
         let mut quic =
             quiche::connect_with_dcid(None, &scid, &dcid, local, to, &mut config(options)).unwrap();
         if let Some(session) = &options.session {
@@ -94,10 +108,32 @@ impl Raw {
                 self.quic.dgram_send(&probe).ok();
             }
         }
+        for (packet, to) in self.outgoing() {
+            self.socket.send_to(&packet, to).ok();
+        }
+        self.receive();
+        if self.quic.timeout().is_some_and(|left| left.is_zero()) {
+            self.quic.on_timeout();
+        }
+    }
+
+    /// What is to be sent, not yet sent.
+    pub(crate) fn outgoing(&mut self) -> Vec<(Vec<u8>, SocketAddr)> {
+        let mut packets = Vec::new();
         let mut packet = [0; 1_452];
         while let Ok((len, info)) = self.quic.send(&mut packet) {
-            self.socket.send_to(&packet[..len], info.to).ok();
+            packets.push((packet[..len].to_vec(), info.to));
         }
+        packets
+    }
+
+    /// Sends a datagram from this client's address.
+    pub(crate) fn send_datagram(&self, datagram: &[u8], to: SocketAddr) {
+        self.socket.send_to(datagram, to).unwrap();
+    }
+
+    /// Receives what is there, waiting a millisecond for it.
+    pub(crate) fn receive(&mut self) {
         while let Ok((len, from)) = self.socket.recv_from(&mut self.buffer) {
             let info = quiche::RecvInfo {
                 from,
@@ -107,9 +143,6 @@ impl Raw {
             if self.quic.timeout().is_some_and(|left| left.is_zero()) {
                 break;
             }
-        }
-        if self.quic.timeout().is_some_and(|left| left.is_zero()) {
-            self.quic.on_timeout();
         }
     }
 
@@ -134,6 +167,8 @@ impl Raw {
             self.drive(Duration::from_secs(10), |quic| quic.is_established()),
             "no handshake"
         );
+        // The other side hears of it by this.
+        self.turn();
     }
 
     /// Sends all of `bytes` on a stream, or as much as the other side wants to have.

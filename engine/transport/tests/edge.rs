@@ -1,0 +1,434 @@
+//! What stands before a handshake: Retry, tokens, proofs, caps; and connection IDs from the first to the last.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+#[path = "common/raw.rs"]
+mod raw;
+
+use std::collections::BTreeMap;
+use std::net::UdpSocket;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use common::*;
+use millrace_edge_policy::admission::{Admission, AdmissionConfig};
+use millrace_edge_policy::cid::initial_dcid;
+use millrace_edge_policy::limiter::Limit;
+use millrace_edge_policy::proof;
+use millrace_edge_policy::settings::{Caps, Limits};
+use millrace_edge_policy::siphash::Key;
+use millrace_edge_policy::source::Source;
+use millrace_edge_policy::stress::Level;
+use millrace_protocol::frame::Class;
+use millrace_protocol::identity::SigningKey;
+use millrace_protocol::pair::PairKey;
+use millrace_protocol::rng::Rng;
+use millrace_transport::counters::{Counter, Family};
+use millrace_transport::{Clock, ConnectionCounts, EdgeStart, TransportConfig};
+use raw::{Raw, RawOptions};
+
+const LIMIT: Duration = Duration::from_secs(10);
+const POOL_BYTES: u64 = 16 << 20;
+
+/// Hears what the edge would.
+#[derive(Debug, Default)]
+struct Heard {
+    open: Mutex<BTreeMap<Source, i64>>,
+    opened: AtomicU64,
+    validated: AtomicU64,
+}
+
+impl ConnectionCounts for Heard {
+    fn opened(&self, source: Source) {
+        *self.open.lock().unwrap().entry(source).or_default() += 1;
+        self.opened.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn closed(&self, source: Source) {
+        *self.open.lock().unwrap().entry(source).or_default() -= 1;
+    }
+
+    fn validated(&self, _: Source) {
+        self.validated.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Heard {
+    fn validated_so_far(&self) -> u64 {
+        self.validated.load(Ordering::Relaxed)
+    }
+
+    fn open(&self, source: Source) -> i64 {
+        self.open.lock().unwrap().get(&source).copied().unwrap_or(0)
+    }
+}
+
+/// A listener, and the keys of two members with lower ids, which may dial it.
+struct Scene {
+    listener: Node,
+    diallers: [SigningKey; 2],
+    admission: Arc<Admission>,
+    heard: Arc<Heard>,
+    clock: Clock,
+}
+
+impl Scene {
+    fn new(admission: AdmissionConfig, config: TransportConfig) -> Self {
+        let mut keys = [key(1), key(2), key(3)];
+        keys.sort_by_key(SigningKey::node_id);
+        let [a, b, c] = keys;
+        let addr = free_addr();
+        let topology = topology(
+            [
+                member(&a, free_addr()),
+                member(&b, free_addr()),
+                member(&c, addr),
+            ],
+            1,
+        );
+        let clock = Clock::new();
+        let mut rng = Rng::new(42);
+        let random = || {
+            let mut bytes = [0; 16];
+            rng.fill(&mut bytes);
+            bytes
+        };
+        let admission = Arc::new(Admission::new(admission, clock.ns(Instant::now()), random));
+        let heard = Arc::new(Heard::default());
+        let edge = EdgeStart {
+            admission: Some(Arc::clone(&admission)),
+            counts: Some(Arc::clone(&heard) as Arc<dyn ConnectionCounts>),
+            sockets: None,
+            clock: clock.clone(),
+        };
+        let shards = vec![shard_config(POOL_BYTES)];
+        let listener = Node::start_behind(c, addr, &topology, config, shards, edge);
+        Self {
+            listener,
+            diallers: [a, b],
+            admission,
+            heard,
+            clock,
+        }
+    }
+
+    fn dial(&self, options: &RawOptions) -> Raw {
+        Raw::dial(self.listener.transport.local_addr(), options)
+    }
+
+    /// The first packet of a client after its Retry: the one with the token.
+    fn packet_with_token(&self, raw: &mut Raw) -> Vec<u8> {
+        let until = Instant::now() + LIMIT;
+        while Instant::now() < until {
+            for (mut packet, to) in raw.outgoing() {
+                let header = quiche::Header::from_slice(&mut packet, 16).unwrap();
+                if header.token.is_some_and(|token| !token.is_empty()) {
+                    return packet;
+                }
+                raw.send_datagram(&packet, to);
+            }
+            raw.receive();
+        }
+        panic!("no Retry came");
+    }
+
+    fn refused(&self, reason: &str, n: u64) {
+        self.listener.wait_for_reason(Family::Refused, reason, n);
+    }
+
+    /// The real thing: a node that runs the first dialler's key.
+    fn start_dialler(&self) -> Node {
+        let own = free_addr();
+        let to = self.listener.transport.local_addr();
+        let topology = topology(
+            [
+                member(&self.diallers[0], own),
+                member(&self.listener.key, to),
+            ],
+            1,
+        );
+        let config = TransportConfig::default();
+        Node::start(self.diallers[0].clone(), own, &topology, config, POOL_BYTES)
+    }
+}
+
+fn assert_serves(asker: &Node, answerer: &Node) {
+    for len in [100, 1 << 20] {
+        let class = if len > 1_000 {
+            Class::Bulk
+        } else {
+            Class::Normal
+        };
+        let answer = asker
+            .transport
+            .request(answerer.id(), request(ECHO, class, asker.body(len)));
+        assert_eq!(bytes_of(&answer.wait(PATIENCE).unwrap()).len(), len);
+    }
+}
+
+fn here() -> Source {
+    Source::of("127.0.0.1".parse().unwrap())
+}
+
+#[test]
+fn a_retry_comes_first_under_stress_and_everything_still_arrives() {
+    let scene = Scene::new(AdmissionConfig::default(), TransportConfig::default());
+    scene.admission.set_stress(Level::Retry);
+    // Without its key the dialler is a client like any other.
+    scene.admission.set_peers(BTreeMap::new());
+    let dialler = scene.start_dialler();
+    dialler.wait_for_peers(&[scene.listener.id()]);
+    scene.listener.wait_for_peers(&[dialler.id()]);
+    assert_serves(&dialler, &scene.listener);
+    assert_serves(&scene.listener, &dialler);
+    assert!(scene.listener.count(Counter::Retries) >= 1);
+    assert_eq!(
+        scene.heard.validated_so_far(),
+        0,
+        "a token is charged when it comes, not again"
+    );
+}
+
+// Protects identity: the state that a Retry resets must not be the pinned key.
+#[test]
+fn a_retry_does_not_unpin_the_key_of_the_listener() {
+    let scene = Scene::new(AdmissionConfig::default(), TransportConfig::default());
+    scene.admission.set_stress(Level::Retry);
+    scene.admission.set_peers(BTreeMap::new());
+    let (own, expected) = (free_addr(), key(99));
+    let mut keys = [scene.diallers[0].clone(), expected];
+    keys.sort_by_key(SigningKey::node_id);
+    let [dialler, expected] = keys;
+    let to = scene.listener.transport.local_addr();
+    let lie = topology([member(&dialler, own), member(&expected, to)], 1);
+    let dialler = Node::start(dialler, own, &lie, TransportConfig::default(), POOL_BYTES);
+    dialler.wait_for_reason(Family::Refused, "wrong_key", 1);
+    assert!(scene.listener.count(Counter::Retries) >= 1);
+    dialler.wait_for_peers(&[]);
+}
+
+#[test]
+fn a_token_is_worth_nothing_elsewhere_changed_or_late() {
+    let scene = Scene::new(AdmissionConfig::default(), TransportConfig::default());
+    scene.admission.set_stress(Level::Retry);
+    let to = scene.listener.transport.local_addr();
+    let mut raw = scene.dial(&RawOptions::of(&scene.diallers[0]));
+    let packet = scene.packet_with_token(&mut raw);
+    // From another port, from another address.
+    for bind in ["127.0.0.1:0", "127.0.0.2:0"] {
+        let thief = UdpSocket::bind(bind).unwrap();
+        thief.send_to(&packet, to).unwrap();
+    }
+    scene.refused("quic_bad_token", 2);
+    // Any bit of it: the token lies behind two connection IDs of 16 bytes.
+    let token_at = 1 + 4 + 1 + 16 + 1 + 16 + 1;
+    for at in [0, 1, 2, 9, 30] {
+        let mut forged = packet.clone();
+        forged[token_at + at] ^= 1;
+        raw.send_datagram(&forged, to);
+    }
+    scene.refused("quic_bad_token", 7);
+    // Another destination ID than the one that the Retry gave.
+    let mut forged = packet.clone();
+    forged[12] ^= 1;
+    raw.send_datagram(&forged, to);
+    scene.refused("quic_bad_token", 8);
+    assert_eq!(scene.listener.count(Counter::ConnectionsIn), 0);
+    raw.send_datagram(&packet, to);
+    raw.establish();
+    scene.listener.wait_for_count(Counter::ConnectionsIn, 1);
+
+    let mut late = scene.dial(&RawOptions::of(&scene.diallers[1]));
+    let packet = scene.packet_with_token(&mut late);
+    scene.clock.skip(Duration::from_secs(36));
+    late.send_datagram(&packet, to);
+    scene.refused("quic_expired_token", 1);
+}
+
+#[test]
+fn a_peer_that_proves_itself_passes_when_only_peers_may() {
+    let scene = Scene::new(AdmissionConfig::default(), TransportConfig::default());
+    scene.admission.set_stress(Level::Peers);
+    let mut raw = scene.dial(&RawOptions::of(&scene.diallers[1]));
+    assert!(!raw.drive(Duration::from_millis(300), |quic| quic.is_established()));
+    scene.refused("quic_peers_only", 1);
+    let dialler = scene.start_dialler();
+    dialler.wait_for_peers(&[scene.listener.id()]);
+    assert_serves(&dialler, &scene.listener);
+    assert_eq!(scene.listener.count(Counter::Retries), 0);
+    assert_eq!(
+        scene.heard.validated_so_far(),
+        0,
+        "a peer has a budget of its own"
+    );
+}
+
+#[test]
+fn a_proof_is_good_from_its_address_and_a_few_times() {
+    let limits = AdmissionConfig {
+        limits: Limits {
+            proof: Limit::per(1, Duration::from_secs(3_600), 1),
+            ..Default::default()
+        },
+        ..Default::default()
+    };
+    let scene = Scene::new(limits, TransportConfig::default());
+    scene.admission.set_stress(Level::Peers);
+    let to = scene.listener.transport.local_addr();
+    let dialler = &scene.diallers[0];
+    let id = dialler.node_id();
+    let key = PairKey::agree(dialler, &scene.listener.key.public_key()).unwrap();
+    let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let proof = proof::make(
+        id.spread(),
+        proof::node_tag_of(id.as_bytes()),
+        [5; 6],
+        "127.0.0.1".parse().unwrap(),
+        wall.unwrap().as_nanos() as u64,
+        Key::from_bytes(*key.as_bytes()),
+    );
+    let options = RawOptions::of(dialler);
+    let mut thief = Raw::dial_from("127.0.0.2:0", to, &options, &proof);
+    thief.turn();
+    scene.refused("quic_peers_only", 1);
+    let mut forged = proof;
+    forged[7] ^= 1;
+    Raw::dial_from("127.0.0.1:0", to, &options, &forged).turn();
+    scene.refused("quic_peers_only", 2);
+    // The owner, then somebody who saw it.
+    let mut raw = Raw::dial_from("127.0.0.1:0", to, &options, &proof);
+    raw.establish();
+    scene.listener.wait_for_count(Counter::ConnectionsIn, 1);
+    let stranger = RawOptions::of(&common::key(77));
+    Raw::dial_from("127.0.0.1:0", to, &stranger, &proof).turn();
+    scene.refused("quic_proof_replayed", 1);
+    assert_eq!(scene.listener.count(Counter::ConnectionsIn), 1);
+}
+
+#[test]
+fn a_source_holds_as_many_connections_as_its_cap() {
+    let caps = AdmissionConfig {
+        caps: Caps { quic: 1, tcp: 0 },
+        ..Default::default()
+    };
+    let scene = Scene::new(caps, TransportConfig::default());
+    let [first, second] = &scene.diallers;
+    // Both begin before either is there, so that the cap is hit at the end of the handshake.
+    let mut first = scene.dial(&RawOptions::of(first));
+    let mut late = scene.dial(&RawOptions::of(second));
+    first.turn();
+    late.turn();
+    first.establish();
+    scene.listener.wait_for_count(Counter::ConnectionsIn, 1);
+    assert!(late.drive(LIMIT, |quic| quic.peer_error().is_some()));
+    let error = late.quic.peer_error().unwrap();
+    assert!(error.is_app && error.reason == b"no_room", "{error:?}");
+    scene.refused("quic_source_cap", 1);
+    // At its first packet, now that the source is known to be full.
+    scene.dial(&RawOptions::of(second)).turn();
+    scene.refused("quic_source_cap", 2);
+    assert_eq!(scene.admission.connections(here()), 1);
+    assert_eq!(scene.heard.open(here()), 1);
+
+    first.quic.close(true, 0, b"done").unwrap();
+    let status = scene.listener.transport.status();
+    first.turn();
+    let is_gone = || scene.admission.connections(here()) == 0;
+    assert!(status.wait(PATIENCE, |_| is_gone()));
+    assert_eq!(scene.heard.open(here()), 0);
+    let mut again = scene.dial(&RawOptions::of(second));
+    again.establish();
+    scene.listener.wait_for_count(Counter::ConnectionsIn, 3);
+    assert_eq!(scene.admission.connections(here()), 1);
+    scene.listener.transport.shutdown();
+    assert_eq!(
+        scene.admission.connections(here()),
+        0,
+        "a stop gives everything back"
+    );
+    assert_eq!(scene.heard.open(here()), 0);
+    assert_eq!(scene.heard.opened.load(Ordering::Relaxed), 2);
+}
+
+#[test]
+fn a_source_is_charged_once_it_has_shown_its_address() {
+    let scene = Scene::new(AdmissionConfig::default(), TransportConfig::default());
+    // A first packet alone shows nothing.
+    scene.dial(&RawOptions::of(&scene.diallers[0])).turn();
+    scene.listener.wait_for_count(Counter::DatagramsReceived, 1);
+    assert_eq!(scene.heard.validated_so_far(), 0);
+    scene.dial(&RawOptions::of(&scene.diallers[1])).establish();
+    scene.listener.wait_for_count(Counter::ConnectionsIn, 1);
+    assert_eq!(scene.heard.validated_so_far(), 1);
+    // Neither does it help to fail behind that point.
+    for (key, reason, n) in [
+        (Some(key(77)), "not_in_registry", 2),
+        (None, "no_certificate", 3),
+    ] {
+        let mut raw = scene.dial(&RawOptions { key, session: None });
+        assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
+        scene.refused(reason, 1);
+        let charged = || scene.heard.validated_so_far() == n;
+        assert!(
+            scene
+                .listener
+                .transport
+                .status()
+                .wait(PATIENCE, |_| charged())
+        );
+    }
+}
+
+#[test]
+fn a_flood_of_first_packets_leaves_room_for_peers() {
+    const THRESHOLD: usize = 4;
+    const FLOOD: u64 = 200;
+    let limits = AdmissionConfig {
+        half_open_retry: THRESHOLD,
+        ..Default::default()
+    };
+    let config = TransportConfig {
+        handshakes_max: 2 * THRESHOLD,
+        ..Default::default()
+    };
+    let scene = Scene::new(limits, config);
+    let to = scene.listener.transport.local_addr();
+    // Each from a port of its own, none of which ever answers.
+    let stranger = RawOptions {
+        key: None,
+        session: None,
+    };
+    for n in 0..FLOOD {
+        let mut random = [3; 15];
+        random[..8].copy_from_slice(&n.to_le_bytes());
+        let dcid = initial_dcid(n as u8, random);
+        let mut raw = Raw::dial_from("127.0.0.1:0", to, &stranger, &dcid);
+        for (packet, to) in raw.outgoing() {
+            raw.send_datagram(&packet, to);
+        }
+        // One at a time: what the socket's buffer drops would not be judged.
+        if n % 16 == 15 {
+            scene
+                .listener
+                .wait_for_count(Counter::DatagramsReceived, n + 1);
+        }
+    }
+    scene
+        .listener
+        .wait_for_count(Counter::DatagramsReceived, FLOOD);
+    scene
+        .listener
+        .wait_for_count(Counter::Retries, FLOOD - THRESHOLD as u64);
+    let live = |scene: &Scene| {
+        let shards = scene.listener.transport.status().shards();
+        shards.iter().map(|shard| shard.connections).sum::<usize>()
+    };
+    assert!(live(&scene) <= THRESHOLD, "{} are held", live(&scene));
+    // A member that shows its address by the Retry, and one that proves itself.
+    scene.dial(&RawOptions::of(&scene.diallers[1])).establish();
+    let dialler = scene.start_dialler();
+    dialler.wait_for_peers(&[scene.listener.id()]);
+    assert_serves(&dialler, &scene.listener);
+    assert_eq!(scene.listener.reason(Family::Refused, "handshakes_full"), 0);
+}

@@ -1,0 +1,149 @@
+//! Connection IDs after the handshake: they follow a peer whose NAT gives it another port, and they are replaced before they end.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+#[path = "common/relay.rs"]
+mod relay;
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use common::*;
+use millrace_edge_policy::cid::{Kind, ROAMING_EPOCH_SHIFT};
+use millrace_protocol::frame::Class;
+use millrace_protocol::identity::SigningKey;
+use millrace_transport::counters::Counter;
+use millrace_transport::{Clock, EdgeStart, TransportConfig};
+use relay::Relay;
+
+const POOL_BYTES: u64 = 64 << 20;
+
+/// A dialler that reaches its listener through a relay. Both have two shards and one clock.
+struct Scene {
+    dialler: Node,
+    listener: Node,
+    relay: Relay,
+    clock: Clock,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let mut keys = [key(1), key(2)];
+        keys.sort_by_key(SigningKey::node_id);
+        let [a, b] = keys;
+        let (at, bt, nat) = (free_addr(), free_addr(), free_addr());
+        let seen = |listener: SocketAddr| topology([member(&a, at), member(&b, listener)], 1);
+        let (inside, outside) = (seen(nat), seen(bt));
+        let clock = Clock::new();
+        let start = |key: &SigningKey, at, topology| {
+            let shards = vec![shard_config(POOL_BYTES); 2];
+            let config = TransportConfig::default();
+            let edge = EdgeStart {
+                clock: clock.clone(),
+                ..EdgeStart::default()
+            };
+            Node::start_behind(key.clone(), at, topology, config, shards, edge)
+        };
+        let listener = start(&b, bt, &outside);
+        let relay = Relay::start(nat, bt);
+        let dialler = start(&a, at, &inside);
+        dialler.wait_for_peers(&[listener.id()]);
+        listener.wait_for_peers(&[dialler.id()]);
+        Self {
+            dialler,
+            listener,
+            relay,
+            clock,
+        }
+    }
+
+    /// Waits until both directions use IDs for which `wanted` holds, and nothing else, while small requests go to and fro.
+    fn wait_for_ids(&self, wanted: impl Fn(Kind, u8) -> bool) {
+        let until = std::time::Instant::now() + PATIENCE;
+        loop {
+            self.relay.forget();
+            self.ask(100, Class::Normal);
+            let held = self.relay.wait(Duration::from_millis(100), |passed| {
+                let mut ids = [&passed.to_listener, &passed.to_dialler].into_iter();
+                ids.all(|ids| !ids.is_empty() && ids.iter().all(|id| wanted(id.kind, id.epoch)))
+            });
+            if held {
+                return;
+            }
+            assert!(std::time::Instant::now() < until, "the IDs did not come");
+        }
+    }
+
+    fn ask(&self, len: usize, class: Class) {
+        let request = request(ECHO, class, self.dialler.body(len));
+        let answer = self.dialler.transport.request(self.listener.id(), request);
+        assert_eq!(bytes_of(&answer.wait(PATIENCE).unwrap()).len(), len);
+    }
+
+    fn assert_never_down(&self) {
+        for node in [&self.dialler, &self.listener] {
+            let downs = node.events.try_iter();
+            assert_eq!(
+                downs
+                    .filter(|event| matches!(event, Event::Down(..)))
+                    .count(),
+                0,
+                "the connection lives on"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_peer_that_changes_its_port_keeps_its_connection_and_its_shard() {
+    const REBINDS: u64 = 2;
+    const BODY_BYTES: usize = 24 << 20;
+    let mut scene = Scene::new();
+    scene.wait_for_ids(|kind, _| kind == Kind::Roaming);
+    let shard_of = |scene: &Scene| {
+        let peers = scene.listener.transport.status().peers();
+        (peers[0].shard, peers[0].address)
+    };
+    let (shard, first) = shard_of(&scene);
+    assert_eq!(first, Some(scene.relay.address()));
+    for n in 1..=REBINDS {
+        // A body each way, cut in the middle of the dialler's.
+        scene.relay.forget();
+        let body = request(ECHO, Class::Bulk, scene.dialler.body(BODY_BYTES));
+        let answer = scene.dialler.transport.request(scene.listener.id(), body);
+        let half = BODY_BYTES / 1_452 / 2;
+        assert!(
+            scene
+                .relay
+                .wait(PATIENCE, |passed| passed.datagrams >= half)
+        );
+        scene.relay.rebind();
+        let bytes = bytes_of(&answer.wait(PATIENCE).unwrap());
+        assert_eq!(bytes.len(), BODY_BYTES);
+        scene.listener.wait_for_count(Counter::Migrations, n);
+        let address = scene.relay.address();
+        let moved = |peers: &[millrace_transport::PeerStatus]| peers[0].address == Some(address);
+        assert!(scene.listener.transport.status().wait(PATIENCE, moved));
+        assert_eq!(shard_of(&scene), (shard, Some(address)));
+    }
+    scene.ask(100, Class::Normal);
+    scene.assert_never_down();
+}
+
+#[test]
+fn ids_are_replaced_before_they_end() {
+    let scene = Scene::new();
+    let epoch = |clock: &Clock| (clock.ns(std::time::Instant::now()) >> ROAMING_EPOCH_SHIFT) as u8;
+    scene.wait_for_ids(|kind, _| kind == Kind::Roaming);
+    for _ in 0..3 {
+        let before = epoch(&scene.clock);
+        // Longer than any ID may go without being replaced, so that they are issued in a later epoch.
+        scene
+            .clock
+            .skip(Duration::from_nanos(3 << (ROAMING_EPOCH_SHIFT - 1)));
+        let now = epoch(&scene.clock);
+        assert_ne!(before, now);
+        scene.wait_for_ids(|kind, id| kind == Kind::Roaming && id == now & 0x1f);
+    }
+    scene.assert_never_down();
+}
