@@ -331,3 +331,6 @@ impl std::fmt::Debug for EdgePorts {
         f.write_str("EdgePorts(..)")
     }
 }
+
+#[cfg(test)]
+mod tests;

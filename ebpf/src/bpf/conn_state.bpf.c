@@ -126,6 +126,9 @@ EDGE_INLINE void established(struct sock *sk)
 	view_choose_generation(&view, EDGE_TRACEPOINT);
 	if (!is_ours(&view, sk))
 		return;
+	/* While one program takes the other's place, both see the socket. */
+	if (bpf_sk_storage_get(&connections, sk, NULL, 0))
+		return;
 	ipv4 = remote_address(sk, address);
 	sketch_ask_source(view.config->source_tcp, address, ipv4, EDGE_PURPOSE_TCP, view_now(&view, EDGE_TRACEPOINT), true);
 	source = source_cap_key(address, ipv4);
