@@ -7,6 +7,7 @@ pub mod clock;
 pub mod counts;
 pub mod edge;
 pub mod error;
+pub mod events;
 pub mod frame;
 pub mod helper;
 pub mod load;

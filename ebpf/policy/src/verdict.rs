@@ -13,6 +13,17 @@ pub enum Action {
     Drop,
 }
 
+impl Action {
+    /// The word for it in metrics and on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pass => "pass",
+            Self::Transmit => "transmit",
+            Self::Drop => "drop",
+        }
+    }
+}
+
 /// What a packet that passes says to the table below (`enum edge_stamp`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
