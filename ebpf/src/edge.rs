@@ -24,6 +24,7 @@ use crate::error::PinError;
 use crate::load::{LoadOptions, Loaded, Program};
 use crate::maps::Maps;
 use crate::pins::{Kind, Lock, Pins, remove_link};
+use crate::presence::make_secrets;
 use crate::publish::Publisher;
 use crate::selftest;
 use crate::state::{AttachMode, Interface, State};
@@ -392,6 +393,7 @@ fn attach_new(
         .store_part(0, offset_of!(EdgeControl, layout), &LAYOUT);
     maps.control
         .store_part(0, offset_of!(EdgeControl, netns_cookie), &netns_cookie()?);
+    make_secrets(maps).map_err(|source| EdgeError::Random { source })?;
     for name in Maps::NAMES {
         pin(maps.handle(name).as_fd(), pins.path(Kind::Map, name))?;
     }

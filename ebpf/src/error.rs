@@ -171,6 +171,12 @@ pub enum EdgeError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The kernel gives no random bytes.
+    #[error("cannot make keys: the kernel gives no random bytes: {source}")]
+    Random {
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The kernel does not say which network namespace this is.
     #[error("cannot tell the network namespace: {source}; it takes Linux 5.14")]
     Namespace {
@@ -199,6 +205,7 @@ impl EdgeError {
             Self::NotAttached { .. } => "not_attached",
             Self::Attach { .. } => "attach",
             Self::Update { .. } => "update",
+            Self::Random { .. } => "random",
             Self::Namespace { .. } => "namespace",
         }
     }

@@ -45,7 +45,11 @@ impl Event {
     fn of(bytes: &[u8]) -> Option<Self> {
         let part = |offset: usize| bytes.get(offset..offset + 4)?.try_into().ok();
         let word = |offset| part(offset).map(u32::from_le_bytes);
-        let half = |offset: usize| Some(u16::from_le_bytes(bytes.get(offset..offset + 2)?.try_into().ok()?));
+        let half = |offset: usize| {
+            Some(u16::from_le_bytes(
+                bytes.get(offset..offset + 2)?.try_into().ok()?,
+            ))
+        };
         let rule = word(offset_of!(EdgeEvent, rule))?;
         let at = offset_of!(EdgeEvent, source);
         let source = Source::from_bytes(bytes.get(at..at + 16)?.try_into().ok()?);

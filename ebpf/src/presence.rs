@@ -1,0 +1,218 @@
+//! What only a live node knows, told to the program: that it lives, how hard it is pressed, keys, peers, seeds.
+//!
+//! 1. Stress and counts hold under a lease: of a node that died they lapse, and what an operator or the registry said stays.
+//! 2. One process at a time is present; its run's number tells its counts from those of the run before.
+//! 3. A key is in its place before it signs; a generation of the sketch is empty before it is charged.
+
+use std::collections::BTreeMap;
+use std::mem::offset_of;
+use std::time::Duration;
+
+use libbpf_rs::{MapCore as _, MapFlags};
+use millrace_edge_policy::cid::Keys;
+use millrace_edge_policy::limiter::{Limit, Purpose, Rotation, Sketch};
+use millrace_edge_policy::settings::{Limits, levels};
+use millrace_edge_policy::siphash::Key;
+use millrace_edge_policy::source::Source;
+use millrace_edge_policy::stress::Level;
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use crate::abi::{EdgeControl, EdgeKey, EdgeLine, GENERATIONS};
+use crate::clock::{now_ns, wall_offset_ns};
+use crate::maps::{Maps, Plain, Table};
+
+/// Unpredictable bytes, from the kernel.
+///
+/// # Errors
+///
+/// What the kernel says; it does not fail once its generator was seeded.
+pub fn random() -> std::io::Result<[u8; 16]> {
+    let mut bytes = [0; 16];
+    let mut filled = 0;
+    while filled < bytes.len() {
+        filled += getrandom(&mut bytes[filled..], GetRandomFlags::empty())?;
+    }
+    Ok(bytes)
+}
+
+/// Gives unpredictable bytes.
+pub trait Random: FnMut() -> [u8; 16] {}
+impl<F: FnMut() -> [u8; 16]> Random for F {}
+
+/// Makes up everything secret, for programs that are about to be attached: nobody can forge a token or collide with a
+/// source before the first node comes.
+///
+/// # Errors
+///
+/// See [`random`].
+pub fn make_secrets(maps: &Maps) -> std::io::Result<()> {
+    for generation in 0..GENERATIONS {
+        store_seed(maps, generation, Key::from_bytes(random()?));
+    }
+    let mut keys = [Key::default(); 4];
+    for key in &mut keys {
+        *key = Key::from_bytes(random()?);
+    }
+    store_keys(maps, &Keys { keys, active: 0 });
+    Ok(())
+}
+
+/// A live node.
+#[derive(Debug)]
+pub struct Presence<'m> {
+    maps: &'m Maps,
+    lease: Duration,
+    rotation: Rotation,
+}
+
+impl<'m> Presence<'m> {
+    /// Begins, as run `run`, with what admission has; the first lease runs from now.
+    pub fn begin(maps: &'m Maps, run: u32, lease: Duration, limits: &Limits, keys: &Keys) -> Self {
+        let active = load::<u32>(maps, offset_of!(EdgeControl, limiter_active)) as usize & 1;
+        let presence = Self {
+            maps,
+            lease,
+            rotation: Rotation::new(active, sketch_limits(limits), now_ns()),
+        };
+        presence.set_stress(Level::Normal);
+        presence.set_keys(keys);
+        store(maps, offset_of!(EdgeControl, run), &run);
+        presence.renew();
+        presence
+    }
+
+    /// Goes on for another lease; to be called several times in each.
+    pub fn renew(&self) {
+        store(
+            self.maps,
+            offset_of!(EdgeControl, wall_offset_ns),
+            &wall_offset_ns(),
+        );
+        let lease_ns = u64::try_from(self.lease.as_nanos()).unwrap_or(u64::MAX / 2);
+        self.set_lease(now_ns().saturating_add(lease_ns));
+    }
+
+    /// Ends: counts and stress lapse now.
+    pub fn end(&self) {
+        self.set_lease(0);
+    }
+
+    /// Sets the level of stress.
+    pub fn set_stress(&self, level: Level) {
+        store(self.maps, offset_of!(EdgeControl, stress), &(level as u32));
+    }
+
+    /// Sets the keys of connection IDs and tokens.
+    pub fn set_keys(&self, keys: &Keys) {
+        store_keys(self.maps, keys);
+    }
+
+    /// Makes the kernel's registry peers those of `peers`, by node tag.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says, as when the map is full; the peers so far are set.
+    pub fn set_peers(&self, peers: &BTreeMap<u32, Key>) -> Result<(), libbpf_rs::Error> {
+        let map = self.maps.peers();
+        let stale: Vec<Vec<u8>> = map
+            .keys()
+            .filter(|key| tag_of(key).is_none_or(|tag| !peers.contains_key(&tag)))
+            .collect();
+        for key in stale {
+            map.delete(&key)?;
+        }
+        for (tag, key) in peers {
+            let value = [key.k0.to_le_bytes(), key.k1.to_le_bytes()].concat();
+            map.update(&tag.to_le_bytes(), &value, MapFlags::ANY)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the limits of a set into account that was published.
+    pub fn set_limits(&mut self, limits: &Limits) {
+        self.rotation.widen(sketch_limits(limits));
+    }
+
+    /// Turns the sketch when it is time to. To be called about once a second.
+    pub fn tick(&mut self, mut random: impl Random) {
+        let now_ns = now_ns();
+        if now_ns < self.rotation.due_at_ns() {
+            return;
+        }
+        self.sketch().clear_idle();
+        if let Some(switch) = self.rotation.turn(now_ns, random()) {
+            store_seed(self.maps, switch.active, switch.seed);
+            let until = offset_of!(EdgeControl, limiter_old_until_ns);
+            store(self.maps, until, &switch.old_until_ns);
+            let active = switch.active as u32;
+            store(self.maps, offset_of!(EdgeControl, limiter_active), &active);
+        }
+    }
+
+    fn set_lease(&self, until_ns: u64) {
+        store(
+            self.maps,
+            offset_of!(EdgeControl, lease_until_ns),
+            &until_ns,
+        );
+    }
+
+    fn sketch(&self) -> Sketch<'m, Table<EdgeLine>> {
+        sketch(self.maps)
+    }
+}
+
+/// The kernel's sketch, as it is to be read now.
+pub fn sketch(maps: &Maps) -> Sketch<'_, Table<EdgeLine>> {
+    let control: EdgeControl = maps.control.load(0);
+    Sketch {
+        lines: &maps.limiter,
+        seed: control.seed.map(|seed| Key {
+            k0: seed.k0,
+            k1: seed.k1,
+        }),
+        active: control.limiter_active as usize & 1,
+        old_until_ns: control.limiter_old_until_ns,
+    }
+}
+
+/// Charges a source that has shown its address in user space, by completing a handshake: the kernel saw no token of it.
+pub fn charge_validated(maps: &Maps, source: Source, limit: Limit) {
+    sketch(maps).charge_source(source, Purpose::Quic, &levels(limit), now_ns());
+}
+
+fn sketch_limits(limits: &Limits) -> impl Iterator<Item = Limit> {
+    levels(limits.source_quic)
+        .into_iter()
+        .chain(levels(limits.source_tcp))
+        .chain([limits.peer, limits.proof, limits.id])
+}
+
+fn tag_of(key: &[u8]) -> Option<u32> {
+    Some(u32::from_le_bytes(key.try_into().ok()?))
+}
+
+fn store_seed(maps: &Maps, generation: usize, seed: Key) {
+    let offset = offset_of!(EdgeControl, seed) + generation * size_of::<EdgeKey>();
+    store(maps, offset, &EdgeKey::from(seed));
+}
+
+fn store_keys(maps: &Maps, keys: &Keys) {
+    for (place, key) in keys.keys.iter().enumerate() {
+        let offset = offset_of!(EdgeControl, keys) + place * size_of::<EdgeKey>();
+        store(maps, offset, &EdgeKey::from(*key));
+    }
+    store(
+        maps,
+        offset_of!(EdgeControl, key_active),
+        &u32::from(keys.active),
+    );
+}
+
+fn store<F: Plain>(maps: &Maps, offset: usize, value: &F) {
+    maps.control.store_part(0, offset, value);
+}
+
+fn load<F: Plain>(maps: &Maps, offset: usize) -> F {
+    maps.control.load_part(0, offset)
+}
