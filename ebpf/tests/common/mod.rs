@@ -1,6 +1,8 @@
 //! Network namespaces that tests make and remove.
 #![allow(dead_code, unreachable_pub, reason = "each test takes what it needs")]
 
+pub mod edge;
+
 use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::process::{Command, Output};
@@ -70,7 +72,9 @@ pub fn enter<T: Send>(name: &str, act: impl FnOnce() -> T + Send) -> T {
             move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
             act()
         });
-        inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        inside
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }
 
