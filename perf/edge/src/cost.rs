@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::Result;
 use crate::edge::{Case, Edges};
-use crate::generator::{Generator, Sources};
+use crate::generator::{Generator, Sources, Traffic};
 use crate::receiver::Receiver;
 use crate::rows::EXPECTED_SHARE;
 
@@ -75,9 +75,15 @@ impl Subject {
         packets: u32,
     ) -> Result<Cost> {
         let edge = edges.of(self.case, self.sources)?;
-        let shape = self.case.shape();
         let mut object = MaybeUninit::uninit();
-        let generator = Generator::load(&mut object, shape, self.sources, 0, None)?;
+        let traffic = Traffic {
+            shape: self.case.shape(),
+            sources: self.sources,
+            interface: 0,
+            packets_per_second: None,
+            is_answered: false,
+        };
+        let generator = Generator::load(&mut object, traffic)?;
         // A Retry is shorter than what it answers, and the next run has to make the frame long again.
         let empty = match self.case {
             Case::Retry => receiver.shorten(),

@@ -72,6 +72,19 @@ impl Sources {
     }
 }
 
+/// What a generator sends.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Traffic {
+    pub(crate) shape: Shape,
+    pub(crate) sources: Sources,
+    /// The attacker's end of the veth; 0 if only test runs are wanted.
+    pub(crate) interface: u32,
+    /// At full speed if none.
+    pub(crate) packets_per_second: Option<NonZeroU32>,
+    /// The receiver sends frames back, at another length: each has to be given its own again, which costs a little.
+    pub(crate) is_answered: bool,
+}
+
 /// A loaded generator for one shape and one range of sources.
 pub(crate) struct Generator<'o> {
     skeleton: GeneratorSkel<'o>,
@@ -79,15 +92,16 @@ pub(crate) struct Generator<'o> {
 }
 
 impl<'o> Generator<'o> {
-    /// `interface` is the attacker's end of the veth; 0 if only test runs are wanted. `packets_per_second`: at full speed if none.
-    pub(crate) fn load(
-        object: &'o mut MaybeUninit<OpenObject>,
-        shape: Shape,
-        sources: Sources,
-        interface: u32,
-        packets_per_second: Option<NonZeroU32>,
-    ) -> Result<Self> {
-        let template = shape.template()?;
+    /// Loads one for `traffic`.
+    pub(crate) fn load(object: &'o mut MaybeUninit<OpenObject>, traffic: Traffic) -> Result<Self> {
+        let Traffic {
+            shape,
+            sources,
+            interface,
+            packets_per_second,
+            is_answered,
+        } = traffic;
+        let mut template = shape.template()?;
         let mut open = GeneratorSkelBuilder::default().open(object)?;
         let constants = open.maps.rodata_data.as_deref_mut().ok_or("no constants")?;
         constants.header[..template.written].copy_from_slice(&template.bytes[..template.written]);
@@ -100,6 +114,10 @@ impl<'o> Generator<'o> {
         constants.random_at = u32::try_from(template.random_at)?;
         constants.interface = interface;
         constants.interval_ns = packets_per_second.map_or(0, |rate| NANOSECONDS / rate);
+        if is_answered {
+            constants.spare_bytes = 1;
+            template.bytes.push(0);
+        }
         let state = open.maps.bss_data.as_deref_mut().ok_or("no state")?;
         // Any seed but zero; rows are alike from run to run.
         state.state.random = 0x9e37_79b9_7f4a_7c15;

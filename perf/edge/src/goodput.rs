@@ -8,23 +8,28 @@ mod client;
 mod load;
 mod node;
 
+use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::mem::MaybeUninit;
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 pub(crate) use client::drive;
 pub(crate) use load::Load;
 pub(crate) use node::serve;
 
-use crate::Result;
+use crate::edge::{Case, Edges};
 use crate::filters::{Filter, Parts};
 use crate::frames::Shape;
-use crate::generator::{Generator, Sources};
+use crate::generator::{Generator, Sources, Traffic};
+use crate::receiver::Receiver;
+use crate::rig::{self, Rig};
+use crate::{Result, cpu, namespace, plot, write_json};
 
 /// Hostile packets per second.
 pub(crate) const RATES: [u32; 4] = [0, 500_000, 1_000_000, 2_000_000];
@@ -44,8 +49,125 @@ pub(crate) struct Point {
     pub(crate) tcp: Load,
 }
 
-fn label<S: serde::Serializer>(filter: &Filter, serializer: S) -> Result<S::Ok, S::Error> {
+fn label<S: Serializer>(filter: &Filter, serializer: S) -> std::result::Result<S::Ok, S::Error> {
     serializer.serialize_str(&filter.label())
+}
+
+/// What to run.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Run {
+    /// Interleaved rounds; the median of each point counts.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Seconds for each measurement.
+    #[arg(long, default_value_t = 3.0)]
+    seconds: f64,
+    /// Only filters whose name contains one of these.
+    #[arg(long, value_delimiter = ';')]
+    only: Vec<String>,
+    /// Core of the attacker.
+    #[arg(long, default_value_t = 1)]
+    attacker_cpu: usize,
+    /// Core of the node, its receiving thread and its clients.
+    #[arg(long, default_value_t = 0)]
+    host_cpu: usize,
+    /// Where the result goes.
+    #[arg(long, default_value = "perf/out/goodput.json")]
+    out: PathBuf,
+    /// Where the plots go.
+    #[arg(long, default_value = "docs/operating")]
+    plots: PathBuf,
+}
+
+/// What a child is told.
+#[derive(Debug, clap::Args)]
+pub(crate) struct RoleArgs {
+    #[arg(long)]
+    cpu: usize,
+    #[arg(long)]
+    seconds: f64,
+}
+
+/// What is compared.
+const FILTERS: [Filter; 3] = [Filter::Edge(Case::Deny), Filter::Pass, Filter::Reference];
+
+/// Measures every filter at every rate, prints, and plots.
+pub(crate) fn run(run: &Run) -> Result<()> {
+    namespace::guard()?;
+    cpu::pin_to(run.attacker_cpu)?;
+    let lasts = Duration::from_secs_f64(run.seconds);
+    let mut object = MaybeUninit::uninit();
+    let receiver = Receiver::load(&mut object, rig::CLIENT)?;
+    let rig = Rig::build(&receiver)?;
+    rig.receive_on(run.host_cpu)?;
+    let filters: Vec<_> = FILTERS
+        .into_iter()
+        .filter(|filter| {
+            let name = filter.label();
+            run.only.is_empty() || run.only.iter().any(|part| name.contains(part.as_str()))
+        })
+        .collect();
+    let mut edges = Edges::default();
+    for filter in &filters {
+        if let Filter::Edge(case) = *filter {
+            edges.prepare(case, Sources::MILLION)?;
+        }
+    }
+    let parts = Parts {
+        rig: &rig,
+        receiver: &receiver,
+        edges: &edges,
+    };
+    let mut points: BTreeMap<(Filter, u32), Vec<Point>> = BTreeMap::new();
+    for round in 0..run.rounds.max(1) {
+        for rate in RATES {
+            for &filter in &filters {
+                let name = filter.label();
+                eprint!(
+                    "\rround {}/{}: {name}, {rate}{:<30}",
+                    round + 1,
+                    run.rounds,
+                    ""
+                );
+                let point = measure(&parts, filter, rate, run.host_cpu, lasts)
+                    .map_err(|error| format!("{name} at {rate}: {error}"))?;
+                points.entry((filter, rate)).or_default().push(point);
+            }
+        }
+    }
+    eprintln!();
+    let points: Vec<_> = points.into_values().filter_map(middle).collect();
+    print(&points);
+    write_json(&run.out, &points)?;
+    plot::write(&run.plots, &points)
+}
+
+/// The point whose completed requests are the median.
+fn middle(mut points: Vec<Point>) -> Option<Point> {
+    let completed =
+        |point: &Point| point.quic.completed_per_second + point.tcp.completed_per_second;
+    points.sort_by(|a, b| completed(a).total_cmp(&completed(b)));
+    let middle = points.len() / 2;
+    points.into_iter().nth(middle)
+}
+
+fn print(points: &[Point]) {
+    println!(
+        "{:<26} {:>9} {:>9} {:>9} {:>11} {:>9} {:>11}",
+        "filter", "hostile/s", "ring full", "QUIC/s", "p99 us", "TCP/s", "p99 us"
+    );
+    for point in points {
+        println!(
+            "{:<26} {:>9} {:>7.1} % {:>9.0} {:>11.0} {:>9.0} {:>11.0}",
+            point.filter.label(),
+            point.rate,
+            point.ring_full * 100.0,
+            point.quic.completed_per_second,
+            point.quic.p99_us,
+            point.tcp.completed_per_second,
+            point.tcp.p99_us,
+        );
+    }
 }
 
 /// Measures one filter at one rate for `lasts`. The host's core is `cpu`; the calling thread is the attacker.
@@ -70,9 +192,14 @@ pub(crate) fn measure(
     if let Some(rate) = NonZeroU32::new(rate) {
         let attack = (lasts + 2 * LEAD).as_secs_f64() * f64::from(rate.get());
         let mut object = MaybeUninit::uninit();
-        let interface = parts.rig.client_index();
-        let (shape, sources) = (Shape::Initial, Sources::MILLION);
-        let generator = Generator::load(&mut object, shape, sources, interface, Some(rate))?;
+        let traffic = Traffic {
+            shape: Shape::Initial,
+            sources: Sources::MILLION,
+            interface: parts.rig.client_index(),
+            packets_per_second: Some(rate),
+            is_answered: false,
+        };
+        let generator = Generator::load(&mut object, traffic)?;
         let _inside = parts.rig.enter_client()?;
         generator.send(attack as u32)?;
     }
@@ -80,7 +207,13 @@ pub(crate) fn measure(
     let after = parts.rig.received()?;
     let full = (after.dropped - before.dropped) as f64;
     let ring_full = full / (full + (after.packets - before.packets) as f64);
-    Ok(Point { filter, rate, ring_full, quic, tcp })
+    Ok(Point {
+        filter,
+        rate,
+        ring_full,
+        quic,
+        tcp,
+    })
 }
 
 /// A copy of this process in a namespace: the node or its clients. Ends when this is dropped.
@@ -94,13 +227,23 @@ impl Role {
     /// Starts it in the namespace of the calling thread, and waits until it is ready.
     fn start(name: &str, cpu: usize, lasts: Duration) -> Result<Self> {
         let mut child = Command::new(std::env::current_exe()?)
-            .args([name, "--cpu", &cpu.to_string(), "--seconds", &lasts.as_secs_f64().to_string()])
+            .args([
+                name,
+                "--cpu",
+                &cpu.to_string(),
+                "--seconds",
+                &lasts.as_secs_f64().to_string(),
+            ])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
         let stdin = child.stdin.take();
         let stdout = BufReader::new(child.stdout.take().ok_or("no output of a child")?);
-        let mut role = Self { child, stdin, stdout };
+        let mut role = Self {
+            child,
+            stdin,
+            stdout,
+        };
         role.line().map_err(|error| format!("{name}: {error}"))?;
         Ok(role)
     }
@@ -122,9 +265,11 @@ impl Role {
 
 impl Drop for Role {
     fn drop(&mut self) {
-        // It ends when its input does; one that hangs is killed.
+        // It ends when its input does, and its output with it; one that hangs is killed.
         drop(self.stdin.take());
-        let _gone = self.child.kill();
+        if self.stdout.read_to_end(&mut Vec::new()).is_err() {
+            let _gone = self.child.kill();
+        }
         let _reaped = self.child.wait();
     }
 }

@@ -10,7 +10,11 @@ mod edge;
 mod filters;
 mod frames;
 mod generator;
+#[cfg(feature = "goodput")]
+mod goodput;
 mod namespace;
+#[cfg(feature = "goodput")]
+mod plot;
 mod receiver;
 mod reference;
 mod report;
@@ -23,7 +27,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Args, Parser, Subcommand};
+use serde::Serialize;
 
 use crate::cpu::Clock;
 use crate::edge::Edges;
@@ -35,10 +40,34 @@ use crate::rig::Rig;
 /// A fault of the bench itself, or a packet that is not accounted for; it ends the run.
 pub(crate) type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// Measure what refusing a hostile packet costs.
+/// Measure what refusing a hostile packet costs, and what honest clients get meanwhile.
 #[derive(Debug, Parser)]
 #[command(name = "bench-edge", version)]
 struct Cli {
+    #[command(subcommand)]
+    role: Option<Role>,
+    #[command(flatten)]
+    run: Run,
+}
+
+#[derive(Debug, Subcommand)]
+enum Role {
+    /// What honest clients get under attack, and its plots.
+    #[cfg(feature = "goodput")]
+    Goodput(goodput::Run),
+    /// The attacked node (started by the run itself).
+    #[cfg(feature = "goodput")]
+    #[command(hide = true)]
+    Serve(goodput::RoleArgs),
+    /// The honest clients (started by the run itself).
+    #[cfg(feature = "goodput")]
+    #[command(hide = true)]
+    Drive(goodput::RoleArgs),
+}
+
+/// Which rows, and for how long.
+#[derive(Debug, Args)]
+struct Run {
     /// One short round of everything, under 50 s.
     #[arg(long)]
     quick: bool,
@@ -60,7 +89,17 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    match run(&Cli::parse()) {
+    let cli = Cli::parse();
+    let outcome = match cli.role {
+        #[cfg(feature = "goodput")]
+        Some(Role::Goodput(run)) => goodput::run(&run),
+        #[cfg(feature = "goodput")]
+        Some(Role::Serve(role)) => goodput::serve(role),
+        #[cfg(feature = "goodput")]
+        Some(Role::Drive(role)) => goodput::drive(role),
+        None => run(&cli.run),
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench-edge: {error}");
@@ -69,7 +108,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: &Cli) -> Result<()> {
+fn run(cli: &Run) -> Result<()> {
     namespace::guard()?;
     cpu::pin_to(cli.cpu)?;
     let clock = Clock::of(cli.cpu)?;
@@ -135,7 +174,7 @@ fn run(cli: &Cli) -> Result<()> {
     Ok(())
 }
 
-fn write_json(path: &Path, report: &Report) -> Result<()> {
+fn write_json(path: &Path, report: &impl Serialize) -> Result<()> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder)?;
     }

@@ -37,9 +37,23 @@ pub(crate) fn write(folder: &Path, points: &[Point]) -> Result<()> {
         let completed = |load: &Load| load.completed_per_second;
         let p99 = |load: &Load| (load.p99_us / 1000.0).max(0.01);
         let caption = format!("{title}: completed per second");
-        draw(&file("completed"), &caption, points, load, completed, Scale::Linear)?;
+        draw(
+            &file("completed"),
+            &caption,
+            points,
+            load,
+            completed,
+            Scale::Linear,
+        )?;
         let caption = format!("{title}: p99, ms");
-        draw(&file("p99"), &caption, points, load, p99, Scale::Logarithmic)?;
+        draw(
+            &file("p99"),
+            &caption,
+            points,
+            load,
+            p99,
+            Scale::Logarithmic,
+        )?;
     }
     Ok(())
 }
@@ -59,7 +73,11 @@ fn draw(
     scale: Scale,
 ) -> Result<()> {
     let lines = lines(points, load, metric);
-    let highest = lines.iter().flat_map(|(_, line)| line).map(|&(_, y)| y).fold(0.0, f64::max);
+    let highest = lines
+        .iter()
+        .flat_map(|(_, line)| line)
+        .map(|&(_, y)| y)
+        .fold(0.0, f64::max);
     let rates = points.iter().map(|point| point.rate).max().unwrap_or(0);
     let root = SVGBackend::new(path, SIZE).into_drawing_area();
     let mut builder = ChartBuilder::on(&root);

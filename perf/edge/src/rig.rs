@@ -75,6 +75,11 @@ impl Rig {
             let _client = rig.client.enter()?;
             Xdp::new(receiver.attacker().as_fd())
                 .attach(i32::try_from(client_index)?, XdpFlags::DRV_MODE)?;
+            // As a native program at the node's end does. With these on and no such program, the client's packets would go
+            // round the ring that the attack fills.
+            for offload in ["tso", "tx-udp-segmentation"] {
+                run("ethtool", &["-K", CLIENT_DEVICE, offload, "off"])?;
+            }
         }
         {
             let _node = rig.node.enter()?;

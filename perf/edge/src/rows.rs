@@ -13,7 +13,7 @@ use crate::cpu::Clock;
 use crate::edge::Case;
 use crate::filters::{Filter, Parts, Standing, Tally};
 use crate::frames::Shape;
-use crate::generator::{Generator, Sources};
+use crate::generator::{Generator, Sources, Traffic};
 
 /// Before the clock starts: sets fill up (65,535 entries), bursts are spent, caches and branch predictors settle.
 const WARM_UP: u32 = 200_000;
@@ -94,8 +94,14 @@ impl Row {
         lasts: Duration,
     ) -> Result<Measured> {
         let mut object = MaybeUninit::uninit();
-        let interface = parts.rig.client_index();
-        let generator = Generator::load(&mut object, self.shape, self.sources, interface, None)?;
+        let traffic = Traffic {
+            shape: self.shape,
+            sources: self.sources,
+            interface: parts.rig.client_index(),
+            packets_per_second: None,
+            is_answered: self.filter == Filter::Edge(Case::Retry),
+        };
+        let generator = Generator::load(&mut object, traffic)?;
         let standing = self.filter.stand(parts, self.sources)?;
         let rest = Snapshot::read(parts, &standing, &generator)?;
         let pace = timed_send(parts, clock, &generator, WARM_UP)?;

@@ -10,6 +10,7 @@
 
 const volatile __u8 header[HEADER]; /* with source address, source port and checksums 0 */
 const volatile __u32 frame_bytes;
+const volatile __u32 spare_bytes; /* more than that are in the buffer; cut off here */
 const volatile __u32 written; /* 64 or 128 bytes of it */
 const volatile __u32 source_base;
 const volatile __u32 source_mask; /* sources are base + (random & mask); all ones: any unicast address */
@@ -125,6 +126,10 @@ int generate(struct xdp_md *ctx)
 		return XDP_ABORTED;
 	if (interval_ns)
 		pace();
+	/* A receiver that answers in place leaves its length in the frame, and the kernel does not notice. It takes the length
+	 * anew when this program changes it. */
+	if (spare_bytes)
+		bpf_xdp_adjust_tail(ctx, -(int)spare_bytes);
 	state.sent++;
 	return bpf_redirect(interface, 0);
 }

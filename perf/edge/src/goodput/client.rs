@@ -14,17 +14,20 @@ use millrace_transport::{
     Answer, Defer, EdgeStart, Handler, Inbound, Local, Payload, Request, Transport,
 };
 
+use super::RoleArgs;
 use super::load::{BYTES, CALLERS, Latencies, Load, PATIENCE, THINK};
 use super::node::{BODY, Identities, RPC, client_address, start};
-use crate::Result;
 use crate::frames::TCP_PORT;
 use crate::rig::NODE;
+use crate::{Result, cpu};
 
 /// How long the connection may take, before there is an attack.
 const CONNECT: Duration = Duration::from_secs(10);
 
-/// Connects, says so, waits for a line, asks for `lasts`, prints what it got.
-pub(crate) fn drive(lasts: Duration) -> Result<()> {
+/// Connects, says so, waits for a line, asks as long as told, prints what it got.
+pub(crate) fn drive(role: RoleArgs) -> Result<()> {
+    cpu::pin_to(role.cpu)?;
+    let lasts = Duration::from_secs_f64(role.seconds);
     let rpc = Rpc::connect()?;
     let echoes: Vec<_> = (0..CALLERS).map(|_| connect()).collect::<Result<_>>()?;
     println!("ready");
@@ -117,12 +120,20 @@ impl Rpc {
         };
         let edge = EdgeStart::default();
         let transport = start(&identities.client, client_address(), edge, handler)?;
-        is_up.recv_timeout(CONNECT).map_err(|_| "the QUIC connection did not come up")?;
-        Ok(Self { transport, window, results })
+        is_up
+            .recv_timeout(CONNECT)
+            .map_err(|_| "the QUIC connection did not come up")?;
+        Ok(Self {
+            transport,
+            window,
+            results,
+        })
     }
 
     fn record(&self, window: Window) -> Result<()> {
-        self.window.set(window).map_err(|_| "recorded before".into())
+        self.window
+            .set(window)
+            .map_err(|_| "recorded before".into())
     }
 
     fn end(self) -> Result<Latencies> {

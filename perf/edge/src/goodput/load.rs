@@ -46,7 +46,8 @@ impl Latencies {
 
     pub(super) fn summarise(mut self, lasts: Duration) -> Load {
         let completed = self.completed.len();
-        self.completed.resize(completed + self.failed as usize, PATIENCE);
+        self.completed
+            .resize(completed + self.failed as usize, PATIENCE);
         self.completed.sort_unstable();
         let quantile = |share: f64| {
             let last = self.completed.len().saturating_sub(1);

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use millrace_edge_policy::admission::{Admission, AdmissionConfig};
 use millrace_protocol::frame::{FailureCode, Method};
@@ -17,10 +17,11 @@ use millrace_transport::{
     TransportStart,
 };
 
-use super::load::BYTES;
-use crate::Result;
+use super::RoleArgs;
+use super::load::{BYTES, PATIENCE};
 use crate::frames::{OPEN_PORT, TCP_PORT};
 use crate::rig::{CLIENT, NODE};
+use crate::{Result, cpu};
 
 pub(super) const RPC: Method = Method(1);
 pub(super) static BODY: [u8; BYTES] = [7; BYTES];
@@ -57,7 +58,7 @@ impl Identities {
 /// What the node admits by. Its keys are the same in every process, so that the edge in the kernel can be given them.
 pub(crate) fn admission(clock: &Clock) -> Admission {
     let mut next = 0;
-    Admission::new(AdmissionConfig::default(), clock.ns(std::time::Instant::now()), || {
+    Admission::new(AdmissionConfig::default(), clock.ns(Instant::now()), || {
         next += 1;
         [next; 16]
     })
@@ -74,8 +75,14 @@ pub(super) fn start<H: Handler>(
         identity: SigningKey::from_seed(*key.seed()),
         config: TransportConfig::default(),
         // Client and node share the core: neither may spin on the other's time.
-        shards: vec![ShardConfig { spin: Duration::ZERO, ..ShardConfig::default() }],
-        udp: UdpGroupConfig { local: local.into(), ..UdpGroupConfig::default() },
+        shards: vec![ShardConfig {
+            spin: Duration::ZERO,
+            ..ShardConfig::default()
+        }],
+        udp: UdpGroupConfig {
+            local: local.into(),
+            ..UdpGroupConfig::default()
+        },
         topology: Identities::new().topology(),
         edge,
     };
@@ -88,14 +95,9 @@ pub(super) fn client_address() -> (Ipv4Addr, u16) {
 }
 
 /// Serves until the parent goes away.
-pub(crate) fn serve() -> Result<()> {
-    let clock = Clock::new();
-    let edge = EdgeStart {
-        admission: Some(Arc::new(admission(&clock))),
-        clock,
-        ..EdgeStart::default()
-    };
-    let _node = start(&Identities::new().node, (NODE, OPEN_PORT), edge, |_local| Server)?;
+pub(crate) fn serve(role: RoleArgs) -> Result<()> {
+    cpu::pin_to(role.cpu)?;
+    let node = start_node()?;
     let listener = TcpListener::bind(SocketAddr::from((NODE, TCP_PORT)))?;
     thread::spawn(move || {
         for connection in listener.incoming().flatten() {
@@ -104,7 +106,30 @@ pub(crate) fn serve() -> Result<()> {
     });
     println!("ready");
     std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
+    node.shutdown();
     Ok(())
+}
+
+/// The transport, on the port that the node before this one may not have let go of yet: the kernel closes what an io_uring
+/// held after its process is gone.
+fn start_node() -> Result<Transport> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let clock = Clock::new();
+        let admission = Some(Arc::new(admission(&clock)));
+        let edge = EdgeStart {
+            admission,
+            clock,
+            ..EdgeStart::default()
+        };
+        match start(&Identities::new().node, (NODE, OPEN_PORT), edge, |_local| {
+            Server
+        }) {
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => thread::yield_now(),
+            Ok(node) => return Ok(node),
+        }
+    }
 }
 
 /// Answers until the client goes away.
