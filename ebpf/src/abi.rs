@@ -40,8 +40,10 @@ pub const STAMP_MAGIC: u32 = 0x4d52_4745;
 pub const STAMP_PASS: u32 = 1;
 /// The packet is to be answered with a refusal.
 pub const STAMP_REJECT: u32 = 2;
-/// Bytes of a stamp.
-pub const STAMP_BYTES: usize = 8;
+/// Bytes of a stamp that passes.
+pub const STAMP_PASS_BYTES: usize = 8;
+/// Bytes of a stamp that refuses.
+pub const STAMP_REJECT_BYTES: usize = 12;
 
 /// `edge_config::mode`: what would be dropped is counted.
 pub const MODE_COUNT: u32 = 0;

@@ -26,6 +26,8 @@ enum edge_kind { EDGE_KIND_QUIC = 1, EDGE_KIND_TCP = 2, EDGE_KIND_UDP = 3, EDGE_
 enum edge_action { EDGE_ALLOW = 0, EDGE_DENY = 1, EDGE_REJECT = 2 };
 enum edge_stress { EDGE_STRESS_NORMAL = 0, EDGE_STRESS_RETRY = 1, EDGE_STRESS_PEERS = 2 };
 enum edge_stamp { EDGE_STAMP_MAGIC = 0x4d524745, EDGE_STAMP_PASS = 1, EDGE_STAMP_REJECT = 2 };
+#define EDGE_STAMP_PASS_BYTES 8
+#define EDGE_STAMP_REJECT_BYTES 12
 enum edge_budget {
 	EDGE_BUDGET_UNVALIDATED = 0,
 	EDGE_BUDGET_SYN = 1,
@@ -209,7 +211,7 @@ struct edge_flow {
 
 /* What `edge_trace` and `edge_test` say of the last packet. */
 struct edge_decision {
-	__u32 reason;
+	enum edge_reason reason;
 	__u32 action; /* enum xdp_action of the packet in enforce mode */
 	__u32 rule;
 	__u32 service; /* index, or 0xffffffff */
@@ -228,7 +230,7 @@ struct edge_mock {
 /* One sampled drop, in the ring buffer `events`. */
 struct edge_event {
 	__u64 now_ns;
-	__u32 reason;
+	enum edge_reason reason;
 	__u32 rule;
 	struct edge_source source;
 	__u16 source_port;

@@ -130,7 +130,8 @@ EDGE_INLINE void established(struct sock *sk)
 	if (bpf_sk_storage_get(&connections, sk, NULL, 0))
 		return;
 	ipv4 = remote_address(sk, address);
-	sketch_ask_source(view.config->source_tcp, address, ipv4, EDGE_PURPOSE_TCP, view_now(&view, EDGE_TRACEPOINT), true);
+	view_now(&view, EDGE_TRACEPOINT);
+	sketch_take_source(&view, address, ipv4, EDGE_PURPOSE_TCP);
 	source = source_cap_key(address, ipv4);
 	counted = bpf_sk_storage_get(&connections, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!counted)

@@ -35,6 +35,9 @@ struct {
 	__uint(max_entries, EVENTS_BYTES);
 } events SEC(".maps");
 
+/* No map has events for values: only this brings their type into the object's BTF, where user space compares layouts. */
+const struct edge_event event_layout = {};
+
 EDGE_INLINE bool reason_passes(int reason)
 {
 	return reason < R_TX_RETRY || reason == R_INTERNAL;
@@ -100,14 +103,16 @@ EDGE_INLINE void count_packet(struct xdp_md *ctx, struct edge_view *view, const 
 	}
 }
 
-/* Writes the stamp in front of the frame. One that is there already is written over: runs by `test_run` repeat on one frame. */
+/* Writes the stamp in front of the frame. One that is there already is written over: runs by `test_run` repeat on one frame.
+ *
+ * A refusal is longer than a pass: `stamp.bpf.c` tells them apart by that where it cannot read them. */
 EDGE_INLINE bool stamp_write(struct xdp_md *ctx, __u32 kind)
 {
 	__u32 *stamp = (void *)(long)ctx->data_meta;
 	void *data = frame_start(ctx);
 
 	if ((void *)(stamp + 2) > data || stamp[0] != EDGE_STAMP_MAGIC) {
-		if (bpf_xdp_adjust_meta(ctx, -(int)(2 * sizeof(*stamp))))
+		if (bpf_xdp_adjust_meta(ctx, kind == EDGE_STAMP_REJECT ? -EDGE_STAMP_REJECT_BYTES : -EDGE_STAMP_PASS_BYTES))
 			return false;
 		stamp = (void *)(long)ctx->data_meta;
 		data = frame_start(ctx);

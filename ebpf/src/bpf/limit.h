@@ -14,7 +14,8 @@
 #define LINE_SLOTS 8
 #define TIME_BITS 48
 #define TIME_MASK ((1ull << TIME_BITS) - 1)
-#define AHEAD_MAX (1ull << 46) /* a time further ahead lies in the past */
+#define AHEAD_BITS 46 /* a time more than 2^46 ahead lies in the past */
+#define SLOT_INDEX 7
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -83,134 +84,210 @@ EDGE_INLINE __u64 sketch_ahead(__u64 word, __u64 now_ns)
 {
 	__u64 ahead = (word - now_ns) & TIME_MASK;
 
-	return word && ahead <= AHEAD_MAX ? ahead : 0;
+	return word && ahead <= 1ull << AHEAD_BITS ? ahead : 0;
 }
 
-enum sketch_slot { SLOT_INDEX = 7, SLOT_TAGGED = 8, SLOT_IDLE = 16, SLOT_NONE = 0 };
+/* Eight bits, one for each slot of a line. */
+typedef __u32 sketch_slots;
 
-/* The slot with the hash's tag, else the first idle one, else none (SLOT_NONE: the line is full of others).
- *
- * A function of its own: the verifier looks at its eight exits once, and its callers see a number. */
-__noinline __u32 sketch_find(__u64 hash, __u32 generation, __u64 now_ns)
+/* 1 if the value is zero, else 0; it is below 2^63. Without branches: sources at random would have them all mispredicted, and the verifier
+ * would follow eight slots through every combination of them. */
+EDGE_INLINE __u32 is_zero(__u64 value)
 {
-	const struct edge_line *line = sketch_line(hash, generation);
-	__u64 tag = sketch_tag(hash);
-	__u32 start = hash >> 40;
-	__u32 idle = SLOT_NONE;
+	return (value - 1) >> 63;
+}
 
-	if (!line)
-		return SLOT_NONE;
+/* Slots of a line with the tag, and slots that are idle. */
+EDGE_INLINE void sketch_scan(const struct edge_line *line, __u64 tag, __u64 now_ns, sketch_slots *tagged,
+			     sketch_slots *idle)
+{
+	*tagged = *idle = 0;
 #pragma unroll
-	for (int i = 0; i < LINE_SLOTS; i++) {
-		__u32 slot = (start + i) & SLOT_INDEX;
-		__u64 word = read_once(&line->word[slot]);
+	for (int slot = 0; slot < LINE_SLOTS; slot++) {
+		__u64 word = read_once(&line->word[slot]), time = word & TIME_MASK, ahead = (word - now_ns) & TIME_MASK;
+		__u32 past = is_zero((ahead - 1) >> AHEAD_BITS) ^ 1; /* 0 included */
 
-		if (word >> TIME_BITS == tag)
-			return SLOT_TAGGED | slot;
-		if (!idle && !sketch_ahead(word, now_ns))
-			idle = SLOT_IDLE | slot;
+		*tagged |= is_zero(word >> TIME_BITS ^ tag) << slot;
+		*idle |= (past | is_zero(word >> TIME_BITS | time)) << slot;
 	}
-	return idle;
 }
 
-/* Whether another slot of the line than `own` has its tag. */
-__noinline __u32 sketch_twin(__u64 hash, __u32 generation, __u32 own)
+/* The first of the slots, in the order in which a key visits them; `slots` are not none. */
+EDGE_INLINE __u32 sketch_first(sketch_slots slots, __u64 hash)
 {
-	const struct edge_line *line = sketch_line(hash, generation);
-	__u64 tag = sketch_tag(hash);
-	__u32 twins = 0;
+	__u32 start = hash >> 40 & SLOT_INDEX;
+	__u32 visited = (slots | slots << LINE_SLOTS) >> start & 0xff;
+	__u32 lowest = visited & -visited;
+	/* Number of a single bit of eight, by a de Bruijn sequence: its nibbles say which. */
+	__u32 steps = 0x34572610u >> (((lowest * 0x1d & 0xff) >> 5) * 4) & SLOT_INDEX;
 
-	if (!line)
-		return 0;
-#pragma unroll
-	for (__u32 i = 0; i < LINE_SLOTS; i++)
-		twins += i != own && read_once(&line->word[i]) >> TIME_BITS == tag;
-	return twins;
+	return (start + steps) & SLOT_INDEX;
 }
 
-/* What is asked of the sketch. Numbers only: `sketch_take` is verified by itself, and cannot follow pointers. */
+/* What is asked of the sketch: a key, and by what limits of which generation of the settings. Numbers only: functions that are verified by themselves cannot follow
+ * pointers. */
 struct sketch_ask {
-	__u64 words[3]; /* key, then purpose and level */
-	struct edge_limit limit;
+	__u64 words[2];
 	__u64 now_ns;
-	__u32 charge; /* else look */
+	__u32 generation;
+	__u32 purpose;
+	__u32 ipv4; /* of a source */
 	__u32 pad;
 };
 
+/* One level of a key. */
+struct sketch_key {
+	__u64 words[3];
+	__u64 hash; /* under the present seed */
+};
+
 /* What the generation before says of the key; 0 when it is retired or does not know the key. `known`: it does. */
-EDGE_INLINE __u64 sketch_old_ahead(const struct edge_control *world, const struct sketch_ask *ask, bool *known)
+EDGE_INLINE __u64 sketch_old_ahead(const struct edge_control *world, const struct sketch_key *key, __u64 now_ns,
+				   bool *known)
 {
 	__u32 generation = (world->limiter_active & 1) ^ 1;
-	struct edge_line *line;
+	const struct edge_line *line;
+	sketch_slots tagged, idle;
 	__u64 hash, word;
-	__u32 slot;
 
 	*known = false;
-	if (ask->now_ns >= world->limiter_old_until_ns)
+	if (now_ns >= world->limiter_old_until_ns)
 		return 0;
-	hash = siphash13(&world->seed[generation], ask->words, 3);
-	slot = sketch_find(hash, generation, ask->now_ns);
+	hash = siphash13(&world->seed[generation], key->words, 3);
 	line = sketch_line(hash, generation);
-	if (!line || !(slot & SLOT_TAGGED))
+	if (!line)
 		return 0;
-	word = read_once(&line->word[slot & SLOT_INDEX]);
+	sketch_scan(line, sketch_tag(hash), now_ns, &tagged, &idle);
+	if (!tagged)
+		return 0;
+	word = read_once(&line->word[sketch_first(tagged, hash)]);
 	*known = word >> TIME_BITS == sketch_tag(hash);
-	return *known ? sketch_ahead(word, ask->now_ns) : 0;
+	return *known ? sketch_ahead(word, now_ns) : 0;
 }
 
 enum sketch_step { STEP_REFUSED, STEP_ADMITTED, STEP_AGAIN };
 
 /* Looks, and with `charge` writes; STEP_AGAIN after a lost race. */
-EDGE_INLINE enum sketch_step sketch_step(const struct edge_control *world, const struct sketch_ask *ask, __u64 hash)
+EDGE_INLINE enum sketch_step sketch_step(const struct edge_control *world, const struct sketch_key *key,
+					 const struct edge_limit *limit, __u64 now_ns, const bool charge)
 {
-	__u32 generation = world->limiter_active & 1;
-	__u32 found = sketch_find(hash, generation, ask->now_ns);
-	struct edge_line *line = sketch_line(hash, generation);
-	__u64 tag = sketch_tag(hash), ahead, old, new;
+	struct edge_line *line = sketch_line(key->hash, world->limiter_active);
+	__u64 tag = sketch_tag(key->hash), ahead, old, new;
+	sketch_slots tagged, idle;
 	bool known = true;
 	__u64 *word;
 
 	if (!line)
 		return STEP_REFUSED;
-	word = &line->word[found & SLOT_INDEX];
+	sketch_scan(line, tag, now_ns, &tagged, &idle);
+	word = &line->word[sketch_first(tagged ? tagged : idle, key->hash)];
 	old = read_once(word);
-	if (found & SLOT_TAGGED) {
+	if (tagged) {
 		if (old >> TIME_BITS != tag)
 			return STEP_AGAIN; /* another key's since it was found */
-		ahead = sketch_ahead(old, ask->now_ns);
+		ahead = sketch_ahead(old, now_ns);
 	} else {
-		ahead = sketch_old_ahead(world, ask, &known);
+		ahead = sketch_old_ahead(world, key, now_ns, &known);
 	}
-	if (ahead > ask->limit.tolerance_ns || (found == SLOT_NONE && !known))
+	if (ahead > limit->tolerance_ns || (!tagged && !idle && !known))
 		return STEP_REFUSED;
-	if (!ask->charge)
+	if (!charge)
 		return STEP_ADMITTED;
-	if (found == SLOT_NONE)
+	if (!tagged && !idle)
 		return STEP_REFUSED;
-	if (found & SLOT_IDLE && sketch_ahead(old, ask->now_ns))
+	if (!tagged && sketch_ahead(old, now_ns))
 		return STEP_AGAIN;
-	new = tag << TIME_BITS | ((ask->now_ns + ahead + ask->limit.interval_ns) & TIME_MASK);
+	new = tag << TIME_BITS | ((now_ns + ahead + limit->interval_ns) & TIME_MASK);
 	if (!swap_once(word, old, new))
 		return STEP_AGAIN;
-	if (found & SLOT_IDLE && sketch_twin(hash, generation, found & SLOT_INDEX)) {
-		/* Another CPU began the same key elsewhere in the line: one of the two slots must not count. */
-		swap_once(word, new, 0);
-		return STEP_AGAIN;
-	}
-	return STEP_ADMITTED;
+	if (tagged)
+		return STEP_ADMITTED;
+	sketch_scan(line, tag, now_ns, &tagged, &idle);
+	if (!(tagged & (tagged - 1)))
+		return STEP_ADMITTED;
+	/* Another CPU began the same key elsewhere in the line: one of the two slots must not count. */
+	swap_once(word, new, 0);
+	return STEP_AGAIN;
 }
 
-/* Whether the limit admits the key; with `charge`, takes one from it. */
-__noinline int sketch_take(struct sketch_ask *ask)
+/* The limit of a purpose; those of a source have a level for each prefix. `level` is below EDGE_LEVELS_MAX. */
+EDGE_INLINE const struct edge_limit *sketch_limit(const struct edge_config *config, __u32 purpose, __u32 level)
+{
+	switch (purpose) {
+	case EDGE_PURPOSE_QUIC:
+		return &config->source_quic[level];
+	case EDGE_PURPOSE_TCP:
+		return &config->source_tcp[level];
+	case EDGE_PURPOSE_PEER:
+		return &config->peer;
+	case EDGE_PURPOSE_PROOF:
+		return &config->proof;
+	default:
+		return &config->id;
+	}
+}
+
+/* Levels of a source: IPv4 /32 and /24, IPv6 /64, /56 and /48; anything else has one. */
+EDGE_INLINE __u32 sketch_levels(const struct sketch_ask *ask)
+{
+	if (ask->purpose != EDGE_PURPOSE_QUIC && ask->purpose != EDGE_PURPOSE_TCP)
+		return 1;
+	return ask->ipv4 ? 2 : EDGE_LEVELS_MAX;
+}
+
+/* Words of addresses are in network order: their first bytes are the low ones. */
+EDGE_INLINE void sketch_key_make(struct sketch_key *key, const struct edge_control *world,
+				 const struct sketch_ask *ask, __u32 levels, __u32 level)
+{
+	__u64 kept = ~0ull >> (8 * level);
+
+	key->words[0] = levels == EDGE_LEVELS_MAX ? ask->words[0] & kept : ask->words[0];
+	key->words[1] = levels == EDGE_LEVELS_MAX ? 0 : ask->words[1] & kept;
+	key->words[2] = (__u64)ask->purpose << 8 | level;
+	key->hash = siphash13(&world->seed[world->limiter_active & 1], key->words, 3);
+}
+
+/* Whether the limits would admit the key at all its levels. */
+__noinline int sketch_look(struct sketch_ask *ask)
 {
 	const struct edge_control *world = edge_control_value();
-	__u64 hash;
+	const struct edge_config *config;
+	const struct edge_limit *limit;
+	struct sketch_key key;
+	__u32 levels;
 
 	if (!ask || !world)
 		return false;
-	hash = siphash13(&world->seed[world->limiter_active & 1], ask->words, 3);
+	config = &world->config[ask->generation & 1];
+	levels = sketch_levels(ask);
+	for (__u32 level = 0; level < EDGE_LEVELS_MAX; level++) {
+		if (level >= levels)
+			break;
+		limit = sketch_limit(config, ask->purpose, level);
+		if (!limit->interval_ns)
+			continue;
+		sketch_key_make(&key, world, ask, levels, level);
+		if (sketch_step(world, &key, limit, ask->now_ns, false) == STEP_REFUSED)
+			return false;
+	}
+	return true;
+}
+
+/* Takes one from the limit of one level. */
+__noinline int sketch_charge(struct sketch_ask *ask, __u32 level)
+{
+	const struct edge_control *world = edge_control_value();
+	const struct edge_limit *limit;
+	struct sketch_key key;
+
+	if (!ask || !world || level >= EDGE_LEVELS_MAX)
+		return false;
+	limit = sketch_limit(&world->config[ask->generation & 1], ask->purpose, level);
+	if (!limit->interval_ns)
+		return true;
+	sketch_key_make(&key, world, ask, sketch_levels(ask), level);
 	for (int try = 0; try < LIMIT_TRIES; try++) {
-		enum sketch_step step = sketch_step(world, ask, hash);
+		enum sketch_step step = sketch_step(world, &key, limit, ask->now_ns, true);
 
 		if (step != STEP_AGAIN)
 			return step == STEP_ADMITTED;
@@ -218,31 +295,41 @@ __noinline int sketch_take(struct sketch_ask *ask)
 	return false;
 }
 
-EDGE_INLINE bool sketch_ask(const struct edge_limit *limit, __u64 a, __u64 b, __u32 purpose, __u32 level, __u64 now_ns,
-			    bool charge)
+EDGE_INLINE struct sketch_ask sketch_ask(const struct edge_view *view, __u64 a, __u64 b, __u32 purpose)
 {
-	struct sketch_ask ask = {
-		.words = { a, b, purpose << 8 | level },
-		.limit = *limit,
-		.now_ns = now_ns,
-		.charge = charge,
+	return (struct sketch_ask){
+		.words = { a, b },
+		.now_ns = view->now_ns,
+		.generation = view->generation,
+		.purpose = purpose,
 	};
-
-	return !limit->interval_ns || sketch_take(&ask);
 }
 
-/* Asks all levels of a source, the narrowest first: IPv4 /32 and /24, IPv6 /64, /56 and /48. The first refusal ends it. The words are
- * addresses in network order: their first bytes are the low ones. */
-EDGE_INLINE bool sketch_ask_source(const struct edge_limit limits[EDGE_LEVELS_MAX], const __u64 address[2], bool ipv4,
-				   __u32 purpose, __u64 now_ns, bool charge)
+/* Takes one from what a peer, a proof or an ID has. */
+EDGE_INLINE bool sketch_take(const struct edge_view *view, __u64 a, __u64 b, __u32 purpose)
 {
-	if (ipv4)
-		return sketch_ask(&limits[0], address[0], address[1], purpose, 0, now_ns, charge) &&
-		       sketch_ask(&limits[1], address[0], address[1] & 0x00ffffffffffffffull, purpose, 1, now_ns,
-				  charge);
-	return sketch_ask(&limits[0], address[0], 0, purpose, 0, now_ns, charge) &&
-	       sketch_ask(&limits[1], address[0] & 0x00ffffffffffffffull, 0, purpose, 1, now_ns, charge) &&
-	       sketch_ask(&limits[2], address[0] & 0x0000ffffffffffffull, 0, purpose, 2, now_ns, charge);
+	struct sketch_ask ask = sketch_ask(view, a, b, purpose);
+
+	return view->read_only ? sketch_look(&ask) : sketch_charge(&ask, 0);
+}
+
+EDGE_INLINE bool sketch_look_source(const struct edge_view *view, const __u64 address[2], bool ipv4, __u32 purpose)
+{
+	struct sketch_ask ask = sketch_ask(view, address[0], address[1], purpose);
+
+	ask.ipv4 = ipv4;
+	return sketch_look(&ask);
+}
+
+/* Takes one from what a source has at each level, the narrowest first; the first refusal ends it. */
+EDGE_INLINE bool sketch_take_source(const struct edge_view *view, const __u64 address[2], bool ipv4, __u32 purpose)
+{
+	struct sketch_ask ask = sketch_ask(view, address[0], address[1], purpose);
+
+	ask.ipv4 = ipv4;
+	if (view->read_only)
+		return sketch_look(&ask);
+	return sketch_charge(&ask, 0) && sketch_charge(&ask, 1) && (ipv4 || sketch_charge(&ask, 2));
 }
 
 /* The key that caps count by: IPv4 /32, IPv6 /64. */

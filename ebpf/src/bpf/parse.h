@@ -267,13 +267,11 @@ __noinline int parse_frame(struct xdp_md *ctx, struct edge_packet *packet)
 }
 
 /* Steps 6 and 7. Past it, `TRANSPORT_BYTES` of the packet from its transport header on, or all if there are fewer, are linear. */
-__noinline int parse_transport(struct xdp_md *ctx, struct edge_packet *packet)
+EDGE_INLINE int parse_transport(struct xdp_md *ctx, struct edge_packet *packet)
 {
 	__u32 held_bytes, header_bytes, wanted;
 	const __u8 *transport;
 
-	if (!packet)
-		return R_INTERNAL;
 	held_bytes = packet->end - packet->transport;
 	if (packet->fragment)
 		return R_FRAGMENT;

@@ -280,7 +280,6 @@ EDGE_INLINE int quic_admit_peer(struct xdp_md *ctx, struct edge_view *view, cons
 				const enum edge_world world)
 {
 	const __u8 *id = quic_at(ctx, packet, 6, PROOF_BYTES);
-	bool charge = !view->read_only;
 	__u64 words[2];
 	__u32 node;
 
@@ -290,9 +289,9 @@ EDGE_INLINE int quic_admit_peer(struct xdp_md *ctx, struct edge_view *view, cons
 	words[1] = load64(id + 8);
 	if (!proof_check(view, packet, id, world, &node))
 		return GO_ON;
-	if (!sketch_ask(&view->config->proof, words[0], words[1], EDGE_PURPOSE_PROOF, 0, view->now_ns, charge))
+	if (!sketch_take(view, words[0], words[1], EDGE_PURPOSE_PROOF))
 		return R_QUIC_PROOF_REPLAYED;
-	if (!sketch_ask(&view->config->peer, node, 0, EDGE_PURPOSE_PEER, 0, view->now_ns, charge))
+	if (!sketch_take(view, node, 0, EDGE_PURPOSE_PEER))
 		return R_QUIC_PEER_BUDGET;
 	return R_PASS_QUIC_PEER;
 }
@@ -302,7 +301,6 @@ EDGE_INLINE int quic_admit_initial(struct xdp_md *ctx, struct edge_view *view, c
 				   const struct quic_header *header, const __u64 id[2], __u32 stress,
 				   const enum edge_world world)
 {
-	const struct edge_limit *limits = view->config->source_quic;
 	struct quic_token token;
 	const __u8 *at;
 	__u64 token_bytes;
@@ -338,15 +336,12 @@ EDGE_INLINE int quic_admit_initial(struct xdp_md *ctx, struct edge_view *view, c
 	}
 	if (quic_source_full(view, packet, world))
 		return R_QUIC_SOURCE_CAP;
-	if (!sketch_ask_source(limits, packet->source, packet->ipv4, EDGE_PURPOSE_QUIC, view->now_ns, false))
+	if (!sketch_look_source(view, packet->source, packet->ipv4, EDGE_PURPOSE_QUIC))
 		return R_QUIC_SOURCE_RATE;
-	if (token_bytes) {
-		if (view->read_only)
-			return R_PASS_QUIC_TOKEN;
-		return sketch_ask_source(limits, packet->source, packet->ipv4, EDGE_PURPOSE_QUIC, view->now_ns, true) ?
+	if (token_bytes)
+		return sketch_take_source(view, packet->source, packet->ipv4, EDGE_PURPOSE_QUIC) ?
 			       R_PASS_QUIC_TOKEN :
 			       R_QUIC_SOURCE_RATE;
-	}
 	if (stress == EDGE_STRESS_NORMAL && budget_charge(view, EDGE_BUDGET_UNVALIDATED))
 		return R_PASS_QUIC_INITIAL;
 	return R_TX_RETRY;
@@ -374,8 +369,7 @@ EDGE_INLINE int quic_admit(struct xdp_md *ctx, struct edge_view *view, const str
 		state = id_check(view, packet, id, world);
 	}
 	if (state == ID_VALID) {
-		if (stress != EDGE_STRESS_NORMAL &&
-		    !sketch_ask(&view->config->id, id[0], id[1], EDGE_PURPOSE_ID, 0, view->now_ns, !view->read_only))
+		if (stress != EDGE_STRESS_NORMAL && !sketch_take(view, id[0], id[1], EDGE_PURPOSE_ID))
 			return R_QUIC_ID_BUDGET;
 		return R_PASS_QUIC;
 	}

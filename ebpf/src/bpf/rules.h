@@ -15,7 +15,7 @@ struct {
 } trie4 SEC(".maps"), trie6 SEC(".maps");
 
 /* The leaf of an IPv4 address in network order; ENTRY_NONE if the trie has none. */
-__noinline __u32 trie4_find(__u32 root, __u32 address)
+EDGE_INLINE __u32 trie4_find(__u32 root, __u32 address)
 {
 	__u32 entry = root;
 
@@ -33,7 +33,7 @@ __noinline __u32 trie4_find(__u32 root, __u32 address)
 	return ENTRY_NONE;
 }
 
-/* The leaf of an IPv6 address, given as words. */
+/* The leaf of an IPv6 address, given as words. Sixteen steps have many exits: verified by itself. */
 __noinline __u32 trie6_find(__u32 root, __u64 first, __u64 second)
 {
 	__u32 entry = root;

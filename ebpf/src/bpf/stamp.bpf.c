@@ -8,17 +8,37 @@ char LICENSE[] SEC("license") = "GPL";
 #define MARK_PASS 0x4d000000u
 #define MARK_REJECT 0x4e000000u
 
+/* The kind of stamp that the program left; 0: none.
+ *
+ * Generic XDP on Linux 6.9 and later may move a packet to new memory and forget how long its link header is. Then `data` is the network header,
+ * and what stands in front of it is the link header, not the stamp; but the length that XDP gave the stamp is there, and says which it is. */
+EDGE_INLINE __u32 stamp_kind(const struct __sk_buff *skb)
+{
+	const void *start = (void *)(long)skb->data_meta, *end = (void *)(long)skb->data;
+	const __u32 *words = start;
+	const __u16 *halves = start;
+
+	if (start + EDGE_STAMP_PASS_BYTES > end)
+		return 0;
+	if (words[0] == EDGE_STAMP_MAGIC)
+		return words[1];
+	if (start + EDGE_STAMP_PASS_BYTES == end)
+		return halves[EDGE_STAMP_PASS_BYTES / 2 - 1] == skb->protocol ? EDGE_STAMP_PASS : 0;
+	if (start + EDGE_STAMP_REJECT_BYTES > end)
+		return 0;
+	return halves[EDGE_STAMP_REJECT_BYTES / 2 - 1] == skb->protocol ? EDGE_STAMP_REJECT : 0;
+}
+
 /* Ingress. A mark of ours comes from a stamp only: one that the frame already had is taken away. */
 SEC("tcx/ingress")
 int stamp(struct __sk_buff *skb)
 {
-	const __u32 *found = (void *)(long)skb->data_meta;
-	__u32 mark = skb->mark, present = mark & MARK_MASK;
+	__u32 mark = skb->mark, present = mark & MARK_MASK, kind = stamp_kind(skb);
 
 	if (present == MARK_PASS || present == MARK_REJECT)
 		mark &= ~MARK_MASK;
-	if ((void *)(found + 2) <= (void *)(long)skb->data && found[0] == EDGE_STAMP_MAGIC)
-		mark = (mark & ~MARK_MASK) | (found[1] == EDGE_STAMP_REJECT ? MARK_REJECT : MARK_PASS);
+	if (kind)
+		mark = (mark & ~MARK_MASK) | (kind == EDGE_STAMP_REJECT ? MARK_REJECT : MARK_PASS);
 	if (mark != skb->mark)
 		skb->mark = mark;
 	return TCX_NEXT;

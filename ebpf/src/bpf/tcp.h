@@ -131,8 +131,7 @@ EDGE_INLINE int tcp_admit(struct xdp_md *ctx, struct edge_view *view, const stru
 	if (tcp_source_full(view, packet))
 		return R_TCP_SOURCE_CAP;
 	view_now(view, world);
-	if (!sketch_ask_source(view->config->source_tcp, packet->source, packet->ipv4, EDGE_PURPOSE_TCP, view->now_ns,
-			       false))
+	if (!sketch_look_source(view, packet->source, packet->ipv4, EDGE_PURPOSE_TCP))
 		return R_TCP_SOURCE_RATE;
 	within = budget_charge(view, EDGE_BUDGET_SYN);
 	if (within && view_stress(view, world) == EDGE_STRESS_NORMAL)
