@@ -1,8 +1,8 @@
 //! Capabilities: which the edge needs, which are missing, and how to be rid of them.
 //!
 //! They belong to a thread: drop them before any other is started. What stays possible without them, with descriptors that are
-//! already open: writing maps and mapping them, replacing the program of a link, running a program on a frame. Not possible:
-//! making a map, loading a program, attaching, changing nftables; the helper does that.
+//! already open: writing maps and mapping them, putting loaded programs in the place of others, running a program on a frame. Not
+//! possible: making a map, loading a program, attaching to an interface, changing nftables; the helper does that.
 
 use caps::errors::CapsError;
 use caps::{CapSet, Capability};
