@@ -18,7 +18,9 @@ use libbpf_rs::{
     ProgramHandle, ProgramInput, ProgramMut,
 };
 
-use crate::abi::{EdgeSizes, GENERATIONS, STAMP_BYTES, STAMP_MAGIC};
+use crate::abi::{
+    EdgeSizes, GENERATIONS, STAMP_MAGIC, STAMP_PASS_BYTES, STAMP_REJECT, STAMP_REJECT_BYTES,
+};
 use crate::maps::{MapError, Maps};
 
 const EDGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/edge.bpf.o"));
@@ -219,12 +221,50 @@ impl Loaded {
         frame: &[u8],
         repeat: u32,
     ) -> Result<Run, libbpf_rs::Error> {
+        let input = ProgramInput {
+            repeat,
+            ..ProgramInput::default()
+        };
+        self.run_on(program, frame, input)
+    }
+
+    /// Runs an XDP program once on a frame of which no more than `linear` bytes lie in one piece, as drivers with small buffers
+    /// hand over long frames; the rest follows in fragments.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says: it takes Linux 6.18, and at least 14 linear bytes.
+    pub fn run_split(
+        &self,
+        program: Program,
+        frame: &[u8],
+        linear: usize,
+    ) -> Result<Run, libbpf_rs::Error> {
+        // `struct xdp_md`, of which `data_end` counts here.
+        let linear = u32::try_from(linear.min(frame.len())).unwrap_or(u32::MAX);
+        let mut context: Vec<u8> = [0, linear, 0, 0, 0, 0]
+            .iter()
+            .flat_map(|field: &u32| field.to_ne_bytes())
+            .collect();
+        let input = ProgramInput {
+            context_in: Some(&mut context),
+            repeat: 1,
+            ..ProgramInput::default()
+        };
+        self.run_on(program, frame, input)
+    }
+
+    fn run_on(
+        &self,
+        program: Program,
+        frame: &[u8],
+        input: ProgramInput<'_>,
+    ) -> Result<Run, libbpf_rs::Error> {
         let mut left = vec![0; frame.len() + FRAME_GROWTH];
         let input = ProgramInput {
             data_in: Some(frame),
             data_out: Some(&mut left),
-            repeat,
-            ..ProgramInput::default()
+            ..input
         };
         let output = self.find(program)?.test_run(input)?;
         let bytes = output.data.map_or(0, |data| data.len());
@@ -317,12 +357,18 @@ fn not_there() -> libbpf_rs::Error {
 
 /// The stamp is metadata: the kernel hands it back in front of the frame.
 fn take_stamp(left: &mut Vec<u8>) -> Option<u32> {
-    let (magic, kind) = left.get(..STAMP_BYTES)?.split_at(4);
+    let (magic, kind) = left.get(..STAMP_PASS_BYTES)?.split_at(4);
     if magic != STAMP_MAGIC.to_ne_bytes() {
         return None;
     }
     let kind = u32::from_ne_bytes(kind.try_into().ok()?);
-    left.drain(..STAMP_BYTES);
+    left.drain(
+        ..if kind == STAMP_REJECT {
+            STAMP_REJECT_BYTES
+        } else {
+            STAMP_PASS_BYTES
+        },
+    );
     Some(kind)
 }
 
