@@ -2,6 +2,7 @@
 //!
 //! Nothing here touches the maps in force. A unit test compares the expected reasons with the model's.
 
+use std::mem::offset_of;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -10,9 +11,10 @@ use millrace_edge_policy::rules::{
     self, Bounds, Compiled, Direction, Provenance, Rule, RuleAction, RulesError, Sources,
 };
 use millrace_edge_policy::settings::{DefaultAction, Kind, Mode, Service, Settings};
+use millrace_edge_policy::stress::Level;
 use millrace_edge_policy::verdict::Action;
 
-use crate::abi::EdgeMock;
+use crate::abi::{EdgeControl, EdgeMock};
 use crate::frame::{Description, Shape};
 use crate::load::{LoadError, LoadOptions, Loaded, Program};
 use crate::publish::{PublishError, Publisher};
@@ -58,7 +60,11 @@ pub enum SelfTestError {
 ///
 /// See [`SelfTestError`].
 pub fn run() -> Result<(), SelfTestError> {
-    let sizes = LoadOptions {
+    check_all(&Loaded::load(&sizes())?, &set()?)
+}
+
+fn sizes() -> LoadOptions {
+    LoadOptions {
         trie_nodes4: NODES,
         trie_nodes6: NODES,
         limiter_lines: 64,
@@ -67,13 +73,22 @@ pub fn run() -> Result<(), SelfTestError> {
         sources_max: 1,
         replies_max: 1,
         ..LoadOptions::default()
-    };
-    let loaded = Loaded::load(&sizes)?;
-    Publisher::new(loaded.maps()).publish(&set()?, 1, None)?;
-    loaded.maps().mock.store(0, &MOCK);
+    }
+}
+
+fn check_all(loaded: &Loaded, set: &Compiled) -> Result<(), SelfTestError> {
+    let maps = loaded.maps();
+    Publisher::new(maps).publish(set, 1, None)?;
+    maps.mock.store(0, &MOCK);
     FIXTURES
         .iter()
-        .try_for_each(|fixture| fixture.check(&loaded))
+        .try_for_each(|fixture| fixture.check(loaded))?;
+    let control = &maps.control;
+    control.store_part(0, offset_of!(EdgeControl, stress), &STRESS);
+    control.store_part(0, offset_of!(EdgeControl, lease_until_ns), &u64::MAX);
+    UNDER_STRESS
+        .iter()
+        .try_for_each(|fixture| fixture.check(loaded))
 }
 
 /// One packet and what becomes of it.
@@ -289,6 +304,26 @@ const FIXTURES: [Fixture; 14] = [
     ),
 ];
 
+/// Where a Retry is asked for: the longest way through the program.
+const UNDER_STRESS: [Fixture; 3] = [
+    fixture("Retry", ALLOWED, QUIC, Shape::QuicInitial, Reason::TxRetry),
+    fixture(
+        "Retry, IPv6",
+        ALLOWED_V6,
+        QUIC,
+        Shape::QuicInitial,
+        Reason::TxRetry,
+    ),
+    fixture(
+        "not QUIC, under stress",
+        ALLOWED,
+        QUIC,
+        Shape::Udp,
+        Reason::QuicMalformed,
+    ),
+];
+const STRESS: u32 = Level::Retry as u32;
+
 /// Nothing is charged, so that the order of the fixtures says nothing.
 const MOCK: EdgeMock = EdgeMock {
     now_ns: 1_000_000_000_000,
@@ -313,3 +348,52 @@ const DENIED: IpAddr = IpAddr::V4(DENIED4);
 const DENIED_V6: IpAddr = IpAddr::V6(DENIED6);
 const STRANGER: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 9));
 const STRANGER_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 2, 0, 0, 0, 9));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use millrace_edge_policy::model::{Model, World};
+
+    // Protects the fixtures: what they expect is what the specification says.
+    #[test]
+    fn the_model_decides_the_same() {
+        let mut model = Model::new(64);
+        model.publish(set().unwrap());
+        let world = World {
+            now_ns: MOCK.now_ns,
+            cookie: None,
+            read_only: true,
+        };
+        for (stress, fixtures) in [(0, FIXTURES.as_slice()), (STRESS, &UNDER_STRESS)] {
+            (model.stress, model.lease_until_ns) = (stress, u64::MAX);
+            for fixture in fixtures {
+                let decision = model.decide(&fixture.frame(), world);
+                assert_eq!(decision.reason, fixture.expected, "{}", fixture.name);
+                assert_eq!(
+                    decision.action,
+                    fixture.expected.action(),
+                    "{}",
+                    fixture.name
+                );
+            }
+        }
+    }
+
+    // Protects what runs: a program that decides otherwise is found out, and named.
+    #[test]
+    fn another_decision_is_found() {
+        let missing = crate::privileges::missing();
+        if !missing.is_empty() {
+            eprintln!("SKIPPED: another_decision_is_found needs {missing:?}");
+            return;
+        }
+        run().unwrap();
+        let mut other = set().unwrap();
+        other.settings.mode = Mode::Count;
+        let error = check_all(&Loaded::load(&sizes()).unwrap(), &other).unwrap_err();
+        let SelfTestError::Differs { fixture, .. } = &error else {
+            panic!("{error}")
+        };
+        assert_eq!(*fixture, "from a denied host", "{error}");
+    }
+}
