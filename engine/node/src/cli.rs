@@ -51,9 +51,15 @@ pub(crate) enum Command {
     Get(GetArgs),
     /// Show what a running node is doing.
     Status(StatusArgs),
+    /// Attach, change and look at the edge: the program that refuses packets before they reach a socket.
+    #[command(subcommand)]
+    Xdp(XdpCommand),
     /// Print configs.
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Do what needs privileges for a node that gave its own up; started by it.
+    #[command(hide = true)]
+    EdgeHelper,
 }
 
 /// `millrace dev`
@@ -71,6 +77,10 @@ pub(crate) struct DevArgs {
     /// Publish one artifact, wait until all nodes have it, and end.
     #[arg(long)]
     pub(crate) once: bool,
+    /// Show the edge: the first node behind the program, in network namespaces that are made and removed, under a
+    /// flood. Needs root.
+    #[arg(long)]
+    pub(crate) edge: bool,
     /// Print one JSON object instead of the table.
     #[arg(long)]
     pub(crate) json: bool,
@@ -266,6 +276,141 @@ pub(crate) struct StatusArgs {
     pub(crate) json: bool,
 }
 
+/// `millrace xdp`
+#[derive(Debug, Subcommand)]
+pub(crate) enum XdpCommand {
+    /// Load the program, attach it to the config's interfaces and pin it; it counts and refuses nothing yet.
+    Attach(XdpAttachArgs),
+    /// Put the config and the newest registry version in force.
+    Apply(XdpApplyArgs),
+    /// Keep what `apply --confirm` put in force.
+    Confirm(XdpPlaceArgs),
+    /// Go back to what was in force before `apply --confirm`, now.
+    Revert(XdpPlaceArgs),
+    /// Show interfaces, mode, stress, limits and every reason's count.
+    Status(XdpPlaceArgs),
+    /// Show the rules in force, in their order, and how often each decided.
+    Rules(XdpPlaceArgs),
+    /// Ask the program what it would do with a packet, and why; changes nothing.
+    Trace(XdpTraceArgs),
+    /// Allow a prefix for a while, before all rules.
+    Allow(XdpTemporaryArgs),
+    /// Deny a prefix for a while, before all rules.
+    Deny(XdpTemporaryArgs),
+    /// Follow sampled drops (see sample_every in [edge]).
+    Events(XdpEventsArgs),
+    /// Take the program, its pins and the table of nftables away. Needs no running node.
+    Detach(XdpPlaceArgs),
+}
+
+/// Where the edge is pinned.
+#[derive(Debug, Args)]
+pub(crate) struct XdpPlace {
+    /// The node's config file, which names the folder of pins.
+    #[arg(long, value_name = "FILE", conflicts_with = "pins")]
+    pub(crate) config: Option<PathBuf>,
+    /// The folder of pins.
+    #[arg(long, value_name = "DIR", default_value = "/run/millrace/edge")]
+    pub(crate) pins: PathBuf,
+}
+
+/// `millrace xdp status|rules|confirm|revert|detach`
+#[derive(Debug, Args)]
+pub(crate) struct XdpPlaceArgs {
+    #[command(flatten)]
+    pub(crate) place: XdpPlace,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `millrace xdp attach`
+#[derive(Debug, Args)]
+pub(crate) struct XdpAttachArgs {
+    /// The node's config file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: PathBuf,
+    /// Interfaces instead of the config's; may be given several times.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) interface: Vec<String>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `millrace xdp apply`
+#[derive(Debug, Args)]
+pub(crate) struct XdpApplyArgs {
+    /// The node's config file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: PathBuf,
+    /// Count or enforce, instead of the config's mode.
+    #[arg(long, value_name = "MODE", value_parser = ["count", "enforce"])]
+    pub(crate) mode: Option<String>,
+    /// Go back to what was in force unless `millrace xdp confirm` comes within this time. The kernel keeps the time.
+    #[arg(long, value_name = "DURATION")]
+    pub(crate) confirm: Option<millrace_tuning::Period>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `millrace xdp allow|deny`
+#[derive(Debug, Args)]
+pub(crate) struct XdpTemporaryArgs {
+    /// The node's config file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: PathBuf,
+    /// The sources, such as 192.0.2.0/24.
+    #[arg(value_name = "PREFIX")]
+    pub(crate) prefix: ipnet::IpNet,
+    /// How long.
+    #[arg(long = "for", value_name = "DURATION", default_value = "1h")]
+    pub(crate) period: millrace_tuning::Period,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `millrace xdp trace`
+#[derive(Debug, Args)]
+pub(crate) struct XdpTraceArgs {
+    #[command(flatten)]
+    pub(crate) place: XdpPlace,
+    /// The whole frame in hexadecimal, from the Ethernet header on; instead of the options below.
+    #[arg(long, value_name = "HEX", conflicts_with_all = ["from", "to_port", "kind"])]
+    pub(crate) frame: Option<String>,
+    /// Source address and port.
+    #[arg(long, value_name = "IP:PORT", required_unless_present = "frame")]
+    pub(crate) from: Option<SocketAddr>,
+    /// Destination port.
+    #[arg(long, value_name = "PORT", required_unless_present = "frame")]
+    pub(crate) to_port: Option<u16>,
+    /// What kind of packet.
+    #[arg(long, value_name = "KIND", default_value = "quic-initial",
+          value_parser = ["quic-initial", "quic-short", "udp", "tcp-syn", "tcp-ack"])]
+    pub(crate) kind: String,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `millrace xdp events`
+#[derive(Debug, Args)]
+pub(crate) struct XdpEventsArgs {
+    #[command(flatten)]
+    pub(crate) place: XdpPlace,
+    /// End after this many.
+    #[arg(long, value_name = "N")]
+    pub(crate) count: Option<u64>,
+    /// End after this long.
+    #[arg(long = "for", value_name = "DURATION", default_value = "1h")]
+    pub(crate) period: millrace_tuning::Period,
+    /// Print one JSON object a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 /// `millrace config`
 #[derive(Debug, Subcommand)]
 pub(crate) enum ConfigCommand {
@@ -305,7 +450,11 @@ impl Command {
             Self::Put(args) => artifacts_cmd::put(&args),
             Self::Get(args) => artifacts_cmd::get(&args),
             Self::Status(args) => status::run(&args),
+            Self::Xdp(command) => crate::edge::commands::run(command),
             Self::Config(command) => config_cmd::run(command),
+            Self::EdgeHelper => millrace_edge::helper::serve_stdin()
+                .map(|()| Exit::Ok)
+                .map_err(|error| Failure::io("the edge's helper", &error)),
         }
     }
 }

@@ -382,6 +382,8 @@ fn start_node(
         store_bytes: pool_bytes,
         body_bytes_max: config.transport.body_bytes_max.bytes(),
         versions: Arc::new(versions),
+        edge: millrace_transport::EdgeStart::default(),
+        view: None,
     })
 }
 

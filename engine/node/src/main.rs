@@ -12,6 +12,7 @@ mod config_cmd;
 mod dev;
 #[cfg(test)]
 mod docs_test;
+mod edge;
 mod exit;
 mod host_facts;
 mod keys;

@@ -6,6 +6,7 @@
 //! Invariants
 //! 1. Every name is in a table: `docs/reference/metrics.md` is generated from the tables.
 
+mod edge;
 #[cfg(test)]
 mod page;
 mod reference;
@@ -133,6 +134,72 @@ const OWN: &[Own] = &[
         label: Some("peer"),
         help: "Smoothed round trip of health probes",
     },
+    Own {
+        name: "millrace_edge_in_kernel",
+        kind: "gauge",
+        label: None,
+        help: "1 if the program refuses in the kernel, 0 if user space does by itself",
+    },
+    Own {
+        name: "millrace_edge_stress",
+        kind: "gauge",
+        label: None,
+        help: "0 normal, 1 addresses are validated first (Retry, SYN cookies), 2 registry peers only",
+    },
+    Own {
+        name: "firewall_registry_version",
+        kind: "gauge",
+        label: None,
+        help: "Registry version whose rules are in force (the reference's name)",
+    },
+    Own {
+        name: "millrace_edge_rules_refused",
+        kind: "counter",
+        label: Some("reason"),
+        help: "Rule sets that were refused; the last good one stayed in force",
+    },
+    Own {
+        name: "millrace_edge_packets",
+        kind: "counter",
+        label: Some("reason"),
+        help: "Packets that the program passed, answered or dropped, by reason; see below",
+    },
+    Own {
+        name: "millrace_edge_packets_counted",
+        kind: "counter",
+        label: Some("reason"),
+        help: "Packets that mode `count` passed and mode `enforce` would not have",
+    },
+    Own {
+        name: "millrace_edge_enforcing",
+        kind: "gauge",
+        label: None,
+        help: "1 in mode `enforce`, 0 in mode `count`",
+    },
+    Own {
+        name: "millrace_edge_set",
+        kind: "gauge",
+        label: None,
+        help: "Number of the rule set in force",
+    },
+    Own {
+        name: "millrace_edge_quic_sources",
+        kind: "gauge",
+        label: None,
+        help: "Sources with QUIC connections, as the kernel is told",
+    },
+    Own {
+        name: "millrace_edge_counts_missed",
+        kind: "counter",
+        label: None,
+        help: "Changes of connection counts that the kernel could not be told",
+    },
+    Own {
+        name: "millrace_edge_rule_hits",
+        kind: "counter",
+        label: Some("rule"),
+        help: "Packets that a rule decided, since its set was published; `millrace xdp rules` shows the rules",
+    },
 ];
 
 /// All metrics of a node.
@@ -160,6 +227,9 @@ impl Collector for NodeCollector {
         shards(node, &mut out)?;
         registry(node, &mut out)?;
         artifacts(node, &mut out)?;
+        if let Some(view) = &node.edge {
+            edge::write(view, &mut out)?;
+        }
         let peers = node.transport.status().peers();
         paths(&peers, &mut out)?;
         reference::write(node, &peers, &mut out)

@@ -13,6 +13,8 @@ use signal_hook::iterator::Signals;
 
 use crate::admin::{self, Site};
 use crate::cli::NodeArgs;
+use crate::edge::keeper::{EdgeView, Keeper};
+use crate::edge::start::{self, Kept};
 use crate::exit::{Exit, Failure};
 use crate::load::{Loaded, Paths};
 use crate::poller::Poller;
@@ -29,7 +31,8 @@ pub(crate) fn run(args: &NodeArgs) -> Result<Exit, Failure> {
     // Before anything starts: a signal from here on stops the node in good order.
     let mut signals =
         Signals::new(TERM_SIGNALS).map_err(|error| Failure::io("signal handlers", &error))?;
-    let node = start(&config, &paths)?;
+    let (node, kept, view) = start(&config, &paths)?;
+    let keeper = Keeper::start(Arc::clone(&node), config.clone(), kept, view)?;
     let poller = Poller::start(Arc::clone(&node), config.registry.poll_interval.get())?;
     let site = Site {
         socket: paths.admin_socket.clone(),
@@ -47,11 +50,14 @@ pub(crate) fn run(args: &NodeArgs) -> Result<Exit, Failure> {
     }
     drop(admin);
     drop(poller);
+    drop(keeper);
     node.transport.shutdown();
     Ok(Exit::Ok)
 }
 
-fn start(config: &NodeConfig, paths: &Paths) -> Result<Arc<Running>, Failure> {
+type Started = (Arc<Running>, Kept, Arc<EdgeView>);
+
+fn start(config: &NodeConfig, paths: &Paths) -> Result<Started, Failure> {
     std::fs::create_dir_all(&paths.state_dir)
         .map_err(|error| Failure::io(paths.state_dir.display(), &error))?;
     let identity = keys::read(&paths.key_file)?;
@@ -71,20 +77,34 @@ fn start(config: &NodeConfig, paths: &Paths) -> Result<Arc<Running>, Failure> {
         budget::of(config, &cpus).total().0 as f64 / f64::from(1 << 20)
     ));
     wait_for_address(config.listen.address);
-    Running::start(Start {
+    let shards = mapping::shards(config, &cpus);
+    let udp = UdpGroupConfig {
+        local: config.listen.address,
+        shards: shards.len(),
+        recv_buffer_bytes: to_usize(config.listen.receive_buffer_bytes.bytes()),
+        send_buffer_bytes: to_usize(config.listen.send_buffer_bytes.bytes()),
+        ..UdpGroupConfig::default()
+    };
+    let prepared = start::prepare(
+        config,
+        &udp,
+        config.transport.handshakes_max * shards.len() as u64,
+        &versions.firewall(&config.edge.roles),
+    )?;
+    let (edge, kept) = prepared.split();
+    let view = Arc::new(EdgeView::of(&kept));
+    let node = Running::start(Start {
         identity,
         transport: mapping::transport(config),
-        shards: mapping::shards(config, &cpus),
-        udp: UdpGroupConfig {
-            local: config.listen.address,
-            recv_buffer_bytes: to_usize(config.listen.receive_buffer_bytes.bytes()),
-            send_buffer_bytes: to_usize(config.listen.send_buffer_bytes.bytes()),
-            ..UdpGroupConfig::default()
-        },
+        shards,
+        udp,
         store_bytes: config.artifacts.store_bytes.bytes(),
         body_bytes_max: config.transport.body_bytes_max.bytes(),
         versions,
-    })
+        edge,
+        view: Some(Arc::clone(&view)),
+    })?;
+    Ok((node, kept, view))
 }
 
 /// The kernel tears an io_uring down after its process has ended, and its socket with it: a node that is started

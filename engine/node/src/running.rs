@@ -16,13 +16,16 @@ use millrace_protocol::topology::Topology;
 use millrace_shards::chunk::{Body, BodyMut, ChunkPool};
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
-use millrace_transport::{EdgeStart, Payload, Request, RpcError, Transport, TransportConfig, TransportStart};
+use millrace_transport::{
+    EdgeStart, Payload, Request, RpcError, Transport, TransportConfig, TransportStart,
+};
 
 use crate::app::announced::Announced;
 use crate::app::handler::{App, joined, payload_of};
 use crate::app::hash;
 use crate::app::store::Store;
 use crate::app::wire::{self, Announce};
+use crate::edge::keeper::EdgeView;
 use crate::exit::{Exit, Failure};
 use crate::versions::Versions;
 
@@ -40,6 +43,10 @@ pub(crate) struct Start {
     pub(crate) store_bytes: u64,
     pub(crate) body_bytes_max: u64,
     pub(crate) versions: Arc<Versions>,
+    /// What the edge of this node shares with its transport.
+    pub(crate) edge: EdgeStart,
+    /// What there is to see of it.
+    pub(crate) view: Option<Arc<EdgeView>>,
 }
 
 /// A running node.
@@ -50,6 +57,7 @@ pub(crate) struct Running {
     pub(crate) started: Instant,
     pub(crate) body_bytes_max: u64,
     pub(crate) topology: Changes,
+    pub(crate) edge: Option<Arc<EdgeView>>,
     announced: Arc<Announced>,
 }
 
@@ -135,7 +143,7 @@ impl Running {
             shards: start.shards,
             udp: start.udp,
             topology,
-            edge: EdgeStart::default(),
+            edge: start.edge,
         };
         let app = (
             Arc::clone(&store),
@@ -159,6 +167,7 @@ impl Running {
             started: Instant::now(),
             body_bytes_max: start.body_bytes_max,
             topology: changes,
+            edge: start.view,
             announced,
         }))
     }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::admin::client;
 use crate::cli::StatusArgs;
+use crate::edge::keeper::EdgeView;
 use crate::exit::{Exit, Failure};
 use crate::host_facts;
 use crate::output;
@@ -25,6 +26,7 @@ pub(crate) struct Status {
     pub(crate) peers: Vec<Peer>,
     pub(crate) shards: Vec<Shard>,
     pub(crate) artifacts: Artifacts,
+    pub(crate) edge: Option<EdgeStatus>,
     pub(crate) rss_bytes_max: u64,
 }
 
@@ -66,6 +68,28 @@ pub(crate) struct Artifacts {
     pub(crate) bytes: u64,
     pub(crate) bytes_max: u64,
     pub(crate) dropped: u64,
+}
+
+/// Who refuses at the node's edge; `millrace xdp status` says more.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct EdgeStatus {
+    /// `kernel`, or `user_space`: caps and rates alone, behind the socket.
+    pub(crate) place: String,
+    /// How packets find their shard: `ebpf`, `classic`, `none`.
+    pub(crate) steering: String,
+    pub(crate) stress: u32,
+    pub(crate) registry_version: u64,
+}
+
+impl EdgeStatus {
+    fn of(view: &EdgeView) -> Self {
+        Self {
+            place: view.place().to_owned(),
+            steering: view.steering.to_owned(),
+            stress: view.stress.load(Ordering::Relaxed),
+            registry_version: view.registry_version.load(Ordering::Relaxed),
+        }
+    }
 }
 
 /// The report of a `put`.
@@ -128,6 +152,7 @@ pub(crate) fn of(node: &Running) -> Status {
             bytes_max: usage.bytes_max,
             dropped: usage.dropped,
         },
+        edge: node.edge.as_deref().map(EdgeStatus::of),
         rss_bytes_max: host_facts::peak_rss().map_or(0, |size| size.0),
     }
 }
@@ -204,6 +229,18 @@ fn print(status: &Status) -> Result<(), Failure> {
         mib(status.artifacts.bytes),
         mib(status.artifacts.bytes_max)
     ))?;
+    if let Some(edge) = &status.edge {
+        output::data(format_args!(
+            "edge       {}, stress {}, rules of registry version {}, steering {}",
+            match edge.place.as_str() {
+                "kernel" => "in the kernel",
+                _ => "user space only: caps and rates, no firewall",
+            },
+            edge.stress,
+            edge.registry_version,
+            edge.steering
+        ))?;
+    }
     for (index, shard) in status.shards.iter().enumerate() {
         output::data(format_args!(
             "shard {index}    {} connections, {} of {} chunks free",

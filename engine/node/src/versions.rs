@@ -1,7 +1,10 @@
 //! The registry versions that this node holds, and the members they make: folder and peers in, topology out.
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use millrace_edge_policy::rules::Locality;
 use millrace_protocol::id::{NodeId, SubnetId};
 use millrace_protocol::identity::PublicKey;
 use millrace_protocol::registry::{Offered, SignedVersion};
@@ -9,6 +12,7 @@ use millrace_protocol::topology::{Member, Topology};
 use millrace_tuning::NodeConfig;
 
 use crate::app::wire;
+use crate::edge::plan::Firewall;
 use crate::exit::Failure;
 use crate::keys;
 use crate::registry_dir::Follower;
@@ -165,6 +169,32 @@ impl Versions {
                 .iter()
                 .map(|(reason, count)| (*reason, *count))
                 .collect(),
+        }
+    }
+
+    /// What the registry says to the edge; `roles` are this node's.
+    pub(crate) fn firewall(&self, roles: &[String]) -> Firewall {
+        let follower = self.lock();
+        let subnet = self.subnet_in(&follower);
+        let seeds = self.first.iter().flat_map(|member| &member.addresses);
+        let members: BTreeSet<IpAddr> = follower
+            .registry
+            .versions()
+            .flat_map(|version| &version.nodes)
+            .flat_map(|node| &node.addresses)
+            .chain(seeds)
+            .map(|address| address.ip())
+            .collect();
+        let newest = follower.registry.newest();
+        Firewall {
+            version: follower.registry.newest_number(),
+            tables: newest.map_or_else(Vec::new, |version| version.firewall.clone()),
+            members: members.into_iter().collect(),
+            locality: Locality {
+                node: self.me.to_string(),
+                subnet: subnet.map(|subnet| subnet.to_string()),
+                roles: roles.to_vec(),
+            },
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use millrace_edge_policy::reason::Reason;
 use millrace_shards::stats::ShardStats;
 use millrace_transport::counters::{COUNTERS, Family};
 
@@ -34,6 +35,15 @@ Left out, because nothing counts what they mean:
 
 | name, after `quic_transport_` | instead |
 |---|---|
+";
+
+const EDGE: &str = "
+## Reasons of the edge
+
+Every packet that the program sees adds one to exactly one of them; [edge.md](edge.md) says when.
+
+| reason | in mode `enforce` | what |
+|---|---|---|
 ";
 
 #[test]
@@ -92,6 +102,16 @@ fn the_metrics_reference_is_fresh() {
     page.push_str(LEFT_OUT);
     for (names, instead) in ABSENT {
         let _ = writeln!(page, "| {names} | {instead} |");
+    }
+    page.push_str(EDGE);
+    for reason in Reason::ALL {
+        let _ = writeln!(
+            page,
+            "| `{}` | {} | {} |",
+            reason.label(),
+            reason.action().as_str(),
+            reason.describe()
+        );
     }
     is_fresh("docs/reference/metrics.md", &page);
 }

@@ -1,0 +1,241 @@
+//! The commands of `millrace xdp` that change something.
+//!
+//! All of them work on the pins and need no running node: a node that runs sees what they did, because it reads the same state.
+
+use std::time::{Duration, SystemTime};
+
+use millrace_edge::edge::{AttachOptions, Edge, EdgeError};
+use millrace_edge::load::LoadOptions;
+use millrace_edge::nft::{Nft, NftError, Table};
+use millrace_edge::pins::Pins;
+use millrace_edge::publish::{PublishError, Publisher};
+use millrace_edge::state::{AttachMode, State};
+use millrace_edge_policy::rules::{RuleAction, Temporary};
+use millrace_edge_policy::settings::Mode;
+use millrace_protocol::registry::RegistryConfig;
+use millrace_tuning::NodeConfig;
+
+use super::force::{self, Done, Order};
+use super::{plan, sets, show};
+use crate::cli::{
+    XdpApplyArgs, XdpAttachArgs, XdpCommand, XdpPlace, XdpPlaceArgs, XdpTemporaryArgs,
+};
+use crate::exit::{Exit, Failure};
+use crate::load::{Loaded, Paths};
+use crate::registry_dir::Follower;
+use crate::versions::{self, Versions};
+use crate::{keys, output};
+
+pub(crate) fn run(command: XdpCommand) -> Result<Exit, Failure> {
+    match command {
+        XdpCommand::Attach(args) => attach(&args),
+        XdpCommand::Apply(args) => apply(&args),
+        XdpCommand::Confirm(args) => confirm(&args),
+        XdpCommand::Revert(args) => revert(&args),
+        XdpCommand::Allow(args) => temporary(&args, RuleAction::Allow),
+        XdpCommand::Deny(args) => temporary(&args, RuleAction::Deny),
+        XdpCommand::Detach(args) => detach(&args),
+        XdpCommand::Status(args) => show::status(&args),
+        XdpCommand::Rules(args) => show::rules(&args),
+        XdpCommand::Trace(args) => show::trace(&args),
+        XdpCommand::Events(args) => show::events(&args),
+    }
+}
+
+fn attach(args: &XdpAttachArgs) -> Result<Exit, Failure> {
+    let (config, paths) = Loaded::read(&args.config)?.usable()?;
+    let mut options = attach_options(&config);
+    if !args.interface.is_empty() {
+        options.interfaces.clone_from(&args.interface);
+    }
+    if options.interfaces.is_empty() {
+        let message = "no interface: name one in [edge] interfaces, or with --interface";
+        return Err(Failure::new(Exit::Usage, message));
+    }
+    let pins = Pins::at(&config.edge.pins);
+    let edge = Edge::attach(&pins, &options).map_err(|error| of_edge(&error))?;
+    let attached = put(&edge, &config, &paths, Mode::Count, None);
+    if attached.is_err() {
+        // Half an edge would be worse than none. The first error is the one to tell.
+        let _ = Edge::detach(&pins);
+    }
+    say(&attached?, args.json)
+}
+
+fn apply(args: &XdpApplyArgs) -> Result<Exit, Failure> {
+    let (config, paths) = Loaded::read(&args.config)?.usable()?;
+    let edge = Edge::adopt(&Pins::at(&config.edge.pins)).map_err(|error| of_edge(&error))?;
+    let mode = plan::mode(args.mode.as_ref().unwrap_or(&config.edge.mode));
+    let probation = args.confirm.map(millrace_tuning::Period::get);
+    let done = put(&edge, &config, &paths, mode, probation)?;
+    if let Some(period) = probation {
+        output::message(format_args!(
+            "on probation: `millrace xdp confirm` within {period:?} keeps it, else the kernel goes back"
+        ));
+    }
+    say(&done, args.json)
+}
+
+/// Puts in force what config and registry folder say now.
+fn put(
+    edge: &Edge,
+    config: &NodeConfig,
+    paths: &Paths,
+    mode: Mode,
+    probation: Option<Duration>,
+) -> Result<Done, Failure> {
+    let identity = keys::read(&paths.key_file)?;
+    let follower = Follower::new(
+        paths.registry_dir.clone(),
+        versions::registry_key(config)?,
+        RegistryConfig::default(),
+    );
+    let versions = Versions::new(&identity.public_key(), config, follower)?;
+    versions.poll_folder();
+    let order = Order {
+        config,
+        port: config.listen.address.port(),
+        firewall: &versions.firewall(&config.edge.roles),
+        mode,
+        probation,
+    };
+    force::put(edge, &order, nft)
+}
+
+fn nft(table: &Table) -> Result<(), Failure> {
+    Nft::default().apply(table).map_err(|error| of_nft(&error))
+}
+
+fn say(done: &Done, json: bool) -> Result<Exit, Failure> {
+    if json {
+        output::json(done)?;
+    } else {
+        output::data(format_args!(
+            "set {} in force: mode {}, registry version {}, {} inbound rules, on {}",
+            done.set,
+            done.mode,
+            done.registry_version,
+            done.rules,
+            done.interfaces.join(", ")
+        ))?;
+    }
+    Ok(Exit::Ok)
+}
+
+fn confirm(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
+    let pins = pins(&args.place)?;
+    let edge = Edge::adopt(&pins).map_err(|error| of_edge(&error))?;
+    edge.confirm().map_err(|error| of_edge(&error))?;
+    let set = force::confirmed(&edge, nft)?;
+    plain(args.json, "confirmed", set)
+}
+
+fn revert(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
+    let pins = pins(&args.place)?;
+    let edge = Edge::adopt(&pins).map_err(|error| of_edge(&error))?;
+    edge.revert().map_err(|error| of_edge(&error))?;
+    force::forget_pending(&pins)?;
+    let set = Publisher::new(edge.maps()).config().set;
+    plain(args.json, "reverted", set)
+}
+
+fn detach(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
+    let pins = pins(&args.place)?;
+    let present = pins.is_present();
+    // The program first: without it, the table closes the ports instead of leaving them open.
+    Edge::detach(&pins).map_err(|error| of_edge(&error))?;
+    Nft::default().remove().map_err(|error| of_nft(&error))?;
+    force::forget_pending(&pins)?;
+    sets::remove(&pins);
+    if !present {
+        output::message(format_args!(
+            "nothing of this version was pinned at {}",
+            pins.root().display()
+        ));
+    }
+    plain(args.json, "detached", 0)
+}
+
+fn temporary(args: &XdpTemporaryArgs, action: RuleAction) -> Result<Exit, Failure> {
+    let (config, paths) = Loaded::read(&args.config)?.usable()?;
+    let edge = Edge::adopt(&Pins::at(&config.edge.pins)).map_err(|error| of_edge(&error))?;
+    let mut state = State::read(edge.pins()).map_err(|error| of_edge(&error.into()))?;
+    let now = SystemTime::now();
+    state.expire(now);
+    let until = plan::unix_seconds(now).saturating_add(args.period.get().as_secs());
+    let prefix = args.prefix.trunc();
+    state.temporary.retain(|rule| rule.prefix != prefix);
+    state.temporary.push(Temporary {
+        prefix,
+        action,
+        until_unix_seconds: until,
+    });
+    force::write_state(edge.pins(), &state)?;
+    let mode = if state.enforce {
+        Mode::Enforce
+    } else {
+        Mode::Count
+    };
+    let done = put(&edge, &config, &paths, mode, None)?;
+    say(&done, args.json)
+}
+
+fn plain(json: bool, what: &'static str, set: u32) -> Result<Exit, Failure> {
+    if json {
+        output::json(&serde_json::json!({ "done": what, "set": set }))?;
+    } else {
+        output::data(what)?;
+    }
+    Ok(Exit::Ok)
+}
+
+/// Where the pins are: as the config says, or the command line.
+pub(crate) fn pins(place: &XdpPlace) -> Result<Pins, Failure> {
+    match &place.config {
+        None => Ok(Pins::at(&place.pins)),
+        Some(file) => {
+            let (config, _) = Loaded::read(file)?.usable()?;
+            Ok(Pins::at(&config.edge.pins))
+        }
+    }
+}
+
+/// How to attach what a config asks for.
+pub(crate) fn attach_options(config: &NodeConfig) -> AttachOptions {
+    let edge = &config.edge;
+    AttachOptions {
+        interfaces: edge.interfaces.clone(),
+        mode: match edge.xdp.as_str() {
+            "native" => AttachMode::Native,
+            "generic" => AttachMode::Generic,
+            _ => AttachMode::Auto,
+        },
+        sizes: LoadOptions {
+            trie_nodes4: plan::to_u32(edge.trie_nodes_max),
+            trie_nodes6: plan::to_u32(edge.trie_nodes_max),
+            limiter_lines: plan::to_u32(edge.limiter_lines),
+            rules_max: plan::to_u32(edge.rules_max),
+            peers_max: plan::to_u32(edge.peers_max),
+            sources_max: plan::to_u32(edge.sources_max),
+            ..LoadOptions::default()
+        },
+    }
+}
+
+/// An error of the edge, with the exit code that fits it.
+pub(crate) fn of_edge(error: &EdgeError) -> Failure {
+    let not_permitted = !millrace_edge::privileges::missing().is_empty();
+    let exit = match error {
+        EdgeError::Absent { .. } => Exit::NotRunning,
+        EdgeError::Publish(PublishError::Probation { .. } | PublishError::NoProbation) => {
+            Exit::Failed
+        }
+        _ if not_permitted => Exit::NotPermitted,
+        _ => Exit::Failed,
+    };
+    Failure::new(exit, error.to_string())
+}
+
+fn of_nft(error: &NftError) -> Failure {
+    Failure::new(Exit::Failed, error.to_string())
+}

@@ -1,0 +1,162 @@
+//! Puts sets in force: for a command, and for a node whose registry changed.
+//!
+//! 1. The kernel first, nftables second, the state last: whoever dies in between leaves what the next one repeats.
+//! 2. A set on probation changes neither nftables nor the state before it is confirmed, so nothing but the kernel has to go back.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use millrace_edge::edge::Edge;
+use millrace_edge::nft::Table;
+use millrace_edge::pins::Pins;
+use millrace_edge::publish::Publisher;
+use millrace_edge::state::State;
+use millrace_edge_policy::settings::Mode;
+use millrace_tuning::NodeConfig;
+use serde::{Deserialize, Serialize};
+
+use super::commands::of_edge;
+use super::plan::{self, Firewall};
+use super::{sets, show};
+use crate::exit::{Exit, Failure};
+
+/// What waits for a confirmation, beside the state.
+const PENDING: &str = "pending.json";
+
+/// What is to be in force.
+#[derive(Debug)]
+pub(crate) struct Order<'o> {
+    pub(crate) config: &'o NodeConfig,
+    /// The transport's.
+    pub(crate) port: u16,
+    pub(crate) firewall: &'o Firewall,
+    pub(crate) mode: Mode,
+    /// Only for so long unless it is confirmed.
+    pub(crate) probation: Option<Duration>,
+}
+
+/// What is in force now.
+#[derive(Debug, Serialize)]
+pub(crate) struct Done {
+    pub(crate) set: u32,
+    pub(crate) mode: &'static str,
+    pub(crate) registry_version: u64,
+    pub(crate) rules: usize,
+    pub(crate) interfaces: Vec<String>,
+    pub(crate) probation_seconds: Option<f64>,
+}
+
+/// A set that is on probation, and what follows when it is confirmed.
+#[derive(Debug, Serialize, Deserialize)]
+struct Pending {
+    set: u32,
+    enforce: bool,
+    registry_version: u64,
+    table: Table,
+}
+
+/// Compiles and publishes. `nft` replaces the table; with a probation it is not asked.
+pub(crate) fn put(
+    edge: &Edge,
+    order: &Order<'_>,
+    nft: impl FnOnce(&Table) -> Result<(), Failure>,
+) -> Result<Done, Failure> {
+    let mut state = read_state(edge.pins())?;
+    let version = order.firewall.version;
+    let settings = plan::settings(order.config, order.port, order.mode);
+    let set = plan::compiled(order.config, &settings, order.firewall, &state.temporary)
+        .map_err(|error| Failure::new(Exit::BadConfig, error.to_string()))?;
+    let in_force = Publisher::new(edge.maps()).config().set;
+    state.set = state.set.max(in_force) + 1;
+    edge.publish(&set, state.set, order.probation)
+        .map_err(|error| of_edge(&error))?;
+    sets::write(edge.pins(), state.set, in_force, &set)?;
+    let sampling = millrace_edge::abi::EdgeSampling {
+        every: plan::to_u32(order.config.edge.sample_every),
+        ..Default::default()
+    };
+    edge.maps().sampling.store(0, &sampling);
+    let pending = Pending {
+        set: state.set,
+        enforce: order.mode == Mode::Enforce,
+        registry_version: version,
+        table: Table::of(&set),
+    };
+    match order.probation {
+        Some(_) => write_pending(edge.pins(), &pending)?,
+        None => settle(edge, &pending, nft)?,
+    }
+    Ok(Done {
+        set: pending.set,
+        mode: show::mode_word(order.mode),
+        registry_version: version,
+        rules: set.rules.len(),
+        interfaces: state.interfaces.into_iter().map(|i| i.name).collect(),
+        probation_seconds: order.probation.map(|period| period.as_secs_f64()),
+    })
+}
+
+/// What follows a confirmation; the number of the set.
+pub(crate) fn confirmed(
+    edge: &Edge,
+    nft: impl FnOnce(&Table) -> Result<(), Failure>,
+) -> Result<u32, Failure> {
+    let path = pending_path(edge.pins());
+    let text = fs::read(&path).map_err(|error| Failure::io(path.display(), &error))?;
+    let pending: Pending = serde_json::from_slice(&text)
+        .map_err(|error| Failure::new(Exit::Failed, format!("{}: {error}", path.display())))?;
+    settle(edge, &pending, nft)?;
+    forget_pending(edge.pins())?;
+    Ok(pending.set)
+}
+
+/// Nothing waits for a confirmation any more.
+pub(crate) fn forget_pending(pins: &Pins) -> Result<(), Failure> {
+    let path = pending_path(pins);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(Failure::io(path.display(), &error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What a set that is in force for good implies: the table of nftables, and the state.
+fn settle(
+    edge: &Edge,
+    pending: &Pending,
+    nft: impl FnOnce(&Table) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    nft(&pending.table)?;
+    let mut state = read_state(edge.pins())?;
+    state.set = pending.set;
+    state.enforce = pending.enforce;
+    state.registry_version = Some(pending.registry_version);
+    write_state(edge.pins(), &state)
+}
+
+pub(crate) fn read_state(pins: &Pins) -> Result<State, Failure> {
+    State::read(pins).map_err(|error| of_edge(&error.into()))
+}
+
+pub(crate) fn write_state(pins: &Pins, state: &State) -> Result<(), Failure> {
+    let lock = pins
+        .lock_waiting()
+        .map_err(|error| of_edge(&error.into()))?;
+    state
+        .write(pins, &lock)
+        .map_err(|error| of_edge(&error.into()))
+}
+
+fn write_pending(pins: &Pins, pending: &Pending) -> Result<(), Failure> {
+    let path = pending_path(pins);
+    let text = serde_json::to_vec(pending)
+        .map_err(|error| Failure::new(Exit::Failed, error.to_string()))?;
+    fs::write(&path, text).map_err(|error| Failure::io(path.display(), &error))
+}
+
+fn pending_path(pins: &Pins) -> PathBuf {
+    pins.state_path().with_file_name(PENDING)
+}

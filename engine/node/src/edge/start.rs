@@ -1,0 +1,335 @@
+//! What a node does about its edge before its first thread starts.
+//!
+//! 1. Everything that takes a capability happens here; then they are given up, before any thread starts, because they belong to threads. A
+//!    helper process keeps what later changes need.
+//! 2. What the kernel or the host refuses is said and counted, and the node runs: user space then holds the same caps and limits.
+
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use caps::Capability;
+use libbpf_rs::MapHandle;
+use millrace_edge::counts::Counts;
+use millrace_edge::edge::{Edge, EdgeError};
+use millrace_edge::helper::{Helper, Setup};
+use millrace_edge::load::Steering;
+use millrace_edge::nft::Nft;
+use millrace_edge::pins::{Kind, Pins};
+use millrace_edge::{presence, privileges};
+use millrace_edge_policy::admission::{Admission, AdmissionConfig};
+use millrace_edge_policy::limiter::Limit;
+use millrace_edge_policy::settings::{Mode, Settings};
+use millrace_edge_policy::source::Source;
+use millrace_shards::socket::{
+    ShardSocket, UdpGroupConfig, attach_classic_steering, attach_steering, bind_unsteered,
+};
+use millrace_transport::{Clock, ConnectionCounts, EdgeStart};
+use millrace_tuning::NodeConfig;
+
+use super::commands::attach_options;
+use super::force::{self, Order};
+use super::plan::{self, Firewall};
+use crate::exit::{Exit, Failure};
+use crate::output;
+
+/// Kept for the shards: memory that they register with their rings is locked.
+const KEPT: [Capability; 1] = [Capability::CAP_IPC_LOCK];
+
+/// The subcommand that is the helper.
+const HELPER: &str = "edge-helper";
+
+/// The program in the kernel, as a running node holds it.
+#[derive(Debug)]
+pub(crate) struct Kernel {
+    pub(crate) edge: Edge,
+    pub(crate) helper: Option<Helper>,
+    pub(crate) counts: Counts,
+    /// What one source may open, for those that show their address here.
+    source_quic: Limit,
+}
+
+impl ConnectionCounts for Kernel {
+    fn opened(&self, source: Source) {
+        self.counts.opened(source.to_ip());
+    }
+
+    fn closed(&self, source: Source) {
+        self.counts.closed(source.to_ip());
+    }
+
+    fn validated(&self, source: Source) {
+        presence::charge_validated(self.edge.maps(), source, self.source_quic);
+    }
+}
+
+/// The edge of a node that is about to start.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub(crate) kernel: Option<Arc<Kernel>>,
+    pub(crate) admission: Arc<Admission>,
+    pub(crate) settings: Settings,
+    pub(crate) steering: &'static str,
+    sockets: Vec<ShardSocket>,
+}
+
+impl Prepared {
+    /// What the transport takes, and what the keeper takes later.
+    pub(crate) fn split(self) -> (EdgeStart, Kept) {
+        let counts = self
+            .kernel
+            .clone()
+            .map(|kernel| -> Arc<dyn ConnectionCounts> { kernel });
+        let start = EdgeStart {
+            admission: Some(Arc::clone(&self.admission)),
+            counts,
+            sockets: Some(self.sockets),
+            clock: Clock::new(),
+        };
+        let kept = Kept {
+            kernel: self.kernel,
+            admission: self.admission,
+            settings: self.settings,
+            steering: self.steering,
+        };
+        (start, kept)
+    }
+}
+
+/// What is left for the keeper.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) kernel: Option<Arc<Kernel>>,
+    pub(crate) admission: Arc<Admission>,
+    pub(crate) settings: Settings,
+    pub(crate) steering: &'static str,
+}
+
+/// Binds and steers the sockets, adopts or attaches the program, starts the helper, gives capabilities up.
+pub(crate) fn prepare(
+    config: &NodeConfig,
+    udp: &UdpGroupConfig,
+    handshakes_max: u64,
+    firewall: &Firewall,
+) -> Result<Prepared, Failure> {
+    let sockets = bind_unsteered(udp).map_err(|error| bind_failure(&error))?;
+    let steering = steer(&sockets)?;
+    let listens = sockets.first().map_or(udp.local, ShardSocket::local_addr);
+    let wanted = !config.edge.interfaces.is_empty();
+    let kernel = if wanted {
+        kernel(config, listens, firewall)
+    } else {
+        None
+    };
+    let mode = match &kernel {
+        Some(kernel) => kept_mode(&kernel.edge)?,
+        None => plan::mode(&config.edge.mode),
+    };
+    let settings = plan::settings(config, listens.port(), mode);
+    settings
+        .validate()
+        .map_err(|error| Failure::new(Exit::BadConfig, format!("[edge]: {error}")))?;
+    let admission = admission(config, &settings, handshakes_max)?;
+    admission.set_kernel_charges(kernel.is_some() && mode == Mode::Enforce);
+    if wanted {
+        privileges::drop_capabilities(&KEPT).map_err(|error| {
+            Failure::new(
+                Exit::Failed,
+                format!("cannot give capabilities up: {error}"),
+            )
+        })?;
+    }
+    Ok(Prepared {
+        kernel: kernel.map(Arc::new),
+        admission: Arc::new(admission),
+        settings,
+        steering,
+        sockets,
+    })
+}
+
+/// The mode that the pins were left in: a restart changes nothing.
+fn kept_mode(edge: &Edge) -> Result<Mode, Failure> {
+    let state = force::read_state(edge.pins())?;
+    Ok(if state.enforce {
+        Mode::Enforce
+    } else {
+        Mode::Count
+    })
+}
+
+fn admission(
+    config: &NodeConfig,
+    settings: &Settings,
+    handshakes_max: u64,
+) -> Result<Admission, Failure> {
+    let of_admission = AdmissionConfig {
+        limits: settings.limits,
+        caps: settings.caps,
+        sources_max: plan::to_usize(config.edge.sources_max),
+        half_open_retry: plan::to_usize(handshakes_max / 2),
+        sketch_lines: plan::to_usize(config.edge.limiter_lines),
+    };
+    // Asked once before, so that an error is told instead of weak keys taken.
+    random()?;
+    Ok(Admission::new(
+        of_admission,
+        millrace_edge::clock::now_ns(),
+        unpredictable,
+    ))
+}
+
+fn random() -> Result<[u8; 16], Failure> {
+    presence::random().map_err(|error| Failure::io("random bytes", &error))
+}
+
+/// Random bytes where no error can be told; the kernel's generator does not fail once it gave any.
+pub(crate) fn unpredictable() -> [u8; 16] {
+    presence::random().unwrap_or_else(|error| {
+        tracing::error!(%error, "the kernel gives no random bytes");
+        std::process::abort()
+    })
+}
+
+/// By a program of ours where it loads, else by the classic one: both send a connection ID to the same shard.
+fn steer(sockets: &[ShardSocket]) -> Result<&'static str, Failure> {
+    if sockets.len() > 1 && privileges::missing().is_empty() {
+        match steer_by_program(sockets) {
+            Ok(()) => return Ok("ebpf"),
+            Err(error) => tracing::info!(%error, "steering by classic BPF"),
+        }
+    }
+    attach_classic_steering(sockets).map_err(|error| bind_failure(&error))?;
+    Ok(if sockets.len() > 1 { "classic" } else { "none" })
+}
+
+fn steer_by_program(sockets: &[ShardSocket]) -> Result<(), String> {
+    let shards = u32::try_from(sockets.len()).unwrap_or(u32::MAX);
+    let steering = Steering::load(shards).map_err(|error| error.to_string())?;
+    for (shard, socket) in (0..).zip(sockets) {
+        steering
+            .set_socket(shard, socket.as_fd())
+            .map_err(|error| error.to_string())?;
+    }
+    let program = steering.program().map_err(|error| error.to_string())?;
+    attach_steering(sockets, program.as_fd()).map_err(|error| error.to_string())
+}
+
+/// The program in the kernel: what is pinned, or a new one if this process may.
+fn kernel(config: &NodeConfig, listens: SocketAddr, firewall: &Firewall) -> Option<Kernel> {
+    let found = adopt_or_attach(config, listens, firewall).and_then(|edge| {
+        let run = u32::from_le_bytes(random()?[..4].try_into().unwrap_or([1; 4]));
+        let pinned = edge.pins().path(Kind::Map, "quic_sources");
+        let counts = MapHandle::from_pinned_path(&pinned)
+            .and_then(|map| Counts::new(map, run))
+            .map_err(|error| {
+                Failure::new(Exit::Failed, format!("{}: {error}", pinned.display()))
+            })?;
+        Ok(Kernel {
+            helper: helper(edge.pins()),
+            counts,
+            edge,
+            source_quic: plan::settings(config, listens.port(), Mode::Count)
+                .limits
+                .source_quic,
+        })
+    });
+    match found {
+        Ok(kernel) => Some(kernel),
+        Err(failure) => {
+            output::message(format_args!(
+                "no edge in the kernel: {failure}; user space holds caps and rates by itself, without the firewall"
+            ));
+            None
+        }
+    }
+}
+
+fn adopt_or_attach(
+    config: &NodeConfig,
+    listens: SocketAddr,
+    firewall: &Firewall,
+) -> Result<Edge, Failure> {
+    let pins = Pins::at(&config.edge.pins);
+    match Edge::adopt(&pins) {
+        Ok(edge) => {
+            output::message(format_args!("edge adopted from {}", pins.root().display()));
+            Ok(edge)
+        }
+        Err(EdgeError::Absent { .. }) => attach(config, listens, firewall, &pins),
+        Err(error) => Err(super::commands::of_edge(&error)),
+    }
+}
+
+fn attach(
+    config: &NodeConfig,
+    listens: SocketAddr,
+    firewall: &Firewall,
+    pins: &Pins,
+) -> Result<Edge, Failure> {
+    let missing = privileges::missing();
+    if !missing.is_empty() {
+        let names: Vec<_> = missing.iter().map(ToString::to_string).collect();
+        let message = format!("attaching takes {}", names.join(", "));
+        return Err(Failure::new(Exit::NotPermitted, message));
+    }
+    let edge = Edge::attach(pins, &attach_options(config))
+        .map_err(|error| super::commands::of_edge(&error))?;
+    let order = Order {
+        config,
+        port: listens.port(),
+        firewall,
+        mode: plan::mode(&config.edge.mode),
+        probation: None::<Duration>,
+    };
+    let nft = |table: &millrace_edge::nft::Table| {
+        Nft::default()
+            .apply(table)
+            .map_err(|error| Failure::new(Exit::Failed, error.to_string()))
+    };
+    match force::put(&edge, &order, nft) {
+        Ok(done) => {
+            output::message(format_args!(
+                "edge attached to {}, mode {}",
+                done.interfaces.join(", "),
+                done.mode
+            ));
+            Ok(edge)
+        }
+        Err(failure) => {
+            // Half an edge would be worse than none. The first error is the one to tell.
+            let _ = Edge::detach(pins);
+            let _ = Nft::default().remove();
+            Err(failure)
+        }
+    }
+}
+
+/// The process that keeps what later changes need; without it, rules still change, nftables and programs do not.
+fn helper(pins: &Pins) -> Option<Helper> {
+    let setup = Setup {
+        pins: pins.clone(),
+        nft: Nft::default(),
+    };
+    let started = std::env::current_exe()
+        .map_err(|error| error.to_string())
+        .and_then(|program| {
+            let mut command = Command::new(program);
+            command.arg(HELPER);
+            Helper::start(command, &setup).map_err(|error| error.to_string())
+        });
+    started
+        .inspect_err(|error| {
+            tracing::warn!(error, "no helper: nftables and programs stay as they are")
+        })
+        .ok()
+}
+
+fn bind_failure(error: &millrace_shards::socket::SocketError) -> Failure {
+    Failure::new(
+        Exit::Failed,
+        format!("the transport did not start: {error}"),
+    )
+}
