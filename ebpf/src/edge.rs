@@ -108,6 +108,11 @@ impl Edge {
             programs.insert(program, opened);
         }
         let maps = Maps::open(|name| MapHandle::from_pinned_path(pins.path(Kind::Map, name)))?;
+        let layout: u32 = maps.control.load_part(0, offset_of!(EdgeControl, layout));
+        if layout != LAYOUT {
+            let (root, found) = (pins.root().to_owned(), format!("layout {layout}"));
+            return Err(EdgeError::Layout { root, found });
+        }
         Ok(Self {
             pins: pins.clone(),
             maps,
@@ -289,7 +294,10 @@ impl Edge {
         match mode {
             AttachMode::Native => native(),
             AttachMode::Generic => generic(),
-            AttachMode::Auto => native().or_else(|_: EdgeError| generic()),
+            AttachMode::Auto => native().or_else(|error: EdgeError| {
+                tracing::info!(%error, "no native XDP; generic, which is slower");
+                generic()
+            }),
         }
     }
 

@@ -5,12 +5,14 @@ mod common;
 
 use std::io;
 use std::io::{BufRead as _, BufReader};
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use common::edge::{Ends, Home, attached, counters, denied, options, set};
-use common::{Namespace, Pair, ok, privileged, until};
+use common::edge::{Ends, Home, TCP_PORT, attached, counters, denied, options, set};
+use common::{NODE, Namespace, Pair, WORLD, ok, privileged, until};
 use millrace_edge::edge::{AttachOptions, Edge, EdgeError};
+use millrace_edge::frame::{Description, Shape};
 use millrace_edge::nft::{Nft, Table};
 use millrace_edge::pins::{Kind, Pins};
 use millrace_edge::publish::Publisher;
@@ -185,6 +187,70 @@ fn two_hundred_swaps_under_load_lose_and_bypass_nothing() {
 fn transmit_drops(world: &Namespace) -> u64 {
     let shown: serde_json::Value = serde_json::from_str(&world.ip("-j -s link show mr1")).unwrap();
     shown[0]["stats64"]["tx"]["dropped"].as_u64().unwrap()
+}
+
+// Protects caps across a reload: while two programs see a connection open or close, it is counted once.
+#[test]
+fn connections_that_open_during_swaps_are_counted_once() {
+    if !privileged("connections_that_open_during_swaps_are_counted_once") {
+        return;
+    }
+    let (pair, home) = (Pair::new("reload"), Home::new());
+    let mut edge = attached(&pair, &home, AttachMode::Native);
+    edge.publish(&set(Mode::Enforce, RuleAction::Allow), 1, None)
+        .unwrap();
+    let loaded = [edge.load_beside().unwrap(), edge.load_beside().unwrap()];
+    let listener = pair
+        .node
+        .enter(|| TcpListener::bind((NODE, TCP_PORT)).unwrap());
+    let connect = || {
+        let client = TcpStream::connect((NODE, TCP_PORT)).unwrap();
+        (client, listener.accept().unwrap().0)
+    };
+    let stop = AtomicBool::new(false);
+    let during_swaps = |edge: &mut Edge, act: &mut (dyn FnMut() + Send)| {
+        stop.store(false, Ordering::Relaxed);
+        std::thread::scope(|scope| {
+            let swaps = scope.spawn(|| {
+                for swap in (0..2).cycle() {
+                    edge.replace(&loaded[swap]).unwrap();
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+            });
+            act();
+            stop.store(true, Ordering::Relaxed);
+            swaps.join().unwrap();
+        });
+    };
+
+    let mut open = Vec::new();
+    let opening = &mut || {
+        pair.world
+            .enter(|| open = (0..200).map(|_| connect()).collect())
+    };
+    during_swaps(&mut edge, opening);
+    assert_eq!(tcp_connections(&edge), 200);
+    // Both ends let go; the kernel is done with a socket a moment later.
+    let closing = &mut || open.truncate(50);
+    during_swaps(&mut edge, closing);
+    until("the closed ones are gone", || tcp_connections(&edge) == 50);
+    open.clear();
+    until("all are gone", || tcp_connections(&edge) == 0);
+}
+
+/// Of the world.
+fn tcp_connections(edge: &Edge) -> u32 {
+    let from = (WORLD.parse::<IpAddr>().unwrap(), 1_024).into();
+    let shape = Shape::TcpAck;
+    let packet = Description {
+        from,
+        to_port: TCP_PORT,
+        shape,
+        payload_bytes: None,
+    };
+    edge.trace(&packet.frame()).unwrap().connections.tcp
 }
 
 // Protects a node whose program is gone from an interface: the table lets nothing pass that has no stamp.

@@ -13,8 +13,10 @@ use millrace_edge_policy::settings::{DefaultAction, Kind, Mode, Service, Setting
 
 use super::{NODE, PATIENCE, Pair, WORLD};
 
-/// Where the service listens.
+/// Where the service of UDP listens.
 pub const PORT: u16 = 4200;
+/// Where the service of TCP listens, open to all whom no rule names.
+pub const TCP_PORT: u16 = 8080;
 
 pub fn sizes() -> LoadOptions {
     LoadOptions {
@@ -43,14 +45,20 @@ pub fn set(mode: Mode, action: RuleAction) -> Compiled {
 }
 
 pub fn set_of(mode: Mode, prefixes: &[&str], action: RuleAction) -> Compiled {
-    let default_action = DefaultAction::Deny;
     let settings = Settings {
         mode,
-        services: vec![Service {
-            port: PORT,
-            kind: Kind::Udp,
-            default_action,
-        }],
+        services: vec![
+            Service {
+                port: PORT,
+                kind: Kind::Udp,
+                default_action: DefaultAction::Deny,
+            },
+            Service {
+                port: TCP_PORT,
+                kind: Kind::Tcp,
+                default_action: DefaultAction::Allow,
+            },
+        ],
         ..Settings::default()
     };
     let rule = |prefix: &&str| {
