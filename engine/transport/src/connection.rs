@@ -23,6 +23,7 @@ use millrace_protocol::rpc::RpcError;
 use millrace_protocol::timer::TimerId;
 use millrace_shards::datapath::Trains;
 
+use crate::address::PeerAddress;
 use crate::buffers::QuicConnection;
 use crate::carrier::Pumped;
 use crate::config::TransportConfig;
@@ -90,15 +91,15 @@ pub(crate) struct Events {
 pub(crate) struct Connection {
     pub(crate) quic: QuicConnection,
     pub(crate) key: ConnKey,
+    /// Where the peer is.
+    pub(crate) address: PeerAddress,
     /// Our connection IDs.
     pub(crate) ids: LiveIds,
     /// The ID that the client chose for its first packets, on the listening side until the handshake is done.
     pub(crate) initial: Option<Vec<u8>>,
     pub(crate) is_server: bool,
-    /// Where an inbound connection came from at first.
-    pub(crate) from: Option<SocketAddr>,
-    /// The same, until that source is charged for it: it brought no token and no proof.
-    pub(crate) uncharged: Option<SocketAddr>,
+    /// The source of an inbound connection is still to be charged for it: it brought no token and no proof.
+    pub(crate) is_uncharged: bool,
     /// From when the handshake of an inbound connection has completed.
     pub(crate) counted: Option<Counted>,
     /// The dial that this is, until its handshake is done.
@@ -132,6 +133,7 @@ impl Connection {
         quic: QuicConnection,
         key: ConnKey,
         handshake_id: IdBytes,
+        peer: SocketAddr,
         is_server: bool,
         config: &TransportConfig,
         now: Instant,
@@ -139,11 +141,11 @@ impl Connection {
         Self {
             quic,
             key,
+            address: PeerAddress::new(peer),
             ids: LiveIds::new(handshake_id),
             initial: None,
             is_server,
-            from: None,
-            uncharged: None,
+            is_uncharged: false,
             counted: None,
             attempt: None,
             index: 0,
@@ -282,19 +284,25 @@ impl Connection {
                 counters.add(Counter::StreamsOut, out.take_streams_opened());
             }
         }
-        let mut packets = 0;
+        let (to, allowed_bytes) = self.address.target();
+        let (mut packets, mut sent_bytes) = (0, 0);
         let mut out = self.link.as_ref().map(|link| link.out.borrow_mut());
         let more = loop {
             if packets == config.packets_per_turn {
                 break Sent::Budget;
             }
+            // Goes on when more came from there.
+            if sent_bytes >= allowed_bytes {
+                break Sent::All;
+            }
             let Some(buffer) = trains.packet(config.udp_payload_bytes_max) else {
                 break Sent::NoSlot;
             };
             match self.quic.send(buffer) {
-                Ok((len, info)) => {
-                    trains.push(len, info.to);
+                Ok((len, _)) => {
+                    trains.push(len, to);
                     packets += 1;
+                    sent_bytes += len;
                     if let Some(out) = &mut out {
                         out.on_packet_sent(len);
                     }
@@ -310,6 +318,7 @@ impl Connection {
             }
         };
         drop(out);
+        self.address.sent(sent_bytes);
         if failed {
             self.close(CloseCode::Violation);
         }

@@ -23,7 +23,6 @@ use millrace_edge_policy::cid::SLOTS_MAX;
 use millrace_protocol::budget::{ReceiveBudget, Reservation};
 use millrace_protocol::health::{Health, HealthConfig};
 use millrace_protocol::id::NodeId;
-use millrace_protocol::knock::Knock;
 use millrace_protocol::peers::{ConnKey, Peers};
 use millrace_protocol::timer::{TimerId, Wheel};
 use millrace_protocol::topology::Topology;
@@ -36,7 +35,6 @@ use crate::config::TransportConfig;
 use crate::connection::{Connection, EXCHANGE_PACKETS, Phase, Sent};
 use crate::counters::{Counter, Counters};
 use crate::gate::Gate;
-use crate::ids::IdBytes;
 use crate::inbox::Room;
 use crate::link::Shared;
 use crate::message::Handler;
@@ -287,7 +285,7 @@ impl<H: Handler> Endpoint<H> {
                     return Some(PeerStatus {
                         node_id: link.peer,
                         connection: link.number.get(),
-                        address: path.as_ref().map(|p| p.peer_addr),
+                        address: Some(connection.address.current()),
                         rtt: path.as_ref().map(|p| p.rtt),
                         probe_rtt: connection
                             .health
@@ -339,52 +337,7 @@ impl<H: Handler> Datapath for Endpoint<H> {
         self.parts.shared.now.set(now);
         self.counters()
             .add(Counter::DatagramsReceived, datagrams.count() as u64);
-        let info = quiche::RecvInfo {
-            from: datagrams.from(),
-            to: self.parts.local,
-        };
-        let mut touched: Option<(usize, IdBytes)> = None;
-        for datagram in datagrams.into_segments() {
-            if let Some(knock) = Knock::decode(datagram) {
-                self.on_knock(&knock, now);
-                continue;
-            }
-            let slot = match touched {
-                // The short headers of one flow name the same connection nearly always.
-                Some((slot, cid))
-                    if datagram.get(1..17) == Some(cid.as_slice()) && datagram[0] & 0x80 == 0 =>
-                {
-                    slot
-                }
-                _ => {
-                    let Some(slot) = self
-                        .route(datagram)
-                        .or_else(|| self.accept(datagram, info.from, now))
-                    else {
-                        continue;
-                    };
-                    let Some(cid) = self.routed_by(slot, datagram) else {
-                        continue;
-                    };
-                    if let Some((last, _)) = touched.replace((slot, cid))
-                        && last != slot
-                    {
-                        self.on_packets(last, now);
-                    }
-                    slot
-                }
-            };
-            let Some(Some(connection)) = self.connections.get_mut(slot) else {
-                continue;
-            };
-            connection.unanswered_bytes += datagram.len();
-            if connection.quic.recv(datagram, info).is_err() {
-                self.counters().add(Counter::DatagramsInvalid, 1);
-            }
-        }
-        if let Some((slot, _)) = touched {
-            self.on_packets(slot, now);
-        }
+        self.receive(datagrams, now);
     }
 
     fn on_receive_batch_end(&mut self, _now: Instant) {}

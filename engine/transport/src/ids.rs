@@ -10,16 +10,11 @@
 
 use millrace_edge_policy::cid::LocalCid;
 
-/// IDs that we let a peer give us and so give to a peer of ours. Each path (RFC 9000, 9) takes one, so this is also how many
-/// addresses a connection may have been seen at.
-pub(crate) const ACTIVE_IDS: u64 = 4;
+/// IDs that we let a peer give us, and so what a peer of ours takes: as few as RFC 9000 (18.2) allows, since nobody moves by choice.
+pub(crate) const ACTIVE_IDS: u64 = 2;
 
 /// quiche keeps this many of its own while some are being replaced.
-const LIVE_MAX: usize = live_max(ACTIVE_IDS as usize);
-
-const fn live_max(active: usize) -> usize {
-    2 * active - 1
-}
+const LIVE_MAX: usize = 2 * ACTIVE_IDS as usize - 1;
 
 /// An ID as it stands in packets.
 pub(crate) type IdBytes = [u8; LocalCid::BYTES];
@@ -66,11 +61,10 @@ impl LiveIds {
         self.issued[0].id
     }
 
-    /// Whether the peer lacks fresh IDs and may be given one. `limit` is what it takes (`active_connection_id_limit`).
-    pub(crate) fn wants_another(&self, limit: u64, now_ns: u64) -> bool {
-        let limit = limit.clamp(2, ACTIVE_IDS) as usize;
+    /// Whether the peer lacks fresh IDs and may be given one. Every peer takes as many as we give.
+    pub(crate) fn wants_another(&self, now_ns: u64) -> bool {
         let fresh = self.live().iter().filter(|issued| issued.until_ns > now_ns);
-        self.len < live_max(limit) && fresh.count() < limit
+        self.len < LIVE_MAX && fresh.count() < ACTIVE_IDS as usize
     }
 
     /// An ID was issued, to be replaced at `until_ns`.
@@ -101,9 +95,9 @@ mod tests {
     }
 
     /// Issues what is wanted, with IDs numbered from `next`; how many.
-    fn fill(ids: &mut LiveIds, limit: u64, next: u8, now_ns: u64) -> u8 {
+    fn fill(ids: &mut LiveIds, next: u8, now_ns: u64) -> u8 {
         let mut given = 0;
-        while ids.wants_another(limit, now_ns) {
+        while ids.wants_another(now_ns) {
             ids.push(id(next + given), now_ns + 100);
             given += 1;
         }
@@ -114,31 +108,28 @@ mod tests {
     #[test]
     fn an_id_lives_from_issue_to_retirement() {
         let mut ids = LiveIds::new(id(0));
-        assert_eq!(fill(&mut ids, 4, 1, 10), 4);
-        assert!((0..=4).all(|n| ids.contains(&id(n))));
-        assert!(!ids.contains(&id(5)) && !ids.contains(&id(0)[..15]));
+        assert_eq!(fill(&mut ids, 1, 10), 2);
+        assert!((0..=2).all(|n| ids.contains(&id(n))));
+        assert!(!ids.contains(&id(3)) && !ids.contains(&id(0)[..15]));
         ids.retire(&id(9));
         ids.retire(&id(0));
         assert!(!ids.contains(&id(0)));
         assert_eq!(ids.oldest(), id(1));
-        assert_eq!(fill(&mut ids, 4, 5, 10), 0, "all are fresh");
+        assert_eq!(fill(&mut ids, 5, 10), 0, "all are fresh");
     }
 
-    // Protects the peer's limit: never more than it holds and was asked to give up, whatever it says and however late it answers.
+    // Protects the peer's limit: never more than it holds and was asked to give up, however late it answers.
     #[test]
     fn replaces_all_within_bounds() {
-        for (limit, active) in [(0, 2), (2, 2), (3, 3), (4, 4), (u64::MAX, 4)] {
-            let mut ids = LiveIds::new(id(0));
-            assert_eq!(fill(&mut ids, limit, 1, 0), active.min(2 * active - 2));
-            ids.retire(&id(0));
-            let first = fill(&mut ids, limit, 10, 200);
-            assert_eq!(usize::from(first), usize::from(active) - 1);
-            assert_eq!(ids.live().len(), live_max(active.into()));
-            for old in 1..=active {
-                ids.retire(&id(old));
-            }
-            assert_eq!(first + fill(&mut ids, limit, 20, 200), active);
-        }
+        let mut ids = LiveIds::new(id(0));
+        assert_eq!(fill(&mut ids, 1, 0), 2);
+        ids.retire(&id(0));
+        assert_eq!(fill(&mut ids, 10, 200), 1);
+        assert_eq!(ids.live().len(), LIVE_MAX);
+        ids.retire(&id(1));
+        assert_eq!(fill(&mut ids, 20, 200), 1);
+        ids.retire(&id(2));
+        assert_eq!(fill(&mut ids, 30, 200), 0);
     }
 
     #[test]

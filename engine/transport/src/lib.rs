@@ -9,6 +9,7 @@
 //! 3. Whatever a peer can make grow has a bound in [`TransportConfig`], and a counter with a reason when the bound is hit.
 #![forbid(unsafe_code)]
 
+mod address;
 mod buffers;
 pub mod carrier;
 mod clock;

@@ -85,7 +85,7 @@ pub(crate) fn quic_config(
     });
     quic.enable_dgram(true, 256, 256);
     quic.set_active_connection_id_limit(ACTIVE_IDS);
-    // A peer whose NAT rebinds keeps its connection all the same (RFC 9000, 9.3): only moves by its own choice are off.
+    // Nobody moves by choice; whose NAT rebinds is followed by `address.rs`.
     quic.set_disable_active_migration(true);
     quic.grease(false);
     Ok(quic)

@@ -5,7 +5,7 @@ mod common;
 #[path = "common/relay.rs"]
 mod relay;
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use common::*;
@@ -96,8 +96,8 @@ impl Scene {
 
 #[test]
 fn a_peer_that_changes_its_port_keeps_its_connection_and_its_shard() {
-    const REBINDS: u64 = 2;
-    const BODY_BYTES: usize = 24 << 20;
+    const REBINDS: u64 = 4;
+    const BODY_BYTES: usize = 12 << 20;
     let mut scene = Scene::new();
     scene.wait_for_ids(|kind, _| kind == Kind::Roaming);
     let shard_of = |scene: &Scene| {
@@ -126,7 +126,37 @@ fn a_peer_that_changes_its_port_keeps_its_connection_and_its_shard() {
         assert!(scene.listener.transport.status().wait(PATIENCE, moved));
         assert_eq!(shard_of(&scene), (shard, Some(address)));
     }
+    // And while nothing is carried: a sign of life is enough.
+    scene.relay.rebind();
+    scene
+        .listener
+        .wait_for_count(Counter::Migrations, REBINDS + 1);
     scene.ask(100, Class::Normal);
+    scene.assert_never_down();
+}
+
+// Protects the connection: what somebody on the path repeats is not the peer.
+#[test]
+fn a_packet_repeated_from_another_port_moves_nobody() {
+    let scene = Scene::new();
+    scene.ask(100, Class::Normal);
+    let repeater = UdpSocket::bind("127.0.0.1:0").unwrap();
+    for _ in 0..10 {
+        let packet = scene.relay.last_short();
+        repeater
+            .send_to(&packet, scene.listener.transport.local_addr())
+            .unwrap();
+        // Behind it in the listener's queue.
+        scene.ask(100, Class::Normal);
+    }
+    assert_eq!(scene.listener.count(Counter::Migrations), 0);
+    repeater
+        .set_read_timeout(Some(Duration::from_millis(1)))
+        .unwrap();
+    assert!(
+        repeater.recv_from(&mut [0; 2_000]).is_err(),
+        "nothing is sent there"
+    );
     scene.assert_never_down();
 }
 

@@ -176,10 +176,8 @@ impl<H: Handler> Endpoint<H> {
             self.wheel.cancel(id);
         }
         self.end_handshake(&mut connection);
-        if let Some(from) = connection.uncharged.take()
-            && was_refused_by_certificate(&connection)
-        {
-            self.parts.gate.validated(from, self.parts.clock.ns(now));
+        if was_refused_by_certificate(&connection) {
+            self.charge(&mut connection, now);
         }
         let kind = self.judge_end(&connection);
         if let Some(link) = connection.link.take() {

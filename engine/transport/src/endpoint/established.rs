@@ -52,9 +52,7 @@ impl<H: Handler> Endpoint<H> {
             .and_then(|id| id.first())
             .copied();
         self.end_handshake(connection);
-        if let Some(from) = connection.uncharged.take() {
-            self.parts.gate.validated(from, self.parts.clock.ns(now));
-        }
+        self.charge(connection, now);
         let key = tls::peer_key(connection.quic.as_mut());
         let Some(peer) = key.and_then(|key| self.topology.node_of_key(&key)) else {
             // Passed the callback, and left the registry since.
@@ -73,8 +71,8 @@ impl<H: Handler> Endpoint<H> {
                 Direction::Inbound
             }
         };
-        if let Some(from) = connection.from {
-            let counted = self.parts.gate.open(from);
+        if connection.is_server {
+            let counted = self.parts.gate.open(connection.address.first());
             connection.counted = Some(counted.map_err(|why| (CloseCode::NoRoom, why.label()))?);
         }
         let allowed = match self.parts.peers.get_mut(connection.index) {
@@ -97,6 +95,14 @@ impl<H: Handler> Endpoint<H> {
         };
         link.control(Kind::Hello, 0, &hello.encode());
         connection.link = Some(link);
+    }
+
+    /// The source of a connection has shown that its address is its own. More than once does no harm.
+    pub(super) fn charge(&self, connection: &mut Connection, now: Instant) {
+        if std::mem::take(&mut connection.is_uncharged) {
+            let from = connection.address.first();
+            self.parts.gate.validated(from, self.parts.clock.ns(now));
+        }
     }
 
     /// The handshake is over, well or badly. More than once does no harm.

@@ -56,8 +56,7 @@ impl<H: Handler> Endpoint<H> {
                 let is_charged = original.is_some() || peer.is_some();
                 let slot = self.open(&header, original, from, now)?;
                 if let Some(Some(connection)) = self.connections.get_mut(slot) {
-                    connection.from = Some(from);
-                    connection.uncharged = (!is_charged).then_some(from);
+                    connection.is_uncharged = !is_charged;
                 }
                 Some(slot)
             }
@@ -135,7 +134,8 @@ impl<H: Handler> Endpoint<H> {
             return None;
         };
         let key = self.new_key(slot);
-        let mut connection = Connection::new(quic, key, id, true, &self.parts.shared.config, now);
+        let mut connection =
+            Connection::new(quic, key, id, from, true, &self.parts.shared.config, now);
         let dcid = header.dcid.to_vec();
         self.initial.insert(dcid.clone(), slot);
         connection.initial = Some(dcid);
@@ -207,7 +207,8 @@ impl<H: Handler> Endpoint<H> {
         };
         tls::pin(quic.as_mut(), public_key, &self.parts.shared.counters);
         let key = self.new_key(slot);
-        let mut connection = Connection::new(quic, key, id, false, &self.parts.shared.config, now);
+        let mut connection =
+            Connection::new(quic, key, id, to, false, &self.parts.shared.config, now);
         connection.attempt = Some(attempt);
         connection.index = index;
         self.insert(slot, connection);

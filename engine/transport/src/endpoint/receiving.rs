@@ -1,16 +1,114 @@
-//! After the packets of one receive completion: everything they made possible.
+//! Receiving: datagrams to their connections, and after the packets of one completion everything they made possible.
 
+use std::net::SocketAddr;
 use std::time::Instant;
 
+use millrace_edge_policy::cid::dcid_of;
 use millrace_protocol::knock::Knock;
+use millrace_shards::datapath::Datagrams;
 
 use super::{Endpoint, PeerRoom};
+use crate::address::PeerAddress;
 use crate::connection::{Events, Phase};
 use crate::counters::Counter;
+use crate::ids::IdBytes;
 use crate::message::Handler;
 use crate::quic::CloseCode;
 
+/// The connection that the last datagram of a receive completion was for.
+struct Touched {
+    slot: usize,
+    /// A live ID of it: what the next short header is compared with.
+    id: IdBytes,
+    /// From where quiche is told that its datagrams are.
+    info: quiche::RecvInfo,
+    bytes: usize,
+    /// How many packets it had received, if these come from another port than before.
+    elsewhere: Option<usize>,
+}
+
 impl<H: Handler> Endpoint<H> {
+    /// One receive completion: datagrams from one address, nearly always for one connection.
+    pub(super) fn receive(&mut self, datagrams: Datagrams<'_>, now: Instant) {
+        let from = datagrams.from();
+        let mut touched: Option<Touched> = None;
+        for datagram in datagrams.into_segments() {
+            if let Some(knock) = Knock::decode(datagram) {
+                self.on_knock(&knock, now);
+                continue;
+            }
+            let is_next = |touched: &Touched| {
+                datagram.get(1..17) == Some(touched.id.as_slice()) && datagram[0] & 0x80 == 0
+            };
+            if !touched.as_ref().is_some_and(is_next) {
+                let Some(slot) = self
+                    .route(datagram)
+                    .or_else(|| self.accept(datagram, from, now))
+                else {
+                    continue;
+                };
+                if let Some(last) = touched.take_if(|last| last.slot != slot) {
+                    self.on_touched(&last, from, now);
+                }
+                if touched.is_none() {
+                    touched = self.touch(slot, from);
+                }
+                if let (Some(touched), Some((dcid, false))) = (&mut touched, dcid_of(datagram)) {
+                    touched.id.copy_from_slice(dcid);
+                }
+            }
+            let Some(touched) = &mut touched else {
+                continue;
+            };
+            touched.bytes += datagram.len();
+            let Some(Some(connection)) = self.connections.get_mut(touched.slot) else {
+                continue;
+            };
+            connection.unanswered_bytes += datagram.len();
+            if connection.quic.recv(datagram, touched.info).is_err() {
+                self.counters().add(Counter::DatagramsInvalid, 1);
+            }
+        }
+        if let Some(last) = touched {
+            self.on_touched(&last, from, now);
+        }
+    }
+
+    /// None when datagrams from there are not for this connection.
+    fn touch(&self, slot: usize, from: SocketAddr) -> Option<Touched> {
+        let connection = self.connections.get(slot)?.as_deref()?;
+        if !connection.address.may_be(from) {
+            self.counters().add(Counter::DatagramsInvalid, 1);
+            return None;
+        }
+        let is_elsewhere = connection.is_server && !connection.address.is_settled_at(from);
+        Some(Touched {
+            slot,
+            id: connection.ids.oldest(),
+            info: quiche::RecvInfo {
+                // Only a client's port may change: quiche drops what comes to a dialler from another.
+                from: if connection.is_server {
+                    connection.address.first()
+                } else {
+                    from
+                },
+                to: self.parts.local,
+            },
+            bytes: 0,
+            elsewhere: is_elsewhere.then(|| connection.quic.stats().recv),
+        })
+    }
+
+    fn on_touched(&mut self, touched: &Touched, from: SocketAddr, now: Instant) {
+        if let (Some(before), Some(Some(connection))) =
+            (touched.elsewhere, self.connections.get(touched.slot))
+            && connection.quic.stats().recv > before
+        {
+            self.follow_peer(touched.slot, from, touched.bytes, now);
+        }
+        self.on_packets(touched.slot, now);
+    }
+
     /// After the packets of one receive completion: everything they made possible.
     pub(super) fn on_packets(&mut self, slot: usize, now: Instant) {
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
@@ -20,7 +118,7 @@ impl<H: Handler> Endpoint<H> {
             self.on_established(slot, now);
         }
         self.notice_life(slot, now);
-        self.follow_peer(slot, now);
+        self.drop_retired_ids(slot, now);
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;
         };
@@ -49,11 +147,19 @@ impl<H: Handler> Endpoint<H> {
                         Some(now + self.parts.shared.config.stream_progress_interval);
                 }
             }
-            if let Some(health) = &mut connection.health {
-                for sequence in events.probe_replies.drain(..) {
-                    health.reply_received(sequence, now);
+            for repeated in events.probe_replies.drain(..) {
+                if PeerAddress::is_answer(repeated) {
+                    let moved = connection.address.answered(repeated);
+                    self.parts
+                        .shared
+                        .counters
+                        .add(Counter::Migrations, u64::from(moved));
+                } else if let Some(health) = &mut connection.health {
+                    health.reply_received(repeated, now);
                 }
             }
+            // What quiche says of paths (their MTU) is in their statistics too.
+            while connection.quic.path_event_next().is_some() {}
             if events.fault.is_some() {
                 self.close(slot, CloseCode::Violation);
             }

@@ -3,17 +3,17 @@
 //! Invariants
 //! 1. An ID of ours names a slot and is compared whole with the live IDs of its connection: a packet for an older tenant finds nobody.
 //! 2. Until its handshake is done, a peer has an ID that holds for its address only; roaming IDs are for proven peers.
-//! 3. A connection follows its peer to another address once the peer has shown that it is there (RFC 9000, 9.3); it keeps its shard,
-//!    since its ID steers.
+//! 3. A connection follows its peer to another port once the peer has shown that it is there; it keeps its shard, since its ID
+//!    steers.
 
 use std::net::SocketAddr;
 use std::time::Instant;
 
 use millrace_edge_policy::cid::{LocalCid, Place, dcid_of, reissue_at};
+use millrace_protocol::frame::Kind;
 
 use super::Endpoint;
-use crate::counters::Counter;
-use crate::ids::{ACTIVE_IDS, IdBytes};
+use crate::ids::IdBytes;
 use crate::message::Handler;
 use crate::random::random_bytes;
 
@@ -33,15 +33,6 @@ impl<H: Handler> Endpoint<H> {
             self.initial.get(dcid).copied()
         } else {
             None
-        }
-    }
-
-    /// A live ID of the connection that this datagram was routed to: the datagram's own, if its header is a short one.
-    pub(super) fn routed_by(&self, slot: usize, datagram: &[u8]) -> Option<IdBytes> {
-        let (dcid, is_long) = dcid_of(datagram)?;
-        match dcid.try_into() {
-            Ok(id) if !is_long => Some(id),
-            _ => Some(self.connections.get(slot)?.as_ref()?.ids.oldest()),
         }
     }
 
@@ -68,14 +59,11 @@ impl<H: Handler> Endpoint<H> {
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;
         };
-        // RFC 9000, 18.2: who says nothing takes two.
-        let limit = connection.quic.peer_transport_params();
-        let limit = limit.map_or(2, |parameters| parameters.active_conn_id_limit);
-        if connection.link.is_none() || !connection.ids.wants_another(limit, now_ns) {
+        if connection.link.is_none() || !connection.ids.wants_another(now_ns) {
             return;
         }
         let keys = self.parts.gate.keys();
-        while connection.ids.wants_another(limit, now_ns) {
+        while connection.ids.wants_another(now_ns) {
             self.issued = self.issued.wrapping_add(1);
             let id = LocalCid::issue_roaming(place, self.issued, &keys, now_ns);
             let reset_token = u128::from_le_bytes(random_bytes());
@@ -94,32 +82,45 @@ impl<H: Handler> Endpoint<H> {
         let now_ns = self.parts.clock.ns(now);
         for slot in 0..self.connections.len() {
             if let Some(connection) = &self.connections[slot]
-                && connection.ids.wants_another(ACTIVE_IDS, now_ns)
+                && connection.ids.wants_another(now_ns)
             {
                 self.renew_ids(slot, now);
             }
         }
     }
 
-    /// After packets: takes up which IDs the peer gave up, and whether it is at another address now.
-    pub(super) fn follow_peer(&mut self, slot: usize, now: Instant) {
+    /// After packets: takes up which IDs the peer gave up.
+    pub(super) fn drop_retired_ids(&mut self, slot: usize, now: Instant) {
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;
         };
-        let mut migrations = 0;
-        while let Some(event) = connection.quic.path_event_next() {
-            migrations += u64::from(matches!(event, quiche::PathEvent::PeerMigrated(..)));
-        }
         let mut retired = false;
         while let Some(id) = connection.quic.retired_scid_next() {
             connection.ids.retire(&id);
             retired = true;
         }
-        if migrations > 0 {
-            self.counters().add(Counter::Migrations, migrations);
-        }
         if retired {
             self.renew_ids(slot, now);
+        }
+    }
+
+    /// Authentic packets came from where the peer was not before: it may be there now. Asks it, if it is to be asked.
+    pub(super) fn follow_peer(
+        &mut self,
+        slot: usize,
+        from: SocketAddr,
+        bytes: usize,
+        now: Instant,
+    ) {
+        let Some(Some(connection)) = self.connections.get_mut(slot) else {
+            return;
+        };
+        // Nobody moves before it is known who it is.
+        let Some(link) = &connection.link else {
+            return;
+        };
+        if let Some(challenge) = connection.address.seen(from, bytes, now, random_bytes) {
+            link.datagram(Kind::Probe, challenge);
         }
     }
 }

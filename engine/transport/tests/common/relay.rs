@@ -19,6 +19,8 @@ const LOOK: Duration = Duration::from_millis(20);
 pub(crate) struct Passed {
     /// Datagrams from the dialler.
     pub(crate) datagrams: usize,
+    /// The last of them that had a short header.
+    pub(crate) last_short: Vec<u8>,
     /// Destination IDs of short headers to the listener.
     pub(crate) to_listener: BTreeSet<LocalCid>,
     /// Destination IDs of short headers to the dialler.
@@ -97,6 +99,11 @@ impl Relay {
         !waited.unwrap().1.timed_out()
     }
 
+    /// The last datagram with a short header that the dialler sent.
+    pub(crate) fn last_short(&self) -> Vec<u8> {
+        self.state.passed.lock().unwrap().last_short.clone()
+    }
+
     /// Forgets what passed.
     pub(crate) fn forget(&self) {
         *self.state.passed.lock().unwrap() = Passed::default();
@@ -150,7 +157,10 @@ impl State {
             outside.send_to(&buffer[..len], self.listener).ok();
             let mut passed = self.passed.lock().unwrap();
             passed.datagrams += 1;
-            passed.to_listener.extend(short_id(&buffer[..len]));
+            if let Some(id) = short_id(&buffer[..len]) {
+                passed.to_listener.insert(id);
+                passed.last_short = buffer[..len].to_vec();
+            }
             self.changed.notify_all();
         }
     }
