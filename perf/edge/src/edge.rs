@@ -13,6 +13,7 @@ use libbpf_rs::{ProgramHandle, Xdp, XdpFlags};
 use millrace_edge::abi::{EdgeConfig, EdgeKey, EdgeNode, EdgeService, MODE_ENFORCE};
 use millrace_edge::load::{LoadOptions, Loaded, Program};
 use millrace_edge::metrics::Counters;
+use millrace_edge_policy::cid::KeySchedule;
 use millrace_edge_policy::limiter::{Limit, Purpose, Sketch, TOLERANCE_MAX_NS};
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::rules::{
@@ -26,14 +27,12 @@ use millrace_edge_policy::source::Source;
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
-use crate::Result;
 use crate::filters::Tally;
 use crate::frames::{OPEN_PORT, Shape, TCP_PORT};
 use crate::generator::Sources;
 use crate::reference::node_addresses;
+use crate::{Result, rig};
 
-/// Room for a million sources with a word each: 32 MiB.
-const LIMITER_LINES: u32 = 1 << 18;
 /// Prefixes of [`Case::Prefixes`].
 const PREFIXES: u32 = 100_000;
 
@@ -137,15 +136,20 @@ impl Case {
         }
     }
 
-    /// The nodes that the reference's rules list as well; or many prefixes.
+    /// The nodes and the client that the reference's rules list as well; or many prefixes.
     fn rule(self) -> Rule {
         let of = |address, bits| Ipv4Net::new(address, bits).map(IpNet::from);
+        let client = of(rig::CLIENT, 32);
         let prefixes: std::result::Result<Vec<_>, _> = match self {
             // One in 168 networks of 256 addresses, all over the address space.
             Self::Prefixes => (0..PREFIXES)
                 .map(|number| of(Ipv4Addr::from(number.wrapping_mul(0x9e37_79b1) & !0xff), 24))
+                .chain([client])
                 .collect(),
-            _ => node_addresses().map(|address| of(address, 32)).collect(),
+            _ => node_addresses()
+                .map(|address| of(address, 32))
+                .chain([client])
+                .collect(),
         };
         Rule {
             sources: RuleSources::Prefixes(prefixes.unwrap_or_default()),
@@ -178,10 +182,7 @@ pub(crate) struct Attached<'e> {
 impl Edge {
     /// Loads it and brings it into the state that a long attack from `sources` would have left.
     pub(crate) fn load(case: Case, sources: Sources) -> Result<Self> {
-        let mut options = LoadOptions {
-            limiter_lines: LIMITER_LINES,
-            ..LoadOptions::default()
-        };
+        let mut options = LoadOptions::default();
         if case == Case::Prefixes {
             options.trie_nodes4 = 1 << 17;
         }
@@ -279,7 +280,9 @@ impl Edge {
         maps.store_config(0, &config);
         let mut control = maps.control.load(0);
         control.seed = SEEDS.map(EdgeKey::from);
-        control.keys = [EdgeKey { k0: 5, k1: 6 }; 4];
+        let keys = KeySchedule::new(now_ns(), known_bytes()).keys();
+        control.keys = keys.keys.map(EdgeKey::from);
+        control.key_active = keys.active.into();
         control.active = 0;
         maps.control.store(0, &control);
     }
@@ -294,14 +297,28 @@ impl Edge {
             old_until_ns: 0,
         };
         let limits = levels(settings.limits.source_quic);
-        let now = clock_gettime(ClockId::Monotonic);
-        let now_ns = Duration::new(now.tv_sec as u64, now.tv_nsec as u32).as_nanos() as u64;
+        let now_ns = now_ns();
         for address in sources.addresses() {
             let source = Source::of(IpAddr::V4(Ipv4Addr::from(address)));
             // Refused at a wider level: as spent as it gets.
             sketch.charge_source(source, Purpose::Quic, &limits, now_ns);
         }
     }
+}
+
+/// In place of random bytes: keys that the edge and the attacked node, another process, both know.
+pub(crate) fn known_bytes() -> impl FnMut() -> [u8; 16] {
+    let mut next = 0;
+    move || {
+        next += 1;
+        [next; 16]
+    }
+}
+
+/// CLOCK_MONOTONIC.
+fn now_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32).as_nanos() as u64
 }
 
 const SEEDS: [Key; 2] = [Key { k0: 1, k1: 2 }, Key { k0: 3, k1: 4 }];
@@ -316,20 +333,26 @@ impl Drop for Attached<'_> {
 
 /// One edge for each kind of row.
 #[derive(Debug, Default)]
-pub(crate) struct Edges(BTreeMap<(Case, Sources), Edge>);
+pub(crate) struct Edges(BTreeMap<(Case, Option<Sources>), Edge>);
 
 impl Edges {
     /// Loads one, unless it is there.
     pub(crate) fn prepare(&mut self, case: Case, sources: Sources) -> Result<()> {
-        if !self.0.contains_key(&(case, sources)) {
-            self.0.insert((case, sources), Edge::load(case, sources)?);
+        let key = key_of(case, sources);
+        if !self.0.contains_key(&key) {
+            self.0.insert(key, Edge::load(case, sources)?);
         }
         Ok(())
     }
 
     pub(crate) fn of(&self, case: Case, sources: Sources) -> Result<&Edge> {
         self.0
-            .get(&(case, sources))
+            .get(&key_of(case, sources))
             .ok_or_else(|| "this edge was not loaded".into())
     }
+}
+
+/// Only where sources have been charged before is it another edge for other sources.
+fn key_of(case: Case, sources: Sources) -> (Case, Option<Sources>) {
+    (case, (case == Case::Full).then_some(sources))
 }

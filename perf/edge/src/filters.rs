@@ -56,7 +56,7 @@ pub(crate) struct Standing<'a> {
     parts: &'a Parts<'a>,
     filter: Filter,
     sources: Sources,
-    _attached: Option<Held<'a>>,
+    held: Option<Held<'a>>,
 }
 
 /// A program that leaves the device when this is dropped.
@@ -109,7 +109,7 @@ impl Filter {
             parts,
             filter: self,
             sources,
-            _attached: held,
+            held,
         })
     }
 }
@@ -176,17 +176,17 @@ impl Standing<'_> {
 
 impl Drop for Standing<'_> {
     fn drop(&mut self) {
-        let gone = self
-            .parts
-            .rig
-            .enter_node()
-            .and_then(|_node| match self.filter {
+        let gone = self.parts.rig.enter_node().and_then(|_node| {
+            // While the thread is in the namespace that the device's number means something in.
+            self.held = None;
+            match self.filter {
                 Filter::XdpFilter => reference::unload_xdp_filter(self.parts.rig.node_device()),
                 Filter::NftIngress | Filter::Reference | Filter::ReferenceListed => {
                     reference::flush()
                 }
                 Filter::Floor | Filter::Pass | Filter::Edge(_) => Ok(()),
-            });
+            }
+        });
         if let Err(error) = gone {
             eprintln!(
                 "bench-edge: {} stays in force: {error}",

@@ -16,7 +16,7 @@ use crate::frames::Shape;
 use crate::generator::{Generator, Sources, Traffic};
 
 /// Before the clock starts: sets fill up (65,535 entries), bursts are spent, caches and branch predictors settle.
-const WARM_UP: u32 = 200_000;
+const WARM_UP: u32 = 100_000;
 /// How long the last packets may take to be counted.
 const SETTLE: Duration = Duration::from_secs(2);
 /// Of the packets sent, how many must go the expected way. Not all: the edge's budgets let a few through, however low.

@@ -19,6 +19,7 @@ use millrace_transport::{
 
 use super::RoleArgs;
 use super::load::{BYTES, PATIENCE};
+use crate::edge::known_bytes;
 use crate::frames::{OPEN_PORT, TCP_PORT};
 use crate::rig::{CLIENT, NODE};
 use crate::{Result, cpu};
@@ -55,13 +56,13 @@ impl Identities {
     }
 }
 
-/// What the node admits by. Its keys are the same in every process, so that the edge in the kernel can be given them.
-pub(crate) fn admission(clock: &Clock) -> Admission {
-    let mut next = 0;
-    Admission::new(AdmissionConfig::default(), clock.ns(Instant::now()), || {
-        next += 1;
-        [next; 16]
-    })
+/// What the node admits by. Its keys are those that the edge in the kernel was given.
+fn admission(clock: &Clock) -> Admission {
+    Admission::new(
+        AdmissionConfig::default(),
+        clock.ns(Instant::now()),
+        known_bytes(),
+    )
 }
 
 /// Starts one side's transport on one shard of the core that the process is pinned to.
