@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::edge::{Ends, Home, TCP_PORT, attached, counters, denied, options, set};
 use common::{NODE, Namespace, Pair, WORLD, ok, privileged, until};
+use libbpf_rs::Link;
 use millrace_edge::edge::{AttachOptions, Edge, EdgeError};
 use millrace_edge::frame::{Description, Shape};
 use millrace_edge::nft::{Nft, Table};
@@ -191,52 +192,36 @@ fn transmit_drops(world: &Namespace) -> u64 {
 
 // Protects caps across a reload: while two programs see a connection open or close, it is counted once.
 #[test]
-fn connections_that_open_during_swaps_are_counted_once() {
-    if !privileged("connections_that_open_during_swaps_are_counted_once") {
+fn connections_that_open_during_a_swap_are_counted_once() {
+    if !privileged("connections_that_open_during_a_swap_are_counted_once") {
         return;
     }
     let (pair, home) = (Pair::new("reload"), Home::new());
     let mut edge = attached(&pair, &home, AttachMode::Native);
     edge.publish(&set(Mode::Enforce, RuleAction::Allow), 1, None)
         .unwrap();
-    let loaded = [edge.load_beside().unwrap(), edge.load_beside().unwrap()];
     let listener = pair
         .node
         .enter(|| TcpListener::bind((NODE, TCP_PORT)).unwrap());
     let connect = || {
-        let client = TcpStream::connect((NODE, TCP_PORT)).unwrap();
+        let client = pair
+            .world
+            .enter(|| TcpStream::connect((NODE, TCP_PORT)).unwrap());
         (client, listener.accept().unwrap().0)
     };
-    let stop = AtomicBool::new(false);
-    let during_swaps = |edge: &mut Edge, act: &mut (dyn FnMut() + Send)| {
-        stop.store(false, Ordering::Relaxed);
-        std::thread::scope(|scope| {
-            let swaps = scope.spawn(|| {
-                for swap in (0..2).cycle() {
-                    edge.replace(&loaded[swap]).unwrap();
-                    if stop.load(Ordering::Relaxed) {
-                        break;
-                    }
-                }
-            });
-            act();
-            stop.store(true, Ordering::Relaxed);
-            swaps.join().unwrap();
-        });
-    };
 
-    let mut open = Vec::new();
-    let opening = &mut || {
-        pair.world
-            .enter(|| open = (0..200).map(|_| connect()).collect())
-    };
-    during_swaps(&mut edge, opening);
-    assert_eq!(tcp_connections(&edge), 200);
-    // Both ends let go; the kernel is done with a socket a moment later.
-    let closing = &mut || open.truncate(50);
-    during_swaps(&mut edge, closing);
-    until("the closed ones are gone", || tcp_connections(&edge) == 50);
-    open.clear();
+    let before = connect();
+    // Holding the old link keeps the moment in which both programs are attached.
+    let old = Link::open(home.pins.path(Kind::Link, "conn_state")).unwrap();
+    edge.reload().unwrap();
+    let between = [connect(), connect(), connect()];
+    assert_eq!(tcp_connections(&edge), 4);
+    drop(before);
+    until("one is gone", || tcp_connections(&edge) == 3);
+    drop(old);
+    let after = connect();
+    assert_eq!(tcp_connections(&edge), 4);
+    drop((between, after));
     until("all are gone", || tcp_connections(&edge) == 0);
 }
 
