@@ -9,6 +9,7 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -143,7 +144,9 @@ impl Helper {
             .map_err(HelperError::Start)?;
         ours.set_write_timeout(Some(ANSWER_WITHIN))
             .map_err(HelperError::Start)?;
+        // In a process group of its own, so that a Ctrl-C meant for the node leaves it to end in order.
         let child = command
+            .process_group(0)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .spawn()
             .map_err(HelperError::Start)?;

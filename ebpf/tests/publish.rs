@@ -4,11 +4,14 @@
 mod common;
 
 use std::mem::offset_of;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use common::edge::{Ends, Home, PORT, attached, counters, denied, set, set_of};
 use common::{Pair, privileged, until};
+use libbpf_rs::{MapCore as _, MapHandle};
 use millrace_edge::abi::EdgeControl;
+use millrace_edge::counts::Counts;
 use millrace_edge::edge::EdgeError;
 use millrace_edge::frame::{Description, Shape};
 use millrace_edge::metrics;
@@ -215,4 +218,50 @@ fn hits_and_traces_tell_the_rule() {
         assert!(ends.arrives());
         assert_eq!(hits(), [0, 1]);
     }
+}
+
+// Protects sources from a run that died: its counts hold for nobody, and a full map costs accuracy, never a connection.
+#[test]
+fn counts_are_those_of_this_run() {
+    if !privileged("counts_are_those_of_this_run") {
+        return;
+    }
+    let (pair, home) = (Pair::new("publish"), Home::new());
+    let edge = attached(&pair, &home, AttachMode::Generic);
+    let sources_max = edge.maps().quic_sources().max_entries();
+    let counts = |run| {
+        let map = MapHandle::try_from(edge.maps().quic_sources()).unwrap();
+        Counts::new(map, run).unwrap()
+    };
+    let occupancy = || metrics::occupancy(edge.maps().quic_sources()).entries;
+    let source = |number: u32| IpAddr::from(number.to_be_bytes());
+
+    let first = counts(1);
+    for number in 0..sources_max {
+        first.opened(source(number));
+        first.opened(source(number));
+        first.closed(source(number));
+    }
+    assert_eq!(occupancy(), u64::from(sources_max));
+    assert_eq!((first.missed(), first.connections(source(0))), (0, 1));
+    first.opened(source(sources_max));
+    assert_eq!(
+        (first.missed(), first.connections(source(sources_max))),
+        (1, 0)
+    );
+    first.closed(source(sources_max));
+    first.closed(source(0));
+    first.opened(source(sources_max));
+    assert_eq!(first.connections(source(sources_max)), 1);
+
+    drop(first);
+    let second = counts(2);
+    assert_eq!(occupancy(), 0);
+    second.opened("::ffff:10.0.0.1".parse().unwrap());
+    assert_eq!(
+        (occupancy(), second.connections([10, 0, 0, 1].into())),
+        (1, 1)
+    );
+    second.closed([10, 0, 0, 1].into());
+    assert_eq!((occupancy(), second.sources(), second.missed()), (0, 0, 0));
 }
