@@ -12,6 +12,9 @@ use libbpf_cargo::SkeletonBuilder;
 
 const PROGRAMS: [&str; 4] = ["edge", "stamp", "conn_state", "steer"];
 
+/// What only tests load, from `tests/bpf`.
+const TEST_PROGRAMS: [&str; 2] = ["flood", "naive"];
+
 /// AES-128 of a zero block under the key of RFC 9001, 5.8 (`be0c690b9f66575a1d766b54e368c84e`): GCM's H.
 const GHASH_KEY: u128 = 0x7295_6a45_4ffa_ff54_85a1_3a12_44d0_1d47;
 
@@ -20,29 +23,39 @@ const TAG_PAD: u128 = 0x555e_4b74_9355_6eea_af75_d35b_d7fb_a5d8;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
-    let source = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("src/bpf");
+    let home = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?);
+    let (source, tests) = (home.join("src/bpf"), home.join("tests/bpf"));
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed={}", source.display());
+    println!("cargo:rerun-if-changed={}", tests.display());
     println!("cargo:rerun-if-env-changed=CLANG");
     fs::write(out.join("ghash.h"), ghash_header()?)?;
+    let includes = [source.as_path(), out.as_path()];
     for program in PROGRAMS {
-        compile(&source, program, &out)?;
+        compile(&source, program, &includes, &out)?;
+    }
+    for program in TEST_PROGRAMS {
+        compile(&tests, program, &includes, &out)?;
     }
     Ok(())
 }
 
-fn compile(source: &Path, program: &str, out: &Path) -> Result<(), Box<dyn Error>> {
-    let include = |path: &Path| format!("-I{}", path.display());
+fn compile(
+    folder: &Path,
+    program: &str,
+    includes: &[&Path],
+    out: &Path,
+) -> Result<(), Box<dyn Error>> {
+    let includes = includes.iter().map(|path| format!("-I{}", path.display()));
     let arguments = ["-mcpu=v3", "-Wall", "-Wextra", "-Wno-unused-parameter"].map(String::from);
-    let includes = [include(source), include(out)];
     let mut builder = SkeletonBuilder::new();
     if let Some(clang) = env::var_os("CLANG") {
         builder.clang(clang);
     }
     builder
-        .source(source.join(format!("{program}.bpf.c")))
+        .source(folder.join(format!("{program}.bpf.c")))
         .obj(out.join(format!("{program}.bpf.o")))
-        .clang_args(arguments.iter().chain(&includes))
+        .clang_args(arguments.into_iter().chain(includes))
         .build()
         .map_err(|error| format!("{error:#}; the programs take clang 14 or newer").into())
 }

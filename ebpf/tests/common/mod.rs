@@ -1,7 +1,9 @@
 //! Network namespaces that tests make and remove.
 #![allow(dead_code, unreachable_pub, reason = "each test takes what it needs")]
 
+pub mod cpu;
 pub mod edge;
+pub mod mocked;
 
 use std::fs::File;
 use std::os::fd::AsFd as _;
