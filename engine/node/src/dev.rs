@@ -1,10 +1,14 @@
 //! `millrace dev`: a whole subnet in this process, with fresh keys and a signed registry, on loopback.
 //!
-//! Shards may share cores here, which a real node never allows; they park instead of spinning then.
+//! Shards may share cores here, which a real node never allows; they park instead of spinning then. With `--edge`, the first node stands behind
+//! the edge, on a stage of its own.
+
+mod stage;
 
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use millrace_protocol::id::{ArtifactId, NodeId, SubnetId};
@@ -22,11 +26,14 @@ use signal_hook::iterator::Signals;
 use crate::admin::{self, Site};
 use crate::app::hash;
 use crate::cli::DevArgs;
+use crate::edge::keeper::{EdgeView, Keeper};
+use crate::edge::{commands, start};
 use crate::exit::{Exit, Failure};
 use crate::registry_dir::Follower;
 use crate::running::{Delivery, Running, Start};
 use crate::versions::Versions;
 use crate::{host_facts, keys, mapping, output, progress, registry_cmd};
+use stage::{Side, Stage};
 
 /// Chunks beside the payload's: small artifacts that a user puts, answers of the registry.
 const SPARE_CHUNKS: u64 = 8;
@@ -70,9 +77,17 @@ pub(crate) fn run(args: &DevArgs) -> Result<Exit, Failure> {
     Ok(exit)
 }
 
+/// What `dev` makes of an error of the edge.
+fn edge_failure(error: &millrace_edge::edge::EdgeError) -> Failure {
+    commands::of_edge(error)
+}
+
 /// The nodes, in the order of their making.
 struct Subnet {
     nodes: Vec<Arc<Running>>,
+    /// Keeps the edge of the first node. Before the stage, which takes the edge away.
+    keeper: Option<Keeper>,
+    stage: Option<Stage>,
     connections_per_peer: usize,
     started: Instant,
 }
@@ -82,6 +97,8 @@ impl Subnet {
     /// guessed.
     fn start(args: &DevArgs, config: &NodeConfig, folder: &Path) -> Result<Self, Failure> {
         let started = Instant::now();
+        let stage = args.edge.then(Stage::make).transpose()?;
+        let mut keeper = None;
         let registry_key = keys::create(&folder.join("registry.key"))?;
         let registry_dir = folder.join("registry");
         std::fs::create_dir(&registry_dir).map_err(|e| Failure::io(registry_dir.display(), &e))?;
@@ -99,7 +116,14 @@ impl Subnet {
                 RegistryConfig::default(),
             );
             let versions = Versions::new(&public_key, config, follower)?;
-            let node = start_node(args, config, index, identity, versions)?;
+            let site = NodeSite {
+                args,
+                config,
+                index,
+                stage: stage.as_ref(),
+            };
+            let (node, kept) = site.start(identity, versions)?;
+            keeper = keeper.or(kept);
             let addresses = vec![node.address()];
             records.push(NodeRecord {
                 id: node.node_id(),
@@ -120,6 +144,8 @@ impl Subnet {
         }
         Ok(Self {
             nodes,
+            keeper,
+            stage,
             connections_per_peer: usize::from(args.shards),
             started,
         })
@@ -154,12 +180,22 @@ impl Subnet {
         let (id, body) = self.payload(args.payload.bytes())?;
         let total = args.payload.bytes() * (self.nodes.len() as u64 - 1);
         let bar = progress::bytes("delivering", total, args.json);
+        let (stop, hostile) = (AtomicBool::new(false), AtomicU64::new(0));
         let started = Instant::now();
         let deliveries = std::thread::scope(|scope| {
+            let flood = self
+                .stage
+                .as_ref()
+                .map(|stage| scope.spawn(|| stage.flood(&stop, &hostile)));
             let publishing =
                 scope.spawn(|| futures_lite::future::block_on(self.nodes[0].publish(id, body)));
             self.show_progress(&bar, total, || publishing.is_finished());
-            publishing.join()
+            let published = publishing.join();
+            stop.store(true, Ordering::Relaxed);
+            if let Some(Ok(Err(failure))) = flood.map(std::thread::ScopedJoinHandle::join) {
+                output::message(format_args!("the flood ended early: {failure}"));
+            }
+            published
         });
         let seconds = started.elapsed().as_secs_f64();
         bar.finish_and_clear();
@@ -188,6 +224,9 @@ impl Subnet {
         } else {
             self.wait_for_counts(args.payload.bytes());
             self.print(id, &deliveries, &outcome, connected)?;
+            if let Some(stage) = &self.stage {
+                stage.print(hostile.load(Ordering::Relaxed))?;
+            }
         }
         let all = delivered == self.nodes.len() - 1 && hash_ok;
         Ok(if all { Exit::Ok } else { Exit::Failed })
@@ -320,6 +359,12 @@ impl Subnet {
                 socket.display()
             ))?;
         }
+        if let Some(stage) = &self.stage {
+            output::message(format_args!(
+                "edge in front of node 0: millrace xdp status --pins {0}\n                         millrace xdp trace --pins {0} --from 10.77.0.66:40000 --to-port 4100",
+                stage.pins().root().display()
+            ));
+        }
         output::message(format_args!(
             "try:  millrace put FILE --socket {first}\n      millrace get ID -o FILE --socket {last}\n      \
              millrace status --socket {first}\nctrl-c ends it",
@@ -332,7 +377,8 @@ impl Subnet {
     }
 
     /// All at once: each waits for its connections to drain.
-    fn stop(&self) {
+    fn stop(mut self) {
+        drop(self.keeper.take());
         std::thread::scope(|scope| {
             for node in &self.nodes {
                 scope.spawn(|| node.transport.shutdown());
@@ -341,50 +387,100 @@ impl Subnet {
     }
 }
 
-fn start_node(
-    args: &DevArgs,
-    config: &NodeConfig,
+/// Where and how one node runs.
+struct NodeSite<'s> {
+    args: &'s DevArgs,
+    config: &'s NodeConfig,
     index: u16,
-    identity: SigningKey,
-    versions: Versions,
-) -> Result<Arc<Running>, Failure> {
-    let payload_chunks = args.payload.bytes().div_ceil(CHUNK_BYTES as u64);
-    let pool_bytes = (payload_chunks + SPARE_CHUNKS) * CHUNK_BYTES as u64;
-    let cpus = host_facts::usable_cpus();
-    let shards = usize::from(args.shards);
-    let oversubscribed = usize::from(args.nodes) * shards > cpus.len();
-    let mut transport = mapping::transport(config);
-    transport.connections_per_peer = args.shards;
-    transport.receive_budget_peer_bytes = pool_bytes;
-    transport.receive_budget_bytes = pool_bytes;
-    let shard = |number: usize| ShardConfig {
-        chunk_pool_bytes: pool_bytes,
-        // Whoever spins on a shared core spins on the time of the one it waits for.
-        spin: if oversubscribed {
-            Duration::ZERO
-        } else {
-            config.shards.defaults.spin.get()
-        },
-        ..mapping::shard(
-            &config.shards.defaults,
-            (!oversubscribed).then(|| cpus[(usize::from(index) * shards + number) % cpus.len()]),
-        )
-    };
-    let loopback = std::net::SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 0));
-    Running::start(Start {
-        identity,
-        transport,
-        shards: (0..shards).map(shard).collect(),
-        udp: UdpGroupConfig {
-            local: loopback,
-            ..UdpGroupConfig::default()
-        },
-        store_bytes: pool_bytes,
-        body_bytes_max: config.transport.body_bytes_max.bytes(),
-        versions: Arc::new(versions),
-        edge: millrace_transport::EdgeStart::default(),
-        view: None,
-    })
+    stage: Option<&'s Stage>,
+}
+
+impl NodeSite<'_> {
+    fn start(
+        &self,
+        identity: SigningKey,
+        versions: Versions,
+    ) -> Result<(Arc<Running>, Option<Keeper>), Failure> {
+        let Some(stage) = self.stage else {
+            return Ok((Running::start(self.parts(identity, versions))?, None));
+        };
+        let side = Side::of(self.index);
+        let start = self.parts(identity, versions);
+        if side == Side::Outside {
+            return Ok((stage.on(side, || Running::start(start))?, None));
+        }
+        let config = stage.config(self.config);
+        let started = stage.on(side, || start_behind_edge(&config, start))?;
+        stage.join_far_end()?;
+        Ok(started)
+    }
+
+    fn parts(&self, identity: SigningKey, versions: Versions) -> Start {
+        let Self { args, config, .. } = self;
+        let payload_chunks = args.payload.bytes().div_ceil(CHUNK_BYTES as u64);
+        let pool_bytes = (payload_chunks + SPARE_CHUNKS) * CHUNK_BYTES as u64;
+        let cpus = host_facts::usable_cpus();
+        let shards = usize::from(args.shards);
+        let oversubscribed = usize::from(args.nodes) * shards > cpus.len();
+        let mut transport = mapping::transport(config);
+        transport.connections_per_peer = args.shards;
+        transport.receive_budget_peer_bytes = pool_bytes;
+        transport.receive_budget_bytes = pool_bytes;
+        let shard = |number: usize| ShardConfig {
+            chunk_pool_bytes: pool_bytes,
+            // Whoever spins on a shared core spins on the time of the one it waits for.
+            spin: if oversubscribed {
+                Duration::ZERO
+            } else {
+                config.shards.defaults.spin.get()
+            },
+            ..mapping::shard(
+                &config.shards.defaults,
+                (!oversubscribed)
+                    .then(|| cpus[(usize::from(self.index) * shards + number) % cpus.len()]),
+            )
+        };
+        let local = match self.stage {
+            Some(_) => Stage::address(self.index),
+            None => std::net::SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 0)),
+        };
+        Start {
+            identity,
+            transport,
+            shards: (0..shards).map(shard).collect(),
+            udp: UdpGroupConfig {
+                local,
+                shards,
+                ..UdpGroupConfig::default()
+            },
+            store_bytes: pool_bytes,
+            body_bytes_max: config.transport.body_bytes_max.bytes(),
+            versions: Arc::new(versions),
+            edge: millrace_transport::EdgeStart::default(),
+            view: None,
+        }
+    }
+}
+
+/// As `millrace node` does it.
+fn start_behind_edge(
+    config: &NodeConfig,
+    mut parts: Start,
+) -> Result<(Arc<Running>, Option<Keeper>), Failure> {
+    let firewall = parts.versions.firewall(&config.edge.roles);
+    let handshakes = config.transport.handshakes_max * parts.shards.len() as u64;
+    let prepared = start::prepare(config, &parts.udp, handshakes, &firewall)?;
+    if prepared.kernel.is_none() {
+        let message = "the edge could not be attached; see above";
+        return Err(Failure::new(Exit::Failed, message));
+    }
+    let (edge, kept) = prepared.split();
+    let view = Arc::new(EdgeView::of(&kept));
+    parts.edge = edge;
+    parts.view = Some(Arc::clone(&view));
+    let node = Running::start(parts)?;
+    let keeper = Keeper::start(Arc::clone(&node), config.clone(), kept, view)?;
+    Ok((node, Some(keeper)))
 }
 
 fn publish_registry(
