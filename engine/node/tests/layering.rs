@@ -268,7 +268,9 @@ fn sources(folder: &Path, files: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {
-            sources(&path, files);
+            if path.file_name().is_some_and(|name| name != "tests") {
+                sources(&path, files);
+            }
         } else if path.extension().is_some_and(|extension| extension == "rs")
             && path.file_stem().is_some_and(|stem| stem != "tests")
         {
