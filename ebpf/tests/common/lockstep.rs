@@ -7,7 +7,7 @@
 
 use etherparse::{NetSlice, SlicedPacket, TcpOptionElement, TransportSlice};
 use libbpf_rs::{MapCore as _, MapFlags};
-use millrace_edge::abi::{self, EdgeControl, EdgeDecision, EdgeFlow, EdgeMock};
+use millrace_edge::abi::{self, EdgeControl, EdgeDecision, EdgeFlow, EdgeLine, EdgeMock};
 use millrace_edge::load::{LoadOptions, Loaded, Program, Run};
 use millrace_edge::metrics::{self, Counters};
 use millrace_edge::publish::Publisher;
@@ -274,6 +274,30 @@ impl Lockstep {
                 );
             }
         }
+    }
+
+    /// Forgets everything that packets have left, but for counters and hits.
+    pub fn renew(&mut self) {
+        let maps = self.loaded.maps();
+        for index in 0..self.model.lines.count() {
+            let lines = [maps.limiter.line(index), self.model.lines.line(index)];
+            for word in lines.into_iter().flatten() {
+                word.store(0, Ordering::Relaxed);
+            }
+        }
+        for (index, word) in self.model.budgets.iter().enumerate() {
+            word.store(0, Ordering::Relaxed);
+            maps.budgets.store(index, &EdgeLine::default());
+        }
+        for source in std::mem::take(&mut self.model.quic_sources).into_keys() {
+            maps.quic_sources().delete(source.bytes()).unwrap();
+        }
+        let counted: Vec<Vec<u8>> = maps.tcp_sources().keys().collect();
+        for source in counted {
+            maps.tcp_sources().delete(&source).unwrap();
+        }
+        self.model.tcp_sources.clear();
+        self.forget_replies();
     }
 
     /// Both generations of the sketch are emptied but for the one in use; it changes to the other one, with a new seed.

@@ -1,0 +1,70 @@
+//! Packets with a name: what the specification says of each, what the model says, and what the kernel does are the same.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+#[path = "common/frames.rs"]
+mod frames;
+#[path = "common/lockstep.rs"]
+mod lockstep;
+#[path = "fixtures/network.rs"]
+mod network;
+#[path = "fixtures/opening.rs"]
+mod opening;
+#[path = "fixtures/packets.rs"]
+mod packets;
+#[path = "fixtures/quic.rs"]
+mod quic;
+#[path = "fixtures/transport.rs"]
+mod transport;
+#[path = "fixtures/world.rs"]
+mod world;
+
+use lockstep::Lockstep;
+use std::collections::BTreeSet;
+use world::{Fixture, Set};
+
+fn fixtures() -> Vec<Fixture> {
+    [
+        network::fixtures(),
+        transport::fixtures(),
+        quic::fixtures(),
+        opening::fixtures(),
+        packets::fixtures(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+#[test]
+fn every_fixture_has_a_name_of_its_own() {
+    let fixtures = fixtures();
+    let mut names = BTreeSet::new();
+    for fixture in &fixtures {
+        assert!(
+            names.insert(fixture.name),
+            "{} is there twice",
+            fixture.name
+        );
+        assert!(!fixture.prose.is_empty(), "{} says nothing", fixture.name);
+    }
+    assert!(fixtures.len() >= 200, "only {} fixtures", fixtures.len());
+}
+
+// Protects the specification: each of its sentences stands here as a packet.
+#[test]
+fn kernel_model_and_specification_agree() {
+    let Some(mut both) = Lockstep::load("kernel_model_and_specification_agree") else {
+        return;
+    };
+    let fixtures = fixtures();
+    let mut failures = Vec::new();
+    for set in Set::ALL {
+        both.publish(set.compiled());
+        for fixture in fixtures.iter().filter(|fixture| fixture.set == set) {
+            if let Err(difference) = fixture.check(&mut both) {
+                failures.push(format!("{}: {}: {difference}", fixture.name, fixture.prose));
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
