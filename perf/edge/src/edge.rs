@@ -316,7 +316,7 @@ pub(crate) fn known_bytes() -> impl FnMut() -> [u8; 16] {
 }
 
 /// CLOCK_MONOTONIC.
-fn now_ns() -> u64 {
+pub(crate) fn now_ns() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32).as_nanos() as u64
 }

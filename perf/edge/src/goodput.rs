@@ -23,7 +23,7 @@ pub(crate) use client::drive;
 pub(crate) use load::Load;
 pub(crate) use node::serve;
 
-use crate::edge::{Case, Edges};
+use crate::edge::{Case, Edges, now_ns};
 use crate::filters::{Filter, Parts};
 use crate::frames::Shape;
 use crate::generator::{Generator, Sources, Traffic};
@@ -188,7 +188,8 @@ pub(crate) fn measure(
         Role::start("drive", cpu, lasts)?
     };
     let before = parts.rig.received()?;
-    client.go()?;
+    let from_ns = now_ns() + LEAD.as_nanos() as u64;
+    client.go(from_ns, from_ns + lasts.as_nanos() as u64)?;
     if let Some(rate) = NonZeroU32::new(rate) {
         let attack = (lasts + 2 * LEAD).as_secs_f64() * f64::from(rate.get());
         let mut object = MaybeUninit::uninit();
@@ -248,9 +249,11 @@ impl Role {
         Ok(role)
     }
 
-    fn go(&mut self) -> Result<()> {
+    /// Says when to measure, in nanoseconds of CLOCK_MONOTONIC. The host may get no time to look at its clock meanwhile: a
+    /// window of its own choosing would begin when the attack is over.
+    fn go(&mut self, from_ns: u64, until_ns: u64) -> Result<()> {
         let stdin = self.stdin.as_mut().ok_or("no input of a child")?;
-        writeln!(stdin)?;
+        writeln!(stdin, "[{from_ns},{until_ns}]")?;
         Ok(stdin.flush()?)
     }
 

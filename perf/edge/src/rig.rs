@@ -130,9 +130,13 @@ impl Rig {
         if threads.is_empty() {
             return Err("the kernel started no thread for the node's device".into());
         }
-        threads
-            .into_iter()
-            .try_for_each(|thread| cpu::pin(Some(thread), cpu))
+        for thread in threads {
+            cpu::pin(Some(thread), cpu)?;
+            // A softirq comes before every thread. The kernel's reserve for other threads (a twentieth) stays.
+            let thread = thread.as_raw_nonzero().to_string();
+            run("chrt", &["--fifo", "--pid", "1", &thread])?;
+        }
+        Ok(())
     }
 
     pub(crate) fn node_device(&self) -> &'static str {

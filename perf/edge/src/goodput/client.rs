@@ -1,4 +1,6 @@
 //! The honest clients: RPCs over one QUIC connection, and TCP connections that echo.
+//!
+//! What counts is what was asked in the parent's window, and answered at all.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -17,6 +19,7 @@ use millrace_transport::{
 use super::RoleArgs;
 use super::load::{BYTES, CALLERS, Latencies, Load, PATIENCE, THINK};
 use super::node::{BODY, Identities, RPC, client_address, start};
+use crate::edge::now_ns;
 use crate::frames::TCP_PORT;
 use crate::rig::NODE;
 use crate::{Result, cpu};
@@ -31,15 +34,14 @@ pub(crate) fn drive(role: RoleArgs) -> Result<()> {
     let rpc = Rpc::connect()?;
     let echoes: Vec<_> = (0..CALLERS).map(|_| connect()).collect::<Result<_>>()?;
     println!("ready");
-    std::io::stdin().read_line(&mut String::new())?;
-    // The attack begins meanwhile.
-    thread::sleep(super::LEAD);
-    let from = Instant::now();
-    let until = from + lasts;
-    rpc.record(Window { from, until })?;
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line)?;
+    let [from, until] = serde_json::from_str::<[u64; 2]>(&line)?.map(instant_at);
+    let window = Window { from, until };
+    rpc.record(window)?;
     let callers: Vec<_> = echoes
         .into_iter()
-        .map(|connection| thread::spawn(move || ask_by_tcp(connection, until)))
+        .map(|connection| thread::spawn(move || ask_by_tcp(connection, window)))
         .collect();
     let mut tcp = Latencies::default();
     for caller in callers {
@@ -51,6 +53,12 @@ pub(crate) fn drive(role: RoleArgs) -> Result<()> {
     Ok(())
 }
 
+/// The present process's word for a time of CLOCK_MONOTONIC.
+fn instant_at(ns: u64) -> Instant {
+    let (now, present_ns) = (Instant::now(), now_ns());
+    now + Duration::from_nanos(ns) - Duration::from_nanos(present_ns)
+}
+
 fn connect() -> Result<TcpStream> {
     let node = SocketAddr::from((NODE, TCP_PORT));
     let connection = TcpStream::connect_timeout(&node, CONNECT)?;
@@ -60,7 +68,8 @@ fn connect() -> Result<TcpStream> {
 }
 
 /// One outstanding request after the other. A connection that broke is not made anew: its requests are missing.
-fn ask_by_tcp(mut connection: TcpStream, until: Instant) -> Latencies {
+fn ask_by_tcp(mut connection: TcpStream, window: Window) -> Latencies {
+    let Window { from, until } = window;
     let mut latencies = Latencies::default();
     let mut answer = [0; BYTES];
     while Instant::now() < until {
@@ -85,7 +94,9 @@ fn ask_by_tcp(mut connection: TcpStream, until: Instant) -> Latencies {
             latencies.fail();
             break;
         }
-        latencies.complete(started.elapsed());
+        if started >= from && started < until {
+            latencies.complete(started.elapsed());
+        }
         thread::sleep(THINK);
     }
     latencies
