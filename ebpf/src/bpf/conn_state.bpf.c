@@ -1,7 +1,7 @@
 /* TCP connections that each source holds, in the kernel's own truth.
  *
  * 1. Only passive sockets on local ports that are declared as TCP, in the daemon's network namespace; a socket is counted once, when it is
- *    established, and given back once, when it closes: its storage says which.
+ *    established, and given back once, when it closes: its storage says which. So two of these programs, as at a reload, count like one.
  * 2. Counts are exact on any number of CPUs. A word that falls to zero is marked dead by compare-and-swap before its slot is deleted; who finds a dead word
  *    looks again. A slot of the hash table may meanwhile serve another source: half of the word is a mark of the source, so that a swap meant for
  *    one never hits the other.
@@ -118,6 +118,7 @@ EDGE_INLINE void established(struct sock *sk)
 	struct edge_view view = { .control = edge_control_value() };
 	struct edge_source source;
 	struct counted *counted;
+	struct sketch_ask ask;
 	__u64 address[2];
 	bool ipv4;
 
@@ -131,7 +132,8 @@ EDGE_INLINE void established(struct sock *sk)
 		return;
 	ipv4 = remote_address(sk, address);
 	view_now(&view, EDGE_TRACEPOINT);
-	sketch_take_source(&view, address, ipv4, EDGE_PURPOSE_TCP);
+	sketch_ask_source(&ask, &view, address, ipv4, EDGE_PURPOSE_TCP);
+	sketch_take_source(&ask, &view);
 	source = source_cap_key(address, ipv4);
 	counted = bpf_sk_storage_get(&connections, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!counted)

@@ -2,6 +2,7 @@
 #include "count.h"
 #include "quic.h"
 #include "replies.h"
+#include "reply.h"
 #include "retry.h"
 #include "rules.h"
 #include "tcp.h"
@@ -190,12 +191,12 @@ EDGE_INLINE int act(struct xdp_md *ctx, struct edge_view *view, const struct edg
 EDGE_INLINE int run(struct xdp_md *ctx, const enum edge_world world)
 {
 	struct edge_view view = { .read_only = world == EDGE_TRACE };
+	struct edge_scratch *room = reply_scratch();
 	struct edge_verdict verdict;
-	struct edge_packet packet = {};
 	__u32 zero = 0;
 
 	view.control = edge_control_value();
-	if (!view.control)
+	if (!view.control || !room)
 		return XDP_PASS;
 	if (world == EDGE_TEST) {
 		view.mock = bpf_map_lookup_elem(&mock, &zero);
@@ -204,8 +205,9 @@ EDGE_INLINE int run(struct xdp_md *ctx, const enum edge_world world)
 		view.read_only = view.mock->read_only;
 	}
 	view_choose_generation(&view, world);
-	decide(ctx, &view, &packet, &verdict, world);
-	return act(ctx, &view, &packet, &verdict, world);
+	room->packet = (struct edge_packet){};
+	decide(ctx, &view, &room->packet, &verdict, world);
+	return act(ctx, &view, &room->packet, &verdict, world);
 }
 
 /* The one that is attached. */

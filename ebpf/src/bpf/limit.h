@@ -124,10 +124,11 @@ EDGE_INLINE __u32 sketch_first(sketch_slots slots, __u64 hash)
 	return (start + steps) & SLOT_INDEX;
 }
 
-/* What is asked of the sketch: a key, and by what limits of which generation of the settings. Numbers only: functions that are verified by themselves cannot follow
- * pointers. */
+/* What is asked of the sketch: a key, and by what limits of which generation of the settings. Numbers only: functions that are verified by
+ * themselves cannot follow pointers. */
 struct sketch_ask {
 	__u64 words[2];
+	__u64 hash[EDGE_LEVELS_MAX]; /* of each level, under the present seed */
 	__u64 now_ns;
 	__u32 generation;
 	__u32 purpose;
@@ -135,14 +136,57 @@ struct sketch_ask {
 	__u32 pad;
 };
 
-/* One level of a key. */
-struct sketch_key {
-	__u64 words[3];
-	__u64 hash; /* under the present seed */
-};
+/* Levels of a source: IPv4 /32 and /24, IPv6 /64, /56 and /48; anything else has one. */
+EDGE_INLINE __u32 sketch_levels(const struct sketch_ask *ask)
+{
+	if (ask->purpose != EDGE_PURPOSE_QUIC && ask->purpose != EDGE_PURPOSE_TCP)
+		return 1;
+	return ask->ipv4 ? 2 : EDGE_LEVELS_MAX;
+}
+
+/* Hash of one level. Words of addresses are in network order: their first bytes are the low ones. */
+EDGE_INLINE __u64 sketch_hash(const struct edge_control *world, const struct sketch_ask *ask, __u32 generation,
+			      __u32 level)
+{
+	bool ipv6 = sketch_levels(ask) == EDGE_LEVELS_MAX;
+	__u64 kept = ~0ull >> (8 * level);
+	const __u64 words[3] = {
+		ipv6 ? ask->words[0] & kept : ask->words[0],
+		ipv6 ? 0 : ask->words[1] & kept,
+		(__u64)ask->purpose << 8 | level,
+	};
+
+	return siphash13(&world->seed[generation & 1], words, 3);
+}
+
+/* Hashes all levels, and touches their lines, so that they come from memory at the same time and not one after the other: with sources at
+ * random that is the greater part of the cost. What the caller does before it looks is hidden behind it. */
+EDGE_INLINE int sketch_prepare(struct sketch_ask *ask)
+{
+	const struct edge_control *world = edge_control_value();
+	const struct edge_line *line;
+	__u32 levels;
+
+	if (!ask || !world)
+		return false;
+	levels = sketch_levels(ask);
+	for (__u32 level = 0; level < EDGE_LEVELS_MAX; level++) {
+		if (level >= levels)
+			break;
+		ask->hash[level] = sketch_hash(world, ask, world->limiter_active, level);
+	}
+#pragma unroll
+	for (__u32 level = 0; level < EDGE_LEVELS_MAX; level++) {
+		/* Levels that there are not have hash 0, and so touch one line. */
+		line = sketch_line(ask->hash[level], world->limiter_active);
+		if (line)
+			read_once(&line->word[0]);
+	}
+	return true;
+}
 
 /* What the generation before says of the key; 0 when it is retired or does not know the key. `known`: it does. */
-EDGE_INLINE __u64 sketch_old_ahead(const struct edge_control *world, const struct sketch_key *key, __u64 now_ns,
+EDGE_INLINE __u64 sketch_old_ahead(const struct edge_control *world, const struct sketch_ask *ask, __u32 level,
 				   bool *known)
 {
 	__u32 generation = (world->limiter_active & 1) ^ 1;
@@ -151,28 +195,28 @@ EDGE_INLINE __u64 sketch_old_ahead(const struct edge_control *world, const struc
 	__u64 hash, word;
 
 	*known = false;
-	if (now_ns >= world->limiter_old_until_ns)
+	if (ask->now_ns >= world->limiter_old_until_ns)
 		return 0;
-	hash = siphash13(&world->seed[generation], key->words, 3);
+	hash = sketch_hash(world, ask, generation, level);
 	line = sketch_line(hash, generation);
 	if (!line)
 		return 0;
-	sketch_scan(line, sketch_tag(hash), now_ns, &tagged, &idle);
+	sketch_scan(line, sketch_tag(hash), ask->now_ns, &tagged, &idle);
 	if (!tagged)
 		return 0;
 	word = read_once(&line->word[sketch_first(tagged, hash)]);
 	*known = word >> TIME_BITS == sketch_tag(hash);
-	return *known ? sketch_ahead(word, now_ns) : 0;
+	return *known ? sketch_ahead(word, ask->now_ns) : 0;
 }
 
 enum sketch_step { STEP_REFUSED, STEP_ADMITTED, STEP_AGAIN };
 
-/* Looks, and with `charge` writes; STEP_AGAIN after a lost race. */
-EDGE_INLINE enum sketch_step sketch_step(const struct edge_control *world, const struct sketch_key *key,
-					 const struct edge_limit *limit, __u64 now_ns, const bool charge)
+/* Looks at one level, and with `charge` writes; STEP_AGAIN after a lost race. */
+EDGE_INLINE enum sketch_step sketch_step(const struct edge_control *world, const struct sketch_ask *ask, __u32 level,
+					 const struct edge_limit *limit, const bool charge)
 {
-	struct edge_line *line = sketch_line(key->hash, world->limiter_active);
-	__u64 tag = sketch_tag(key->hash), ahead, old, new;
+	__u64 hash = ask->hash[level], now_ns = ask->now_ns, tag = sketch_tag(hash), ahead, old, new;
+	struct edge_line *line = sketch_line(hash, world->limiter_active);
 	sketch_slots tagged, idle;
 	bool known = true;
 	__u64 *word;
@@ -180,14 +224,14 @@ EDGE_INLINE enum sketch_step sketch_step(const struct edge_control *world, const
 	if (!line)
 		return STEP_REFUSED;
 	sketch_scan(line, tag, now_ns, &tagged, &idle);
-	word = &line->word[sketch_first(tagged ? tagged : idle, key->hash)];
+	word = &line->word[sketch_first(tagged ? tagged : idle, hash)];
 	old = read_once(word);
 	if (tagged) {
 		if (old >> TIME_BITS != tag)
 			return STEP_AGAIN; /* another key's since it was found */
 		ahead = sketch_ahead(old, now_ns);
 	} else {
-		ahead = sketch_old_ahead(world, key, now_ns, &known);
+		ahead = sketch_old_ahead(world, ask, level, &known);
 	}
 	if (ahead > limit->tolerance_ns || (!tagged && !idle && !known))
 		return STEP_REFUSED;
@@ -227,33 +271,12 @@ EDGE_INLINE const struct edge_limit *sketch_limit(const struct edge_config *conf
 	}
 }
 
-/* Levels of a source: IPv4 /32 and /24, IPv6 /64, /56 and /48; anything else has one. */
-EDGE_INLINE __u32 sketch_levels(const struct sketch_ask *ask)
-{
-	if (ask->purpose != EDGE_PURPOSE_QUIC && ask->purpose != EDGE_PURPOSE_TCP)
-		return 1;
-	return ask->ipv4 ? 2 : EDGE_LEVELS_MAX;
-}
-
-/* Words of addresses are in network order: their first bytes are the low ones. */
-EDGE_INLINE void sketch_key_make(struct sketch_key *key, const struct edge_control *world,
-				 const struct sketch_ask *ask, __u32 levels, __u32 level)
-{
-	__u64 kept = ~0ull >> (8 * level);
-
-	key->words[0] = levels == EDGE_LEVELS_MAX ? ask->words[0] & kept : ask->words[0];
-	key->words[1] = levels == EDGE_LEVELS_MAX ? 0 : ask->words[1] & kept;
-	key->words[2] = (__u64)ask->purpose << 8 | level;
-	key->hash = siphash13(&world->seed[world->limiter_active & 1], key->words, 3);
-}
-
 /* Whether the limits would admit the key at all its levels. */
 __noinline int sketch_look(struct sketch_ask *ask)
 {
 	const struct edge_control *world = edge_control_value();
 	const struct edge_config *config;
 	const struct edge_limit *limit;
-	struct sketch_key key;
 	__u32 levels;
 
 	if (!ask || !world)
@@ -264,10 +287,7 @@ __noinline int sketch_look(struct sketch_ask *ask)
 		if (level >= levels)
 			break;
 		limit = sketch_limit(config, ask->purpose, level);
-		if (!limit->interval_ns)
-			continue;
-		sketch_key_make(&key, world, ask, levels, level);
-		if (sketch_step(world, &key, limit, ask->now_ns, false) == STEP_REFUSED)
+		if (limit->interval_ns && sketch_step(world, ask, level, limit, false) == STEP_REFUSED)
 			return false;
 	}
 	return true;
@@ -278,16 +298,14 @@ __noinline int sketch_charge(struct sketch_ask *ask, __u32 level)
 {
 	const struct edge_control *world = edge_control_value();
 	const struct edge_limit *limit;
-	struct sketch_key key;
 
 	if (!ask || !world || level >= EDGE_LEVELS_MAX)
 		return false;
 	limit = sketch_limit(&world->config[ask->generation & 1], ask->purpose, level);
 	if (!limit->interval_ns)
 		return true;
-	sketch_key_make(&key, world, ask, sketch_levels(ask), level);
 	for (int try = 0; try < LIMIT_TRIES; try++) {
-		enum sketch_step step = sketch_step(world, &key, limit, ask->now_ns, true);
+		enum sketch_step step = sketch_step(world, ask, level, limit, true);
 
 		if (step != STEP_AGAIN)
 			return step == STEP_ADMITTED;
@@ -295,9 +313,9 @@ __noinline int sketch_charge(struct sketch_ask *ask, __u32 level)
 	return false;
 }
 
-EDGE_INLINE struct sketch_ask sketch_ask(const struct edge_view *view, __u64 a, __u64 b, __u32 purpose)
+EDGE_INLINE void sketch_ask(struct sketch_ask *ask, const struct edge_view *view, __u64 a, __u64 b, __u32 purpose)
 {
-	return (struct sketch_ask){
+	*ask = (struct sketch_ask){
 		.words = { a, b },
 		.now_ns = view->now_ns,
 		.generation = view->generation,
@@ -308,28 +326,27 @@ EDGE_INLINE struct sketch_ask sketch_ask(const struct edge_view *view, __u64 a, 
 /* Takes one from what a peer, a proof or an ID has. */
 EDGE_INLINE bool sketch_take(const struct edge_view *view, __u64 a, __u64 b, __u32 purpose)
 {
-	struct sketch_ask ask = sketch_ask(view, a, b, purpose);
+	struct sketch_ask ask;
 
+	sketch_ask(&ask, view, a, b, purpose);
+	sketch_prepare(&ask);
 	return view->read_only ? sketch_look(&ask) : sketch_charge(&ask, 0);
 }
 
-EDGE_INLINE bool sketch_look_source(const struct edge_view *view, const __u64 address[2], bool ipv4, __u32 purpose)
+EDGE_INLINE void sketch_ask_source(struct sketch_ask *ask, const struct edge_view *view, const __u64 address[2],
+				   bool ipv4, __u32 purpose)
 {
-	struct sketch_ask ask = sketch_ask(view, address[0], address[1], purpose);
-
-	ask.ipv4 = ipv4;
-	return sketch_look(&ask);
+	sketch_ask(ask, view, address[0], address[1], purpose);
+	ask->ipv4 = ipv4;
+	sketch_prepare(ask);
 }
 
 /* Takes one from what a source has at each level, the narrowest first; the first refusal ends it. */
-EDGE_INLINE bool sketch_take_source(const struct edge_view *view, const __u64 address[2], bool ipv4, __u32 purpose)
+EDGE_INLINE bool sketch_take_source(struct sketch_ask *ask, const struct edge_view *view)
 {
-	struct sketch_ask ask = sketch_ask(view, address[0], address[1], purpose);
-
-	ask.ipv4 = ipv4;
 	if (view->read_only)
-		return sketch_look(&ask);
-	return sketch_charge(&ask, 0) && sketch_charge(&ask, 1) && (ipv4 || sketch_charge(&ask, 2));
+		return sketch_look(ask);
+	return sketch_charge(ask, 0) && sketch_charge(ask, 1) && (ask->ipv4 || sketch_charge(ask, 2));
 }
 
 /* The key that caps count by: IPv4 /32, IPv6 /64. */

@@ -302,6 +302,7 @@ EDGE_INLINE int quic_admit_initial(struct xdp_md *ctx, struct edge_view *view, c
 				   const enum edge_world world)
 {
 	struct quic_token token;
+	struct sketch_ask ask;
 	const __u8 *at;
 	__u64 token_bytes;
 	__u32 token_at;
@@ -334,14 +335,13 @@ EDGE_INLINE int quic_admit_initial(struct xdp_md *ctx, struct edge_view *view, c
 		if (reason != GO_ON)
 			return reason;
 	}
+	sketch_ask_source(&ask, view, packet->source, packet->ipv4, EDGE_PURPOSE_QUIC);
 	if (quic_source_full(view, packet, world))
 		return R_QUIC_SOURCE_CAP;
-	if (!sketch_look_source(view, packet->source, packet->ipv4, EDGE_PURPOSE_QUIC))
+	if (!sketch_look(&ask))
 		return R_QUIC_SOURCE_RATE;
 	if (token_bytes)
-		return sketch_take_source(view, packet->source, packet->ipv4, EDGE_PURPOSE_QUIC) ?
-			       R_PASS_QUIC_TOKEN :
-			       R_QUIC_SOURCE_RATE;
+		return sketch_take_source(&ask, view) ? R_PASS_QUIC_TOKEN : R_QUIC_SOURCE_RATE;
 	if (stress == EDGE_STRESS_NORMAL && budget_charge(view, EDGE_BUDGET_UNVALIDATED))
 		return R_PASS_QUIC_INITIAL;
 	return R_TX_RETRY;

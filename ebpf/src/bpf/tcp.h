@@ -124,14 +124,16 @@ __noinline int cookie_send(struct xdp_md *ctx, const struct edge_packet *packet,
 EDGE_INLINE int tcp_admit(struct xdp_md *ctx, struct edge_view *view, const struct edge_packet *packet,
 			  const enum edge_world world, __s64 *cookie, int *without)
 {
+	struct sketch_ask ask;
 	bool within;
 
 	if ((packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
 		return R_PASS_TCP;
+	view_now(view, world);
+	sketch_ask_source(&ask, view, packet->source, packet->ipv4, EDGE_PURPOSE_TCP);
 	if (tcp_source_full(view, packet))
 		return R_TCP_SOURCE_CAP;
-	view_now(view, world);
-	if (!sketch_look_source(view, packet->source, packet->ipv4, EDGE_PURPOSE_TCP))
+	if (!sketch_look(&ask))
 		return R_TCP_SOURCE_RATE;
 	within = budget_charge(view, EDGE_BUDGET_SYN);
 	if (within && view_stress(view, world) == EDGE_STRESS_NORMAL)
