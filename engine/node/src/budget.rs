@@ -15,6 +15,15 @@ const PROCESS_BYTES: ByteSize = ByteSize::mib(32);
 /// An admin client: hyper's buffers and the socket's.
 const ADMIN_BYTES: ByteSize = ByteSize::kib(768);
 
+/// A line of the limiter: eight sources.
+const LINE_BYTES: ByteSize = ByteSize(64);
+
+/// An entry of a hash table with its overhead, in the kernel or here; measured at 84 to 117 bytes.
+const SOURCE_BYTES: ByteSize = ByteSize(120);
+
+/// `LoadOptions::replies_max`, which no key sets.
+const FLOWS: u64 = 65_536;
+
 pub(crate) fn of(config: &NodeConfig, cpus: &[u64]) -> MemoryBudget {
     let transport = mapping::transport(config);
     let shards = mapping::shards(config, cpus);
@@ -45,7 +54,37 @@ pub(crate) fn of(config: &NodeConfig, cpus: &[u64]) -> MemoryBudget {
         config.registry.versions_max,
     );
     budget.add("admin clients", ADMIN_BYTES, config.admin.connections_max);
+    edge(config, &mut budget);
     budget
+}
+
+/// Two generations of each; the maps of the kernel only where there is a program.
+fn edge(config: &NodeConfig, budget: &mut MemoryBudget) {
+    let edge = &config.edge;
+    budget.add(
+        "admission: limiter lines",
+        LINE_BYTES,
+        edge.limiter_lines * 2,
+    );
+    budget.add("admission: sources", SOURCE_BYTES, edge.sources_max);
+    if edge.interfaces.is_empty() {
+        return;
+    }
+    // IPv4 and IPv6.
+    budget.add(
+        "edge: trie nodes",
+        ByteSize::kib(1),
+        edge.trie_nodes_max * 4,
+    );
+    budget.add("edge: limiter lines", LINE_BYTES, edge.limiter_lines * 2);
+    // QUIC and TCP, and the answers that scope `host` waits for.
+    budget.add(
+        "edge: sources and flows",
+        SOURCE_BYTES,
+        edge.sources_max * 2 + FLOWS,
+    );
+    budget.add("edge: peers", SOURCE_BYTES, edge.peers_max);
+    budget.add("edge: hits of rules", ByteSize(8), edge.rules_max * 2);
 }
 
 fn socket_bytes(config: &NodeConfig) -> ByteSize {
