@@ -20,5 +20,6 @@ pub mod privileges;
 pub mod publish;
 pub mod selftest;
 pub mod state;
+pub mod steer;
 mod sys;
 pub mod trace;

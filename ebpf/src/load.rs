@@ -9,24 +9,24 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::sync::Once;
 
 use libbpf_rs::{
-    MapCore as _, MapFlags, MapHandle, Object, ObjectBuilder, OpenObject, PrintLevel,
-    ProgramHandle, ProgramInput, ProgramMut,
+    Link, MapCore as _, MapHandle, Object, ObjectBuilder, OpenObject, PrintLevel, ProgramHandle,
+    ProgramInput, ProgramMut,
 };
 
 use crate::abi::{
     EdgeSizes, GENERATIONS, STAMP_MAGIC, STAMP_PASS_BYTES, STAMP_REJECT, STAMP_REJECT_BYTES,
 };
 use crate::maps::{MapError, Maps};
+pub use crate::steer::Steering;
 
 const EDGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/edge.bpf.o"));
 const STAMP: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/stamp.bpf.o"));
 const CONN_STATE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/conn_state.bpf.o"));
-const STEER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/steer.bpf.o"));
 
 /// Name of the section that holds [`EdgeSizes`].
 const SIZES: &str = ".rodata.sizes";
@@ -210,6 +210,15 @@ impl Loaded {
         ProgramHandle::try_from(&self.find(program)?)
     }
 
+    /// Counts TCP connections as long as the link lives.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn count_connections(&self) -> Result<Link, libbpf_rs::Error> {
+        self.find(Program::ConnState)?.attach()
+    }
+
     /// Runs an XDP program on a frame, `repeat` times on the same memory, without any interface.
     ///
     /// # Errors
@@ -293,65 +302,7 @@ impl Loaded {
     }
 }
 
-/// The steering of one reuseport group: a program and its table of sockets.
-#[derive(Debug)]
-pub struct Steering {
-    object: Object,
-    sockets: MapHandle,
-}
-
-impl Steering {
-    /// Loads the program for a group of `shards` sockets.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses the map or the program.
-    pub fn load(shards: u32) -> Result<Self, LoadError> {
-        let mut object = open("steer", STEER)?;
-        set_sizes(
-            "steer",
-            &mut object,
-            &EdgeSizes {
-                shards,
-                ..EdgeSizes::default()
-            },
-        )?;
-        size_map("steer", &mut object, "sockets", shards)?;
-        let object = finish("steer", object)?;
-        let sockets = handle_of(&object, "sockets").and_then(|found| found.ok_or_else(not_there));
-        let sockets = sockets.map_err(|source| LoadError::Open {
-            object: "steer",
-            source,
-        })?;
-        Ok(Self { object, sockets })
-    }
-
-    /// A descriptor of the program: for `SO_ATTACH_REUSEPORT_EBPF` on a socket of the group.
-    ///
-    /// # Errors
-    ///
-    /// When there is no descriptor left.
-    pub fn program(&self) -> Result<ProgramHandle, libbpf_rs::Error> {
-        let program = self.object.progs_mut().next().ok_or_else(not_there)?;
-        ProgramHandle::try_from(&program)
-    }
-
-    /// Puts a shard's socket into the table; it must be bound with `SO_REUSEPORT`. It leaves by being closed.
-    ///
-    /// # Errors
-    ///
-    /// What the kernel says.
-    pub fn set_socket(&self, shard: u32, socket: BorrowedFd<'_>) -> Result<(), libbpf_rs::Error> {
-        let descriptor = u64::from(socket.as_raw_fd().cast_unsigned());
-        self.sockets.update(
-            &shard.to_ne_bytes(),
-            &descriptor.to_ne_bytes(),
-            MapFlags::ANY,
-        )
-    }
-}
-
-fn not_there() -> libbpf_rs::Error {
+pub(crate) fn not_there() -> libbpf_rs::Error {
     io::Error::from(io::ErrorKind::NotFound).into()
 }
 
@@ -443,7 +394,7 @@ fn load_companion(
     finish(name, object)
 }
 
-fn open(object: &'static str, bytes: &[u8]) -> Result<OpenObject, LoadError> {
+pub(crate) fn open(object: &'static str, bytes: &[u8]) -> Result<OpenObject, LoadError> {
     hear_libbpf();
     let opened = ObjectBuilder::default()
         .name(object)
@@ -451,7 +402,7 @@ fn open(object: &'static str, bytes: &[u8]) -> Result<OpenObject, LoadError> {
     opened.map_err(|source| LoadError::Open { object, source })
 }
 
-fn finish(name: &'static str, object: OpenObject) -> Result<Object, LoadError> {
+pub(crate) fn finish(name: &'static str, object: OpenObject) -> Result<Object, LoadError> {
     LOG.take();
     object.load().map_err(|source| {
         let lines: Vec<String> = LOG.take().into();
@@ -463,7 +414,7 @@ fn finish(name: &'static str, object: OpenObject) -> Result<Object, LoadError> {
     })
 }
 
-fn size_map(
+pub(crate) fn size_map(
     name: &'static str,
     object: &mut OpenObject,
     map: &str,
@@ -510,7 +461,7 @@ fn entries_of(object: &OpenObject, map: &str) -> u32 {
 }
 
 /// Tells the programs what they take for constants. An object that uses none has no such section.
-fn set_sizes(
+pub(crate) fn set_sizes(
     name: &'static str,
     object: &mut OpenObject,
     sizes: &EdgeSizes,
@@ -533,7 +484,7 @@ fn set_sizes(
     })
 }
 
-fn handle_of(object: &Object, map: &str) -> Result<Option<MapHandle>, libbpf_rs::Error> {
+pub(crate) fn handle_of(object: &Object, map: &str) -> Result<Option<MapHandle>, libbpf_rs::Error> {
     let found = object.maps().find(|found| found.name() == map);
     found.map(|found| MapHandle::try_from(&found)).transpose()
 }

@@ -10,7 +10,8 @@ use millrace_edge::abi::{
     self, EdgeConfig, EdgeControl, EdgeCounters, EdgeDecision, EdgeKey, EdgeLimit, EdgeMock,
     EdgeNode, EdgeSampling, EdgeService,
 };
-use millrace_edge::load::{LoadOptions, Loaded, Program, Run, Steering};
+use millrace_edge::load::{LoadOptions, Loaded, Program, Run};
+use millrace_edge::steer::Steering;
 use millrace_edge_policy::cid::{Keys, LocalCid, Place};
 use millrace_edge_policy::packet::Packet;
 use millrace_edge_policy::reason::Reason;
@@ -248,6 +249,8 @@ fn what_needs_no_table_is_decided_without() {
     let Some(edge) = Edge::load() else { return };
     let mut options = udp_from(ALLOWED, UDP_PORT, b"x");
     options[14] = 0x46;
+    options[17] += 4;
+    options.splice(34..34, [1; 4]);
     let mut short = udp_from(ALLOWED, UDP_PORT, b"x");
     short.truncate(40);
     let table: [(&str, Vec<u8>, Reason, u32); 12] = [
@@ -259,7 +262,7 @@ fn what_needs_no_table_is_decided_without() {
             XDP_PASS,
         ),
         ("past the frame", short, Reason::MalformedIp, XDP_DROP),
-        ("options", options, Reason::PassOther, XDP_PASS),
+        ("options", options, Reason::Options, XDP_DROP),
         ("no payload", quic(&[]), Reason::QuicMalformed, XDP_DROP),
         (
             "fixed bit",
