@@ -9,7 +9,7 @@ use millrace_edge::load::LoadOptions;
 use millrace_edge::nft::{Nft, NftError, Table};
 use millrace_edge::pins::Pins;
 use millrace_edge::publish::{PublishError, Publisher};
-use millrace_edge::state::{AttachMode, State};
+use millrace_edge::state::AttachMode;
 use millrace_edge_policy::rules::{RuleAction, Temporary};
 use millrace_edge_policy::settings::Mode;
 use millrace_protocol::registry::RegistryConfig;
@@ -159,7 +159,8 @@ fn detach(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
 fn temporary(args: &XdpTemporaryArgs, action: RuleAction) -> Result<Exit, Failure> {
     let (config, paths) = Loaded::read(&args.config)?.usable()?;
     let edge = Edge::adopt(&Pins::at(&config.edge.pins)).map_err(|error| of_edge(&error))?;
-    let mut state = State::read(edge.pins()).map_err(|error| of_edge(&error.into()))?;
+    let mut state = force::read_state(edge.pins())?;
+    let before = state.temporary.clone();
     let now = SystemTime::now();
     state.expire(now);
     let until = plan::unix_seconds(now).saturating_add(args.period.get().as_secs());
@@ -176,7 +177,15 @@ fn temporary(args: &XdpTemporaryArgs, action: RuleAction) -> Result<Exit, Failur
     } else {
         Mode::Count
     };
-    let done = put(&edge, &config, &paths, mode, None)?;
+    let done = put(&edge, &config, &paths, mode, None);
+    if done.is_err() {
+        // Or it would come with the next set. The first error is the one to tell.
+        let _ = force::read_state(edge.pins()).and_then(|mut state| {
+            state.temporary = before;
+            force::write_state(edge.pins(), &state)
+        });
+    }
+    let done = done?;
     say(&done, args.json)
 }
 

@@ -1,6 +1,6 @@
 //! The commands of `millrace xdp` that only look.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use millrace_edge::edge::Edge;
 use millrace_edge::frame::{Description, Shape};
@@ -128,7 +128,8 @@ pub(crate) fn status(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
 }
 
 fn status_of(edge: &Edge) -> Result<Status, Failure> {
-    let state = State::read(edge.pins()).map_err(|error| of_edge(&error.into()))?;
+    let mut state = State::read(edge.pins()).map_err(|error| of_edge(&error.into()))?;
+    state.expire(SystemTime::now());
     let publisher = Publisher::new(edge.maps());
     let config = publisher.config();
     let control = edge.maps().control.load(0);

@@ -3,6 +3,8 @@
 #![allow(unreachable_pub, reason = "shared by test crates")]
 #![allow(missing_docs, clippy::unwrap_used, reason = "test code")]
 
+pub mod namespace;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -49,6 +51,8 @@ pub struct TestNode {
     pub public_key: String,
     pub config: PathBuf,
     pub socket: PathBuf,
+    /// What it said until it listened, the last time it started.
+    pub said: Vec<String>,
     process: Option<Child>,
 }
 
@@ -102,6 +106,38 @@ impl TestRegistry {
             &node.node_id,
         ]);
     }
+
+    /// Signs a version that differs from the newest by its firewall alone: `[[firewall]]` tables in TOML. Its number.
+    pub fn set_firewall(&self, rules: &str) -> u64 {
+        let documents = std::fs::read_dir(&self.dir)
+            .unwrap()
+            .map(|e| e.unwrap().path());
+        let newest = documents
+            .filter(|path| {
+                path.extension()
+                    .is_some_and(|extension| extension == "toml")
+            })
+            .max()
+            .unwrap();
+        let read = |text: &str| text.parse::<toml::Table>().unwrap();
+        let mut document = read(&std::fs::read_to_string(newest).unwrap());
+        let number = document["number"].as_integer().unwrap() + 1;
+        document.insert("number".into(), number.into());
+        document.remove("firewall");
+        document.extend(read(rules));
+        let file = self.dir.with_extension("next.toml");
+        std::fs::write(&file, document.to_string()).unwrap();
+        let key = text(&self.key);
+        ok(&[
+            "registry",
+            "sign",
+            text(&self.dir),
+            "--key",
+            key,
+            text(&file),
+        ]);
+        number.try_into().unwrap()
+    }
 }
 
 impl TestNode {
@@ -129,13 +165,19 @@ impl TestNode {
             public_key: made["public_key"].as_str().unwrap().to_owned(),
             config,
             socket: folder.join("admin.sock"),
+            said: Vec::new(),
             process: None,
         }
     }
 
     /// Starts the process and waits until its admin socket answers.
     pub fn start(&mut self) {
-        let process = Command::new(env!("CARGO_BIN_EXE_millrace"))
+        self.start_by(Command::new(env!("CARGO_BIN_EXE_millrace")));
+    }
+
+    /// As [`Self::start`], by a command that lacks the arguments of `millrace`.
+    pub fn start_by(&mut self, mut millrace: Command) {
+        let process = millrace
             .args(["node", "--config", text(&self.config)])
             .stderr(Stdio::piped())
             .spawn()
@@ -153,8 +195,14 @@ impl TestNode {
                 break;
             }
         }
+        self.said = said;
         // What it says later must not fill the pipe.
         std::thread::spawn(move || lines.for_each(drop));
+    }
+
+    /// The number of the process.
+    pub fn pid(&self) -> u32 {
+        self.process.as_ref().unwrap().id()
     }
 
     /// Ends the process as a service manager would; its exit code.

@@ -1,0 +1,156 @@
+//! Two network namespaces and a cable: a node on one end, everybody else on the other.
+
+use std::fs::File;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use millrace_edge::edge::Edge;
+use millrace_edge::pins::Pins;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// The node, on interface `mr0`.
+pub const NODE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+/// The world, on interface `mr1`: whom a rule allows, as a rule.
+pub const OPERATOR: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
+/// The world again: somebody whom nobody knows.
+pub const STRANGER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 66);
+
+/// Whether the test can run here; says what it lacks otherwise.
+pub fn privileged(test: &str) -> bool {
+    let missing = millrace_edge::privileges::missing();
+    if !missing.is_empty() {
+        eprintln!("SKIPPED: {test} needs {missing:?}");
+    }
+    missing.is_empty()
+}
+
+/// A network namespace; removed when dropped.
+#[derive(Debug)]
+pub struct Namespace {
+    pub name: String,
+}
+
+impl Namespace {
+    fn new(label: &str) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("mr-{label}-{}-{number}", std::process::id());
+        tool("ip", &["netns", "add", &name]);
+        let namespace = Self { name };
+        namespace.ip("link set lo up");
+        namespace
+    }
+
+    /// Runs `ip` in it.
+    pub fn ip(&self, arguments: &str) -> String {
+        let inside = ["-n", &self.name];
+        let words: Vec<&str> = inside
+            .into_iter()
+            .chain(arguments.split_whitespace())
+            .collect();
+        tool("ip", &words)
+    }
+
+    /// Runs `nft` in it.
+    pub fn nft(&self, arguments: &str) -> String {
+        let words: Vec<&str> = arguments.split_whitespace().collect();
+        self.enter(|| tool("nft", &words))
+    }
+
+    /// Runs a function on a thread of its own in the namespace. Sockets, threads and processes that it makes stay there.
+    pub fn enter<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
+        let file = File::open(format!("/run/netns/{}", self.name)).unwrap();
+        std::thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+                act()
+            });
+            inside
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip")
+            .args(["netns", "del", &self.name])
+            .output();
+    }
+}
+
+/// The two of them.
+#[derive(Debug)]
+pub struct Pair {
+    pub node: Namespace,
+    pub world: Namespace,
+}
+
+impl Pair {
+    pub fn new(label: &str) -> Self {
+        let pair = Self {
+            node: Namespace::new(label),
+            world: Namespace::new(label),
+        };
+        let world = &pair.world.name;
+        pair.node.ip(&format!(
+            "link add mr0 type veth peer name mr1 netns {world}"
+        ));
+        pair.node.ip(&format!("addr add {NODE}/24 dev mr0"));
+        for address in [OPERATOR, STRANGER] {
+            pair.world.ip(&format!("addr add {address}/24 dev mr1"));
+        }
+        pair.node.ip("link set mr0 up");
+        pair.world.ip("link set mr1 up");
+        pair
+    }
+
+    /// A TCP connection to the node from an address of the world, or why there is none after a moment.
+    pub fn connect(&self, from: Ipv4Addr, port: u16) -> std::io::Result<TcpStream> {
+        const MOMENT: Duration = Duration::from_millis(500);
+        self.world.enter(|| {
+            let from = SocketAddr::new(from.into(), 0);
+            let to = SocketAddr::new(NODE.into(), port);
+            let socket = socket(AddressFamily::INET, SocketType::STREAM, None)?;
+            // Bounds `connect` too.
+            set_socket_timeout(&socket, Timeout::Send, Some(MOMENT))?;
+            bind(&socket, &from)?;
+            connect(&socket, &to)?;
+            Ok(TcpStream::from(socket))
+        })
+    }
+}
+
+/// A folder of pins; what is pinned there is detached when this is dropped.
+#[derive(Debug)]
+pub struct Pinned(pub PathBuf);
+
+impl Pinned {
+    pub fn pins(&self) -> Pins {
+        Pins::at(&self.0)
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        let _ = Edge::detach(&self.pins());
+    }
+}
+
+/// The output of a program that must succeed.
+pub fn tool(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}

@@ -1,0 +1,634 @@
+//! The edge as an operator runs it: the binary, in a namespace of its own, with an interface that packets arrive on.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use common::namespace::{NODE, OPERATOR, Pair, Pinned, STRANGER, privileged};
+use common::{TestNode, TestRegistry, eventually, millrace, stderr, stdout, text};
+use serde_json::Value;
+
+/// A port that the edge owns.
+const PORT: u16 = 8080;
+/// A port that is none of its business.
+const ELSEWHERE: u16 = 2222;
+
+/// A node that is not started, in its namespace, and its registry. Dropped in this order.
+struct Site {
+    node: TestNode,
+    pinned: Pinned,
+    pair: Pair,
+    registry: TestRegistry,
+    folder: tempfile::TempDir,
+}
+
+impl Site {
+    /// `edge` follows what every test says in `[edge]`.
+    fn new(label: &str, edge: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let pair = Pair::new(label);
+        let registry = TestRegistry::init(folder.path());
+        let pinned = Pinned(folder.path().join("edge"));
+        let extra = format!(
+            "dir = {:?}\n[edge]\ninterfaces = [\"mr0\"]\ntcp_ports = [{PORT}]\npins = {:?}\nlease = \"500ms\"\n\
+             rules_max = 64\ntrie_nodes_max = 256\nlimiter_lines = 1024\nsources_max = 1024\npeers_max = 16\n{edge}",
+            registry.dir, pinned.0
+        );
+        let state = folder.path().join("node");
+        let node = TestNode::new(&state, &registry, &NODE.to_string(), &extra);
+        registry.add(&node, &format!("{NODE}:4100"));
+        Self {
+            node,
+            pinned,
+            pair,
+            registry,
+            folder,
+        }
+    }
+
+    /// `millrace xdp` with this node's config.
+    fn xdp(&self, command: &str, arguments: &[&str]) -> Output {
+        let config = ["xdp", command, "--config", text(&self.node.config)];
+        let words = [&config, arguments].concat();
+        self.pair.node.enter(|| millrace(&words))
+    }
+
+    /// What a command that must succeed says.
+    fn json(&self, command: &str, arguments: &[&str]) -> Value {
+        let output = self.xdp(command, &[arguments, &["--json"]].concat());
+        assert!(
+            output.status.success(),
+            "{command} {arguments:?}: {}",
+            stderr(&output)
+        );
+        serde_json::from_str(&stdout(&output)).unwrap()
+    }
+
+    fn status(&self) -> Value {
+        self.json("status", &[])
+    }
+
+    /// Packets that this reason decided about, and those that it would have.
+    fn packets(&self, reason: &str) -> (u64, u64) {
+        let status = self.status();
+        let mut rows = status["packets"].as_array().unwrap().iter();
+        let row = rows.find(|row| row["reason"] == reason);
+        let count = |column: &str| row.map_or(0, |row| row[column].as_u64().unwrap());
+        (count("acted"), count("would"))
+    }
+
+    fn trace(&self, from: Ipv4Addr, port: u16, kind: &str) -> Value {
+        let (from, port) = (format!("{from}:40000"), port.to_string());
+        let arguments = ["--from", &from, "--to-port", &port, "--kind", kind];
+        self.json("trace", &arguments)
+    }
+
+    fn start_node(&mut self) {
+        let Self { node, pair, .. } = self;
+        pair.node.enter(|| node.start());
+    }
+
+    fn serve(&self, port: u16) -> Server {
+        self.pair.node.enter(|| Server::start(port))
+    }
+
+    fn talk(&self, from: Ipv4Addr, port: u16) -> std::io::Result<Session> {
+        let mut session = Session::new(self.pair.connect(from, port)?);
+        session.types();
+        session.hears_all();
+        Ok(session)
+    }
+
+    /// Nobody answers, and the edge says that it was its doing.
+    fn assert_denied(&self, from: Ipv4Addr) {
+        let (before, _) = self.packets("firewall_deny");
+        assert!(self.pair.connect(from, PORT).is_err());
+        assert!(self.packets("firewall_deny").0 > before);
+    }
+}
+
+/// Echoes what comes to a port of the node. Ends when dropped.
+struct Server {
+    listener: TcpListener,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    fn start(port: u16) -> Self {
+        let listener = TcpListener::bind((NODE, port)).unwrap();
+        let accepting = listener.try_clone().unwrap();
+        let serve = move || {
+            for stream in accepting.incoming().map_while(Result::ok) {
+                std::thread::spawn(move || std::io::copy(&mut &stream, &mut &stream));
+            }
+        };
+        Self {
+            listener,
+            thread: Some(std::thread::spawn(serve)),
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Whoever waits in `accept` is told.
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Somebody who types, and hears what was typed.
+struct Session {
+    stream: TcpStream,
+    typed: usize,
+    heard: usize,
+}
+
+impl Session {
+    fn new(stream: TcpStream) -> Self {
+        stream.set_nodelay(true).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(30)))
+            .unwrap();
+        Self {
+            stream,
+            typed: 0,
+            heard: 0,
+        }
+    }
+
+    fn types(&mut self) {
+        self.stream.write_all(b"x").unwrap();
+        self.typed += 1;
+    }
+
+    /// Every byte comes back, some of them later than others.
+    fn hears_all(&mut self) {
+        let mut bytes = [0; 64];
+        while self.heard < self.typed {
+            let heard = self.stream.read(&mut bytes).unwrap();
+            assert_ne!(heard, 0, "the connection is over");
+            self.heard += heard;
+        }
+    }
+
+    /// Types while something else goes on.
+    fn types_during<T>(&mut self, act: impl FnOnce() -> T) -> T {
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let typing = scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    self.types();
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            });
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(act));
+            over.store(true, Ordering::Relaxed);
+            typing.join().unwrap();
+            result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+fn rule(action: &str, prefix: &str) -> String {
+    format!("[[firewall]]\nscope = \"global\"\nprefixes = [\"{prefix}\"]\naction = \"{action}\"\n")
+}
+
+fn allow_all_but_the_stranger() -> String {
+    rule("deny", &format!("{STRANGER}/32")) + &rule("allow", "10.77.0.0/24")
+}
+
+#[test]
+fn an_operator_goes_from_nothing_to_enforcing_and_back() {
+    if !privileged("an_operator_goes_from_nothing_to_enforcing_and_back") {
+        return;
+    }
+    let site = Site::new("cli", "");
+    let _servers = [PORT, ELSEWHERE].map(|port| site.serve(port));
+    site.pair.node.nft("add table inet other");
+    let version = site.registry.set_firewall(&allow_all_but_the_stranger());
+
+    let attached = site.json("attach", &[]);
+    assert_eq!(attached["mode"], "count", "{attached}");
+    assert_eq!(attached["interfaces"][0], "mr0");
+    assert_eq!(attached["registry_version"], version);
+    site.talk(STRANGER, PORT).unwrap();
+    let (acted, would) = site.packets("firewall_deny");
+    assert!(acted == 0 && would > 0, "{acted} refused, {would} counted");
+    let traced = site.trace(STRANGER, PORT, "tcp-syn");
+    assert_eq!(traced["enforced"], false, "{traced}");
+
+    let applied = site.json("apply", &["--mode", "enforce"]);
+    assert_eq!(applied["mode"], "enforce", "{applied}");
+    site.assert_denied(STRANGER);
+    site.talk(STRANGER, ELSEWHERE).unwrap();
+    site.talk(OPERATOR, PORT).unwrap();
+    let traced = site.trace(STRANGER, PORT, "tcp-syn");
+    assert_eq!(
+        (&traced["reason"], &traced["action"], &traced["enforced"]),
+        (&"firewall_deny".into(), &"drop".into(), &true.into())
+    );
+    let place = format!("registry version {version}, rule 1");
+    assert!(
+        traced["rule"].as_str().unwrap().contains(&place),
+        "{traced}"
+    );
+    let rules = site.json("rules", &[]);
+    let denying = rules.as_array().unwrap().iter();
+    let denying = denying.filter(|row| row["origin"] == *place);
+    assert!(
+        denying
+            .map(|row| row["hits"].as_u64().unwrap())
+            .sum::<u64>()
+            > 0
+    );
+
+    // Without a node, and without its config.
+    let pins = text(&site.pinned.0);
+    let detach = || millrace(&["xdp", "detach", "--pins", pins]);
+    let detached = site.pair.node.enter(detach);
+    assert_eq!(detached.status.code(), Some(0), "{}", stderr(&detached));
+    assert_eq!(
+        site.pair.node.nft("list tables").trim(),
+        "table inet other",
+        "its own table is gone, another stays"
+    );
+    assert!(!site.pair.node.ip("-d link show mr0").contains("xdp"));
+    assert!(!site.pinned.pins().is_present() && !site.pinned.pins().state_path().exists());
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(!mounts.contains(pins));
+    assert_eq!(site.xdp("status", &[]).status.code(), Some(69));
+    site.talk(STRANGER, PORT).unwrap();
+}
+
+/// Puts a set in force, for a second, that shuts the operator out. No node runs, and no process waits.
+fn cut_off(site: &Site) {
+    let before = site.status();
+    let (denied, _) = site.packets("firewall_deny");
+    site.registry.set_firewall(&rule("deny", "10.77.0.0/24"));
+    let mut operator = site.talk(OPERATOR, PORT).unwrap();
+    operator.types_during(|| {
+        let applied = site.json("apply", &["--mode", "enforce", "--confirm", "1s"]);
+        assert_eq!(applied["probation_seconds"], 1.0, "{applied}");
+        eventually("the probation ends", || {
+            site.status()["probation_seconds_left"]
+                .is_null()
+                .then_some(())
+        });
+    });
+    assert!(site.packets("firewall_deny").0 > denied, "cut off");
+    operator.hears_all();
+    let after = site.status();
+    for key in ["set", "mode", "registry_version"] {
+        assert_eq!(before[key], after[key], "{key}");
+    }
+    let late = site.xdp("confirm", &[]);
+    assert_eq!(late.status.code(), Some(1));
+    assert!(
+        stderr(&late).contains("no set is on probation"),
+        "{}",
+        stderr(&late)
+    );
+}
+
+#[test]
+fn what_cuts_the_operator_off_reverts_by_itself() {
+    if !privileged("what_cuts_the_operator_off_reverts_by_itself") {
+        return;
+    }
+    let site = Site::new("try", "");
+    let _server = site.serve(PORT);
+    site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
+    site.json("attach", &[]);
+    cut_off(&site);
+
+    let version = site.registry.set_firewall(&allow_all_but_the_stranger());
+    let enforce = ["--mode", "enforce", "--confirm", "60s"];
+    let applied = site.json("apply", &enforce);
+    let second = site.xdp("apply", &enforce);
+    assert_eq!(second.status.code(), Some(1));
+    assert!(stderr(&second).contains("probation"), "{}", stderr(&second));
+    let third = site.xdp("deny", &["10.77.0.0/24"]);
+    assert_eq!(third.status.code(), Some(1));
+    assert_eq!(site.status()["temporary_rules"], 0, "refused for good");
+    site.assert_denied(STRANGER);
+    assert_eq!(site.json("confirm", &[])["set"], applied["set"]);
+    let status = site.status();
+    assert!(status["probation_seconds_left"].is_null(), "{status}");
+    assert_eq!(
+        (&status["mode"], &status["set"], &status["registry_version"]),
+        (&"enforce".into(), &applied["set"], &version.into())
+    );
+    site.assert_denied(STRANGER);
+
+    cut_off(&site);
+    // What is taken back by hand is back at once.
+    site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
+    site.json("apply", &enforce);
+    site.talk(STRANGER, PORT).unwrap();
+    site.json("revert", &[]);
+    site.assert_denied(STRANGER);
+}
+
+/// A rule, the key that is wrong, and what is said of it.
+const INVALID: [(&str, &str); 5] = [
+    (
+        "prefixes = [\"10.0.0.0/33\"]\naction = \"deny\"",
+        "10.0.0.0/33",
+    ),
+    ("ports = [\"9100-9000\"]\naction = \"deny\"", "9100-9000"),
+    ("ports = [70000]\naction = \"deny\"", "70000"),
+    ("action = \"perhaps\"", "perhaps"),
+    ("prefix = [\"10.0.0.0/8\"]\naction = \"deny\"", "prefix"),
+];
+
+#[test]
+fn an_invalid_set_is_refused_and_the_last_good_one_stays() {
+    if !privileged("an_invalid_set_is_refused_and_the_last_good_one_stays") {
+        return;
+    }
+    let mut site = Site::new("bad", "");
+    let _server = site.serve(PORT);
+    let good = site.registry.set_firewall(&allow_all_but_the_stranger());
+    site.json("attach", &[]);
+    site.json("apply", &["--mode", "enforce"]);
+    site.start_node();
+    let follows = |site: &Site, version: u64| {
+        eventually("the node follows", || {
+            (site.node.status()["edge"]["registry_version"] == version).then_some(())
+        });
+    };
+    follows(&site, good);
+    let set = site.status()["set"].clone();
+    for (refused, (keys, said)) in (1..).zip(INVALID) {
+        let invalid = format!("[[firewall]]\nscope = \"global\"\n{keys}\n");
+        let rules = rule("allow", "10.77.0.0/24") + &invalid;
+        let version = site.registry.set_firewall(&rules);
+        let output = site.xdp("apply", &["--mode", "enforce"]);
+        assert_eq!(output.status.code(), Some(78));
+        let place = format!("registry version {version}, firewall rule 2");
+        let error = stderr(&output);
+        assert!(error.contains(&place) && error.contains(said), "{error}");
+        eventually("the node refuses it too", || {
+            let metric =
+                format!("millrace_edge_rules_refused_total{{reason=\"rules\"}} {refused}\n");
+            site.node.get("/metrics").1.contains(&metric).then_some(())
+        });
+        assert_eq!(site.node.status()["registry"]["newest_version"], version);
+    }
+    assert_eq!(site.status()["set"], set);
+    follows(&site, good);
+    site.assert_denied(STRANGER);
+    let mended = site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
+    follows(&site, mended);
+    site.talk(STRANGER, PORT).unwrap();
+    assert_eq!(site.node.get("/healthz").0, 200);
+}
+
+#[test]
+fn an_interface_that_is_not_there_leaves_nothing_behind() {
+    if !privileged("an_interface_that_is_not_there_leaves_nothing_behind") {
+        return;
+    }
+    let site = Site::new("nic", "");
+    // The first of the two is there, and must be left as it was.
+    let interfaces = ["--interface", "mr0", "--interface", "nowhere0"];
+    let output = site.xdp("attach", &interfaces);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("nowhere0"), "{}", stderr(&output));
+    assert!(!site.pinned.pins().is_present());
+    assert!(!site.pair.node.ip("-d link show mr0").contains("xdp"));
+    assert_eq!(site.pair.node.nft("list tables"), "");
+    site.json("attach", &[]);
+}
+
+#[test]
+fn a_temporary_rule_holds_at_once_and_the_node_takes_it_away() {
+    if !privileged("a_temporary_rule_holds_at_once_and_the_node_takes_it_away") {
+        return;
+    }
+    let mut site = Site::new("temp", "mode = \"enforce\"");
+    let _server = site.serve(PORT);
+    site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
+    site.start_node();
+    let prefix = format!("{STRANGER}/32");
+    let temporary = |site: &Site| {
+        let rules = site.json("rules", &[]);
+        let first = &rules[0];
+        (first["origin"] == "temporary").then(|| first.clone())
+    };
+    let mut stranger = site.talk(STRANGER, PORT).unwrap();
+    stranger.types_during(|| {
+        site.json("deny", &[&prefix, "--for", "2s"]);
+        eventually("it lapses", || temporary(&site).is_none().then_some(()));
+    });
+    assert!(site.packets("firewall_deny").0 > 0);
+    stranger.hears_all();
+    assert_eq!(site.status()["temporary_rules"], 0);
+
+    // The newest decides, and a node that starts later keeps it.
+    site.json("deny", &[&prefix, "--for", "1h"]);
+    site.assert_denied(STRANGER);
+    site.node.stop();
+    site.start_node();
+    let rule = temporary(&site).unwrap();
+    assert!(rule["rule"].as_str().unwrap().contains(&prefix), "{rule}");
+    site.assert_denied(STRANGER);
+    site.json("allow", &[&prefix, "--for", "1h"]);
+    site.talk(STRANGER, PORT).unwrap();
+}
+
+#[test]
+fn a_trace_names_the_limit_that_decides() {
+    if !privileged("a_trace_names_the_limit_that_decides") {
+        return;
+    }
+    let limits = "tcp_connections_max = 2\ntcp_burst = 3\ntcp_per_minute = 1\n";
+    let site = Site::new("why", limits);
+    let _server = site.serve(PORT);
+    site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
+    site.json("attach", &[]);
+    site.json("apply", &["--mode", "enforce"]);
+    let reason = |from| {
+        let traced = site.trace(from, PORT, "tcp-syn");
+        traced["reason"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(reason(OPERATOR), "pass_tcp_syn");
+    let sessions = [(); 2].map(|()| site.talk(OPERATOR, PORT).unwrap());
+    let traced = site.trace(OPERATOR, PORT, "tcp-syn");
+    assert_eq!(
+        (
+            &traced["reason"],
+            &traced["tcp_connections"],
+            &traced["tcp_connections_max"]
+        ),
+        (&"tcp_source_cap".into(), &2.into(), &2.into()),
+        "{traced}"
+    );
+    assert_eq!(reason(STRANGER), "pass_tcp_syn", "another source");
+    drop(sessions);
+    eventually("they are closed", || {
+        (reason(OPERATOR) == "pass_tcp_syn").then_some(())
+    });
+    drop(site.talk(OPERATOR, PORT).unwrap());
+    assert_eq!(reason(OPERATOR), "tcp_source_rate");
+    let (before, _) = site.packets("pass_tcp_syn");
+    for _ in 0..3 {
+        assert_eq!(reason(OPERATOR), "tcp_source_rate");
+    }
+    assert_eq!(
+        site.packets("pass_tcp_syn").0,
+        before,
+        "a trace counts nothing"
+    );
+}
+
+/// The capabilities of a thread in each of its sets.
+fn capabilities(status: &Path) -> Vec<(String, u64)> {
+    let text = std::fs::read_to_string(status).unwrap();
+    let sets = text.lines().filter_map(|line| {
+        let (name, bits) = line.strip_prefix("Cap")?.split_once(':')?;
+        Some((name.to_owned(), u64::from_str_radix(bits.trim(), 16).ok()?))
+    });
+    sets.collect()
+}
+
+fn assert_harmless(process: u32) {
+    let kept = 1u64 << caps::Capability::CAP_IPC_LOCK.index();
+    let threads = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    let threads: Vec<_> = threads.map(|thread| thread.unwrap().path()).collect();
+    assert!(threads.len() > 2, "{threads:?}");
+    for thread in threads {
+        let sets = capabilities(&thread.join("status"));
+        assert_eq!(sets.len(), 5);
+        for (name, bits) in sets {
+            assert_eq!(bits & !kept, 0, "{name} of {}", thread.display());
+        }
+    }
+}
+
+fn children(process: u32) -> Vec<u32> {
+    let path = format!("/proc/{process}/task/{process}/children");
+    let text = std::fs::read_to_string(path).unwrap();
+    let numbers = text.split_whitespace();
+    numbers.map(|number| number.parse().unwrap()).collect()
+}
+
+#[test]
+fn rules_outlive_a_killed_node_and_the_next_one_adopts_them() {
+    if !privileged("rules_outlive_a_killed_node_and_the_next_one_adopts_them") {
+        return;
+    }
+    let mut site = Site::new("kill", "mode = \"enforce\"");
+    let _server = site.serve(PORT);
+    site.registry.set_firewall(&allow_all_but_the_stranger());
+    let said = |site: &Site, words: &str| site.node.said.iter().any(|line| line.contains(words));
+
+    site.start_node();
+    assert!(
+        said(&site, "edge attached to mr0, mode enforce"),
+        "{:?}",
+        site.node.said
+    );
+    let edge = site.node.status()["edge"].clone();
+    assert_eq!(edge["place"], "kernel", "{edge}");
+    assert_harmless(site.node.pid());
+    let helpers = children(site.node.pid());
+    assert_eq!(helpers.len(), 1, "{helpers:?}");
+    site.assert_denied(STRANGER);
+
+    site.node.kill();
+    site.assert_denied(STRANGER);
+    site.talk(OPERATOR, PORT).unwrap();
+    eventually("its lease and its helper end", || {
+        let helper = Path::new("/proc").join(helpers[0].to_string());
+        (site.status()["lease_seconds_left"].is_null() && !helper.exists()).then_some(())
+    });
+
+    site.start_node();
+    assert!(said(&site, "edge adopted from"), "{:?}", site.node.said);
+    assert_harmless(site.node.pid());
+    eventually("it is alive", || {
+        site.status()["lease_seconds_left"].as_f64()
+    });
+    site.assert_denied(STRANGER);
+    // The helper still can what the node cannot: a version with an outbound rule changes nftables.
+    let outbound = "[[firewall]]\nscope = \"global\"\ndirection = \"outbound\"\naction = \"deny\"\n\
+                    prefixes = [\"198.51.100.0/24\"]\n";
+    site.registry
+        .set_firewall(&(allow_all_but_the_stranger() + outbound));
+    eventually("the table follows", || {
+        let table = site.pair.node.nft("list table inet millrace");
+        table.contains("198.51.100.0/24").then_some(())
+    });
+    assert_eq!(site.node.stop(), Some(0));
+    site.assert_denied(STRANGER);
+}
+
+#[test]
+fn a_node_without_privileges_runs_and_says_so() {
+    const NOBODY: u32 = 65_534;
+    let test = "a_node_without_privileges_runs_and_says_so";
+    if !privileged(test) {
+        return;
+    }
+    if Command::new("setpriv").arg("--version").output().is_err() {
+        eprintln!("SKIPPED: {test} needs setpriv (util-linux)");
+        return;
+    }
+    let mut site = Site::new("none", "mode = \"enforce\"");
+    // Folders that nobody may enter lie above the binary and the state, on some machines.
+    let binary = site.folder.path().join("millrace");
+    std::fs::copy(env!("CARGO_BIN_EXE_millrace"), &binary).unwrap();
+    give(site.folder.path(), NOBODY);
+    let mut command = Command::new("setpriv");
+    let user = NOBODY.to_string();
+    command.args(["--reuid", &user, "--regid", &user, "--clear-groups"]);
+    command.args(["--bounding-set=-all", "--inh-caps=-all"]);
+    command.arg(&binary);
+    let Site { node, pair, .. } = &mut site;
+    pair.node.enter(|| node.start_by(command));
+
+    let said = site.node.said.join("\n");
+    assert!(said.contains("no edge in the kernel"), "{said}");
+    assert!(said.to_lowercase().contains("cap_net_admin"), "{said}");
+    let edge = site.node.status()["edge"].clone();
+    assert_eq!(edge["place"], "user_space", "{edge}");
+    let metrics = site.node.get("/metrics").1;
+    assert!(metrics.contains("millrace_edge_in_kernel 0"), "{metrics}");
+    let status = millrace(&["status", "--config", text(&site.node.config)]);
+    assert!(
+        stdout(&status).contains("user_space"),
+        "{}",
+        stdout(&status)
+    );
+    assert_eq!(site.node.stop(), Some(0));
+}
+
+/// Makes a user the owner of a folder and what is in it.
+fn give(folder: &Path, user: u32) {
+    std::os::unix::fs::chown(folder, Some(user), Some(user)).unwrap();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            give(&path, user);
+        } else {
+            std::os::unix::fs::chown(&path, Some(user), Some(user)).unwrap();
+        }
+    }
+}
