@@ -1,7 +1,8 @@
 /* A flood of first packets from made-up sources, and the far end of the wire that it goes over.
  *
- * `generate` runs as live frames (BPF_F_TEST_XDP_LIVE_FRAMES). The kernel reuses their pages, in which a receiver's edits stay (a Retry written in
- * place): so every packet's headers are written anew.
+ * `generate` runs as live frames (BPF_F_TEST_XDP_LIVE_FRAMES). The kernel reuses their pages, in which a receiver's edits stay, as a Retry
+ * written in place: so every packet's headers are written anew. The length that the receiver left stays as well, unless the
+ * program changes it: so every packet is cut from a template that is longer.
  */
 #include "kernel.h"
 #include <bpf/bpf_endian.h>
@@ -18,6 +19,7 @@ struct shape {
 	__u8 header[HEADER];
 	__u32 ip_sum; /* of the IP header as it stands */
 	__u32 tcp_sum; /* of the TCP header and its pseudo header; 0: UDP, whose checksum is left out */
+	__u32 bytes; /* of the frame; fewer than the template that the run is given has */
 };
 
 /* Order is known to `common/flood.rs`, here and in `state`. */
@@ -66,14 +68,18 @@ static __always_inline __u16 fold(__u32 sum)
 SEC("xdp")
 int generate(struct xdp_md *ctx)
 {
-	__u8 *data = (__u8 *)(long)ctx->data;
-	__u8 *end = (__u8 *)(long)ctx->data_end;
 	__u64 random = draw();
 	const volatile struct shape *shape = &setup.shape[random >> 63];
+	__s32 template = ctx->data_end - ctx->data;
+	__u8 *data, *end;
 	__be32 source = pick_source(random >> 16);
 	__be16 port = bpf_htons(1024 + (random & 0x7fff));
 	__u32 addresses = (source & 0xffff) + (source >> 16);
 
+	if (bpf_xdp_adjust_tail(ctx, (__s32)shape->bytes - template))
+		return XDP_ABORTED;
+	data = (__u8 *)(long)ctx->data;
+	end = (__u8 *)(long)ctx->data_end;
 	if (data + HEADER > end)
 		return XDP_ABORTED;
 #pragma unroll

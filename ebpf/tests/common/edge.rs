@@ -79,6 +79,7 @@ pub fn set_of(mode: Mode, prefixes: &[&str], action: RuleAction) -> Compiled {
 }
 
 /// A folder for pins; everything pinned there is detached when it is dropped.
+#[derive(Debug)]
 pub struct Home {
     pub pins: Pins,
     _folder: tempfile::TempDir,

@@ -203,7 +203,7 @@ pub fn set_source(frame: &mut [u8], source: IpAddr) {
 }
 
 /// A first packet of this version.
-fn long_header(version: u32, id: &[u8], token: &[u8]) -> Vec<u8> {
+pub fn long_header(version: u32, id: &[u8], token: &[u8]) -> Vec<u8> {
     let mut payload = vec![0xc0];
     payload.extend(version.to_be_bytes());
     payload.push(id.len() as u8);

@@ -3,7 +3,9 @@
 
 pub mod cpu;
 pub mod edge;
+pub mod flood;
 pub mod mocked;
+pub mod node;
 
 use std::fs::File;
 use std::os::fd::AsFd as _;

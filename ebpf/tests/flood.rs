@@ -1,0 +1,360 @@
+//! A flood from made-up sources all over IPv4, over a wire into the attached program: nothing grows, every packet is accounted for,
+//! and clients that keep to half their limits are served.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+
+use std::collections::VecDeque;
+use std::fs;
+use std::net::{IpAddr, Ipv6Addr, UdpSocket};
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::edge::counters;
+use common::flood::FarEnd;
+use common::mocked::long_header;
+use common::node::{Echo, NODE4, Node, QUIC_PORT, TCP_PORT, WORLD4, connect, echoes};
+use common::{PATIENCE, cpu, privileged, until};
+use libbpf_rs::MapCore as _;
+use millrace_edge::counts::{Counts, TcpCap};
+use millrace_edge::maps::Maps;
+use millrace_edge::metrics::Counters;
+use millrace_edge::state::AttachMode;
+use millrace_edge_policy::limiter::Limit;
+use millrace_edge_policy::reason::Reason;
+use millrace_edge_policy::settings::{Caps, Limits};
+
+const SECOND: Duration = Duration::from_secs(1);
+/// Connections of each protocol that a source may open, and hold.
+const RATE: u32 = 200;
+const CAP: u32 = 20;
+/// Handshakes that each client tries.
+const ATTEMPTS: u32 = 250;
+/// Packets of the part of the flood that nothing else goes on beside.
+const ALONE: u32 = 1 << 21;
+/// Packets that are generated between two looks at the time.
+const CHUNK: u32 = 1 << 15;
+
+#[test]
+fn a_flood_costs_no_memory_and_no_handshake() {
+    let test = "a_flood_costs_no_memory_and_no_handshake";
+    if !privileged(test) || !cpu::are_two(test) {
+        return;
+    }
+    let caps = Caps {
+        quic: CAP,
+        tcp: CAP,
+    };
+    let node = Node::new("flood", AttachMode::Native, limits(), caps);
+    node.set_syncookies(2);
+    let presence = node.presence();
+    let counts = half_of_the_quic_cap(&node);
+    let any = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    let echo = Echo::serve(node.listen(any, TCP_PORT), TcpCap::new(CAP));
+    serve_quic(&node);
+    assert!(echoes(&node.connect(NODE4, TCP_PORT).unwrap()));
+    until("the first client has left", || node.kernel_sources() == 0);
+
+    let maps = node.edge.maps();
+    let (memory, wire, counted) = (map_memory(maps), Wire::of(&node), counters(&node.edge));
+    thread::scope(|scope| {
+        scope.spawn(|| flood_alone(&node));
+    });
+    let served = clients_during_flood(&node);
+    until("nothing is left of the clients", || {
+        node.kernel_sources() == 0
+    });
+    let sent = far(&node).sent();
+    eprintln!("{sent} hostile packets; {ATTEMPTS} attempts each: {served:?}");
+
+    assert_eq!(map_memory(maps), memory, "memory and entries");
+    assert!(echo.peak() <= CAP as usize);
+    let ends = counters(&node.edge);
+    for refusal in [
+        Reason::TcpSourceCap,
+        Reason::TcpSourceRate,
+        Reason::QuicSourceCap,
+        Reason::QuicSourceRate,
+        Reason::QuicBadToken,
+    ] {
+        assert_eq!(
+            ends.acted_on(refusal),
+            0,
+            "{refusal:?}: only clients could be refused so"
+        );
+    }
+    // Whatever came over the wire is in one counter.
+    let arrived = |wire: &Wire| Wire::of(&node).packets - wire.packets;
+    let in_counters = || counters(&node.edge).packets() - counted.packets();
+    until("every packet is in one counter", || {
+        arrived(&wire) == in_counters()
+    });
+    presence.end();
+    drop(counts);
+}
+
+fn limits() -> Limits {
+    let of_source = Limit::per(RATE.into(), SECOND, u64::from(RATE / 2));
+    // Spent within a millisecond of the flood.
+    let of_all = Limit::per(100, SECOND, 100);
+    Limits {
+        unvalidated: of_all,
+        syn: of_all,
+        source_quic: of_source,
+        source_tcp: of_source,
+        ..Limits::default()
+    }
+}
+
+fn far(node: &Node) -> &FarEnd {
+    node.far.as_ref().unwrap()
+}
+
+/// The client is held to have half of the connections that it may.
+fn half_of_the_quic_cap(node: &Node) -> Counts {
+    let map = node.edge.maps().quic_sources();
+    let handle = libbpf_rs::MapHandle::try_from(map).unwrap();
+    let counts = Counts::new(handle, 1).unwrap();
+    for _ in 0..CAP / 2 {
+        counts.opened(WORLD4);
+    }
+    counts
+}
+
+/// Bytes that the kernel has for each map, and the entries of those that grow.
+fn map_memory(maps: &Maps) -> Vec<(&'static str, u64, usize)> {
+    let memory = |name| {
+        let map = maps.handle(name);
+        let info = format!("/proc/thread-self/fdinfo/{}", map.as_fd().as_raw_fd());
+        let info = fs::read_to_string(info).unwrap();
+        let line = info.lines().find_map(|line| line.strip_prefix("memlock:"));
+        let hash = matches!(name, "quic_sources" | "tcp_sources" | "replies" | "peers");
+        let entries = if hash { map.keys().count() } else { 0 };
+        (name, line.unwrap().trim().parse().unwrap(), entries)
+    };
+    Maps::NAMES.map(memory).to_vec()
+}
+
+/// Memory of this process, in bytes.
+fn resident() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kibibytes = line.unwrap().trim().trim_end_matches(" kB");
+    kibibytes.parse::<u64>().unwrap() * 1_024
+}
+
+/// What the node's interface has seen.
+struct Wire {
+    /// Packets that the program was shown.
+    packets: u64,
+    /// Packets for which its ring had no room.
+    dropped: u64,
+}
+
+impl Wire {
+    fn of(node: &Node) -> Self {
+        let shown = node.pair.node.ip("-s -j link show dev mr0");
+        let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+        let received = &shown[0]["stats64"]["rx"];
+        Self {
+            packets: received["packets"].as_u64().unwrap(),
+            dropped: received["dropped"].as_u64().unwrap(),
+        }
+    }
+}
+
+/// The flood by itself: its bursts are spent, each of its packets is in one counter, and no byte is spent on one.
+fn flood_alone(node: &Node) {
+    let generate = |packets| {
+        node.pair.world.enter(|| {
+            cpu::pin(1);
+            far(node).send(packets);
+        });
+    };
+    generate(CHUNK);
+    let look = || {
+        (
+            far(node).sent(),
+            Wire::of(node).dropped,
+            counters(&node.edge),
+        )
+    };
+    let spent = look();
+    let answered = |counters: &Counters| {
+        let of = |reason| counters.acted_on(reason);
+        [of(Reason::TxRetry), of(Reason::TxSynCookie)]
+    };
+    assert!(answered(&spent.2).into_iter().all(|answers| answers > 0));
+    let before = resident();
+    generate(ALONE);
+    let grown = resident().saturating_sub(before);
+
+    let now = look();
+    let sent = now.0 - spent.0;
+    assert_eq!(sent, u64::from(ALONE));
+    // The stacks at both ends say something of their own now and then.
+    let of_flood = |counters: &Counters| counters.packets() - counters.acted_on(Reason::PassOther);
+    let counted = of_flood(&now.2) - of_flood(&spent.2);
+    assert_eq!(
+        sent,
+        counted + (now.1 - spent.1),
+        "sent is counted or did not fit"
+    );
+    let answers: u64 =
+        answered(&now.2).iter().sum::<u64>() - answered(&spent.2).iter().sum::<u64>();
+    assert!(
+        answers * 100 > counted * 99,
+        "{answers} answers to {counted}: {:?}",
+        reasons(&spent.2, &now.2)
+    );
+    assert!(far(node).answers() > 0, "answers arrive at the other end");
+    assert!(grown < sent, "{grown} bytes for {sent} packets");
+    let lost = now.1 - spent.1;
+    eprintln!("alone {sent}: {counted} counted, {answers} answered, {lost} did not fit, {grown} B");
+}
+
+/// Packets of each reason between two readings.
+fn reasons(before: &Counters, after: &Counters) -> Vec<(Reason, u64)> {
+    let counted = Reason::ALL.iter().map(|reason| {
+        let count = after.acted_on(*reason) - before.acted_on(*reason);
+        (*reason, count)
+    });
+    counted.filter(|(_, count)| *count > 0).collect()
+}
+
+/// What a client got.
+#[derive(Debug, Default)]
+struct Served {
+    completed: u32,
+    /// Handshakes of which a packet had to be sent again.
+    repeated: u32,
+}
+
+/// Ends the flood also when a client panics.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Both clients at half their limits; all of their handshakes complete. TCP, then QUIC.
+fn clients_during_flood(node: &Node) -> [Served; 2] {
+    let over = AtomicBool::new(false);
+    let flood = || {
+        cpu::pin(1);
+        while !over.load(Ordering::Relaxed) {
+            far(node).send(CHUNK);
+        }
+    };
+    let client = |client: fn() -> Served| {
+        node.pair.world.enter(|| {
+            cpu::pin(0);
+            client()
+        })
+    };
+    thread::scope(|scope| {
+        let _ends = Ends(&over);
+        scope.spawn(|| node.pair.world.enter(flood));
+        let clients = [tcp_client, quic_client].map(|act| scope.spawn(move || client(act)));
+        let served = clients.map(|client| client.join().unwrap());
+        for served in &served {
+            // Below 0.1 % of these is none.
+            assert_eq!(served.completed, ATTEMPTS, "{served:?}");
+        }
+        served
+    })
+}
+
+/// Calls at half the rate that a source may have, and no faster after a pause.
+fn at_half_the_rate(mut attempt: impl FnMut(u32)) {
+    for number in 0..ATTEMPTS {
+        let begun = Instant::now();
+        attempt(number);
+        thread::sleep((SECOND * 2 / RATE).saturating_sub(begun.elapsed()));
+    }
+}
+
+/// Holds half of the connections that it may.
+fn tcp_client() -> Served {
+    let mut held = VecDeque::new();
+    let mut served = Served::default();
+    at_half_the_rate(|_| {
+        let begun = Instant::now();
+        let stream = connect((NODE4, TCP_PORT).into()).unwrap();
+        assert!(echoes(&stream));
+        served.completed += 1;
+        // Linux waits a second before it repeats a SYN.
+        served.repeated += u32::from(begun.elapsed() >= SECOND);
+        held.push_back(stream);
+        if held.len() >= CAP as usize / 2 {
+            held.pop_front();
+        }
+    });
+    served
+}
+
+/// What the stand-in for a QUIC server says to everybody that gets through to it.
+const SERVED: &[u8] = b"served";
+
+/// Serves until the process ends.
+fn serve_quic(node: &Node) {
+    let open = || UdpSocket::bind((NODE4, QUIC_PORT)).unwrap();
+    let socket = node.pair.node.enter(open);
+    thread::spawn(move || {
+        let mut buffer = [0; 2_048];
+        while let Ok((_, peer)) = socket.recv_from(&mut buffer) {
+            if peer.ip() == WORLD4 {
+                socket.send_to(SERVED, peer).unwrap();
+            }
+        }
+    });
+}
+
+/// A client that is in no registry: answers a Retry, with a new port for each attempt.
+fn quic_client() -> Served {
+    let mut served = Served::default();
+    at_half_the_rate(|number| {
+        let socket = UdpSocket::bind((WORLD4, 0)).unwrap();
+        socket.connect((NODE4, QUIC_PORT)).unwrap();
+        let mut id = [7; 8];
+        id[4..].copy_from_slice(&number.to_le_bytes());
+        let (answer, tries) = exchange(&socket, &long_header(1, &id, &[]));
+        let (answer, more) = match retry(&answer) {
+            Some((id, token)) => exchange(&socket, &long_header(1, id, token)),
+            None => (answer, 1),
+        };
+        assert_eq!(answer, SERVED);
+        served.completed += 1;
+        served.repeated += u32::from(tries + more > 2);
+    });
+    served
+}
+
+/// Sends until there is an answer; gives it, and how often that was.
+fn exchange(socket: &UdpSocket, payload: &[u8]) -> (Vec<u8>, u32) {
+    let begun = Instant::now();
+    let mut answer = vec![0; 2_048];
+    socket.set_read_timeout(Some(SECOND / 4)).unwrap();
+    let mut tries = 0;
+    while begun.elapsed() < PATIENCE {
+        socket.send(payload).unwrap();
+        tries += 1;
+        if let Ok(length) = socket.recv(&mut answer) {
+            answer.truncate(length);
+            return (answer, tries);
+        }
+    }
+    panic!("no answer to {tries} packets");
+}
+
+/// Connection ID and token of a Retry to a client whose own ID is empty.
+fn retry(answer: &[u8]) -> Option<(&[u8], &[u8])> {
+    const TAG: usize = 16;
+    let rest = answer.strip_prefix(&[0xf0, 0, 0, 0, 1, 0, 16])?;
+    let (id, rest) = rest.split_at(16);
+    Some((id, &rest[..rest.len() - TAG]))
+}

@@ -1,0 +1,432 @@
+//! TCP through the edge, with real sockets in namespaces: counts, caps, rates, cookies, and the table behind the program.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+
+use std::io::Read as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use common::node::{
+    DUAL_PORT, Echo, NODE4, NODE6, Node, OTHER_PORT, SILENT_PORT, TCP_PORT, WORLD4, WORLD6,
+    connect, echoes, reset,
+};
+use common::{cpu, ok, privileged, until};
+use millrace_edge::counts::TcpCap;
+use millrace_edge::edge::Edge;
+use millrace_edge::nft::{Nft, Table};
+use millrace_edge::state::AttachMode;
+use millrace_edge_policy::limiter::Limit;
+use millrace_edge_policy::reason::Reason;
+use millrace_edge_policy::settings::{Caps, Limits};
+use millrace_edge_policy::stress::Level;
+use rustix::net::{AddressFamily, SocketType, socket, sockopt};
+
+const ANY4: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+const ANY6: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+
+/// What these tests are not about.
+fn generous() -> Limits {
+    Limits {
+        source_tcp: Limit::NONE,
+        syn: Limit::NONE,
+        ..Limits::default()
+    }
+}
+
+const NO_CAP: Caps = Caps { quic: 0, tcp: 0 };
+
+/// A connection, both ends.
+struct Both {
+    client: TcpStream,
+    server: TcpStream,
+}
+
+impl Both {
+    fn open(node: &Node, listener: &TcpListener, to: IpAddr) -> Self {
+        let port = listener.local_addr().unwrap().port();
+        let client = node.connect(to, port).unwrap();
+        let (server, _) = listener.accept().unwrap();
+        Self { client, server }
+    }
+
+    /// Both ends, the client first.
+    fn close(self) {
+        drop(self.client);
+        assert_eq!((&self.server).read(&mut [0; 8]).unwrap(), 0);
+        drop(self.server);
+    }
+}
+
+// Protects the cap: what the program counts is what the application holds, however connections end.
+#[test]
+fn the_kernels_count_is_what_the_application_holds() {
+    if !privileged("the_kernels_count_is_what_the_application_holds") {
+        return;
+    }
+    for mode in [AttachMode::Native, AttachMode::Generic] {
+        let node = Node::new("tcp", mode, generous(), NO_CAP);
+        let only4 = node.listen(ANY4, TCP_PORT);
+        let dual = node.listen(ANY6, DUAL_PORT);
+        for (listener, to, from) in [
+            (&only4, NODE4, WORLD4),
+            // The socket's address is IPv4-mapped; the source is the same.
+            (&dual, NODE4, WORLD4),
+            (&dual, NODE6, WORLD6),
+        ] {
+            let counts = |held: u64| {
+                until("the kernel counts what is held", || {
+                    node.kernel_count(from) == held
+                });
+            };
+            let mut held: Vec<Both> = (0..10).map(|_| Both::open(&node, listener, to)).collect();
+            counts(10);
+            // Closed by the client, which keeps TIME_WAIT.
+            held.pop().unwrap().close();
+            counts(9);
+            // Closed by the server: TIME_WAIT is the node's, and is no connection.
+            let Both { client, server } = held.pop().unwrap();
+            drop(server);
+            assert_eq!((&client).read(&mut [0; 8]).unwrap(), 0);
+            drop(client);
+            counts(8);
+            // Half-closed by the client, then by the server: a connection until the other half follows.
+            let Both { client, server } = held.pop().unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+            assert_eq!((&server).read(&mut [0; 8]).unwrap(), 0);
+            assert_eq!(node.kernel_count(from), 8);
+            drop(server);
+            counts(7);
+            let Both { client, server } = held.pop().unwrap();
+            server.shutdown(Shutdown::Write).unwrap();
+            assert_eq!((&client).read(&mut [0; 8]).unwrap(), 0);
+            assert_eq!(node.kernel_count(from), 7);
+            drop(client);
+            assert_eq!((&server).read(&mut [0; 8]).unwrap(), 0);
+            counts(6);
+            drop(server);
+            // Reset by the client, then by the server.
+            let Both { client, server } = held.pop().unwrap();
+            reset(client);
+            counts(5);
+            drop(server);
+            reset(held.pop().unwrap().server);
+            counts(4);
+            // Established, and nobody has accepted it yet.
+            let waiting = node.connect(to, listener.local_addr().unwrap().port());
+            counts(5);
+            drop(listener.accept().unwrap());
+            drop(waiting);
+            counts(4);
+            held.into_iter().for_each(Both::close);
+            counts(0);
+        }
+        assert_eq!(node.kernel_sources(), 0, "nothing is left of who left");
+    }
+}
+
+// Protects the same from races: connections of one source open and close on both CPUs.
+#[test]
+fn counts_are_exact_on_two_cpus() {
+    const THREADS: usize = 4;
+    const ROUNDS: usize = 60;
+    let test = "counts_are_exact_on_two_cpus";
+    if !privileged(test) || !cpu::are_two(test) {
+        return;
+    }
+    let node = Node::new("tcp", AttachMode::Native, generous(), NO_CAP);
+    let echo = Echo::serve(node.listen(ANY6, DUAL_PORT), TcpCap::new(0));
+    let world = &node.pair.world;
+    let held_open: Vec<Vec<TcpStream>> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..THREADS)
+            .map(|thread| scope.spawn(move || world.enter(|| busy_client(thread, ROUNDS))))
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
+    });
+    let held: usize = held_open.iter().map(Vec::len).sum();
+    assert_eq!(held, THREADS * 3);
+    until("all others have ended", || echo.held() == held);
+    until("and are counted no more", || {
+        node.kernel_count(WORLD4) == held as u64
+    });
+    assert!(echo.peak() > THREADS, "they were there together");
+    drop(held_open);
+    until("all have ended", || node.kernel_sources() == 0);
+}
+
+/// Opens and ends connections in every way; three are left.
+fn busy_client(thread: usize, rounds: usize) -> Vec<TcpStream> {
+    cpu::pin(thread % 2);
+    let open = || {
+        let stream = connect((NODE4, DUAL_PORT).into()).unwrap();
+        assert!(echoes(&stream));
+        stream
+    };
+    for round in 0..rounds {
+        let (first, second) = (open(), open());
+        match round % 3 {
+            0 => reset(first),
+            1 => first.shutdown(Shutdown::Write).unwrap(),
+            _ => drop(first),
+        }
+        reset(second);
+    }
+    (0..3).map(|_| open()).collect()
+}
+
+// Protects everybody else: what is not a connection to this node's service is in no count.
+#[test]
+fn other_connections_are_not_counted() {
+    if !privileged("other_connections_are_not_counted") {
+        return;
+    }
+    let node = Node::new("tcp", AttachMode::Native, generous(), NO_CAP);
+    // Another namespace has a service on the same port, and the node is its client.
+    let theirs = node
+        .pair
+        .world
+        .enter(|| TcpListener::bind((ANY4, TCP_PORT)).unwrap());
+    let outgoing = node
+        .pair
+        .node
+        .enter(|| connect((WORLD4, TCP_PORT).into()))
+        .unwrap();
+    let incoming = theirs.accept().unwrap();
+    // The node goes out from a port that is a service's.
+    let from_service = node.pair.node.enter(|| {
+        let from = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        sockopt::set_socket_reuseaddr(&from, true).unwrap();
+        rustix::net::bind(&from, &SocketAddr::from((ANY4, SILENT_PORT))).unwrap();
+        rustix::net::connect(&from, &SocketAddr::from((WORLD4, TCP_PORT))).unwrap();
+        from
+    });
+    let second = theirs.accept().unwrap();
+    assert_eq!(second.1, (NODE4, SILENT_PORT).into());
+    // A port of the node that is no service.
+    let other = node.listen(ANY4, OTHER_PORT);
+    let third = Both::open(&node, &other, NODE4);
+    assert_eq!(node.kernel_sources(), 0);
+
+    // One that is counted shows that counting works, and that nothing of the above ends it.
+    let ours = node.listen(ANY4, TCP_PORT);
+    let counted = Both::open(&node, &ours, NODE4);
+    until("it is counted", || node.kernel_count(WORLD4) == 1);
+    drop((outgoing, incoming, from_service, second));
+    third.close();
+    assert_eq!(node.kernel_count(WORLD4), 1);
+    counted.close();
+    until("nothing is left", || node.kernel_sources() == 0);
+}
+
+// Protects the application: it never holds more of a source than the cap, whatever the source does.
+#[test]
+fn the_application_never_holds_more_than_the_cap() {
+    const CAP: usize = 6;
+    const MORE: usize = 6;
+    const ROUNDS: usize = 4;
+    if !privileged("the_application_never_holds_more_than_the_cap") {
+        return;
+    }
+    let caps = Caps {
+        quic: 0,
+        tcp: CAP as u32,
+    };
+    let node = Node::new("tcp", AttachMode::Native, generous(), caps);
+    let cap = TcpCap::new(CAP as u32);
+    let echo = Echo::serve(node.listen(ANY4, TCP_PORT), cap.clone());
+    for round in 0..ROUNDS {
+        let mut streams = burst(&node, CAP + MORE);
+        assert_eq!(streams.len(), CAP, "round {round}");
+        assert_eq!((echo.held(), echo.peak()), (CAP, CAP));
+        assert!(streams.iter().all(echoes), "those that it holds live");
+        // The cap is full, also after the storm: the program drops the SYN.
+        until("the kernel has forgotten the refused", || {
+            node.kernel_count(WORLD4) == CAP as u64
+        });
+        let dropped = node.packets(Reason::TcpSourceCap);
+        assert!(node.refuses(NODE4, TCP_PORT));
+        assert!(node.packets(Reason::TcpSourceCap) > dropped);
+
+        // One goes, one comes.
+        let one = streams.pop().unwrap();
+        if round % 2 == 0 {
+            reset(one);
+        } else {
+            drop(one);
+        }
+        until("there is room for one", || {
+            node.kernel_count(WORLD4) == CAP as u64 - 1
+        });
+        until("the application knows", || echo.held() == CAP - 1);
+        let next = node.connect(NODE4, TCP_PORT).unwrap();
+        assert!(echoes(&next));
+        streams.push(next);
+        let ends: [fn(TcpStream); 3] = [drop, reset, |stream| {
+            stream.shutdown(Shutdown::Write).unwrap();
+        }];
+        for (number, stream) in streams.into_iter().enumerate() {
+            ends[number % ends.len()](stream);
+        }
+        until("all have ended", || {
+            echo.held() == 0 && node.kernel_sources() == 0
+        });
+    }
+    assert_eq!(echo.peak(), CAP);
+    assert_eq!(cap.connections(WORLD4), 0);
+}
+
+/// Opens so many at the same time; gives those that are served.
+fn burst(node: &Node, connections: usize) -> Vec<TcpStream> {
+    const SERVED_WITHIN: Duration = Duration::from_secs(2);
+    let attempt = || {
+        node.pair.world.enter(|| {
+            let to = SocketAddr::from((NODE4, TCP_PORT));
+            let stream = TcpStream::connect_timeout(&to, SERVED_WITHIN).ok()?;
+            stream.set_read_timeout(Some(SERVED_WITHIN)).unwrap();
+            echoes(&stream).then_some(stream)
+        })
+    };
+    thread::scope(|scope| {
+        let attempts: Vec<_> = (0..connections).map(|_| scope.spawn(attempt)).collect();
+        let served = attempts
+            .into_iter()
+            .filter_map(|attempt| attempt.join().unwrap());
+        served.collect()
+    })
+}
+
+// Protects the listener from one source that opens and closes without end; and others from it.
+#[test]
+fn syns_beyond_the_rate_are_dropped() {
+    const BURST: u64 = 5;
+    if !privileged("syns_beyond_the_rate_are_dropped") {
+        return;
+    }
+    let limits = Limits {
+        source_tcp: Limit::per(1, Duration::from_secs(3_600), BURST),
+        ..generous()
+    };
+    let node = Node::new("tcp", AttachMode::Native, limits, NO_CAP);
+    let listener = node.listen(ANY6, DUAL_PORT);
+    for (to, number) in [(NODE4, 0), (NODE6, 1)] {
+        for _ in 0..BURST {
+            Both::open(&node, &listener, to).close();
+        }
+        assert_eq!(node.packets(Reason::PassTcpSyn), BURST * (number + 1));
+        let dropped = node.packets(Reason::TcpSourceRate);
+        assert_eq!(dropped > 0, number > 0);
+        assert!(node.refuses(to, DUAL_PORT));
+        assert!(node.packets(Reason::TcpSourceRate) > dropped);
+    }
+    assert_eq!(node.packets(Reason::TcpSourceCap), 0);
+}
+
+// Protects a spoofed source's owner: a SYN alone costs nothing, only who has answered is charged.
+#[test]
+fn a_syn_that_is_not_followed_up_costs_nothing() {
+    const BURST: u64 = 2;
+    if !privileged("a_syn_that_is_not_followed_up_costs_nothing") {
+        return;
+    }
+    let limits = Limits {
+        source_tcp: Limit::per(1, Duration::from_secs(3_600), BURST),
+        ..generous()
+    };
+    let node = Node::new("tcp", AttachMode::Native, limits, NO_CAP);
+    // Nobody listens: each SYN is answered by a reset, none is established.
+    for _ in 0..BURST * 5 {
+        assert!(node.refuses(NODE4, SILENT_PORT));
+    }
+    assert_eq!(node.packets(Reason::PassTcpSyn), BURST * 5);
+    let listener = node.listen(ANY4, TCP_PORT);
+    for _ in 0..BURST {
+        Both::open(&node, &listener, NODE4).close();
+    }
+    assert!(node.refuses(NODE4, TCP_PORT));
+}
+
+// Protects service under attack: the program answers SYNs itself, and the stack takes up what comes back.
+#[test]
+fn connections_complete_through_cookies() {
+    if !privileged("connections_complete_through_cookies") {
+        return;
+    }
+    for mode in [AttachMode::Native, AttachMode::Generic] {
+        let node = Node::new("tcp", mode, generous(), NO_CAP);
+        node.set_syncookies(2);
+        let presence = node.presence();
+        let echo = Echo::serve(node.listen(ANY6, DUAL_PORT), TcpCap::new(0));
+        for (number, (to, from)) in [(NODE4, WORLD4), (NODE6, WORLD6)].into_iter().enumerate() {
+            let number = number as u64;
+            presence.set_stress(Level::Retry);
+            let stack = || ["SyncookiesSent", "SyncookiesRecv"].map(|name| node.netstat(name));
+            let [sent, received] = stack();
+            let stream = node.connect(to, DUAL_PORT).unwrap();
+            assert!(echoes(&stream));
+            let case = format!("{mode:?} {to}");
+            assert_eq!(node.packets(Reason::TxSynCookie), number + 1, "{case}");
+            // The stack took up a cookie that it had not sent itself.
+            assert_eq!(stack(), [sent, received + 1], "{case}");
+            assert_eq!((echo.held(), node.kernel_count(from)), (1, 1), "{case}");
+            // Nobody listens: the kernel has no cookie to give, and says so to the client itself.
+            assert!(node.refuses(to, SILENT_PORT));
+            presence.set_stress(Level::Normal);
+            let plain = node.connect(to, DUAL_PORT).unwrap();
+            assert!(echoes(&plain));
+            assert_eq!(node.packets(Reason::TxSynCookie), number + 1);
+            assert_eq!(node.packets(Reason::PassTcpSyn), 2 * (number + 1));
+            drop((stream, plain));
+            until("both have ended", || echo.held() == 0);
+        }
+        until("nothing is left", || node.kernel_sources() == 0);
+    }
+}
+
+/// Packets that the table has dropped for want of a stamp.
+fn unstamped(node: &Node) -> u64 {
+    let list = || {
+        let mut nft = std::process::Command::new("nft");
+        ok(nft.args(["list", "table", "inet", "millrace"]))
+    };
+    let text = node.pair.node.enter(list);
+    let rules = text.lines().filter(|line| line.contains("\"unstamped\""));
+    rules
+        .map(|rule| {
+            let count = rule.split("packets ").nth(1).unwrap();
+            count.split(' ').next().unwrap().parse::<u64>().unwrap()
+        })
+        .sum()
+}
+
+// Protects a node whose program is gone: its services are closed, and nothing else is.
+#[test]
+fn a_detached_program_leaves_no_open_node() {
+    if !privileged("a_detached_program_leaves_no_open_node") {
+        return;
+    }
+    for mode in [AttachMode::Native, AttachMode::Generic] {
+        let node = Node::new("tcp", mode, generous(), NO_CAP);
+        node.pair
+            .node
+            .enter(|| Nft::default().apply(&Table::of(&node.set)).unwrap());
+        let service = Echo::serve(node.listen(ANY6, DUAL_PORT), TcpCap::new(0));
+        let other = Echo::serve(node.listen(ANY6, OTHER_PORT), TcpCap::new(0));
+        for to in [NODE4, NODE6] {
+            assert!(echoes(&node.connect(to, DUAL_PORT).unwrap()));
+            assert!(echoes(&node.connect(to, OTHER_PORT).unwrap()));
+        }
+        assert_eq!(unstamped(&node), 0, "{mode:?}");
+
+        Edge::detach(&node.home.pins).unwrap();
+        for (to, dropped) in [(NODE4, 0), (NODE6, 1)] {
+            assert!(node.refuses(to, DUAL_PORT), "{mode:?}");
+            assert!(unstamped(&node) > dropped, "{mode:?}");
+            assert!(echoes(&node.connect(to, OTHER_PORT).unwrap()), "{mode:?}");
+        }
+        assert_eq!((service.peak() > 0, other.peak() > 0), (true, true));
+    }
+}
