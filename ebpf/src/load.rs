@@ -22,7 +22,6 @@ use crate::abi::{
     EdgeSizes, GENERATIONS, STAMP_MAGIC, STAMP_PASS_BYTES, STAMP_REJECT, STAMP_REJECT_BYTES,
 };
 use crate::maps::{MapError, Maps};
-pub use crate::steer::Steering;
 
 const EDGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/edge.bpf.o"));
 const STAMP: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/stamp.bpf.o"));

@@ -1,10 +1,11 @@
 /* TCP connections that each source holds, in the kernel's own truth.
  *
- * 1. Only passive sockets on local ports that are declared as TCP, in the daemon's network namespace; a socket is counted once, when it is
- *    established, and given back once, when it closes: its storage says which. So two of these programs, as at a reload, count like one.
- * 2. Counts are exact on any number of CPUs. A word that falls to zero is marked dead by compare-and-swap before its slot is deleted; who finds a dead word
- *    looks again. A slot of the hash table may meanwhile serve another source: half of the word is a mark of the source, so that a swap meant for
- *    one never hits the other.
+ * 1. Only passive sockets on local ports that are declared as TCP, in the daemon's network namespace; a socket is
+ *    counted once, when it is established, and given back once, when it closes: its storage says which. So two of
+ *    these programs, as at a reload, count like one.
+ * 2. Counts are exact on any number of CPUs. A word that falls to zero is marked dead by compare-and-swap before its
+ *    slot is deleted; who finds a dead word looks again. A slot of the hash table may meanwhile serve another source:
+ *    half of the word is a mark of the source, so that a swap meant for one never hits the other.
  * 3. TIME_WAIT does not count: no socket is left then.
  */
 #include "limit.h"

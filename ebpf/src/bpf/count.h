@@ -103,7 +103,8 @@ EDGE_INLINE void count_packet(struct xdp_md *ctx, struct edge_view *view, const 
 	}
 }
 
-/* Writes the stamp in front of the frame. One that is there already is written over: runs by `test_run` repeat on one frame.
+/* Writes the stamp in front of the frame. One that is there already is written over: runs by `test_run` repeat on one
+ * frame.
  *
  * A refusal is longer than a pass: `stamp.bpf.c` tells them apart by that where it cannot read them. */
 EDGE_INLINE bool stamp_write(struct xdp_md *ctx, __u32 kind)

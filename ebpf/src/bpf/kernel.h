@@ -1,7 +1,7 @@
 /* What the programs use of the kernel's types: only the fields that are read, relocated to the running kernel.
  *
- * User-space API (contexts, enums, return codes) never moves and stands as the kernel has it. Everything between the pragmas is
- * internal to the kernel: CO-RE finds each field by name in the running kernel's BTF.
+ * User-space API (contexts, enums, return codes) never moves and stands as the kernel has it. Everything between the
+ * pragmas is internal to the kernel: CO-RE finds each field by name in the running kernel's BTF.
  */
 #ifndef MILLRACE_KERNEL_H
 #define MILLRACE_KERNEL_H

@@ -1,7 +1,7 @@
 /* Limits: global budgets, and the sketch of sources, peers and IDs. GCRA by one compare-and-swap.
  *
- * 1. Nothing is admitted beyond burst + rate * time, on however many CPUs: a time is moved forward by compare-and-swap only, and two
- *    slots for one key never both count (`sketch_step`).
+ * 1. Nothing is admitted beyond burst + rate * time, on however many CPUs: a time is moved forward by
+ *    compare-and-swap only, and two slots for one key never both count (`sketch_step`).
  * 2. Whoever loses the race four times is refused: somebody else was admitted each time.
  * 3. `read_only` looks where it would charge.
  */
@@ -90,8 +90,8 @@ EDGE_INLINE __u64 sketch_ahead(__u64 word, __u64 now_ns)
 /* Eight bits, one for each slot of a line. */
 typedef __u32 sketch_slots;
 
-/* 1 if the value is zero, else 0; it is below 2^63. Without branches: sources at random would have them all mispredicted, and the verifier
- * would follow eight slots through every combination of them. */
+/* 1 if the value is zero, else 0; it is below 2^63. Without branches: sources at random would have them all
+ * mispredicted, and the verifier would follow eight slots through every combination of them. */
 EDGE_INLINE __u32 is_zero(__u64 value)
 {
 	return (value - 1) >> 63;
@@ -124,8 +124,8 @@ EDGE_INLINE __u32 sketch_first(sketch_slots slots, __u64 hash)
 	return (start + steps) & SLOT_INDEX;
 }
 
-/* What is asked of the sketch: a key, and by what limits of which generation of the settings. Numbers only: functions that are verified by
- * themselves cannot follow pointers. */
+/* What is asked of the sketch: a key, and by what limits of which generation of the settings. Numbers only: functions
+ * that are verified by themselves cannot follow pointers. */
 struct sketch_ask {
 	__u64 words[2];
 	__u64 hash[EDGE_LEVELS_MAX]; /* of each level, under the present seed */
@@ -159,8 +159,9 @@ EDGE_INLINE __u64 sketch_hash(const struct edge_control *world, const struct ske
 	return siphash13(&world->seed[generation & 1], words, 3);
 }
 
-/* Hashes all levels, and touches their lines, so that they come from memory at the same time and not one after the other: with sources at
- * random that is the greater part of the cost. What the caller does before it looks is hidden behind it. */
+/* Hashes all levels, and touches their lines, so that they come from memory at the same time and not one after the
+ * other: with sources at random that is the greater part of the cost. What the caller does before it looks is hidden
+ * behind it. */
 EDGE_INLINE int sketch_prepare(struct sketch_ask *ask)
 {
 	const struct edge_control *world = edge_control_value();

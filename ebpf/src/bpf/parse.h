@@ -1,10 +1,12 @@
 /* From a frame to addresses, ports and lengths: section 1 of the specification.
  *
- * Functions that are not inline are verified once, by themselves: what they leave in a packet is just numbers to their callers, so that the
- * paths through the program add up instead of multiplying.
+ * Functions that are not inline are verified once, by themselves: what they leave in a packet is just numbers to
+ * their callers, so that the paths through the program add up instead of multiplying.
  *
- * 1. Offsets count from the frame's start. Pointers into the frame are taken afresh at each step: a pull invalidates them.
- * 2. Lengths are checked against the frame, frags included; what is read lies in its linear part, where `frame_gather` has brought it.
+ * 1. Offsets count from the frame's start. Pointers into the frame are taken afresh at each step: a pull invalidates
+ *    them.
+ * 2. Lengths are checked against the frame, frags included; what is read lies in its linear part, where
+ *    `frame_gather` has brought it.
  */
 #ifndef MILLRACE_PARSE_H
 #define MILLRACE_PARSE_H
@@ -266,7 +268,8 @@ __noinline int parse_frame(struct xdp_md *ctx, struct edge_packet *packet)
 	return reason == GO_ON ? parse_ports(ctx, packet) : reason;
 }
 
-/* Steps 6 and 7. Past it, `TRANSPORT_BYTES` of the packet from its transport header on, or all if there are fewer, are linear. */
+/* Steps 6 and 7. Past it, `TRANSPORT_BYTES` of the packet from its transport header on, or all if there are fewer,
+ * are linear. */
 EDGE_INLINE int parse_transport(struct xdp_md *ctx, struct edge_packet *packet)
 {
 	__u32 held_bytes, header_bytes, wanted;

@@ -1,4 +1,5 @@
-/* QUIC: what RFC 9000 says of a first packet, our connection IDs, tokens and proofs: sections 2 and 4 of the specification. */
+/* QUIC: what RFC 9000 says of a first packet, our connection IDs, tokens and proofs: sections 2 and 4 of the
+ * specification. */
 #ifndef MILLRACE_QUIC_H
 #define MILLRACE_QUIC_H
 
@@ -214,7 +215,8 @@ EDGE_INLINE int token_check(struct edge_view *view, const struct edge_packet *pa
 	return R_QUIC_EXPIRED_TOKEN;
 }
 
-/* A destination ID of 20 bytes: the proof of a registry peer, made for this address and hour? Then its node's tag, else 0 with false. */
+/* A destination ID of 20 bytes: the proof of a registry peer, made for this address and hour? Then its node's tag,
+ * else 0 with false. */
 EDGE_INLINE bool proof_check(struct edge_view *view, const struct edge_packet *packet, const __u8 *id,
 			     const enum edge_world world, __u32 *node)
 {

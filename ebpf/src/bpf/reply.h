@@ -7,8 +7,8 @@
 #define HOP_LIMIT 64
 #define IPV4_DONT_FRAGMENT 0x4000
 
-/* Room that the stack of 512 bytes has not: the packet's view, and an answer while it is made. XDP runs to its end on one CPU: nobody else is
- * in it. */
+/* Room that the stack of 512 bytes has not: the packet's view, and an answer while it is made. XDP runs to its end on
+ * one CPU: nobody else is in it. */
 struct edge_scratch {
 	struct edge_packet packet;
 	__u8 bytes[256];

@@ -1,7 +1,9 @@
-/* A Retry (RFC 9000, 17.2.5), made in place of the Initial that it answers. No state stays behind: all is in the token.
+/* A Retry (RFC 9000, 17.2.5), made in place of the Initial that it answers. No state stays behind: all is in the
+ * token.
  *
- * Its integrity tag is AES-128-GCM over nothing but associated data, under a key and a nonce that RFC 9001 prints (5.8). So the block
- * cipher is run once, by `build.rs`: what is left is GHASH, a product in GF(2^128) for each 16 bytes, by tables.
+ * Its integrity tag is AES-128-GCM over nothing but associated data, under a key and a nonce that RFC 9001 prints
+ * (5.8). So the block cipher is run once, by `build.rs`: what is left is GHASH, a product in GF(2^128) for each 16
+ * bytes, by tables.
  */
 #ifndef MILLRACE_RETRY_H
 #define MILLRACE_RETRY_H
@@ -156,7 +158,8 @@ EDGE_INLINE void retry_udp(__u8 *udp, const struct edge_packet *packet, const st
 }
 
 /* Turns the Initial into the Retry that answers it. */
-__noinline int retry_send(struct xdp_md *ctx, const struct edge_packet *packet, const struct quic_header *header, __u64 now_ns)
+__noinline int retry_send(struct xdp_md *ctx, const struct edge_packet *packet, const struct quic_header *header,
+			  __u64 now_ns)
 {
 	struct edge_scratch *room = reply_scratch();
 	__u8 *link, *ip, *udp;

@@ -1,4 +1,5 @@
-/* The firewall: one walk through a trie of strides of eight bits gives the rule that decides, or the service's default. */
+/* The firewall: one walk through a trie of strides of eight bits gives the rule that decides, or the service's
+ * default. */
 #ifndef MILLRACE_RULES_H
 #define MILLRACE_RULES_H
 

@@ -34,7 +34,8 @@ EDGE_INLINE void siphash_word(struct siphash *s, __u64 word, const int rounds)
 }
 
 /* `count`, `each` and `last` are constants. */
-EDGE_INLINE __u64 siphash(const struct edge_key *key, const __u64 *words, const int count, const int each, const int last)
+EDGE_INLINE __u64 siphash(const struct edge_key *key, const __u64 *words, const int count, const int each,
+			  const int last)
 {
 	struct siphash s = {
 		.v0 = key->k0 ^ 0x736f6d6570736575ull,

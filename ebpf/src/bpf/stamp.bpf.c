@@ -1,4 +1,5 @@
-/* Companions of `edge` in tcx: `stamp` turns its stamp into a mark that nftables can see, `learn` remembers what this host sends. */
+/* Companions of `edge` in tcx: `stamp` turns its stamp into a mark that nftables can see, `learn` remembers what this
+ * host sends. */
 #include "parse.h"
 #include "replies.h"
 
@@ -10,8 +11,9 @@ char LICENSE[] SEC("license") = "GPL";
 
 /* The kind of stamp that the program left; 0: none.
  *
- * Generic XDP on Linux 6.9 and later may move a packet to new memory and forget how long its link header is. Then `data` is the network header,
- * and what stands in front of it is the link header, not the stamp; but the length that XDP gave the stamp is there, and says which it is. */
+ * Generic XDP on Linux 6.9 and later may move a packet to new memory and forget how long its link header is. Then
+ * `data` is the network header, and what stands in front of it is the link header, not the stamp; but the length that
+ * XDP gave the stamp is there, and says which it is. */
 EDGE_INLINE __u32 stamp_kind(const struct __sk_buff *skb)
 {
 	const void *start = (void *)(long)skb->data_meta, *end = (void *)(long)skb->data;

@@ -9,7 +9,8 @@
 #define TCP_BYTES_MAX 60
 #define TCP_MSS_OPTION 0x0204 /* kind 2, 4 bytes */
 #define SYN_ACK_BYTES 24
-#define SYN_ACK_WINDOW 29200 /* 20 segments of 1,460 bytes: below what the kernel will grant once the cookie comes back */
+/* 20 segments of 1,460 bytes: below what the kernel will grant once the cookie comes back. */
+#define SYN_ACK_WINDOW 29200
 
 EDGE_INLINE bool tcp_source_full(const struct edge_view *view, const struct edge_packet *packet)
 {

@@ -1,7 +1,8 @@
 /* The world of one packet: what user space has set, the clock, and which of the three entry points is running.
  *
  * `edge` lives in the real world. `edge_trace` looks at it and changes nothing. `edge_test` takes clock and cookie
- * from the map `mock`. The argument `world` is a constant after inlining: each entry point carries only its own branches.
+ * from the map `mock`. The argument `world` is a constant after inlining: each entry point carries only its own
+ * branches.
  */
 #ifndef MILLRACE_WORLD_H
 #define MILLRACE_WORLD_H
@@ -14,8 +15,8 @@
 
 #define EDGE_INLINE static __always_inline
 
-/* Makes the compiler take a value as it stands here. It would else rearrange a sum so that the verifier loses sight of its bounds, or compute a
- * pointer twice, of which the verifier has seen one checked. */
+/* Makes the compiler take a value as it stands here. It would else rearrange a sum so that the verifier loses sight
+ * of its bounds, or compute a pointer twice, of which the verifier has seen one checked. */
 #define OPAQUE(value) asm volatile("" : "+r"(value))
 
 /* Bytes 8 to 12 of a v4-mapped address, as they are loaded. */
@@ -82,9 +83,9 @@ EDGE_INLINE void store16be(void *at, __u16 value)
 	*(__u16 *)at = bpf_htons(value);
 }
 
-/* A step of the coarse clock is a tick (4 ms at 250 Hz). It costs 14 ns, the exact one 33 ns. Limits lose nothing by it: time that
- * stands still refuses too much, never too little, and their bursts hold many ticks. Only the IDs that user space
- * has just issued need the exact one (`quic.h`). */
+/* A step of the coarse clock is a tick (4 ms at 250 Hz). It costs 14 ns, the exact one 33 ns. Limits lose nothing by
+ * it: time that stands still refuses too much, never too little, and their bursts hold many ticks. Only the IDs that
+ * user space has just issued need the exact one (`quic.h`). */
 EDGE_INLINE __u64 view_now(struct edge_view *view, const enum edge_world world)
 {
 	if (view->now_ns)
