@@ -140,14 +140,35 @@ impl<'o> Generator<'o> {
 
     /// How many packets have been handed to the veth.
     pub(crate) fn sent(&self) -> Result<u64> {
+        let [_random, sent, ..] = self.state()?;
+        Ok(sent)
+    }
+
+    /// Packets per second that a paced generator has kept up, from the first to the last.
+    pub(crate) fn rate(&self) -> Result<f64> {
+        let [_random, sent, next_ns, first_ns] = self.state()?;
+        Ok(sent as f64 * f64::from(NANOSECONDS) / (next_ns - first_ns) as f64)
+    }
+
+    fn state(&self) -> Result<[u64; 4]> {
+        let zero = 0u32.to_ne_bytes();
         let state = self
             .skeleton
             .maps
             .bss
-            .lookup(&0u32.to_ne_bytes(), MapFlags::ANY)?
-            .ok_or("the generator has no state")?;
-        let word = state.get(8..16).ok_or("the generator's state is short")?;
-        Ok(u64::from_ne_bytes(word.try_into()?))
+            .lookup(&zero, MapFlags::ANY)?
+            .unwrap_or_default();
+        let mut words = state.chunks_exact(8).map(|word| word.iter().rev());
+        let mut word = || {
+            words
+                .next()
+                .map(|bytes| bytes.fold(0, |sum, &byte| sum << 8 | u64::from(byte)))
+        };
+        let mut state = [0; 4];
+        for place in &mut state {
+            *place = word().ok_or("the generator's state is short")?;
+        }
+        Ok(state)
     }
 
     /// Mean cost of a packet when `program` is run over `packets` generated ones, the loop and the rewriting included.

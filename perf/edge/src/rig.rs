@@ -132,9 +132,7 @@ impl Rig {
         }
         for thread in threads {
             cpu::pin(Some(thread), cpu)?;
-            // A softirq comes before every thread. The kernel's reserve for other threads (a twentieth) stays.
-            let thread = thread.as_raw_nonzero().to_string();
-            run("chrt", &["--fifo", "--pid", "1", &thread])?;
+            cpu::go_first(Some(thread))?;
         }
         Ok(())
     }

@@ -25,6 +25,7 @@ struct {
 	__u64 random;
 	__u64 sent;
 	__u64 next_ns; /* when the next packet is due */
+	__u64 first_ns; /* when the first one went */
 } state;
 
 struct {
@@ -113,6 +114,8 @@ static __always_inline void pace(void)
 {
 	__u64 now = bpf_ktime_get_ns();
 
+	if (!state.first_ns)
+		state.first_ns = now;
 	if (state.next_ns + 64 * (__u64)interval_ns < now)
 		state.next_ns = now;
 	bpf_loop(1 << 20, not_yet, 0, 0);
