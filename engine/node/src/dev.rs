@@ -468,8 +468,7 @@ fn start_behind_edge(
     mut parts: Start,
 ) -> Result<(Arc<Running>, Option<Keeper>), Failure> {
     let firewall = parts.versions.firewall(&config.edge.roles);
-    let handshakes = config.transport.handshakes_max * parts.shards.len() as u64;
-    let prepared = start::prepare(config, &parts.udp, handshakes, &firewall)?;
+    let prepared = start::prepare(config, &parts.udp, &firewall)?;
     if prepared.kernel.is_none() {
         let message = "the edge could not be attached; see above";
         return Err(Failure::new(Exit::Failed, message));

@@ -85,12 +85,7 @@ fn start(config: &NodeConfig, paths: &Paths) -> Result<Started, Failure> {
         send_buffer_bytes: to_usize(config.listen.send_buffer_bytes.bytes()),
         ..UdpGroupConfig::default()
     };
-    let prepared = start::prepare(
-        config,
-        &udp,
-        config.transport.handshakes_max * shards.len() as u64,
-        &versions.firewall(&config.edge.roles),
-    )?;
+    let prepared = start::prepare(config, &udp, &versions.firewall(&config.edge.roles))?;
     let (edge, kept) = prepared.split();
     let view = Arc::new(EdgeView::of(&kept));
     let node = Running::start(Start {

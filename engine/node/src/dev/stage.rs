@@ -32,6 +32,8 @@ const OUTSIDE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 const STRANGER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 66);
 /// Port of the first node; the others follow.
 const PORT: u16 = 4100;
+/// From 63 nodes with 8 connections each, and again while they redial.
+const CONNECTIONS_MAX: u64 = 1_024;
 /// Ethernet, IPv4 and UDP: what the kernel puts in front of a datagram by itself.
 const HEADERS: usize = 14 + 20 + 8;
 /// Datagrams of a flood between two looks at whether it should end.
@@ -143,6 +145,9 @@ impl Stage {
         config.edge.interfaces = vec![Side::Inside.name().into()];
         config.edge.pins = self.pins.display().to_string();
         config.edge.mode = "enforce".into();
+        // All other nodes have one address here.
+        config.edge.quic_connections_max = CONNECTIONS_MAX;
+        config.edge.quic_burst = CONNECTIONS_MAX;
         config
     }
 

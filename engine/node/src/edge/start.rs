@@ -111,7 +111,6 @@ pub(crate) struct Kept {
 pub(crate) fn prepare(
     config: &NodeConfig,
     udp: &UdpGroupConfig,
-    handshakes_max: u64,
     firewall: &Firewall,
 ) -> Result<Prepared, Failure> {
     let sockets = bind_unsteered(udp).map_err(|error| bind_failure(&error))?;
@@ -131,7 +130,7 @@ pub(crate) fn prepare(
     settings
         .validate()
         .map_err(|error| Failure::new(Exit::BadConfig, format!("[edge]: {error}")))?;
-    let admission = admission(config, &settings, handshakes_max)?;
+    let admission = admission(config, &settings)?;
     admission.set_kernel_charges(kernel.is_some() && mode == Mode::Enforce);
     if wanted {
         privileges::drop_capabilities(&KEPT).map_err(|error| {
@@ -160,16 +159,13 @@ fn kept_mode(edge: &Edge) -> Result<Mode, Failure> {
     })
 }
 
-fn admission(
-    config: &NodeConfig,
-    settings: &Settings,
-    handshakes_max: u64,
-) -> Result<Admission, Failure> {
+fn admission(config: &NodeConfig, settings: &Settings) -> Result<Admission, Failure> {
     let of_admission = AdmissionConfig {
         limits: settings.limits,
         caps: settings.caps,
         sources_max: plan::to_usize(config.edge.sources_max),
-        half_open_retry: plan::to_usize(handshakes_max / 2),
+        // Of each shard.
+        half_open_retry: plan::to_usize(config.transport.handshakes_max / 2),
         sketch_lines: plan::to_usize(config.edge.limiter_lines),
     };
     // Asked once before, so that an error is told instead of weak keys taken.
