@@ -4,6 +4,7 @@
 //! state that a long attack would have left: bursts spent, budgets spent.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -338,9 +339,8 @@ pub(crate) struct Edges(BTreeMap<(Case, Option<Sources>), Edge>);
 impl Edges {
     /// Loads one, unless it is there.
     pub(crate) fn prepare(&mut self, case: Case, sources: Sources) -> Result<()> {
-        let key = key_of(case, sources);
-        if !self.0.contains_key(&key) {
-            self.0.insert(key, Edge::load(case, sources)?);
+        if let Entry::Vacant(place) = self.0.entry(key_of(case, sources)) {
+            place.insert(Edge::load(case, sources)?);
         }
         Ok(())
     }

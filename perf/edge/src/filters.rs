@@ -19,7 +19,8 @@ pub(crate) enum Filter {
     Floor,
     /// The edge, one verdict of it.
     Edge(Case),
-    XdpFilter,
+    /// xdp-filter of xdp-tools, one port.
+    XdpTools,
     /// nftables, the device's ingress hook.
     NftIngress,
     /// nftables with the reference's rules; the attacker is on no list.
@@ -71,7 +72,7 @@ impl Filter {
         match self {
             Self::Floor => "XDP, drop all".into(),
             Self::Edge(case) => format!("edge, {}", case.label()),
-            Self::XdpFilter => "xdp-filter".into(),
+            Self::XdpTools => "xdp-filter".into(),
             Self::NftIngress => "nft ingress".into(),
             Self::Reference => "reference's rules".into(),
             Self::ReferenceListed => "reference's rules, listed".into(),
@@ -81,7 +82,7 @@ impl Filter {
 
     /// Why it cannot be measured here.
     pub(crate) fn missing(self) -> Option<&'static str> {
-        (self == Self::XdpFilter && !reference::has_xdp_filter())
+        (self == Self::XdpTools && !reference::has_xdp_filter())
             .then_some("xdp-filter is not installed (Debian: xdp-tools)")
     }
 
@@ -100,7 +101,7 @@ impl Filter {
             Self::Edge(case) => Some(Held::Edge {
                 _attached: parts.edges.of(case, sources)?.attach(index)?,
             }),
-            Self::XdpFilter => reference::load_xdp_filter(device).map(|()| None)?,
+            Self::XdpTools => reference::load_xdp_filter(device).map(|()| None)?,
             Self::NftIngress => reference::load(&reference::ingress(device)).map(|()| None)?,
             Self::Reference => reference::load(&reference::replica(false)).map(|()| None)?,
             Self::ReferenceListed => reference::load(&reference::replica(true)).map(|()| None)?,
@@ -138,7 +139,7 @@ impl Standing<'_> {
                 })
             }
             Filter::Edge(case) => self.parts.edges.of(case, self.sources)?.tally(),
-            Filter::XdpFilter => {
+            Filter::XdpTools => {
                 let seen = self.parts.rig.received()?.packets;
                 let passed = stack()?.received;
                 Ok(Tally {
@@ -180,7 +181,7 @@ impl Drop for Standing<'_> {
             // While the thread is in the namespace that the device's number means something in.
             self.held = None;
             match self.filter {
-                Filter::XdpFilter => reference::unload_xdp_filter(self.parts.rig.node_device()),
+                Filter::XdpTools => reference::unload_xdp_filter(self.parts.rig.node_device()),
                 Filter::NftIngress | Filter::Reference | Filter::ReferenceListed => {
                     reference::flush()
                 }

@@ -63,7 +63,7 @@ pub(crate) fn all() -> Vec<Row> {
         initial(Filter::Reference);
         if matches!(sources, S::ONE | S::MILLION) {
             initial(Filter::ReferenceListed);
-            initial(Filter::XdpFilter);
+            initial(Filter::XdpTools);
             initial(Filter::NftIngress);
         }
         if matches!(sources, S::ONE | S::MILLION) {
