@@ -613,7 +613,7 @@ fn a_node_without_privileges_runs_and_says_so() {
     assert!(metrics.contains("millrace_edge_in_kernel 0"), "{metrics}");
     let status = millrace(&["status", "--config", text(&site.node.config)]);
     assert!(
-        stdout(&status).contains("user_space"),
+        stdout(&status).contains("user space only"),
         "{}",
         stdout(&status)
     );

@@ -54,7 +54,7 @@ impl Relay {
     pub(crate) fn start(inside: SocketAddr, listener: SocketAddr) -> Self {
         let inside = UdpSocket::bind(inside).unwrap();
         inside.set_read_timeout(Some(LOOK)).unwrap();
-        let outside = Outside::bind();
+        let outside = Outside::bind(&inside);
         let state = Arc::new(State {
             inside,
             listener,
@@ -84,7 +84,8 @@ impl Relay {
 
     /// From now on the listener sees another port; what it sends to the old one is lost.
     pub(crate) fn rebind(&mut self) {
-        let old = std::mem::replace(&mut *self.state.outside.lock().unwrap(), Outside::bind());
+        let new = Outside::bind(&self.state.inside);
+        let old = std::mem::replace(&mut *self.state.outside.lock().unwrap(), new);
         old.open.store(false, Ordering::Relaxed);
         self.answer();
     }
@@ -130,8 +131,10 @@ impl Drop for Relay {
 }
 
 impl Outside {
-    fn bind() -> Self {
-        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    /// Another port of the relay's address.
+    fn bind(inside: &UdpSocket) -> Self {
+        let ip = inside.local_addr().unwrap().ip();
+        let socket = UdpSocket::bind((ip, 0)).unwrap();
         socket.set_read_timeout(Some(LOOK)).unwrap();
         Self {
             socket: Arc::new(socket),
