@@ -78,14 +78,19 @@ fn draw(
         .flat_map(|(_, line)| line)
         .map(|&(_, y)| y)
         .fold(0.0, f64::max);
+    // Where the lines are not.
+    let legend = match scale {
+        Scale::Linear => SeriesLabelPosition::LowerLeft,
+        Scale::Logarithmic => SeriesLabelPosition::LowerRight,
+    };
     let rates = points.iter().map(|point| point.rate).max().unwrap_or(0);
     let root = SVGBackend::new(path, SIZE).into_drawing_area();
     let mut builder = ChartBuilder::on(&root);
     builder
-        .caption(caption, ("sans-serif", 16, &INK))
+        .caption(caption, ("sans-serif", 20, &INK))
         .margin(10)
-        .x_label_area_size(36)
-        .y_label_area_size(56);
+        .x_label_area_size(44)
+        .y_label_area_size(60);
     let x = 0.0..f64::from(rates) / 1e6;
     // Two coordinate systems are two types, and so two charts.
     macro_rules! finish {
@@ -97,7 +102,7 @@ fn draw(
                 .light_line_style(TRANSPARENT)
                 .bold_line_style(INK.mix(0.25))
                 .axis_style(INK)
-                .label_style(("sans-serif", 12, &INK))
+                .label_style(("sans-serif", 15, &INK))
                 .x_desc("million hostile packets per second")
                 .draw()?;
             for ((filter, line), colour) in lines.into_iter().zip(LINES) {
@@ -110,8 +115,8 @@ fn draw(
             }
             chart
                 .configure_series_labels()
-                .position(SeriesLabelPosition::MiddleLeft)
-                .label_font(("sans-serif", 12, &INK))
+                .position(legend)
+                .label_font(("sans-serif", 15, &INK))
                 .draw()?;
         }};
     }
