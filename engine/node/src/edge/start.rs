@@ -318,7 +318,7 @@ fn helper(pins: &Pins) -> Option<Helper> {
         });
     started
         .inspect_err(|error| {
-            tracing::warn!(error, "no helper: nftables and programs stay as they are")
+            tracing::warn!(error, "no helper: nftables and programs stay as they are");
         })
         .ok()
 }
