@@ -29,7 +29,7 @@ const PACKETS_OF_AN_AUDIT: u64 = 512;
 /// Changes of the world come once in so many packets.
 const PACKETS_OF_A_CHANGE: u64 = 48;
 /// Far from zero, in the middle of an epoch of each kind.
-const START_NS: u64 = (5 << 42) + (7 << 34) + (1 << 33);
+const START_NS: u64 = (69 << 42) + (7 << 34) + (1 << 33);
 
 /// Never seen here: a Retry always fits into the packet that it answers, and nothing else makes it fail.
 const IMPOSSIBLE: [Reason; 1] = [Reason::QuicRetryFailed];

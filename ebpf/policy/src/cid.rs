@@ -8,6 +8,7 @@
 //! 3. A *handshake* ID holds for one address and port, and for 17 to 34 seconds. A *roaming* ID holds from anywhere, for 73 to 146
 //!    minutes: it is given out only when the handshake has completed.
 //! 4. A key outlives the IDs that it signed: see [`KeySchedule`].
+//! 5. An ID carries five bits of its epoch, and its tag is over all of them: when the bits come round, the ID does not.
 
 mod keys;
 
@@ -28,7 +29,7 @@ pub const ROAMING_EPOCH_SHIFT: u32 = 42;
 /// Slots that an ID can name.
 pub const SLOTS_MAX: u32 = 1 << 24;
 
-const EPOCH_MASK: u8 = 0x1f;
+const EPOCH_MASK: u64 = 0x1f;
 
 /// What an ID may be used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -131,6 +132,7 @@ impl LocalCid {
             "slot {} does not fit into a connection ID",
             place.slot
         );
+        let epoch = kind.epoch(now_ns);
         let mut cid = Self {
             shard: place.shard,
             generation: place.generation,
@@ -138,10 +140,10 @@ impl LocalCid {
             nonce,
             kind,
             key: keys.active,
-            epoch: kind.epoch(now_ns) as u8 & EPOCH_MASK,
+            epoch: low_bits(epoch),
             tag: 0,
         };
-        cid.tag = cid.tag_for(peer, keys);
+        cid.tag = cid.tag_for(epoch, peer, keys);
         cid.encode()
     }
 
@@ -165,7 +167,7 @@ impl LocalCid {
                 Kind::Roaming
             },
             key: about >> 5 & 3,
-            epoch: about & EPOCH_MASK,
+            epoch: low_bits(u64::from(about)),
             tag: u64::from_le_bytes(tag),
         })
     }
@@ -173,10 +175,11 @@ impl LocalCid {
     /// Reads the destination ID of a packet from `peer`, and checks that it may use it now.
     pub fn check(bytes: &[u8], keys: &Keys, peer: SocketAddr, now_ns: u64) -> Result<Self, BadId> {
         let cid = Self::decode(bytes).ok_or(BadId::Unknown)?;
-        if cid.tag != cid.tag_for(peer, keys) {
+        let made = Made::of(cid.epoch, cid.kind.epoch(now_ns));
+        if cid.tag != cid.tag_for(made.epoch, peer, keys) {
             return Err(BadId::Unknown);
         }
-        if !is_present_or_before(cid.epoch, cid.kind.epoch(now_ns)) {
+        if !made.holds() {
             return Err(BadId::Expired);
         }
         Ok(cid)
@@ -196,14 +199,15 @@ impl LocalCid {
         }
     }
 
-    fn tag_for(&self, peer: SocketAddr, keys: &Keys) -> u64 {
+    /// `epoch` is the whole number of which the ID carries the low bits.
+    fn tag_for(&self, epoch: u64, peer: SocketAddr, keys: &Keys) -> u64 {
         let key = keys.keys[usize::from(self.key)];
         match self.kind {
             Kind::Handshake => {
                 let [low, high, port] = address_words(peer);
-                siphash24(key, &[self.head(), low, high, port])
+                siphash24(key, &[self.head(), low, high, port, epoch])
             }
-            Kind::Roaming => siphash24(key, &[self.head()]),
+            Kind::Roaming => siphash24(key, &[self.head(), epoch]),
         }
     }
 
@@ -269,9 +273,32 @@ pub(crate) fn address_words(client: SocketAddr) -> [u64; 3] {
     [low, high, u64::from(client.port())]
 }
 
-/// Whether the five low bits of `byte` are those of this epoch or of the one before.
-pub(crate) fn is_present_or_before(byte: u8, epoch: u64) -> bool {
-    (epoch as u8).wrapping_sub(byte) & EPOCH_MASK <= 1
+/// What an ID or a token carries of its epoch: five bits.
+pub(crate) fn low_bits(epoch: u64) -> u8 {
+    (epoch & EPOCH_MASK) as u8
+}
+
+/// When an ID or a token was made, if its tag is right.
+pub(crate) struct Made {
+    /// The last epoch up to the present one that ends in its five bits: what its tag is over.
+    pub(crate) epoch: u64,
+    age: u64,
+}
+
+impl Made {
+    /// What the low five bits of a byte say in this epoch.
+    pub(crate) fn of(byte: u8, present: u64) -> Self {
+        let age = present.wrapping_sub(u64::from(byte)) & EPOCH_MASK;
+        Self {
+            epoch: present.wrapping_sub(age),
+            age,
+        }
+    }
+
+    /// Whether that is the present epoch or the one before.
+    pub(crate) fn holds(&self) -> bool {
+        self.age <= 1
+    }
 }
 
 #[cfg(test)]

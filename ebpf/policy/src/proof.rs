@@ -2,6 +2,7 @@
 //!
 //! 1. A proof holds from one source address, for one to two minutes of wall time on either side.
 //! 2. Whoever lacks the pair's key cannot make one; who sees one can repeat it, which is why its uses are limited.
+//! 3. It carries eight bits of its epoch, and the MAC is over all of them: when the bits come round, the proof does not.
 
 use std::net::IpAddr;
 
@@ -34,10 +35,11 @@ pub fn make(
 ) -> [u8; BYTES] {
     let mut id = [0; BYTES];
     id[0] = steer;
-    id[1] = epoch(wall_ns);
+    let epoch = wall_ns >> EPOCH_SHIFT;
+    id[1] = epoch as u8;
     id[2..6].copy_from_slice(&node_tag.to_le_bytes());
     id[6..12].copy_from_slice(&nonce);
-    let mac = mac(&id, source, key);
+    let mac = mac(&id, epoch, source, key);
     id[12..].copy_from_slice(&mac.to_le_bytes());
     id
 }
@@ -51,23 +53,27 @@ pub fn check(
 ) -> Option<u32> {
     let id: &[u8; BYTES] = id.try_into().ok()?;
     let [_, made_in, n0, n1, n2, n3, ..] = *id;
+    let epoch = made_around(made_in, wall_ns >> EPOCH_SHIFT)?;
     let node_tag = u32::from_le_bytes([n0, n1, n2, n3]);
     let key = key_of(node_tag)?;
-    let right = id[12..] == mac(id, source, key).to_le_bytes();
-    let timely = epoch(wall_ns).wrapping_sub(made_in).wrapping_add(1) <= 2;
-    (right && timely).then_some(node_tag)
+    let right = id[12..] == mac(id, epoch, source, key).to_le_bytes();
+    right.then_some(node_tag)
 }
 
-fn epoch(wall_ns: u64) -> u8 {
-    (wall_ns >> EPOCH_SHIFT) as u8
+/// The epoch that ends in this byte, if it is the present one or next to it.
+fn made_around(byte: u8, present: u64) -> Option<u64> {
+    let next = present.wrapping_add(1);
+    let age = (next as u8).wrapping_sub(byte);
+    (age <= 2).then(|| next.wrapping_sub(u64::from(age)))
 }
 
-fn mac(id: &[u8; BYTES], source: IpAddr, key: Key) -> u64 {
+/// `epoch` is the whole number of which the ID carries the low byte.
+fn mac(id: &[u8; BYTES], epoch: u64, source: IpAddr, key: Key) -> u64 {
     let [b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, ..] = *id;
     let head = u64::from_le_bytes([b0, b1, b2, b3, b4, b5, b6, b7]);
     let rest = u32::from_le_bytes([b8, b9, b10, b11]);
     let [low, high] = Source::of(source).words();
-    siphash24(key, &[head, u64::from(rest), low, high])
+    siphash24(key, &[head, u64::from(rest), low, high, epoch])
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 
-use crate::cid::{HANDSHAKE_EPOCH_SHIFT, Keys, address_words, is_present_or_before};
+use crate::cid::{HANDSHAKE_EPOCH_SHIFT, Keys, Made, address_words, low_bits};
 use crate::siphash::siphash24;
 
 /// Bytes of a token.
@@ -79,12 +79,13 @@ pub enum BadToken {
 /// A token for a client that began with the destination ID `original`; none for an ID that no client may choose.
 pub fn mint(original: &[u8], client: SocketAddr, keys: &Keys, now_ns: u64) -> Option<Minted> {
     let original = OriginalId::new(original)?;
+    let epoch = now_ns >> HANDSHAKE_EPOCH_SHIFT;
     let mut token = [0; BYTES];
     token[0] = MARK;
-    token[1] = keys.active << 5 | (now_ns >> HANDSHAKE_EPOCH_SHIFT) as u8 & 0x1f;
+    token[1] = keys.active << 5 | low_bits(epoch);
     token[2] = original.len;
     token[3..23].copy_from_slice(&original.bytes);
-    let tag = tag(&token, client, keys);
+    let tag = tag(&token, epoch, client, keys);
     token[24..].copy_from_slice(&tag.to_le_bytes());
     Some(Minted {
         token,
@@ -102,11 +103,12 @@ pub fn open(
 ) -> Result<OriginalId, BadToken> {
     let token: &[u8; BYTES] = token.try_into().map_err(|_| BadToken::Forged)?;
     let original = original_of(token).ok_or(BadToken::Forged)?;
-    let tag = tag(token, client, keys);
+    let made = Made::of(token[1], now_ns >> HANDSHAKE_EPOCH_SHIFT);
+    let tag = tag(token, made.epoch, client, keys);
     if token[24..] != tag.to_le_bytes() || destination_id != retry_id(&original, tag) {
         return Err(BadToken::Forged);
     }
-    if !is_present_or_before(token[1], now_ns >> HANDSHAKE_EPOCH_SHIFT) {
+    if !made.holds() {
         return Err(BadToken::Expired);
     }
     Ok(original)
@@ -120,12 +122,14 @@ fn original_of(token: &[u8; BYTES]) -> Option<OriginalId> {
     (token[0] == MARK && padding_is_zero).then_some(original)
 }
 
-fn tag(token: &[u8; BYTES], client: SocketAddr, keys: &Keys) -> u64 {
-    let mut words = [0; 6];
+/// `epoch` is the whole number of which the token carries the low bits.
+fn tag(token: &[u8; BYTES], epoch: u64, client: SocketAddr, keys: &Keys) -> u64 {
+    let mut words = [0; 7];
     for (word, bytes) in words.iter_mut().zip(token[..24].as_chunks().0) {
         *word = u64::from_le_bytes(*bytes);
     }
-    words[3..].copy_from_slice(&address_words(client));
+    words[3..6].copy_from_slice(&address_words(client));
+    words[6] = epoch;
     siphash24(keys.of(token[1]), &words)
 }
 

@@ -125,49 +125,72 @@ EDGE_INLINE int quic_classify(struct xdp_md *ctx, const struct edge_packet *pack
 
 enum id_state { ID_UNKNOWN, ID_EXPIRED, ID_VALID };
 
-/* Whether an epoch is the present one or the one before. */
-EDGE_INLINE bool epoch_valid(__u64 now_ns, const __u32 shift, __u32 epoch)
+/* When an ID or a token was made, if its tag is right. */
+struct quic_made {
+	__u64 epoch; /* the last one up to the present that ends in its five bits: what its tag is over */
+	__u32 age; /* in epochs: holds up to 1 */
+};
+
+/* User space issues by the exact clock, up to a tick ahead of the coarse one: what seems to be of the next epoch is
+ * looked at with that. */
+EDGE_INLINE struct quic_made quic_made_when(struct edge_view *view, const __u32 shift, __u32 low_bits,
+					    const enum edge_world world)
 {
-	return (((now_ns >> shift) - epoch) & 31) <= 1;
+	__u64 present = view_now(view, world) >> shift;
+	struct quic_made made;
+
+	if (((low_bits - present) & 31) == 1)
+		present = view_now_exact(view, world) >> shift;
+	made.age = (present - low_bits) & 31;
+	made.epoch = present - made.age;
+	return made;
 }
 
 /* An ID of 16 bytes, as words: did we give it out, to this address, and does it hold? */
 EDGE_INLINE enum id_state id_check(struct edge_view *view, const struct edge_packet *packet, const __u64 id[2],
 				   const enum edge_world world)
 {
-	__u32 form = id[0] >> 40 & 0xff, epoch = form & 31;
+	__u32 form = id[0] >> 40 & 0xff;
 	const struct edge_key *key = &view->control->keys[form >> 5 & 3];
 	bool roaming = form >> 7;
 	__u32 shift = roaming ? ROAMING_EPOCH_SHIFT : HANDSHAKE_EPOCH_SHIFT;
+	struct quic_made made = quic_made_when(view, shift, form & 31, world);
 	__u64 tag;
 
 	if (roaming) {
-		tag = siphash24(key, id, 1);
-	} else {
-		const __u64 words[4] = { id[0], packet->source[0], packet->source[1], packet->source_port };
+		const __u64 words[2] = { id[0], made.epoch };
 
-		tag = siphash24(key, words, 4);
+		tag = siphash24(key, words, 2);
+	} else {
+		const __u64 words[5] = { id[0], packet->source[0], packet->source[1], packet->source_port, made.epoch };
+
+		tag = siphash24(key, words, 5);
 	}
 	if (tag != id[1])
 		return ID_UNKNOWN;
-	if (epoch_valid(view_now(view, world), shift, epoch))
-		return ID_VALID;
-	/* User space issues by the exact clock, up to a tick ahead of the coarse one. */
-	return epoch_valid(view_now_exact(view, world), shift, epoch) ? ID_VALID : ID_EXPIRED;
+	return made.age <= 1 ? ID_VALID : ID_EXPIRED;
 }
 
-/* A token of 32 bytes, as words: three that are signed, then the tag. */
+/* A token of 32 bytes, as words: three that are signed, then the tag. It is read where it lies: the stack has no
+ * room for it. */
 struct quic_token {
 	__u64 words[4];
 };
 
 EDGE_INLINE __u64 token_tag(const struct edge_control *world, const struct edge_packet *packet,
-			    const struct quic_token *token)
+			    const struct quic_token *token, __u64 epoch)
 {
-	const __u64 words[6] = { token->words[0],   token->words[1],   token->words[2],
-				 packet->source[0], packet->source[1], packet->source_port };
+	const __u64 words[7] = { token->words[0],   token->words[1],	 token->words[2], packet->source[0],
+				 packet->source[1], packet->source_port, epoch };
 
-	return siphash24(&world->keys[token->words[0] >> 13 & 3], words, 6);
+	return siphash24(&world->keys[token->words[0] >> 13 & 3], words, 7);
+}
+
+/* Whether its tag is right. A function of its own: the stack of the program has no room for its rounds. */
+static __noinline bool token_signed(const struct edge_control *world, const struct edge_packet *packet,
+				    const struct quic_token *token, __u64 epoch)
+{
+	return token_tag(world, packet, token, epoch) == token->words[3];
 }
 
 EDGE_INLINE __u32 token_epoch(const struct quic_token *token)
@@ -199,38 +222,37 @@ EDGE_INLINE int token_check(struct edge_view *view, const struct edge_packet *pa
 			    const __u64 id[2], __u32 id_bytes, const enum edge_world world)
 {
 	__u32 original_bytes = token->words[0] >> 16 & 0xff;
+	struct quic_made made;
 	__u64 expected[2];
 
 	if ((token->words[0] & 0xff) != TOKEN_FIRST || original_bytes < QUIC_ID_BYTES_MIN ||
 	    original_bytes > QUIC_ID_BYTES_MAX || !token_padded(token, original_bytes))
 		return R_QUIC_BAD_TOKEN;
-	if (token_tag(view->control, packet, token) != token->words[3])
+	made = quic_made_when(view, HANDSHAKE_EPOCH_SHIFT, token_epoch(token), world);
+	if (!token_signed(view->control, packet, token, made.epoch))
 		return R_QUIC_BAD_TOKEN;
 	token_retry_id(token, expected);
 	if (id_bytes != LOCAL_ID_BYTES || id[0] != expected[0] || id[1] != expected[1])
 		return R_QUIC_BAD_TOKEN;
-	if (epoch_valid(view_now(view, world), HANDSHAKE_EPOCH_SHIFT, token_epoch(token)) ||
-	    epoch_valid(view_now_exact(view, world), HANDSHAKE_EPOCH_SHIFT, token_epoch(token)))
-		return GO_ON;
-	return R_QUIC_EXPIRED_TOKEN;
+	return made.age <= 1 ? GO_ON : R_QUIC_EXPIRED_TOKEN;
 }
 
-/* A destination ID of 20 bytes: the proof of a registry peer, made for this address and hour? Then its node's tag,
- * else 0 with false. */
+/* A destination ID of 20 bytes: the proof of a registry peer, made for this address, in these minutes? Then its node's
+ * tag. */
 EDGE_INLINE bool proof_check(struct edge_view *view, const struct edge_packet *packet, const __u8 *id,
 			     const enum edge_world world, __u32 *node)
 {
-	const __u64 words[4] = { load64(id), load32(id + 8), packet->source[0], packet->source[1] };
-	__u32 epoch = words[0] >> 8 & 0xff;
+	__u64 words[5] = { load64(id), load32(id + 8), packet->source[0], packet->source[1] };
+	__u64 next = ((view_now(view, world) + view->control->wall_offset_ns) >> PROOF_EPOCH_SHIFT) + 1;
+	__u64 age = (next - (words[0] >> 8)) & 0xff; /* before the next epoch */
 	const struct edge_key *key;
-	__u64 present;
 
+	if (age > 2)
+		return false;
+	words[4] = next - age;
 	*node = words[0] >> 16;
 	key = bpf_map_lookup_elem(&peers, node);
-	if (!key || siphash24(key, words, 4) != load64(id + 12))
-		return false;
-	present = (view_now(view, world) + view->control->wall_offset_ns) >> PROOF_EPOCH_SHIFT;
-	return ((epoch - present + 1) & 0xff) <= 2;
+	return key && siphash24(key, words, 5) == load64(id + 12);
 }
 
 /* Whether the source has as many connections as it may, by the word of a daemon that lives. */
@@ -303,9 +325,8 @@ EDGE_INLINE int quic_admit_initial(struct xdp_md *ctx, struct edge_view *view, c
 				   const struct quic_header *header, const __u64 id[2], __u32 stress,
 				   const enum edge_world world)
 {
-	struct quic_token token;
+	const struct quic_token *token;
 	struct sketch_ask ask;
-	const __u8 *at;
 	__u64 token_bytes;
 	__u32 token_at;
 	int reason;
@@ -327,13 +348,10 @@ EDGE_INLINE int quic_admit_initial(struct xdp_md *ctx, struct edge_view *view, c
 	if (token_bytes) {
 		if (token_bytes != TOKEN_BYTES)
 			return R_QUIC_BAD_TOKEN;
-		at = quic_at(ctx, packet, token_at, TOKEN_BYTES);
-		if (!at)
+		token = (const void *)quic_at(ctx, packet, token_at, TOKEN_BYTES);
+		if (!token)
 			return R_QUIC_MALFORMED;
-#pragma unroll
-		for (int i = 0; i < 4; i++)
-			token.words[i] = load64(at + 8 * i);
-		reason = token_check(view, packet, &token, id, header->id_bytes, world);
+		reason = token_check(view, packet, token, id, header->id_bytes, world);
 		if (reason != GO_ON)
 			return reason;
 	}

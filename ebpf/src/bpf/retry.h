@@ -72,12 +72,12 @@ EDGE_INLINE void retry_mint(const struct edge_control *world, const struct edge_
 			    __u32 id_bytes, __u64 now_ns, struct quic_token *token)
 {
 	__u32 key = world->key_active & 3;
-	__u32 epoch = now_ns >> HANDSHAKE_EPOCH_SHIFT & 31;
+	__u64 epoch = now_ns >> HANDSHAKE_EPOCH_SHIFT;
 
-	token->words[0] = TOKEN_FIRST | (key << 5 | epoch) << 8 | id_bytes << 16 | id[0] << 24;
+	token->words[0] = TOKEN_FIRST | (key << 5 | (epoch & 31)) << 8 | id_bytes << 16 | id[0] << 24;
 	token->words[1] = id[0] >> 40 | id[1] << 24;
 	token->words[2] = id[1] >> 40 | id[2] << 24;
-	token->words[3] = token_tag(world, packet, token);
+	token->words[3] = token_tag(world, packet, token, epoch);
 }
 
 /* Puts the Retry into the scratch, at RETRY_AT; 0, or its length. */

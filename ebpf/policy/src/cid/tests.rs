@@ -51,13 +51,14 @@ fn layout_is_fixed() {
         0,
         u64::from_le_bytes([0, 0, 0xff, 0xff, 192, 0, 2, 1]),
         4_100,
+        now_ns >> 34,
     ];
     assert_eq!(id[8..], siphash24(keys.keys[2], &words).to_le_bytes());
 
     let id = LocalCid::issue_roaming(PLACE, 0x0605, &keys, now_ns);
     assert_eq!(id[..8], [3, 9, 1, 2, 3, 0x80 | 2 << 5 | 5, 5, 6]);
     let word = u64::from_le_bytes([3, 9, 1, 2, 3, 0x80 | 2 << 5 | 5, 5, 6]);
-    assert_eq!(id[8..], siphash24(keys.keys[2], &[word]).to_le_bytes());
+    assert_eq!(id[8..], siphash24(keys.keys[2], &[word, 5]).to_le_bytes());
 }
 
 #[test]
@@ -120,8 +121,16 @@ fn ids_expire_at_the_end_of_the_epoch_after_their_own() {
                 assert_eq!(check((epoch + 2) * length - 1), Ok(()));
                 assert_eq!(check((epoch + 2) * length), Err(BadId::Expired));
                 assert_eq!(check((epoch + 32) * length - 1), Err(BadId::Expired));
+                for rounds in [1, 2, 8] {
+                    let again = (epoch + rounds * 32) * length;
+                    assert_eq!(
+                        check(again),
+                        Err(BadId::Unknown),
+                        "its bits have come round"
+                    );
+                }
                 if let Some(before) = (epoch * length).checked_sub(1) {
-                    assert_eq!(check(before), Err(BadId::Expired), "from the future");
+                    assert_eq!(check(before), Err(BadId::Unknown), "from the future");
                 }
             }
         }

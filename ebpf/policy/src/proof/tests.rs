@@ -32,6 +32,7 @@ fn layout_is_fixed() {
         u64::from_le_bytes([7, 8, 9, 10, 0, 0, 0, 0]),
         0,
         u64::from_le_bytes([0, 0, 0xff, 0xff, 192, 0, 2, 1]),
+        300,
     ];
     assert_eq!(id[12..], siphash24(KEY, &words).to_le_bytes());
 }
@@ -52,7 +53,9 @@ fn counts_within_one_epoch_of_the_present() {
         assert!(check((epoch - 1) * EPOCH), "a clock that is behind");
         assert!(check((epoch + 2) * EPOCH - 1));
         assert!(!check((epoch + 2) * EPOCH));
-        assert!(!check((epoch + 255) * EPOCH - 1));
+        for come_round in [255, 256, 257, 512] {
+            assert!(!check((epoch + come_round) * EPOCH));
+        }
         if let Some(before) = ((epoch - 1) * EPOCH).checked_sub(1) {
             assert!(!check(before));
         }

@@ -47,7 +47,7 @@ fn layout_is_fixed() {
     let address = u64::from_le_bytes([0, 0, 0xff, 0xff, 192, 0, 2, 1]);
     let tag = siphash24(
         keys.keys[3],
-        &[word(0), word(8), word(16), 0, address, 4_100],
+        &[word(0), word(8), word(16), 0, address, 4_100, 45],
     );
     assert_eq!(token[24..], tag.to_le_bytes());
     assert_eq!(retry_id[0], 8);
@@ -77,8 +77,16 @@ fn tokens_expire_at_the_end_of_the_epoch_after_their_own() {
             assert!(open((epoch + 2) * EPOCH - 1).is_ok());
             assert_eq!(open((epoch + 2) * EPOCH), Err(BadToken::Expired));
             assert_eq!(open((epoch + 32) * EPOCH - 1), Err(BadToken::Expired));
+            for rounds in [1, 2, 8] {
+                let again = (epoch + rounds * 32) * EPOCH;
+                assert_eq!(
+                    open(again),
+                    Err(BadToken::Forged),
+                    "its bits have come round"
+                );
+            }
             if let Some(before) = (epoch * EPOCH).checked_sub(1) {
-                assert_eq!(open(before), Err(BadToken::Expired), "from the future");
+                assert_eq!(open(before), Err(BadToken::Forged), "from the future");
             }
         }
     }
@@ -91,7 +99,7 @@ fn form_is_checked_under_a_right_tag() {
     let opened = |change: fn(&mut [u8; BYTES])| {
         let mut token = mint(&[7; 8], client(), &keys, 0).unwrap().token;
         change(&mut token);
-        let tag = tag(&token, client(), &keys);
+        let tag = tag(&token, 0, client(), &keys);
         token[24..].copy_from_slice(&tag.to_le_bytes());
         let retry_id = retry_id(&OriginalId::new(&[7; 8]).unwrap(), tag);
         open(&token, &retry_id, client(), &keys, 0)
