@@ -8,10 +8,9 @@ use std::fs;
 use std::time::Duration;
 
 use rustix::process::Pid;
-use rustix::thread::{CpuSet, gettid, sched_setaffinity};
+use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::Result;
-use crate::namespace::run;
 
 /// Keeps the calling thread, and every process and thread it starts later, on one core.
 pub(crate) fn pin_to(cpu: usize) -> Result<()> {
@@ -27,8 +26,12 @@ pub(crate) fn pin(thread: Option<Pid>, cpu: usize) -> Result<()> {
 
 /// Lets a thread (none: the calling one) run before all ordinary ones, as a softirq does; processes that it starts are ordinary.
 /// The kernel's reserve for ordinary threads, a twentieth, stays.
+#[cfg(feature = "goodput")]
 pub(crate) fn go_first(thread: Option<Pid>) -> Result<()> {
-    let thread = thread.unwrap_or_else(gettid).as_raw_nonzero().to_string();
+    let thread = thread
+        .unwrap_or_else(rustix::thread::gettid)
+        .as_raw_nonzero()
+        .to_string();
     run(
         "chrt",
         &["--fifo", "--reset-on-fork", "--pid", "1", &thread],

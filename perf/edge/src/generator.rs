@@ -154,6 +154,7 @@ impl<'o> Generator<'o> {
     }
 
     /// Packets per second that a paced generator has kept up, from the first to the last.
+    #[cfg(feature = "goodput")]
     pub(crate) fn rate(&self) -> Result<f64> {
         let [_random, sent, next_ns, first_ns] = self.state()?;
         Ok(sent as f64 * f64::from(NANOSECONDS) / (next_ns - first_ns) as f64)

@@ -12,9 +12,11 @@ use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketType, socket};
 use serde::Deserialize;
 
+use crate::Result;
+#[cfg(feature = "goodput")]
+use crate::cpu;
 use crate::namespace::{Inside, Namespace, run};
 use crate::receiver::Receiver;
-use crate::{Result, cpu};
 
 /// Of the range for benchmarks (RFC 2544).
 pub(crate) const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 1);
@@ -118,6 +120,7 @@ impl Rig {
     }
 
     /// From now on a thread of its own receives for the node, on `cpu`, as far from the attacker's core as a network card is.
+    #[cfg(feature = "goodput")]
     pub(crate) fn receive_on(&self, cpu: usize) -> Result<()> {
         // sysfs shows the devices of the namespace that mounted it.
         let script =
