@@ -32,7 +32,7 @@ pub(crate) fn go_first(thread: Option<Pid>) -> Result<()> {
         .unwrap_or_else(rustix::thread::gettid)
         .as_raw_nonzero()
         .to_string();
-    run(
+    crate::namespace::run(
         "chrt",
         &["--fifo", "--reset-on-fork", "--pid", "1", &thread],
     )
