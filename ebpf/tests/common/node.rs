@@ -41,7 +41,7 @@ pub const WORLD4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 2));
 pub const WORLD6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 2));
 
 /// How long a client waits for a connection that it is not to have.
-const REFUSED: Duration = Duration::from_millis(300);
+pub const REFUSED: Duration = Duration::from_millis(300);
 
 /// The edge in force on the node's interface, and the far end of its wire. Fields are dropped in this order.
 #[derive(Debug)]
