@@ -4,7 +4,7 @@
 //!    is removed.
 //! 2. Capabilities are given up by the threads of the node behind the edge, not by the thread that cleans up.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -21,6 +21,7 @@ use millrace_edge_policy::reason::Reason;
 use millrace_tuning::NodeConfig;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use crate::edge::sets;
 use crate::exit::{Exit, Failure};
 use crate::output;
 
@@ -86,9 +87,10 @@ impl Stage {
         let (inside, outside) = (stage.space(Side::Inside), stage.space(Side::Outside));
         ip(&["netns", "add", &inside])?;
         ip(&["netns", "add", &outside])?;
+        // The edge tells interfaces apart by number, and both ends would be the second of their namespace.
         ip(&[
-            "link", "add", "in", "netns", &inside, "type", "veth", "peer", "name", "out", "netns",
-            &outside,
+            "link", "add", "out", "index", "3", "netns", &outside, "type", "veth", "peer", "name",
+            "in", "netns", &inside,
         ])?;
         for (side, addresses) in [
             (Side::Inside, vec![INSIDE]),
@@ -237,6 +239,10 @@ impl Drop for Stage {
         if let Err(error) = Edge::detach(&self.pins()) {
             tracing::warn!(%error, "the pins of the stage stay");
         }
+        sets::remove(&self.pins());
+        // The folder that they were mounted on, and their lock: left there, they harm nobody.
+        let _ = fs::remove_dir(&self.pins);
+        let _ = fs::remove_file(self.pins.with_extension("lock"));
         for side in [Side::Inside, Side::Outside] {
             if let Err(failure) = ip(&["netns", "del", &self.space(side)]) {
                 tracing::warn!(%failure, "a namespace of the stage stays");

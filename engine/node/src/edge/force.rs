@@ -22,7 +22,7 @@ use super::plan::{self, Firewall};
 use super::{sets, show};
 use crate::exit::{Exit, Failure};
 
-/// What waits for a confirmation, beside the state.
+/// What waits for a confirmation, beside the state: follows the name of the pins.
 const PENDING: &str = "pending.json";
 
 /// What is to be in force.
@@ -158,5 +158,5 @@ fn write_pending(pins: &Pins, pending: &Pending) -> Result<(), Failure> {
 }
 
 fn pending_path(pins: &Pins) -> PathBuf {
-    pins.state_path().with_file_name(PENDING)
+    pins.state_path().with_extension(PENDING)
 }
