@@ -1,18 +1,32 @@
 //! Packets with a name: what the specification says of each, what the model says, and what the kernel does are the same.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
+#[path = "fixtures/ethernet.rs"]
+mod ethernet;
+#[path = "fixtures/firewall.rs"]
+mod firewall;
 #[path = "common/frames.rs"]
 mod frames;
+#[path = "fixtures/ids.rs"]
+mod ids;
+#[path = "fixtures/ipv4.rs"]
+mod ipv4;
+#[path = "fixtures/ipv6.rs"]
+mod ipv6;
 #[path = "common/lockstep.rs"]
 mod lockstep;
-#[path = "fixtures/network.rs"]
-mod network;
 #[path = "fixtures/opening.rs"]
 mod opening;
 #[path = "fixtures/packets.rs"]
 mod packets;
+#[path = "fixtures/proofs.rs"]
+mod proofs;
 #[path = "fixtures/quic.rs"]
 mod quic;
+#[path = "fixtures/tcp.rs"]
+mod tcp;
+#[path = "fixtures/tokens.rs"]
+mod tokens;
 #[path = "fixtures/transport.rs"]
 mod transport;
 #[path = "fixtures/world.rs"]
@@ -24,10 +38,17 @@ use world::{Fixture, Set};
 
 fn fixtures() -> Vec<Fixture> {
     [
-        network::fixtures(),
+        ethernet::fixtures(),
+        ipv4::fixtures(),
+        ipv6::fixtures(),
         transport::fixtures(),
+        tcp::fixtures(),
+        firewall::fixtures(),
         quic::fixtures(),
+        ids::fixtures(),
         opening::fixtures(),
+        tokens::fixtures(),
+        proofs::fixtures(),
         packets::fixtures(),
     ]
     .into_iter()
