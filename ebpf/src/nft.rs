@@ -3,8 +3,9 @@
 //! 1. Only typed values are formatted: nothing that an operator or the registry wrote reaches `nft` as text.
 //! 2. The table is replaced in one transaction, after `nft` has checked it; no other table is touched.
 //! 3. A packet for a declared port without the program's stamp is dropped in mode `enforce`: a detached program
-//!    does not leave the node open. In mode `count` no packet is dropped or refused on its way in.
-//! 4. `nft` runs in the network namespace of the calling thread.
+//!    does not leave the node open. In mode `count` it is counted.
+//! 4. A packet that the program marks *reject* never gets in. Only a program that enforces marks so.
+//! 5. `nft` runs in the network namespace of the calling thread.
 
 use std::collections::BTreeSet;
 use std::fmt::{self, Write as _};
@@ -29,7 +30,7 @@ pub const MARK_MASK: u32 = 0xff00_0000;
 /// What the table says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Table {
-    /// Whether packets without a stamp are dropped, and those marked *reject* refused.
+    /// Whether packets for declared ports are dropped if they carry no stamp.
     pub enforce: bool,
     /// Declared ports of UDP.
     pub udp: BTreeSet<u16>,
@@ -210,21 +211,9 @@ impl Script {
         self.line(format_args!(
             "meta mark & {MARK_MASK:#x} == {MARK_PASS:#x} accept"
         ));
+        self.refusals(table.rejects_per_second.max(1));
         let ports = [("tcp", &table.tcp), ("udp", &table.udp)];
-        let declared = ports.iter().filter(|(_, ports)| !ports.is_empty());
-        for (protocol, ports) in declared.clone() {
-            let verdict = match (table.enforce, *protocol) {
-                (false, _) => "accept",
-                (true, "tcp") => "reject with tcp reset",
-                (true, _) => "reject with icmpx port-unreachable",
-            };
-            let rate = table.rejects_per_second.max(1);
-            self.line(format_args!(
-                "meta mark & {MARK_MASK:#x} == {MARK_REJECT:#x} {protocol} dport {} \
-                 limit rate {rate}/second burst {rate} packets counter {verdict} comment \"refused\"",
-                set(ports.iter()),
-            ));
-        }
+        let declared = ports.into_iter().filter(|(_, ports)| !ports.is_empty());
         let verdict = if table.enforce { " drop" } else { "" };
         for (protocol, ports) in declared {
             let ports = set(ports.iter());
@@ -233,6 +222,21 @@ impl Script {
             ));
         }
         self.line(format_args!("}}"));
+    }
+
+    /// What the program marks *reject* must not get in, to whatever port: with scope `host` it marks packets for ports that are not
+    /// declared, and while a set is on probation the table is still that of the set before.
+    fn refusals(&mut self, rate: u32) {
+        let marked = format!("meta mark & {MARK_MASK:#x} == {MARK_REJECT:#x}");
+        for (protocol, answer) in [("tcp", "tcp reset"), ("udp", "icmpx port-unreachable")] {
+            self.line(format_args!(
+                "{marked} meta l4proto {protocol} limit rate {rate}/second burst {rate} packets \
+                 counter reject with {answer} comment \"refused\""
+            ));
+        }
+        self.line(format_args!(
+            "{marked} counter drop comment \"refused in silence\""
+        ));
     }
 
     fn output(&mut self, rules: &[Rule]) {
