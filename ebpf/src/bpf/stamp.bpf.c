@@ -8,6 +8,7 @@ char LICENSE[] SEC("license") = "GPL";
 #define MARK_MASK 0xff000000u
 #define MARK_PASS 0x4d000000u
 #define MARK_REJECT 0x4e000000u
+#define TCP_FLAGS_AT 13
 
 /* The kind of stamp that the program left; 0: none.
  *
@@ -46,37 +47,50 @@ int stamp(struct __sk_buff *skb)
 	return TCX_NEXT;
 }
 
-EDGE_INLINE void learn_ipv4(struct __sk_buff *skb)
+/* What this host only answers is not remembered. For its declared ports it would never be asked for, and would push out what is, at the
+ * pace of whoever connects. And a reset may be how the firewall refuses: remembered, it would let the next packet of that sender in. */
+EDGE_INLINE void learn_flow(struct __sk_buff *skb, __u32 generation, const __u64 remote[2], __u32 transport,
+			    __u8 protocol)
+{
+	bool tcp = protocol == IPPROTO_TCP;
+	__be16 pair[2];
+	__u8 flags;
+
+	if ((!tcp && protocol != IPPROTO_UDP) || bpf_skb_load_bytes(skb, transport, pair, sizeof(pair)))
+		return;
+	if (edge_service_of(generation, tcp, bpf_ntohs(pair[0])))
+		return;
+	if (tcp) {
+		if (bpf_skb_load_bytes(skb, transport + TCP_FLAGS_AT, &flags, sizeof(flags)))
+			return;
+		if (flags & TCP_RST || (flags & (TCP_SYN | TCP_ACK)) == (TCP_SYN | TCP_ACK))
+			return;
+	}
+	reply_learn(remote, bpf_ntohs(pair[1]), bpf_ntohs(pair[0]), protocol);
+}
+
+EDGE_INLINE void learn_ipv4(struct __sk_buff *skb, __u32 generation)
 {
 	__u8 ip[IPV4_BYTES];
-	__be16 pair[2];
 	__u64 remote[2] = {};
-	__u32 header_bytes;
 
-	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, ip, sizeof(ip)))
-		return;
-	header_bytes = (ip[0] & 0x0f) * 4;
-	if ((ip[9] != IPPROTO_UDP && ip[9] != IPPROTO_TCP) || load16be(ip + 6) & 0x1fff ||
-	    bpf_skb_load_bytes(skb, ETHERNET_BYTES + header_bytes, pair, sizeof(pair)))
+	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, ip, sizeof(ip)) || load16be(ip + 6) & 0x1fff)
 		return;
 	remote[1] = (__u64)load32(ip + 16) << 32 | V4_MAPPED;
-	reply_learn(remote, bpf_ntohs(pair[1]), bpf_ntohs(pair[0]), ip[9]);
+	learn_flow(skb, generation, remote, ETHERNET_BYTES + (ip[0] & 0x0f) * 4, ip[9]);
 }
 
 /* This host sends no extension headers in front of UDP and TCP that an answer would have to follow. */
-EDGE_INLINE void learn_ipv6(struct __sk_buff *skb)
+EDGE_INLINE void learn_ipv6(struct __sk_buff *skb, __u32 generation)
 {
 	__u8 ip[IPV6_BYTES];
-	__be16 pair[2];
 	__u64 remote[2];
 
-	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, ip, sizeof(ip)) ||
-	    (ip[6] != IPPROTO_UDP && ip[6] != IPPROTO_TCP) ||
-	    bpf_skb_load_bytes(skb, ETHERNET_BYTES + IPV6_BYTES, pair, sizeof(pair)))
+	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, ip, sizeof(ip)))
 		return;
 	remote[0] = load64(ip + 24);
 	remote[1] = load64(ip + 32);
-	reply_learn(remote, bpf_ntohs(pair[1]), bpf_ntohs(pair[0]), ip[6]);
+	learn_flow(skb, generation, remote, ETHERNET_BYTES + IPV6_BYTES, ip[6]);
 }
 
 /* Egress. Idle unless the set in force owns the whole host. */
@@ -91,8 +105,8 @@ int learn(struct __sk_buff *skb)
 	if (view.config->scope != EDGE_SCOPE_HOST)
 		return TCX_NEXT;
 	if (skb->protocol == bpf_htons(ETHER_IPV4))
-		learn_ipv4(skb);
+		learn_ipv4(skb, view.generation);
 	else if (skb->protocol == bpf_htons(ETHER_IPV6))
-		learn_ipv6(skb);
+		learn_ipv6(skb, view.generation);
 	return TCX_NEXT;
 }
