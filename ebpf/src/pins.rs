@@ -4,10 +4,13 @@
 //! 2. Everything of one layout of the maps stands in one folder; another layout is never touched, only removed.
 //! 3. Links are named by interface index: a bpffs allows no dot in a name, interface names do.
 //! 4. Whoever changes what is pinned, or publishes, holds the lock.
+//! 5. Only the owner gets at pins and lock: anybody who could open the lock's file could keep it.
 
+use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock, statfs};
@@ -141,6 +144,7 @@ impl Pins {
             .create(true)
             .truncate(false)
             .write(true)
+            .mode(0o600)
             .open(&path)
             .map_err(failed)?;
         match flock(&file, operation) {
@@ -162,7 +166,7 @@ impl Pins {
         };
         fs::create_dir_all(&self.root).map_err(|source| failed(&self.root, source))?;
         if !self.is_bpffs() {
-            mount("millrace", &self.root, "bpf", MountFlags::empty(), None).map_err(|errno| {
+            mount("millrace", &self.root, "bpf", MountFlags::empty(), MODE).map_err(|errno| {
                 PinError::Mount {
                     path: self.root.clone(),
                     source: errno.into(),
@@ -279,6 +283,9 @@ fn beside(root: &Path, extension: &str) -> PathBuf {
     name.push(extension);
     root.with_file_name(name)
 }
+
+/// Of the bpffs: without it, everybody may make folders in it, as in `/tmp`.
+const MODE: Option<&CStr> = Some(c"mode=0700");
 
 const LAYOUT_PREFIX: &str = "layout-";
 

@@ -197,9 +197,19 @@ struct Format {
     format: u32,
 }
 
-fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
-    let new = path.with_extension("json.new");
-    let mut file = File::create(&new)?;
+/// Replaces a file beside the pins: whoever reads it, and whoever comes after a full disk or a crash, finds the old text or the new one.
+/// A link that somebody has put in its place is replaced as well, and not followed.
+///
+/// # Errors
+///
+/// What the kernel says; the file is as before.
+pub fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    let new = PathBuf::from(new);
+    // Left by a process that died here.
+    let _ = fs::remove_file(&new);
+    let mut file = File::create_new(&new)?;
     file.write_all(text)?;
     file.sync_all()?;
     fs::rename(&new, path)
@@ -238,6 +248,23 @@ mod tests {
         };
         state.write(&pins, &pins.lock().unwrap()).unwrap();
         assert_eq!(State::read(&pins).unwrap(), state);
+    }
+
+    // Protects the host from whoever owns the folder: what root writes goes into no other file.
+    #[test]
+    fn links_are_replaced_and_not_followed() {
+        let (folder, pins) = pins();
+        let precious = folder.path().join("precious");
+        fs::write(&precious, "precious").unwrap();
+        let path = pins.state_path();
+        let new = folder.path().join("edge.json.new");
+        for link in [&path, &new] {
+            std::os::unix::fs::symlink(&precious, link).unwrap();
+        }
+        replace(&path, b"text").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "text");
+        assert_eq!(fs::read_to_string(&precious).unwrap(), "precious");
+        assert!(!new.exists() && !path.is_symlink());
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod common;
 use std::io;
 use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -37,6 +38,9 @@ fn attaches_natively_and_generically() {
         let edge = attached(&pair, &home, mode);
         assert!(pair.node.ip("link show mr0").contains(shown), "{mode:?}");
         assert_eq!(edge.interfaces().unwrap()[0].mode, mode);
+        // Nobody else gets at the pins.
+        let root = std::fs::metadata(home.pins.root()).unwrap();
+        assert_eq!(root.permissions().mode() & 0o777, 0o700);
         assert!(ends.arrives());
 
         edge.publish(&set(Mode::Count, RuleAction::Deny), 1, None)
