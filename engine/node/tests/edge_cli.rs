@@ -2,216 +2,15 @@
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
+#[path = "common/site.rs"]
+mod site;
 
-use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::path::Path;
-use std::process::{Command, Output};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
-use std::time::Duration;
+use std::process::Command;
 
-use common::namespace::{NODE, OPERATOR, Pair, Pinned, STRANGER, privileged};
-use common::{TestNode, TestRegistry, eventually, millrace, stderr, stdout, text};
-use serde_json::Value;
-
-/// A port that the edge owns.
-const PORT: u16 = 8080;
-/// A port that is none of its business.
-const ELSEWHERE: u16 = 2222;
-
-/// A node that is not started, in its namespace, and its registry. Dropped in this order.
-struct Site {
-    node: TestNode,
-    pinned: Pinned,
-    pair: Pair,
-    registry: TestRegistry,
-    folder: tempfile::TempDir,
-}
-
-impl Site {
-    /// `edge` follows what every test says in `[edge]`.
-    fn new(label: &str, edge: &str) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let pair = Pair::new(label);
-        let registry = TestRegistry::init(folder.path());
-        let pinned = Pinned(folder.path().join("edge"));
-        let extra = format!(
-            "dir = {:?}\n[edge]\ninterfaces = [\"mr0\"]\ntcp_ports = [{PORT}]\npins = {:?}\nlease = \"500ms\"\n\
-             rules_max = 64\ntrie_nodes_max = 256\nlimiter_lines = 1024\nsources_max = 1024\npeers_max = 16\n{edge}",
-            registry.dir, pinned.0
-        );
-        let state = folder.path().join("node");
-        let node = TestNode::new(&state, &registry, &NODE.to_string(), &extra);
-        registry.add(&node, &format!("{NODE}:4100"));
-        Self {
-            node,
-            pinned,
-            pair,
-            registry,
-            folder,
-        }
-    }
-
-    /// `millrace xdp` with this node's config.
-    fn xdp(&self, command: &str, arguments: &[&str]) -> Output {
-        let config = ["xdp", command, "--config", text(&self.node.config)];
-        let words = [&config, arguments].concat();
-        self.pair.node.enter(|| millrace(&words))
-    }
-
-    /// What a command that must succeed says.
-    fn json(&self, command: &str, arguments: &[&str]) -> Value {
-        let output = self.xdp(command, &[arguments, &["--json"]].concat());
-        assert!(
-            output.status.success(),
-            "{command} {arguments:?}: {}",
-            stderr(&output)
-        );
-        serde_json::from_str(&stdout(&output)).unwrap()
-    }
-
-    fn status(&self) -> Value {
-        self.json("status", &[])
-    }
-
-    /// Packets that this reason decided about, and those that it would have.
-    fn packets(&self, reason: &str) -> (u64, u64) {
-        let status = self.status();
-        let mut rows = status["packets"].as_array().unwrap().iter();
-        let row = rows.find(|row| row["reason"] == reason);
-        let count = |column: &str| row.map_or(0, |row| row[column].as_u64().unwrap());
-        (count("acted"), count("would"))
-    }
-
-    fn trace(&self, from: Ipv4Addr, port: u16, kind: &str) -> Value {
-        let (from, port) = (format!("{from}:40000"), port.to_string());
-        let arguments = ["--from", &from, "--to-port", &port, "--kind", kind];
-        self.json("trace", &arguments)
-    }
-
-    fn start_node(&mut self) {
-        let Self { node, pair, .. } = self;
-        pair.node.enter(|| node.start());
-    }
-
-    fn serve(&self, port: u16) -> Server {
-        self.pair.node.enter(|| Server::start(port))
-    }
-
-    fn talk(&self, from: Ipv4Addr, port: u16) -> std::io::Result<Session> {
-        let mut session = Session::new(self.pair.connect(from, port)?);
-        session.types();
-        session.hears_all();
-        Ok(session)
-    }
-
-    /// Nobody answers, and the edge says that it was its doing.
-    fn assert_denied(&self, from: Ipv4Addr) {
-        let (before, _) = self.packets("firewall_deny");
-        assert!(self.pair.connect(from, PORT).is_err());
-        assert!(self.packets("firewall_deny").0 > before);
-    }
-}
-
-/// Echoes what comes to a port of the node. Ends when dropped.
-struct Server {
-    listener: TcpListener,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Server {
-    fn start(port: u16) -> Self {
-        let listener = TcpListener::bind((NODE, port)).unwrap();
-        let accepting = listener.try_clone().unwrap();
-        let serve = move || {
-            for stream in accepting.incoming().map_while(Result::ok) {
-                std::thread::spawn(move || std::io::copy(&mut &stream, &mut &stream));
-            }
-        };
-        Self {
-            listener,
-            thread: Some(std::thread::spawn(serve)),
-        }
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Whoever waits in `accept` is told.
-        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Somebody who types, and hears what was typed.
-struct Session {
-    stream: TcpStream,
-    typed: usize,
-    heard: usize,
-}
-
-impl Session {
-    fn new(stream: TcpStream) -> Self {
-        stream.set_nodelay(true).unwrap();
-        stream
-            .set_read_timeout(Some(Duration::from_secs(30)))
-            .unwrap();
-        Self {
-            stream,
-            typed: 0,
-            heard: 0,
-        }
-    }
-
-    fn types(&mut self) {
-        self.stream.write_all(b"x").unwrap();
-        self.typed += 1;
-    }
-
-    /// Every byte comes back, some of them later than others.
-    fn hears_all(&mut self) {
-        let mut bytes = [0; 64];
-        while self.heard < self.typed {
-            let heard = self.stream.read(&mut bytes).unwrap();
-            assert_ne!(heard, 0, "the connection is over");
-            self.heard += heard;
-        }
-    }
-
-    /// Types while something else goes on.
-    fn types_during<T>(&mut self, act: impl FnOnce() -> T) -> T {
-        let over = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            let typing = scope.spawn(|| {
-                while !over.load(Ordering::Relaxed) {
-                    self.types();
-                    std::thread::sleep(Duration::from_millis(5));
-                }
-            });
-            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(act));
-            over.store(true, Ordering::Relaxed);
-            typing.join().unwrap();
-            result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        let _ = self.stream.shutdown(Shutdown::Both);
-    }
-}
-
-fn rule(action: &str, prefix: &str) -> String {
-    format!("[[firewall]]\nscope = \"global\"\nprefixes = [\"{prefix}\"]\naction = \"{action}\"\n")
-}
-
-fn allow_all_but_the_stranger() -> String {
-    rule("deny", &format!("{STRANGER}/32")) + &rule("allow", "10.77.0.0/24")
-}
+use common::namespace::{OPERATOR, STRANGER, privileged};
+use common::{eventually, millrace, stderr, stdout, text};
+use site::{ELSEWHERE, PORT, Site, allow_all_but_the_stranger, rule};
 
 #[test]
 fn an_operator_goes_from_nothing_to_enforcing_and_back() {
@@ -343,6 +142,63 @@ fn what_cuts_the_operator_off_reverts_by_itself() {
     site.talk(STRANGER, PORT).unwrap();
     site.json("revert", &[]);
     site.assert_denied(STRANGER);
+}
+
+#[test]
+fn a_running_node_waits_for_the_probation_and_keeps_what_was_confirmed() {
+    if !privileged("a_running_node_waits_for_the_probation_and_keeps_what_was_confirmed") {
+        return;
+    }
+    let mut site = Site::new("both", "");
+    let _server = site.serve(PORT);
+    site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
+    site.start_node();
+    let applied = site.json("apply", &["--mode", "enforce", "--confirm", "60s"]);
+    // Meanwhile the registry moves on.
+    let version = site.registry.set_firewall(&allow_all_but_the_stranger());
+    eventually("the node has the version", || {
+        (site.node.status()["registry"]["newest_version"] == version).then_some(())
+    });
+    assert_eq!(site.status()["set"], applied["set"]);
+    site.talk(STRANGER, PORT).unwrap();
+    site.json("confirm", &[]);
+    eventually("the node puts the version in force", || {
+        (site.status()["registry_version"] == version).then_some(())
+    });
+    assert_eq!(site.status()["mode"], "enforce");
+    site.assert_denied(STRANGER);
+    site.talk(OPERATOR, PORT).unwrap();
+}
+
+#[test]
+fn a_node_whose_edge_was_detached_puts_nothing_back() {
+    if !privileged("a_node_whose_edge_was_detached_puts_nothing_back") {
+        return;
+    }
+    let mut site = Site::new("gone", "mode = \"enforce\"");
+    let _server = site.serve(PORT);
+    site.registry.set_firewall(&allow_all_but_the_stranger());
+    site.start_node();
+    site.assert_denied(STRANGER);
+    site.json("detach", &[]);
+    let place = |site: &Site| site.node.status()["edge"]["place"].clone();
+    eventually("the node sees it", || {
+        (place(&site) == "user_space").then_some(())
+    });
+    let version = site.registry.set_firewall(&rule("deny", "10.77.0.0/24"));
+    eventually("the node has the version", || {
+        (site.node.status()["registry"]["newest_version"] == version).then_some(())
+    });
+    assert_eq!(site.pair.node.nft("list tables"), "");
+    assert!(!site.pinned.pins().state_path().exists());
+    site.talk(STRANGER, PORT).unwrap();
+
+    // Another edge at the same place is not its own before it starts again.
+    site.json("attach", &[]);
+    assert_eq!(place(&site), "user_space");
+    site.node.stop();
+    site.start_node();
+    assert_eq!(place(&site), "kernel");
 }
 
 /// A rule, the key that is wrong, and what is said of it.

@@ -4,311 +4,26 @@
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
+#[path = "common/ground.rs"]
+mod ground;
 #[path = "../../transport/tests/common/relay.rs"]
 mod relay;
 #[path = "../../transport/tests/common/mod.rs"]
 mod transport;
 
-use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::net::UdpSocket;
+use std::time::Duration;
 
-use common::namespace::{NODE, OPERATOR, Pair, Pinned, STRANGER, privileged};
-use libbpf_rs::MapHandle;
-use millrace_edge::clock::now_ns;
-use millrace_edge::counts::Counts;
-use millrace_edge::edge::{AttachOptions, Edge};
-use millrace_edge::frame::{Description, Shape};
-use millrace_edge::load::LoadOptions;
-use millrace_edge::metrics::Counters;
-use millrace_edge::presence::{self, Presence};
-use millrace_edge::state::AttachMode;
-use millrace_edge_policy::admission::{Admission, AdmissionConfig};
+use common::namespace::{OPERATOR, STRANGER};
+use ground::{BETWEEN, BODY_BYTES, Ground, LISTENER, PROOF, Scene, until};
 use millrace_edge_policy::cid::{Kind, LocalCid, dcid_of};
-use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::proof;
 use millrace_edge_policy::reason::Reason;
-use millrace_edge_policy::rules::{Bounds, compile};
-use millrace_edge_policy::settings::{self, DefaultAction, Limits, Mode, Service, Settings};
-use millrace_edge_policy::siphash::Key;
-use millrace_edge_policy::source::Source;
 use millrace_edge_policy::stress::Level;
 use millrace_protocol::frame::Class;
-use millrace_protocol::identity::SigningKey;
 use millrace_transport::counters::{Counter, Family};
-use millrace_transport::{ConnectionCounts, EdgeStart, TransportConfig};
 use relay::Relay;
-use transport::{
-    ECHO, Event, Node, PATIENCE, bytes_of, key, member, request, shard_config, topology,
-};
-
-const POOL_BYTES: u64 = 64 << 20;
-const BODY_BYTES: usize = 16 << 20;
-/// Longer than any test takes: nobody renews it.
-const LEASE: Duration = Duration::from_secs(600);
-/// Packets with the same proof: enough for a handshake on a slow machine, and no more come within a test.
-const PROOF: u64 = 16;
-const RUN: u32 = 7;
-
-const LISTENER: SocketAddr = SocketAddr::new(IpAddr::V4(NODE), 4100);
-const DIALLER: SocketAddr = SocketAddr::new(IpAddr::V4(OPERATOR), 4101);
-/// In the world, on the way from the dialler to the listener.
-const BETWEEN: SocketAddr = SocketAddr::new(IpAddr::V4(STRANGER), 4100);
-
-/// Namespaces and programs. Dropped in this order.
-struct Ground {
-    edge: Arc<Edge>,
-    _pinned: [Pinned; 2],
-    pair: Pair,
-    _folder: tempfile::TempDir,
-}
-
-impl Ground {
-    /// None where it cannot be made; that was said then.
-    fn new(test: &str) -> Option<Self> {
-        if !privileged(test) {
-            return None;
-        }
-        let folder = tempfile::tempdir().unwrap();
-        let pair = Pair::new("quic");
-        let pinned = ["node", "world"].map(|side| Pinned(folder.path().join(side)));
-        let attach = |pinned: &Pinned, interface: &str| {
-            let options = AttachOptions {
-                interfaces: vec![interface.into()],
-                mode: AttachMode::Native,
-                sizes: sizes(),
-            };
-            Edge::attach(&pinned.pins(), &options).unwrap()
-        };
-        let [at_node, at_world] = &pinned;
-        let edge = pair.node.enter(|| attach(at_node, "mr0"));
-        // Nothing is ever put in force there: it passes everything.
-        pair.world.enter(|| attach(at_world, "mr1"));
-        Some(Self {
-            edge: Arc::new(edge),
-            _pinned: pinned,
-            pair,
-            _folder: folder,
-        })
-    }
-
-    fn count(&self, reason: Reason) -> u64 {
-        self.counters().acted_on(reason)
-    }
-
-    fn counters(&self) -> Counters {
-        Counters::read(self.edge.maps().counters()).unwrap()
-    }
-
-    /// What was decided since then, with the number of packets.
-    fn since(&self, before: &Counters) -> BTreeMap<&'static str, u64> {
-        let now = self.counters();
-        let differences = Reason::ALL.iter().map(|reason| {
-            let packets = now.acted_on(*reason) - before.acted_on(*reason);
-            (reason.label(), packets)
-        });
-        differences.filter(|(_, packets)| *packets > 0).collect()
-    }
-
-    /// QUIC connections of a source, as the kernel sees them.
-    fn connections(&self, source: Ipv4Addr) -> u32 {
-        let description = Description {
-            from: (source, 40_000).into(),
-            to_port: LISTENER.port(),
-            shape: Shape::QuicInitial,
-            payload_bytes: None,
-        };
-        let trace = self.edge.trace(&description.frame()).unwrap();
-        trace.connections.quic
-    }
-
-    /// A socket of the world that sends to the listener.
-    fn socket(&self, from: Ipv4Addr) -> UdpSocket {
-        let socket = self.pair.world.enter(|| UdpSocket::bind((from, 0)));
-        let socket = socket.unwrap();
-        socket.connect(LISTENER).unwrap();
-        socket
-    }
-}
-
-fn sizes() -> LoadOptions {
-    LoadOptions {
-        trie_nodes4: 64,
-        trie_nodes6: 64,
-        limiter_lines: 1_024,
-        rules_max: 16,
-        peers_max: 16,
-        sources_max: 64,
-        replies_max: 16,
-        ..LoadOptions::default()
-    }
-}
-
-/// Tells the kernel what the transport counts.
-#[derive(Debug)]
-struct Told {
-    edge: Arc<Edge>,
-    counts: Counts,
-    source_quic: Limit,
-}
-
-impl ConnectionCounts for Told {
-    fn opened(&self, source: Source) {
-        self.counts.opened(source.to_ip());
-    }
-
-    fn closed(&self, source: Source) {
-        self.counts.closed(source.to_ip());
-    }
-
-    fn validated(&self, source: Source) {
-        presence::charge_validated(self.edge.maps(), source, self.source_quic);
-    }
-}
-
-/// A listener behind the edge, and the key of the peer that dials it.
-struct Scene<'g> {
-    ground: &'g Ground,
-    listener: Node,
-    dialler: SigningKey,
-    admission: Arc<Admission>,
-    presence: Presence<'g>,
-}
-
-impl<'g> Scene<'g> {
-    fn new(ground: &'g Ground) -> Self {
-        let mut keys = [key(1), key(2)];
-        keys.sort_by_key(SigningKey::node_id);
-        let [dialler, listener] = keys;
-        let limits = Limits {
-            proof: Limit::per(1, Duration::from_secs(600), PROOF),
-            ..Limits::default()
-        };
-        put_in_force(&ground.edge, limits);
-        let config = AdmissionConfig {
-            limits,
-            ..AdmissionConfig::default()
-        };
-        let random = || presence::random().unwrap();
-        let admission = Arc::new(Admission::new(config, now_ns(), random));
-        admission.set_kernel_charges(true);
-        let maps = ground.edge.maps();
-        let presence = Presence::begin(maps, RUN, LEASE, &limits, &admission.keys());
-        let map = MapHandle::try_from(maps.quic_sources()).unwrap();
-        let told = Told {
-            edge: Arc::clone(&ground.edge),
-            counts: Counts::new(map, RUN).unwrap(),
-            source_quic: limits.source_quic,
-        };
-        let edge = EdgeStart {
-            admission: Some(Arc::clone(&admission)),
-            counts: Some(Arc::new(told)),
-            ..EdgeStart::default()
-        };
-        let members = [member(&dialler, DIALLER), member(&listener, LISTENER)];
-        let topology = topology(members, 1);
-        let listener = ground.pair.node.enter(|| {
-            let shards = vec![shard_config(POOL_BYTES); 2];
-            Node::start_behind(listener, LISTENER, &topology, config_of(), shards, edge)
-        });
-        let scene = Self {
-            ground,
-            listener,
-            dialler,
-            admission,
-            presence,
-        };
-        scene.know_peers(true);
-        scene
-    }
-
-    fn press(&self, level: Level) {
-        self.admission.set_stress(level);
-        self.presence.set_stress(level);
-    }
-
-    /// Whether proofs of peers are known. Without its key the dialler is a client like any other.
-    fn know_peers(&self, known: bool) {
-        let keys: BTreeMap<u32, Key> = if known {
-            self.listener.transport.peer_keys()
-        } else {
-            BTreeMap::new()
-        };
-        assert_eq!(keys.len(), usize::from(known));
-        self.presence.set_peers(&keys).unwrap();
-        self.admission.set_peers(keys);
-    }
-
-    /// Starts the dialler, which believes the listener to be at `to`.
-    fn dial(&self, to: SocketAddr) -> Node {
-        let members = [
-            member(&self.dialler, DIALLER),
-            member(&self.listener.key, to),
-        ];
-        let topology = topology(members, 1);
-        let key = self.dialler.clone();
-        self.ground.pair.world.enter(|| {
-            let shards = vec![shard_config(POOL_BYTES); 2];
-            let edge = EdgeStart::default();
-            Node::start_behind(key, DIALLER, &topology, config_of(), shards, edge)
-        })
-    }
-
-    fn wait_until_up(&self, dialler: &Node) {
-        dialler.wait_for_peers(&[self.listener.id()]);
-        self.listener.wait_for_peers(&[dialler.id()]);
-    }
-
-    fn hang_up(&self, dialler: Node) {
-        dialler.transport.shutdown();
-        drop(dialler);
-        self.listener.wait_for_peers(&[]);
-    }
-
-    /// Waits until this many more packets were decided about than `before`.
-    fn wait_for(&self, reason: Reason, more: u64, before: &Counters) {
-        let wanted = before.acted_on(reason) + more;
-        until(reason.label(), || self.ground.count(reason) >= wanted);
-    }
-}
-
-fn config_of() -> TransportConfig {
-    TransportConfig {
-        // What was refused is tried again while the test waits.
-        connect_timeout: Duration::from_secs(3),
-        redial_delay_max: Duration::from_millis(200),
-        ..TransportConfig::default()
-    }
-}
-
-fn put_in_force(edge: &Edge, limits: Limits) {
-    let settings = Settings {
-        mode: Mode::Enforce,
-        services: vec![Service {
-            port: LISTENER.port(),
-            kind: settings::Kind::Quic,
-            default_action: DefaultAction::Allow,
-        }],
-        limits,
-        ..Settings::default()
-    };
-    let bounds = Bounds {
-        rules_max: 16,
-        nodes4_max: 64,
-        nodes6_max: 64,
-    };
-    let set = compile(&settings, &[], bounds).unwrap();
-    edge.publish(&set, 1, None).unwrap();
-}
-
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < end, "in vain: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
+use transport::{ECHO, Event, Node, PATIENCE, bytes_of, request};
 
 fn ask(asker: &Node, answerer: &Node, len: usize) {
     let class = if len > 1_000 {
@@ -464,6 +179,69 @@ fn a_proof_is_worth_nothing_elsewhere_forged_or_too_often() {
     assert_eq!(decided(Reason::TxRetry), 1);
     assert_eq!(decided(Reason::PassQuicPeer), PROOF);
     assert_eq!(scene.listener.count(Counter::ConnectionsIn), 0);
+}
+
+/// A first packet, with a token or without.
+fn initial(dcid: &[u8], token: &[u8]) -> Vec<u8> {
+    let mut packet = vec![0xc0, 0, 0, 0, 1, dcid.len() as u8];
+    packet.extend(dcid);
+    packet.extend([8; 9]);
+    packet.push(token.len() as u8);
+    packet.extend(token);
+    packet.resize(1_200, 0);
+    packet
+}
+
+/// What the program answers to a client whose address it does not know: another ID for the listener, and a token.
+fn retried(client: &UdpSocket) -> (Vec<u8>, Vec<u8>) {
+    const IDS: usize = 1 + 4;
+    const TAG: usize = 16;
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    client.send(&initial(&[7; 8], &[])).unwrap();
+    let mut answer = [0; 200];
+    let len = client.recv(&mut answer).unwrap();
+    let behind_ours = &answer[IDS + 1 + 8..len - TAG];
+    let (id, token) = behind_ours[1..].split_at(usize::from(behind_ours[0]));
+    (id.to_vec(), token.to_vec())
+}
+
+#[test]
+fn a_token_is_worth_nothing_elsewhere_or_forged() {
+    let Some(ground) = Ground::new("a_token_is_worth_nothing_elsewhere_or_forged") else {
+        return;
+    };
+    let scene = Scene::new(&ground);
+    scene.press(Level::Retry);
+    let client = ground.socket(OPERATOR);
+    let (id, token) = retried(&client);
+    assert_eq!((id.len(), token.len()), (16, 32));
+    let before = ground.counters();
+    // From another address, from another port.
+    for from in [STRANGER, OPERATOR] {
+        ground.socket(from).send(&initial(&id, &token)).unwrap();
+    }
+    scene.wait_for(Reason::QuicBadToken, 2, &before);
+    // Any byte of it, and the ID that goes with it.
+    for at in 0..token.len() {
+        let mut forged = token.clone();
+        forged[at] ^= 1;
+        client.send(&initial(&id, &forged)).unwrap();
+    }
+    let mut other = id.clone();
+    other[3] ^= 1;
+    client.send(&initial(&other, &token)).unwrap();
+    let bad = 3 + token.len() as u64;
+    until("all are refused", || {
+        let seen = ground.since(&before);
+        let refused =
+            ["quic_bad_token", "quic_expired_token"].map(|label| seen.get(label).copied());
+        refused.into_iter().flatten().sum::<u64>() == bad
+    });
+    assert_eq!(scene.listener.count(Counter::DatagramsReceived), 0);
+    // Where it belongs, it opens the door.
+    client.send(&initial(&id, &token)).unwrap();
+    scene.wait_for(Reason::PassQuicToken, 1, &before);
+    scene.listener.wait_for_count(Counter::DatagramsReceived, 1);
 }
 
 /// Packets that claim to belong to a connection.

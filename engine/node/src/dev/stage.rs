@@ -240,9 +240,11 @@ impl Drop for Stage {
             tracing::warn!(%error, "the pins of the stage stay");
         }
         sets::remove(&self.pins());
-        // The folder that they were mounted on, and their lock: left there, they harm nobody.
+        // The folder that they were mounted on, and their locks: left there, they harm nobody.
         let _ = fs::remove_dir(&self.pins);
-        let _ = fs::remove_file(self.pins.with_extension("lock"));
+        for lock in ["lock", "turn"] {
+            let _ = fs::remove_file(self.pins.with_extension(lock));
+        }
         for side in [Side::Inside, Side::Outside] {
             if let Err(failure) = ip(&["netns", "del", &self.space(side)]) {
                 tracing::warn!(%failure, "a namespace of the stage stays");

@@ -15,7 +15,7 @@ use millrace_edge_policy::settings::Mode;
 use millrace_protocol::registry::RegistryConfig;
 use millrace_tuning::NodeConfig;
 
-use super::force::{self, Done, Order};
+use super::force::{self, Done, Order, Turn};
 use super::{plan, sets, show};
 use crate::cli::{
     XdpApplyArgs, XdpAttachArgs, XdpCommand, XdpPlace, XdpPlaceArgs, XdpTemporaryArgs,
@@ -53,8 +53,9 @@ fn attach(args: &XdpAttachArgs) -> Result<Exit, Failure> {
         return Err(Failure::new(Exit::Usage, message));
     }
     let pins = Pins::at(&config.edge.pins);
+    let turn = Turn::wait(&pins)?;
     let edge = Edge::attach(&pins, &options).map_err(|error| of_edge(&error))?;
-    let attached = put(&edge, &config, &paths, Mode::Count, None);
+    let attached = put(&edge, &turn, &config, &paths, Mode::Count, None);
     if attached.is_err() {
         // Half an edge would be worse than none. The first error is the one to tell.
         let _ = Edge::detach(&pins);
@@ -64,10 +65,12 @@ fn attach(args: &XdpAttachArgs) -> Result<Exit, Failure> {
 
 fn apply(args: &XdpApplyArgs) -> Result<Exit, Failure> {
     let (config, paths) = Loaded::read(&args.config)?.usable()?;
-    let edge = Edge::adopt(&Pins::at(&config.edge.pins)).map_err(|error| of_edge(&error))?;
+    let pins = Pins::at(&config.edge.pins);
+    let turn = Turn::wait(&pins)?;
+    let edge = Edge::adopt(&pins).map_err(|error| of_edge(&error))?;
     let mode = plan::mode(args.mode.as_ref().unwrap_or(&config.edge.mode));
     let probation = args.confirm.map(millrace_tuning::Period::get);
-    let done = put(&edge, &config, &paths, mode, probation)?;
+    let done = put(&edge, &turn, &config, &paths, mode, probation)?;
     if let Some(period) = probation {
         output::message(format_args!(
             "on probation: `millrace xdp confirm` within {period:?} keeps it, else the kernel goes back"
@@ -79,6 +82,7 @@ fn apply(args: &XdpApplyArgs) -> Result<Exit, Failure> {
 /// Puts in force what config and registry folder say now.
 fn put(
     edge: &Edge,
+    turn: &Turn,
     config: &NodeConfig,
     paths: &Paths,
     mode: Mode,
@@ -99,7 +103,7 @@ fn put(
         mode,
         probation,
     };
-    force::put(edge, &order, nft)
+    force::put(edge, turn, &order, nft)
 }
 
 fn nft(table: &Table) -> Result<(), Failure> {
@@ -124,14 +128,16 @@ fn say(done: &Done, json: bool) -> Result<Exit, Failure> {
 
 fn confirm(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
     let pins = pins(&args.place)?;
+    let turn = Turn::wait(&pins)?;
     let edge = Edge::adopt(&pins).map_err(|error| of_edge(&error))?;
     edge.confirm().map_err(|error| of_edge(&error))?;
-    let set = force::confirmed(&edge, nft)?;
+    let set = force::confirmed(&edge, &turn, nft)?;
     plain(args.json, "confirmed", set)
 }
 
 fn revert(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
     let pins = pins(&args.place)?;
+    let _turn = Turn::wait(&pins)?;
     let edge = Edge::adopt(&pins).map_err(|error| of_edge(&error))?;
     edge.revert().map_err(|error| of_edge(&error))?;
     force::forget_pending(&pins)?;
@@ -141,6 +147,7 @@ fn revert(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
 
 fn detach(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
     let pins = pins(&args.place)?;
+    let _turn = Turn::wait(&pins)?;
     let present = pins.is_present();
     // The program first: without it, the table closes the ports instead of leaving them open.
     Edge::detach(&pins).map_err(|error| of_edge(&error))?;
@@ -158,7 +165,9 @@ fn detach(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
 
 fn temporary(args: &XdpTemporaryArgs, action: RuleAction) -> Result<Exit, Failure> {
     let (config, paths) = Loaded::read(&args.config)?.usable()?;
-    let edge = Edge::adopt(&Pins::at(&config.edge.pins)).map_err(|error| of_edge(&error))?;
+    let pins = Pins::at(&config.edge.pins);
+    let turn = Turn::wait(&pins)?;
+    let edge = Edge::adopt(&pins).map_err(|error| of_edge(&error))?;
     let mut state = force::read_state(edge.pins())?;
     let before = state.temporary.clone();
     let now = SystemTime::now();
@@ -177,7 +186,7 @@ fn temporary(args: &XdpTemporaryArgs, action: RuleAction) -> Result<Exit, Failur
     } else {
         Mode::Count
     };
-    let done = put(&edge, &config, &paths, mode, None);
+    let done = put(&edge, &turn, &config, &paths, mode, None);
     if done.is_err() {
         // Or it would come with the next set. The first error is the one to tell.
         let _ = force::read_state(edge.pins()).and_then(|mut state| {

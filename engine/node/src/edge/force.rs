@@ -2,8 +2,9 @@
 //!
 //! 1. The kernel first, nftables second, the state last: whoever dies in between leaves what the next one repeats.
 //! 2. A set on probation changes neither nftables nor the state before it is confirmed, so nothing but the kernel has to go back.
+//! 3. Whoever changes set, table or state has the [`Turn`] from before it reads until it has written.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -24,6 +25,46 @@ use crate::exit::{Exit, Failure};
 
 /// What waits for a confirmation, beside the state: follows the name of the pins.
 const PENDING: &str = "pending.json";
+
+/// A file that nobody reads, locked by whoever has the turn: follows the name of the pins.
+const TURN: &str = "turn";
+
+/// The right to change the edge: commands and a running node take turns. Given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Turn {
+    _locked: File,
+}
+
+impl Turn {
+    /// Waits until it is there.
+    pub(crate) fn wait(pins: &Pins) -> Result<Self, Failure> {
+        let (locked, path) = Self::open(pins)?;
+        match locked.lock() {
+            Ok(()) => Ok(Self { _locked: locked }),
+            Err(error) => Err(Failure::io(path.display(), &error)),
+        }
+    }
+
+    /// None while somebody else has it.
+    pub(crate) fn now(pins: &Pins) -> Result<Option<Self>, Failure> {
+        let (locked, path) = Self::open(pins)?;
+        match locked.try_lock() {
+            Ok(()) => Ok(Some(Self { _locked: locked })),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(Failure::io(path.display(), &error)),
+        }
+    }
+
+    fn open(pins: &Pins) -> Result<(File, PathBuf), Failure> {
+        let path = pins.state_path().with_extension(TURN);
+        let failed = |error: std::io::Error| Failure::io(path.display(), &error);
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder).map_err(failed)?;
+        }
+        let file = File::create(&path).map_err(failed)?;
+        Ok((file, path))
+    }
+}
 
 /// What is to be in force.
 #[derive(Debug)]
@@ -60,6 +101,7 @@ struct Pending {
 /// Compiles and publishes. `nft` replaces the table; with a probation it is not asked.
 pub(crate) fn put(
     edge: &Edge,
+    _turn: &Turn,
     order: &Order<'_>,
     nft: impl FnOnce(&Table) -> Result<(), Failure>,
 ) -> Result<Done, Failure> {
@@ -101,6 +143,7 @@ pub(crate) fn put(
 /// What follows a confirmation; the number of the set.
 pub(crate) fn confirmed(
     edge: &Edge,
+    _turn: &Turn,
     nft: impl FnOnce(&Table) -> Result<(), Failure>,
 ) -> Result<u32, Failure> {
     let path = pending_path(edge.pins());

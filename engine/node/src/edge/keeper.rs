@@ -3,10 +3,11 @@
 //! 1. A lease is renewed whatever else fails: rules that do not compile must not end counts and stress.
 //! 2. The set in force changes when the registry, the members, the temporary rules or the mode did, and not otherwise.
 //! 3. A set on probation is left alone.
+//! 4. An edge that somebody detached is not this node's any more: nothing is put in force behind their back.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -24,7 +25,7 @@ use millrace_edge_policy::siphash::Key;
 use millrace_edge_policy::stress::{Level, Sample, Stress, StressConfig};
 use millrace_tuning::NodeConfig;
 
-use super::force::{self, Order};
+use super::force::{self, Order, Turn};
 use super::plan::Firewall;
 use super::start::{Kept, Kernel, unpredictable};
 use crate::exit::{Exit, Failure};
@@ -37,6 +38,8 @@ const WAKES_PER_LEASE: u32 = 5;
 #[derive(Debug)]
 pub(crate) struct EdgeView {
     pub(crate) kernel: Option<Arc<Kernel>>,
+    /// Somebody has detached it.
+    pub(crate) detached: AtomicBool,
     pub(crate) steering: &'static str,
     pub(crate) stress: AtomicU32,
     pub(crate) registry_version: AtomicU64,
@@ -48,6 +51,7 @@ impl EdgeView {
     pub(crate) fn of(kept: &Kept) -> Self {
         Self {
             kernel: kept.kernel.clone(),
+            detached: AtomicBool::new(false),
             steering: kept.steering,
             stress: AtomicU32::new(0),
             registry_version: AtomicU64::new(0),
@@ -57,10 +61,15 @@ impl EdgeView {
 
     /// `kernel` or `user_space`: who refuses.
     pub(crate) fn place(&self) -> &'static str {
-        match self.kernel {
-            Some(_) => "kernel",
-            None => "user_space",
+        if self.is_in_kernel() {
+            "kernel"
+        } else {
+            "user_space"
         }
+    }
+
+    pub(crate) fn is_in_kernel(&self) -> bool {
+        self.kernel.is_some() && !self.detached.load(Ordering::Relaxed)
     }
 }
 
@@ -256,6 +265,13 @@ impl<'k> Keeping<'k> {
         let Some(kernel) = self.kept.kernel.clone() else {
             return;
         };
+        if !kernel.is_attached() {
+            return self.go_on_alone();
+        }
+        // Somebody who is at it now is followed the next time.
+        let Ok(Some(turn)) = Turn::now(kernel.edge.pins()) else {
+            return;
+        };
         let firewall = self.node.versions.firewall(&self.config.edge.roles);
         let Ok(mut state) = force::read_state(kernel.edge.pins()) else {
             return;
@@ -275,7 +291,7 @@ impl<'k> Keeping<'k> {
             return;
         }
         self.kept.admission.set_kernel_charges(basis.enforce);
-        match self.put(&kernel, &firewall, basis.enforce) {
+        match self.put(&kernel, &turn, &firewall, basis.enforce) {
             Ok(set) => {
                 self.view
                     .registry_version
@@ -301,7 +317,22 @@ impl<'k> Keeping<'k> {
         self.basis = Some(basis);
     }
 
-    fn put(&mut self, kernel: &Kernel, firewall: &Firewall, enforce: bool) -> Result<u32, Failure> {
+    fn go_on_alone(&self) {
+        self.kept.admission.set_kernel_charges(false);
+        if !self.view.detached.swap(true, Ordering::Relaxed) {
+            tracing::error!(
+                "the edge was detached: user space holds caps and rates; restart the node when it is attached again"
+            );
+        }
+    }
+
+    fn put(
+        &mut self,
+        kernel: &Kernel,
+        turn: &Turn,
+        firewall: &Firewall,
+        enforce: bool,
+    ) -> Result<u32, Failure> {
         let order = Order {
             config: self.config,
             port: self.node.address().port(),
@@ -316,7 +347,7 @@ impl<'k> Keeping<'k> {
             // The table that is there closes the same ports; only outbound rules stay as they were.
             None => Ok(()),
         };
-        let done = force::put(&kernel.edge, &order, nft)?;
+        let done = force::put(&kernel.edge, turn, &order, nft)?;
         if let Some(presence) = &mut self.presence {
             presence.set_limits(&self.kept.settings.limits);
         }

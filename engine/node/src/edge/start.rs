@@ -6,6 +6,7 @@
 
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +31,7 @@ use millrace_transport::{Clock, ConnectionCounts, EdgeStart};
 use millrace_tuning::NodeConfig;
 
 use super::commands::attach_options;
-use super::force::{self, Order};
+use super::force::{self, Order, Turn};
 use super::plan::{self, Firewall};
 use crate::exit::{Exit, Failure};
 use crate::output;
@@ -47,8 +48,23 @@ pub(crate) struct Kernel {
     pub(crate) edge: Edge,
     pub(crate) helper: Option<Helper>,
     pub(crate) counts: Counts,
+    /// Which edge this is: another may be attached at the same place later.
+    identity: Option<(u64, u64)>,
     /// What one source may open, for those that show their address here.
     source_quic: Limit,
+}
+
+impl Kernel {
+    /// Whether the edge is still the one that is pinned, and not detached.
+    pub(crate) fn is_attached(&self) -> bool {
+        self.identity.is_some() && self.identity == identity(self.edge.pins())
+    }
+}
+
+/// Device and inode of a pin.
+fn identity(pins: &Pins) -> Option<(u64, u64)> {
+    let pin = std::fs::metadata(pins.path(Kind::Map, "control")).ok()?;
+    Some((pin.dev(), pin.ino()))
 }
 
 impl ConnectionCounts for Kernel {
@@ -226,6 +242,7 @@ fn kernel(config: &NodeConfig, listens: SocketAddr, firewall: &Firewall) -> Opti
         Ok(Kernel {
             helper: helper(edge.pins()),
             counts,
+            identity: identity(edge.pins()),
             edge,
             source_quic: plan::settings(config, listens.port(), Mode::Count)
                 .limits
@@ -271,6 +288,7 @@ fn attach(
         let message = format!("attaching takes {}", names.join(", "));
         return Err(Failure::new(Exit::NotPermitted, message));
     }
+    let turn = Turn::wait(pins)?;
     let edge = Edge::attach(pins, &attach_options(config))
         .map_err(|error| super::commands::of_edge(&error))?;
     let order = Order {
@@ -285,7 +303,7 @@ fn attach(
             .apply(table)
             .map_err(|error| Failure::new(Exit::Failed, error.to_string()))
     };
-    match force::put(&edge, &order, nft) {
+    match force::put(&edge, &turn, &order, nft) {
         Ok(done) => {
             output::message(format_args!(
                 "edge attached to {}, mode {}",

@@ -14,7 +14,7 @@ use crate::edge::sets;
 use crate::edge::start::Kernel;
 
 pub(super) fn write(view: &EdgeView, out: &mut Out<'_>) -> fmt::Result {
-    out.gauge("millrace_edge_in_kernel", u64::from(view.kernel.is_some()))?;
+    out.gauge("millrace_edge_in_kernel", u64::from(view.is_in_kernel()))?;
     out.gauge(
         "millrace_edge_stress",
         u64::from(view.stress.load(Ordering::Relaxed)),

@@ -1,0 +1,297 @@
+//! Two namespaces with the edge in the kernel on both ends of the cable, a listener behind it, and the peer that dials it.
+#![allow(unreachable_pub, reason = "shared by test crates")]
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use libbpf_rs::MapHandle;
+use millrace_edge::clock::now_ns;
+use millrace_edge::counts::Counts;
+use millrace_edge::edge::{AttachOptions, Edge};
+use millrace_edge::frame::{Description, Shape};
+use millrace_edge::load::LoadOptions;
+use millrace_edge::metrics::Counters;
+use millrace_edge::presence::{self, Presence};
+use millrace_edge::state::AttachMode;
+use millrace_edge_policy::admission::{Admission, AdmissionConfig};
+use millrace_edge_policy::limiter::Limit;
+use millrace_edge_policy::reason::Reason;
+use millrace_edge_policy::rules::{Bounds, compile};
+use millrace_edge_policy::settings::{self, DefaultAction, Limits, Mode, Service, Settings};
+use millrace_edge_policy::siphash::Key;
+use millrace_edge_policy::source::Source;
+use millrace_edge_policy::stress::Level;
+use millrace_protocol::identity::SigningKey;
+use millrace_transport::{ConnectionCounts, EdgeStart, TransportConfig};
+
+use crate::common::namespace::{NODE, OPERATOR, Pair, Pinned, STRANGER, privileged};
+use crate::transport::{Node, PATIENCE, key, member, shard_config, topology};
+
+pub const POOL_BYTES: u64 = 64 << 20;
+pub const BODY_BYTES: usize = 16 << 20;
+/// Longer than any test takes: nobody renews it.
+pub const LEASE: Duration = Duration::from_secs(600);
+/// Packets with the same proof: enough for a handshake on a slow machine, and no more come within a test.
+pub const PROOF: u64 = 16;
+pub const RUN: u32 = 7;
+
+pub const LISTENER: SocketAddr = SocketAddr::new(IpAddr::V4(NODE), 4100);
+pub const DIALLER: SocketAddr = SocketAddr::new(IpAddr::V4(OPERATOR), 4101);
+/// In the world, on the way from the dialler to the listener.
+pub const BETWEEN: SocketAddr = SocketAddr::new(IpAddr::V4(STRANGER), 4100);
+
+/// Namespaces and programs. Dropped in this order.
+pub struct Ground {
+    pub edge: Arc<Edge>,
+    _pinned: [Pinned; 2],
+    pub pair: Pair,
+    _folder: tempfile::TempDir,
+}
+
+impl Ground {
+    /// None where it cannot be made; that was said then.
+    pub fn new(test: &str) -> Option<Self> {
+        if !privileged(test) {
+            return None;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let pair = Pair::new("quic");
+        let pinned = ["node", "world"].map(|side| Pinned(folder.path().join(side)));
+        let attach = |pinned: &Pinned, interface: &str| {
+            let options = AttachOptions {
+                interfaces: vec![interface.into()],
+                mode: AttachMode::Native,
+                sizes: sizes(),
+            };
+            Edge::attach(&pinned.pins(), &options).unwrap()
+        };
+        let [at_node, at_world] = &pinned;
+        let edge = pair.node.enter(|| attach(at_node, "mr0"));
+        // Nothing is ever put in force there: it passes everything.
+        pair.world.enter(|| attach(at_world, "mr1"));
+        Some(Self {
+            edge: Arc::new(edge),
+            _pinned: pinned,
+            pair,
+            _folder: folder,
+        })
+    }
+
+    pub fn count(&self, reason: Reason) -> u64 {
+        self.counters().acted_on(reason)
+    }
+
+    pub fn counters(&self) -> Counters {
+        Counters::read(self.edge.maps().counters()).unwrap()
+    }
+
+    /// What was decided since then, with the number of packets.
+    pub fn since(&self, before: &Counters) -> BTreeMap<&'static str, u64> {
+        let now = self.counters();
+        let differences = Reason::ALL.iter().map(|reason| {
+            let packets = now.acted_on(*reason) - before.acted_on(*reason);
+            (reason.label(), packets)
+        });
+        differences.filter(|(_, packets)| *packets > 0).collect()
+    }
+
+    /// QUIC connections of a source, as the kernel sees them.
+    pub fn connections(&self, source: Ipv4Addr) -> u32 {
+        let description = Description {
+            from: (source, 40_000).into(),
+            to_port: LISTENER.port(),
+            shape: Shape::QuicInitial,
+            payload_bytes: None,
+        };
+        let trace = self.edge.trace(&description.frame()).unwrap();
+        trace.connections.quic
+    }
+
+    /// A socket of the world that sends to the listener.
+    pub fn socket(&self, from: Ipv4Addr) -> UdpSocket {
+        let socket = self.pair.world.enter(|| UdpSocket::bind((from, 0)));
+        let socket = socket.unwrap();
+        socket.connect(LISTENER).unwrap();
+        socket
+    }
+}
+
+pub fn sizes() -> LoadOptions {
+    LoadOptions {
+        trie_nodes4: 64,
+        trie_nodes6: 64,
+        limiter_lines: 1_024,
+        rules_max: 16,
+        peers_max: 16,
+        sources_max: 64,
+        replies_max: 16,
+        ..LoadOptions::default()
+    }
+}
+
+/// Tells the kernel what the transport counts.
+#[derive(Debug)]
+pub struct Told {
+    edge: Arc<Edge>,
+    counts: Counts,
+    source_quic: Limit,
+}
+
+impl ConnectionCounts for Told {
+    fn opened(&self, source: Source) {
+        self.counts.opened(source.to_ip());
+    }
+
+    fn closed(&self, source: Source) {
+        self.counts.closed(source.to_ip());
+    }
+
+    fn validated(&self, source: Source) {
+        presence::charge_validated(self.edge.maps(), source, self.source_quic);
+    }
+}
+
+/// A listener behind the edge, and the key of the peer that dials it.
+pub struct Scene<'g> {
+    pub ground: &'g Ground,
+    pub listener: Node,
+    pub dialler: SigningKey,
+    pub admission: Arc<Admission>,
+    pub presence: Presence<'g>,
+}
+
+impl<'g> Scene<'g> {
+    pub fn new(ground: &'g Ground) -> Self {
+        let mut keys = [key(1), key(2)];
+        keys.sort_by_key(SigningKey::node_id);
+        let [dialler, listener] = keys;
+        let limits = Limits {
+            proof: Limit::per(1, Duration::from_secs(600), PROOF),
+            ..Limits::default()
+        };
+        put_in_force(&ground.edge, limits);
+        let config = AdmissionConfig {
+            limits,
+            ..AdmissionConfig::default()
+        };
+        let random = || presence::random().unwrap();
+        let admission = Arc::new(Admission::new(config, now_ns(), random));
+        admission.set_kernel_charges(true);
+        let maps = ground.edge.maps();
+        let presence = Presence::begin(maps, RUN, LEASE, &limits, &admission.keys());
+        let map = MapHandle::try_from(maps.quic_sources()).unwrap();
+        let told = Told {
+            edge: Arc::clone(&ground.edge),
+            counts: Counts::new(map, RUN).unwrap(),
+            source_quic: limits.source_quic,
+        };
+        let edge = EdgeStart {
+            admission: Some(Arc::clone(&admission)),
+            counts: Some(Arc::new(told)),
+            ..EdgeStart::default()
+        };
+        let members = [member(&dialler, DIALLER), member(&listener, LISTENER)];
+        let topology = topology(members, 1);
+        let listener = ground.pair.node.enter(|| {
+            let shards = vec![shard_config(POOL_BYTES); 2];
+            Node::start_behind(listener, LISTENER, &topology, config_of(), shards, edge)
+        });
+        let scene = Self {
+            ground,
+            listener,
+            dialler,
+            admission,
+            presence,
+        };
+        scene.know_peers(true);
+        scene
+    }
+
+    pub fn press(&self, level: Level) {
+        self.admission.set_stress(level);
+        self.presence.set_stress(level);
+    }
+
+    /// Whether proofs of peers are known. Without its key the dialler is a client like any other.
+    pub fn know_peers(&self, known: bool) {
+        let keys: BTreeMap<u32, Key> = if known {
+            self.listener.transport.peer_keys()
+        } else {
+            BTreeMap::new()
+        };
+        assert_eq!(keys.len(), usize::from(known));
+        self.presence.set_peers(&keys).unwrap();
+        self.admission.set_peers(keys);
+    }
+
+    /// Starts the dialler, which believes the listener to be at `to`.
+    pub fn dial(&self, to: SocketAddr) -> Node {
+        let members = [
+            member(&self.dialler, DIALLER),
+            member(&self.listener.key, to),
+        ];
+        let topology = topology(members, 1);
+        let key = self.dialler.clone();
+        self.ground.pair.world.enter(|| {
+            let shards = vec![shard_config(POOL_BYTES); 2];
+            let edge = EdgeStart::default();
+            Node::start_behind(key, DIALLER, &topology, config_of(), shards, edge)
+        })
+    }
+
+    pub fn wait_until_up(&self, dialler: &Node) {
+        dialler.wait_for_peers(&[self.listener.id()]);
+        self.listener.wait_for_peers(&[dialler.id()]);
+    }
+
+    pub fn hang_up(&self, dialler: Node) {
+        dialler.transport.shutdown();
+        drop(dialler);
+        self.listener.wait_for_peers(&[]);
+    }
+
+    /// Waits until this many more packets were decided about than `before`.
+    pub fn wait_for(&self, reason: Reason, more: u64, before: &Counters) {
+        let wanted = before.acted_on(reason) + more;
+        until(reason.label(), || self.ground.count(reason) >= wanted);
+    }
+}
+
+pub fn config_of() -> TransportConfig {
+    TransportConfig {
+        // What was refused is tried again while the test waits.
+        connect_timeout: Duration::from_secs(3),
+        redial_delay_max: Duration::from_millis(200),
+        ..TransportConfig::default()
+    }
+}
+
+pub fn put_in_force(edge: &Edge, limits: Limits) {
+    let settings = Settings {
+        mode: Mode::Enforce,
+        services: vec![Service {
+            port: LISTENER.port(),
+            kind: settings::Kind::Quic,
+            default_action: DefaultAction::Allow,
+        }],
+        limits,
+        ..Settings::default()
+    };
+    let bounds = Bounds {
+        rules_max: 16,
+        nodes4_max: 64,
+        nodes6_max: 64,
+    };
+    let set = compile(&settings, &[], bounds).unwrap();
+    edge.publish(&set, 1, None).unwrap();
+}
+
+pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < end, "in vain: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
