@@ -6,15 +6,18 @@
 //!    refuses, all have their old program again.
 //! 3. Programs of a new version work on the maps that are there: no count, rule or limit is lost.
 //! 4. Whatever changes pins holds their lock.
+//! 5. An interface that is gone is not attached to, whatever was asked for: another one may have its name or its index by now.
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::mem::offset_of;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use libbpf_rs::MapHandle;
+use libbpf_rs::query::LinkTypeInfo;
+use libbpf_rs::{Link, MapHandle};
 use millrace_edge_policy::rules::Compiled;
 use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 
@@ -186,7 +189,16 @@ impl Edge {
         Ok(State::read(&self.pins)?.interfaces)
     }
 
-    /// Attaches to one more interface of the calling thread's network namespace.
+    /// Whether the program is on the interface now. It is not once the interface was removed, as by its driver or with its network
+    /// namespace, even if there is one of the same name again.
+    #[must_use]
+    pub fn is_live(&self, interface: &Interface) -> bool {
+        let link = Link::open(self.link_path(Program::Edge, interface.index));
+        let info = link.and_then(|link| link.info());
+        matches!(info.map(|info| info.info), Ok(LinkTypeInfo::Xdp(xdp)) if xdp.ifindex == interface.index)
+    }
+
+    /// Attaches to one more interface of the calling thread's network namespace, or again to one that was removed and made anew.
     ///
     /// # Errors
     ///
@@ -199,12 +211,15 @@ impl Edge {
     fn attach_locked(&self, name: &str, mode: AttachMode, lock: &Lock) -> Result<(), EdgeError> {
         let index = index_of(name)?;
         let mut state = State::read(&self.pins)?;
-        if state
-            .interfaces
-            .iter()
-            .any(|interface| interface.index == index)
-        {
+        let known = |interface: &Interface| interface.index == index;
+        if state.interfaces.iter().any(|i| known(i) && self.is_live(i)) {
             return Ok(());
+        }
+        let gone = |interface: &Interface| {
+            (known(interface) || interface.name == name) && !self.is_live(interface)
+        };
+        for interface in state.interfaces.extract_if(.., |i| gone(i)) {
+            self.remove_links(interface.index)?;
         }
         let stamp = self.link(Program::Stamp, name, index, Hook::TcxIngress)?;
         let learn = self.link(Program::Learn, name, index, Hook::TcxEgress)?;
@@ -355,7 +370,7 @@ impl Edge {
         })
     }
 
-    /// Gives every link of an interface another program; all or none.
+    /// Gives every link of an interface that is there another program; all or none.
     fn update_links(&self, programs: &BTreeMap<Program, OwnedFd>) -> Result<(), EdgeError> {
         let mut updated: Vec<(OwnedFd, Program)> = Vec::new();
         for (path, program) in self.links()? {
@@ -364,7 +379,8 @@ impl Edge {
                 updated.push((link, program));
                 Ok(())
             });
-            if let Err(source) = result {
+            // Its interface is gone: nothing runs there.
+            if let Err(source) = result.or_else(unless_gone) {
                 for (link, program) in updated {
                     if let Err(error) = sys::link_update(link.as_fd(), self.program(program)) {
                         tracing::error!(%error, ?program, "a link could not be given its old program");
@@ -462,6 +478,13 @@ fn index_of(name: &str) -> Result<u32, EdgeError> {
 
 fn pin(object: BorrowedFd<'_>, path: PathBuf) -> Result<(), EdgeError> {
     sys::pin(object, &path).map_err(|source| PinError::Pin { path, source }.into())
+}
+
+fn unless_gone(error: io::Error) -> io::Result<()> {
+    match error.raw_os_error() {
+        Some(libc::ENOLINK) => Ok(()),
+        _ => Err(error),
+    }
 }
 
 /// Gives a name to another object in one step: there is no moment without one.

@@ -282,6 +282,35 @@ fn the_table_closes_what_the_program_left() {
     }
 }
 
+// Protects a node whose interface was made anew, as when a driver is loaded again: neither its name nor its index is enough to be attached.
+#[test]
+fn an_interface_that_was_made_anew_is_attached_again() {
+    if !privileged("an_interface_that_was_made_anew_is_attached_again") {
+        return;
+    }
+    let (pair, home) = (Pair::new("reload"), Home::new());
+    let mut edge = attached(&pair, &home, AttachMode::Auto);
+    let first = edge.interfaces().unwrap().remove(0);
+    assert!(edge.is_live(&first));
+    for index in [first.index, first.index + 1_000] {
+        pair.node.ip("link del mr0");
+        let gone = edge.interfaces().unwrap().remove(0);
+        assert!(!edge.is_live(&gone));
+        edge.reload().unwrap();
+        pair.node
+            .ip(&format!("link add mr0 index {index} type veth"));
+        assert!(!edge.is_live(&gone));
+        pair.node
+            .enter(|| edge.attach_interface("mr0", AttachMode::Auto).unwrap());
+        let [interface] = edge.interfaces().unwrap().try_into().unwrap();
+        assert_eq!((interface.name.as_str(), interface.index), ("mr0", index));
+        assert!(edge.is_live(&interface));
+        assert!(pair.node.ip("link show mr0").contains(" xdp "));
+    }
+    let links = home.pins.names(Kind::Link).unwrap();
+    assert_eq!(links.len(), 4, "{links:?}");
+}
+
 // Protects an operator from guessing: what is wrong is named, and nothing is left behind.
 #[test]
 fn what_cannot_be_attached_or_adopted_is_named() {
