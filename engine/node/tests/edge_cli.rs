@@ -10,6 +10,8 @@ use std::process::Command;
 
 use common::namespace::{OPERATOR, STRANGER, privileged};
 use common::{eventually, millrace, stderr, stdout, text};
+use millrace_edge::edge::Edge;
+use millrace_edge::pins::Pins;
 use site::{ELSEWHERE, PORT, Site, allow_all_but_the_stranger, rule};
 
 #[test]
@@ -126,7 +128,12 @@ fn what_cuts_the_operator_off_reverts_by_itself() {
     assert_eq!(third.status.code(), Some(1));
     assert_eq!(site.status()["temporary_rules"], 0, "refused for good");
     site.assert_denied(STRANGER);
+    // Somebody confirms, and dies before table and state have followed: the next one finishes it.
+    let edge = Edge::adopt(&Pins::at(&site.pinned.0)).unwrap();
+    edge.confirm().unwrap();
     assert_eq!(site.json("confirm", &[])["set"], applied["set"]);
+    let again = site.xdp("confirm", &[]);
+    assert_eq!(again.status.code(), Some(1), "nothing is left to confirm");
     let status = site.status();
     assert!(status["probation_seconds_left"].is_null(), "{status}");
     assert_eq!(

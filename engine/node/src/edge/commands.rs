@@ -130,7 +130,10 @@ fn confirm(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
     let pins = pins(&args.place)?;
     let turn = Turn::wait(&pins)?;
     let edge = Edge::adopt(&pins).map_err(|error| of_edge(&error))?;
-    edge.confirm().map_err(|error| of_edge(&error))?;
+    match edge.confirm() {
+        Err(EdgeError::Publish(PublishError::NoProbation)) if force::is_half_confirmed(&edge) => {}
+        confirmed => confirmed.map_err(|error| of_edge(&error))?,
+    }
     let set = force::confirmed(&edge, &turn, nft)?;
     plain(args.json, "confirmed", set)
 }

@@ -6,14 +6,15 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use millrace_edge::edge::Edge;
 use millrace_edge::nft::Table;
 use millrace_edge::pins::Pins;
-use millrace_edge::publish::Publisher;
-use millrace_edge::state::State;
+use millrace_edge::publish::{Publisher, Standing};
+use millrace_edge::state::{self, State};
 use millrace_edge_policy::settings::Mode;
 use millrace_tuning::NodeConfig;
 use serde::{Deserialize, Serialize};
@@ -61,7 +62,14 @@ impl Turn {
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder).map_err(failed)?;
         }
-        let file = File::create(&path).map_err(failed)?;
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            // Whoever can open it can keep the turn.
+            .mode(0o600)
+            .open(&path)
+            .map_err(failed)?;
         Ok((file, path))
     }
 }
@@ -111,7 +119,9 @@ pub(crate) fn put(
     let set = plan::compiled(order.config, &settings, order.firewall, &state.temporary)
         .map_err(|error| Failure::new(Exit::BadConfig, error.to_string()))?;
     let in_force = Publisher::new(edge.maps()).config().set;
-    state.set = state.set.max(in_force) + 1;
+    // What waits, or has lapsed, keeps its number for itself.
+    let waits = read_pending(edge.pins()).map_or(0, |pending| pending.set);
+    state.set = state.set.max(in_force).max(waits) + 1;
     edge.publish(&set, state.set, order.probation)
         .map_err(|error| of_edge(&error))?;
     sets::write(edge.pins(), state.set, in_force, &set)?;
@@ -128,7 +138,10 @@ pub(crate) fn put(
     };
     match order.probation {
         Some(_) => write_pending(edge.pins(), &pending)?,
-        None => settle(edge, &pending, nft)?,
+        None => {
+            settle(edge, &pending, nft)?;
+            forget_pending(edge.pins())?;
+        }
     }
     Ok(Done {
         set: pending.set,
@@ -146,13 +159,17 @@ pub(crate) fn confirmed(
     _turn: &Turn,
     nft: impl FnOnce(&Table) -> Result<(), Failure>,
 ) -> Result<u32, Failure> {
-    let path = pending_path(edge.pins());
-    let text = fs::read(&path).map_err(|error| Failure::io(path.display(), &error))?;
-    let pending: Pending = serde_json::from_slice(&text)
-        .map_err(|error| Failure::new(Exit::Failed, format!("{}: {error}", path.display())))?;
+    let pending = read_pending(edge.pins())?;
     settle(edge, &pending, nft)?;
     forget_pending(edge.pins())?;
     Ok(pending.set)
+}
+
+/// Whether the set in force was confirmed in the kernel, and neither table nor state has followed: somebody died there, or `nft` refused.
+pub(crate) fn is_half_confirmed(edge: &Edge) -> bool {
+    let publisher = Publisher::new(edge.maps());
+    publisher.standing() == Standing::Settled
+        && read_pending(edge.pins()).is_ok_and(|pending| pending.set == publisher.config().set)
 }
 
 /// Nothing waits for a confirmation any more.
@@ -197,7 +214,14 @@ fn write_pending(pins: &Pins, pending: &Pending) -> Result<(), Failure> {
     let path = pending_path(pins);
     let text = serde_json::to_vec(pending)
         .map_err(|error| Failure::new(Exit::Failed, error.to_string()))?;
-    fs::write(&path, text).map_err(|error| Failure::io(path.display(), &error))
+    state::replace(&path, &text).map_err(|error| Failure::io(path.display(), &error))
+}
+
+fn read_pending(pins: &Pins) -> Result<Pending, Failure> {
+    let path = pending_path(pins);
+    let text = fs::read(&path).map_err(|error| Failure::io(path.display(), &error))?;
+    serde_json::from_slice(&text)
+        .map_err(|error| Failure::new(Exit::Failed, format!("{}: {error}", path.display())))
 }
 
 fn pending_path(pins: &Pins) -> PathBuf {

@@ -7,6 +7,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use millrace_edge::pins::Pins;
+use millrace_edge::state;
 use millrace_edge_policy::rules::Compiled;
 use serde::{Deserialize, Serialize};
 
@@ -42,7 +43,7 @@ pub(crate) fn write(
     let text = serde_json::to_vec(&texts)
         .map_err(|error| Failure::new(Exit::Failed, error.to_string()))?;
     let path = path(pins, set);
-    fs::write(&path, text).map_err(|error| Failure::io(path.display(), &error))?;
+    state::replace(&path, &text).map_err(|error| Failure::io(path.display(), &error))?;
     remove_but(pins, &[path, self::path(pins, in_force)]);
     Ok(())
 }

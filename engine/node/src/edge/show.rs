@@ -51,6 +51,8 @@ struct Status {
 struct InterfaceStatus {
     name: String,
     xdp: &'static str,
+    /// It was removed since, and the program with it, even if there is one of this name again.
+    gone: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -78,7 +80,10 @@ pub(crate) fn status(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
     let interfaces: Vec<_> = status
         .interfaces
         .iter()
-        .map(|interface| format!("{} ({})", interface.name, interface.xdp))
+        .map(|interface| {
+            let gone = if interface.gone { ", gone" } else { "" };
+            format!("{} ({}{gone})", interface.name, interface.xdp)
+        })
         .collect();
     let ports: Vec<_> = status
         .ports
@@ -142,6 +147,7 @@ fn status_of(edge: &Edge) -> Result<Status, Failure> {
             .map(|interface| InterfaceStatus {
                 name: interface.name.clone(),
                 xdp: interface.mode.as_str(),
+                gone: !edge.is_live(interface),
             })
             .collect(),
         mode: if config.mode == millrace_edge::abi::MODE_ENFORCE {

@@ -269,10 +269,25 @@ fn adopt_or_attach(
     match Edge::adopt(&pins) {
         Ok(edge) => {
             output::message(format_args!("edge adopted from {}", pins.root().display()));
+            say_missing(config, &edge);
             Ok(edge)
         }
         Err(EdgeError::Absent { .. }) => attach(config, listens, firewall, &pins),
         Err(error) => Err(super::commands::of_edge(&error)),
+    }
+}
+
+/// Says which interfaces of the config the edge is not on: it was attached to others, or they were made anew since.
+fn say_missing(config: &NodeConfig, edge: &Edge) {
+    let attached = edge.interfaces().unwrap_or_default();
+    let is_live = |name: &String| {
+        let mut known = attached.iter().filter(|known| known.name == *name);
+        known.any(|known| edge.is_live(known))
+    };
+    for name in config.edge.interfaces.iter().filter(|name| !is_live(name)) {
+        output::message(format_args!(
+            "the edge is not on {name}: `millrace xdp detach` and `attach`, then start again"
+        ));
     }
 }
 
