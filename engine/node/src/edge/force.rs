@@ -8,7 +8,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use millrace_edge::edge::Edge;
 use millrace_edge::nft::Table;
@@ -30,6 +30,13 @@ const PENDING: &str = "pending.json";
 /// A file that nobody reads, locked by whoever has the turn: follows the name of the pins.
 const TURN: &str = "turn";
 
+/// Another, locked by the node that runs.
+const NODE: &str = "node";
+
+/// The kernel ends a process that was killed some milliseconds after its successor can start.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(3);
+const CLAIM_RETRY: Duration = Duration::from_millis(5);
+
 /// The right to change the edge: commands and a running node take turns. Given back when dropped.
 #[derive(Debug)]
 pub(crate) struct Turn {
@@ -39,7 +46,7 @@ pub(crate) struct Turn {
 impl Turn {
     /// Waits until it is there.
     pub(crate) fn wait(pins: &Pins) -> Result<Self, Failure> {
-        let (locked, path) = Self::open(pins)?;
+        let (locked, path) = open_beside(pins, TURN)?;
         match locked.lock() {
             Ok(()) => Ok(Self { _locked: locked }),
             Err(error) => Err(Failure::io(path.display(), &error)),
@@ -48,30 +55,61 @@ impl Turn {
 
     /// None while somebody else has it.
     pub(crate) fn now(pins: &Pins) -> Result<Option<Self>, Failure> {
-        let (locked, path) = Self::open(pins)?;
+        let (locked, path) = open_beside(pins, TURN)?;
         match locked.try_lock() {
             Ok(()) => Ok(Some(Self { _locked: locked })),
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(error)) => Err(Failure::io(path.display(), &error)),
         }
     }
+}
 
-    fn open(pins: &Pins) -> Result<(File, PathBuf), Failure> {
-        let path = pins.state_path().with_extension(TURN);
-        let failed = |error: std::io::Error| Failure::io(path.display(), &error);
-        if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder).map_err(failed)?;
+/// The right to be the node of an edge: two would overwrite each other's keys and counts. Given back when dropped, or killed.
+#[derive(Debug)]
+pub(crate) struct Claim {
+    _locked: File,
+}
+
+impl Claim {
+    /// Waits a little for a node that is just ending.
+    pub(crate) fn take(pins: &Pins) -> Result<Self, Failure> {
+        let (locked, path) = open_beside(pins, NODE)?;
+        let until = Instant::now() + CLAIM_PATIENCE;
+        loop {
+            match locked.try_lock() {
+                Ok(()) => return Ok(Self { _locked: locked }),
+                Err(TryLockError::WouldBlock) if Instant::now() < until => {
+                    std::thread::sleep(CLAIM_RETRY);
+                }
+                Err(TryLockError::WouldBlock) => {
+                    let message = format!(
+                        "another node uses the edge at {}; give each its own pins in [edge]",
+                        pins.root().display()
+                    );
+                    return Err(Failure::new(Exit::Failed, message));
+                }
+                Err(TryLockError::Error(error)) => return Err(Failure::io(path.display(), &error)),
+            }
         }
-        let file = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            // Whoever can open it can keep the turn.
-            .mode(0o600)
-            .open(&path)
-            .map_err(failed)?;
-        Ok((file, path))
     }
+}
+
+/// A file of mode 0600 beside the pins.
+fn open_beside(pins: &Pins, extension: &str) -> Result<(File, PathBuf), Failure> {
+    let path = pins.state_path().with_extension(extension);
+    let failed = |error: std::io::Error| Failure::io(path.display(), &error);
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).map_err(failed)?;
+    }
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        // Whoever can open it can keep the turn.
+        .mode(0o600)
+        .open(&path)
+        .map_err(failed)?;
+    Ok((file, path))
 }
 
 /// What is to be in force.

@@ -70,6 +70,17 @@ struct Count {
     what: &'static str,
 }
 
+impl Status {
+    /// Whether TCP ports are declared and the kernel would give no cookie before its own queue is full.
+    fn cookies_are_off(&self) -> bool {
+        self.ports.iter().any(|port| port.kind == "tcp")
+            && self
+                .tcp_syncookies
+                .as_deref()
+                .is_some_and(|value| value != "2")
+    }
+}
+
 pub(crate) fn status(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
     let edge = adopt(&args.place)?;
     let status = status_of(&edge)?;
@@ -119,6 +130,11 @@ pub(crate) fn status(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
         status.tcp_sources,
         status.tcp_syncookies.as_deref().unwrap_or("unknown")
     ))?;
+    if status.cookies_are_off() {
+        output::message(format_args!(
+            "warning: net.ipv4.tcp_syncookies is not 2: SYNs beyond syn_per_second are dropped instead of answered by cookies"
+        ));
+    }
     output::data(format_args!(
         "\n{:<26} {:<8} {:>14} {:>14}  what",
         "reason", "action", "acted", "would"

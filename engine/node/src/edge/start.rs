@@ -31,7 +31,7 @@ use millrace_transport::{Clock, ConnectionCounts, EdgeStart};
 use millrace_tuning::NodeConfig;
 
 use super::commands::attach_options;
-use super::force::{self, Order, Turn};
+use super::force::{self, Claim, Order, Turn};
 use super::plan::{self, Firewall};
 use crate::exit::{Exit, Failure};
 use crate::output;
@@ -48,6 +48,8 @@ pub(crate) struct Kernel {
     pub(crate) edge: Edge,
     pub(crate) helper: Option<Helper>,
     pub(crate) counts: Counts,
+    /// As long as it is held, no other node takes this edge over.
+    _claim: Claim,
     /// Which edge this is: another may be attached at the same place later.
     identity: Option<(u64, u64)>,
     /// What one source may open, for those that show their address here.
@@ -231,7 +233,9 @@ fn steer_by_program(sockets: &[ShardSocket]) -> Result<(), String> {
 
 /// The program in the kernel: what is pinned, or a new one if this process may.
 fn kernel(config: &NodeConfig, listens: SocketAddr, firewall: &Firewall) -> Option<Kernel> {
-    let found = adopt_or_attach(config, listens, firewall).and_then(|edge| {
+    let pins = Pins::at(&config.edge.pins);
+    let found = Claim::take(&pins).and_then(|claim| {
+        let edge = adopt_or_attach(&pins, config, listens, firewall)?;
         let run = u32::from_le_bytes(random()?[..4].try_into().unwrap_or([1; 4]));
         let pinned = edge.pins().path(Kind::Map, "quic_sources");
         let counts = MapHandle::from_pinned_path(&pinned)
@@ -240,6 +244,7 @@ fn kernel(config: &NodeConfig, listens: SocketAddr, firewall: &Firewall) -> Opti
                 Failure::new(Exit::Failed, format!("{}: {error}", pinned.display()))
             })?;
         Ok(Kernel {
+            _claim: claim,
             helper: helper(edge.pins()),
             counts,
             identity: identity(edge.pins()),
@@ -261,18 +266,18 @@ fn kernel(config: &NodeConfig, listens: SocketAddr, firewall: &Firewall) -> Opti
 }
 
 fn adopt_or_attach(
+    pins: &Pins,
     config: &NodeConfig,
     listens: SocketAddr,
     firewall: &Firewall,
 ) -> Result<Edge, Failure> {
-    let pins = Pins::at(&config.edge.pins);
-    match Edge::adopt(&pins) {
+    match Edge::adopt(pins) {
         Ok(edge) => {
             output::message(format_args!("edge adopted from {}", pins.root().display()));
             say_missing(config, &edge);
             Ok(edge)
         }
-        Err(EdgeError::Absent { .. }) => attach(config, listens, firewall, &pins),
+        Err(EdgeError::Absent { .. }) => attach(config, listens, firewall, pins),
         Err(error) => Err(super::commands::of_edge(&error)),
     }
 }
