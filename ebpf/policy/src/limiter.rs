@@ -7,6 +7,7 @@
 //! 2. Memory is fixed when a sketch is made: sources that fill it are refused, not forgotten.
 //! 3. A word's time is at most [`REACH_MAX_NS`] ahead, far below half of the 48 bits that the sketch keeps of it.
 
+mod mix;
 mod rotation;
 mod sketch;
 

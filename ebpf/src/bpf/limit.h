@@ -8,7 +8,7 @@
 #ifndef MILLRACE_LIMIT_H
 #define MILLRACE_LIMIT_H
 
-#include "siphash.h"
+#include "world.h"
 
 #define LIMIT_TRIES 4
 #define LINE_SLOTS 8
@@ -16,6 +16,9 @@
 #define TIME_MASK ((1ull << TIME_BITS) - 1)
 #define AHEAD_BITS 46 /* a time more than 2^46 ahead lies in the past */
 #define SLOT_INDEX 7
+#define MIX_KIND 0x9e3779b97f4a7c15ull
+#define MIX_FIRST 0xbf58476d1ce4e5b9ull
+#define MIX_SECOND 0x94d049bb133111ebull
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -97,19 +100,28 @@ EDGE_INLINE __u32 is_zero(__u64 value)
 	return (value - 1) >> 63;
 }
 
-/* Slots of a line with the tag, and slots that are idle. */
-EDGE_INLINE void sketch_scan(const struct edge_line *line, __u64 tag, __u64 now_ns, sketch_slots *tagged,
-			     sketch_slots *idle)
+EDGE_INLINE sketch_slots sketch_tagged(const struct edge_line *line, __u64 tag)
 {
-	*tagged = *idle = 0;
+	sketch_slots tagged = 0;
+
+#pragma unroll
+	for (int slot = 0; slot < LINE_SLOTS; slot++)
+		tagged |= is_zero(read_once(&line->word[slot]) >> TIME_BITS ^ tag) << slot;
+	return tagged;
+}
+
+EDGE_INLINE sketch_slots sketch_idle(const struct edge_line *line, __u64 now_ns)
+{
+	sketch_slots idle = 0;
+
 #pragma unroll
 	for (int slot = 0; slot < LINE_SLOTS; slot++) {
 		__u64 word = read_once(&line->word[slot]), time = word & TIME_MASK, ahead = (word - now_ns) & TIME_MASK;
 		__u32 past = is_zero((ahead - 1) >> AHEAD_BITS) ^ 1; /* 0 included */
 
-		*tagged |= is_zero(word >> TIME_BITS ^ tag) << slot;
-		*idle |= (past | is_zero(word >> TIME_BITS | time)) << slot;
+		idle |= (past | is_zero(word >> TIME_BITS | time)) << slot;
 	}
+	return idle;
 }
 
 /* The first of the slots, in the order in which a key visits them; `slots` are not none. */
@@ -128,7 +140,6 @@ EDGE_INLINE __u32 sketch_first(sketch_slots slots, __u64 hash)
  * that are verified by themselves cannot follow pointers. */
 struct sketch_ask {
 	__u64 words[2];
-	__u64 hash[EDGE_LEVELS_MAX]; /* of each level, under the present seed */
 	__u64 now_ns;
 	__u32 generation;
 	__u32 purpose;
@@ -144,46 +155,27 @@ EDGE_INLINE __u32 sketch_levels(const struct sketch_ask *ask)
 	return ask->ipv4 ? 2 : EDGE_LEVELS_MAX;
 }
 
+/* The sketch's hash: products and shifts that mix every bit of a key into every bit of the hash. The seed is what
+ * makes it unknown; keys of one `a`, as all of IPv4 have, never collide in all 64 bits. */
+EDGE_INLINE __u64 sketch_mix(const struct edge_key *seed, __u64 a, __u64 b, __u64 kind)
+{
+	__u64 mixed = (a ^ seed->k0) * MIX_SECOND;
+
+	mixed = (mixed ^ mixed >> 32 ^ seed->k1 ^ b) + kind * MIX_KIND;
+	mixed = (mixed ^ mixed >> 30) * MIX_FIRST;
+	mixed = (mixed ^ mixed >> 27) * MIX_SECOND;
+	return mixed ^ mixed >> 31;
+}
+
 /* Hash of one level. Words of addresses are in network order: their first bytes are the low ones. */
 EDGE_INLINE __u64 sketch_hash(const struct edge_control *world, const struct sketch_ask *ask, __u32 generation,
 			      __u32 level)
 {
 	bool ipv6 = sketch_levels(ask) == EDGE_LEVELS_MAX;
 	__u64 kept = ~0ull >> (8 * level);
-	const __u64 words[3] = {
-		ipv6 ? ask->words[0] & kept : ask->words[0],
-		ipv6 ? 0 : ask->words[1] & kept,
-		(__u64)ask->purpose << 8 | level,
-	};
 
-	return siphash13(&world->seed[generation & 1], words, 3);
-}
-
-/* Hashes all levels, and touches their lines, so that they come from memory at the same time and not one after the
- * other: with sources at random that is the greater part of the cost. What the caller does before it looks is hidden
- * behind it. */
-EDGE_INLINE int sketch_prepare(struct sketch_ask *ask)
-{
-	const struct edge_control *world = edge_control_value();
-	const struct edge_line *line;
-	__u32 levels;
-
-	if (!ask || !world)
-		return false;
-	levels = sketch_levels(ask);
-	for (__u32 level = 0; level < EDGE_LEVELS_MAX; level++) {
-		if (level >= levels)
-			break;
-		ask->hash[level] = sketch_hash(world, ask, world->limiter_active, level);
-	}
-#pragma unroll
-	for (__u32 level = 0; level < EDGE_LEVELS_MAX; level++) {
-		/* Levels that there are not have hash 0, and so touch one line. */
-		line = sketch_line(ask->hash[level], world->limiter_active);
-		if (line)
-			read_once(&line->word[0]);
-	}
-	return true;
+	return sketch_mix(&world->seed[generation & 1], ipv6 ? ask->words[0] & kept : ask->words[0],
+			  ipv6 ? 0 : ask->words[1] & kept, ask->purpose << 8 | level);
 }
 
 /* What the generation before says of the key; 0 when it is retired or does not know the key. `known`: it does. */
@@ -192,7 +184,7 @@ EDGE_INLINE __u64 sketch_old_ahead(const struct edge_control *world, const struc
 {
 	__u32 generation = (world->limiter_active & 1) ^ 1;
 	const struct edge_line *line;
-	sketch_slots tagged, idle;
+	sketch_slots tagged;
 	__u64 hash, word;
 
 	*known = false;
@@ -202,7 +194,7 @@ EDGE_INLINE __u64 sketch_old_ahead(const struct edge_control *world, const struc
 	line = sketch_line(hash, generation);
 	if (!line)
 		return 0;
-	sketch_scan(line, sketch_tag(hash), ask->now_ns, &tagged, &idle);
+	tagged = sketch_tagged(line, sketch_tag(hash));
 	if (!tagged)
 		return 0;
 	word = read_once(&line->word[sketch_first(tagged, hash)]);
@@ -210,44 +202,54 @@ EDGE_INLINE __u64 sketch_old_ahead(const struct edge_control *world, const struc
 	return *known ? sketch_ahead(word, ask->now_ns) : 0;
 }
 
+/* Looks at one level. A word that changed hands between two reads counts as admitted: nothing is taken here. */
+EDGE_INLINE bool sketch_admits(const struct edge_control *world, const struct sketch_ask *ask, __u32 level,
+			       const struct edge_limit *limit, const struct edge_line *line, __u64 hash)
+{
+	__u64 tag = sketch_tag(hash), word, ahead;
+	sketch_slots tagged = sketch_tagged(line, tag);
+	bool known;
+
+	if (tagged) {
+		word = read_once(&line->word[sketch_first(tagged, hash)]);
+		return word >> TIME_BITS != tag || sketch_ahead(word, ask->now_ns) <= limit->tolerance_ns;
+	}
+	ahead = sketch_old_ahead(world, ask, level, &known);
+	return ahead <= limit->tolerance_ns && (known || sketch_idle(line, ask->now_ns));
+}
+
 enum sketch_step { STEP_REFUSED, STEP_ADMITTED, STEP_AGAIN };
 
-/* Looks at one level, and with `charge` writes; STEP_AGAIN after a lost race. */
+/* Takes one at one level; STEP_AGAIN after a lost race. */
 EDGE_INLINE enum sketch_step sketch_step(const struct edge_control *world, const struct sketch_ask *ask, __u32 level,
-					 const struct edge_limit *limit, const bool charge)
+					 const struct edge_limit *limit, struct edge_line *line, __u64 hash)
 {
-	__u64 hash = ask->hash[level], now_ns = ask->now_ns, tag = sketch_tag(hash), ahead, old, new;
-	struct edge_line *line = sketch_line(hash, world->limiter_active);
-	sketch_slots tagged, idle;
-	bool known = true;
+	__u64 now_ns = ask->now_ns, tag = sketch_tag(hash), ahead, old, new;
+	sketch_slots tagged = sketch_tagged(line, tag), slots = tagged ? tagged : sketch_idle(line, now_ns);
+	bool known;
 	__u64 *word;
 
-	if (!line)
+	if (!slots)
 		return STEP_REFUSED;
-	sketch_scan(line, tag, now_ns, &tagged, &idle);
-	word = &line->word[sketch_first(tagged ? tagged : idle, hash)];
+	word = &line->word[sketch_first(slots, hash)];
 	old = read_once(word);
 	if (tagged) {
 		if (old >> TIME_BITS != tag)
 			return STEP_AGAIN; /* another key's since it was found */
 		ahead = sketch_ahead(old, now_ns);
 	} else {
+		if (sketch_ahead(old, now_ns))
+			return STEP_AGAIN;
 		ahead = sketch_old_ahead(world, ask, level, &known);
 	}
-	if (ahead > limit->tolerance_ns || (!tagged && !idle && !known))
+	if (ahead > limit->tolerance_ns)
 		return STEP_REFUSED;
-	if (!charge)
-		return STEP_ADMITTED;
-	if (!tagged && !idle)
-		return STEP_REFUSED;
-	if (!tagged && sketch_ahead(old, now_ns))
-		return STEP_AGAIN;
 	new = tag << TIME_BITS | ((now_ns + ahead + limit->interval_ns) & TIME_MASK);
 	if (!swap_once(word, old, new))
 		return STEP_AGAIN;
 	if (tagged)
 		return STEP_ADMITTED;
-	sketch_scan(line, tag, now_ns, &tagged, &idle);
+	tagged = sketch_tagged(line, tag);
 	if (!(tagged & (tagged - 1)))
 		return STEP_ADMITTED;
 	/* Another CPU began the same key elsewhere in the line: one of the two slots must not count. */
@@ -272,10 +274,13 @@ EDGE_INLINE const struct edge_limit *sketch_limit(const struct edge_config *conf
 	}
 }
 
-/* Whether the limits would admit the key at all its levels. */
+/* Whether the limits would admit the key at all its levels. Their lines are all touched first, so that they come from
+ * memory at the same time and not one after the other: with sources at random that is the greater part of the cost. */
 __noinline int sketch_look(struct sketch_ask *ask)
 {
 	const struct edge_control *world = edge_control_value();
+	struct edge_line *line[EDGE_LEVELS_MAX] = {};
+	__u64 hash[EDGE_LEVELS_MAX] = {};
 	const struct edge_config *config;
 	const struct edge_limit *limit;
 	__u32 levels;
@@ -284,11 +289,22 @@ __noinline int sketch_look(struct sketch_ask *ask)
 		return false;
 	config = &world->config[ask->generation & 1];
 	levels = sketch_levels(ask);
+#pragma unroll
 	for (__u32 level = 0; level < EDGE_LEVELS_MAX; level++) {
 		if (level >= levels)
 			break;
+		hash[level] = sketch_hash(world, ask, world->limiter_active, level);
+		line[level] = sketch_line(hash[level], world->limiter_active);
+		if (!line[level])
+			return false;
+		read_once(&line[level]->word[0]);
+	}
+#pragma unroll
+	for (__u32 level = 0; level < EDGE_LEVELS_MAX; level++) {
+		if (level >= levels || !line[level])
+			break;
 		limit = sketch_limit(config, ask->purpose, level);
-		if (limit->interval_ns && sketch_step(world, ask, level, limit, false) == STEP_REFUSED)
+		if (limit->interval_ns && !sketch_admits(world, ask, level, limit, line[level], hash[level]))
 			return false;
 	}
 	return true;
@@ -299,14 +315,20 @@ __noinline int sketch_charge(struct sketch_ask *ask, __u32 level)
 {
 	const struct edge_control *world = edge_control_value();
 	const struct edge_limit *limit;
+	struct edge_line *line;
+	__u64 hash;
 
 	if (!ask || !world || level >= EDGE_LEVELS_MAX)
 		return false;
 	limit = sketch_limit(&world->config[ask->generation & 1], ask->purpose, level);
 	if (!limit->interval_ns)
 		return true;
+	hash = sketch_hash(world, ask, world->limiter_active, level);
+	line = sketch_line(hash, world->limiter_active);
+	if (!line)
+		return false;
 	for (int try = 0; try < LIMIT_TRIES; try++) {
-		enum sketch_step step = sketch_step(world, ask, level, limit, true);
+		enum sketch_step step = sketch_step(world, ask, level, limit, line, hash);
 
 		if (step != STEP_AGAIN)
 			return step == STEP_ADMITTED;
@@ -330,7 +352,6 @@ EDGE_INLINE bool sketch_take(const struct edge_view *view, __u64 a, __u64 b, __u
 	struct sketch_ask ask;
 
 	sketch_ask(&ask, view, a, b, purpose);
-	sketch_prepare(&ask);
 	return view->read_only ? sketch_look(&ask) : sketch_charge(&ask, 0);
 }
 
@@ -339,7 +360,6 @@ EDGE_INLINE void sketch_ask_source(struct sketch_ask *ask, const struct edge_vie
 {
 	sketch_ask(ask, view, address[0], address[1], purpose);
 	ask->ipv4 = ipv4;
-	sketch_prepare(ask);
 }
 
 /* Takes one from what a source has at each level, the narrowest first; the first refusal ends it. */

@@ -5,6 +5,7 @@
 
 #include "limit.h"
 #include "parse.h"
+#include "siphash.h"
 
 #define QUIC_INITIAL_BYTES_MIN 1200
 #define QUIC_ID_BYTES_MAX 20
@@ -356,10 +357,10 @@ EDGE_INLINE int quic_admit_initial(struct xdp_md *ctx, struct edge_view *view, c
 			return reason;
 	}
 	sketch_ask_source(&ask, view, packet->source, packet->ipv4, EDGE_PURPOSE_QUIC);
-	if (quic_source_full(view, packet, world))
-		return R_QUIC_SOURCE_CAP;
 	if (!sketch_look(&ask))
 		return R_QUIC_SOURCE_RATE;
+	if (quic_source_full(view, packet, world))
+		return R_QUIC_SOURCE_CAP;
 	if (token_bytes)
 		return sketch_take_source(&ask, view) ? R_PASS_QUIC_TOKEN : R_QUIC_SOURCE_RATE;
 	if (stress == EDGE_STRESS_NORMAL && budget_charge(view, EDGE_BUDGET_UNVALIDATED))

@@ -1,4 +1,4 @@
-/* SipHash over whole 64-bit words: 2-4 for tags, 1-3 for the sketch. */
+/* SipHash-2-4 over whole 64-bit words: tags and MACs. */
 #ifndef MILLRACE_SIPHASH_H
 #define MILLRACE_SIPHASH_H
 
@@ -24,18 +24,16 @@ EDGE_INLINE void siphash_round(struct siphash *s)
 	s->v2 = ROTATE(s->v2, 32);
 }
 
-EDGE_INLINE void siphash_word(struct siphash *s, __u64 word, const int rounds)
+EDGE_INLINE void siphash_word(struct siphash *s, __u64 word)
 {
 	s->v3 ^= word;
-#pragma unroll
-	for (int round = 0; round < rounds; round++)
-		siphash_round(s);
+	siphash_round(s);
+	siphash_round(s);
 	s->v0 ^= word;
 }
 
-/* `count`, `each` and `last` are constants. */
-EDGE_INLINE __u64 siphash(const struct edge_key *key, const __u64 *words, const int count, const int each,
-			  const int last)
+/* `count` is a constant. */
+EDGE_INLINE __u64 siphash24(const struct edge_key *key, const __u64 *words, const int count)
 {
 	struct siphash s = {
 		.v0 = key->k0 ^ 0x736f6d6570736575ull,
@@ -46,16 +44,13 @@ EDGE_INLINE __u64 siphash(const struct edge_key *key, const __u64 *words, const 
 
 #pragma unroll
 	for (int i = 0; i < count; i++)
-		siphash_word(&s, words[i], each);
-	siphash_word(&s, (__u64)(count * 8) << 56, each);
+		siphash_word(&s, words[i]);
+	siphash_word(&s, (__u64)(count * 8) << 56);
 	s.v2 ^= 0xff;
 #pragma unroll
-	for (int round = 0; round < last; round++)
+	for (int round = 0; round < 4; round++)
 		siphash_round(&s);
 	return s.v0 ^ s.v1 ^ s.v2 ^ s.v3;
 }
-
-#define siphash24(key, words, count) siphash(key, words, count, 2, 4)
-#define siphash13(key, words, count) siphash(key, words, count, 1, 3)
 
 #endif

@@ -132,14 +132,14 @@ EDGE_INLINE int tcp_admit(struct xdp_md *ctx, struct edge_view *view, const stru
 		return R_PASS_TCP;
 	view_now(view, world);
 	sketch_ask_source(&ask, view, packet->source, packet->ipv4, EDGE_PURPOSE_TCP);
-	if (tcp_source_full(view, packet))
-		return R_TCP_SOURCE_CAP;
 	if (!sketch_look(&ask)) {
 		/* Connections are charged by the exact clock: the last of a burst would seem to come before the first. */
 		ask.now_ns = view_now_exact(view, world);
 		if (!sketch_look(&ask))
 			return R_TCP_SOURCE_RATE;
 	}
+	if (tcp_source_full(view, packet))
+		return R_TCP_SOURCE_CAP;
 	within = budget_charge(view, EDGE_BUDGET_SYN);
 	if (within && view_stress(view, world) == EDGE_STRESS_NORMAL)
 		return R_PASS_TCP_SYN;

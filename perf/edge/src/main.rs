@@ -123,10 +123,10 @@ fn run(cli: &Run) -> Result<()> {
     let rig = Rig::build(&receiver)?;
     let mut results = Results::default();
     let mut rows = rows::all();
-    rows.retain(|row| {
-        let name = row.name();
+    let is_wanted = |name: &str| {
         cli.only.is_empty() || cli.only.iter().any(|part| name.contains(part.as_str()))
-    });
+    };
+    rows.retain(|row| is_wanted(&row.name()));
     rows.retain(|row| match row.filter.missing() {
         Some(why) => {
             results.skip(format!("{}: {why}", row.name()));
@@ -134,11 +134,8 @@ fn run(cli: &Run) -> Result<()> {
         }
         None => true,
     });
-    let subjects = if cli.only.is_empty() {
-        cost::all()
-    } else {
-        Vec::new()
-    };
+    let mut subjects = cost::all();
+    subjects.retain(|subject| is_wanted(&subject.name()));
     let mut edges = Edges::default();
     for row in &rows {
         if let Filter::Edge(case) = row.filter {

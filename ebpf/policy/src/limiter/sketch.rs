@@ -12,8 +12,9 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::mix::mix;
 use super::{Limit, REACH_MAX_NS, TRIES};
-use crate::siphash::{Key, siphash13};
+use crate::siphash::Key;
 use crate::source::{LEVELS_MAX, Source};
 
 /// Words of a line.
@@ -220,7 +221,8 @@ impl<L: Lines + ?Sized> Sketch<'_, L> {
 
     fn place(&self, generation: usize, key: &[u64; 3]) -> Place<'_> {
         let half = self.lines.count() / 2;
-        let hash = siphash13(self.seed[generation], key);
+        let [a, b, kind] = *key;
+        let hash = mix(self.seed[generation], a, b, kind);
         let index = generation * half + (hash as usize & (half - 1));
         Place {
             line: self.lines.line(index),

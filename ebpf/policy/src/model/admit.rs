@@ -116,10 +116,15 @@ impl Case<'_> {
         }
     }
 
-    /// Cap and rate of a source whose address may be spoofed: nothing is charged.
+    /// Rate and cap of a source whose address may be spoofed: nothing is charged.
     fn check_source(&self, source: IpAddr) -> Result<(), Reason> {
         let settings = &self.compiled.settings;
         let source = Source::of(source);
+        let limits = levels(settings.limits.source_quic);
+        let sketch = self.model.sketch();
+        if !sketch.look_source(source, Purpose::Quic, &limits, self.world.now_ns) {
+            return Err(Reason::QuicSourceRate);
+        }
         let cap = settings.caps.quic;
         let held = self.world.now_ns < self.model.lease_until_ns;
         let count = self.model.quic_sources.get(&source.cap_key());
@@ -127,11 +132,6 @@ impl Case<'_> {
             count.is_some_and(|count| count.run == self.model.run && count.connections >= cap);
         if cap != 0 && held && full {
             return Err(Reason::QuicSourceCap);
-        }
-        let limits = levels(settings.limits.source_quic);
-        let sketch = self.model.sketch();
-        if !sketch.look_source(source, Purpose::Quic, &limits, self.world.now_ns) {
-            return Err(Reason::QuicSourceRate);
         }
         Ok(())
     }
@@ -170,15 +170,15 @@ impl Case<'_> {
         }
         let settings = &self.compiled.settings;
         let source = Source::of(source);
-        let cap = u64::from(settings.caps.tcp);
-        let count = self.model.tcp_sources.get(&source.cap_key());
-        if cap != 0 && count.is_some_and(|count| *count >= cap) {
-            return Err(Reason::TcpSourceCap);
-        }
         let limits = levels(settings.limits.source_tcp);
         let sketch = self.model.sketch();
         if !sketch.look_source(source, Purpose::Tcp, &limits, self.world.now_ns) {
             return Err(Reason::TcpSourceRate);
+        }
+        let cap = u64::from(settings.caps.tcp);
+        let count = self.model.tcp_sources.get(&source.cap_key());
+        if cap != 0 && count.is_some_and(|count| *count >= cap) {
+            return Err(Reason::TcpSourceCap);
         }
         let within = self.charge_budget(Budget::Syn);
         match self.world.cookie {

@@ -20,10 +20,8 @@ fn sketch(lines: &OwnedLines) -> Sketch<'_, OwnedLines> {
 }
 
 fn hash(generation: usize, key: [u64; 2], purpose: Purpose, level: u64) -> u64 {
-    siphash13(
-        SEED[generation],
-        &[key[0], key[1], (purpose as u64) << 8 | level],
-    )
+    let kind = (purpose as u64) << 8 | level;
+    mix(SEED[generation], key[0], key[1], kind)
 }
 
 fn busy_word(tag: u64, until_ns: u64) -> u64 {
