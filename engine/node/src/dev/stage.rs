@@ -242,7 +242,7 @@ impl Drop for Stage {
         sets::remove(&self.pins());
         // The folder that they were mounted on, and their locks: left there, they harm nobody.
         let _ = fs::remove_dir(&self.pins);
-        for lock in ["lock", "turn"] {
+        for lock in ["lock", "node", "turn"] {
             let _ = fs::remove_file(self.pins.with_extension(lock));
         }
         for side in [Side::Inside, Side::Outside] {
