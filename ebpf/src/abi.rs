@@ -5,9 +5,10 @@
 
 use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::siphash::Key as SipKey;
+use millrace_edge_policy::trie;
 
 /// Number of this layout: pinned maps of another are not adopted.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 /// Generations of what an operator sets, and of the sketch.
 pub const GENERATIONS: usize = 2;
 /// Services that can be declared.
@@ -25,7 +26,9 @@ pub const REASONS: usize = millrace_edge_policy::reason::Reason::ALL.len();
 /// Rule of a packet that none decided.
 pub const RULE_DEFAULT: u32 = 0xffff;
 /// Set in an entry of a trie that is a leaf.
-pub const LEAF: u32 = 0x8000_0000;
+pub const LEAF: u32 = trie::LEAF;
+/// Set in an entry that is no leaf, if its index is that of a sparse node.
+pub const SPARSE: u32 = trie::SPARSE;
 /// Service of a packet that is for none.
 pub const SERVICE_NONE: u32 = u32::MAX;
 /// Connections in a value of the map `tcp_sources`.
@@ -312,12 +315,34 @@ pub struct EdgeLine {
     pub word: [u64; 8],
 }
 
-/// `edge_node`: one node of a trie.
+/// `edge_node`: one dense node of a trie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct EdgeNode {
-    /// By the next byte of the address: a leaf ([`LEAF`]), or the index of a node.
+    /// By the next byte of the address: a leaf ([`LEAF`]), or the index of a node ([`SPARSE`]: of a sparse one).
     pub entry: [u32; 256],
+}
+
+/// `edge_sparse`: one sparse node of a trie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct EdgeSparse {
+    /// By run, as in [`EdgeNode`].
+    pub entry: [u32; trie::RUNS],
+    /// First byte of each run.
+    pub start: [u8; trie::RUNS],
+    /// Zero.
+    pub pad: u32,
+}
+
+impl From<trie::Sparse> for EdgeSparse {
+    fn from(sparse: trie::Sparse) -> Self {
+        Self {
+            entry: sparse.entries,
+            start: sparse.starts,
+            pad: 0,
+        }
+    }
 }
 
 /// `edge_ports`: which service a local port belongs to. Too large to be copied about: see `Maps::set_port`.

@@ -17,6 +17,7 @@ use libbpf_rs::{
     Link, MapCore as _, MapHandle, Object, ObjectBuilder, OpenObject, PrintLevel, ProgramHandle,
     ProgramInput, ProgramMut,
 };
+use millrace_edge_policy::trie::SPARSE_PER_NODE;
 
 use crate::abi::{
     EdgeSizes, GENERATIONS, STAMP_MAGIC, STAMP_PASS_BYTES, STAMP_REJECT, STAMP_REJECT_BYTES,
@@ -37,9 +38,9 @@ const FRAME_GROWTH: usize = 256;
 /// Sizes of the maps; all are fixed once the maps exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadOptions {
-    /// Nodes of the IPv4 tries of one generation: 1 KiB each, twice.
+    /// Dense nodes of the IPv4 tries of one generation: 1 KiB each, twice, and a quarter more for sparse ones.
     pub trie_nodes4: u32,
-    /// Nodes of the IPv6 tries of one generation.
+    /// Dense nodes of the IPv6 tries of one generation.
     pub trie_nodes6: u32,
     /// Lines of one generation of the sketch, rounded up to a power of two: 64 bytes each, twice.
     pub limiter_lines: u32,
@@ -326,6 +327,7 @@ fn load_edge(options: &LoadOptions) -> Result<Object, LoadError> {
     const OBJECT: &str = "edge";
     let mut object = open(OBJECT, EDGE)?;
     let generations = |each: u32| each.saturating_mul(GENERATIONS as u32);
+    let sparse = |nodes: u32| nodes.saturating_mul(SPARSE_PER_NODE as u32);
     let lines = options
         .limiter_lines
         .max(1)
@@ -334,6 +336,8 @@ fn load_edge(options: &LoadOptions) -> Result<Object, LoadError> {
     let entries = [
         ("trie4", generations(options.trie_nodes4)),
         ("trie6", generations(options.trie_nodes6)),
+        ("sparse4", generations(sparse(options.trie_nodes4))),
+        ("sparse6", generations(sparse(options.trie_nodes6))),
         ("limiter", generations(lines)),
         ("hits", generations(options.rules_max)),
         ("peers", options.peers_max),

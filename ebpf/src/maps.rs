@@ -22,7 +22,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::abi::{
     EdgeConfig, EdgeControl, EdgeCounters, EdgeDecision, EdgeKey, EdgeLimit, EdgeLine, EdgeMock,
-    EdgeNode, EdgePorts, EdgeSampling, EdgeService, GENERATIONS, PORTS,
+    EdgeNode, EdgePorts, EdgeSampling, EdgeService, EdgeSparse, GENERATIONS, PORTS,
 };
 
 /// What a map's memory may be read as and written from.
@@ -58,6 +58,7 @@ plain!(
     EdgeMock,
     EdgeLine,
     EdgeNode,
+    EdgeSparse,
     EdgePorts,
     EdgeSampling
 );
@@ -335,10 +336,14 @@ pub struct Maps {
     pub control: Table<EdgeControl>,
     /// Services by port: one value.
     pub ports: Table<EdgePorts>,
-    /// Nodes of the IPv4 tries, of both generations.
+    /// Dense nodes of the IPv4 tries, of both generations.
     pub trie4: Table<EdgeNode>,
-    /// Nodes of the IPv6 tries, of both generations.
+    /// Dense nodes of the IPv6 tries, of both generations.
     pub trie6: Table<EdgeNode>,
+    /// Sparse nodes of the IPv4 tries, of both generations.
+    pub sparse4: Table<EdgeSparse>,
+    /// Sparse nodes of the IPv6 tries, of both generations.
+    pub sparse6: Table<EdgeSparse>,
     /// Lines of the sketch, of both generations.
     pub limiter: Table<EdgeLine>,
     /// Global budgets: one line each, of which the first word is in use.
@@ -353,11 +358,13 @@ pub struct Maps {
 
 impl Maps {
     /// Maps that outlive a program: pinned, and taken over by the next one.
-    pub const NAMES: [&'static str; 17] = [
+    pub const NAMES: [&'static str; 19] = [
         "control",
         "ports",
         "trie4",
         "trie6",
+        "sparse4",
+        "sparse6",
         "limiter",
         "budgets",
         "peers",
@@ -394,6 +401,8 @@ impl Maps {
             ports: Table::map(&handles["ports"])?,
             trie4: Table::map(&handles["trie4"])?,
             trie6: Table::map(&handles["trie6"])?,
+            sparse4: Table::map(&handles["sparse4"])?,
+            sparse6: Table::map(&handles["sparse6"])?,
             limiter: Table::map(&handles["limiter"])?,
             budgets: Table::map(&handles["budgets"])?,
             sampling: Table::map(&handles["sampling"])?,

@@ -22,10 +22,13 @@ use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::packet::Protocol;
 use millrace_edge_policy::rules::{Compiled, Roots};
 use millrace_edge_policy::settings::{Service, levels};
+use millrace_edge_policy::trie::{Base, Forest};
 
-use crate::abi::{EdgeConfig, EdgeControl, EdgeLimit, EdgeNode, EdgeService, GENERATIONS};
+use crate::abi::{
+    EdgeConfig, EdgeControl, EdgeLimit, EdgeNode, EdgeService, EdgeSparse, GENERATIONS,
+};
 use crate::clock::now_ns;
-use crate::maps::{Maps, Table};
+use crate::maps::{Maps, Plain, Table};
 
 /// How long a generation that is no longer in force is left alone: the coarsest tick of the program's clock, and as much again for packets
 /// that are on their way through the program.
@@ -199,19 +202,22 @@ impl<'m> Publisher<'m> {
     }
 
     fn check_room(&self, set: &Compiled) -> Result<(), PublishError> {
+        let maps = self.maps;
+        let (trie4, trie6) = (&set.trie4, &set.trie6);
+        let nodes = |what, needed, available| (what, needed, available, "trie_nodes_max");
         let room = [
-            ("rules", set.rules.len(), self.maps.rules_max(), "rules_max"),
-            (
-                "IPv4 trie nodes",
-                set.trie4.nodes().len(),
-                half(&self.maps.trie4),
-                "trie_nodes_max",
+            ("rules", set.rules.len(), maps.rules_max(), "rules_max"),
+            nodes("IPv4 trie nodes", trie4.nodes().len(), half(&maps.trie4)),
+            nodes("IPv6 trie nodes", trie6.nodes().len(), half(&maps.trie6)),
+            nodes(
+                "sparse IPv4 trie nodes",
+                trie4.sparse().len(),
+                half(&maps.sparse4),
             ),
-            (
-                "IPv6 trie nodes",
-                set.trie6.nodes().len(),
-                half(&self.maps.trie6),
-                "trie_nodes_max",
+            nodes(
+                "sparse IPv6 trie nodes",
+                trie6.sparse().len(),
+                half(&maps.sparse6),
             ),
         ];
         match room
@@ -232,23 +238,14 @@ impl<'m> Publisher<'m> {
     fn write(&self, generation: usize, set: &Compiled, number: u32) -> Result<(), PublishError> {
         let maps = self.maps;
         self.clear_hits(generation).map_err(PublishError::Hits)?;
-        let base4 = base(&maps.trie4, generation);
-        let base6 = base(&maps.trie6, generation);
-        let tries = [
-            (&maps.trie4, &set.trie4, base4),
-            (&maps.trie6, &set.trie6, base6),
-        ];
-        for (table, forest, base) in tries {
-            for (index, entry) in (base as usize..).zip(forest.relocated(base)) {
-                table.store(index, &EdgeNode { entry });
-            }
-        }
+        let base4 = write_trie(&maps.trie4, &maps.sparse4, generation, &set.trie4);
+        let base6 = write_trie(&maps.trie6, &maps.sparse6, generation, &set.trie6);
         self.write_ports(generation, |protocol, port| {
             set.settings
                 .service(protocol, port)
                 .and_then(|index| u8::try_from(index).ok())
         });
-        maps.store_config(generation, &config(set, number, base4, base6));
+        maps.store_config(generation, &config(set, number, base4.nodes, base6.nodes));
         Ok(())
     }
 
@@ -315,7 +312,7 @@ impl<'m> Publisher<'m> {
             .store_part(0, offset_of!(EdgeControl, active), &generation);
     }
 
-    fn load<F: crate::maps::Plain>(&self, offset: usize) -> F {
+    fn load<F: Plain>(&self, offset: usize) -> F {
         self.maps.control.load_part(0, offset)
     }
 }
@@ -329,14 +326,34 @@ fn nanoseconds(period: Duration) -> u64 {
     u64::try_from(period.as_nanos()).unwrap_or(u64::MAX / 2)
 }
 
+/// Writes a forest to its place in a generation; says where that begins.
+fn write_trie(
+    nodes: &Table<EdgeNode>,
+    sparse: &Table<EdgeSparse>,
+    generation: usize,
+    forest: &Forest,
+) -> Base {
+    let base = Base {
+        nodes: base(nodes, generation),
+        sparse: base(sparse, generation),
+    };
+    for (index, node) in (base.sparse as usize..).zip(forest.sparse_at(base)) {
+        sparse.store(index, &node.into());
+    }
+    for (index, entry) in (base.nodes as usize..).zip(forest.nodes_at(base)) {
+        nodes.store(index, &EdgeNode { entry });
+    }
+    base
+}
+
 /// Nodes of one generation.
-fn half(trie: &Table<EdgeNode>) -> usize {
-    trie.len() / GENERATIONS
+fn half<T: Plain>(nodes: &Table<T>) -> usize {
+    nodes.len() / GENERATIONS
 }
 
 /// First node of a generation.
-fn base(trie: &Table<EdgeNode>, generation: usize) -> u32 {
-    (generation * half(trie)) as u32
+fn base<T: Plain>(nodes: &Table<T>, generation: usize) -> u32 {
+    (generation * half(nodes)) as u32
 }
 
 /// A set as the program reads it.

@@ -283,7 +283,7 @@ pub struct EdgeSection {
     pub id_packets_per_second: u64,
     /// Rules of one set.
     pub rules_max: u64,
-    /// Trie nodes (1 KiB) of one set, for each family.
+    /// Dense trie nodes (1 KiB, and a quarter of that for sparse ones) of one set, for each family.
     pub trie_nodes_max: u64,
     /// Lines (64 bytes, eight sources) of one generation of the limiter.
     pub limiter_lines: u64,

@@ -11,6 +11,7 @@
 
 use crate::packet::Protocol;
 use crate::settings::SettingsError;
+use crate::trie::NodeKind;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -184,12 +185,15 @@ pub enum RulesError {
     },
     /// The tries do not fit.
     #[error(
-        "the IPv{family} prefixes take up to {nodes} trie nodes (1 KiB each), {nodes_max} are kept; name fewer or shorter prefixes, or raise trie_nodes_max"
+        "the IPv{family} prefixes take about {nodes} {kind}, {nodes_max} are allowed; name fewer or shorter prefixes, or raise trie_nodes_max"
     )]
     TooManyNodes {
         /// 4 or 6.
         family: u8,
-        /// That the prefixes take if none hides another.
+        /// Which nodes.
+        kind: NodeKind,
+        /// That the prefixes take for the services looked at so far; of [`NodeKind::Painted`] those of one service, if no prefix
+        /// hides another.
         nodes: usize,
         /// Allowed.
         nodes_max: usize,

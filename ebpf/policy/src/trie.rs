@@ -1,25 +1,33 @@
 //! First-match tries: ordered prefixes become tables of 256 entries, one for each byte of an address.
 //!
-//! The kernel walks at most 4 (IPv4) or 16 (IPv6) entries a packet, one cache line each; this is the same walk. A node is 1 KiB.
+//! The kernel walks at most 4 (IPv4) or 16 (IPv6) nodes a packet; this is the same walk. A dense node has an entry for each byte and
+//! takes 1 KiB, of which a packet touches one cache line; a sparse node is one cache line as a whole ([`Sparse`]), so that what
+//! scattered prefixes take stays in the cache.
 //!
-//! 1. Prefixes are painted from the first to the last, and only what is still blank takes colour: the first that fits decides, and
-//!    no node is ever made in vain.
-//! 2. A painted tree has no blank entry: the default is painted last, over everything.
-//! 3. Nodes never exceed the bound that the forest was made with.
+//! 1. Roots are dense: a tree begins with an index, not with an entry.
+//! 2. Every node that can be is sparse, roots apart, and no two sparse nodes are alike.
+//! 3. No entry is blank: trees are packed once their default was painted over everything.
+
+mod paint;
+mod sparse;
+
+pub use paint::{Full, NodeKind, Painter, SPARSE_PER_NODE};
+pub use sparse::{RUNS, Sparse};
 
 use crate::rules::RuleAction;
-use thiserror::Error;
 
 /// One table: an entry for each value of a byte.
 pub type Node = [u32; 256];
 
 /// A leaf; without this bit an entry is a node's index (`EDGE_LEAF`).
 pub const LEAF: u32 = 0x8000_0000;
+/// In an entry that is no leaf: the index is that of a sparse node (`EDGE_SPARSE`).
+pub const SPARSE: u32 = 0x4000_0000;
 /// Number of no rule: the default decides (`EDGE_RULE_DEFAULT`).
 pub const RULE_DEFAULT: u16 = 0xffff;
 
 const RULE_BITS: u32 = 16;
-/// No leaf yet. Node 0 is the first root, which is nobody's child.
+/// No leaf yet. Node 0 is a root, which is nobody's child.
 const BLANK: u32 = 0;
 
 /// What a lookup ends at.
@@ -51,146 +59,76 @@ impl Leaf {
     }
 }
 
-/// More nodes are needed than are allowed.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("more than {nodes_max} trie nodes are needed")]
-pub struct Full {
-    /// Allowed.
-    pub nodes_max: usize,
+/// Where a forest's nodes begin in the arrays that hold them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Base {
+    /// Index of its first dense node.
+    pub nodes: u32,
+    /// Index of its first sparse node.
+    pub sparse: u32,
 }
 
-/// Several tries over one array of nodes.
+impl Base {
+    fn relocate(self, entry: u32) -> u32 {
+        if entry & LEAF != 0 {
+            entry
+        } else if entry & SPARSE != 0 {
+            entry + self.sparse
+        } else {
+            entry + self.nodes
+        }
+    }
+}
+
+/// Several tries over one array of dense and one of sparse nodes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Forest {
     nodes: Vec<Node>,
-    /// Whether a node, and all below it, has no blank entry.
-    painted: Vec<bool>,
-    nodes_max: usize,
+    sparse: Vec<Sparse>,
 }
 
 impl Forest {
-    /// A forest without trees, of at most so many nodes.
-    pub fn new(nodes_max: usize) -> Self {
-        Self {
-            nodes: Vec::new(),
-            painted: Vec::new(),
-            nodes_max,
-        }
-    }
-
-    /// Plants a blank tree; returns its root's index.
-    pub fn plant(&mut self) -> Result<u32, Full> {
-        self.push()
-    }
-
-    /// Paints the blank parts of a prefix: `bits` of `address`.
-    ///
-    /// An address has 4 or 16 bytes, all alike in one tree; `bits` is at most their number times eight.
-    pub fn paint(&mut self, root: u32, address: &[u8], bits: u8, leaf: Leaf) -> Result<(), Full> {
-        debug_assert!(usize::from(bits) <= address.len() * 8);
-        let mut path = Vec::with_capacity(address.len());
-        let mut node = root;
-        let mut bits = u32::from(bits);
-        for &byte in address {
-            if self.painted[node as usize] {
-                return Ok(());
-            }
-            if bits <= 8 {
-                let first = usize::from(byte) & !(0xff >> bits);
-                for slot in first..first + (0x100 >> bits) {
-                    self.fill(node, slot, leaf.entry());
-                }
-                break;
-            }
-            path.push(node);
-            let slot = usize::from(byte);
-            match self.nodes[node as usize][slot] {
-                BLANK => {
-                    let child = self.push()?;
-                    self.nodes[node as usize][slot] = child;
-                    node = child;
-                }
-                entry if entry & LEAF != 0 => return Ok(()),
-                child => node = child,
-            }
-            bits -= 8;
-        }
-        // From the lowest up: a parent is painted once its last child is.
-        self.note_painted(node);
-        while let Some(parent) = path.pop() {
-            self.note_painted(parent);
-        }
-        Ok(())
-    }
-
-    /// The nodes; indices count from the first of them.
+    /// The dense nodes; indices count from the first of them.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
     }
 
-    /// The nodes as they stand in an array where the first of them has index `base`.
-    pub fn relocated(&self, base: u32) -> impl Iterator<Item = Node> {
-        self.nodes.iter().map(move |node| {
-            node.map(|entry| match entry & LEAF {
-                0 => entry + base,
-                _ => entry,
-            })
+    /// The sparse nodes; indices count from the first of them.
+    pub fn sparse(&self) -> &[Sparse] {
+        &self.sparse
+    }
+
+    /// The dense nodes as they stand in arrays where the forest begins at `base`.
+    pub fn nodes_at(&self, base: Base) -> impl Iterator<Item = Node> {
+        let nodes = self.nodes.iter();
+        nodes.map(move |node| node.map(|entry| base.relocate(entry)))
+    }
+
+    /// The sparse nodes as they stand in arrays where the forest begins at `base`.
+    pub fn sparse_at(&self, base: Base) -> impl Iterator<Item = Sparse> {
+        self.sparse.iter().map(move |node| Sparse {
+            entries: node.entries.map(|entry| base.relocate(entry)),
+            ..*node
         })
     }
 
-    /// What the tree says of an address; none if a part that was never painted holds it.
+    /// What the tree says of an address; none for what no forest holds: an index past the nodes, a blank entry.
     pub fn lookup(&self, root: u32, address: &[u8]) -> Option<Leaf> {
-        lookup(&self.nodes, root, address)
-    }
-
-    /// Fills what is blank in an entry and below it. Each node is painted once, so this is cheap over a whole forest.
-    fn fill(&mut self, node: u32, slot: usize, leaf: u32) {
-        match self.nodes[node as usize][slot] {
-            BLANK => self.nodes[node as usize][slot] = leaf,
-            entry if entry & LEAF != 0 => {}
-            child if self.painted[child as usize] => {}
-            child => {
-                // At most 16 deep: a level for each byte of an address.
-                for slot in 0..256 {
-                    self.fill(child, slot, leaf);
-                }
-                self.painted[child as usize] = true;
+        let mut entry = root;
+        for &byte in address {
+            entry = if entry & SPARSE != 0 {
+                self.sparse.get((entry & !SPARSE) as usize)?.entry(byte)
+            } else {
+                self.nodes.get(entry as usize)?[usize::from(byte)]
+            };
+            match entry {
+                BLANK => return None,
+                entry if entry & LEAF != 0 => return Leaf::from_entry(entry),
+                _ => {}
             }
         }
+        None
     }
-
-    fn note_painted(&mut self, node: u32) {
-        let painted = self.nodes[node as usize].iter().all(|&entry| match entry {
-            BLANK => false,
-            entry => entry & LEAF != 0 || self.painted[entry as usize],
-        });
-        self.painted[node as usize] = painted;
-    }
-
-    fn push(&mut self) -> Result<u32, Full> {
-        let index = self.nodes.len();
-        if index >= self.nodes_max.min(LEAF as usize) {
-            return Err(Full {
-                nodes_max: self.nodes_max,
-            });
-        }
-        self.nodes.push([BLANK; 256]);
-        self.painted.push(false);
-        Ok(index as u32)
-    }
-}
-
-/// Walks an address through the nodes. None for what no forest holds: an index past the nodes, a blank entry.
-pub fn lookup(nodes: &[Node], root: u32, address: &[u8]) -> Option<Leaf> {
-    let mut node = root;
-    for &byte in address {
-        match nodes.get(node as usize)?[usize::from(byte)] {
-            BLANK => return None,
-            entry if entry & LEAF != 0 => return Leaf::from_entry(entry),
-            child => node = child,
-        }
-    }
-    None
 }
 
 #[cfg(test)]

@@ -171,6 +171,7 @@ fn layouts_are_those_of_the_programs() {
     );
     same!(&btf, "edge_line", EdgeLine { word });
     same!(&btf, "edge_node", EdgeNode { entry });
+    same!(&btf, "edge_sparse", EdgeSparse { entry, start, pad });
     same!(&btf, "edge_ports", EdgePorts { service });
 }
 

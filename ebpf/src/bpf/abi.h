@@ -6,7 +6,7 @@
 #ifndef MILLRACE_ABI_H
 #define MILLRACE_ABI_H
 
-#define EDGE_LAYOUT 1 /* goes up with any change below: pinned maps of another layout are not adopted */
+#define EDGE_LAYOUT 2 /* goes up with any change below: pinned maps of another layout are not adopted */
 
 #define EDGE_GENERATIONS 2
 #define EDGE_SERVICES_MAX 16
@@ -19,6 +19,8 @@
 
 #define EDGE_RULE_DEFAULT 0xffff
 #define EDGE_LEAF 0x80000000u /* trie entry: rule in bits 0..16, action in bits 16..18; without it: a node's index */
+#define EDGE_SPARSE 0x40000000u /* entry that is no leaf: the index, in bits 0..30, is of a sparse node */
+#define EDGE_RUNS 12
 
 enum edge_mode { EDGE_COUNT = 0, EDGE_ENFORCE = 1 };
 enum edge_scope { EDGE_SCOPE_PORTS = 0, EDGE_SCOPE_HOST = 1 };
@@ -111,7 +113,7 @@ struct edge_service {
 	__u16 port;
 	__u8 protocol; /* 17 or 6 */
 	__u8 kind;
-	__u32 root4; /* index of a trie node, absolute */
+	__u32 root4; /* index of a dense trie node, absolute */
 	__u32 root6;
 	__u32 pad;
 };
@@ -158,6 +160,14 @@ struct edge_line {
 
 struct edge_node {
 	__u32 entry[256];
+};
+
+/* A trie node whose entries form few runs: one cache line. `start` ascends from 0; unused runs start at 255 and repeat the
+ * last entry, so the run of a byte is the number of the starts but the first that are not above it. */
+struct edge_sparse {
+	__u32 entry[EDGE_RUNS];
+	__u8 start[EDGE_RUNS];
+	__u32 pad;
 };
 
 struct edge_ports {

@@ -5,7 +5,7 @@
 
 #include "world.h"
 
-#define ENTRY_NONE 0 /* what no trie has: the root is no child */
+#define ENTRY_NONE (EDGE_LEAF | EDGE_SPARSE) /* ends a walk as a leaf does, but is none */
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -15,6 +15,40 @@ struct {
 	__type(value, struct edge_node);
 } trie4 SEC(".maps"), trie6 SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct edge_sparse);
+} sparse4 SEC(".maps"), sparse6 SEC(".maps");
+
+/* The entry of a byte: the starts that are not above it are counted, without a branch. */
+EDGE_INLINE __u32 sparse_entry(const struct edge_sparse *node, __u32 byte)
+{
+	__u32 run = 0;
+
+#pragma unroll
+	for (int i = 1; i < EDGE_RUNS; i++)
+		run += (0x100 + byte - node->start[i]) >> 8;
+	return node->entry[run];
+}
+
+/* One step down; ENTRY_NONE if there is no such node. */
+EDGE_INLINE __u32 trie_step(void *dense, void *sparse, __u32 entry, __u32 byte)
+{
+	__u32 index = entry & ~EDGE_SPARSE;
+
+	if (entry & EDGE_SPARSE) {
+		const struct edge_sparse *node = bpf_map_lookup_elem(sparse, &index);
+
+		return node ? sparse_entry(node, byte) : ENTRY_NONE;
+	}
+	const struct edge_node *node = bpf_map_lookup_elem(dense, &index);
+
+	return node ? node->entry[byte] : ENTRY_NONE;
+}
+
 /* The leaf of an IPv4 address in network order; ENTRY_NONE if the trie has none. */
 EDGE_INLINE __u32 trie4_find(__u32 root, __u32 address)
 {
@@ -22,11 +56,7 @@ EDGE_INLINE __u32 trie4_find(__u32 root, __u32 address)
 
 #pragma unroll
 	for (int i = 0; i < 4; i++) {
-		const struct edge_node *node = bpf_map_lookup_elem(&trie4, &entry);
-
-		if (!node)
-			return ENTRY_NONE;
-		entry = node->entry[address & 0xff];
+		entry = trie_step(&trie4, &sparse4, entry, address & 0xff);
 		if (entry & EDGE_LEAF)
 			return entry;
 		address >>= 8;
@@ -40,11 +70,7 @@ __noinline __u32 trie6_find(__u32 root, __u64 first, __u64 second)
 	__u32 entry = root;
 
 	for (int i = 0; i < 16; i++) {
-		const struct edge_node *node = bpf_map_lookup_elem(&trie6, &entry);
-
-		if (!node)
-			return ENTRY_NONE;
-		entry = node->entry[first & 0xff];
+		entry = trie_step(&trie6, &sparse6, entry, first & 0xff);
 		if (entry & EDGE_LEAF)
 			return entry;
 		first = first >> 8;

@@ -20,8 +20,8 @@ pub const TCP_PORT: u16 = 8080;
 
 pub fn sizes() -> LoadOptions {
     LoadOptions {
-        trie_nodes4: 256,
-        trie_nodes6: 256,
+        trie_nodes4: 128,
+        trie_nodes6: 128,
         limiter_lines: 256,
         rules_max: 64,
         peers_max: 16,

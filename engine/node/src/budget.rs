@@ -18,6 +18,9 @@ const ADMIN_BYTES: ByteSize = ByteSize::kib(768);
 /// A line of the limiter: eight sources.
 const LINE_BYTES: ByteSize = ByteSize(64);
 
+/// A dense node of a trie, and the four sparse ones (64 bytes each) that there is room for with it.
+const TRIE_NODE_BYTES: ByteSize = ByteSize(1_024 + 4 * 64);
+
 /// An entry of a hash table with its overhead, in the kernel or here; measured at 84 to 117 bytes.
 const SOURCE_BYTES: ByteSize = ByteSize(120);
 
@@ -73,7 +76,7 @@ fn edge(config: &NodeConfig, budget: &mut MemoryBudget) {
     // IPv4 and IPv6.
     budget.add(
         "edge: trie nodes",
-        ByteSize::kib(1),
+        TRIE_NODE_BYTES,
         edge.trie_nodes_max * 4,
     );
     budget.add("edge: limiter lines", LINE_BYTES, edge.limiter_lines * 2);

@@ -144,7 +144,7 @@ impl Case {
         let prefixes: std::result::Result<Vec<_>, _> = match self {
             // One in 168 networks of 256 addresses, all over the address space.
             Self::Prefixes => (0..PREFIXES)
-                .map(|number| of(Ipv4Addr::from(number.wrapping_mul(0x9e37_79b1) & !0xff), 24))
+                .map(|number| of(Ipv4Addr::from(scattered(number) & !0xff), 24))
                 .chain([client])
                 .collect(),
             _ => node_addresses()
@@ -185,7 +185,8 @@ impl Edge {
     pub(crate) fn load(case: Case, sources: Sources) -> Result<Self> {
         let mut options = LoadOptions::default();
         if case == Case::Prefixes {
-            options.trie_nodes4 = 1 << 17;
+            // What a node keeps unless it is told otherwise.
+            options.trie_nodes4 = 1 << 14;
         }
         let bounds = Bounds {
             rules_max: options.rules_max as usize,
@@ -239,12 +240,15 @@ impl Edge {
     fn publish(&self, compiled: &Compiled) {
         let maps = self.loaded.maps();
         let forests = [
-            (&compiled.trie4, &maps.trie4),
-            (&compiled.trie6, &maps.trie6),
+            (&compiled.trie4, &maps.trie4, &maps.sparse4),
+            (&compiled.trie6, &maps.trie6, &maps.sparse6),
         ];
-        for (forest, table) in forests {
-            for (index, entry) in forest.nodes().iter().enumerate() {
-                table.store(index, &EdgeNode { entry: *entry });
+        for (forest, nodes, sparse) in forests {
+            for (index, &entry) in forest.nodes().iter().enumerate() {
+                nodes.store(index, &EdgeNode { entry });
+            }
+            for (index, &node) in forest.sparse().iter().enumerate() {
+                sparse.store(index, &node.into());
             }
         }
         let Settings {
@@ -305,6 +309,13 @@ impl Edge {
             sketch.charge_source(source, Purpose::Quic, &limits, now_ns);
         }
     }
+}
+
+/// A permutation without a pattern (the last steps of MurmurHash3): neighbours differ in how many of them a node holds.
+fn scattered(number: u32) -> u32 {
+    let number = (number ^ number >> 16).wrapping_mul(0x85eb_ca6b);
+    let number = (number ^ number >> 13).wrapping_mul(0xc2b2_ae35);
+    number ^ number >> 16
 }
 
 /// In place of random bytes: keys that the edge and the attacked node, another process, both know.

@@ -661,7 +661,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "trie_nodes_max",
                 edge.trie_nodes_max,
                 integer(64, 1 << 20),
-                "Trie nodes of one set for each family, 1 KiB each and two sets at a time; a larger set is refused as a whole."
+                "Dense trie nodes of one set for each family, 1 KiB each, and a quarter of that for sparse ones; two sets at a time. A larger set is refused as a whole."
             ),
             field!(
                 NodeConfig,

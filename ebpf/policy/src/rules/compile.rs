@@ -6,7 +6,7 @@
 
 use super::{Direction, RULES_MAX, Rule, RuleAction, RulesError, Sources};
 use crate::settings::{DefaultAction, Settings};
-use crate::trie::{Forest, Full, Leaf, RULE_DEFAULT};
+use crate::trie::{Forest, Full, Leaf, NodeKind, Painter, RULE_DEFAULT};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,9 +15,9 @@ use std::collections::{BTreeMap, BTreeSet};
 pub struct Bounds {
     /// Inbound rules.
     pub rules_max: usize,
-    /// Trie nodes of 1 KiB, IPv4.
+    /// Dense trie nodes of 1 KiB, IPv4; see [`Painter::new`] for what follows from them.
     pub nodes4_max: usize,
-    /// Trie nodes of 1 KiB, IPv6.
+    /// Dense trie nodes of 1 KiB, IPv6.
     pub nodes6_max: usize,
 }
 
@@ -87,10 +87,10 @@ pub fn compile(
     let host = Column::of(&inbound, settings.host_default, Rule::covers_host);
 
     let distinct = columns.iter().chain([&host]).collect();
-    let mut ipv4 = Family::ipv4(&inbound, bounds.nodes4_max);
-    let mut ipv6 = Family::ipv6(&inbound, bounds.nodes6_max);
-    let roots4 = ipv4.trees(&inbound, &distinct)?;
-    let roots6 = ipv6.trees(&inbound, &distinct)?;
+    let ipv4 = Family::ipv4(&inbound);
+    let ipv6 = Family::ipv6(&inbound);
+    let (trie4, roots4) = ipv4.trees(&inbound, &distinct, bounds.nodes4_max)?;
+    let (trie6, roots6) = ipv6.trees(&inbound, &distinct, bounds.nodes6_max)?;
     let roots = |column: &Column| Roots {
         root4: roots4[column],
         root6: roots6[column],
@@ -100,8 +100,8 @@ pub fn compile(
         services: columns.iter().map(roots).collect(),
         host: roots(&host),
         rules: lines(inbound, &columns),
-        trie4: ipv4.forest,
-        trie6: ipv6.forest,
+        trie4,
+        trie6,
         outbound,
     })
 }
@@ -157,7 +157,6 @@ struct Family {
     address_bytes: usize,
     /// For each rule. None lies inside another and no two make a third: one rule never fills a node.
     prefixes: Vec<Vec<Prefix>>,
-    forest: Forest,
 }
 
 struct Prefix {
@@ -167,7 +166,7 @@ struct Prefix {
 }
 
 impl Family {
-    fn ipv4(rules: &[Rule], nodes_max: usize) -> Self {
+    fn ipv4(rules: &[Rule]) -> Self {
         let of_rule = |rule: &Rule| {
             let nets = match &rule.sources {
                 Sources::Any => vec![Ipv4Net::default()],
@@ -184,11 +183,10 @@ impl Family {
             number: 4,
             address_bytes: 4,
             prefixes: rules.iter().map(of_rule).collect(),
-            forest: Forest::new(nodes_max),
         }
     }
 
-    fn ipv6(rules: &[Rule], nodes_max: usize) -> Self {
+    fn ipv6(rules: &[Rule]) -> Self {
         let of_rule = |rule: &Rule| {
             let nets = match &rule.sources {
                 Sources::Any => vec![Ipv6Net::default()],
@@ -205,44 +203,57 @@ impl Family {
             number: 6,
             address_bytes: 16,
             prefixes: rules.iter().map(of_rule).collect(),
-            forest: Forest::new(nodes_max),
         }
     }
 
+    /// One tree for each column: the forest, and the root of each.
     fn trees<'c>(
-        &mut self,
+        &self,
         rules: &[Rule],
         columns: &BTreeSet<&'c Column>,
-    ) -> Result<BTreeMap<&'c Column, u32>, RulesError> {
+        nodes_max: usize,
+    ) -> Result<(Forest, BTreeMap<&'c Column, u32>), RulesError> {
+        let mut painter = Painter::new(nodes_max);
         let mut roots = BTreeMap::new();
         for column in columns {
-            let root = self.tree(rules, column).map_err(|Full { nodes_max }| {
-                let nodes = columns.iter().map(|column| self.nodes_of(column)).sum();
-                RulesError::TooManyNodes {
-                    family: self.number,
-                    nodes,
-                    nodes_max,
-                }
-            })?;
+            let root = self.tree(&mut painter, rules, column);
+            let root = root.map_err(|full| self.too_many(full, column))?;
             roots.insert(*column, root);
         }
-        Ok(roots)
+        let forest = painter.finish().map_err(|full| self.error(full))?;
+        Ok((forest, roots))
     }
 
-    fn tree(&mut self, rules: &[Rule], column: &Column) -> Result<u32, Full> {
-        let root = self.forest.plant()?;
+    /// The painter stops at the first node that does not fit: all are counted for people.
+    fn too_many(&self, full: Full, column: &Column) -> RulesError {
+        let nodes = match full.kind {
+            NodeKind::Painted => self.nodes_of(column),
+            NodeKind::Dense | NodeKind::Sparse => full.nodes,
+        };
+        self.error(Full { nodes, ..full })
+    }
+
+    fn error(&self, full: Full) -> RulesError {
+        RulesError::TooManyNodes {
+            family: self.number,
+            kind: full.kind,
+            nodes: full.nodes,
+            nodes_max: full.nodes_max,
+        }
+    }
+
+    fn tree(&self, painter: &mut Painter, rules: &[Rule], column: &Column) -> Result<u32, Full> {
+        let root = painter.plant()?;
         for &rule in &column.rules {
             let number = usize::from(rule);
             let action = rules[number].action;
             for Prefix { address, bits } in &self.prefixes[number] {
                 let address = &address[..self.address_bytes];
-                self.forest
-                    .paint(root, address, *bits, Leaf { action, rule })?;
+                painter.paint(address, *bits, Leaf { action, rule })?;
             }
         }
         let everything = &[0; 16][..self.address_bytes];
-        self.forest
-            .paint(root, everything, 0, column.default_leaf())?;
+        painter.paint(everything, 0, column.default_leaf())?;
         Ok(root)
     }
 

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::packet::Protocol;
 use crate::settings::{DefaultAction, Kind, Service, Settings, SettingsError};
-use crate::trie::{Leaf, RULE_DEFAULT};
+use crate::trie::{Forest, Leaf, NodeKind, RULE_DEFAULT};
 use ipnet::IpNet;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -262,6 +262,11 @@ fn services_with_the_same_rules_share_a_tree() {
     assert_eq!(host.rule, 2);
 }
 
+/// Dense nodes, and sparse ones.
+fn sizes(forest: &Forest) -> (usize, usize) {
+    (forest.nodes().len(), forest.sparse().len())
+}
+
 // Protects the maps in the kernel: what does not fit is refused as a whole, with both numbers.
 #[test]
 fn sets_over_their_bounds_are_refused() {
@@ -281,36 +286,45 @@ fn sets_over_their_bounds_are_refused() {
             rules_max: 2
         }
     );
-    // Two columns (default deny, default allow) of three nodes each: root, 10, 10.2.
+    // Two columns (default deny, default allow) of three nodes each: root, 10, 10.2. Only roots must be dense.
     let exact = Bounds {
-        nodes4_max: 6,
+        nodes4_max: 2,
         ..BOUNDS
     };
     let compiled = compile(&settings(), &three, exact).unwrap();
-    assert_eq!(compiled.trie4.nodes().len(), 6);
-    assert_eq!(compiled.trie6.nodes().len(), 2 * 4);
-    let one_less = Bounds {
-        nodes4_max: 5,
-        ..BOUNDS
-    };
-    assert_eq!(
-        compile(&settings(), &three, one_less).unwrap_err(),
-        RulesError::TooManyNodes {
-            family: 4,
-            nodes: 6,
-            nodes_max: 5
-        }
-    );
-    let one_less = Bounds {
+    assert_eq!(sizes(&compiled.trie4), (2, 4));
+    assert_eq!(sizes(&compiled.trie6), (2, 2 * 3));
+    // All of one column is dense while it is compiled: the root, five bytes that are shared, ten of each prefix.
+    let deep: Vec<_> = (0..4)
+        .map(|n| rule(&format!("2001:db8:{n}::1/128"), RuleAction::Allow))
+        .collect();
+    let seven = Bounds {
         nodes6_max: 7,
         ..BOUNDS
     };
+    let error = compile(&settings(), &deep, seven).unwrap_err();
+    let needed = 1 + 5 + 4 * 10;
     assert_eq!(
-        compile(&settings(), &three, one_less).unwrap_err(),
+        error.to_string(),
+        format!(
+            "the IPv6 prefixes take about {needed} trie nodes at a time (1 KiB each) to compile, 35 are allowed; name fewer or shorter prefixes, or raise trie_nodes_max"
+        )
+    );
+    // Two columns again: the roots are dense, and what holds 20 prefixes apart.
+    let crowd: Vec<_> = (0..20)
+        .map(|n| rule(&format!("2001:{:x}::/32", n * 2), RuleAction::Allow))
+        .collect();
+    let roots_only = Bounds {
+        nodes6_max: 3,
+        ..BOUNDS
+    };
+    assert_eq!(
+        compile(&settings(), &crowd, roots_only).unwrap_err(),
         RulesError::TooManyNodes {
             family: 6,
-            nodes: 8,
-            nodes_max: 7
+            kind: NodeKind::Dense,
+            nodes: 4,
+            nodes_max: 3
         }
     );
     let many = vec![rule("10.0.0.0/8", RuleAction::Deny); 65_535];
@@ -350,7 +364,7 @@ fn neighbours_of_one_rule_are_one_prefix() {
     );
     let compiled = compile(&settings(), &[hosts], BOUNDS).unwrap();
     // A column with each default: root, 10, 10.0.
-    assert_eq!(compiled.trie4.nodes().len(), 6);
+    assert_eq!(sizes(&compiled.trie4), (2, 4));
     assert_eq!(decides(&compiled, 0, "10.0.0.255").rule, 0);
     assert_eq!(decides(&compiled, 0, "10.0.1.0").rule, RULE_DEFAULT);
 }

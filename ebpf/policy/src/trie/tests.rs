@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-use super::{Forest, Full, LEAF, Leaf, RULE_DEFAULT, lookup};
+use super::{
+    Base, Forest, Full, Leaf, NodeKind, Painter, RULE_DEFAULT, RUNS, SPARSE_PER_NODE, Sparse,
+};
 use crate::rules::RuleAction;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -30,14 +32,12 @@ fn scan<const N: usize>(list: &[([u8; N], u8)], address: &[u8; N]) -> Leaf {
     first.map_or(DEFAULT, |index| leaf(index as u16))
 }
 
-fn painted<const N: usize>(forest: &mut Forest, list: &[([u8; N], u8)]) -> u32 {
-    let root = forest.plant().unwrap();
+fn paint<const N: usize>(painter: &mut Painter, list: &[([u8; N], u8)]) -> u32 {
+    let root = painter.plant().unwrap();
     for (index, (prefix, bits)) in list.iter().enumerate() {
-        forest
-            .paint(root, prefix, *bits, leaf(index as u16))
-            .unwrap();
+        painter.paint(prefix, *bits, leaf(index as u16)).unwrap();
     }
-    forest.paint(root, &[0; N], 0, DEFAULT).unwrap();
+    painter.paint(&[0; N], 0, DEFAULT).unwrap();
     root
 }
 
@@ -50,6 +50,17 @@ fn prefixes<const N: usize>() -> impl Strategy<Value = Vec<([u8; N], u8)>> {
     let address = proptest::array::uniform::<_, N>(byte());
     let bits = prop_oneof![0..=(N * 8) as u8, Just((N * 8) as u8), Just(8), Just(16)];
     vec((address, bits), 0..24)
+}
+
+/// Many prefixes under one byte, so that their node is dense, and what is below it is not.
+fn crowd<const N: usize>() -> impl Strategy<Value = Vec<([u8; N], u8)>> {
+    let under = |bytes: (u8, u8, u8)| {
+        let mut address = [0; N];
+        address[..4].copy_from_slice(&[1, bytes.0, bytes.1, bytes.2]);
+        address
+    };
+    let address = (any::<u8>(), byte(), byte()).prop_map(under);
+    vec((address, 12..=32_u8), 24..48)
 }
 
 fn addresses<const N: usize>() -> impl Strategy<Value = Vec<[u8; N]>> {
@@ -75,21 +86,33 @@ fn with_borders<const N: usize>(
 fn agrees_with_scan<const N: usize>(
     list: &[([u8; N], u8)],
     addresses: Vec<[u8; N]>,
-) -> Result<(), TestCaseError> {
-    let mut forest = Forest::new(1_000);
+) -> Result<Forest, TestCaseError> {
+    let mut painter = Painter::new(1_000);
     // A tree in front: indices must not be taken for those of the first.
-    painted(&mut forest, &list[list.len() / 2..]);
-    let root = painted(&mut forest, list);
-    let relocated: Vec<_> = [[0; 256]; 3]
-        .into_iter()
-        .chain(forest.relocated(3))
-        .collect();
+    paint(&mut painter, &list[list.len() / 2..]);
+    let root = paint(&mut painter, list);
+    let forest = painter.finish().unwrap();
+    let base = Base {
+        nodes: 3,
+        sparse: 5,
+    };
+    let nothing = Sparse::of(&[0; 256]).unwrap();
+    let relocated = Forest {
+        nodes: [[0; 256]; 3]
+            .into_iter()
+            .chain(forest.nodes_at(base))
+            .collect(),
+        sparse: [nothing; 5]
+            .into_iter()
+            .chain(forest.sparse_at(base))
+            .collect(),
+    };
     for address in with_borders(list, addresses) {
         let expected = Some(scan(list, &address));
         prop_assert_eq!(forest.lookup(root, &address), expected);
-        prop_assert_eq!(lookup(&relocated, root + 3, &address), expected);
+        prop_assert_eq!(relocated.lookup(root + base.nodes, &address), expected);
     }
-    Ok(())
+    Ok(forest)
 }
 
 proptest! {
@@ -105,6 +128,49 @@ proptest! {
     fn ipv6_equals_a_scan(list in prefixes::<16>(), addresses in addresses()) {
         agrees_with_scan(&list, addresses)?;
     }
+
+    // Protects the steps between the two kinds of nodes, both ways.
+    #[test]
+    fn mixed_ipv4_equals_a_scan(list in crowd::<4>(), addresses in addresses()) {
+        agrees_with_scan(&list, addresses)?;
+    }
+
+    #[test]
+    fn mixed_ipv6_equals_a_scan(list in crowd::<16>(), addresses in addresses()) {
+        agrees_with_scan(&list, addresses)?;
+    }
+
+    // Protects the conversion: the same entries, and none given up that would fit.
+    #[test]
+    fn sparse_nodes_equal_dense_ones(
+        changes in proptest::collection::btree_map(1..=0xff_u8, any::<u32>(), 0..RUNS + 2),
+        first in any::<u32>(),
+    ) {
+        let mut node = [first; 256];
+        for (&start, &entry) in &changes {
+            node[usize::from(start)..].fill(entry);
+        }
+        let runs = node.chunk_by(|left, right| left == right).count();
+        match Sparse::of(&node) {
+            Some(sparse) => {
+                prop_assert!(runs <= RUNS);
+                for byte in 0..=0xff {
+                    prop_assert_eq!(sparse.entry(byte), node[usize::from(byte)]);
+                }
+            }
+            None => prop_assert!(runs > RUNS),
+        }
+    }
+}
+
+// Protects the test above: crowds have dense nodes below the root, and sparse ones below those.
+#[test]
+fn both_kinds_of_nodes_are_walked() {
+    let list: Vec<_> = (0..48).map(|n| ([1, n * 5, n % 3, 7], 32)).collect();
+    let forest = agrees_with_scan(&list, Vec::new()).unwrap();
+    // Two roots; the node of 24 prefixes, and the one of 48.
+    assert_eq!(forest.nodes().len(), 4);
+    assert!(!forest.sparse().is_empty());
 }
 
 #[test]
@@ -138,49 +204,100 @@ fn entries_are_laid_out_as_the_kernel_reads_them() {
     assert_eq!(Leaf::from_entry(5), None);
 }
 
-// Protects the bound of memory: what is hidden or done costs no node, and a full forest says so.
+// Protects the bounds of memory: what is hidden or done costs no node, and what does not fit says so.
 #[test]
 fn nodes_are_bounded_and_never_in_vain() {
-    let mut forest = Forest::new(4);
-    let root = forest.plant().unwrap();
-    forest.paint(root, &[10, 0, 0, 0], 8, leaf(0)).unwrap();
-    forest.paint(root, &[10, 1, 2, 3], 32, leaf(1)).unwrap();
-    assert_eq!(forest.nodes().len(), 1);
-    forest.paint(root, &[11, 1, 2, 3], 32, leaf(2)).unwrap();
-    assert_eq!(forest.nodes().len(), 4);
+    let mut painter = Painter::new(1);
+    painter.plant().unwrap();
+    painter.paint(&[10, 0, 0, 0], 8, leaf(0)).unwrap();
+    painter.paint(&[10, 1, 2, 3], 32, leaf(1)).unwrap();
+    painter.paint(&[11, 1, 2, 3], 32, leaf(2)).unwrap();
+    // Four of five: the root, 11, 11.1, 11.1.2.
     assert_eq!(
-        forest.paint(root, &[12, 1, 2, 3], 32, leaf(3)),
-        Err(Full { nodes_max: 4 })
+        painter.paint(&[12, 1, 2, 3], 32, leaf(3)),
+        Err(Full {
+            kind: NodeKind::Painted,
+            nodes: 6,
+            nodes_max: 5,
+        })
     );
 
-    let mut all = Forest::new(2);
-    let root = all.plant().unwrap();
-    all.paint(root, &[0; 4], 0, DEFAULT).unwrap();
-    all.paint(root, &[9, 9, 9, 9], 32, leaf(1)).unwrap();
-    assert_eq!(all.nodes().len(), 1);
-    assert!(all.nodes()[0].iter().all(|&entry| entry == DEFAULT.entry()));
+    let mut all = Painter::new(1);
+    all.plant().unwrap();
+    all.paint(&[0; 4], 0, DEFAULT).unwrap();
+    all.paint(&[9, 9, 9, 9], 32, leaf(1)).unwrap();
+    let all = all.finish().unwrap();
+    assert_eq!(all.nodes(), [[DEFAULT.entry(); 256]]);
+    assert!(all.sparse().is_empty());
     assert_eq!(all.lookup(7, &[0; 4]), None);
-    assert_eq!(all.nodes()[0][0] & LEAF, LEAF);
+}
+
+#[test]
+fn either_kind_of_node_has_its_bound() {
+    let crowd: Vec<_> = (0..20).map(|n| ([1, n * 2, 0, 0], 16)).collect();
+    let mut painter = Painter::new(1);
+    paint(&mut painter, &crowd);
+    assert_eq!(
+        painter.finish(),
+        Err(Full {
+            kind: NodeKind::Dense,
+            nodes: 2,
+            nodes_max: 1,
+        })
+    );
+    // No two alike, each with a child of its own.
+    let apart: Vec<_> = (0..4).map(|n| ([n, n, n, 0], 24)).collect();
+    let mut painter = Painter::new(2);
+    paint(&mut painter, &apart);
+    let nodes = painter.finish().unwrap().sparse().len();
+    assert_eq!(nodes, 2 * SPARSE_PER_NODE);
+    let one_more = [&apart[..], &[([4, 4, 0, 0], 16)]].concat();
+    let mut painter = Painter::new(2);
+    paint(&mut painter, &one_more);
+    assert_eq!(
+        painter.finish(),
+        Err(Full {
+            kind: NodeKind::Sparse,
+            nodes: 9,
+            nodes_max: 8,
+        })
+    );
+}
+
+// Protects the cache: what is alike is kept once, also if it hangs below different nodes.
+#[test]
+fn sparse_nodes_that_are_alike_are_one() {
+    let mut painter = Painter::new(1_000);
+    let root = painter.plant().unwrap();
+    for high in 0..=0xff {
+        painter.paint(&[high, 2, 3, 0], 24, leaf(0)).unwrap();
+    }
+    painter.paint(&[0; 4], 0, DEFAULT).unwrap();
+    let forest = painter.finish().unwrap();
+    assert_eq!((forest.nodes().len(), forest.sparse().len()), (1, 2));
+    assert_eq!(forest.lookup(root, &[200, 2, 3, 9]), Some(leaf(0)));
+    assert_eq!(forest.lookup(root, &[200, 2, 4, 9]), Some(DEFAULT));
 }
 
 // Protects the time to compile: a thousand broad rules over many nodes repaint none of them.
 #[test]
 fn broad_rules_over_many_nodes_are_cheap() {
-    let mut forest = Forest::new(5_000);
-    let root = forest.plant().unwrap();
+    let mut painter = Painter::new(1_000);
+    let root = painter.plant().unwrap();
     for high in 0..=255 {
         for low in 0..16 {
-            forest
-                .paint(root, &[10, high, low, 0], 25, leaf(u16::from(high)))
+            painter
+                .paint(&[10, high, low, 0], 25, leaf(u16::from(high)))
                 .unwrap();
         }
     }
     for rule in 0..60_000 {
-        forest
-            .paint(root, &[10, 0, 0, 0], 7 + (rule % 2) as u8, leaf(rule))
+        painter
+            .paint(&[10, 0, 0, 0], 7 + (rule % 2) as u8, leaf(rule))
             .unwrap();
     }
-    forest.paint(root, &[0; 4], 0, DEFAULT).unwrap();
+    painter.paint(&[0; 4], 0, DEFAULT).unwrap();
+    let forest = painter.finish().unwrap();
     assert_eq!(forest.lookup(root, &[10, 3, 4, 200]), Some(leaf(0)));
     assert_eq!(forest.lookup(root, &[11, 3, 4, 200]), Some(leaf(0)));
     assert_eq!(forest.lookup(root, &[12, 3, 4, 200]), Some(DEFAULT));
