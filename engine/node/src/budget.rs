@@ -74,11 +74,7 @@ fn edge(config: &NodeConfig, budget: &mut MemoryBudget) {
         return;
     }
     // IPv4 and IPv6.
-    budget.add(
-        "edge: trie nodes",
-        TRIE_NODE_BYTES,
-        edge.trie_nodes_max * 4,
-    );
+    budget.add("edge: trie nodes", TRIE_NODE_BYTES, edge.trie_nodes_max * 4);
     budget.add("edge: limiter lines", LINE_BYTES, edge.limiter_lines * 2);
     // QUIC and TCP, and the answers that scope `host` waits for.
     budget.add(
