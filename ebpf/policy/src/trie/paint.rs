@@ -6,8 +6,8 @@
 //! 3. A tree is packed before the next one is planted. So the bound on dense nodes bounds all memory: of the forest (a quarter more
 //!    for sparse nodes), and of the one tree that is being painted.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt;
 
 use super::{BLANK, Forest, LEAF, Leaf, Node, SPARSE, Sparse};
@@ -195,7 +195,7 @@ struct Packing {
     nodes: Vec<Node>,
     sparse: Vec<Sparse>,
     /// Entry of each sparse node that there is.
-    known: HashMap<Sparse, u32>,
+    known: BTreeMap<Sparse, u32>,
 }
 
 impl Packing {

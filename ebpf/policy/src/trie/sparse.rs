@@ -9,7 +9,7 @@ use super::Node;
 pub const RUNS: usize = 12;
 
 /// A node that is given by where its entries change.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Sparse {
     /// By run: a leaf, or the index of a node.
     pub entries: [u32; RUNS],
