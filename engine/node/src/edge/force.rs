@@ -1,6 +1,6 @@
 //! Puts sets in force: for a command, and for a node whose registry changed.
 //!
-//! 1. The kernel first, nftables second, the state last: whoever dies in between leaves what the next one repeats.
+//! 1. The words of its rules, the kernel, nftables, the state, in this order: whoever dies in between leaves what the next one repeats.
 //! 2. A set on probation changes neither nftables nor the state before it is confirmed, so nothing but the kernel has to go back.
 //! 3. Whoever changes set, table or state has the [`Turn`] from before it reads until it has written.
 
@@ -160,9 +160,9 @@ pub(crate) fn put(
     // What waits, or has lapsed, keeps its number for itself.
     let waits = read_pending(edge.pins()).map_or(0, |pending| pending.set);
     state.set = state.set.max(in_force).max(waits) + 1;
+    sets::write(edge.pins(), state.set, in_force, &set)?;
     edge.publish(&set, state.set, order.probation)
         .map_err(|error| of_edge(&error))?;
-    sets::write(edge.pins(), state.set, in_force, &set)?;
     let sampling = millrace_edge::abi::EdgeSampling {
         every: plan::to_u32(order.config.edge.sample_every),
         ..Default::default()

@@ -1,7 +1,8 @@
 //! The rules of published sets in words, in files beside the state: the kernel knows only their numbers.
 //!
-//! 1. A set on probation may give way to the one before it, so the last two are kept.
-//! 2. Files bear the name of the pins: edges beside each other do not meet.
+//! 1. They are written before the set is published: whoever reads its number from the kernel finds its rules.
+//! 2. A set on probation may give way to the one before it, so the last two are kept.
+//! 3. Files bear the name of the pins: edges beside each other do not meet.
 
 use std::fs;
 use std::path::PathBuf;

@@ -234,30 +234,7 @@ struct RuleRow {
 
 pub(crate) fn rules(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
     let edge = adopt(&args.place)?;
-    let publisher = Publisher::new(edge.maps());
-    let set = publisher.config().set;
-    let texts = sets::read(edge.pins(), set).ok_or_else(|| {
-        let message =
-            format!("nobody wrote down the rules of set {set}; `millrace xdp apply` does");
-        Failure::new(Exit::Failed, message)
-    })?;
-    let hits = metrics::hits(
-        edge.maps().hits(),
-        publisher.in_force() as u32,
-        texts.len() as u32,
-    )
-    .map_err(|error| Failure::new(Exit::Failed, format!("cannot read the hits: {error}")))?;
-    let rows: Vec<_> = texts
-        .into_iter()
-        .zip(hits)
-        .enumerate()
-        .map(|(number, (text, hits))| RuleRow {
-            number,
-            hits,
-            rule: text.rule,
-            origin: text.origin,
-        })
-        .collect();
+    let (set, rows) = rows(&edge)?;
     if args.json {
         output::json(&rows)?;
         return Ok(Exit::Ok);
@@ -270,6 +247,36 @@ pub(crate) fn rules(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
         ))?;
     }
     Ok(Exit::Ok)
+}
+
+/// The set in force and its rules; another that takes its place meanwhile is read in its stead.
+fn rows(edge: &Edge) -> Result<(u32, Vec<RuleRow>), Failure> {
+    let publisher = Publisher::new(edge.maps());
+    loop {
+        let (set, generation) = (publisher.config().set, publisher.in_force());
+        let rows = rows_of(edge, set, generation);
+        if publisher.config().set == set {
+            return rows.map(|rows| (set, rows));
+        }
+    }
+}
+
+fn rows_of(edge: &Edge, set: u32, generation: usize) -> Result<Vec<RuleRow>, Failure> {
+    let texts = sets::read(edge.pins(), set).ok_or_else(|| {
+        let message =
+            format!("nobody wrote down the rules of set {set}; `millrace xdp apply` does");
+        Failure::new(Exit::Failed, message)
+    })?;
+    let hits = metrics::hits(edge.maps().hits(), generation as u32, texts.len() as u32)
+        .map_err(|error| Failure::new(Exit::Failed, format!("cannot read the hits: {error}")))?;
+    let rows = texts.into_iter().zip(hits).enumerate();
+    let rows = rows.map(|(number, (text, hits))| RuleRow {
+        number,
+        hits,
+        rule: text.rule,
+        origin: text.origin,
+    });
+    Ok(rows.collect())
 }
 
 #[derive(Debug, Serialize)]
