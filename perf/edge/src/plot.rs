@@ -78,11 +78,6 @@ fn draw(
         .flat_map(|(_, line)| line)
         .map(|&(_, y)| y)
         .fold(0.0, f64::max);
-    // Where the lines are not.
-    let legend = match scale {
-        Scale::Linear => SeriesLabelPosition::LowerLeft,
-        Scale::Logarithmic => SeriesLabelPosition::LowerRight,
-    };
     let rates = points.iter().map(|point| point.rate).max().unwrap_or(0);
     let root = SVGBackend::new(path, SIZE).into_drawing_area();
     let mut builder = ChartBuilder::on(&root);
@@ -115,14 +110,15 @@ fn draw(
             }
             chart
                 .configure_series_labels()
-                .position(legend)
+                .position(SeriesLabelPosition::UpperRight)
                 .label_font(("sans-serif", 15, &INK))
                 .draw()?;
         }};
     }
     match scale {
-        Scale::Linear => finish!(0.0..highest * 1.1),
-        Scale::Logarithmic => finish!((0.1..highest.max(1.0) * 1.5).log_scale()),
+        // The legend has the room above the lines.
+        Scale::Linear => finish!(0.0..highest * 1.8),
+        Scale::Logarithmic => finish!((0.1..highest.max(1.0) * 100.0).log_scale()),
     }
     root.present()?;
     Ok(())
