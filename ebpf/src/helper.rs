@@ -1,12 +1,13 @@
-//! The helper: a child process that keeps the privileges which the node gives up, and does four things for it.
+//! The helper: a child process that keeps the privileges which the node gives up, and does a few things for it.
 //!
 //! 1. It is started before capabilities are dropped, and told then, once, where the pins are and which `nft` to run: the
 //!    node cannot point it elsewhere later.
 //! 2. It takes typed requests of a bounded size from one socket, its standard input, and nothing from anywhere else.
 //! 3. It ends when the other end closes, which the node's death does.
-//! 4. Requests are answered one by one, in order.
+//! 4. Requests are answered one by one, in order. After an answer that did not come in time there is no other: it could be the one before.
 
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
@@ -19,7 +20,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::edge::{self, Edge};
-use crate::nft::{Nft, Table};
+use crate::nft::{Fingerprint, Nft, NftError, Table};
 use crate::pins::Pins;
 use crate::privileges::drop_capabilities;
 use crate::state::AttachMode;
@@ -50,8 +51,12 @@ pub struct Setup {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
-    /// Replace the table `inet millrace`.
+    /// Say whether the table `inet millrace` could be replaced.
+    CheckNft(Table),
+    /// Replace it.
     ApplyNft(Table),
+    /// Say what it is now.
+    LookAtNft,
     /// Remove it.
     RemoveNft,
     /// Load the programs of this binary, test them, and put them in the place of those that run.
@@ -76,6 +81,8 @@ pub enum Request {
 pub enum Answer {
     /// It is done.
     Done,
+    /// What the table `inet millrace` is now; none: there is no such table.
+    Nft(Option<Fingerprint>),
     /// Nothing has changed.
     Failed {
         /// The error as a metric label.
@@ -166,10 +173,25 @@ impl Helper {
     ///
     /// See [`HelperError`].
     pub fn request(&self, request: &Request) -> Result<(), HelperError> {
-        self.exchange(request)
+        self.exchange(request).map(drop)
     }
 
-    fn exchange(&self, message: &impl Serialize) -> Result<(), HelperError> {
+    /// What the table `inet millrace` is now; none: there is no such table.
+    ///
+    /// # Errors
+    ///
+    /// See [`HelperError`].
+    pub fn nft_fingerprint(&self) -> Result<Option<Fingerprint>, HelperError> {
+        match self.exchange(&Request::LookAtNft)? {
+            Answer::Nft(fingerprint) => Ok(fingerprint),
+            answer => Err(HelperError::Gone(io::Error::other(format!(
+                "it answered {answer:?}"
+            )))),
+        }
+    }
+
+    /// What it answers, a failure apart.
+    fn exchange(&self, message: &impl Serialize) -> Result<Answer, HelperError> {
         let Some(socket) = &self.socket else {
             return Err(HelperError::Gone(io::ErrorKind::NotConnected.into()));
         };
@@ -178,11 +200,16 @@ impl Helper {
         if bytes.len() > MESSAGE_BYTES_MAX {
             return Err(HelperError::TooLong { bytes: bytes.len() });
         }
-        send(&mut *socket, &bytes).map_err(HelperError::Gone)?;
-        let answer = receive(&mut *socket).map_err(HelperError::Gone)?;
-        match answer.ok_or_else(|| HelperError::Gone(io::ErrorKind::UnexpectedEof.into()))? {
-            Answer::Done => Ok(()),
-            Answer::Failed { reason, message } => Err(HelperError::Refused { reason, message }),
+        let answer = send(&mut *socket, &bytes).and_then(|()| receive(&mut *socket));
+        let answer = answer.and_then(|answer| answer.ok_or(io::ErrorKind::UnexpectedEof.into()));
+        match answer {
+            Ok(Answer::Failed { reason, message }) => Err(HelperError::Refused { reason, message }),
+            Ok(answer) => Ok(answer),
+            Err(error) => {
+                // An answer that is late would be taken for that of the next request.
+                let _ = socket.shutdown(Shutdown::Both);
+                Err(HelperError::Gone(error))
+            }
         }
     }
 }
@@ -229,16 +256,18 @@ pub fn serve(mut socket: UnixStream) -> io::Result<()> {
 }
 
 fn perform(setup: &Setup, request: &Request) -> Answer {
-    let nft = |result: Result<(), crate::nft::NftError>| {
-        result.map_err(|error| (error.reason().to_owned(), error.to_string()))
-    };
+    let of_nft = |error: NftError| (error.reason().to_owned(), error.to_string());
+    let nft = |result: Result<(), NftError>| result.map(|()| Answer::Done).map_err(of_nft);
     let edge = |act: &dyn Fn(&mut Edge) -> Result<(), edge::EdgeError>| {
         Edge::adopt(&setup.pins)
             .and_then(|mut edge| act(&mut edge))
+            .map(|()| Answer::Done)
             .map_err(|error| (error.reason().to_owned(), error.to_string()))
     };
     let result = match request {
+        Request::CheckNft(table) => nft(setup.nft.check(table)),
         Request::ApplyNft(table) => nft(setup.nft.apply(table)),
+        Request::LookAtNft => setup.nft.fingerprint().map(Answer::Nft).map_err(of_nft),
         Request::RemoveNft => nft(setup.nft.remove()),
         Request::Reload => edge(&|edge| edge.reload()),
         Request::Attach { interface, mode } => {
@@ -246,10 +275,7 @@ fn perform(setup: &Setup, request: &Request) -> Answer {
         }
         Request::Detach { interface } => edge(&|edge| edge.detach_interface(interface)),
     };
-    match result {
-        Ok(()) => Answer::Done,
-        Err((reason, message)) => Answer::Failed { reason, message },
-    }
+    result.unwrap_or_else(|(reason, message)| Answer::Failed { reason, message })
 }
 
 fn answer(socket: &mut impl Write, answer: &Answer) -> io::Result<()> {

@@ -18,6 +18,7 @@ pub mod pins;
 pub mod presence;
 pub mod privileges;
 pub mod publish;
+pub mod ruleset;
 pub mod selftest;
 pub mod state;
 pub mod steer;

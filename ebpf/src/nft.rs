@@ -6,13 +6,15 @@
 //!    does not leave the node open. In mode `count` it is counted.
 //! 4. A packet that the program marks *reject* never gets in. Only a program that enforces marks so.
 //! 5. `nft` runs in the network namespace of the calling thread.
+//! 6. A [`Fingerprint`] changes when anybody changes the table, and not by what packets do.
 
 use std::collections::BTreeSet;
 use std::fmt::{self, Write as _};
-use std::io::{self, Write as _};
+use std::hash::{DefaultHasher, Hasher as _};
+use std::io::{self, Read as _, Write as _};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use millrace_edge_policy::packet::Protocol;
@@ -94,10 +96,18 @@ impl NftError {
         match self {
             Self::Run { .. } => "nft_run",
             Self::Talk(_) => "nft_talk",
-            Self::Refused { .. } => "nft_refused",
+            Self::Refused { rule: Some(_), .. } => RULE_REFUSED,
+            Self::Refused { rule: None, .. } => "nft_refused",
         }
     }
 }
+
+/// [`NftError::reason`] where a rule of the table is to blame, and not the host.
+pub const RULE_REFUSED: &str = "nft_rule_refused";
+
+/// What the table says now, in a number: its counters apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fingerprint(u64);
 
 /// The program `nft`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,6 +125,15 @@ impl Default for Nft {
 }
 
 impl Nft {
+    /// Whether [`Self::apply`] would do it.
+    ///
+    /// # Errors
+    ///
+    /// See [`NftError`].
+    pub fn check(&self, table: &Table) -> Result<(), NftError> {
+        self.run(&["-c", "-f", "-"], &Script::replace(table))
+    }
+
     /// Checks the table, then replaces the one in force in one transaction.
     ///
     /// # Errors
@@ -135,17 +154,62 @@ impl Nft {
         self.run(&["-f", "-"], &Script::remove())
     }
 
-    fn run(&self, arguments: &[&str], script: &Script) -> Result<(), NftError> {
-        let mut child = Command::new(&self.program)
+    /// Of the table in force; none if there is no table.
+    ///
+    /// # Errors
+    ///
+    /// See [`NftError`].
+    pub fn fingerprint(&self) -> Result<Option<Fingerprint>, NftError> {
+        // Stateless: without what the counters say.
+        let mut child = self.spawn(
+            &["-s", "list", "table", "inet", "millrace"],
+            Stdio::null(),
+            Stdio::piped(),
+        )?;
+        // Its keys are fixed: the same text has the same number in every process.
+        let mut hasher = DefaultHasher::new();
+        let mut listed = Ok(());
+        if let Some(mut text) = child.stdout.take() {
+            // As long as the table: hashed as it comes, and never held.
+            let mut part = vec![0; LISTED_AT_ONCE_BYTES];
+            listed = loop {
+                match text.read(&mut part) {
+                    Ok(0) => break Ok(()),
+                    Ok(bytes) => hasher.write(&part[..bytes]),
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => break Err(error),
+                }
+            };
+        }
+        let output = child.wait_with_output().map_err(NftError::Talk)?;
+        listed.map_err(NftError::Talk)?;
+        if output.status.success() {
+            return Ok(Some(Fingerprint(hasher.finish())));
+        }
+        let message = String::from_utf8_lossy(&output.stderr);
+        if message.contains(NO_TABLE) {
+            return Ok(None);
+        }
+        Err(Script::new().refused(&output))
+    }
+
+    fn spawn(&self, arguments: &[&str], stdin: Stdio, stdout: Stdio) -> Result<Child, NftError> {
+        Command::new(&self.program)
             .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
+            // What it says is read, in one language.
+            .env("LC_ALL", "C")
+            .stdin(stdin)
+            .stdout(stdout)
             .stderr(Stdio::piped())
             .spawn()
             .map_err(|source| NftError::Run {
                 program: self.program.clone(),
                 source,
-            })?;
+            })
+    }
+
+    fn run(&self, arguments: &[&str], script: &Script) -> Result<(), NftError> {
+        let mut child = self.spawn(arguments, Stdio::piped(), Stdio::null())?;
         let fed = match child.stdin.take() {
             Some(mut stdin) => stdin.write_all(script.text.as_bytes()),
             None => Ok(()),
@@ -377,6 +441,12 @@ fn set(elements: impl IntoIterator<Item = impl fmt::Display>) -> String {
         .collect();
     format!("{{ {} }}", elements.join(", "))
 }
+
+/// What `nft` says of a table that is not there.
+const NO_TABLE: &str = "No such file or directory";
+
+/// Read from `nft` at once.
+const LISTED_AT_ONCE_BYTES: usize = 64 << 10;
 
 /// Enough for people who try a refused port, and too little to be worth provoking: the default budget of the program.
 const REJECTS_PER_SECOND: u32 = 100;

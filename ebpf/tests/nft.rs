@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 
 use common::{NODE, Namespace, PATIENCE, Pair, WORLD, ok, privileged, until};
 use millrace_edge::nft::{Nft, NftError, Table};
+use millrace_edge::ruleset::Watch;
 use millrace_edge_policy::packet::Protocol;
 use millrace_edge_policy::rules::{Direction, Provenance, Rule, RuleAction, Sources, User};
 
@@ -109,6 +110,50 @@ impl Ends {
         self.server.set_nonblocking(false).unwrap();
         received.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
     }
+}
+
+// Protects a table that others change: they are noticed, and packets are not taken for them.
+#[test]
+fn changes_of_the_table_are_noticed_and_packets_are_none() {
+    if !privileged("changes_of_the_table_are_noticed_and_packets_are_none") {
+        return;
+    }
+    let nft = |words: &str| drop(ok(Command::new("nft").args(words.split(' '))));
+    let pair = Pair::new("nft");
+    let ends = Ends::new(&pair);
+    let look = || pair.node.enter(|| Nft::default().fingerprint().unwrap());
+    let watch = pair.node.enter(|| Watch::open().unwrap());
+    assert_eq!((look(), watch.has_changed()), (None, false));
+    pair.node
+        .enter(|| Nft::default().apply(&table(false)).unwrap());
+    assert!(watch.has_changed() && !watch.has_changed());
+    let applied = look();
+    assert!(applied.is_some());
+
+    assert!(ends.arrives(b"counted"));
+    pair.node.enter(|| assert_eq!(counted("unstamped"), 1));
+    pair.node.enter(|| nft("add table inet other"));
+    assert!(watch.has_changed());
+    assert_eq!(look(), applied, "neither a packet nor another table");
+
+    pair.node.enter(|| nft("flush chain inet millrace input"));
+    assert!(watch.has_changed());
+    assert_ne!(look(), applied);
+    assert!(look().is_some());
+    pair.node
+        .enter(|| Nft::default().apply(&table(false)).unwrap());
+    assert_eq!(look(), applied, "the same table");
+    pair.node.enter(|| nft("flush ruleset"));
+    assert!(watch.has_changed());
+    assert_eq!(look(), None);
+    // More of them than fit into the socket's buffer are one.
+    for _ in 0..40 {
+        pair.node
+            .enter(|| Nft::default().apply(&table(true)).unwrap());
+    }
+    until("all is read", || {
+        watch.has_changed() && !watch.has_changed()
+    });
 }
 
 // Protects a node whose program was detached: what carries no stamp is not let in.
