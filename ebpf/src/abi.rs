@@ -8,7 +8,7 @@ use millrace_edge_policy::siphash::Key as SipKey;
 use millrace_edge_policy::trie;
 
 /// Number of this layout: pinned maps of another are not adopted.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 /// Generations of what an operator sets, and of the sketch.
 pub const GENERATIONS: usize = 2;
 /// Services that can be declared.
@@ -279,6 +279,10 @@ pub struct EdgeMock {
     pub cookie: u32,
     /// 1: nothing is charged.
     pub read_only: u32,
+    /// 1: a listener that gives no cookie takes the SYN instead.
+    pub listener_room: u32,
+    /// Zero.
+    pub pad: u32,
 }
 
 /// `edge_event`: one sampled drop.

@@ -329,6 +329,8 @@ const MOCK: EdgeMock = EdgeMock {
     now_ns: 1_000_000_000_000,
     cookie: 0,
     read_only: 1,
+    listener_room: 0,
+    pad: 0,
 };
 
 const NODES: u32 = 128;
@@ -352,7 +354,7 @@ const STRANGER_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 2, 0, 0, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use millrace_edge_policy::model::{Model, World};
+    use millrace_edge_policy::model::{Cookie, Model, World};
 
     // Protects the fixtures: what they expect is what the specification says.
     #[test]
@@ -361,7 +363,7 @@ mod tests {
         model.publish(set().unwrap());
         let world = World {
             now_ns: MOCK.now_ns,
-            cookie: None,
+            cookie: Cookie::None,
             read_only: true,
         };
         for (stress, fixtures) in [(0, FIXTURES.as_slice()), (STRESS, &UNDER_STRESS)] {

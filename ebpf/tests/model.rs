@@ -15,7 +15,7 @@ mod scenery;
 use frames::{Body, Frame, Long, client};
 use generator::Generator;
 use lockstep::Lockstep;
-use millrace_edge_policy::model::World;
+use millrace_edge_policy::model::{Cookie, World};
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::settings::{DefaultAction, Mode};
 use millrace_edge_policy::verdict::Action;
@@ -28,6 +28,8 @@ const PACKETS_OF_A_SET: u64 = 4_096;
 const PACKETS_OF_AN_AUDIT: u64 = 512;
 /// Changes of the world come once in so many packets.
 const PACKETS_OF_A_CHANGE: u64 = 48;
+/// One packet of so many comes in several buffers.
+const PACKETS_OF_A_SPLIT: u64 = 8;
 /// Far from zero, in the middle of an epoch of each kind.
 const START_NS: u64 = (69 << 42) + (7 << 34) + (1 << 33);
 
@@ -57,13 +59,20 @@ fn kernel_and_model_agree_on_a_million_packets() {
         }
         let world = World {
             now_ns,
-            cookie: generator.once_in(2).then(|| generator.word() as u32 | 1),
+            cookie: generator.cookie(),
             read_only: generator.once_in(32),
         };
         let frame = generator.frame(&both.model, now_ns);
-        let decided = both.decide(&frame, world);
+        // First buffers end within the headers, or behind all that is read.
+        let linear = generator
+            .once_in(PACKETS_OF_A_SPLIT)
+            .then(|| 14 + generator.below(200) as usize);
+        let decided = match linear {
+            Some(linear) => both.decide_split(&frame, linear, world),
+            None => both.decide(&frame, world),
+        };
         let decision = decided.unwrap_or_else(|difference| {
-            panic!("MILLRACE_SEED={seed}, packet {packet}: {difference}")
+            panic!("MILLRACE_SEED={seed}, packet {packet}, linear {linear:?}: {difference}")
         });
         if decision.service.is_some() && decision.reason.action() != Action::Drop {
             generator.remember(frame);
@@ -264,7 +273,7 @@ fn frames_in_pieces_are_decided_like_whole_ones() {
     };
     let world = World {
         now_ns: START_NS,
-        cookie: Some(77),
+        cookie: Cookie::Given(77),
         ..World::default()
     };
     for (name, seed) in seeds() {

@@ -3,6 +3,7 @@
 
 use std::mem::offset_of;
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use etherparse::PacketBuilder;
 use libbpf_rs::{MapCore as _, MapFlags};
@@ -13,9 +14,11 @@ use millrace_edge::abi::{
 use millrace_edge::load::{LoadOptions, Loaded, Program, Run};
 use millrace_edge::steer::Steering;
 use millrace_edge_policy::cid::{Keys, LocalCid, Place};
+use millrace_edge_policy::limiter::{Limit, Purpose, Sketch};
 use millrace_edge_policy::packet::Packet;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::siphash::Key;
+use millrace_edge_policy::source::Source;
 use millrace_edge_policy::{proof, retry, token};
 
 const XDP_DROP: u32 = 1;
@@ -145,7 +148,7 @@ impl Edge {
             &EdgeMock {
                 now_ns: NOW_NS,
                 cookie: COOKIE,
-                read_only: 0,
+                ..EdgeMock::default()
             },
         );
         let run = self.loaded.run(program, frame, 1).unwrap();
@@ -459,6 +462,44 @@ fn limits_refuse_and_reading_takes_nothing() {
     );
     let other = udp_from("10.1.3.3", QUIC_PORT, &initial(&[1; 8], &[], &[]));
     assert_eq!(edge.reason(&other), Reason::TxRetry);
+}
+
+// Protects the last of a burst: it is charged for by the exact clock, and looked at by one that is up to a tick behind.
+#[test]
+fn a_source_has_its_burst_within_a_tick() {
+    const SOURCES: u8 = 100;
+    let Some(edge) = Edge::load() else { return };
+    let hourly = Limit::per(1, Duration::from_secs(3_600), 2);
+    let mut limited = config();
+    limited.source_quic = [hourly.into(); 3];
+    limited.source_tcp = [hourly.into(); 3];
+    edge.publish(&limited);
+    let sketch = Sketch {
+        lines: &edge.loaded.maps().limiter,
+        seed: [Key { k0: 1, k1: 2 }, Key { k0: 3, k1: 4 }],
+        active: 0,
+        old_until_ns: 0,
+    };
+    let opened = |address: &str, purpose| {
+        let source = Source::of(address.parse().unwrap());
+        let now_ns = millrace_edge::clock::now_ns();
+        sketch.charge_source(source, purpose, &[hourly; 3], now_ns);
+    };
+    // In the real clock.
+    let seen = |frame: &[u8]| edge.run(Program::EdgeTrace, frame).0;
+    for number in 0..SOURCES {
+        let address = format!("10.3.{number}.1");
+        let first = udp_from(&address, QUIC_PORT, &initial(&[1; 8], &[], &[]));
+        opened(&address, Purpose::Quic);
+        assert_eq!(seen(&first), Reason::PassQuicInitial, "{address}");
+        opened(&address, Purpose::Quic);
+        assert_eq!(seen(&first), Reason::QuicSourceRate, "{address}");
+        let syn = syn_from(&address);
+        opened(&address, Purpose::Tcp);
+        assert_eq!(seen(&syn), Reason::PassTcpSyn, "{address}");
+        opened(&address, Purpose::Tcp);
+        assert_eq!(seen(&syn), Reason::TcpSourceRate, "{address}");
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod common;
 
 use std::io::Read as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -462,6 +463,134 @@ fn connections_complete_through_cookies() {
             until("both have ended", || echo.held() == 0);
         }
         until("nothing is left", || node.kernel_sources() == 0);
+    }
+}
+
+/// Room for a few, so that a flood fills it at once.
+fn listen_with_backlog(node: &Node, backlog: i32) -> TcpListener {
+    node.pair.node.enter(|| {
+        let listener = socket(AddressFamily::INET6, SocketType::STREAM, None).unwrap();
+        sockopt::set_ipv6_v6only(&listener, false).unwrap();
+        rustix::net::bind(&listener, &SocketAddr::from((ANY6, TCP_PORT))).unwrap();
+        rustix::net::listen(&listener, backlog).unwrap();
+        listener.into()
+    })
+}
+
+/// One SYN an hour is all that may pass without being asked for more.
+fn one_syn() -> Limits {
+    Limits {
+        syn: Limit::per(1, Duration::from_secs(3_600), 1),
+        ..generous()
+    }
+}
+
+/// Floods the node with SYNs of nobody for as long as it lives.
+struct Flooding<'a>(&'a AtomicBool);
+
+impl<'a> Flooding<'a> {
+    fn begin<'s>(scope: &'s thread::Scope<'s, 'a>, node: &'a Node, over: &'a AtomicBool) -> Self {
+        // Half of these are SYNs.
+        const PACKETS: u32 = 1 << 12;
+        let far = node.far.as_ref().unwrap();
+        scope.spawn(move || {
+            node.pair.world.enter(|| {
+                while !over.load(Ordering::Relaxed) {
+                    far.send(PACKETS);
+                }
+            });
+        });
+        Self(over)
+    }
+}
+
+impl Drop for Flooding<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+// Protects clients under the kernel's default: while the listener's queue has room it is the bound, then there are cookies.
+#[test]
+fn a_flood_of_syns_locks_nobody_out() {
+    /// Of each family, at each level of stress.
+    const CLIENTS: usize = 10;
+    const BACKLOG: i32 = 16;
+    if !privileged("a_flood_of_syns_locks_nobody_out") {
+        return;
+    }
+    let node = Node::new("tcp", AttachMode::Native, one_syn(), NO_CAP);
+    // Else the stack has no way back to who is made up, and keeps no SYN of theirs.
+    node.pair.node.ip("route add default via 10.77.0.2");
+    let echo = Echo::serve(listen_with_backlog(&node, BACKLOG), TcpCap::new(0));
+    node.set_syncookies(0);
+    let presence = node.presence();
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _ends = Flooding::begin(scope, &node, &over);
+        // The control: without cookies the budget holds, and clients share it with the flood.
+        until("the budget is spent", || {
+            node.packets(Reason::TcpSynBudget) > 0
+        });
+        for to in [NODE4, NODE6] {
+            assert!(node.refuses(to, TCP_PORT), "{to}");
+        }
+        assert_eq!(node.packets(Reason::PassTcpSyn), 1);
+        assert_eq!(node.packets(Reason::TxSynCookie), 0);
+
+        // From now on, and nobody has told the program.
+        node.set_syncookies(1);
+        until("the queue is full", || {
+            node.packets(Reason::TxSynCookie) > 0
+        });
+        let passed = node.packets(Reason::PassTcpSyn);
+        assert!(passed > BACKLOG as u64, "the queue was filled: {passed}");
+        let dropped = node.packets(Reason::TcpSynBudget);
+        for level in [Level::Normal, Level::Retry, Level::Peers] {
+            presence.set_stress(level);
+            for to in [NODE4, NODE6].repeat(CLIENTS) {
+                let answered = node.packets(Reason::TxSynCookie);
+                until("the flood goes on", || {
+                    node.packets(Reason::TxSynCookie) > answered
+                });
+                assert!(echoes(&node.connect(to, TCP_PORT).unwrap()), "{level:?}");
+            }
+        }
+        assert_eq!(node.packets(Reason::TcpSynBudget), dropped);
+        let taken_up = node.netstat("SyncookiesRecv");
+        assert!(taken_up > 0, "cookies are what let clients in");
+        eprintln!(
+            "{} clients, {taken_up} by cookies; {} SYNs passed, {} answered",
+            6 * CLIENTS,
+            node.packets(Reason::PassTcpSyn),
+            node.packets(Reason::TxSynCookie),
+        );
+    });
+    assert!(echo.peak() > 0);
+}
+
+// Protects the stack: what it would drop for want of an application that accepts is dropped before.
+#[test]
+fn a_full_accept_queue_takes_no_syns() {
+    const BACKLOG: i32 = 1;
+    if !privileged("a_full_accept_queue_takes_no_syns") {
+        return;
+    }
+    for cookies in [1, 2] {
+        let node = Node::new("tcp", AttachMode::Native, one_syn(), NO_CAP);
+        node.set_syncookies(cookies);
+        let listener = listen_with_backlog(&node, BACKLOG);
+        // It holds one more than it is told.
+        let waiting = [0, 1].map(|_| node.connect(NODE4, TCP_PORT).unwrap());
+        until("both wait", || node.kernel_count(WORLD4) == 2);
+        let passed = node.packets(Reason::PassTcpSyn);
+        assert!(node.refuses(NODE4, TCP_PORT));
+        assert!(node.packets(Reason::TcpSynBudget) > 0);
+        assert_eq!(node.packets(Reason::PassTcpSyn), passed);
+
+        drop(listener.accept().unwrap());
+        assert!(node.connect(NODE4, TCP_PORT).is_ok());
+        drop(waiting);
     }
 }
 

@@ -33,10 +33,22 @@ pub const STRESS_PEERS: u32 = 2;
 pub struct World {
     /// CLOCK_MONOTONIC, in nanoseconds.
     pub now_ns: u64,
-    /// Sequence number of the SYN cookie that the kernel would give; none: it gives none.
-    pub cookie: Option<u32>,
+    /// What the kernel would say to a SYN.
+    pub cookie: Cookie,
     /// Limits are looked at and not charged.
     pub read_only: bool,
+}
+
+/// What comes of asking the kernel for a SYN cookie.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cookie {
+    /// Nothing: nobody listens, `net.ipv4.tcp_syncookies` is 0, or the accept queue is full.
+    #[default]
+    None,
+    /// The listener's request queue has room for the SYN, and cookies follow once it is full (`tcp_syncookies` is 1).
+    Room,
+    /// A cookie: its sequence number, which is not 0.
+    Given(u32),
 }
 
 /// What this host sent, seen from the answer (`struct edge_flow`).

@@ -150,7 +150,9 @@ fn layouts_are_those_of_the_programs() {
         EdgeMock {
             now_ns,
             cookie,
-            read_only
+            read_only,
+            listener_room,
+            pad,
         }
     );
     same!(

@@ -6,7 +6,7 @@
 #ifndef MILLRACE_ABI_H
 #define MILLRACE_ABI_H
 
-#define EDGE_LAYOUT 2 /* goes up with any change below: pinned maps of another layout are not adopted */
+#define EDGE_LAYOUT 3 /* goes up with any change below: pinned maps of another layout are not adopted */
 
 #define EDGE_GENERATIONS 2
 #define EDGE_SERVICES_MAX 16
@@ -235,6 +235,8 @@ struct edge_mock {
 	__u64 now_ns;
 	__u32 cookie; /* 0: the kernel gives none; else the sequence number of a cookie */
 	__u32 read_only; /* no charges, as in `edge_trace` */
+	__u32 listener_room; /* without a cookie: the listener takes the SYN instead */
+	__u32 pad;
 };
 
 /* One sampled drop, in the ring buffer `events`. */

@@ -85,7 +85,7 @@ EDGE_INLINE int decide_ours(struct xdp_md *ctx, struct edge_view *view, struct e
 	struct quic_header header = {};
 	__u32 kind = service->kind;
 	int reason, without = R_PASS_TCP_SYN;
-	__s64 cookie = -1;
+	__s64 cookie = COOKIE_NONE;
 
 	if (kind == EDGE_KIND_HOST) {
 		if (packet->fragment)

@@ -16,6 +16,7 @@
 #define TIME_MASK ((1ull << TIME_BITS) - 1)
 #define AHEAD_BITS 46 /* a time more than 2^46 ahead lies in the past */
 #define SLOT_INDEX 7
+#define TICK_NS_MAX 10000000 /* of the coarse clock, at 100 Hz */
 #define MIX_KIND 0x9e3779b97f4a7c15ull
 #define MIX_FIRST 0xbf58476d1ce4e5b9ull
 #define MIX_SECOND 0x94d049bb133111ebull
@@ -145,6 +146,7 @@ struct sketch_ask {
 	__u32 purpose;
 	__u32 ipv4; /* of a source */
 	__u32 pad;
+	__u64 beyond_ns; /* after a refusal: how long until this limit would admit; all bits: nobody knows */
 };
 
 /* Levels of a source: IPv4 /32 and /24, IPv6 /64, /56 and /48; anything else has one. */
@@ -203,7 +205,7 @@ EDGE_INLINE __u64 sketch_old_ahead(const struct edge_control *world, const struc
 }
 
 /* Looks at one level. A word that changed hands between two reads counts as admitted: nothing is taken here. */
-EDGE_INLINE bool sketch_admits(const struct edge_control *world, const struct sketch_ask *ask, __u32 level,
+EDGE_INLINE bool sketch_admits(const struct edge_control *world, struct sketch_ask *ask, __u32 level,
 			       const struct edge_limit *limit, const struct edge_line *line, __u64 hash)
 {
 	__u64 tag = sketch_tag(hash), word, ahead;
@@ -212,10 +214,20 @@ EDGE_INLINE bool sketch_admits(const struct edge_control *world, const struct sk
 
 	if (tagged) {
 		word = read_once(&line->word[sketch_first(tagged, hash)]);
-		return word >> TIME_BITS != tag || sketch_ahead(word, ask->now_ns) <= limit->tolerance_ns;
+		if (word >> TIME_BITS != tag)
+			return true;
+		ahead = sketch_ahead(word, ask->now_ns);
+	} else {
+		ahead = sketch_old_ahead(world, ask, level, &known);
+		if (!known && !sketch_idle(line, ask->now_ns)) {
+			ask->beyond_ns = ~0ull;
+			return false;
+		}
 	}
-	ahead = sketch_old_ahead(world, ask, level, &known);
-	return ahead <= limit->tolerance_ns && (known || sketch_idle(line, ask->now_ns));
+	if (ahead <= limit->tolerance_ns)
+		return true;
+	ask->beyond_ns = ahead - limit->tolerance_ns;
+	return false;
 }
 
 enum sketch_step { STEP_REFUSED, STEP_ADMITTED, STEP_AGAIN };
@@ -360,6 +372,19 @@ EDGE_INLINE void sketch_ask_source(struct sketch_ask *ask, const struct edge_vie
 {
 	sketch_ask(ask, view, address[0], address[1], purpose);
 	ask->ipv4 = ipv4;
+}
+
+/* Looks at all levels of a source. Connections are charged by the exact clock, of which the coarse one is behind: the last
+ * of a burst within a tick would seem to come before the first, and be refused. So whoever is refused by less than a
+ * tick is looked at by the exact clock; to refuse all others costs one comparison. */
+EDGE_INLINE bool sketch_look_source(struct sketch_ask *ask, const struct edge_view *view, const enum edge_world world)
+{
+	if (sketch_look(ask))
+		return true;
+	if (ask->beyond_ns > TICK_NS_MAX)
+		return false;
+	ask->now_ns = view_now_exact(view, world);
+	return sketch_look(ask);
 }
 
 /* Takes one from what a source has at each level, the narrowest first; the first refusal ends it. */

@@ -357,7 +357,7 @@ EDGE_INLINE int quic_admit_initial(struct xdp_md *ctx, struct edge_view *view, c
 			return reason;
 	}
 	sketch_ask_source(&ask, view, packet->source, packet->ipv4, EDGE_PURPOSE_QUIC);
-	if (!sketch_look(&ask))
+	if (!sketch_look_source(&ask, view, world))
 		return R_QUIC_SOURCE_RATE;
 	if (quic_source_full(view, packet, world))
 		return R_QUIC_SOURCE_CAP;

@@ -100,10 +100,19 @@ EDGE_INLINE void reply_network(__u8 *ip, const struct edge_packet *packet, __u16
 		store32(ip + 4 * i, words[i]);
 }
 
-/* Cuts or grows the frame so that it ends with the answer. */
+/* Cuts or grows the frame so that it ends with the answer, which then is linear. A frame of several buffers grows in its
+ * last one, so that one whose first is shorter than the answer is cut down to it before: what goes then lies behind the
+ * IP packet, all of whose headers are linear (`parse_transport`). */
 EDGE_INLINE bool reply_resize(struct xdp_md *ctx, __u32 bytes)
 {
-	return bpf_xdp_adjust_tail(ctx, (int)bytes - (int)bpf_xdp_get_buff_len(ctx)) == 0;
+	__u32 whole = bpf_xdp_get_buff_len(ctx), linear = frame_linear(ctx);
+
+	if (linear < bytes && linear < whole) {
+		if (bpf_xdp_adjust_tail(ctx, (int)linear - (int)whole))
+			return false;
+		whole = linear;
+	}
+	return bpf_xdp_adjust_tail(ctx, (int)bytes - (int)whole) == 0;
 }
 
 #endif

@@ -28,26 +28,40 @@ EDGE_INLINE bool tcp_source_full(const struct edge_view *view, const struct edge
 	return !(word & EDGE_TCP_DEAD) && (word & EDGE_TCP_CONNECTIONS) >= cap;
 }
 
-/* Sequence number in the low half, largest segment in the high one, as the kernel has it; negative: none. */
+/* What else than a cookie comes of asking for one. */
+enum { COOKIE_NONE = -1, COOKIE_ROOM = -2 };
+
+/* Why a listener gave no cookie. With `tcp_syncookies` = 1 there is none as long as its request queue has room: then
+ * SYNs may go there, for once it is full there will be cookies. With 0 there never will; and a listener whose accept
+ * queue is full drops every SYN. */
+EDGE_INLINE bool listener_has_room(struct bpf_sock *listener)
+{
+	const struct sock *sk = (const void *)bpf_skc_to_tcp_sock(listener);
+
+	return sk && sk->__sk_common.skc_net.net->ipv4.sysctl_tcp_syncookies == 1 &&
+	       sk->sk_ack_backlog <= sk->sk_max_ack_backlog;
+}
+
+/* Sequence number in the low half, largest segment in the high one, as the kernel has it; or COOKIE_NONE or COOKIE_ROOM. */
 __noinline __s64 cookie_ask_kernel(struct xdp_md *ctx, const struct edge_packet *packet)
 {
 	struct edge_scratch *room = reply_scratch();
 	struct bpf_sock_tuple tuple = {};
 	struct bpf_sock *listener;
 	__u32 header_bytes, tuple_bytes;
-	__s64 cookie = -1;
+	__s64 cookie = COOKIE_NONE;
 
 	if (!packet || !room)
-		return -1;
+		return COOKIE_NONE;
 	if (bpf_xdp_load_bytes(ctx, packet->network, room->bytes, IPV4_BYTES) ||
 	    (!packet->ipv4 && bpf_xdp_load_bytes(ctx, packet->network, room->bytes, IPV6_BYTES)) ||
 	    bpf_xdp_load_bytes(ctx, packet->transport, room->bytes + 64, TCP_BYTES))
-		return -1;
+		return COOKIE_NONE;
 	header_bytes = (room->bytes[64 + 12] >> 4) * 4;
 	if (header_bytes < TCP_BYTES || header_bytes > TCP_BYTES_MAX)
-		return -1;
+		return COOKIE_NONE;
 	if (bpf_xdp_load_bytes(ctx, packet->transport, room->bytes + 64, header_bytes))
-		return -1;
+		return COOKIE_NONE;
 	if (packet->ipv4) {
 		tuple.ipv4.saddr = packet->source[1] >> 32;
 		tuple.ipv4.daddr = packet->destination[1] >> 32;
@@ -65,10 +79,13 @@ __noinline __s64 cookie_ask_kernel(struct xdp_md *ctx, const struct edge_packet 
 	}
 	listener = bpf_skc_lookup_tcp(ctx, &tuple, tuple_bytes, BPF_F_CURRENT_NETNS, 0);
 	if (!listener)
-		return -1;
-	if (listener->state == TCP_LISTEN)
+		return COOKIE_NONE;
+	if (listener->state == TCP_LISTEN) {
 		cookie = bpf_tcp_gen_syncookie(listener, room->bytes, reply_network_bytes(packet),
 					       (void *)room->bytes + 64, header_bytes);
+		if (cookie < 0)
+			cookie = listener_has_room(listener) ? COOKIE_ROOM : COOKIE_NONE;
+	}
 	bpf_sk_release(listener);
 	return cookie;
 }
@@ -78,7 +95,9 @@ EDGE_INLINE __s64 cookie_ask(struct xdp_md *ctx, const struct edge_view *view, c
 {
 	if (world != EDGE_TEST)
 		return cookie_ask_kernel(ctx, packet);
-	return view->mock->cookie ? (__s64)((__u64)EDGE_MOCK_MSS << 32 | view->mock->cookie) : -1;
+	if (view->mock->cookie)
+		return (__u64)EDGE_MOCK_MSS << 32 | view->mock->cookie;
+	return view->mock->listener_room ? COOKIE_ROOM : COOKIE_NONE;
 }
 
 /* Turns the SYN into the SYN-ACK that answers it. */
@@ -132,12 +151,8 @@ EDGE_INLINE int tcp_admit(struct xdp_md *ctx, struct edge_view *view, const stru
 		return R_PASS_TCP;
 	view_now(view, world);
 	sketch_ask_source(&ask, view, packet->source, packet->ipv4, EDGE_PURPOSE_TCP);
-	if (!sketch_look(&ask)) {
-		/* Connections are charged by the exact clock: the last of a burst would seem to come before the first. */
-		ask.now_ns = view_now_exact(view, world);
-		if (!sketch_look(&ask))
-			return R_TCP_SOURCE_RATE;
-	}
+	if (!sketch_look_source(&ask, view, world))
+		return R_TCP_SOURCE_RATE;
 	if (tcp_source_full(view, packet))
 		return R_TCP_SOURCE_CAP;
 	within = budget_charge(view, EDGE_BUDGET_SYN);
@@ -145,7 +160,9 @@ EDGE_INLINE int tcp_admit(struct xdp_md *ctx, struct edge_view *view, const stru
 		return R_PASS_TCP_SYN;
 	*without = within ? R_PASS_TCP_SYN : R_TCP_SYN_BUDGET;
 	*cookie = cookie_ask(ctx, view, packet, world);
-	return *cookie < 0 ? *without : R_TX_SYN_COOKIE;
+	if (*cookie == COOKIE_ROOM)
+		return R_PASS_TCP_SYN;
+	return *cookie == COOKIE_NONE ? *without : R_TX_SYN_COOKIE;
 }
 
 #endif

@@ -12,7 +12,7 @@ use millrace_edge::load::{LoadOptions, Loaded, Program, Run};
 use millrace_edge::metrics::{self, Counters};
 use millrace_edge::publish::Publisher;
 use millrace_edge_policy::limiter::{Lines, Purpose, Sketch};
-use millrace_edge_policy::model::{Count, Flow, Model, World};
+use millrace_edge_policy::model::{Cookie, Count, Flow, Model, World};
 use millrace_edge_policy::packet::Packet;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::rules::{Bounds, Compiled};
@@ -204,8 +204,10 @@ impl Lockstep {
         maps.decision.store(0, &nothing);
         let mock = EdgeMock {
             now_ns: world.now_ns,
-            cookie: world.cookie.unwrap_or(0),
+            cookie: sequence_of_cookie(world.cookie),
             read_only: u32::from(world.read_only),
+            listener_room: u32::from(world.cookie == Cookie::Room),
+            pad: 0,
         };
         maps.mock.store(0, &mock);
         let run = run(&self.loaded).map_err(|error| format!("{error} for {}", hex(frame)))?;
@@ -409,8 +411,16 @@ fn compare(
     )?;
     match (decision.action, &decision.frame) {
         (Action::Transmit, Some(answer)) => same(run.frame == *answer, "Retry"),
-        (Action::Transmit, None) => syn_ack(frame, &run.frame, world.cookie.unwrap_or(0)),
+        (Action::Transmit, None) => syn_ack(frame, &run.frame, sequence_of_cookie(world.cookie)),
         _ => same(run.frame == frame, "frame"),
+    }
+}
+
+/// 0: there is none.
+fn sequence_of_cookie(cookie: Cookie) -> u32 {
+    match cookie {
+        Cookie::Given(sequence) => sequence,
+        Cookie::None | Cookie::Room => 0,
     }
 }
 

@@ -87,6 +87,7 @@ impl Mocked {
             now_ns,
             cookie: 1,
             read_only: u32::from(read_only),
+            ..EdgeMock::default()
         };
         self.loaded.maps().mock.store(0, &mock);
     }

@@ -1,7 +1,7 @@
 //! Packets of all shapes, most of them nearly right: what is wrong everywhere ends at the first check.
 
 use millrace_edge_policy::cid::{HANDSHAKE_EPOCH_SHIFT, LocalCid, Place, ROAMING_EPOCH_SHIFT};
-use millrace_edge_policy::model::Model;
+use millrace_edge_policy::model::{Cookie, Model};
 use millrace_edge_policy::siphash::Key;
 use millrace_edge_policy::{proof, token};
 use proptest::prelude::{Rng as _, RngExt as _};
@@ -119,6 +119,15 @@ impl Generator {
             2..=16 => PORTS[0],
             17..=20 => PORTS[1],
             _ => PORTS[4],
+        }
+    }
+
+    /// What the kernel says to a SYN.
+    pub(crate) fn cookie(&mut self) -> Cookie {
+        match self.below(4) {
+            0 => Cookie::None,
+            1 => Cookie::Room,
+            _ => Cookie::Given(self.word() as u32 | 1),
         }
     }
 

@@ -11,6 +11,7 @@ use millrace_edge_policy::settings::{
     Caps, DefaultAction, Kind, Limits, Mode, Scope, Service, Settings,
 };
 use millrace_edge_policy::source::Source;
+use millrace_edge_policy::trie::RUNS;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -102,8 +103,12 @@ fn limit(generator: &mut Generator) -> Limit {
 
 /// Over the prefixes that the generator's sources are in, and some that hold few of them.
 pub(crate) fn rule(generator: &mut Generator) -> Rule {
-    let count = generator.below(4);
-    let prefixes = (0..count).map(|_| prefix(generator)).collect();
+    let prefixes = if generator.once_in(4) {
+        crowd(generator)
+    } else {
+        let count = generator.below(4);
+        (0..count).map(|_| prefix(generator)).collect()
+    };
     Rule {
         sources: match generator.below(6) {
             0 => Sources::Any,
@@ -129,6 +134,27 @@ pub(crate) fn rule(generator: &mut Generator) -> Rule {
         comment: None,
         provenance: Provenance::Members,
     }
+}
+
+/// Prefixes that differ in one byte, more than a sparse node holds apart: its node is dense, also where it is no root.
+fn crowd(generator: &mut Generator) -> Vec<IpNet> {
+    let mut bytes = match generator.address().to_canonical() {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    let all = bytes.len() * 8;
+    let place = 1 + generator.below(bytes.len() as u64 - 1) as usize;
+    let bits = (place * 8 + 8 + generator.below(9) as usize).min(all) as u8;
+    let one = |_| {
+        let address = match <[u8; 4]>::try_from(&bytes[..]) {
+            Ok(bytes) => IpAddr::from(bytes),
+            Err(_) => IpAddr::from(<[u8; 16]>::try_from(&bytes[..]).unwrap()),
+        };
+        // No two are neighbours, which would make one prefix.
+        bytes[place] = bytes[place].wrapping_add(2);
+        IpNet::new(address, bits).unwrap().trunc()
+    };
+    (0..RUNS).map(one).collect()
 }
 
 fn prefix(generator: &mut Generator) -> IpNet {

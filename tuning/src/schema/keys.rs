@@ -633,7 +633,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "syn_per_second",
                 edge.syn_per_second,
                 integer(1, 10_000_000),
-                "SYNs of all sources; more are answered by SYN cookies where net.ipv4.tcp_syncookies is 2, else dropped."
+                "SYNs of all sources; more are answered by SYN cookies, or dropped where net.ipv4.tcp_syncookies is 0."
             ),
             field!(
                 NodeConfig,

@@ -1,6 +1,6 @@
 //! Sections 4 and 5: who may open a connection, and whose packets belong to one.
 
-use super::{Case, STRESS_PEERS};
+use super::{Case, Cookie, STRESS_PEERS};
 use crate::cid::{BadId, LocalCid};
 use crate::limiter::{Limit, Purpose};
 use crate::packet::{INITIAL_BYTES_MIN, Initial, OUR_ID_BYTES, Packet, Quic, TcpFlags};
@@ -183,9 +183,10 @@ impl Case<'_> {
         let within = self.charge_budget(Budget::Syn);
         match self.world.cookie {
             _ if within && self.stress() == 0 => Ok(Reason::PassTcpSyn),
-            Some(_) => Ok(Reason::TxSynCookie),
-            None if within => Ok(Reason::PassTcpSyn),
-            None => Err(Reason::TcpSynBudget),
+            Cookie::Given(_) => Ok(Reason::TxSynCookie),
+            Cookie::Room => Ok(Reason::PassTcpSyn),
+            Cookie::None if within => Ok(Reason::PassTcpSyn),
+            Cookie::None => Err(Reason::TcpSynBudget),
         }
     }
 

@@ -6,7 +6,7 @@ mod frames;
 mod table;
 mod world;
 
-use super::{Model, World};
+use super::{Cookie, Model, World};
 use crate::reason::Reason;
 use crate::settings::{Mode, Scope};
 use crate::verdict::{Action, Stamp};
@@ -21,7 +21,7 @@ struct Case {
     change: fn(&mut Model),
     before: Vec<Vec<u8>>,
     frame: Vec<u8>,
-    cookie: Option<u32>,
+    cookie: Cookie,
     reason: Reason,
     rule: Option<u16>,
 }
@@ -33,7 +33,7 @@ fn case(name: &'static str, frame: Vec<u8>, reason: Reason) -> Case {
         change: |_| {},
         before: Vec::new(),
         frame,
-        cookie: None,
+        cookie: Cookie::None,
         reason,
         rule: None,
     }
@@ -60,7 +60,12 @@ impl Case {
     }
 
     fn with_cookie(self) -> Self {
-        let cookie = Some(0x1234_5678);
+        let cookie = Cookie::Given(0x1234_5678);
+        Self { cookie, ..self }
+    }
+
+    fn with_room(self) -> Self {
+        let cookie = Cookie::Room;
         Self { cookie, ..self }
     }
 }

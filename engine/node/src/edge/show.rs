@@ -71,13 +71,13 @@ struct Count {
 }
 
 impl Status {
-    /// Whether TCP ports are declared and the kernel would give no cookie before its own queue is full.
+    /// Whether TCP ports are declared and the kernel never gives a cookie.
     fn cookies_are_off(&self) -> bool {
         self.ports.iter().any(|port| port.kind == "tcp")
             && self
                 .tcp_syncookies
                 .as_deref()
-                .is_some_and(|value| value != "2")
+                .is_some_and(|value| value == "0")
     }
 }
 
@@ -132,7 +132,7 @@ pub(crate) fn status(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
     ))?;
     if status.cookies_are_off() {
         output::message(format_args!(
-            "warning: net.ipv4.tcp_syncookies is not 2: SYNs beyond syn_per_second are dropped instead of answered by cookies"
+            "warning: net.ipv4.tcp_syncookies is 0: SYNs beyond syn_per_second are dropped, entitled clients' too; set it to 1 or 2"
         ));
     }
     output::data(format_args!(

@@ -473,6 +473,12 @@ fn tcp_packets() -> Vec<Case> {
         )
         .when(spend)
         .with_cookie(),
+        case("beyond the budget, room", syn(CLIENT), Reason::PassTcpSyn)
+            .when(spend)
+            .with_room(),
+        case("stress, room", syn(CLIENT), Reason::PassTcpSyn)
+            .when(stress(1))
+            .with_room(),
         case("stress, cookie", syn(CLIENT), Reason::TxSynCookie)
             .when(stress(1))
             .with_cookie(),

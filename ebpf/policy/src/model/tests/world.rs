@@ -5,7 +5,7 @@ use super::frames::{
     initial, keys, knock, model, proof_of, short, tcp, udp,
 };
 use super::table::{first, with_token};
-use crate::model::{Model, World};
+use crate::model::{Cookie, Model, World};
 use crate::packet::{Packet, Transport};
 use crate::reason::Reason;
 use crate::retry;
@@ -170,7 +170,11 @@ proptest! {
         cut in prop_oneof![Just(2_000_usize), 0..1_300_usize],
         noise in proptest::collection::vec(any::<u8>(), 0..200),
         now_ns in prop_oneof![Just(NOW_NS), any::<u64>()],
-        cookie in any::<Option<u32>>(),
+        cookie in prop_oneof![
+            Just(Cookie::None),
+            Just(Cookie::Room),
+            (1..=u32::MAX).prop_map(Cookie::Given)
+        ],
         stress in 0..3_u32,
         host in any::<bool>(),
         enforce in any::<bool>(),
