@@ -3,6 +3,8 @@
 //! They belong to a thread: drop them before any other is started. What stays possible without them, with descriptors that are
 //! already open: writing maps and mapping them, putting loaded programs in the place of others, running a program on a frame. Not
 //! possible: making a map, loading a program, attaching to an interface, changing nftables; the helper does that.
+//!
+//! A process that runs as root and holds no capability owns its own files, and no one else's.
 
 use caps::errors::CapsError;
 use caps::{CapSet, Capability};
@@ -25,13 +27,27 @@ pub fn missing() -> Vec<Capability> {
         .collect()
 }
 
-/// Gives up every capability of the calling thread but `keep`, in every set, for good: nothing that it executes gets them back, as
-/// far as it may lower the bounding set (which takes CAP_SETPCAP).
+/// Why privileges could not be given up; some of them may be gone.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PrivilegesError {
+    /// Capabilities.
+    #[error("cannot give capabilities up: {0}")]
+    Capabilities(#[from] CapsError),
+    /// Those that files would give.
+    #[error("cannot set no_new_privs: {0}")]
+    NoNewPrivileges(#[source] std::io::Error),
+}
+
+/// Gives up every capability of the calling thread but `keep`, in every set, for good: nothing that it executes gets others, whatever the
+/// file says (`no_new_privs`), nor its own back, as far as it may lower the bounding set (which takes CAP_SETPCAP).
 ///
 /// # Errors
 ///
 /// What the kernel says; the thread may then have dropped some.
-pub fn drop_capabilities(keep: &[Capability]) -> Result<(), CapsError> {
+pub fn drop_capabilities(keep: &[Capability]) -> Result<(), PrivilegesError> {
+    rustix::thread::set_no_new_privs(true)
+        .map_err(|errno| PrivilegesError::NoNewPrivileges(errno.into()))?;
     let kept = |set| -> Result<_, CapsError> {
         let mut held = caps::read(None, set)?;
         held.retain(|capability| keep.contains(capability));

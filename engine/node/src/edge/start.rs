@@ -150,14 +150,9 @@ pub(crate) fn prepare(
         .map_err(|error| Failure::new(Exit::BadConfig, format!("[edge]: {error}")))?;
     let admission = admission(config, &settings)?;
     admission.set_kernel_charges(kernel.is_some() && mode == Mode::Enforce);
-    if wanted {
-        privileges::drop_capabilities(&KEPT).map_err(|error| {
-            Failure::new(
-                Exit::Failed,
-                format!("cannot give capabilities up: {error}"),
-            )
-        })?;
-    }
+    // With or without an edge: sockets are bound and have their buffers.
+    privileges::drop_capabilities(&KEPT)
+        .map_err(|error| Failure::new(Exit::Failed, error.to_string()))?;
     Ok(Prepared {
         kernel: kernel.map(Arc::new),
         admission: Arc::new(admission),

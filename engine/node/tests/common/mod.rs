@@ -4,6 +4,7 @@
 #![allow(missing_docs, clippy::unwrap_used, reason = "test code")]
 
 pub mod namespace;
+pub mod process;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
