@@ -201,7 +201,8 @@ impl Helper {
             return Err(HelperError::TooLong { bytes: bytes.len() });
         }
         let answer = send(&mut *socket, &bytes).and_then(|()| receive(&mut *socket));
-        let answer = answer.and_then(|answer| answer.ok_or(io::ErrorKind::UnexpectedEof.into()));
+        let answer =
+            answer.and_then(|answer| answer.ok_or_else(|| io::ErrorKind::UnexpectedEof.into()));
         match answer {
             Ok(Answer::Failed { reason, message }) => Err(HelperError::Refused { reason, message }),
             Ok(answer) => Ok(answer),
@@ -248,7 +249,8 @@ pub fn serve(mut socket: UnixStream) -> io::Result<()> {
     while let Some(request) = receive(&mut socket)? {
         let done = perform(&setup, &request);
         if let Answer::Failed { message, .. } = &done {
-            tracing::warn!(message, "the helper could not do what was asked");
+            // Who asked says it, once.
+            tracing::debug!(message, "the helper could not do what was asked");
         }
         answer(&mut socket, &done)?;
     }

@@ -57,6 +57,19 @@ pub struct State {
     pub registry_version: Option<u64>,
     /// Rules that end by themselves, in the order of their issue.
     pub temporary: Vec<Temporary>,
+    /// A newer version of the registry, whose rules are refused.
+    #[serde(default)]
+    pub refused: Option<Refused>,
+}
+
+/// A version of the registry that cannot be put in force.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Refused {
+    /// Its number.
+    pub registry_version: u64,
+    /// What is wrong with it, for people.
+    pub message: String,
 }
 
 /// An interface that the program is attached to.
@@ -131,6 +144,7 @@ impl Default for State {
             set: 0,
             registry_version: None,
             temporary: Vec::new(),
+            refused: None,
         }
     }
 }
@@ -231,6 +245,7 @@ mod tests {
         let (_folder, pins) = pins();
         assert_eq!(State::read(&pins).unwrap(), State::default());
         let state = State {
+            format: FORMAT,
             interfaces: vec![Interface {
                 name: "eth0.100".into(),
                 index: 7,
@@ -244,7 +259,10 @@ mod tests {
                 action: RuleAction::Deny,
                 until_unix_seconds: 1_900_000_000,
             }],
-            ..State::default()
+            refused: Some(Refused {
+                registry_version: 41,
+                message: "rule 1".into(),
+            }),
         };
         state.write(&pins, &pins.lock().unwrap()).unwrap();
         assert_eq!(State::read(&pins).unwrap(), state);

@@ -350,6 +350,9 @@ pub(crate) struct XdpApplyArgs {
     /// Go back to what was in force unless `millrace xdp confirm` comes within this time. The kernel keeps the time.
     #[arg(long, value_name = "DURATION")]
     pub(crate) confirm: Option<millrace_tuning::Period>,
+    /// If the newest registry version's rules are refused, keep those in force, and change the rest: mode, limits, ports, members.
+    #[arg(long)]
+    pub(crate) last_good: bool,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,

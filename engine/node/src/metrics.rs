@@ -159,6 +159,30 @@ const OWN: &[Own] = &[
         help: "Rule sets that were refused; the last good one stayed in force",
     },
     Own {
+        name: "millrace_edge_tables_restored",
+        kind: "counter",
+        label: None,
+        help: "Times that others changed or removed the table inet millrace, and it was put back",
+    },
+    Own {
+        name: "millrace_edge_interfaces_reattached",
+        kind: "counter",
+        label: None,
+        help: "Interfaces that were made anew, and that the program was put on again",
+    },
+    Own {
+        name: "millrace_edge_attach_failures",
+        kind: "counter",
+        label: None,
+        help: "Times that the program could not be put on such an interface",
+    },
+    Own {
+        name: "millrace_edge_interfaces_gone",
+        kind: "gauge",
+        label: None,
+        help: "Interfaces that the program should be on and is not",
+    },
+    Own {
         name: "millrace_edge_packets",
         kind: "counter",
         label: Some("reason"),

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
+use millrace_edge::state::Refused;
 use millrace_protocol::id::{ArtifactId, NodeId};
 use serde::{Deserialize, Serialize};
 
 use crate::admin::client;
 use crate::cli::StatusArgs;
-use crate::edge::keeper::EdgeView;
+use crate::edge::keeper::{EdgeView, held};
 use crate::exit::{Exit, Failure};
 use crate::host_facts;
 use crate::output;
@@ -78,7 +79,12 @@ pub(crate) struct EdgeStatus {
     /// How packets find their shard: `ebpf`, `classic`, `none`.
     pub(crate) steering: String,
     pub(crate) stress: u32,
+    /// Of the rules in force.
     pub(crate) registry_version: u64,
+    /// A newer version whose rules are refused, and why.
+    pub(crate) refused: Option<Refused>,
+    /// Interfaces that were removed; the program is put on them again when they are back.
+    pub(crate) interfaces_gone: Vec<String>,
 }
 
 impl EdgeStatus {
@@ -88,6 +94,8 @@ impl EdgeStatus {
             steering: view.steering.to_owned(),
             stress: view.stress.load(Ordering::Relaxed),
             registry_version: view.registry_version.load(Ordering::Relaxed),
+            refused: held(&view.refused_now).clone(),
+            interfaces_gone: held(&view.gone).clone(),
         }
     }
 }
@@ -240,6 +248,16 @@ fn print(status: &Status) -> Result<(), Failure> {
             edge.registry_version,
             edge.steering
         ))?;
+        if let Some(refused) = &edge.refused {
+            output::data(format_args!(
+                "           registry version {} is refused: {}",
+                refused.registry_version, refused.message
+            ))?;
+        }
+        if !edge.interfaces_gone.is_empty() {
+            let gone = edge.interfaces_gone.join(", ");
+            output::data(format_args!("           not on {gone}, which is gone"))?;
+        }
     }
     for (index, shard) in status.shards.iter().enumerate() {
         output::data(format_args!(

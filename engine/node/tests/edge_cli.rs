@@ -8,10 +8,16 @@ mod site;
 use std::path::Path;
 use std::process::Command;
 
-use common::namespace::{OPERATOR, STRANGER, privileged};
+use caps::Capability;
+use common::namespace::{OPERATOR, Pinned, STRANGER, privileged};
+use common::process::{Privileges, assert_harmless, bits, children, threads};
 use common::{eventually, millrace, stderr, stdout, text};
-use millrace_edge::edge::Edge;
-use millrace_edge::pins::Pins;
+use libbpf_rs::Link;
+use millrace_edge::edge::{AttachOptions, Edge};
+use millrace_edge::pins::{Kind, Pins};
+use millrace_edge::state::{AttachMode, State};
+use millrace_edge_policy::rules::{Bounds, compile};
+use millrace_edge_policy::settings::{DefaultAction, Kind as ServiceKind, Mode, Service, Settings};
 use site::{ELSEWHERE, PORT, Site, allow_all_but_the_stranger, rule};
 
 #[test]
@@ -177,6 +183,97 @@ fn a_running_node_waits_for_the_probation_and_keeps_what_was_confirmed() {
     site.talk(OPERATOR, PORT).unwrap();
 }
 
+// Protects what is in force from whoever dies in between: a node that runs finishes it, or puts its own in its place.
+#[test]
+fn a_running_node_mends_what_somebody_left_by_halves() {
+    if !privileged("a_running_node_mends_what_somebody_left_by_halves") {
+        return;
+    }
+    let mut site = Site::new("halves", "");
+    let _server = site.serve(PORT);
+    site.registry.set_firewall(&allow_all_but_the_stranger());
+    site.start_node();
+    let settled = |enforce: bool, above: u32| {
+        eventually("the state has followed", || {
+            let state = State::read(&site.pinned.pins()).unwrap();
+            (state.enforce == enforce && state.set > above).then_some(state.set)
+        })
+    };
+    let set = settled(false, 0);
+    site.json("apply", &["--mode", "enforce", "--confirm", "60s"]);
+    let edge = Edge::adopt(&site.pinned.pins()).unwrap();
+    // Whoever confirms dies before table and state have followed.
+    edge.confirm().unwrap();
+    let set = settled(true, set);
+    let table = site.pair.node.nft("-s list table inet millrace");
+    let mut unstamped = table.lines().filter(|line| line.contains("unstamped"));
+    assert!(unstamped.all(|line| line.contains("drop")), "{table}");
+    site.assert_denied(STRANGER);
+
+    // Whoever publishes dies before anything has followed, and nobody knows what was meant.
+    let settings = Settings {
+        mode: Mode::Enforce,
+        services: vec![Service {
+            port: PORT,
+            kind: ServiceKind::Tcp,
+            default_action: DefaultAction::Deny,
+        }],
+        ..Settings::default()
+    };
+    let bounds = Bounds {
+        rules_max: 1,
+        nodes4_max: 16,
+        nodes6_max: 16,
+    };
+    let nobody = compile(&settings, &[], bounds).unwrap();
+    edge.publish(&nobody, set + 5, None).unwrap();
+    settled(true, set + 5);
+    site.talk(OPERATOR, PORT).unwrap();
+}
+
+// Protects counts and stress from everything slow: the lease is renewed while `nft` takes its time.
+#[test]
+fn the_lease_goes_on_while_nft_hangs() {
+    if !privileged("the_lease_goes_on_while_nft_hangs") {
+        return;
+    }
+    let mut site = Site::new("slow", "mode = \"enforce\"");
+    let file = |name: &str| site.folder.path().join(name);
+    let (hold, held) = (file("hold"), file("held"));
+    std::fs::create_dir(file("bin")).unwrap();
+    // Waits as long as there is a file `hold`.
+    let script = format!(
+        "#!/bin/sh\nwhile [ -e {0:?} ]; do : > {1:?}; sleep 0.02; done\nPATH=\"$REAL_PATH\" exec nft \"$@\"\n",
+        hold, held
+    );
+    std::fs::write(file("bin/nft"), script).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(file("bin/nft"), mode).unwrap();
+    let path = std::env::var("PATH").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_millrace"));
+    command
+        .env("REAL_PATH", &path)
+        .env("PATH", format!("{}:{path}", text(&file("bin"))));
+    site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
+    let Site { node, pair, .. } = &mut site;
+    pair.node.enter(|| node.start_by(command));
+
+    let edge = Edge::adopt(&site.pinned.pins()).unwrap();
+    let lease = || edge.maps().control.load(0).lease_until_ns;
+    std::fs::write(&hold, "").unwrap();
+    let version = site.registry.set_firewall(&allow_all_but_the_stranger());
+    eventually("nft hangs", || held.exists().then_some(()));
+    let before = lease();
+    eventually("the lease is renewed for longer than it lasts", || {
+        (lease() > before + 2 * 500_000_000).then_some(())
+    });
+    assert_ne!(site.node.status()["edge"]["registry_version"], version);
+    std::fs::remove_file(&hold).unwrap();
+    eventually("the node follows", || {
+        (site.node.status()["edge"]["registry_version"] == version).then_some(())
+    });
+}
+
 #[test]
 fn a_node_whose_edge_was_detached_puts_nothing_back() {
     if !privileged("a_node_whose_edge_was_detached_puts_nothing_back") {
@@ -261,6 +358,246 @@ fn an_invalid_set_is_refused_and_the_last_good_one_stays() {
     follows(&site, mended);
     site.talk(STRANGER, PORT).unwrap();
     assert_eq!(site.node.get("/healthz").0, 200);
+}
+
+/// A rule that no version may have.
+const BROKEN: &str = "[[firewall]]\nscope = \"global\"\naction = \"perhaps\"\n";
+
+// Protects whoever is attacked while the registry is wrong: what they do goes on top of the last good rules.
+#[test]
+fn an_operator_can_act_while_the_newest_rules_are_refused() {
+    if !privileged("an_operator_can_act_while_the_newest_rules_are_refused") {
+        return;
+    }
+    let mut site = Site::new("under", "");
+    let _server = site.serve(PORT);
+    let good = site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
+    site.json("attach", &[]);
+    assert!(site.status()["refused"].is_null());
+    let broken = site.registry.set_firewall(BROKEN);
+    let refused = |status: &serde_json::Value| {
+        assert_eq!(status["registry_version"], good, "{status}");
+        assert_eq!(status["refused"]["registry_version"], broken, "{status}");
+        let message = status["refused"]["message"].as_str().unwrap();
+        assert!(message.contains("perhaps"), "{message}");
+    };
+    let prefix = format!("{STRANGER}/32");
+
+    // No node runs.
+    assert_eq!(
+        site.xdp("apply", &["--mode", "enforce"]).status.code(),
+        Some(78)
+    );
+    refused(&site.status());
+    let applied = site.json("apply", &["--mode", "enforce", "--last-good"]);
+    assert_eq!(applied["mode"], "enforce");
+    refused(&applied);
+    site.talk(STRANGER, PORT).unwrap();
+    refused(&site.json("deny", &[&prefix, "--for", "1h"]));
+    site.assert_denied(STRANGER);
+    site.talk(OPERATOR, PORT).unwrap();
+
+    // A node that starts now holds to it, and to what comes.
+    site.start_node();
+    eventually("the node says so", || {
+        let edge = site.node.status()["edge"].clone();
+        (edge["registry_version"] != 0).then(|| refused(&edge))
+    });
+    site.assert_denied(STRANGER);
+    let said = site.xdp("allow", &[&prefix, "--for", "1h"]);
+    assert!(said.status.success(), "{}", stderr(&said));
+    assert!(
+        stderr(&said).contains(&format!("registry version {broken} is refused")),
+        "{}",
+        stderr(&said)
+    );
+    site.talk(STRANGER, PORT).unwrap();
+    refused(&site.status());
+
+    // A version that is right again replaces it.
+    let mended = site.registry.set_firewall(&allow_all_but_the_stranger());
+    eventually("the node follows", || {
+        (site.node.status()["edge"]["registry_version"] == mended).then_some(())
+    });
+    let status = site.status();
+    assert_eq!(status["registry_version"], mended);
+    assert!(status["refused"].is_null(), "{status}");
+    assert!(site.node.status()["edge"]["refused"].is_null());
+}
+
+// Protects a node whose registry came from its peers: a command that does not have it puts no older one in force.
+#[test]
+fn a_command_that_knows_an_older_registry_keeps_the_newer_rules() {
+    if !privileged("a_command_that_knows_an_older_registry_keeps_the_newer_rules") {
+        return;
+    }
+    let site = Site::new("older", "mode = \"enforce\"");
+    let _server = site.serve(PORT);
+    site.registry.set_firewall(&rule("deny", "10.77.0.0/24"));
+    let newest = site.registry.set_firewall(&allow_all_but_the_stranger());
+    site.json("attach", &[]);
+    for suffix in ["toml", "sig"] {
+        let file = format!("{newest:012}.{suffix}");
+        std::fs::remove_file(site.registry.dir.join(file)).unwrap();
+    }
+    let applied = site.json("apply", &[]);
+    assert_eq!(applied["registry_version"], newest, "{applied}");
+    site.talk(OPERATOR, PORT).unwrap();
+    site.assert_denied(STRANGER);
+}
+
+fn counter(site: &Site, name: &str) -> u64 {
+    let metrics = site.node.get("/metrics").1;
+    let mut lines = metrics.lines();
+    let line = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.unwrap().parse::<f64>().unwrap() as u64
+}
+
+// Protects ports and outbound rules from a firewall service that starts: the table is back, by the helper of a node without capabilities.
+#[test]
+fn a_table_that_others_remove_comes_back() {
+    const RESTORED: &str = "millrace_edge_tables_restored_total";
+    if !privileged("a_table_that_others_remove_comes_back") {
+        return;
+    }
+    let mut site = Site::new("flush", "mode = \"enforce\"");
+    let outbound = "[[firewall]]\nscope = \"global\"\ndirection = \"outbound\"\naction = \"deny\"\n\
+                    prefixes = [\"198.51.100.0/24\"]\n";
+    let rules = rule("allow", "10.77.0.0/24") + outbound;
+    let version = site.registry.set_firewall(&rules);
+    site.start_node();
+    eventually("the node has put its set in force", || {
+        (site.node.status()["edge"]["registry_version"] == version).then_some(())
+    });
+    let set = site.status()["set"].clone();
+    let table = |site: &Site| site.pair.node.nft("-s list table inet millrace");
+    let whole = table(&site);
+    assert!(whole.contains("198.51.100.0/24"), "{whole}");
+    for (times, change) in (1..).zip([
+        "flush ruleset",
+        "flush chain inet millrace input",
+        "add rule inet millrace input accept",
+    ]) {
+        site.pair.node.nft(change);
+        eventually("the table is put back", || {
+            (counter(&site, RESTORED) == times).then_some(())
+        });
+        assert_eq!(table(&site), whole, "after {change}");
+    }
+    // What is done elsewhere is nobody's business here, and commands are no strangers.
+    site.pair.node.nft("add table inet other");
+    site.json("apply", &[]);
+    let prefix = format!("{STRANGER}/32");
+    let denied = site.json("deny", &[&prefix])["set"].as_u64().unwrap();
+    // The state is the last that is written.
+    eventually("the node has followed", || {
+        let state = State::read(&site.pinned.pins()).unwrap();
+        (u64::from(state.set) > denied).then_some(())
+    });
+    assert_eq!(counter(&site, RESTORED), 3);
+    site.pair.node.nft("delete chain inet millrace output");
+    eventually("the next change is seen", || {
+        (counter(&site, RESTORED) == 4).then_some(())
+    });
+    assert_eq!(table(&site), whole);
+    assert_ne!(site.status()["set"], set, "the sets were others");
+    assert!(site.pair.node.nft("list tables").contains("other"));
+}
+
+// Protects a node whose network card was taken out of the system and put back: it is closed for that time alone.
+#[test]
+fn an_interface_that_is_made_anew_has_the_program_again() {
+    if !privileged("an_interface_that_is_made_anew_has_the_program_again") {
+        return;
+    }
+    let mut site = Site::new("anew", "mode = \"enforce\"");
+    let _server = site.serve(PORT);
+    site.registry.set_firewall(&allow_all_but_the_stranger());
+    site.start_node();
+    site.talk(OPERATOR, PORT).unwrap();
+    let index = |site: &Site| {
+        site.pair
+            .node
+            .ip("-o link show mr0")
+            .split(':')
+            .next()
+            .unwrap()
+            .to_owned()
+    };
+    let before = index(&site);
+
+    site.pair.unplug();
+    eventually("the node says what is gone", || {
+        let gone = site.node.status()["edge"]["interfaces_gone"].clone();
+        (gone == serde_json::json!(["mr0"])).then_some(())
+    });
+    assert_eq!(counter(&site, "millrace_edge_interfaces_gone"), 1);
+    assert_eq!(site.status()["interfaces"][0]["gone"], true);
+
+    site.pair.plug();
+    assert_ne!(index(&site), before);
+    eventually("the program is on it again", || {
+        (site.status()["interfaces"][0]["gone"] == false).then_some(())
+    });
+    assert_eq!(site.status()["interfaces"].as_array().unwrap().len(), 1);
+    site.talk(OPERATOR, PORT).unwrap();
+    site.assert_denied(STRANGER);
+    let counted = |times: u64| {
+        eventually("the node has counted it", || {
+            (counter(&site, "millrace_edge_interfaces_reattached_total") == times
+                && counter(&site, "millrace_edge_interfaces_gone") == 0)
+                .then_some(())
+        });
+    };
+    counted(1);
+
+    // Nor does it stay open where somebody takes the program off by other means.
+    let pin = format!("edge-{}", index(&site));
+    let pin = site.pinned.pins().path(Kind::Link, &pin);
+    Link::open(&pin).unwrap().detach().unwrap();
+    counted(2);
+    site.talk(OPERATOR, PORT).unwrap();
+    site.assert_denied(STRANGER);
+}
+
+// Protects the log: what cannot be attached is said once, however often it is tried, and attached when it can be.
+#[test]
+fn an_interface_that_refuses_the_program_is_said_once() {
+    if !privileged("an_interface_that_refuses_the_program_is_said_once") {
+        return;
+    }
+    let mut site = Site::new("taken", "xdp = \"native\"\nmode = \"enforce\"");
+    site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
+    site.start_node();
+    site.pair.unplug();
+    // The next one of this name has somebody else's program.
+    let node = &site.pair.node;
+    node.ip("link add mr9 type veth peer name mr8");
+    let other = Pinned(site.folder.path().join("other"));
+    let options = AttachOptions {
+        interfaces: vec!["mr9".into()],
+        mode: AttachMode::Native,
+        ..AttachOptions::default()
+    };
+    drop(node.enter(|| Edge::attach(&other.pins(), &options).unwrap()));
+    node.ip("link set mr9 name mr0");
+    eventually("it is tried again and again", || {
+        (counter(&site, "millrace_edge_attach_failures_total") >= 2).then_some(())
+    });
+    drop(other);
+    eventually("the program is on it again", || {
+        (site.status()["interfaces"][0]["gone"] == false).then_some(())
+    });
+    let times = |words: &str| {
+        let lines = site.node.says.lock().unwrap();
+        lines.iter().filter(|line| line.contains(words)).count()
+    };
+    // The last of all lines about it.
+    eventually("it says so", || {
+        (times("the edge is on it again") == 1).then_some(())
+    });
+    assert_eq!(times("the edge cannot be attached to it"), 1);
+    assert_eq!(times("another program is attached there"), 1);
 }
 
 #[test]
@@ -361,36 +698,12 @@ fn a_trace_names_the_limit_that_decides() {
     );
 }
 
-/// The capabilities of a thread in each of its sets.
-fn capabilities(status: &Path) -> Vec<(String, u64)> {
-    let text = std::fs::read_to_string(status).unwrap();
-    let sets = text.lines().filter_map(|line| {
-        let (name, bits) = line.strip_prefix("Cap")?.split_once(':')?;
-        Some((name.to_owned(), u64::from_str_radix(bits.trim(), 16).ok()?))
-    });
-    sets.collect()
-}
-
-fn assert_harmless(process: u32) {
-    let kept = 1u64 << caps::Capability::CAP_IPC_LOCK.index();
-    let threads = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
-    let threads: Vec<_> = threads.map(|thread| thread.unwrap().path()).collect();
-    assert!(threads.len() > 2, "{threads:?}");
-    for thread in threads {
-        let sets = capabilities(&thread.join("status"));
-        assert_eq!(sets.len(), 5);
-        for (name, bits) in sets {
-            assert_eq!(bits & !kept, 0, "{name} of {}", thread.display());
-        }
-    }
-}
-
-fn children(process: u32) -> Vec<u32> {
-    let path = format!("/proc/{process}/task/{process}/children");
-    let text = std::fs::read_to_string(path).unwrap();
-    let numbers = text.split_whitespace();
-    numbers.map(|number| number.parse().unwrap()).collect()
-}
+/// What loading, attaching and nftables take.
+const HELPERS: [Capability; 3] = [
+    Capability::CAP_BPF,
+    Capability::CAP_NET_ADMIN,
+    Capability::CAP_PERFMON,
+];
 
 #[test]
 fn rules_outlive_a_killed_node_and_the_next_one_adopts_them() {
@@ -413,6 +726,14 @@ fn rules_outlive_a_killed_node_and_the_next_one_adopts_them() {
     assert_harmless(site.node.pid());
     let helpers = children(site.node.pid());
     assert_eq!(helpers.len(), 1, "{helpers:?}");
+    // It keeps what programs and nftables take, and what it executes gets no more.
+    for thread in threads(helpers[0]) {
+        let held = Privileges::of(&thread);
+        assert!(held.no_new_privileges, "{held:?}");
+        for set in ["Prm", "Eff", "Bnd"] {
+            assert_eq!(held.capabilities[set], bits(&HELPERS), "{set}");
+        }
+    }
     site.assert_denied(STRANGER);
 
     site.node.kill();
@@ -441,6 +762,40 @@ fn rules_outlive_a_killed_node_and_the_next_one_adopts_them() {
     });
     assert_eq!(site.node.stop(), Some(0));
     site.assert_denied(STRANGER);
+}
+
+// Protects an edge from a second node, whose keys and counts would be another's.
+#[test]
+fn an_edge_has_one_node() {
+    if !privileged("an_edge_has_one_node") {
+        return;
+    }
+    let mut site = Site::new("claim", "mode = \"enforce\"");
+    let _server = site.serve(PORT);
+    site.registry.set_firewall(&allow_all_but_the_stranger());
+    site.start_node();
+    let mut second = site.another_node("10.77.0.3");
+    let config = ["node", "--config", text(&second.config)];
+    let refused = site.pair.node.enter(|| millrace(&config));
+    assert_eq!(refused.status.code(), Some(1));
+    let said = stderr(&refused);
+    let place = format!("another node uses the edge at {}", text(&site.pinned.0));
+    assert!(said.contains(&place), "{said}");
+    assert!(!second.socket.exists());
+
+    assert_eq!(site.node.status()["edge"]["place"], "kernel");
+    let version = site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
+    eventually("the first goes on", || {
+        (site.node.status()["edge"]["registry_version"] == version).then_some(())
+    });
+    site.talk(STRANGER, PORT).unwrap();
+
+    site.node.kill();
+    site.pair.node.enter(|| second.start());
+    let adopted = second.said.iter().any(|line| line.contains("edge adopted"));
+    assert!(adopted, "{:?}", second.said);
+    assert_eq!(second.status()["edge"]["place"], "kernel");
+    assert_eq!(second.stop(), Some(0));
 }
 
 #[test]

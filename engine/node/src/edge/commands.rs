@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use millrace_edge::edge::{AttachOptions, Edge, EdgeError};
 use millrace_edge::load::LoadOptions;
-use millrace_edge::nft::{Nft, NftError, Table};
+use millrace_edge::nft::Nft;
 use millrace_edge::pins::Pins;
 use millrace_edge::publish::{PublishError, Publisher};
 use millrace_edge::state::AttachMode;
@@ -16,7 +16,7 @@ use millrace_protocol::registry::RegistryConfig;
 use millrace_tuning::NodeConfig;
 
 use super::force::{self, Done, Order, Turn};
-use super::{plan, sets, show};
+use super::{plan, show};
 use crate::cli::{
     XdpApplyArgs, XdpAttachArgs, XdpCommand, XdpPlace, XdpPlaceArgs, XdpTemporaryArgs,
 };
@@ -55,10 +55,10 @@ fn attach(args: &XdpAttachArgs) -> Result<Exit, Failure> {
     let pins = Pins::at(&config.edge.pins);
     let turn = Turn::wait(&pins)?;
     let edge = Edge::attach(&pins, &options).map_err(|error| of_edge(&error))?;
-    let attached = put(&edge, &turn, &config, &paths, Mode::Count, None);
+    let attached = put(&edge, &turn, &config, &paths, How::good(Mode::Count));
     if attached.is_err() {
         // Half an edge would be worse than none. The first error is the one to tell.
-        let _ = Edge::detach(&pins);
+        let _ = force::take_away(&pins, &turn);
     }
     say(&attached?, args.json)
 }
@@ -68,15 +68,37 @@ fn apply(args: &XdpApplyArgs) -> Result<Exit, Failure> {
     let pins = Pins::at(&config.edge.pins);
     let turn = Turn::wait(&pins)?;
     let edge = Edge::adopt(&pins).map_err(|error| of_edge(&error))?;
-    let mode = plan::mode(args.mode.as_ref().unwrap_or(&config.edge.mode));
-    let probation = args.confirm.map(millrace_tuning::Period::get);
-    let done = put(&edge, &turn, &config, &paths, mode, probation)?;
-    if let Some(period) = probation {
+    let how = How {
+        mode: plan::mode(args.mode.as_ref().unwrap_or(&config.edge.mode)),
+        probation: args.confirm.map(millrace_tuning::Period::get),
+        or_last_good: args.last_good,
+    };
+    let done = put(&edge, &turn, &config, &paths, how)?;
+    if let Some(period) = how.probation {
         output::message(format_args!(
             "on probation: `millrace xdp confirm` within {period:?} keeps it, else the kernel goes back"
         ));
     }
     say(&done, args.json)
+}
+
+/// How a command puts a set in force.
+#[derive(Debug, Clone, Copy)]
+struct How {
+    mode: Mode,
+    probation: Option<Duration>,
+    or_last_good: bool,
+}
+
+impl How {
+    /// For good, and only with good rules.
+    fn good(mode: Mode) -> Self {
+        Self {
+            mode,
+            probation: None,
+            or_last_good: false,
+        }
+    }
 }
 
 /// Puts in force what config and registry folder say now.
@@ -85,8 +107,7 @@ fn put(
     turn: &Turn,
     config: &NodeConfig,
     paths: &Paths,
-    mode: Mode,
-    probation: Option<Duration>,
+    how: How,
 ) -> Result<Done, Failure> {
     let identity = keys::read(&paths.key_file)?;
     let follower = Follower::new(
@@ -100,17 +121,22 @@ fn put(
         config,
         port: config.listen.address.port(),
         firewall: &versions.firewall(&config.edge.roles),
-        mode,
-        probation,
+        mode: how.mode,
+        probation: how.probation,
+        or_last_good: how.or_last_good,
     };
-    force::put(edge, turn, &order, nft)
-}
-
-fn nft(table: &Table) -> Result<(), Failure> {
-    Nft::default().apply(table).map_err(|error| of_nft(&error))
+    let nft = Nft::default();
+    let planned = force::plan(edge, turn, &order, &nft)?;
+    force::put(edge, turn, &order, planned, &nft)
 }
 
 fn say(done: &Done, json: bool) -> Result<Exit, Failure> {
+    if let Some(refused) = &done.refused {
+        output::message(format_args!(
+            "warning: registry version {} is refused, the rules of version {} stay: {}",
+            refused.registry_version, done.registry_version, refused.message
+        ));
+    }
     if json {
         output::json(done)?;
     } else {
@@ -131,10 +157,10 @@ fn confirm(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
     let turn = Turn::wait(&pins)?;
     let edge = Edge::adopt(&pins).map_err(|error| of_edge(&error))?;
     match edge.confirm() {
-        Err(EdgeError::Publish(PublishError::NoProbation)) if force::is_half_confirmed(&edge) => {}
+        Err(EdgeError::Publish(PublishError::NoProbation)) if force::is_half_done(&edge) => {}
         confirmed => confirmed.map_err(|error| of_edge(&error))?,
     }
-    let set = force::confirmed(&edge, &turn, nft)?;
+    let set = force::confirmed(&edge, &turn, &Nft::default())?;
     plain(args.json, "confirmed", set)
 }
 
@@ -150,13 +176,9 @@ fn revert(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
 
 fn detach(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
     let pins = pins(&args.place)?;
-    let _turn = Turn::wait(&pins)?;
+    let turn = Turn::wait(&pins)?;
     let present = pins.is_present();
-    // The program first: without it, the table closes the ports instead of leaving them open.
-    Edge::detach(&pins).map_err(|error| of_edge(&error))?;
-    Nft::default().remove().map_err(|error| of_nft(&error))?;
-    force::forget_pending(&pins)?;
-    sets::remove(&pins);
+    force::take_away(&pins, &turn)?;
     if !present {
         output::message(format_args!(
             "nothing of this version was pinned at {}",
@@ -171,6 +193,8 @@ fn temporary(args: &XdpTemporaryArgs, action: RuleAction) -> Result<Exit, Failur
     let pins = Pins::at(&config.edge.pins);
     let turn = Turn::wait(&pins)?;
     let edge = Edge::adopt(&pins).map_err(|error| of_edge(&error))?;
+    // Or it would be in the mode before that of a command that died.
+    force::finish(&edge, &turn, &Nft::default())?;
     let mut state = force::read_state(edge.pins())?;
     let before = state.temporary.clone();
     let now = SystemTime::now();
@@ -189,7 +213,12 @@ fn temporary(args: &XdpTemporaryArgs, action: RuleAction) -> Result<Exit, Failur
     } else {
         Mode::Count
     };
-    let done = put(&edge, &turn, &config, &paths, mode, None);
+    // Whoever is under attack must not wait for a registry that is right.
+    let how = How {
+        or_last_good: true,
+        ..How::good(mode)
+    };
+    let done = put(&edge, &turn, &config, &paths, how);
     if done.is_err() {
         // Or it would come with the next set. The first error is the one to tell.
         let _ = force::read_state(edge.pins()).and_then(|mut state| {
@@ -255,8 +284,4 @@ pub(crate) fn of_edge(error: &EdgeError) -> Failure {
         _ => Exit::Failed,
     };
     Failure::new(exit, error.to_string())
-}
-
-fn of_nft(error: &NftError) -> Failure {
-    Failure::new(Exit::Failed, error.to_string())
 }

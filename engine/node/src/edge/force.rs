@@ -1,8 +1,11 @@
 //! Puts sets in force: for a command, and for a node whose registry changed.
 //!
-//! 1. The words of its rules, the kernel, nftables, the state, in this order: whoever dies in between leaves what the next one repeats.
+//! 1. Everything is checked first, also by nftables. Then: the words of its rules, what is pending, the kernel, nftables, the state, in this
+//!    order: whoever dies in between leaves what the next one finishes.
 //! 2. A set on probation changes neither nftables nor the state before it is confirmed, so nothing but the kernel has to go back.
 //! 3. Whoever changes set, table or state has the [`Turn`] from before it reads until it has written.
+//! 4. Where the newest rules are refused, those of the set in force stand in for them if the order allows it: they are always good. So they do
+//!    for somebody who knows older ones, as a command does whose registry folder lacks what the node has from its peers.
 
 use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
@@ -10,17 +13,19 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use millrace_edge::edge::Edge;
-use millrace_edge::nft::Table;
+use millrace_edge::edge::{Edge, EdgeError};
+use millrace_edge::nft::{Nft, Table};
 use millrace_edge::pins::Pins;
-use millrace_edge::publish::{Publisher, Standing};
-use millrace_edge::state::{self, State};
+use millrace_edge::publish::{PublishError, Publisher, Standing};
+use millrace_edge::state::{self, Refused, State};
+use millrace_edge_policy::rules::{Compiled, Temporary};
 use millrace_edge_policy::settings::Mode;
 use millrace_tuning::NodeConfig;
 use serde::{Deserialize, Serialize};
 
 use super::commands::of_edge;
 use super::plan::{self, Firewall};
+use super::table::{self, Nftables};
 use super::{sets, show};
 use crate::exit::{Exit, Failure};
 
@@ -71,23 +76,17 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    /// Waits a little for a node that is just ending.
-    pub(crate) fn take(pins: &Pins) -> Result<Self, Failure> {
+    /// Waits a little for a node that is just ending; none if another one lives.
+    pub(crate) fn take(pins: &Pins) -> Result<Option<Self>, Failure> {
         let (locked, path) = open_beside(pins, NODE)?;
         let until = Instant::now() + CLAIM_PATIENCE;
         loop {
             match locked.try_lock() {
-                Ok(()) => return Ok(Self { _locked: locked }),
+                Ok(()) => return Ok(Some(Self { _locked: locked })),
                 Err(TryLockError::WouldBlock) if Instant::now() < until => {
                     std::thread::sleep(CLAIM_RETRY);
                 }
-                Err(TryLockError::WouldBlock) => {
-                    let message = format!(
-                        "another node uses the edge at {}; give each its own pins in [edge]",
-                        pins.root().display()
-                    );
-                    return Err(Failure::new(Exit::Failed, message));
-                }
+                Err(TryLockError::WouldBlock) => return Ok(None),
                 Err(TryLockError::Error(error)) => return Err(Failure::io(path.display(), &error)),
             }
         }
@@ -122,6 +121,25 @@ pub(crate) struct Order<'o> {
     pub(crate) mode: Mode,
     /// Only for so long unless it is confirmed.
     pub(crate) probation: Option<Duration>,
+    /// Where the firewall's rules are refused, take those of the set in force.
+    pub(crate) or_last_good: bool,
+}
+
+/// A set that is ready to be put in force.
+#[derive(Debug)]
+pub(crate) struct Planned {
+    set: Compiled,
+    /// Whose rules they are.
+    firewall: Firewall,
+    /// Why they are not the newest, if so.
+    pub(crate) refused: Option<Refused>,
+}
+
+impl Planned {
+    /// The version of the registry whose rules they are.
+    pub(crate) fn version(&self) -> u64 {
+        self.firewall.version
+    }
 }
 
 /// What is in force now.
@@ -133,81 +151,190 @@ pub(crate) struct Done {
     pub(crate) rules: usize,
     pub(crate) interfaces: Vec<String>,
     pub(crate) probation_seconds: Option<f64>,
+    /// A newer version of the registry, whose rules are refused.
+    pub(crate) refused: Option<Refused>,
 }
 
-/// A set that is on probation, and what follows when it is confirmed.
+/// A set that is about to be in force, and what follows once it is for good.
 #[derive(Debug, Serialize, Deserialize)]
 struct Pending {
     set: u32,
     enforce: bool,
     registry_version: u64,
+    refused: Option<Refused>,
     table: Table,
 }
 
-/// Compiles and publishes. `nft` replaces the table; with a probation it is not asked.
+/// Compiles, and asks nftables. Nothing is in force that was not; what the registry is refused for is written down.
+pub(crate) fn plan(
+    edge: &Edge,
+    turn: &Turn,
+    order: &Order<'_>,
+    nftables: &dyn Nftables,
+) -> Result<Planned, Failure> {
+    let publisher = Publisher::new(edge.maps());
+    let in_force = publisher.config().set;
+    if let Standing::Probation { left } = publisher.standing() {
+        let error = PublishError::Probation {
+            set: in_force,
+            left,
+        };
+        return Err(of_edge(&EdgeError::Publish(error)));
+    }
+    if let Err(failure) = finish(edge, turn, nftables) {
+        // What is asked for now takes its place.
+        tracing::warn!(%failure, "what somebody left unfinished stays so");
+    }
+    let mut state = read_state(edge.pins())?;
+    let of_set = sets::origin(edge.pins(), in_force)
+        .filter(|origin| origin.registry == order.config.registry.public_key);
+    let newest = match &of_set {
+        Some(origin) if origin.version > order.firewall.version => origin.firewall(order.firewall),
+        _ => order.firewall.clone(),
+    };
+    let failure = match compiled(order, &newest, &state.temporary, nftables) {
+        Ok(set) => {
+            return Ok(Planned {
+                set,
+                firewall: newest,
+                refused: None,
+            });
+        }
+        Err(failure) => failure,
+    };
+    let is_same = |origin: &sets::Origin| origin.version == newest.version;
+    // Of the host, the config or a temporary rule, and not of the registry.
+    if failure.exit != Exit::BadConfig || of_set.as_ref().is_some_and(is_same) {
+        return Err(failure);
+    }
+    let refused = Some(Refused {
+        registry_version: newest.version,
+        message: failure.message.clone(),
+    });
+    if state.refused != refused {
+        state.refused.clone_from(&refused);
+        write_state(edge.pins(), &state)?;
+    }
+    let Some(good) = of_set.filter(|_| order.or_last_good) else {
+        return Err(failure);
+    };
+    let firewall = Firewall {
+        version: good.version,
+        tables: good.tables,
+        ..newest
+    };
+    Ok(Planned {
+        set: compiled(order, &firewall, &state.temporary, nftables)?,
+        firewall,
+        refused,
+    })
+}
+
+fn compiled(
+    order: &Order<'_>,
+    firewall: &Firewall,
+    temporary: &[Temporary],
+    nftables: &dyn Nftables,
+) -> Result<Compiled, Failure> {
+    let settings = plan::settings(order.config, order.port, order.mode);
+    let set = plan::compiled(order.config, &settings, firewall, temporary)
+        .map_err(|error| Failure::new(Exit::BadConfig, error.to_string()))?;
+    nftables.check(&Table::of(&set))?;
+    Ok(set)
+}
+
+/// Publishes what was planned in the same turn, and changes nftables; with a probation, what comes after the kernel waits for [`confirmed`].
 pub(crate) fn put(
     edge: &Edge,
-    _turn: &Turn,
+    turn: &Turn,
     order: &Order<'_>,
-    nft: impl FnOnce(&Table) -> Result<(), Failure>,
+    planned: Planned,
+    nftables: &dyn Nftables,
 ) -> Result<Done, Failure> {
-    let mut state = read_state(edge.pins())?;
-    let version = order.firewall.version;
-    let settings = plan::settings(order.config, order.port, order.mode);
-    let set = plan::compiled(order.config, &settings, order.firewall, &state.temporary)
-        .map_err(|error| Failure::new(Exit::BadConfig, error.to_string()))?;
+    let pins = edge.pins();
+    let state = read_state(pins)?;
     let in_force = Publisher::new(edge.maps()).config().set;
     // What waits, or has lapsed, keeps its number for itself.
-    let waits = read_pending(edge.pins()).map_or(0, |pending| pending.set);
-    state.set = state.set.max(in_force).max(waits) + 1;
-    sets::write(edge.pins(), state.set, in_force, &set)?;
-    edge.publish(&set, state.set, order.probation)
+    let waits = read_pending(pins).map_or(0, |pending| pending.set);
+    let number = state.set.max(in_force).max(waits) + 1;
+    let Planned {
+        set,
+        firewall,
+        refused,
+    } = planned;
+    let origin = sets::Origin::of(&firewall, order.config);
+    sets::write(pins, number, in_force, &set, &origin)?;
+    let pending = Pending {
+        set: number,
+        enforce: order.mode == Mode::Enforce,
+        registry_version: firewall.version,
+        refused: refused.clone(),
+        table: Table::of(&set),
+    };
+    write_pending(pins, &pending)?;
+    edge.publish(&set, number, order.probation)
         .map_err(|error| of_edge(&error))?;
     let sampling = millrace_edge::abi::EdgeSampling {
         every: plan::to_u32(order.config.edge.sample_every),
         ..Default::default()
     };
     edge.maps().sampling.store(0, &sampling);
-    let pending = Pending {
-        set: state.set,
-        enforce: order.mode == Mode::Enforce,
-        registry_version: version,
-        table: Table::of(&set),
-    };
-    match order.probation {
-        Some(_) => write_pending(edge.pins(), &pending)?,
-        None => {
-            settle(edge, &pending, nft)?;
-            forget_pending(edge.pins())?;
-        }
+    if order.probation.is_none() {
+        settle(edge, turn, &pending, nftables)?;
     }
     Ok(Done {
-        set: pending.set,
+        set: number,
         mode: show::mode_word(order.mode),
-        registry_version: version,
+        registry_version: firewall.version,
         rules: set.rules.len(),
         interfaces: state.interfaces.into_iter().map(|i| i.name).collect(),
         probation_seconds: order.probation.map(|period| period.as_secs_f64()),
+        refused,
     })
 }
 
 /// What follows a confirmation; the number of the set.
-pub(crate) fn confirmed(
-    edge: &Edge,
-    _turn: &Turn,
-    nft: impl FnOnce(&Table) -> Result<(), Failure>,
-) -> Result<u32, Failure> {
+pub(crate) fn confirmed(edge: &Edge, turn: &Turn, nftables: &dyn Nftables) -> Result<u32, Failure> {
+    let set = Publisher::new(edge.maps()).config().set;
     let pending = read_pending(edge.pins())?;
-    settle(edge, &pending, nft)?;
-    forget_pending(edge.pins())?;
-    Ok(pending.set)
+    if pending.set != set {
+        let message =
+            format!("nobody wrote down what follows set {set}; `millrace xdp apply` does");
+        return Err(Failure::new(Exit::Failed, message));
+    }
+    settle(edge, turn, &pending, nftables)?;
+    Ok(set)
 }
 
-/// Whether the set in force was confirmed in the kernel, and neither table nor state has followed: somebody died there, or `nft` refused.
-pub(crate) fn is_half_confirmed(edge: &Edge) -> bool {
+/// Whether the set in force is so for good, and table and state have not followed: somebody died there, or `nft` refused.
+pub(crate) fn is_half_done(edge: &Edge) -> bool {
     let publisher = Publisher::new(edge.maps());
-    publisher.standing() == Standing::Settled
+    !matches!(publisher.standing(), Standing::Probation { .. })
         && read_pending(edge.pins()).is_ok_and(|pending| pending.set == publisher.config().set)
+}
+
+/// Does what is left of what somebody did by halves; the number of the set.
+pub(crate) fn finish(
+    edge: &Edge,
+    turn: &Turn,
+    nftables: &dyn Nftables,
+) -> Result<Option<u32>, Failure> {
+    if is_half_done(edge) {
+        confirmed(edge, turn, nftables).map(Some)
+    } else {
+        Ok(None)
+    }
+}
+
+/// Takes the edge away: the program first, because without it the table closes the ports instead of leaving them open.
+pub(crate) fn take_away(pins: &Pins, _turn: &Turn) -> Result<(), Failure> {
+    Edge::detach(pins).map_err(|error| of_edge(&error))?;
+    Nft::default()
+        .remove()
+        .map_err(|error| table::of_nft(&error))?;
+    table::forget(pins);
+    sets::remove(pins);
+    forget_pending(pins)
 }
 
 /// Nothing waits for a confirmation any more.
@@ -224,15 +351,18 @@ pub(crate) fn forget_pending(pins: &Pins) -> Result<(), Failure> {
 /// What a set that is in force for good implies: the table of nftables, and the state.
 fn settle(
     edge: &Edge,
+    turn: &Turn,
     pending: &Pending,
-    nft: impl FnOnce(&Table) -> Result<(), Failure>,
+    nftables: &dyn Nftables,
 ) -> Result<(), Failure> {
-    nft(&pending.table)?;
+    table::replace(edge.pins(), turn, nftables, &pending.table)?;
     let mut state = read_state(edge.pins())?;
     state.set = pending.set;
     state.enforce = pending.enforce;
     state.registry_version = Some(pending.registry_version);
-    write_state(edge.pins(), &state)
+    state.refused.clone_from(&pending.refused);
+    write_state(edge.pins(), &state)?;
+    forget_pending(edge.pins())
 }
 
 pub(crate) fn read_state(pins: &Pins) -> Result<State, Failure> {

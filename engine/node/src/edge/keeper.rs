@@ -1,34 +1,26 @@
-//! Keeps the edge true while the node runs: a thread that wakes several times in each lease.
+//! Keeps the edge true while the node runs: a thread that wakes several times in each lease, and one that follows what others change
+//! ([`Following`]).
 //!
-//! 1. A lease is renewed whatever else fails: rules that do not compile must not end counts and stress.
-//! 2. The set in force changes when the registry, the members, the temporary rules or the mode did, and not otherwise.
-//! 3. A set on probation is left alone.
-//! 4. An edge that somebody detached is not this node's any more: nothing is put in force behind their back.
+//! 1. A lease is renewed whatever else fails, and in time: the thread that renews it waits for nobody, neither for `nft` nor for a lock.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use millrace_edge::helper::Request;
 use millrace_edge::metrics::Counters;
-use millrace_edge::nft::Table;
 use millrace_edge::presence::Presence;
-use millrace_edge::publish::{Publisher, Standing};
+use millrace_edge::state::Refused;
 use millrace_edge_policy::reason::Reason;
-use millrace_edge_policy::rules::Temporary;
-use millrace_edge_policy::settings::Mode;
 use millrace_edge_policy::siphash::Key;
 use millrace_edge_policy::stress::{Level, Sample, Stress, StressConfig};
 use millrace_tuning::NodeConfig;
 
-use super::force::{self, Order, Turn};
-use super::plan::Firewall;
+use super::follow::Following;
 use super::start::{Kept, Kernel, unpredictable};
-use crate::exit::{Exit, Failure};
+use crate::exit::Failure;
 use crate::running::Running;
 
 /// Wakes in each lease, so that a late one costs nothing.
@@ -43,8 +35,23 @@ pub(crate) struct EdgeView {
     pub(crate) steering: &'static str,
     pub(crate) stress: AtomicU32,
     pub(crate) registry_version: AtomicU64,
+    /// A newer version whose rules are refused.
+    pub(crate) refused_now: Mutex<Option<Refused>>,
     /// Sets that were refused, by reason.
     pub(crate) refused: Mutex<BTreeMap<&'static str, u64>>,
+    /// How often the table of nftables was put back.
+    pub(crate) tables_restored: AtomicU64,
+    /// How often the program was put on an interface that was made anew.
+    pub(crate) reattached: AtomicU64,
+    /// How often it could not be.
+    pub(crate) attach_failures: AtomicU64,
+    /// Interfaces that it is not on, though it should.
+    pub(crate) gone: Mutex<Vec<String>>,
+}
+
+/// What somebody may have left in a panic is still to be seen.
+pub(crate) fn held<T>(of_view: &Mutex<T>) -> MutexGuard<'_, T> {
+    of_view.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl EdgeView {
@@ -55,7 +62,12 @@ impl EdgeView {
             steering: kept.steering,
             stress: AtomicU32::new(0),
             registry_version: AtomicU64::new(0),
+            refused_now: Mutex::default(),
             refused: Mutex::default(),
+            tables_restored: AtomicU64::new(0),
+            reattached: AtomicU64::new(0),
+            attach_failures: AtomicU64::new(0),
+            gone: Mutex::default(),
         }
     }
 
@@ -73,10 +85,10 @@ impl EdgeView {
     }
 }
 
-/// The thread; stops when dropped, and its lease with it.
+/// The threads; they stop when this is dropped, and the lease with them.
 pub(crate) struct Keeper {
-    stop: Option<SyncSender<()>>,
-    thread: Option<JoinHandle<()>>,
+    _keeping: Ticker,
+    _following: Option<Ticker>,
 }
 
 impl Keeper {
@@ -87,20 +99,71 @@ impl Keeper {
         view: Arc<EdgeView>,
     ) -> Result<Self, Failure> {
         let period = config.edge.lease.get() / WAKES_PER_LEASE;
-        let (stop, stopped) = sync_channel::<()>(0);
-        let thread = std::thread::Builder::new()
-            .name("millrace-edge".into())
-            .spawn(move || {
-                let mut keeping = Keeping::new(&node, &config, &kept, &view);
-                keeping.wake();
-                while stopped.recv_timeout(period) == Err(RecvTimeoutError::Timeout) {
-                    keeping.wake();
-                }
-                if let Some(presence) = &keeping.presence {
-                    presence.end();
+        let (config, kept) = (Arc::new(config), Arc::new(kept));
+        let following = kept.kernel.clone().map(|kernel| {
+            let of_follower = Following::new(
+                Arc::clone(&node),
+                Arc::clone(&config),
+                kernel,
+                Arc::clone(&kept.admission),
+                Arc::clone(&view),
+            );
+            Ticker::start("millrace-rules", period, move |ticks| {
+                let mut following = of_follower;
+                following.wake();
+                while ticks.next() {
+                    following.wake();
                 }
             })
-            .map_err(|error| Failure::io("the edge's thread", &error))?;
+        });
+        let keeping = Ticker::start("millrace-edge", period, move |ticks| {
+            let mut keeping = Keeping::new(&node, &config, &kept, &view);
+            keeping.wake();
+            while ticks.next() {
+                keeping.wake();
+            }
+            if let Some(presence) = &keeping.presence {
+                presence.end();
+            }
+        })?;
+        Ok(Self {
+            _following: following.transpose()?,
+            _keeping: keeping,
+        })
+    }
+}
+
+/// A thread that does something again and again until it is dropped.
+struct Ticker {
+    stop: Option<SyncSender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// When it does.
+struct Ticks {
+    stopped: Receiver<()>,
+    period: Duration,
+}
+
+impl Ticks {
+    /// Waits for the next one; false when there is none any more.
+    fn next(&self) -> bool {
+        self.stopped.recv_timeout(self.period) == Err(RecvTimeoutError::Timeout)
+    }
+}
+
+impl Ticker {
+    fn start(
+        name: &'static str,
+        period: Duration,
+        run: impl FnOnce(&Ticks) + Send + 'static,
+    ) -> Result<Self, Failure> {
+        let (stop, stopped) = sync_channel::<()>(0);
+        let ticks = Ticks { stopped, period };
+        let thread = std::thread::Builder::new()
+            .name(name.into())
+            .spawn(move || run(&ticks))
+            .map_err(|error| Failure::io("a thread of the edge", &error))?;
         Ok(Self {
             stop: Some(stop),
             thread: Some(thread),
@@ -108,7 +171,7 @@ impl Keeper {
     }
 }
 
-impl Drop for Keeper {
+impl Drop for Ticker {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
@@ -116,15 +179,6 @@ impl Drop for Keeper {
             let _ = thread.join();
         }
     }
-}
-
-/// What a set is made from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Basis {
-    version: u64,
-    members: Vec<IpAddr>,
-    temporary: Vec<Temporary>,
-    enforce: bool,
 }
 
 /// Packets so far whose address nobody has shown.
@@ -147,8 +201,6 @@ struct Keeping<'k> {
     stress: Stress,
     seen: Option<Pressed>,
     peers: Option<BTreeMap<u32, Key>>,
-    /// Of the last set that was tried.
-    basis: Option<Basis>,
 }
 
 impl<'k> Keeping<'k> {
@@ -171,7 +223,6 @@ impl<'k> Keeping<'k> {
             stress: Stress::new(StressConfig::default(), millrace_edge::clock::now_ns()),
             seen: None,
             peers: None,
-            basis: None,
         }
     }
 
@@ -182,7 +233,6 @@ impl<'k> Keeping<'k> {
         self.turn_keys();
         self.judge_stress();
         self.follow_peers();
-        self.follow_rules();
     }
 
     fn turn_keys(&mut self) {
@@ -259,98 +309,5 @@ impl<'k> Keeping<'k> {
                 ),
             }
         }
-    }
-
-    fn follow_rules(&mut self) {
-        let Some(kernel) = self.kept.kernel.clone() else {
-            return;
-        };
-        if !kernel.is_attached() {
-            return self.go_on_alone();
-        }
-        // Somebody who is at it now is followed the next time.
-        let Ok(Some(turn)) = Turn::now(kernel.edge.pins()) else {
-            return;
-        };
-        let firewall = self.node.versions.firewall(&self.config.edge.roles);
-        let Ok(mut state) = force::read_state(kernel.edge.pins()) else {
-            return;
-        };
-        state.expire(SystemTime::now());
-        let basis = Basis {
-            version: firewall.version,
-            members: firewall.members.clone(),
-            temporary: state.temporary,
-            enforce: state.enforce,
-        };
-        let waits = matches!(
-            Publisher::new(kernel.edge.maps()).standing(),
-            Standing::Probation { .. }
-        );
-        if self.basis.as_ref() == Some(&basis) || waits {
-            return;
-        }
-        self.kept.admission.set_kernel_charges(basis.enforce);
-        match self.put(&kernel, &turn, &firewall, basis.enforce) {
-            Ok(set) => {
-                self.view
-                    .registry_version
-                    .store(basis.version, Ordering::Relaxed);
-                tracing::info!(set, version = basis.version, "rules in force");
-            }
-            Err(failure) => {
-                tracing::error!(%failure, "rules refused; the last good set stays in force");
-                let reason = if failure.exit == Exit::BadConfig {
-                    "rules"
-                } else {
-                    "publish"
-                };
-                let mut refused = self
-                    .view
-                    .refused
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner);
-                *refused.entry(reason).or_default() += 1;
-            }
-        }
-        // Tried once: what was refused is refused again.
-        self.basis = Some(basis);
-    }
-
-    fn go_on_alone(&self) {
-        self.kept.admission.set_kernel_charges(false);
-        if !self.view.detached.swap(true, Ordering::Relaxed) {
-            tracing::error!(
-                "the edge was detached: user space holds caps and rates; restart the node when it is attached again"
-            );
-        }
-    }
-
-    fn put(
-        &mut self,
-        kernel: &Kernel,
-        turn: &Turn,
-        firewall: &Firewall,
-        enforce: bool,
-    ) -> Result<u32, Failure> {
-        let order = Order {
-            config: self.config,
-            port: self.node.address().port(),
-            firewall,
-            mode: if enforce { Mode::Enforce } else { Mode::Count },
-            probation: None::<Duration>,
-        };
-        let nft = |table: &Table| match &kernel.helper {
-            Some(helper) => helper
-                .request(&Request::ApplyNft(table.clone()))
-                .map_err(|error| Failure::new(Exit::Failed, error.to_string())),
-            // The table that is there closes the same ports; only outbound rules stay as they were.
-            None => Ok(()),
-        };
-        let done = force::put(&kernel.edge, turn, &order, nft)?;
-        if let Some(presence) = &mut self.presence {
-            presence.set_limits(&self.kept.settings.limits);
-        }
-        Ok(done.set)
     }
 }

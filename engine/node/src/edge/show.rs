@@ -6,7 +6,7 @@ use millrace_edge::edge::Edge;
 use millrace_edge::frame::{Description, Shape};
 use millrace_edge::metrics::{self, Counters};
 use millrace_edge::publish::{Publisher, Standing};
-use millrace_edge::state::State;
+use millrace_edge::state::{Refused, State};
 use millrace_edge::trace::{Decider, Trace};
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::settings::Mode;
@@ -36,6 +36,8 @@ struct Status {
     scope: &'static str,
     set: u32,
     registry_version: Option<u64>,
+    /// A newer version of the registry, whose rules are refused.
+    refused: Option<Refused>,
     probation_seconds_left: Option<f64>,
     stress: u32,
     lease_seconds_left: Option<f64>,
@@ -92,7 +94,11 @@ pub(crate) fn status(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
         .interfaces
         .iter()
         .map(|interface| {
-            let gone = if interface.gone { ", gone" } else { "" };
+            let gone = if interface.gone {
+                ", gone: a running node attaches again when it is back"
+            } else {
+                ""
+            };
             format!("{} ({}{gone})", interface.name, interface.xdp)
         })
         .collect();
@@ -110,6 +116,17 @@ pub(crate) fn status(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
         "mode        {}, scope {}, set {}, registry version {version}, {} temporary rules",
         status.mode, status.scope, status.set, status.temporary_rules
     ))?;
+    if status.mode == "count" {
+        output::data(
+            "            the program refuses nothing; a running node holds caps and rates by itself",
+        )?;
+    }
+    if let Some(refused) = &status.refused {
+        output::data(format_args!(
+            "refused     registry version {}: {}",
+            refused.registry_version, refused.message
+        ))?;
+    }
     if let Some(left) = status.probation_seconds_left {
         output::data(format_args!(
             "probation   {left:.0} s left; then the set before it is in force again"
@@ -174,6 +191,7 @@ fn status_of(edge: &Edge) -> Result<Status, Failure> {
         scope: if config.scope == 0 { "ports" } else { "host" },
         set: config.set,
         registry_version: state.registry_version,
+        refused: state.refused,
         probation_seconds_left: match publisher.standing() {
             Standing::Probation { left } => Some(left.as_secs_f64()),
             _ => None,

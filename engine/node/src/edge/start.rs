@@ -18,6 +18,7 @@ use millrace_edge::edge::{Edge, EdgeError};
 use millrace_edge::helper::{Helper, Setup};
 use millrace_edge::nft::Nft;
 use millrace_edge::pins::{Kind, Pins};
+use millrace_edge::ruleset::Watch;
 use millrace_edge::steer::Steering;
 use millrace_edge::{presence, privileges};
 use millrace_edge_policy::admission::{Admission, AdmissionConfig};
@@ -48,6 +49,8 @@ pub(crate) struct Kernel {
     pub(crate) edge: Edge,
     pub(crate) helper: Option<Helper>,
     pub(crate) counts: Counts,
+    /// News of nftables; none if the kernel tells none.
+    pub(crate) ruleset: Option<Watch>,
     /// As long as it is held, no other node takes this edge over.
     _claim: Claim,
     /// Which edge this is: another may be attached at the same place later.
@@ -134,11 +137,10 @@ pub(crate) fn prepare(
     let sockets = bind_unsteered(udp).map_err(|error| bind_failure(&error))?;
     let steering = steer(&sockets)?;
     let listens = sockets.first().map_or(udp.local, ShardSocket::local_addr);
-    let wanted = !config.edge.interfaces.is_empty();
-    let kernel = if wanted {
-        kernel(config, listens, firewall)
-    } else {
+    let kernel = if config.edge.interfaces.is_empty() {
         None
+    } else {
+        kernel(config, listens, firewall)?
     };
     let mode = match &kernel {
         Some(kernel) => kept_mode(&kernel.edge)?,
@@ -226,42 +228,67 @@ fn steer_by_program(sockets: &[ShardSocket]) -> Result<(), String> {
     attach_steering(sockets, program.as_fd()).map_err(|error| error.to_string())
 }
 
-/// The program in the kernel: what is pinned, or a new one if this process may.
-fn kernel(config: &NodeConfig, listens: SocketAddr, firewall: &Firewall) -> Option<Kernel> {
+/// The program in the kernel: what is pinned, or a new one if this process may. A failure only if it is another node's.
+fn kernel(
+    config: &NodeConfig,
+    listens: SocketAddr,
+    firewall: &Firewall,
+) -> Result<Option<Kernel>, Failure> {
     let pins = Pins::at(&config.edge.pins);
-    let found = Claim::take(&pins).and_then(|claim| {
-        let edge = adopt_or_attach(&pins, config, listens, firewall)?;
-        let run = u32::from_le_bytes(random()?[..4].try_into().unwrap_or([1; 4]));
-        let pinned = edge.pins().path(Kind::Map, "quic_sources");
-        let counts = MapHandle::from_pinned_path(&pinned)
-            .and_then(|map| Counts::new(map, run))
-            .map_err(|error| {
-                Failure::new(Exit::Failed, format!("{}: {error}", pinned.display()))
-            })?;
-        Ok(Kernel {
-            _claim: claim,
-            helper: helper(edge.pins()),
-            counts,
-            identity: identity(edge.pins()),
-            edge,
-            source_quic: plan::settings(config, listens.port(), Mode::Count)
-                .limits
-                .source_quic,
-        })
-    });
-    match found {
-        Ok(kernel) => Some(kernel),
-        Err(failure) => {
+    let found = match Claim::take(&pins) {
+        // Behind a program that has another node's keys, none of its own connections would work.
+        Ok(None) => {
+            let message = format!(
+                "another node uses the edge at {}; give each its own pins in [edge]",
+                pins.root().display()
+            );
+            return Err(Failure::new(Exit::Failed, message));
+        }
+        Ok(Some(claim)) => claimed(claim, &pins, config, listens, firewall),
+        Err(failure) => Err(failure),
+    };
+    Ok(found
+        .inspect_err(|failure| {
             output::message(format_args!(
                 "no edge in the kernel: {failure}; user space holds caps and rates by itself, without the firewall"
             ));
-            None
-        }
-    }
+        })
+        .ok())
+}
+
+fn claimed(
+    claim: Claim,
+    pins: &Pins,
+    config: &NodeConfig,
+    listens: SocketAddr,
+    firewall: &Firewall,
+) -> Result<Kernel, Failure> {
+    // Until everything of it is open: what is attached here in the meantime would be another edge.
+    let turn = Turn::wait(pins)?;
+    let edge = adopt_or_attach(pins, &turn, config, listens, firewall)?;
+    let run = u32::from_le_bytes(random()?[..4].try_into().unwrap_or([1; 4]));
+    let pinned = edge.pins().path(Kind::Map, "quic_sources");
+    let counts = MapHandle::from_pinned_path(&pinned)
+        .and_then(|map| Counts::new(map, run))
+        .map_err(|error| Failure::new(Exit::Failed, format!("{}: {error}", pinned.display())))?;
+    Ok(Kernel {
+        _claim: claim,
+        helper: helper(pins),
+        counts,
+        ruleset: Watch::open()
+            .inspect_err(|error| tracing::info!(%error, "nftables does not tell what changes"))
+            .ok(),
+        identity: identity(pins),
+        edge,
+        source_quic: plan::settings(config, listens.port(), Mode::Count)
+            .limits
+            .source_quic,
+    })
 }
 
 fn adopt_or_attach(
     pins: &Pins,
+    turn: &Turn,
     config: &NodeConfig,
     listens: SocketAddr,
     firewall: &Firewall,
@@ -272,19 +299,16 @@ fn adopt_or_attach(
             say_missing(config, &edge);
             Ok(edge)
         }
-        Err(EdgeError::Absent { .. }) => attach(config, listens, firewall, pins),
+        Err(EdgeError::Absent { .. }) => attach(config, listens, firewall, pins, turn),
         Err(error) => Err(super::commands::of_edge(&error)),
     }
 }
 
-/// Says which interfaces of the config the edge is not on: it was attached to others, or they were made anew since.
+/// Says which interfaces of the config the edge was not attached to. One that is gone is attached again when it is back.
 fn say_missing(config: &NodeConfig, edge: &Edge) {
     let attached = edge.interfaces().unwrap_or_default();
-    let is_live = |name: &String| {
-        let mut known = attached.iter().filter(|known| known.name == *name);
-        known.any(|known| edge.is_live(known))
-    };
-    for name in config.edge.interfaces.iter().filter(|name| !is_live(name)) {
+    let is_known = |name: &String| attached.iter().any(|known| known.name == *name);
+    for name in config.edge.interfaces.iter().filter(|name| !is_known(name)) {
         output::message(format_args!(
             "the edge is not on {name}: `millrace xdp detach` and `attach`, then start again"
         ));
@@ -296,6 +320,7 @@ fn attach(
     listens: SocketAddr,
     firewall: &Firewall,
     pins: &Pins,
+    turn: &Turn,
 ) -> Result<Edge, Failure> {
     let missing = privileges::missing();
     if !missing.is_empty() {
@@ -303,7 +328,6 @@ fn attach(
         let message = format!("attaching takes {}", names.join(", "));
         return Err(Failure::new(Exit::NotPermitted, message));
     }
-    let turn = Turn::wait(pins)?;
     let edge = Edge::attach(pins, &attach_options(config))
         .map_err(|error| super::commands::of_edge(&error))?;
     let order = Order {
@@ -312,13 +336,12 @@ fn attach(
         firewall,
         mode: plan::mode(&config.edge.mode),
         probation: None::<Duration>,
+        or_last_good: false,
     };
-    let nft = |table: &millrace_edge::nft::Table| {
-        Nft::default()
-            .apply(table)
-            .map_err(|error| Failure::new(Exit::Failed, error.to_string()))
-    };
-    match force::put(&edge, &turn, &order, nft) {
+    let nft = Nft::default();
+    let done = force::plan(&edge, turn, &order, &nft)
+        .and_then(|planned| force::put(&edge, turn, &order, planned, &nft));
+    match done {
         Ok(done) => {
             output::message(format_args!(
                 "edge attached to {}, mode {}",
@@ -329,8 +352,7 @@ fn attach(
         }
         Err(failure) => {
             // Half an edge would be worse than none. The first error is the one to tell.
-            let _ = Edge::detach(pins);
-            let _ = Nft::default().remove();
+            let _ = force::take_away(pins, turn);
             Err(failure)
         }
     }

@@ -1,7 +1,6 @@
 //! The edge on `/metrics`: what the program counted, and what keeps it.
 
 use std::fmt;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use millrace_edge::metrics::{Counters, hits};
@@ -9,7 +8,7 @@ use millrace_edge::publish::Publisher;
 use millrace_edge_policy::reason::Reason;
 
 use super::{Out, help_of};
-use crate::edge::keeper::EdgeView;
+use crate::edge::keeper::{EdgeView, held};
 use crate::edge::sets;
 use crate::edge::start::Kernel;
 
@@ -24,7 +23,7 @@ pub(super) fn write(view: &EdgeView, out: &mut Out<'_>) -> fmt::Result {
         "firewall_registry_version",
         view.registry_version.load(Ordering::Relaxed),
     )?;
-    let refused = view.refused.lock().unwrap_or_else(PoisonError::into_inner);
+    let refused = held(&view.refused);
     let refused = refused
         .iter()
         .map(|(reason, count)| (Some(("reason", (*reason).to_owned())), *count));
@@ -33,6 +32,20 @@ pub(super) fn write(view: &EdgeView, out: &mut Out<'_>) -> fmt::Result {
         help_of("millrace_edge_rules_refused"),
         refused,
     )?;
+    out.counter(
+        "millrace_edge_tables_restored",
+        view.tables_restored.load(Ordering::Relaxed),
+    )?;
+    out.counter(
+        "millrace_edge_interfaces_reattached",
+        view.reattached.load(Ordering::Relaxed),
+    )?;
+    out.counter(
+        "millrace_edge_attach_failures",
+        view.attach_failures.load(Ordering::Relaxed),
+    )?;
+    let gone = held(&view.gone).len();
+    out.gauge("millrace_edge_interfaces_gone", gone as u64)?;
     match &view.kernel {
         Some(kernel) => kernel_counters(kernel, out),
         None => Ok(()),

@@ -10,6 +10,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// `millrace` with arguments.
@@ -54,6 +55,8 @@ pub struct TestNode {
     pub socket: PathBuf,
     /// What it said until it listened, the last time it started.
     pub said: Vec<String>,
+    /// What it said since then.
+    pub says: Arc<Mutex<Vec<String>>>,
     process: Option<Child>,
 }
 
@@ -167,6 +170,7 @@ impl TestNode {
             config,
             socket: folder.join("admin.sock"),
             said: Vec::new(),
+            says: Arc::default(),
             process: None,
         }
     }
@@ -198,7 +202,13 @@ impl TestNode {
         }
         self.said = said;
         // What it says later must not fill the pipe.
-        std::thread::spawn(move || lines.for_each(drop));
+        let says = Arc::new(Mutex::new(Vec::new()));
+        self.says = Arc::clone(&says);
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                says.lock().unwrap().push(line);
+            }
+        });
     }
 
     /// The number of the process.

@@ -14,6 +14,8 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use super::eventually;
+
 /// The node, on interface `mr0`.
 pub const NODE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 /// The world, on interface `mr1`: whom a rule allows, as a rule.
@@ -99,28 +101,49 @@ impl Pair {
             node: Namespace::new(label),
             world: Namespace::new(label),
         };
-        let world = &pair.world.name;
-        pair.node.ip(&format!(
-            "link add mr0 type veth peer name mr1 netns {world}"
-        ));
-        pair.node.ip(&format!("addr add {NODE}/24 dev mr0"));
-        for address in [OPERATOR, STRANGER] {
-            pair.world.ip(&format!("addr add {address}/24 dev mr1"));
-        }
-        pair.node.ip("link set mr0 up");
-        pair.world.ip("link set mr1 up");
+        pair.plug();
         pair
     }
 
-    /// A TCP connection to the node from an address of the world, or why there is none after a moment.
-    pub fn connect(&self, from: Ipv4Addr, port: u16) -> std::io::Result<TcpStream> {
-        const MOMENT: Duration = Duration::from_millis(500);
+    /// Makes the cable, again if it was removed: its ends are new interfaces then.
+    pub fn plug(&self) {
+        let world = &self.world.name;
+        self.node.ip(&format!(
+            "link add mr0 type veth peer name mr1 netns {world}"
+        ));
+        self.node.ip(&format!("addr add {NODE}/24 dev mr0"));
+        for address in [OPERATOR, STRANGER] {
+            self.world.ip(&format!("addr add {address}/24 dev mr1"));
+        }
+        self.node.ip("link set mr0 up");
+        self.world.ip("link set mr1 up");
+        // The kernel lets packets out some time after that: what is sent before is lost, and said again after a second.
+        for (namespace, interface) in [(&self.node, "mr0"), (&self.world, "mr1")] {
+            eventually("the cable carries packets", || {
+                let shown = namespace.ip(&format!("link show dev {interface}"));
+                shown.contains("state UP").then_some(())
+            });
+        }
+    }
+
+    /// Removes the cable with both its ends.
+    pub fn unplug(&self) {
+        self.node.ip("link del mr0");
+    }
+
+    /// A TCP connection to the node from an address of the world, or why there is none after so long.
+    pub fn connect(
+        &self,
+        from: Ipv4Addr,
+        port: u16,
+        patience: Duration,
+    ) -> std::io::Result<TcpStream> {
         self.world.enter(|| {
             let from = SocketAddr::new(from.into(), 0);
             let to = SocketAddr::new(NODE.into(), port);
             let socket = socket(AddressFamily::INET, SocketType::STREAM, None)?;
             // Bounds `connect` too.
-            set_socket_timeout(&socket, Timeout::Send, Some(MOMENT))?;
+            set_socket_timeout(&socket, Timeout::Send, Some(patience))?;
             bind(&socket, &from)?;
             connect(&socket, &to)?;
             Ok(TcpStream::from(socket))

@@ -11,12 +11,16 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::common::namespace::{NODE, Pair, Pinned, STRANGER};
-use crate::common::{TestNode, TestRegistry, millrace, stderr, stdout, text};
+use crate::common::{TestNode, TestRegistry, eventually, millrace, stderr, stdout, text};
 
 /// A port that the edge owns.
 pub const PORT: u16 = 8080;
 /// A port that is none of its business.
 pub const ELSEWHERE: u16 = 2222;
+/// How long somebody waits for an answer that is to come: a bound, not a measure.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long somebody waits for an answer that is not to come.
+const MOMENT: Duration = Duration::from_millis(500);
 
 /// A node that is not started, in its namespace, and its registry. Dropped in this order.
 pub struct Site {
@@ -34,11 +38,7 @@ impl Site {
         let pair = Pair::new(label);
         let registry = TestRegistry::init(folder.path());
         let pinned = Pinned(folder.path().join("edge"));
-        let extra = format!(
-            "dir = {:?}\n[edge]\ninterfaces = [\"mr0\"]\ntcp_ports = [{PORT}]\npins = {:?}\nlease = \"500ms\"\n\
-             rules_max = 64\ntrie_nodes_max = 256\nlimiter_lines = 1024\nsources_max = 1024\npeers_max = 16\n{edge}",
-            registry.dir, pinned.0
-        );
+        let extra = config(&registry, &pinned) + edge;
         let state = folder.path().join("node");
         let node = TestNode::new(&state, &registry, &NODE.to_string(), &extra);
         registry.add(&node, &format!("{NODE}:4100"));
@@ -49,6 +49,14 @@ impl Site {
             registry,
             folder,
         }
+    }
+
+    /// Another node at another address, with the same pins.
+    pub fn another_node(&self, address: &str) -> TestNode {
+        self.pair.node.ip(&format!("addr add {address}/24 dev mr0"));
+        let extra = config(&self.registry, &self.pinned);
+        let state = self.folder.path().join("another");
+        TestNode::new(&state, &self.registry, address, &extra)
     }
 
     /// `millrace xdp` with this node's config.
@@ -98,7 +106,7 @@ impl Site {
     }
 
     pub fn talk(&self, from: Ipv4Addr, port: u16) -> std::io::Result<Session> {
-        let mut session = Session::new(self.pair.connect(from, port)?);
+        let mut session = Session::new(self.pair.connect(from, port, PATIENCE)?);
         session.types();
         session.hears_all();
         Ok(session)
@@ -107,9 +115,20 @@ impl Site {
     /// Nobody answers, and the edge says that it was its doing.
     pub fn assert_denied(&self, from: Ipv4Addr) {
         let (before, _) = self.packets("firewall_deny");
-        assert!(self.pair.connect(from, PORT).is_err());
-        assert!(self.packets("firewall_deny").0 > before);
+        assert!(self.pair.connect(from, PORT, MOMENT).is_err());
+        eventually("the edge counts it", || {
+            (self.packets("firewall_deny").0 > before).then_some(())
+        });
     }
+}
+
+/// What follows `[registry]` in a config.
+fn config(registry: &TestRegistry, pinned: &Pinned) -> String {
+    format!(
+        "dir = {:?}\n[edge]\ninterfaces = [\"mr0\"]\ntcp_ports = [{PORT}]\npins = {:?}\nlease = \"500ms\"\n\
+         rules_max = 64\ntrie_nodes_max = 256\nlimiter_lines = 1024\nsources_max = 1024\npeers_max = 16\n",
+        registry.dir, pinned.0
+    )
 }
 
 /// Echoes what comes to a port of the node. Ends when dropped.
@@ -154,9 +173,7 @@ pub struct Session {
 impl Session {
     pub fn new(stream: TcpStream) -> Self {
         stream.set_nodelay(true).unwrap();
-        stream
-            .set_read_timeout(Some(Duration::from_secs(30)))
-            .unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         Self {
             stream,
             typed: 0,

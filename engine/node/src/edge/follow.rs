@@ -1,0 +1,383 @@
+//! Follows what others change while the node runs: rules by the registry and by operators, the table of nftables and interfaces by the host.
+//!
+//! 1. It waits for `nft` and for the helper, so it is a thread of its own: nothing that must come in time comes from here.
+//! 2. The set in force changes when the registry, the members, the temporary rules or the mode did, or when somebody left one by halves, and
+//!    not otherwise. A set on probation is left alone.
+//! 3. An edge that somebody detached is not this node's any more: nothing is put in force behind their back.
+//! 4. What fails is said once; what may come right by itself is tried again after [`RETRY`].
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime};
+
+use millrace_edge::helper::Request;
+use millrace_edge::publish::{Publisher, Standing};
+use millrace_edge::state::Interface;
+use millrace_edge_policy::admission::Admission;
+use millrace_edge_policy::rules::Temporary;
+use millrace_edge_policy::settings::Mode;
+use millrace_tuning::NodeConfig;
+use rustix::net::{AddressFamily, SocketType, netdevice, socket};
+
+use super::commands::attach_options;
+use super::force::{self, Order, Planned, Turn};
+use super::keeper::{EdgeView, held};
+use super::start::Kernel;
+use super::table::{self, LeftAlone, Nftables};
+use crate::exit::{Exit, Failure};
+use crate::running::Running;
+
+/// What may come right by itself is left alone for so long: a process that is missing, an interface that is not ready.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Between two looks at the table, however often nftables changes: `nft` is a process.
+const TABLE_LOOK: Duration = Duration::from_secs(1);
+
+/// Between two looks at interfaces.
+const INTERFACES_LOOK: Duration = Duration::from_secs(1);
+
+/// What a set is made from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Basis {
+    version: u64,
+    members: Vec<IpAddr>,
+    temporary: Vec<Temporary>,
+    enforce: bool,
+}
+
+/// What was in force when a set was tried.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Found {
+    /// The kernel and the state agree.
+    settled: bool,
+    /// As the state says.
+    version: Option<u64>,
+}
+
+pub(super) struct Following {
+    node: Arc<Running>,
+    config: Arc<NodeConfig>,
+    kernel: Arc<Kernel>,
+    admission: Arc<Admission>,
+    view: Arc<EdgeView>,
+    /// Of the last set that was tried.
+    tried: Option<(Basis, Found)>,
+    /// Of the last set that this node put in force.
+    put: Option<Basis>,
+    retry_at: Option<Instant>,
+    /// Somebody changed something in nftables since the last look.
+    told: bool,
+    table_at: Instant,
+    interfaces_at: Instant,
+    said: BTreeMap<Topic, String>,
+}
+
+/// What a failure is about.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Topic {
+    Rules,
+    Table,
+    Interface(String),
+}
+
+impl Following {
+    pub(super) fn new(
+        node: Arc<Running>,
+        config: Arc<NodeConfig>,
+        kernel: Arc<Kernel>,
+        admission: Arc<Admission>,
+        view: Arc<EdgeView>,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            node,
+            config,
+            kernel,
+            admission,
+            view,
+            tried: None,
+            put: None,
+            retry_at: None,
+            // Of what came before, nobody told.
+            told: true,
+            table_at: now,
+            interfaces_at: now,
+            said: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn wake(&mut self) {
+        let kernel = Arc::clone(&self.kernel);
+        // Somebody who is at it now is followed the next time.
+        let Ok(Some(turn)) = Turn::now(kernel.edge.pins()) else {
+            return;
+        };
+        // In this order: whoever detaches has the turn.
+        if !kernel.is_attached() {
+            return self.go_on_alone();
+        }
+        self.follow_interfaces(&kernel);
+        self.follow_rules(&kernel, &turn);
+        self.follow_table(&kernel, &turn);
+    }
+
+    fn go_on_alone(&self) {
+        self.admission.set_kernel_charges(false);
+        if !self.view.detached.swap(true, Ordering::Relaxed) {
+            tracing::error!(
+                "the edge was detached: user space holds caps and rates; restart the node when it is attached again"
+            );
+        }
+    }
+
+    fn follow_rules(&mut self, kernel: &Kernel, turn: &Turn) {
+        let waits = matches!(
+            Publisher::new(kernel.edge.maps()).standing(),
+            Standing::Probation { .. }
+        );
+        let now = Instant::now();
+        if waits || self.retry_at.is_some_and(|at| now < at) {
+            return;
+        }
+        let (basis, found) = match self.basis(kernel, turn) {
+            Ok(basis) => basis,
+            Err(failure) => return self.refuse(&failure),
+        };
+        if self.tried.as_ref() == Some(&(basis.clone(), found.clone())) {
+            return;
+        }
+        self.admission.set_kernel_charges(basis.enforce);
+        match self.put(kernel, turn, &basis, &found) {
+            Ok(version) => {
+                let found = Found {
+                    settled: true,
+                    version: Some(version),
+                };
+                self.tried = Some((basis, found));
+                self.retry_at = None;
+                self.said.remove(&Topic::Rules);
+            }
+            Err(failure) => {
+                if failure.exit == Exit::BadConfig {
+                    // Tried once: what was refused is refused again.
+                    self.tried = Some((basis, found));
+                    let state = force::read_state(kernel.edge.pins());
+                    *held(&self.view.refused_now) = state.ok().and_then(|state| state.refused);
+                }
+                self.refuse(&failure);
+            }
+        }
+    }
+
+    /// What should be in force now; first, what somebody left by halves is finished.
+    fn basis(&self, kernel: &Kernel, turn: &Turn) -> Result<(Basis, Found), Failure> {
+        if let Some(set) = force::finish(&kernel.edge, turn, nftables(kernel))? {
+            tracing::info!(set, "finished what somebody left by halves");
+        }
+        let mut state = force::read_state(kernel.edge.pins())?;
+        state.expire(SystemTime::now());
+        let firewall = self.node.versions.firewall(&self.config.edge.roles);
+        let found = Found {
+            settled: Publisher::new(kernel.edge.maps()).config().set == state.set,
+            version: state.registry_version,
+        };
+        let basis = Basis {
+            version: firewall.version,
+            members: firewall.members,
+            temporary: state.temporary,
+            enforce: state.enforce,
+        };
+        Ok((basis, found))
+    }
+
+    /// Puts in force what is not yet; the version whose rules it has.
+    fn put(
+        &mut self,
+        kernel: &Kernel,
+        turn: &Turn,
+        basis: &Basis,
+        found: &Found,
+    ) -> Result<u64, Failure> {
+        let firewall = self.node.versions.firewall(&self.config.edge.roles);
+        let order = Order {
+            config: &self.config,
+            port: self.node.address().port(),
+            firewall: &firewall,
+            mode: if basis.enforce {
+                Mode::Enforce
+            } else {
+                Mode::Count
+            },
+            probation: None::<Duration>,
+            or_last_good: true,
+        };
+        let planned = force::plan(&kernel.edge, turn, &order, nftables(kernel))?;
+        let version = planned.version();
+        self.note_refused(&planned);
+        let planned_basis = Basis {
+            version,
+            ..basis.clone()
+        };
+        let as_planned = found.settled && found.version == Some(version);
+        if self.put.as_ref() != Some(&planned_basis) || !as_planned {
+            let done = force::put(&kernel.edge, turn, &order, planned, nftables(kernel))?;
+            tracing::info!(set = done.set, version, "rules in force");
+            self.put = Some(planned_basis);
+        }
+        self.view.registry_version.store(version, Ordering::Relaxed);
+        Ok(version)
+    }
+
+    /// Says, once, that older rules stand in for the newest.
+    fn note_refused(&self, planned: &Planned) {
+        {
+            let mut now = held(&self.view.refused_now);
+            if *now == planned.refused {
+                return;
+            }
+            now.clone_from(&planned.refused);
+        }
+        if let Some(refused) = &planned.refused {
+            tracing::error!(
+                version = refused.registry_version,
+                message = refused.message,
+                stays = planned.version(),
+                "rules refused; those of the last good version stay in force"
+            );
+            self.count_refused("rules");
+        }
+    }
+
+    /// Nothing has changed.
+    fn refuse(&mut self, failure: &Failure) {
+        let is_wrong = failure.exit == Exit::BadConfig;
+        self.retry_at = (!is_wrong).then(|| Instant::now() + RETRY);
+        if self.says(Topic::Rules, &failure.message) {
+            tracing::error!(%failure, "rules refused; the last good set stays in force");
+            self.count_refused(if is_wrong { "rules" } else { "publish" });
+        }
+    }
+
+    fn count_refused(&self, reason: &'static str) {
+        *held(&self.view.refused).entry(reason).or_default() += 1;
+    }
+
+    /// Puts the table back that others have changed or removed.
+    fn follow_table(&mut self, kernel: &Kernel, turn: &Turn) {
+        let Some(helper) = &kernel.helper else {
+            return;
+        };
+        // Without a subscription, it is looked at again and again.
+        self.told |= kernel.ruleset.as_ref().is_none_or(|w| w.has_changed());
+        let now = Instant::now();
+        if !self.told || now < self.table_at {
+            return;
+        }
+        // Before the look: what changes meanwhile is told again.
+        self.told = false;
+        self.table_at = now + TABLE_LOOK;
+        match table::restore(kernel.edge.pins(), turn, helper) {
+            Ok(restored) => {
+                self.said.remove(&Topic::Table);
+                if restored {
+                    self.view.tables_restored.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(
+                        "somebody changed or removed the table inet millrace of nftables: it is back"
+                    );
+                }
+            }
+            Err(failure) => {
+                self.told = true;
+                self.table_at = now + RETRY;
+                if self.says(Topic::Table, &failure.message) {
+                    tracing::error!(%failure, "cannot keep the table inet millrace of nftables");
+                }
+            }
+        }
+    }
+
+    /// Attaches again to interfaces that were made anew.
+    fn follow_interfaces(&mut self, kernel: &Kernel) {
+        let now = Instant::now();
+        if now < self.interfaces_at {
+            return;
+        }
+        self.interfaces_at = now + INTERFACES_LOOK;
+        let Ok(mut interfaces) = kernel.edge.interfaces() else {
+            // The rules say so.
+            return;
+        };
+        interfaces.retain(|interface| !kernel.edge.is_live(interface));
+        for interface in &interfaces {
+            if exists(&interface.name) {
+                self.attach_again(kernel, interface);
+            } else if self.says(Topic::Interface(interface.name.clone()), "gone") {
+                tracing::warn!(
+                    interface = interface.name,
+                    "an interface of the edge is gone; it is attached again when it is back"
+                );
+            }
+        }
+        interfaces.retain(|interface| !kernel.edge.is_live(interface));
+        let gone = interfaces.into_iter().map(|interface| interface.name);
+        *held(&self.view.gone) = gone.collect();
+    }
+
+    fn attach_again(&mut self, kernel: &Kernel, interface: &Interface) {
+        let name = &interface.name;
+        let request = Request::Attach {
+            interface: name.clone(),
+            // As it was asked for, and not what came of it on an interface that is no more.
+            mode: attach_options(&self.config).mode,
+        };
+        let attached = match &kernel.helper {
+            Some(helper) => helper.request(&request).map_err(|error| error.to_string()),
+            None => Err("there is no helper".to_owned()),
+        };
+        let topic = Topic::Interface(name.clone());
+        match attached {
+            Ok(()) => {
+                self.said.remove(&topic);
+                self.view.reattached.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(
+                    interface = name,
+                    "an interface was made anew: the edge is on it again"
+                );
+            }
+            Err(error) => {
+                self.view.attach_failures.fetch_add(1, Ordering::Relaxed);
+                self.interfaces_at = Instant::now() + RETRY;
+                if self.says(topic, &error) {
+                    tracing::error!(
+                        interface = name,
+                        error,
+                        "an interface was made anew, and the edge cannot be attached to it: closed in mode enforce"
+                    );
+                }
+            }
+        }
+    }
+
+    /// Whether this is something else than what was said last about the same.
+    fn says(&mut self, topic: Topic, message: &str) -> bool {
+        let before = self.said.insert(topic, message.to_owned());
+        before.as_deref() != Some(message)
+    }
+}
+
+/// Who changes nftables for this node.
+fn nftables(kernel: &Kernel) -> &dyn Nftables {
+    match &kernel.helper {
+        Some(helper) => helper,
+        None => &LeftAlone,
+    }
+}
+
+/// Whether the thread's network namespace has an interface of this name.
+fn exists(name: &str) -> bool {
+    socket(AddressFamily::INET, SocketType::DGRAM, None)
+        .and_then(|any| netdevice::name_to_index(any, name))
+        .is_ok()
+}

@@ -1,0 +1,163 @@
+//! The table `inet millrace` of nftables, as this host should have it: who changes it, and what becomes of it when others do.
+//!
+//! 1. What was put in force is written down beside the state, with its fingerprint: whoever looks later can tell a table that others changed.
+//! 2. Whoever changes or compares it has the [`Turn`].
+//! 3. `nft` alone can say how a table reads that was put in force. So a change by others in the milliseconds between the two is taken for ours,
+//!    until the next set.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::PathBuf;
+
+use millrace_edge::helper::{Helper, HelperError, Request};
+use millrace_edge::nft::{Fingerprint, Nft, NftError, RULE_REFUSED, Table};
+use millrace_edge::pins::Pins;
+use millrace_edge::state;
+use serde::{Deserialize, Serialize};
+
+use super::force::Turn;
+use crate::exit::{Exit, Failure};
+
+/// Follows the name of the pins.
+const FILE: &str = "table.json";
+
+/// Who changes nftables for this process.
+pub(crate) trait Nftables {
+    /// Whether nftables would take the table. A rule that it does not take is [`Exit::BadConfig`].
+    fn check(&self, table: &Table) -> Result<(), Failure>;
+    fn apply(&self, table: &Table) -> Result<(), Failure>;
+    /// None: there is no table.
+    fn fingerprint(&self) -> Result<Option<Fingerprint>, Failure>;
+}
+
+/// A command: it has the privileges.
+impl Nftables for Nft {
+    fn check(&self, table: &Table) -> Result<(), Failure> {
+        Self::check(self, table).map_err(|error| of_nft(&error))
+    }
+
+    fn apply(&self, table: &Table) -> Result<(), Failure> {
+        Self::apply(self, table).map_err(|error| of_nft(&error))
+    }
+
+    fn fingerprint(&self) -> Result<Option<Fingerprint>, Failure> {
+        Self::fingerprint(self).map_err(|error| of_nft(&error))
+    }
+}
+
+/// A node: its helper has them.
+impl Nftables for Helper {
+    fn check(&self, table: &Table) -> Result<(), Failure> {
+        let request = Request::CheckNft(table.clone());
+        self.request(&request).map_err(|error| of_helper(&error))
+    }
+
+    fn apply(&self, table: &Table) -> Result<(), Failure> {
+        let request = Request::ApplyNft(table.clone());
+        self.request(&request).map_err(|error| of_helper(&error))
+    }
+
+    fn fingerprint(&self) -> Result<Option<Fingerprint>, Failure> {
+        self.nft_fingerprint().map_err(|error| of_helper(&error))
+    }
+}
+
+/// A node without a helper: the table that is there closes the same ports; only outbound rules stay as they were.
+pub(crate) struct LeftAlone;
+
+impl Nftables for LeftAlone {
+    fn check(&self, _table: &Table) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn apply(&self, _table: &Table) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn fingerprint(&self) -> Result<Option<Fingerprint>, Failure> {
+        Ok(None)
+    }
+}
+
+/// What was put in force last.
+#[derive(Serialize, Deserialize)]
+struct Written {
+    table: Table,
+    /// None: somebody removed it in the same moment, or nobody could look.
+    fingerprint: Option<Fingerprint>,
+}
+
+/// Replaces the table.
+pub(crate) fn replace(
+    pins: &Pins,
+    _turn: &Turn,
+    nftables: &dyn Nftables,
+    table: &Table,
+) -> Result<(), Failure> {
+    nftables.apply(table)?;
+    write(
+        pins,
+        &Written {
+            table: table.clone(),
+            fingerprint: nftables.fingerprint()?,
+        },
+    )
+}
+
+/// Puts the table back if it is not what was put in force last; whether it was not.
+pub(crate) fn restore(pins: &Pins, turn: &Turn, nftables: &dyn Nftables) -> Result<bool, Failure> {
+    let Some(written) = read(pins)? else {
+        // Nothing was put in force yet.
+        return Ok(false);
+    };
+    let now = nftables.fingerprint()?;
+    if now.is_some() && now == written.fingerprint {
+        return Ok(false);
+    }
+    replace(pins, turn, nftables, &written.table)?;
+    Ok(true)
+}
+
+/// Forgets what was put in force.
+pub(crate) fn forget(pins: &Pins) {
+    // A file too many harms nobody: the next one replaces it.
+    let _ = fs::remove_file(path(pins));
+}
+
+fn write(pins: &Pins, written: &Written) -> Result<(), Failure> {
+    let path = path(pins);
+    let text = serde_json::to_vec(written)
+        .map_err(|error| Failure::new(Exit::Failed, error.to_string()))?;
+    state::replace(&path, &text).map_err(|error| Failure::io(path.display(), &error))
+}
+
+fn read(pins: &Pins) -> Result<Option<Written>, Failure> {
+    let path = path(pins);
+    let text = match fs::read(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Failure::io(path.display(), &error)),
+    };
+    serde_json::from_slice(&text)
+        .map(Some)
+        .map_err(|error| Failure::new(Exit::Failed, format!("{}: {error}", path.display())))
+}
+
+fn path(pins: &Pins) -> PathBuf {
+    pins.state_path().with_extension(FILE)
+}
+
+pub(crate) fn of_nft(error: &NftError) -> Failure {
+    Failure::new(exit_of(error.reason()), error.to_string())
+}
+
+fn of_helper(error: &HelperError) -> Failure {
+    Failure::new(exit_of(error.reason()), error.to_string())
+}
+
+fn exit_of(reason: &str) -> Exit {
+    match reason {
+        RULE_REFUSED => Exit::BadConfig,
+        _ => Exit::Failed,
+    }
+}
