@@ -53,10 +53,11 @@ pub struct Edge {
 }
 
 /// Programs that are pinned: not the one for tests, which charges and counts.
-const PINNED: [Program; 5] = [
+const PINNED: [Program; 6] = [
     Program::Edge,
     Program::EdgeTrace,
     Program::ConnState,
+    Program::ConnWalk,
     Program::Stamp,
     Program::Learn,
 ];
@@ -145,7 +146,8 @@ impl Edge {
         &self.maps
     }
 
-    /// Publishes a set under a number, holding the pins' lock: see [`Publisher::publish`].
+    /// Publishes a set under a number, holding the pins' lock: see [`Publisher::publish`]. Then counts TCP connections that are open
+    /// already: see [`Self::count_open`].
     ///
     /// # Errors
     ///
@@ -156,8 +158,10 @@ impl Edge {
         number: u32,
         probation: Option<Duration>,
     ) -> Result<(), EdgeError> {
-        let _lock = self.pins.lock_waiting()?;
-        Ok(Publisher::new(&self.maps).publish(set, number, probation)?)
+        let lock = self.pins.lock_waiting()?;
+        Publisher::new(&self.maps).publish(set, number, probation)?;
+        self.count_older(&lock);
+        Ok(())
     }
 
     /// Keeps the set that is on probation.
@@ -170,14 +174,39 @@ impl Edge {
         Ok(Publisher::new(&self.maps).confirm()?)
     }
 
-    /// Takes back the set that is on probation.
+    /// Takes back the set that is on probation, and counts as [`Self::publish`] does: ports that it did not declare may be back.
     ///
     /// # Errors
     ///
     /// [`PublishError::NoProbation`].
     pub fn revert(&self) -> Result<(), EdgeError> {
-        let _lock = self.pins.lock_waiting()?;
-        Ok(Publisher::new(&self.maps).revert()?)
+        let lock = self.pins.lock_waiting()?;
+        Publisher::new(&self.maps).revert()?;
+        self.count_older(&lock);
+        Ok(())
+    }
+
+    /// Counts TCP connections that are older than their port's declaration, once each, as far as a process that the caller can see
+    /// has accepted them. It takes no capability, and time by the number of files that are open on this host.
+    ///
+    /// # Errors
+    ///
+    /// [`EdgeError::Walk`]; some may be counted.
+    pub fn count_open(&self) -> Result<(), EdgeError> {
+        let lock = self.pins.lock_waiting()?;
+        self.walk(&lock)
+    }
+
+    /// As [`Self::count_open`], behind what puts ports in force: that is done, and stays so.
+    fn count_older(&self, lock: &Lock) {
+        if let Err(error) = self.walk(lock) {
+            tracing::warn!(%error, "a source may hold more connections than its cap until those it has close");
+        }
+    }
+
+    fn walk(&self, _lock: &Lock) -> Result<(), EdgeError> {
+        let walk = sys::walk(self.program(Program::ConnWalk));
+        walk.map_err(|source| EdgeError::Walk { source })
     }
 
     /// Interfaces that it is attached to.

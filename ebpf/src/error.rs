@@ -171,6 +171,12 @@ pub enum EdgeError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// TCP connections that are open already were not counted, or not all.
+    #[error("cannot count the TCP connections that are open already: {source}")]
+    Walk {
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The kernel gives no random bytes.
     #[error("cannot make keys: the kernel gives no random bytes: {source}")]
     Random {
@@ -205,6 +211,7 @@ impl EdgeError {
             Self::NotAttached { .. } => "not_attached",
             Self::Attach { .. } => "attach",
             Self::Update { .. } => "update",
+            Self::Walk { .. } => "walk",
             Self::Random { .. } => "random",
             Self::Namespace { .. } => "namespace",
         }

@@ -123,17 +123,20 @@ pub enum Program {
     Learn,
     /// Tracepoint: counts TCP connections.
     ConnState,
+    /// Iterator over files: counts those that are older than their port's declaration.
+    ConnWalk,
 }
 
 impl Program {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Edge,
         Self::EdgeTrace,
         Self::EdgeTest,
         Self::Stamp,
         Self::Learn,
         Self::ConnState,
+        Self::ConnWalk,
     ];
 
     /// Its name in the kernel.
@@ -146,6 +149,7 @@ impl Program {
             Self::Stamp => "stamp",
             Self::Learn => "learn",
             Self::ConnState => "conn_state",
+            Self::ConnWalk => "conn_walk",
         }
     }
 }
@@ -293,7 +297,7 @@ impl Loaded {
         let object = match program {
             Program::Edge | Program::EdgeTrace | Program::EdgeTest => &self.edge,
             Program::Stamp | Program::Learn => &self.stamp,
-            Program::ConnState => &self.conn_state,
+            Program::ConnState | Program::ConnWalk => &self.conn_state,
         };
         let found = object
             .progs_mut()

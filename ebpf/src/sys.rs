@@ -4,7 +4,8 @@
 #![allow(unsafe_code, reason = "calls libbpf")]
 
 use std::ffi::CString;
-use std::io;
+use std::fs::File;
+use std::io::{self, ErrorKind, Read as _};
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -25,6 +26,8 @@ pub(crate) enum Hook {
     TcxEgress,
     /// The kernel's own tracepoint that the program was loaded for; no interface.
     Tracepoint,
+    /// What the program was loaded to walk over; no interface. See [`walk`].
+    Iterator,
 }
 
 /// Flag of [`Hook::Xdp`]: in the driver, or not at all.
@@ -54,6 +57,7 @@ pub(crate) fn link_create(
         Hook::TcxIngress => libbpf_sys::BPF_TCX_INGRESS,
         Hook::TcxEgress => libbpf_sys::BPF_TCX_EGRESS,
         Hook::Tracepoint => libbpf_sys::BPF_TRACE_RAW_TP,
+        Hook::Iterator => libbpf_sys::BPF_TRACE_ITER,
     };
     // SAFETY: the options live through the call and say their own size.
     let fd = unsafe {
@@ -90,6 +94,29 @@ pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
 pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: the descriptor is open.
     checked(unsafe { libbpf_sys::bpf_link_detach(link.as_raw_fd()) }).map(drop)
+}
+
+/// Runs a program that prints nothing over all that it walks over.
+///
+/// # Errors
+///
+/// What the kernel says; it may have walked over some.
+pub(crate) fn walk(program: BorrowedFd<'_>) -> io::Result<()> {
+    let link = link_create(program, 0, Hook::Iterator)?;
+    // SAFETY: the descriptor is open.
+    let fd = checked(unsafe { libbpf_sys::bpf_iter_create(link.as_raw_fd()) })?;
+    // SAFETY: a fresh descriptor that nobody else owns.
+    let mut steps = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    loop {
+        match steps.read(&mut [0; 64]) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            // The kernel takes a breath after a million objects without a word.
+            Err(error)
+                if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Gives a map, program or link a name in a bpffs, which keeps it alive.

@@ -2,14 +2,22 @@
  *
  * 1. Only passive sockets on local ports that are declared as TCP, in the daemon's network namespace; a socket is
  *    counted once, when it is established, and given back once, when it closes: its storage says which. So two of
- *    these programs, as at a reload, count like one.
+ *    these programs, as at a reload, count like one. Sockets that were established before their port was declared, or
+ *    before this was attached, are counted by a walk over all files (`conn_walk`), as often as one likes.
  * 2. Counts are exact on any number of CPUs. A word that falls to zero is marked dead by compare-and-swap before its
  *    slot is deleted; who finds a dead word looks again. A slot of the hash table may meanwhile serve another source:
  *    half of the word is a mark of the source, so that a swap meant for one never hits the other.
  * 3. TIME_WAIT does not count: no socket is left then.
+ * 4. The tracepoint runs under the socket's lock, the walk does not: an open file keeps its socket alive. What a file holds
+ *    has been established, so that only closing can get in its way: a count is given back by whoever swaps it out of the
+ *    storage, and the walk, once it has counted, looks again whether the socket is there. The kernel unhashes it before it
+ *    says `TCP_CLOSE`, so the tracepoint finds the storage or the walk the closed socket. Two walks never run at a time.
+ * 5. The walk goes over files because `iter/tcp` is not safe beside traffic: the kernel takes references to requests that
+ *    have none yet, and locks sockets that a closing listener then resets nevertheless (seen with Linux 6.18).
  */
 #include "limit.h"
 #include "sources.h"
+#include <bpf/bpf_core_read.h>
 #include <bpf/bpf_tracing.h>
 
 char LICENSE[] SEC("license") = "GPL";
@@ -19,9 +27,18 @@ char LICENSE[] SEC("license") = "GPL";
 #define MARK_SHIFT 32
 #define MARK_MASK 0x7fffffffull /* 31 bits, below the one that says dead */
 
+/* In the second word of a storage whose count is being given back: no source ends so. */
+#define GIVEN_BACK (~0ull)
+
+/* `SOCK_BINDPORT_LOCK` of the kernel: the port was asked for by `bind`. */
+#define BOUND_TO_PORT 8
+
 /* Whose count a socket is in; a socket without it is in none. */
 struct counted {
-	struct edge_source source;
+	union {
+		struct edge_source source;
+		__u64 word[2];
+	};
 };
 
 struct {
@@ -113,12 +130,27 @@ EDGE_INLINE bool remote_address(const struct sock *sk, __u64 address[2])
 	return !address[0] && (__u32)address[1] == V4_MAPPED;
 }
 
+/* A connection of the source; `counted` says so for as long as it is open. */
+EDGE_INLINE void count_connection(struct sock *sk, const __u64 address[2], bool ipv4)
+{
+	struct counted counted = { .source = source_cap_key(address, ipv4) };
+
+	/* Storage without a count would be given back: it comes second, and whole. */
+	if (!count_add(&counted.source))
+		return;
+	if (!bpf_sk_storage_get(&connections, sk, &counted, BPF_SK_STORAGE_GET_F_CREATE))
+		count_remove(&counted.source);
+}
+
+EDGE_INLINE bool is_counted(struct sock *sk)
+{
+	return bpf_sk_storage_get(&connections, sk, NULL, 0);
+}
+
 /* The source has answered the handshake: now its limits are charged, and its count goes up. */
 EDGE_INLINE void established(struct sock *sk)
 {
 	struct edge_view view = { .control = edge_control_value() };
-	struct edge_source source;
-	struct counted *counted;
 	struct sketch_ask ask;
 	__u64 address[2];
 	bool ipv4;
@@ -129,32 +161,27 @@ EDGE_INLINE void established(struct sock *sk)
 	if (!is_ours(&view, sk))
 		return;
 	/* While one program takes the other's place, both see the socket. */
-	if (bpf_sk_storage_get(&connections, sk, NULL, 0))
+	if (is_counted(sk))
 		return;
 	ipv4 = remote_address(sk, address);
 	view_now(&view, EDGE_TRACEPOINT);
 	sketch_ask_source(&ask, &view, address, ipv4, EDGE_PURPOSE_TCP);
 	sketch_take_source(&ask, &view);
-	source = source_cap_key(address, ipv4);
-	counted = bpf_sk_storage_get(&connections, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!counted)
-		return;
-	if (count_add(&source))
-		counted->source = source;
-	else
-		bpf_sk_storage_delete(&connections, sk);
+	count_connection(sk, address, ipv4);
 }
 
 EDGE_INLINE void closed(struct sock *sk)
 {
-	struct counted *counted = bpf_sk_storage_get(&connections, sk, NULL, 0);
-	struct edge_source source;
+	struct counted *counted = bpf_sk_storage_get(&connections, sk, NULL, 0), given_back;
 
 	if (!counted)
 		return;
-	source = counted->source;
+	given_back.word[0] = counted->word[0];
+	given_back.word[1] = read_once(&counted->word[1]);
+	if (given_back.word[1] == GIVEN_BACK || !swap_once(&counted->word[1], given_back.word[1], GIVEN_BACK))
+		return;
 	bpf_sk_storage_delete(&connections, sk);
-	count_remove(&source);
+	count_remove(&given_back.source);
 }
 
 SEC("tp_btf/inet_sock_set_state")
@@ -163,6 +190,51 @@ int BPF_PROG(conn_state, struct sock *sk, int from, int to)
 	if (from == TCP_SYN_RECV && to == TCP_ESTABLISHED)
 		established(sk);
 	else if (to == TCP_CLOSE)
+		closed(sk);
+	return 0;
+}
+
+/* Whether the tracepoint has seen a connection open, or would have, and is yet to see it close. */
+EDGE_INLINE bool is_open(__u8 state)
+{
+	const __u32 open = 1 << TCP_ESTABLISHED | 1 << TCP_FIN_WAIT1 | 1 << TCP_FIN_WAIT2 | 1 << TCP_CLOSE_WAIT |
+			   1 << TCP_LAST_ACK | 1 << TCP_CLOSING;
+
+	return state < 32 && (open >> state & 1);
+}
+
+/* Whoever goes out from a port of ours has bound it: a listener's children are not bound themselves. (The kernel's own choice
+ * of a port spares those that somebody is bound to.) */
+EDGE_INLINE bool is_passive(const struct sock *sk)
+{
+	return !(BPF_CORE_READ_BITFIELD(sk, sk_userlocks) & BOUND_TO_PORT);
+}
+
+/* Counts what applications hold already; charges no rate: nobody knows when it was opened. */
+SEC("iter/task_file")
+int conn_walk(struct bpf_iter__task_file *ctx)
+{
+	struct edge_view view = { .control = edge_control_value() };
+	struct file *file = ctx->file;
+	struct socket *socket;
+	struct sock *sk;
+	__u64 address[2];
+	bool ipv4;
+
+	if (!file || !view.control)
+		return 0;
+	socket = bpf_sock_from_file(file);
+	if (!socket)
+		return 0;
+	sk = (struct sock *)bpf_skc_to_tcp_sock(socket->sk);
+	if (!sk || !is_open(sk->__sk_common.skc_state))
+		return 0;
+	view_choose_generation(&view, EDGE_TRACEPOINT);
+	if (!is_passive(sk) || !is_ours(&view, sk) || is_counted(sk))
+		return 0;
+	ipv4 = remote_address(sk, address);
+	count_connection(sk, address, ipv4);
+	if (!sk->__sk_common.skc_node.pprev)
 		closed(sk);
 	return 0;
 }

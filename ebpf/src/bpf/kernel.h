@@ -43,7 +43,17 @@ enum sk_action { SK_DROP = 0, SK_PASS };
 
 enum { AF_INET = 2, AF_INET6 = 10 };
 enum { IPPROTO_TCP = 6, IPPROTO_UDP = 17 };
-enum { TCP_ESTABLISHED = 1, TCP_SYN_RECV = 3, TCP_CLOSE = 7, TCP_LISTEN = 10 };
+enum {
+	TCP_ESTABLISHED = 1,
+	TCP_SYN_RECV = 3,
+	TCP_FIN_WAIT1 = 4,
+	TCP_FIN_WAIT2 = 5,
+	TCP_CLOSE = 7,
+	TCP_CLOSE_WAIT = 8,
+	TCP_LAST_ACK = 9,
+	TCP_LISTEN = 10,
+	TCP_CLOSING = 11,
+};
 
 struct xdp_md {
 	__u32 data;
@@ -142,18 +152,33 @@ typedef struct {
 	struct net *net;
 } possible_net_t;
 
+struct hlist_node {
+	struct hlist_node **pprev;
+};
+
 struct sock_common {
 	__be32 skc_daddr;
 	__u16 skc_num;
 	unsigned short skc_family;
+	volatile unsigned char skc_state;
 	possible_net_t skc_net;
 	struct in6_addr skc_v6_daddr;
+	struct hlist_node skc_node;
 };
 
 struct sock {
 	struct sock_common __sk_common;
+	__u8 sk_userlocks : 4;
 	__u32 sk_ack_backlog;
 	__u32 sk_max_ack_backlog;
+};
+
+struct socket {
+	struct sock *sk;
+};
+
+struct bpf_iter__task_file {
+	struct file *file;
 };
 
 #pragma clang attribute pop
