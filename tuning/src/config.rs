@@ -267,6 +267,10 @@ pub struct EdgeSection {
     pub quic_burst: u64,
     /// QUIC connections of one source.
     pub quic_connections_max: u64,
+    /// Half-open QUIC handshakes of one source.
+    pub quic_half_open_max: u64,
+    /// Half-open QUIC handshakes of one registry peer.
+    pub peer_half_open_max: u64,
     /// New TCP connections of one source per minute.
     pub tcp_per_minute: u64,
     /// New TCP connections of one source at once.
@@ -313,6 +317,9 @@ impl Default for EdgeSection {
             quic_per_minute: 1_000,
             quic_burst: 500,
             quic_connections_max: 100,
+            // A sixty-fourth of a shard's handshakes, and two restarts of a peer with all its connections.
+            quic_half_open_max: 16,
+            peer_half_open_max: 16,
             tcp_per_minute: 1_000,
             tcp_burst: 500,
             tcp_connections_max: 1_000,

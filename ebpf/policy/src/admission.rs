@@ -1,15 +1,18 @@
 //! Who may open a QUIC connection, decided in user space.
 //!
 //! Where no XDP program runs, or one that only counts, this holds the same caps and limits, with the reasons that user space can
-//! see; where one enforces, it validates tokens and keeps the exact count of connections. Asked once for each first packet and for each
-//! connection that opens or closes, by all shards at once; never for other packets.
+//! see; where one enforces, it validates tokens and keeps the exact counts of handshakes and connections. Asked once for each first packet
+//! and for each handshake or connection that begins or ends, by all shards at once; never for other packets.
 //!
 //! 1. A source is charged only when it has shown its address: by a token, or by completing a handshake.
 //! 2. Nothing about an address alone exempts it; a registry peer proves itself in its first packet.
-//! 3. The count of a source's connections is exact: every `opened` that was granted is closed once.
-//! 4. Memory is bounded: the sketch by its lines, the counts by `sources_max`.
+//! 3. The count of a source's connections is exact: every `opened` that was granted is closed once. So is that of its half-open
+//!    handshakes: every one that was accepted is over once.
+//! 4. Half-open handshakes are bounded alike whether the kernel charges or not: it does not see how they end.
+//! 5. Memory is bounded: the sketch by its lines, connections by `sources_max`, handshakes by those that the shards hold.
 
 mod counts;
+mod half_open;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -27,6 +30,7 @@ use crate::stress::Level;
 use crate::token::{self, BadToken, Minted, OriginalId};
 
 use counts::Counts;
+use half_open::HalfOpen;
 
 /// What may be admitted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,8 +41,15 @@ pub struct AdmissionConfig {
     pub caps: Caps,
     /// Sources that may have connections at a time.
     pub sources_max: usize,
-    /// With this many handshakes half open, who has not shown an address gets a Retry.
+    /// With this many handshakes half open on a shard, who has not shown an address gets a Retry.
     pub half_open_retry: usize,
+    /// With this many handshakes half open on a shard, only registry peers that prove themselves may begin another.
+    pub half_open_strangers_max: usize,
+    /// Handshakes of one source that may be half open, proven peers not counted; twice that for its IPv4 /24 or IPv6 /56, four times for its
+    /// /48. At most half of each without a token. 0: no bound.
+    pub half_open_source_max: u32,
+    /// Handshakes of one registry peer that proved itself that may be half open. 0: no bound.
+    pub half_open_peer_max: u32,
     /// Lines of each generation of the sketch: 128 bytes of memory for each.
     pub sketch_lines: usize,
 }
@@ -50,8 +61,59 @@ impl Default for AdmissionConfig {
             limits: Limits::default(),
             caps: Caps::default(),
             sources_max: 65_536,
-            half_open_retry: 512,
+            half_open_retry: 0,
+            half_open_strangers_max: 0,
+            half_open_source_max: 16,
+            half_open_peer_max: 16,
             sketch_lines: 1 << 14,
+        }
+        .with_handshakes(1_024)
+    }
+}
+
+impl AdmissionConfig {
+    /// The bounds of a shard that holds `handshakes_max` handshakes: half of them without asking for an address, all but a sixteenth
+    /// without a proof. A sixteenth, because [`stress`](crate::stress) is to rise to peers only, at nine tenths, before strangers find the
+    /// shard full.
+    #[must_use]
+    pub fn with_handshakes(self, handshakes_max: usize) -> Self {
+        Self {
+            half_open_retry: handshakes_max / 2,
+            half_open_strangers_max: handshakes_max - handshakes_max / 16,
+            ..self
+        }
+    }
+}
+
+/// By what a handshake may begin. It is counted by that until it is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entitlement {
+    /// There was room for one whose address nobody has shown.
+    Unvalidated,
+    /// A valid token, and the ID that the client began with: its address is shown.
+    Token(OriginalId),
+    /// The proof of the registry peer with this node tag.
+    Peer(u32),
+}
+
+/// Which bound of half-open handshakes is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Full {
+    /// What a shard holds for strangers.
+    Shard,
+    /// That of the source, or of its prefix.
+    Source,
+    /// That of the registry peer.
+    Peer,
+}
+
+impl Full {
+    /// Label on `/metrics`. No [`Reason`]: only user space knows it.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Shard => "handshakes_full",
+            Self::Source => "source_handshakes_full",
+            Self::Peer => "peer_handshakes_full",
         }
     }
 }
@@ -59,23 +121,21 @@ impl Default for AdmissionConfig {
 /// What becomes of a first packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum First {
-    /// A connection may begin.
-    Accept {
-        /// From a valid token: the ID that the client began with. Its address is shown.
-        original: Option<OriginalId>,
-        /// Node tag of the registry peer that proved itself.
-        peer: Option<u32>,
-    },
+    /// A handshake may begin, and counts as half open: [`Admission::handshake_over`] is due once.
+    Accept(Entitlement),
     /// It is answered with this.
     Retry(Minted),
     /// It ends here.
     Drop(Reason),
+    /// It ends here: too many handshakes are half open.
+    Full(Full),
 }
 
 /// Decides for all shards of a process.
 #[derive(Debug)]
 pub struct Admission {
     half_open_retry: usize,
+    half_open_strangers_max: usize,
     lines: OwnedLines,
     unvalidated: AtomicU64,
     stress: AtomicU32,
@@ -83,6 +143,7 @@ pub struct Admission {
     present: RwLock<Present>,
     housekeeping: Mutex<Housekeeping>,
     counts: Counts,
+    half_open: HalfOpen,
 }
 
 /// What holds now.
@@ -127,6 +188,7 @@ impl Admission {
         };
         Self {
             half_open_retry: config.half_open_retry,
+            half_open_strangers_max: config.half_open_strangers_max,
             lines: OwnedLines::new(config.sketch_lines),
             unvalidated: AtomicU64::new(0),
             stress: AtomicU32::new(Level::Normal as u32),
@@ -134,13 +196,14 @@ impl Admission {
             present: RwLock::new(present),
             housekeeping: Mutex::new(Housekeeping { schedule, rotation }),
             counts: Counts::new(config.caps.quic, config.sources_max),
+            half_open: HalfOpen::new(config.half_open_source_max, config.half_open_peer_max),
         }
     }
 
     /// What becomes of a packet that may begin a connection.
     ///
     /// `dcid` is its destination ID and belongs to no live connection, `token` its token (empty: none), `half_open` the handshakes
-    /// begun and not completed, `wall_ns` nanoseconds since 1970.
+    /// begun and not completed on the shard that asks, `wall_ns` nanoseconds since 1970.
     pub fn first_packet(
         &self,
         from: SocketAddr,
@@ -170,6 +233,21 @@ impl Admission {
             None => self.stranger(&present, &packet),
         };
         decided.unwrap_or_else(First::Drop)
+    }
+
+    /// A handshake that [`First::Accept`] let begin is over, well or badly.
+    pub fn handshake_over(&self, from: SocketAddr, by: Entitlement) {
+        self.half_open.end(Source::of(from.ip()), by);
+    }
+
+    /// Half-open handshakes of this source, those of proven peers not counted.
+    pub fn half_open(&self, source: Source) -> u32 {
+        self.half_open.of_source(source)
+    }
+
+    /// Half-open handshakes of the registry peer with this node tag.
+    pub fn half_open_of_peer(&self, tag: u32) -> u32 {
+        self.half_open.of_peer(tag)
     }
 
     /// A handshake completed without a token: its source has now shown its address, and is charged.
@@ -255,7 +333,10 @@ impl Admission {
 
     /// A registry peer that proved itself.
     fn proven(&self, present: &Present, packet: &Packet<'_>, tag: u32) -> Result<First, Reason> {
-        if !self.kernel_charges() {
+        self.begin(packet, Entitlement::Peer(tag), || {
+            if self.kernel_charges() {
+                return Ok(());
+            }
             let sketch = self.sketch(present);
             let proof = Source::from_bytes(std::array::from_fn(|i| packet.dcid[i])).words();
             let peer = [u64::from(tag), 0];
@@ -266,10 +347,7 @@ impl Admission {
             if !sketch.charge(peer, Purpose::Peer, 0, present.limits.peer, now_ns) {
                 return Err(Reason::QuicPeerBudget);
             }
-        }
-        Ok(First::Accept {
-            original: None,
-            peer: Some(tag),
+            Ok(())
         })
     }
 
@@ -283,47 +361,66 @@ impl Admission {
             return Err(Reason::QuicPeersOnly);
         }
         let original = packet.original(&present.keys)?;
-        let source = Source::of(packet.from.ip());
+        let source = packet.source();
         if self.counts.is_full(source) {
             return Err(Reason::QuicSourceCap);
         }
-        self.within_rates(present, source, original.is_some(), packet.now_ns)?;
-        if original.is_some() || self.may_be_unvalidated(present, stress, packet) {
-            return Ok(First::Accept {
-                original,
-                peer: None,
+        let sketch = self.sketch(present);
+        let limits = &settings::levels(present.limits.source_quic);
+        let (kernel_charges, now_ns) = (self.kernel_charges(), packet.now_ns);
+        if !kernel_charges && !sketch.look_source(source, Purpose::Quic, limits, now_ns) {
+            return Err(Reason::QuicSourceRate);
+        }
+        if let Some(original) = original {
+            if packet.half_open >= self.half_open_strangers_max {
+                return Ok(First::Full(Full::Shard));
+            }
+            return self.begin(packet, Entitlement::Token(original), || {
+                if kernel_charges || sketch.charge_source(source, Purpose::Quic, limits, now_ns) {
+                    Ok(())
+                } else {
+                    Err(Reason::QuicSourceRate)
+                }
             });
+        }
+        if stress == Level::Normal
+            && packet.half_open < self.half_open_retry
+            && self.begin_unvalidated(present, packet)
+        {
+            return Ok(First::Accept(Entitlement::Unvalidated));
         }
         token::mint(packet.dcid, packet.from, &present.keys, packet.now_ns)
             .map(First::Retry)
             .ok_or(Reason::QuicRetryFailed)
     }
 
-    /// Looks at all levels of the source, and charges them if it has shown its address.
-    fn within_rates(
+    /// Counts a handshake as half open where there is room and `charge` agrees. It is charged last: what is refused for want of room
+    /// costs nobody's rate.
+    fn begin(
         &self,
-        present: &Present,
-        source: Source,
-        shown: bool,
-        now_ns: u64,
-    ) -> Result<(), Reason> {
-        let sketch = self.sketch(present);
-        let limits = &settings::levels(present.limits.source_quic);
-        let within = self.kernel_charges()
-            || sketch.look_source(source, Purpose::Quic, limits, now_ns)
-                && (!shown || sketch.charge_source(source, Purpose::Quic, limits, now_ns));
-        if within {
-            Ok(())
-        } else {
-            Err(Reason::QuicSourceRate)
+        packet: &Packet<'_>,
+        by: Entitlement,
+        charge: impl FnOnce() -> Result<(), Reason>,
+    ) -> Result<First, Reason> {
+        if let Err(full) = self.half_open.begin(packet.source(), by) {
+            return Ok(First::Full(full));
         }
+        charge().inspect_err(|_| self.half_open.end(packet.source(), by))?;
+        Ok(First::Accept(by))
     }
 
-    fn may_be_unvalidated(&self, present: &Present, stress: Level, packet: &Packet<'_>) -> bool {
-        stress == Level::Normal
-            && packet.half_open < self.half_open_retry
-            && (self.kernel_charges()
-                || charge_word(&self.unvalidated, present.limits.unvalidated, packet.now_ns))
+    /// False: it shows its address first, which costs the owner of a forged address nothing.
+    fn begin_unvalidated(&self, present: &Present, packet: &Packet<'_>) -> bool {
+        let (source, by) = (packet.source(), Entitlement::Unvalidated);
+        if self.half_open.begin(source, by).is_err() {
+            return false;
+        }
+        let limit = present.limits.unvalidated;
+        let within = self.kernel_charges() || charge_word(&self.unvalidated, limit, packet.now_ns);
+        if !within {
+            self.half_open.end(source, by);
+        }
+        within
     }
 
     fn kernel_charges(&self) -> bool {
@@ -363,6 +460,10 @@ fn sketch_limits(limits: &Limits) -> impl Iterator<Item = Limit> {
 }
 
 impl Packet<'_> {
+    fn source(&self) -> Source {
+        Source::of(self.from.ip())
+    }
+
     /// What the token gives, if there is one.
     fn original(&self, keys: &Keys) -> Result<Option<OriginalId>, Reason> {
         if self.token.is_empty() {

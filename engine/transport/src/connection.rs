@@ -28,7 +28,7 @@ use crate::buffers::QuicConnection;
 use crate::carrier::Pumped;
 use crate::config::TransportConfig;
 use crate::counters::{Counter, Counters, Family};
-use crate::gate::Counted;
+use crate::gate::{Counted, HalfOpen};
 use crate::ids::{IdBytes, LiveIds};
 use crate::inbox::{Arrived, Inbox, Room, StreamFault, wants_answer};
 use crate::link::Link;
@@ -100,6 +100,8 @@ pub(crate) struct Connection {
     pub(crate) is_server: bool,
     /// The source of an inbound connection is still to be charged for it: it brought no token and no proof.
     pub(crate) is_uncharged: bool,
+    /// Until the handshake of an inbound connection is over.
+    pub(crate) held: Option<HalfOpen>,
     /// From when the handshake of an inbound connection has completed.
     pub(crate) counted: Option<Counted>,
     /// The dial that this is, until its handshake is done.
@@ -146,6 +148,7 @@ impl Connection {
             initial: None,
             is_server,
             is_uncharged: false,
+            held: None,
             counted: None,
             attempt: None,
             index: 0,

@@ -2,13 +2,14 @@
 //!
 //! Invariants
 //! 1. A connection is counted from the end of its handshake until it is removed, whatever removes it: the count is a guard that it owns.
-//! 2. Nothing here is asked for a packet of a connection that is known.
+//! 2. So is a handshake that a peer began, from its first packet until it is done or the connection is removed.
+//! 3. Nothing here is asked for a packet of a connection that is known.
 
 use std::fmt::Debug;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use millrace_edge_policy::admission::{Admission, First};
+use millrace_edge_policy::admission::{Admission, Entitlement, First};
 use millrace_edge_policy::cid::Keys;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::source::Source;
@@ -39,7 +40,8 @@ impl Gate {
         self.admission.keys()
     }
 
-    /// What becomes of a packet that may begin a connection; see [`Admission::first_packet`].
+    /// What becomes of a packet that may begin a connection; see [`Admission::first_packet`]. What is accepted is to be
+    /// [held](Self::hold) at once.
     pub(crate) fn first_packet(
         &self,
         header: &quiche::Header<'_>,
@@ -51,6 +53,15 @@ impl Gate {
         let token = header.token.as_deref().unwrap_or_default();
         self.admission
             .first_packet(from, &header.dcid, token, half_open, now_ns, wall_ns)
+    }
+
+    /// A handshake that [`Self::first_packet`] accepted: half open for as long as what this returns lives.
+    pub(crate) fn hold(&self, from: SocketAddr, by: Entitlement) -> HalfOpen {
+        HalfOpen {
+            admission: Arc::clone(&self.admission),
+            from,
+            by,
+        }
     }
 
     /// A source that came without token or proof has shown its address.
@@ -71,6 +82,20 @@ impl Gate {
             gate: self.clone(),
             from,
         })
+    }
+}
+
+/// A handshake that is counted.
+#[derive(Debug)]
+pub(crate) struct HalfOpen {
+    admission: Arc<Admission>,
+    from: SocketAddr,
+    by: Entitlement,
+}
+
+impl Drop for HalfOpen {
+    fn drop(&mut self) {
+        self.admission.handshake_over(self.from, self.by);
     }
 }
 

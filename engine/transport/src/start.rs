@@ -470,8 +470,8 @@ fn stop_all(handles: Vec<ShardHandle<Message>>) {
     }
 }
 
-/// Admits whoever comes, without a rate or a cap for a source; beyond half of the handshakes that may be open, strangers show their
-/// address first.
+/// Admits whoever comes, without a rate, a cap or a bound of handshakes for a source; beyond half of the handshakes that may be open,
+/// strangers show their address first, and the last of them are for peers.
 fn default_admission(config: &TransportConfig, clock: &Clock) -> Admission {
     let admission = AdmissionConfig {
         limits: Limits {
@@ -481,10 +481,12 @@ fn default_admission(config: &TransportConfig, clock: &Clock) -> Admission {
             ..Limits::default()
         },
         caps: Caps { quic: 0, tcp: 0 },
-        half_open_retry: config.handshakes_max / 2,
+        half_open_source_max: 0,
+        half_open_peer_max: 0,
         sketch_lines: 1 << 12,
         ..AdmissionConfig::default()
-    };
+    }
+    .with_handshakes(config.handshakes_max);
     Admission::new(admission, clock.ns(Instant::now()), random_bytes)
 }
 

@@ -456,7 +456,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "handshakes_max",
                 transport.handshakes_max,
                 integer(1, 65_535),
-                "Of them, connections that have not finished their handshake. The rest, connections_max less this, is what the memory budget counts in full."
+                "Of them, connections that have not finished their handshake; the last sixteenth is for registry peers that prove themselves. The rest, connections_max less this, is what the memory budget counts in full."
             ),
             field!(
                 NodeConfig,
@@ -599,6 +599,20 @@ pub(super) static SECTIONS: &[Section] = &[
                 edge.quic_connections_max,
                 integer(1, 1_000_000),
                 "QUIC connections of one source at a time."
+            ),
+            field!(
+                NodeConfig,
+                "quic_half_open_max",
+                edge.quic_half_open_max,
+                integer(2, 65_536),
+                "QUIC handshakes of one source (IPv4 address, IPv6 /64) that may be half open, on all shards together; twice that for its /24 or /56, four times for its /48. At most half of each without a token: more are answered by a Retry. With a token, more are dropped. transport.connect_timeout ends them."
+            ),
+            field!(
+                NodeConfig,
+                "peer_half_open_max",
+                edge.peer_half_open_max,
+                integer(8, 65_536),
+                "QUIC handshakes of one registry peer that proved itself that may be half open, wherever they come from; no source counts them."
             ),
             field!(
                 NodeConfig,

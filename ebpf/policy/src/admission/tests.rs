@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::cid::{HANDSHAKE_EPOCH_SHIFT, Place, ROAMING_EPOCH_SHIFT};
+use crate::stress::StressConfig;
 
 const NOW: u64 = 5_000_000_000_000;
 const WALL: u64 = 1_700_000_000_000_000_000;
@@ -25,6 +26,10 @@ fn config() -> AdmissionConfig {
         caps: Caps { quic: 2, tcp: 0 },
         sources_max: 3,
         half_open_retry: 10,
+        half_open_strangers_max: 15,
+        // Bounds of their own are tested in a place of their own.
+        half_open_source_max: 0,
+        half_open_peer_max: 0,
         sketch_lines: 1 << 8,
     }
 }
@@ -71,17 +76,11 @@ impl Admission {
 }
 
 fn accepted() -> First {
-    First::Accept {
-        original: None,
-        peer: None,
-    }
+    First::Accept(Entitlement::Unvalidated)
 }
 
 fn accepted_by_token() -> First {
-    First::Accept {
-        original: OriginalId::new(&DCID),
-        peer: None,
-    }
+    First::Accept(Entitlement::Token(OriginalId::new(&DCID).unwrap()))
 }
 
 #[track_caller]
@@ -119,6 +118,44 @@ fn many_half_open_handshakes_and_stress_ask_for_an_address() {
     assert_retry(&admission, admission.plain(from(3)), from(3));
 }
 
+// Protects peers: strangers with any number of addresses leave them room.
+#[test]
+fn what_a_shard_holds_last_is_for_proven_peers() {
+    let admission = admission();
+    let minted = admission.retried(from(1));
+    let token = |half_open| {
+        let (id, token) = (&minted.retry_id, &minted.token);
+        admission.first_packet(from(1), id, token, half_open, NOW, WALL)
+    };
+    assert_eq!(token(14), accepted_by_token());
+    assert_eq!(token(15), First::Full(Full::Shard));
+    let id = proof::make(9, NODE, [1; 6], from(1).ip(), WALL, PAIR);
+    let first = admission.first_packet(from(1), &id, &[], 15, NOW, WALL);
+    assert_eq!(first, First::Accept(Entitlement::Peer(NODE)));
+    // What was refused has cost the source nothing: two of its three are left.
+    assert_eq!(
+        [14, 14, 14].map(token),
+        [
+            accepted_by_token(),
+            accepted_by_token(),
+            First::Drop(Reason::QuicSourceRate)
+        ]
+    );
+}
+
+// Else strangers would fill a shard for good before stress shuts them out.
+#[test]
+fn stress_rises_to_peers_before_strangers_find_a_shard_full() {
+    let percent = StressConfig::default().peers.enter.half_open_percent;
+    for handshakes_max in [1, 10, 16, 100, 1_024, 65_535] {
+        let config = config().with_handshakes(handshakes_max);
+        let strangers = config.half_open_strangers_max;
+        assert!(strangers as u64 * 100 >= percent * handshakes_max as u64);
+        assert_eq!(strangers < handshakes_max, handshakes_max >= 16);
+        assert!(config.half_open_retry <= strangers);
+    }
+}
+
 #[test]
 fn under_the_highest_stress_only_proven_peers_come_in() {
     let admission = admission();
@@ -131,20 +168,14 @@ fn under_the_highest_stress_only_proven_peers_come_in() {
     );
     assert_eq!(
         admission.prove(from(1), 1),
-        First::Accept {
-            original: None,
-            peer: Some(NODE)
-        }
+        First::Accept(Entitlement::Peer(NODE))
     );
 }
 
 #[test]
 fn proofs_have_budgets_of_their_own() {
     let admission = admission();
-    let peer = First::Accept {
-        original: None,
-        peer: Some(NODE),
-    };
+    let peer = First::Accept(Entitlement::Peer(NODE));
     // The same proof twice, the burst of proofs; each of them costs the peer one of five.
     assert_eq!(
         [(); 3].map(|()| admission.prove(from(1), 1)),
@@ -328,10 +359,7 @@ fn what_the_kernel_charges_is_not_charged_twice() {
     admission.set_kernel_charges(true);
     for nonce in 0..50 {
         assert_eq!(admission.plain(from(1)), accepted());
-        let peer = First::Accept {
-            original: None,
-            peer: Some(NODE),
-        };
+        let peer = First::Accept(Entitlement::Peer(NODE));
         assert_eq!(admission.prove(from(1), nonce), peer);
         let minted = admission.retried(from(1));
         assert_eq!(

@@ -179,10 +179,12 @@ fn admission(config: &NodeConfig, settings: &Settings) -> Result<Admission, Fail
         limits: settings.limits,
         caps: settings.caps,
         sources_max: plan::to_usize(config.edge.sources_max),
-        // Of each shard.
-        half_open_retry: plan::to_usize(config.transport.handshakes_max / 2),
+        half_open_source_max: plan::to_u32(config.edge.quic_half_open_max),
+        half_open_peer_max: plan::to_u32(config.edge.peer_half_open_max),
         sketch_lines: plan::to_usize(config.edge.limiter_lines),
-    };
+        ..AdmissionConfig::default()
+    }
+    .with_handshakes(plan::to_usize(config.transport.handshakes_max));
     // Asked once before, so that an error is told instead of weak keys taken.
     random()?;
     Ok(Admission::new(

@@ -110,6 +110,7 @@ impl<H: Handler> Endpoint<H> {
         if std::mem::take(&mut connection.is_handshaking) {
             self.handshakes -= 1;
             self.half_open -= usize::from(connection.is_server);
+            connection.held = None;
         }
         if let Some(initial) = connection.initial.take() {
             self.initial.remove(&initial);

@@ -3,14 +3,14 @@
 //! Invariants
 //! 1. A datagram opens a connection only when it has the size and the IDs that RFC 9000 asks of a client's first one, and when
 //!    [`Admission`](millrace_edge_policy::admission::Admission) lets it.
-//! 2. Handshakes and connections are bounded before anything is allocated for a new one; strangers get a Retry, which costs no
-//!    memory, long before the bound.
+//! 2. Handshakes and connections are bounded before anything is allocated for a new one, those of each source and of each peer too;
+//!    strangers get a Retry, which costs no memory, long before the bound.
 //! 3. A dial proves in its first packet who it comes from.
 
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use millrace_edge_policy::admission::First;
+use millrace_edge_policy::admission::{Entitlement, First, Full};
 use millrace_edge_policy::cid::{LocalCid, initial_dcid};
 use millrace_edge_policy::proof;
 use millrace_edge_policy::reason::Reason;
@@ -46,17 +46,22 @@ impl<H: Handler> Endpoint<H> {
     ) -> Option<usize> {
         let header = self.first_header(datagram, from)?;
         if self.handshakes >= self.parts.shared.config.handshakes_max || !self.has_room() {
-            self.counters().count(Family::Refused, "handshakes_full");
+            self.counters().count(Family::Refused, Full::Shard.label());
             return None;
         }
         let now_ns = self.parts.clock.ns(now);
         let gate = &self.parts.gate;
         match gate.first_packet(&header, from, self.half_open, now_ns, wall_ns()) {
-            First::Accept { original, peer } => {
-                let is_charged = original.is_some() || peer.is_some();
+            First::Accept(by) => {
+                let held = gate.hold(from, by);
+                let original = match by {
+                    Entitlement::Token(original) => Some(original),
+                    Entitlement::Unvalidated | Entitlement::Peer(_) => None,
+                };
                 let slot = self.open(&header, original, from, now)?;
                 if let Some(Some(connection)) = self.connections.get_mut(slot) {
-                    connection.is_uncharged = !is_charged;
+                    connection.is_uncharged = by == Entitlement::Unvalidated;
+                    connection.held = Some(held);
                 }
                 Some(slot)
             }
@@ -71,6 +76,10 @@ impl<H: Handler> Endpoint<H> {
             }
             First::Drop(reason) => {
                 self.counters().count(Family::Refused, reason.label());
+                None
+            }
+            First::Full(full) => {
+                self.counters().count(Family::Refused, full.label());
                 None
             }
         }

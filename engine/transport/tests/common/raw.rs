@@ -50,7 +50,8 @@ fn config(options: &RawOptions) -> quiche::Config {
     let mut config =
         quiche::Config::with_boring_ssl_ctx_builder(quiche::PROTOCOL_VERSION, tls).unwrap();
     config.set_application_protos(&[b"millrace/1"]).unwrap();
-    config.set_max_idle_timeout(30_000);
+    // Longer than any test waits: it is the listener that ends silence.
+    config.set_max_idle_timeout(600_000);
     config.set_max_send_udp_payload_size(1_452);
     config.set_initial_max_data(16 << 20);
     config.set_initial_max_stream_data_uni(4 << 20);
@@ -144,6 +145,23 @@ impl Raw {
                 break;
             }
         }
+    }
+
+    /// Waits for one datagram and takes it in; its first byte.
+    pub(crate) fn receive_one(&mut self, limit: Duration) -> Option<u8> {
+        let until = Instant::now() + limit;
+        while Instant::now() < until {
+            if let Ok((len, from)) = self.socket.recv_from(&mut self.buffer) {
+                let first = self.buffer[0];
+                let info = quiche::RecvInfo {
+                    from,
+                    to: self.local,
+                };
+                self.quic.recv(&mut self.buffer[..len], info).ok();
+                return Some(first);
+            }
+        }
+        None
     }
 
     /// Takes turns until `done`, at most `limit`; whether it was done.

@@ -1,0 +1,131 @@
+//! Handshakes that are half open: how many each source and each registry peer has, exactly.
+//!
+//! 1. No count passes its bound: `source_max` for a source, [`LEVEL_FACTORS`] times that for the prefixes around it, `peer_max` for a peer.
+//! 2. Handshakes from addresses that nobody has shown take at most half of any of these, so that who forges an address leaves the other
+//!    half to its owner. Those of proven peers count for the peer alone, wherever they come from.
+//! 3. Who has none is in no map: each map has at most as many entries as handshakes are half open, which the shards bound
+//!    (`handshakes_max`). No map is ever full, so there is nobody whom a full one shuts out.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::{Entitlement, Full};
+use crate::source::{LEVELS_MAX, Source};
+
+/// What the prefixes around a source may have together, in bounds of one source: IPv4 /24 and IPv6 /56, then IPv6 /48. Less than for
+/// rates: whoever has one address of such a prefix often has all, and a handshake that is not meant to end costs its sender nothing more.
+pub(super) const LEVEL_FACTORS: [u32; LEVELS_MAX] = [1, 2, 4];
+
+#[derive(Debug)]
+pub(super) struct HalfOpen {
+    /// 0: no bound.
+    source_max: u32,
+    /// 0: no bound.
+    peer_max: u32,
+    held: Mutex<Held>,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    /// A prefix may be a source's too, as of 192.0.2.0: a map for each level.
+    levels: [BTreeMap<Source, Tally>; LEVELS_MAX],
+    peers: BTreeMap<u32, u32>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    all: u32,
+    /// Of them, those that came without a token.
+    unvalidated: u32,
+}
+
+impl HalfOpen {
+    pub(super) fn new(source_max: u32, peer_max: u32) -> Self {
+        Self {
+            source_max,
+            peer_max,
+            held: Mutex::default(),
+        }
+    }
+
+    /// Counts one more, or says whose bound is reached; then nothing is counted. What was counted must [end](Self::end) once.
+    pub(super) fn begin(&self, source: Source, by: Entitlement) -> Result<(), Full> {
+        let mut held = self.lock();
+        if let Entitlement::Peer(tag) = by {
+            let of_peer = held.peers.get(&tag).copied().unwrap_or(0);
+            if self.peer_max != 0 && of_peer >= self.peer_max {
+                return Err(Full::Peer);
+            }
+            held.peers.insert(tag, of_peer + 1);
+            return Ok(());
+        }
+        let unvalidated = by == Entitlement::Unvalidated;
+        let has_room = |level: usize| {
+            let tally = held.levels[level].get(&source.at_level(level));
+            self.has_room(level, tally.copied().unwrap_or_default(), unvalidated)
+        };
+        if !(0..source.levels()).all(has_room) {
+            return Err(Full::Source);
+        }
+        for level in 0..source.levels() {
+            let tally = held.levels[level]
+                .entry(source.at_level(level))
+                .or_default();
+            tally.all += 1;
+            tally.unvalidated += u32::from(unvalidated);
+        }
+        Ok(())
+    }
+
+    pub(super) fn end(&self, source: Source, by: Entitlement) {
+        let mut held = self.lock();
+        if let Entitlement::Peer(tag) = by {
+            let Some(of_peer) = held.peers.get_mut(&tag) else {
+                debug_assert!(false, "peer {tag} ended a handshake that it had not begun");
+                return;
+            };
+            *of_peer -= 1;
+            if *of_peer == 0 {
+                held.peers.remove(&tag);
+            }
+            return;
+        }
+        for level in 0..source.levels() {
+            let prefix = source.at_level(level);
+            let Some(tally) = held.levels[level].get_mut(&prefix) else {
+                debug_assert!(false, "{source} ended a handshake that it had not begun");
+                return;
+            };
+            tally.all -= 1;
+            tally.unvalidated -= u32::from(by == Entitlement::Unvalidated);
+            if tally.all == 0 {
+                held.levels[level].remove(&prefix);
+            }
+        }
+    }
+
+    /// Of strangers at this source.
+    pub(super) fn of_source(&self, source: Source) -> u32 {
+        let held = self.lock();
+        let tally = held.levels[0].get(&source.cap_key());
+        tally.map_or(0, |tally| tally.all)
+    }
+
+    /// Of the peer with this node tag.
+    pub(super) fn of_peer(&self, tag: u32) -> u32 {
+        self.lock().peers.get(&tag).copied().unwrap_or(0)
+    }
+
+    fn has_room(&self, level: usize, tally: Tally, unvalidated: bool) -> bool {
+        let max = self.source_max.saturating_mul(LEVEL_FACTORS[level]);
+        max == 0 || tally.all < max && (!unvalidated || tally.unvalidated < max / 2)
+    }
+
+    // Nothing in between can panic, so a poisoned lock holds true counts.
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,229 @@
+//! Handshakes that are begun and not finished: how many a source may hold, who else gets in, and that all of them are given back.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+#[path = "common/raw.rs"]
+mod raw;
+#[path = "common/scene.rs"]
+mod scene;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use common::*;
+use millrace_edge_policy::admission::AdmissionConfig;
+use millrace_edge_policy::cid::initial_dcid;
+use millrace_edge_policy::proof::node_tag_of;
+use millrace_edge_policy::source::Source;
+use millrace_edge_policy::stress::{Level, Sample, Stress, StressConfig};
+use millrace_transport::TransportConfig;
+use millrace_transport::counters::{Counter, Family};
+use raw::{Raw, RawOptions};
+use scene::{LIMIT, Scene, assert_serves, here};
+
+/// Handshakes of one source.
+const BOUND: u32 = 8;
+/// Of each shard.
+const HANDSHAKES_MAX: usize = 32;
+const SHARDS: usize = 2;
+const FULL: &str = "source_handshakes_full";
+
+fn admission() -> AdmissionConfig {
+    AdmissionConfig {
+        half_open_source_max: BOUND,
+        half_open_peer_max: BOUND,
+        ..AdmissionConfig::default()
+    }
+    .with_handshakes(HANDSHAKES_MAX)
+}
+
+/// What is begun lasts as long as the test.
+fn patient() -> TransportConfig {
+    TransportConfig {
+        connect_timeout: 2 * PATIENCE,
+        idle_timeout: 2 * PATIENCE,
+        handshakes_max: HANDSHAKES_MAX,
+        ..TransportConfig::default()
+    }
+}
+
+fn stranger() -> RawOptions {
+    RawOptions {
+        key: None,
+        session: None,
+    }
+}
+
+/// A client at a port of its own, with an ID of its own; neighbours in `n` are on different shards.
+fn client(from: &str, to: SocketAddr, options: &RawOptions, n: u8) -> Raw {
+    Raw::dial_from(from, to, options, &initial_dcid(n, [n; 15]))
+}
+
+fn send_all(raw: &mut Raw) {
+    for (packet, to) in raw.outgoing() {
+        raw.send_datagram(&packet, to);
+    }
+}
+
+/// Sends a first packet, and never another one but that with the token, if it is asked for one; whether it was.
+fn begin(raw: &mut Raw) -> bool {
+    send_all(raw);
+    let first = raw.receive_one(LIMIT).expect("an answer");
+    let is_retry = first & 0xf0 == 0xf0;
+    if is_retry {
+        send_all(raw);
+    }
+    is_retry
+}
+
+/// Handshakes of all shards, as the keeper of an edge sees them.
+fn handshakes(scene: &Scene) -> usize {
+    let shards = scene.listener.transport.status().shards();
+    shards.iter().map(|shard| shard.handshakes).sum()
+}
+
+fn until(what: &str, condition: impl Fn() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < end, "in vain: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn one_address_holds_its_bound_and_shuts_nobody_else_out() {
+    const CLIENTS: u8 = 100;
+    let scene = Scene::on_shards(SHARDS, admission(), patient());
+    let to = scene.listener.transport.local_addr();
+    let mut held = Vec::new();
+    let mut with_token = 0;
+    for n in 0..CLIENTS {
+        let mut raw = client("127.0.0.1:0", to, &stranger(), n);
+        with_token += u64::from(begin(&mut raw));
+        assert!(scene.admission.half_open(here()) <= BOUND);
+        held.push(raw);
+    }
+    // Half of the bound came in without a token, the other half with one.
+    assert_eq!(with_token, u64::from(CLIENTS) - u64::from(BOUND) / 2);
+    let refused = with_token - u64::from(BOUND) / 2;
+    scene.refused(FULL, refused);
+    assert_eq!(scene.listener.reason(Family::Refused, FULL), refused);
+    assert_eq!(scene.admission.half_open(here()), BOUND);
+    until("the shards say the same", || {
+        handshakes(&scene) == BOUND as usize
+    });
+    let mut stress = Stress::new(StressConfig::default(), 0);
+    let sample = Sample {
+        half_open: handshakes(&scene),
+        half_open_max: SHARDS * HANDSHAKES_MAX,
+        ..Sample::default()
+    };
+    assert_eq!(stress.tick(sample, 1_000_000_000), Level::Normal);
+
+    // Another address, without a round trip more.
+    let retries = scene.listener.count(Counter::Retries);
+    let [peer, member] = &scene.diallers;
+    let mut other = client("127.0.0.2:0", to, &RawOptions::of(member), CLIENTS);
+    other.establish();
+    scene.listener.wait_for_count(Counter::ConnectionsIn, 1);
+    assert_eq!(scene.listener.count(Counter::Retries), retries);
+    let elsewhere = Source::of("127.0.0.2".parse().unwrap());
+    assert_eq!(scene.admission.half_open(elsewhere), 0);
+    // A peer behind the same address, by its proof.
+    let dialler = scene.start_dialler();
+    dialler.wait_for_peers(&[scene.listener.id()]);
+    assert_serves(&dialler, &scene.listener);
+    let tag = node_tag_of(peer.node_id().as_bytes());
+    assert_eq!(scene.admission.half_open_of_peer(tag), 0);
+    assert_eq!(scene.listener.reason(Family::Refused, "handshakes_full"), 0);
+
+    assert_eq!(scene.admission.half_open(here()), BOUND);
+    scene.listener.transport.shutdown();
+    assert_eq!(
+        scene.admission.half_open(here()),
+        0,
+        "a stop gives everything back"
+    );
+}
+
+// Whether or not the listener may still tell them so: two seconds are more than it may repeat its first answer to who shows no address.
+#[test]
+fn silent_handshakes_end_with_their_time() {
+    let config = TransportConfig {
+        connect_timeout: Duration::from_secs(2),
+        // So that it is not this that ends them.
+        idle_timeout: 10 * PATIENCE,
+        ..patient()
+    };
+    let scene = Scene::on_shards(SHARDS, admission(), config);
+    let to = scene.listener.transport.local_addr();
+    // All of them come in, since no more than their share do.
+    let clients = (0..BOUND as u8).map(|n| {
+        let mut raw = client("127.0.0.1:0", to, &stranger(), n);
+        begin(&mut raw);
+        raw
+    });
+    let clients: Vec<_> = clients.collect();
+    scene.refused("connect_timeout", clients.len() as u64);
+    until("the source holds nothing", || {
+        scene.admission.half_open(here()) == 0
+    });
+    until("no shard holds anything", || {
+        let shards = scene.listener.transport.status().shards();
+        shards.iter().all(|shard| shard.connections == 0)
+    });
+    assert_eq!(scene.listener.reason(Family::Refused, FULL), 0);
+}
+
+// Protects the owner of an address that others forge.
+#[test]
+fn who_forges_an_address_does_not_shut_its_owner_out() {
+    let scene = Scene::on_shards(SHARDS, admission(), patient());
+    scene.admission.set_peers(BTreeMap::new());
+    let to = scene.listener.transport.local_addr();
+    // The answers go to the owner, so the forger never has a token.
+    let mut forged = Vec::new();
+    for n in 0..50 {
+        let mut raw = client("127.0.0.1:0", to, &stranger(), n);
+        send_all(&mut raw);
+        forged.push(raw);
+        let came = u64::from(n) + 1;
+        scene
+            .listener
+            .wait_for_count(Counter::DatagramsReceived, came);
+    }
+    until("half of the bound is held", || {
+        scene.admission.half_open(here()) == BOUND / 2
+    });
+    for (n, member) in (100..).zip(&scene.diallers) {
+        client("127.0.0.1:0", to, &RawOptions::of(member), n).establish();
+    }
+    scene.listener.wait_for_count(Counter::ConnectionsIn, 2);
+    assert_eq!(scene.listener.reason(Family::Refused, FULL), 0);
+    assert_eq!(scene.admission.half_open(here()), BOUND / 2);
+}
+
+#[test]
+fn a_handshake_that_fails_gives_its_place_back() {
+    let scene = Scene::on_shards(SHARDS, admission(), patient());
+    let to = scene.listener.transport.local_addr();
+    for round in 1..=2 * u64::from(BOUND) {
+        for (reason, key) in [("not_in_registry", Some(key(77))), ("no_certificate", None)] {
+            let options = RawOptions { key, session: None };
+            let mut raw = client("127.0.0.1:0", to, &options, round as u8);
+            assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
+            scene.refused(reason, round);
+        }
+        // Hangs up in the middle, after the listener's first answer.
+        let mut raw = client("127.0.0.1:0", to, &stranger(), round as u8);
+        begin(&mut raw);
+        raw.quic.close(false, 0, b"").unwrap();
+        send_all(&mut raw);
+        until("its place is free", || {
+            scene.admission.half_open(here()) == 0
+        });
+    }
+    assert_eq!(scene.listener.reason(Family::Refused, FULL), 0);
+    assert_eq!(scene.listener.count(Counter::ConnectionsIn), 0);
+}
