@@ -140,7 +140,13 @@ pub(super) fn check(config: &ShardConfig) -> Result<(), StartError> {
             needed_bytes: MEMLOCK_BYTES,
         });
     }
-    ring::probe().map_err(|source| diagnose(source, sysctl_io_uring_disabled(), limit_bytes))
+    // Some time after a ring is closed the kernel interrupts whatever the thread that made it waits for. The caller's waits are its own.
+    let probe = std::thread::Builder::new()
+        .name("millrace-probe".into())
+        .spawn(ring::probe)
+        .map_err(|source| StartError::Thread { source })?;
+    let probed = probe.join().map_err(|_| StartError::Ended)?;
+    probed.map_err(|source| diagnose(source, sysctl_io_uring_disabled(), limit_bytes))
 }
 
 /// The likely cause of a ring that cannot be made.
