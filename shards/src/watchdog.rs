@@ -9,7 +9,10 @@
 //! 1. A shard is woken only when its heartbeat stood still over a tick, its thread sleeps in the
 //!    kernel, and it had not announced a park or has runnable tasks.
 //! 2. The watchdog holds no shard alive.
+//! 3. A look allocates nothing: a busy machine makes many of them.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
@@ -20,6 +23,8 @@ struct Watched {
     parker: Weak<Parker>,
     stats: Arc<ShardStats>,
     beat: u64,
+    /// What the kernel says of the shard's thread.
+    thread: File,
 }
 
 #[derive(Default)]
@@ -39,10 +44,18 @@ pub(crate) fn watch(parker: &Arc<Parker>, stats: &Arc<ShardStats>, tick: Duratio
         }
         watchdog
     });
+    let thread = match File::open(format!("/proc/self/task/{}/stat", parker.thread())) {
+        Ok(thread) => thread,
+        Err(error) => {
+            tracing::warn!(%error, "a shard is not watched: a lost wake-up would stop it");
+            return;
+        }
+    };
     let watched = Watched {
         parker: Arc::downgrade(parker),
         stats: Arc::clone(stats),
         beat: 0,
+        thread,
     };
     watchdog
         .shards
@@ -70,7 +83,7 @@ impl Watched {
         let beat = parker.heartbeat();
         let stood_still = std::mem::replace(&mut self.beat, beat) == beat;
         let should_run = !parker.is_parked() || parker.any_runnable();
-        if stood_still && should_run && sleeps(parker.thread()) {
+        if stood_still && should_run && sleeps(&self.thread) {
             self.stats.watchdog_wakes.add_shared(1);
             parker.wake_executor();
         }
@@ -78,13 +91,15 @@ impl Watched {
     }
 }
 
-/// Whether a thread of this process sleeps in the kernel, as opposed to running or waiting to run.
-fn sleeps(thread: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat"));
-    // The state is the word behind the name, which stands in parentheses and may hold any.
-    stat.is_ok_and(|stat| {
-        stat.rsplit(") ")
-            .next()
-            .is_some_and(|rest| rest.starts_with('S'))
-    })
+/// Whether a thread sleeps in the kernel, as opposed to running or waiting to run; by its `stat`.
+fn sleeps(thread: &File) -> bool {
+    // Number, name and state are in it, and nothing of what follows is wanted.
+    let mut begin = [0; 64];
+    let Ok(bytes) = thread.read_at(&mut begin, 0) else {
+        return false;
+    };
+    // The state is the letter behind the name, which stands in parentheses and may hold any.
+    let stat = &begin[..bytes];
+    let name_end = stat.windows(2).rposition(|two| two == b") ");
+    name_end.is_some_and(|end| stat.get(end + 2) == Some(&b'S'))
 }
