@@ -11,6 +11,7 @@ use common::edge::{Ends, Home, PORT, attached, counters, denied, set, set_of};
 use common::{Pair, privileged, until};
 use libbpf_rs::{MapCore as _, MapHandle};
 use millrace_edge::abi::EdgeControl;
+use millrace_edge::clock::now_ns;
 use millrace_edge::counts::Counts;
 use millrace_edge::edge::EdgeError;
 use millrace_edge::frame::{Description, Shape};
@@ -22,6 +23,9 @@ use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::rules::RuleAction;
 use millrace_edge_policy::settings::Mode;
 use millrace_edge_policy::verdict::Action;
+
+/// Of a probation; longer than any test.
+const PERIOD: Duration = Duration::from_secs(600);
 
 // Protects an operator whose rules cut off the operator: the program goes back by its own clock.
 #[test]
@@ -35,21 +39,29 @@ fn a_set_on_probation_lapses_unless_it_is_confirmed() {
     let publisher = Publisher::new(edge.maps());
     let allow = set(Mode::Enforce, RuleAction::Allow);
     let deny = set(Mode::Enforce, RuleAction::Deny);
-    let probation = |period| edge.publish(&deny, 2, Some(period));
+    let probation = || edge.publish(&deny, 2, Some(PERIOD));
+    let revert_at = offset_of!(EdgeControl, revert_at_ns);
     edge.publish(&allow, 1, None).unwrap();
     assert!(ends.arrives());
 
     // Twice: the first probation begins from a settled set, the second from one that has lapsed.
     for _ in 0..2 {
         let seen = denied(&edge);
-        probation(Duration::from_millis(300)).unwrap();
+        let before_ns = now_ns();
+        probation().unwrap();
         assert!(matches!(publisher.standing(), Standing::Probation { .. }));
+        let ends_ns: u64 = edge.maps().control.load_part(0, revert_at);
+        let period_ns = PERIOD.as_nanos() as u64;
+        assert!((before_ns + period_ns..=now_ns() + period_ns).contains(&ends_ns));
         ends.send();
         until("it is in force", || denied(&edge) > seen);
         let refused = edge.publish(&allow, 3, None).unwrap_err();
         let EdgeError::Publish(PublishError::Probation { set: 2, .. }) = refused else {
             panic!("{refused}")
         };
+        // Its end, moved to where nobody has to wait for it.
+        let soon_ns = now_ns() + 1_000_000;
+        edge.maps().control.store_part(0, revert_at, &soon_ns);
         until("it lapses", || publisher.standing() == Standing::Lapsed);
         assert_eq!(publisher.config().set, 1);
         // The program's clock is a tick behind.
@@ -62,14 +74,13 @@ fn a_set_on_probation_lapses_unless_it_is_confirmed() {
     }
 
     // Confirmed, it stays; reverted, it goes at once.
-    probation(Duration::from_secs(600)).unwrap();
+    probation().unwrap();
     edge.confirm().unwrap();
     assert_eq!(
         (publisher.standing(), publisher.config().set),
         (Standing::Settled, 2)
     );
-    edge.publish(&allow, 3, Some(Duration::from_secs(600)))
-        .unwrap();
+    edge.publish(&allow, 3, Some(PERIOD)).unwrap();
     assert!(ends.arrives());
     edge.revert().unwrap();
     assert_eq!(
