@@ -8,9 +8,20 @@ mod common;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{TestNode, TestRegistry, eventually, json, millrace, ok, stderr, text};
+
+/// How loopback addresses begin that no other test has, and no other run of this one beside it.
+fn own_addresses() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    const TESTS: u32 = 16;
+    let number = std::process::id() * TESTS + NEXT.fetch_add(1, Ordering::Relaxed) % TESTS;
+    let [_, _, high, low] = number.to_be_bytes();
+    // Not 127.0: that is where everybody else is.
+    format!("127.{}.{low}.", high.max(1))
+}
 
 /// A registry folder and nodes `0..count` that share it, all listed, none started.
 fn subnet(folder: &Path, ip: &str, count: u8) -> (TestRegistry, Vec<TestNode>) {
@@ -42,7 +53,7 @@ fn connected(a: &TestNode, b: &TestNode) -> u64 {
 #[test]
 fn an_artifact_goes_in_at_one_node_and_comes_out_at_another() {
     let dir = tempfile::tempdir().unwrap();
-    let (_, mut nodes) = subnet(dir.path(), "127.1.1.", 2);
+    let (_, mut nodes) = subnet(dir.path(), &own_addresses(), 2);
     nodes.iter_mut().for_each(TestNode::start);
     connected(&nodes[0], &nodes[1]);
 
@@ -111,7 +122,7 @@ fn an_artifact_goes_in_at_one_node_and_comes_out_at_another() {
 #[test]
 fn a_node_that_came_later_fetches_from_a_peer() {
     let dir = tempfile::tempdir().unwrap();
-    let (_, mut nodes) = subnet(dir.path(), "127.1.2.", 2);
+    let (_, mut nodes) = subnet(dir.path(), &own_addresses(), 2);
     nodes[0].start();
     let file = dir.path().join("in");
     let artifacts = [vec![7u8; 500], vec![8u8; 2_500_000]].map(|bytes| {
@@ -155,12 +166,14 @@ fn a_node_that_came_later_fetches_from_a_peer() {
 #[test]
 fn nodes_follow_the_registry_folder() {
     let dir = tempfile::tempdir().unwrap();
-    let (registry, mut nodes) = subnet(dir.path(), "127.1.3.", 2);
+    let ip = own_addresses();
+    let (registry, mut nodes) = subnet(dir.path(), &ip, 2);
+    let third = format!("{ip}3");
     let shared = format!("dir = {:?}\n", registry.dir);
     nodes.push(TestNode::new(
         &dir.path().join("node-2"),
         &registry,
-        "127.1.3.3",
+        &third,
         &shared,
     ));
     nodes.iter_mut().for_each(TestNode::start);
@@ -168,7 +181,7 @@ fn nodes_follow_the_registry_folder() {
     assert_eq!(nodes[2].get("/readyz").0, 503, "not in the registry");
     assert_eq!(nodes[0].connection_to(&nodes[2]), None);
 
-    registry.add(&nodes[2], "127.1.3.3:4100");
+    registry.add(&nodes[2], &format!("{third}:4100"));
     connected(&nodes[0], &nodes[2]);
     let first = connected(&nodes[1], &nodes[2]);
     assert_eq!(nodes[2].get("/readyz").0, 200);
@@ -185,7 +198,7 @@ fn nodes_follow_the_registry_folder() {
         "the others stay"
     );
 
-    registry.add(&nodes[2], "127.1.3.3:4100");
+    registry.add(&nodes[2], &format!("{third}:4100"));
     assert!(
         connected(&nodes[1], &nodes[2]) > first,
         "a later connection has a higher number"
@@ -200,7 +213,7 @@ fn a_killed_node_is_connected_again_within_a_second_under_a_higher_number() {
     const BOUND: Duration = Duration::from_secs(1);
     const RESTARTS: usize = 3;
     let dir = tempfile::tempdir().unwrap();
-    let (_, mut nodes) = subnet(dir.path(), "127.1.4.", 2);
+    let (_, mut nodes) = subnet(dir.path(), &own_addresses(), 2);
     nodes.iter_mut().for_each(TestNode::start);
     connected(&nodes[0], &nodes[1]);
     let dialled = |node: &TestNode| {
@@ -246,15 +259,17 @@ fn a_killed_node_is_connected_again_within_a_second_under_a_higher_number() {
 #[test]
 fn a_node_joins_with_a_key_and_a_seed() {
     let dir = tempfile::tempdir().unwrap();
-    let (registry, mut nodes) = subnet(dir.path(), "127.1.5.", 1);
-    let seeds = format!("seeds = [\"{}@127.1.5.1:4100\"]\n", nodes[0].public_key);
+    let ip = own_addresses();
+    let (registry, mut nodes) = subnet(dir.path(), &ip, 1);
+    let seeds = format!("seeds = [\"{}@{ip}1:4100\"]\n", nodes[0].public_key);
+    let second = format!("{ip}2");
     nodes.push(TestNode::new(
         &dir.path().join("node-1"),
         &registry,
-        "127.1.5.2",
+        &second,
         &seeds,
     ));
-    registry.add(&nodes[1], "127.1.5.2:4100");
+    registry.add(&nodes[1], &format!("{second}:4100"));
     nodes.iter_mut().for_each(TestNode::start);
     eventually("the versions", || {
         let status = nodes[1].status();
@@ -262,7 +277,7 @@ fn a_node_joins_with_a_key_and_a_seed() {
             .then_some(())
     });
     connected(&nodes[0], &nodes[1]);
-    registry.add(&nodes[0], "127.1.5.1:4100");
+    registry.add(&nodes[0], &format!("{ip}1:4100"));
     eventually("a later version", || {
         (nodes[1].status()["registry"]["newest_version"] == 4).then_some(())
     });
@@ -272,7 +287,7 @@ fn a_node_joins_with_a_key_and_a_seed() {
 #[test]
 fn the_admin_socket_answers_monitors() {
     let dir = tempfile::tempdir().unwrap();
-    let (_, mut nodes) = subnet(dir.path(), "127.1.6.", 2);
+    let (_, mut nodes) = subnet(dir.path(), &own_addresses(), 2);
     nodes.iter_mut().for_each(TestNode::start);
     connected(&nodes[0], &nodes[1]);
     let node = &nodes[0];
@@ -324,7 +339,7 @@ fn the_admin_socket_answers_monitors() {
 #[test]
 fn the_admin_socket_is_bounded() {
     let dir = tempfile::tempdir().unwrap();
-    let (_, mut nodes) = subnet(dir.path(), "127.1.7.", 1);
+    let (_, mut nodes) = subnet(dir.path(), &own_addresses(), 1);
     nodes[0].start();
     let node = &nodes[0];
     let post = |head: &str, body: &str| {
@@ -361,44 +376,53 @@ fn the_admin_socket_is_bounded() {
         .collect();
     assert_eq!(node.get("/healthz").0, 200);
     drop(silent);
-    // A body larger than the pool's free chunks is refused before it is read: hold the pool by four open uploads.
-    let uploads: Vec<_> = (0..3)
-        .map(|_| {
-            let mut stream = UnixStream::connect(&node.socket).unwrap();
-            stream
-                .write_all(
-                    b"POST /artifacts HTTP/1.1\r\nhost: x\r\ncontent-length: 16777216\r\n\r\n",
-                )
-                .unwrap();
-            stream
-        })
-        .collect();
-    let mut codes = Vec::new();
-    for mut stream in uploads {
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        codes.push(answer.split(' ').nth(1).unwrap_or_default().to_owned());
-    }
-    // 48 chunks, one held by the artifact of three bytes: two uploads of 16 fit, the third does not.
-    assert_eq!(
-        codes.iter().filter(|code| *code == "503").count(),
-        1,
-        "{codes:?}"
-    );
-    eventually("the chunks came back", || {
-        (node.status()["shards"][0]["chunks_free"] == 47).then_some(())
+    // 48 chunks, of which the artifact of three bytes holds one, and the body that stopped none any more.
+    let chunks_free = |node: &TestNode, wanted: u64| {
+        eventually("so many chunks are free", || {
+            (node.status()["shards"][0]["chunks_free"] == wanted).then_some(())
+        });
+    };
+    chunks_free(node, 47);
+    // A body larger than the pool's free chunks is refused before it is read: hold the pool by open uploads, which a patient node keeps.
+    nodes[0].stop();
+    let config = std::fs::read_to_string(&nodes[0].config).unwrap();
+    let patient = config.replace("body_timeout = \"300ms\"", "body_timeout = \"10m\"");
+    assert_ne!(config, patient);
+    std::fs::write(&nodes[0].config, patient).unwrap();
+    nodes[0].start();
+    let node = &nodes[0];
+    let upload = || {
+        let mut stream = UnixStream::connect(&node.socket).unwrap();
+        stream
+            .write_all(b"POST /artifacts HTTP/1.1\r\nhost: x\r\ncontent-length: 16777216\r\n\r\n")
+            .unwrap();
+        stream
+    };
+    let small = node.raw(b"POST /artifacts HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc");
+    assert_eq!(small.split(' ').nth(1), Some("200"));
+    // Two uploads of 16 fit, the third does not.
+    let uploads = [31, 15].map(|left| {
+        let stream = upload();
+        chunks_free(node, left);
+        stream
     });
+    let mut refused = String::new();
+    upload().read_to_string(&mut refused).unwrap();
+    assert_eq!(refused.split(' ').nth(1), Some("503"), "{refused}");
+    chunks_free(node, 15);
+    drop(uploads);
+    chunks_free(node, 47);
 }
 
 /// Two nodes with one state folder would take each other's socket.
 #[test]
 fn a_second_node_does_not_take_the_socket_of_the_first() {
     let dir = tempfile::tempdir().unwrap();
-    let (_, mut nodes) = subnet(dir.path(), "127.1.8.", 1);
+    let (_, mut nodes) = subnet(dir.path(), &own_addresses(), 1);
     nodes[0].start();
     let second = dir.path().join("node-0").join("second.toml");
     let config = std::fs::read_to_string(&nodes[0].config).unwrap();
-    std::fs::write(&second, config.replace("127.1.8.1:4100", "127.1.8.1:4101")).unwrap();
+    std::fs::write(&second, config.replace(":4100\"", ":4101\"")).unwrap();
     let output = millrace(&["node", "--config", text(&second)]);
     assert_eq!(output.status.code(), Some(1));
     assert!(
