@@ -156,7 +156,7 @@ fn a_hostile_member_costs_nobody_anything() {
         );
     }
     // Refused streams that are left open cost the connection in the end.
-    raw.drive(Duration::from_secs(2), |quic| quic.peer_error().is_some());
+    raw.drive(PATIENCE, |quic| quic.peer_error().is_some());
     attack.rejected("no_room", 700);
     attack.rejected("peer_abandoned_streams", 1);
     attack.check("announced and not sent");
@@ -171,7 +171,7 @@ fn a_hostile_member_costs_nobody_anything() {
             false,
         );
     }
-    raw.drive(Duration::from_secs(2), |_| {
+    raw.drive(PATIENCE, |_| {
         victim.reason(Family::Rejected, "peer_stalled") >= 8
     });
     attack.rejected("peer_stalled", 8);
@@ -193,6 +193,9 @@ fn a_hostile_member_costs_nobody_anything() {
         }
         raw.drive(Duration::from_millis(400), |_| false);
     }
+    raw.drive(PATIENCE, |_| {
+        victim.reason(Family::Rejected, "peer_stalled") >= 500
+    });
     attack.rejected("peer_stalled", 500);
     attack.check("dripping bodies");
     drop(raw);
@@ -231,7 +234,11 @@ fn a_hostile_member_costs_nobody_anything() {
         true,
     );
     raw.send(18, &message(header(Kind::Request, 10), &[])[..9], true);
-    raw.drive(Duration::from_millis(200), |_| false);
+    raw.drive(PATIENCE, |_| {
+        let rejected = |reason| victim.reason(Family::Rejected, reason);
+        rejected("peer_body_longer_than_announced") >= 2
+            && rejected("peer_body_shorter_than_announced") >= 3
+    });
     attack.rejected("peer_body_longer_than_announced", 2);
     attack.rejected("peer_body_shorter_than_announced", 3);
     attack.check("wrong lengths");
@@ -258,7 +265,7 @@ fn a_hostile_member_costs_nobody_anything() {
         let mut raw = attack.connect();
         raw.send(2, &bytes, false);
         assert!(
-            raw.drive(Duration::from_secs(5), |quic| quic.peer_error().is_some()),
+            raw.drive(PATIENCE, |quic| quic.peer_error().is_some()),
             "{what} ends the connection"
         );
         attack.check(what);

@@ -172,6 +172,6 @@ fn a_request_dropped_half_way_is_seen_as_reset() {
     raw.quic
         .stream_shutdown(2, quiche::Shutdown::Write, 0x8000_0006)
         .unwrap();
-    raw.drive(Duration::from_millis(200), |_| false);
+    raw.drive(LIMIT, |_| node.reason(Family::Rejected, "peer_reset") > 0);
     node.wait_for_reason(Family::Rejected, "peer_reset", 1);
 }

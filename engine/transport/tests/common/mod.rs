@@ -3,6 +3,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
@@ -89,11 +90,16 @@ pub(crate) fn key(n: u8) -> SigningKey {
     SigningKey::from_seed([n; 32])
 }
 
+/// An address that nobody else takes before a node does: its host is that of this call, of this process.
 pub(crate) fn free_addr() -> SocketAddr {
-    UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))
-        .unwrap()
-        .local_addr()
-        .unwrap()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    const CALLS: u32 = 256;
+    let call = NEXT.fetch_add(1, Ordering::Relaxed);
+    assert!(call < CALLS, "a test program takes fewer");
+    let [_, _, high, low] = std::process::id().to_be_bytes();
+    // Not 127.0: that is where everybody else is.
+    let host = Ipv4Addr::new(127, high | 1 << 7, low, call as u8);
+    UdpSocket::bind((host, 0)).unwrap().local_addr().unwrap()
 }
 
 pub(crate) fn member(key: &SigningKey, addr: SocketAddr) -> Member {
