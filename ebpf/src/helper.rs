@@ -13,7 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use caps::Capability;
 use serde::de::DeserializeOwned;
@@ -30,6 +30,10 @@ pub const MESSAGE_BYTES_MAX: usize = 32 << 20;
 
 /// How long a request may take before the helper counts as dead: loading a program takes a second or two.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
+
+/// How long it may take to end when nobody asks any more; and between two looks.
+const END_WITHIN: Duration = Duration::from_secs(5);
+const END_LOOK: Duration = Duration::from_millis(2);
 
 /// What the helper keeps: loading and attaching, and what `nft` needs.
 const KEPT: [Capability; 3] = [
@@ -100,7 +104,7 @@ pub enum HelperError {
     #[error("cannot start the helper: {0}")]
     Start(#[source] io::Error),
     /// It is gone, or does not answer.
-    #[error("the helper is gone: {0}; restart the node to change programs or nftables again")]
+    #[error("the helper is gone; restart the node to change programs or nftables again")]
     Gone(#[source] io::Error),
     /// What is asked does not fit into a message.
     #[error("a message of {bytes} bytes is above {MESSAGE_BYTES_MAX}")]
@@ -131,7 +135,7 @@ impl HelperError {
     }
 }
 
-/// The node's end. Dropped, it closes the socket and waits for the helper's end.
+/// The node's end. Dropped, it closes the socket and waits for the helper's end, or ends it.
 #[derive(Debug)]
 pub struct Helper {
     child: Child,
@@ -207,6 +211,7 @@ impl Helper {
             Ok(Answer::Failed { reason, message }) => Err(HelperError::Refused { reason, message }),
             Ok(answer) => Ok(answer),
             Err(error) => {
+                tracing::debug!(%error, "the helper does not answer");
                 // An answer that is late would be taken for that of the next request.
                 let _ = socket.shutdown(Shutdown::Both);
                 Err(HelperError::Gone(error))
@@ -219,7 +224,16 @@ impl Drop for Helper {
     fn drop(&mut self) {
         // Closes our end, which ends the helper.
         self.socket = None;
-        if let Err(error) = self.child.wait() {
+        let until = Instant::now() + END_WITHIN;
+        let ended = loop {
+            match self.child.try_wait() {
+                Ok(None) if Instant::now() < until => std::thread::sleep(END_LOOK),
+                // Whatever it waits for, as for `nft`.
+                Ok(None) => break self.child.kill().and_then(|()| self.child.wait()).map(drop),
+                ended => break ended.map(drop),
+            }
+        };
+        if let Err(error) = ended {
             tracing::warn!(%error, "cannot wait for the helper");
         }
     }

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 
 use caps::Capability;
-use common::namespace::{OPERATOR, Pinned, STRANGER, privileged};
+use common::namespace::{OPERATOR, Pinned, STRANGER, privileged, tool};
 use common::process::{Privileges, assert_harmless, bits, children, threads};
 use common::{eventually, millrace, stderr, stdout, text};
 use libbpf_rs::Link;
@@ -272,6 +272,43 @@ fn the_lease_goes_on_while_nft_hangs() {
     eventually("the node follows", || {
         (site.node.status()["edge"]["registry_version"] == version).then_some(())
     });
+}
+
+// Protects the program from everything around it: without its helper, a node changes its rules all the same.
+#[test]
+fn rules_follow_without_the_helper() {
+    if !privileged("rules_follow_without_the_helper") {
+        return;
+    }
+    let mut site = Site::new("orphan", "mode = \"enforce\"");
+    let _server = site.serve(PORT);
+    site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
+    site.start_node();
+    site.talk(STRANGER, PORT).unwrap();
+    let helper = children(site.node.pid());
+    assert_eq!(helper.len(), 1);
+    tool("kill", &["-9", &helper[0].to_string()]);
+    let follows = |rules: &str| {
+        let version = site.registry.set_firewall(rules);
+        eventually("the node follows", || {
+            (site.node.status()["edge"]["registry_version"] == version).then_some(())
+        });
+        assert_eq!(site.status()["registry_version"], version);
+    };
+    follows(&allow_all_but_the_stranger());
+    site.assert_denied(STRANGER);
+    follows(&rule("allow", "10.77.0.0/24"));
+    site.talk(STRANGER, PORT).unwrap();
+    let says = || {
+        let lines = site.node.says.lock().unwrap();
+        let lines = lines.iter();
+        lines
+            .filter(|line| line.contains("the helper is gone"))
+            .count()
+    };
+    eventually("the node says so", || (says() > 0).then_some(()));
+    assert_eq!(says(), 1);
+    assert_eq!(site.node.stop(), Some(0));
 }
 
 #[test]

@@ -24,6 +24,7 @@ use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 use super::commands::attach_options;
 use super::force::{self, Order, Planned, Turn};
 use super::keeper::{EdgeView, held};
+use super::plan::Firewall;
 use super::start::Kernel;
 use super::table::{self, LeftAlone, Nftables};
 use crate::exit::{Exit, Failure};
@@ -141,7 +142,7 @@ impl Following {
         if waits || self.retry_at.is_some_and(|at| now < at) {
             return;
         }
-        let (basis, found) = match self.basis(kernel, turn) {
+        let (firewall, basis, found) = match self.basis(kernel, turn) {
             Ok(basis) => basis,
             Err(failure) => return self.refuse(&failure),
         };
@@ -149,7 +150,7 @@ impl Following {
             return;
         }
         self.admission.set_kernel_charges(basis.enforce);
-        match self.put(kernel, turn, &basis, &found) {
+        match self.put(kernel, turn, &firewall, &basis, &found) {
             Ok(version) => {
                 let found = Found {
                     settled: true,
@@ -172,7 +173,7 @@ impl Following {
     }
 
     /// What should be in force now; first, what somebody left by halves is finished.
-    fn basis(&self, kernel: &Kernel, turn: &Turn) -> Result<(Basis, Found), Failure> {
+    fn basis(&self, kernel: &Kernel, turn: &Turn) -> Result<(Firewall, Basis, Found), Failure> {
         if let Some(set) = force::finish(&kernel.edge, turn, nftables(kernel))? {
             tracing::info!(set, "finished what somebody left by halves");
         }
@@ -185,11 +186,11 @@ impl Following {
         };
         let basis = Basis {
             version: firewall.version,
-            members: firewall.members,
+            members: firewall.members.clone(),
             temporary: state.temporary,
             enforce: state.enforce,
         };
-        Ok((basis, found))
+        Ok((firewall, basis, found))
     }
 
     /// Puts in force what is not yet; the version whose rules it has.
@@ -197,14 +198,14 @@ impl Following {
         &mut self,
         kernel: &Kernel,
         turn: &Turn,
+        firewall: &Firewall,
         basis: &Basis,
         found: &Found,
     ) -> Result<u64, Failure> {
-        let firewall = self.node.versions.firewall(&self.config.edge.roles);
         let order = Order {
             config: &self.config,
             port: self.node.address().port(),
-            firewall: &firewall,
+            firewall,
             mode: if basis.enforce {
                 Mode::Enforce
             } else {

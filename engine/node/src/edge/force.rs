@@ -239,7 +239,7 @@ fn compiled(
     let settings = plan::settings(order.config, order.port, order.mode);
     let set = plan::compiled(order.config, &settings, firewall, temporary)
         .map_err(|error| Failure::new(Exit::BadConfig, error.to_string()))?;
-    nftables.check(&Table::of(&set))?;
+    table::check(nftables, &Table::of(&set))?;
     Ok(set)
 }
 

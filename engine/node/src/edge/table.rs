@@ -1,8 +1,9 @@
 //! The table `inet millrace` of nftables, as this host should have it: who changes it, and what becomes of it when others do.
 //!
 //! 1. What was put in force is written down beside the state, with its fingerprint: whoever looks later can tell a table that others changed.
-//! 2. Whoever changes or compares it has the [`Turn`].
-//! 3. `nft` alone can say how a table reads that was put in force. So a change by others in the milliseconds between the two is taken for ours,
+//! 2. A command fails where `nft` does. A node goes on, because the program matters more: it tries again until the table is as written down.
+//! 3. Whoever changes or compares it has the [`Turn`].
+//! 4. `nft` alone can say how a table reads that was put in force. So a change by others in the milliseconds between the two is taken for ours,
 //!    until the next set.
 
 use std::fs;
@@ -28,6 +29,8 @@ pub(crate) trait Nftables {
     fn apply(&self, table: &Table) -> Result<(), Failure>;
     /// None: there is no table.
     fn fingerprint(&self) -> Result<Option<Fingerprint>, Failure>;
+    /// Whether somebody will [`restore`] what fails now.
+    fn is_tried_again(&self) -> bool;
 }
 
 /// A command: it has the privileges.
@@ -42,6 +45,10 @@ impl Nftables for Nft {
 
     fn fingerprint(&self) -> Result<Option<Fingerprint>, Failure> {
         Self::fingerprint(self).map_err(|error| of_nft(&error))
+    }
+
+    fn is_tried_again(&self) -> bool {
+        false
     }
 }
 
@@ -60,6 +67,10 @@ impl Nftables for Helper {
     fn fingerprint(&self) -> Result<Option<Fingerprint>, Failure> {
         self.nft_fingerprint().map_err(|error| of_helper(&error))
     }
+
+    fn is_tried_again(&self) -> bool {
+        true
+    }
 }
 
 /// A node without a helper: the table that is there closes the same ports; only outbound rules stay as they were.
@@ -77,14 +88,26 @@ impl Nftables for LeftAlone {
     fn fingerprint(&self) -> Result<Option<Fingerprint>, Failure> {
         Ok(None)
     }
+
+    fn is_tried_again(&self) -> bool {
+        false
+    }
 }
 
 /// What was put in force last.
 #[derive(Serialize, Deserialize)]
 struct Written {
     table: Table,
-    /// None: somebody removed it in the same moment, or nobody could look.
+    /// None: it could not be put in force, or somebody removed it in the same moment, or nobody could look.
     fingerprint: Option<Fingerprint>,
+}
+
+/// Whether nftables would take the table, as far as it can be asked.
+pub(crate) fn check(nftables: &dyn Nftables, table: &Table) -> Result<(), Failure> {
+    match nftables.check(table) {
+        Err(failure) if failure.exit != Exit::BadConfig && nftables.is_tried_again() => Ok(()),
+        checked => checked,
+    }
 }
 
 /// Replaces the table.
@@ -94,18 +117,16 @@ pub(crate) fn replace(
     nftables: &dyn Nftables,
     table: &Table,
 ) -> Result<(), Failure> {
-    nftables.apply(table)?;
-    write(
-        pins,
-        &Written {
-            table: table.clone(),
-            fingerprint: nftables.fingerprint()?,
-        },
-    )
+    let applied = nftables.apply(table).and_then(|()| nftables.fingerprint());
+    let fingerprint = match applied {
+        Err(_) if nftables.is_tried_again() => None,
+        applied => applied?,
+    };
+    write(pins, table, fingerprint)
 }
 
 /// Puts the table back if it is not what was put in force last; whether it was not.
-pub(crate) fn restore(pins: &Pins, turn: &Turn, nftables: &dyn Nftables) -> Result<bool, Failure> {
+pub(crate) fn restore(pins: &Pins, _turn: &Turn, nftables: &dyn Nftables) -> Result<bool, Failure> {
     let Some(written) = read(pins)? else {
         // Nothing was put in force yet.
         return Ok(false);
@@ -114,7 +135,8 @@ pub(crate) fn restore(pins: &Pins, turn: &Turn, nftables: &dyn Nftables) -> Resu
     if now.is_some() && now == written.fingerprint {
         return Ok(false);
     }
-    replace(pins, turn, nftables, &written.table)?;
+    nftables.apply(&written.table)?;
+    write(pins, &written.table, nftables.fingerprint()?)?;
     Ok(true)
 }
 
@@ -124,9 +146,13 @@ pub(crate) fn forget(pins: &Pins) {
     let _ = fs::remove_file(path(pins));
 }
 
-fn write(pins: &Pins, written: &Written) -> Result<(), Failure> {
+fn write(pins: &Pins, table: &Table, fingerprint: Option<Fingerprint>) -> Result<(), Failure> {
+    let written = Written {
+        table: table.clone(),
+        fingerprint,
+    };
     let path = path(pins);
-    let text = serde_json::to_vec(written)
+    let text = serde_json::to_vec(&written)
         .map_err(|error| Failure::new(Exit::Failed, error.to_string()))?;
     state::replace(&path, &text).map_err(|error| Failure::io(path.display(), &error))
 }
