@@ -352,6 +352,10 @@ const STRANGER: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 9));
 const STRANGER_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 2, 0, 0, 0, 9));
 
 #[cfg(test)]
+#[path = "../tests/common/skip.rs"]
+mod skip;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use millrace_edge_policy::model::{Cookie, Model, World};
@@ -384,9 +388,7 @@ mod tests {
     // Protects what runs: a program that decides otherwise is found out, and named.
     #[test]
     fn another_decision_is_found() {
-        let missing = crate::privileges::missing();
-        if !missing.is_empty() {
-            eprintln!("SKIPPED: another_decision_is_found needs {missing:?}");
+        if !skip::has_all("another_decision_is_found", &crate::privileges::missing()) {
             return;
         }
         run().unwrap();

@@ -1,6 +1,9 @@
 //! TCP connections are counted by the kernel, exactly, with real sockets.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
+#[path = "common/skip.rs"]
+mod skip;
+
 use std::net::{IpAddr, Shutdown, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,14 +11,14 @@ use std::time::{Duration, Instant};
 use libbpf_rs::{MapCore as _, MapFlags};
 use millrace_edge::abi::{self, EdgeConfig, EdgeControl, EdgeService};
 use millrace_edge::load::{LoadOptions, Loaded};
+use millrace_edge::privileges::missing;
 use millrace_edge_policy::source::Source;
 
 const KIND_TCP: u8 = 2;
 
 /// The programs, with one service: ports become its own as the tests bind them. None without the rights.
 fn load() -> Option<Loaded> {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("SKIPPED: loading programs takes root");
+    if !skip::has_all("connections", &missing()) {
         return None;
     }
     let loaded = Loaded::load(&LoadOptions::default()).unwrap_or_else(|error| panic!("{error}"));
@@ -68,7 +71,7 @@ fn connections_are_counted_by_source_and_given_back() {
     let Some(loaded) = load() else { return };
     let _link = loaded.count_connections().unwrap();
     let Ok(listener) = TcpListener::bind("[::]:0") else {
-        eprintln!("SKIPPED: no IPv6 here");
+        skip::skip("connections_are_counted_by_source_and_given_back", "IPv6");
         return;
     };
     let port = listener.local_addr().unwrap().port();

@@ -15,6 +15,8 @@ mod ipv4;
 mod ipv6;
 #[path = "common/lockstep.rs"]
 mod lockstep;
+#[path = "common/skip.rs"]
+mod skip;
 #[path = "fixtures/opening.rs"]
 mod opening;
 #[path = "fixtures/packets.rs"]

@@ -11,6 +11,8 @@ mod generator;
 mod lockstep;
 #[path = "model/scenery.rs"]
 mod scenery;
+#[path = "common/skip.rs"]
+mod skip;
 
 use frames::{Body, Frame, Long, client};
 use generator::Generator;

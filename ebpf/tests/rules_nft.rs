@@ -58,7 +58,7 @@ fn compiled_rules_decide_as_nftables_does() {
         return;
     }
     if Command::new("nft").arg("--version").output().is_err() {
-        eprintln!("SKIPPED: compiled_rules_decide_as_nftables_does needs nft");
+        common::skip::skip("compiled_rules_decide_as_nftables_does", "nft");
         return;
     }
     let namespace = Namespace::new("rules");

@@ -8,7 +8,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 pub fn are_two(test: &str) -> bool {
     let two = available_parallelism().is_ok_and(|cpus| cpus.get() >= 2);
     if !two {
-        eprintln!("SKIPPED: {test} needs two CPUs");
+        super::skip::skip(test, "two CPUs");
     }
     two
 }

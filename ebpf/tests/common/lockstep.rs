@@ -23,6 +23,7 @@ use millrace_edge_policy::verdict::{Action, Decision};
 use std::sync::atomic::Ordering;
 
 use super::frames::{SEQUENCE, hex};
+use super::skip;
 
 /// Lines of one generation of the sketch: few, so that they fill up.
 const LINES: usize = 64;
@@ -48,9 +49,7 @@ pub struct Lockstep {
 impl Lockstep {
     /// None where programs cannot be loaded; it says why.
     pub fn load(test: &str) -> Option<Self> {
-        let missing = millrace_edge::privileges::missing();
-        if !missing.is_empty() {
-            eprintln!("SKIPPED: {test} needs {missing:?}");
+        if !skip::has_all(test, &millrace_edge::privileges::missing()) {
             return None;
         }
         let options = LoadOptions {
@@ -64,7 +63,7 @@ impl Lockstep {
         // It changes nothing that is compared.
         let splits = loaded.run_split(Program::EdgeTrace, &[0; 64], 32).is_ok();
         if !splits {
-            eprintln!("SKIPPED: {test} leaves frames whole: to split them takes Linux 6.18");
+            skip::skip(test, "Linux 6.18 to split frames, and leaves them whole");
         }
         Some(Self {
             loaded,

@@ -6,6 +6,7 @@ pub mod edge;
 pub mod flood;
 pub mod mocked;
 pub mod node;
+pub mod skip;
 
 use std::fs::File;
 use std::os::fd::AsFd as _;
@@ -20,11 +21,7 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Whether the test can run here; says what it lacks otherwise.
 pub fn privileged(test: &str) -> bool {
-    let missing = millrace_edge::privileges::missing();
-    if !missing.is_empty() {
-        eprintln!("SKIPPED: {test} needs {missing:?}");
-    }
-    missing.is_empty()
+    skip::has_all(test, &millrace_edge::privileges::missing())
 }
 
 /// Polls until the condition holds.
@@ -116,6 +113,13 @@ impl Pair {
             namespace.ip(&format!("addr add 10.77.0.{host}/24 dev {interface}"));
             namespace.ip(&format!("addr add fd77::{host}/64 dev {interface} nodad"));
             namespace.ip(&format!("link set {interface} up"));
+        }
+        // The kernel lets packets out some time after that: what is sent before is lost, and said again after a second.
+        for (namespace, interface) in [(&pair.node, "mr0"), (&pair.world, "mr1")] {
+            until("the cable carries packets", || {
+                let shown = namespace.ip(&format!("link show dev {interface}"));
+                shown.contains("state UP")
+            });
         }
         pair
     }

@@ -5,6 +5,8 @@
 
 pub mod namespace;
 pub mod process;
+#[path = "../../../../ebpf/tests/common/skip.rs"]
+pub mod skip;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;

@@ -14,7 +14,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use super::eventually;
+use super::{eventually, skip};
 
 /// The node, on interface `mr0`.
 pub const NODE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
@@ -25,11 +25,7 @@ pub const STRANGER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 66);
 
 /// Whether the test can run here; says what it lacks otherwise.
 pub fn privileged(test: &str) -> bool {
-    let missing = millrace_edge::privileges::missing();
-    if !missing.is_empty() {
-        eprintln!("SKIPPED: {test} needs {missing:?}");
-    }
-    missing.is_empty()
+    skip::has_all(test, &millrace_edge::privileges::missing())
 }
 
 /// A network namespace; removed when dropped.
