@@ -28,6 +28,7 @@ use crate::buffers::QuicConnection;
 use crate::carrier::Pumped;
 use crate::config::TransportConfig;
 use crate::counters::{Counter, Counters, Family};
+use crate::farewell::Farewell;
 use crate::gate::{Counted, HalfOpen};
 use crate::ids::{IdBytes, LiveIds};
 use crate::inbox::{Arrived, Inbox, Room, StreamFault, wants_answer};
@@ -128,6 +129,8 @@ pub(crate) struct Connection {
     /// When silence is judged next, and the packets sent until the last time.
     keep_alive: Option<(Instant, usize)>,
     lost_seen: usize,
+    /// What it may still send once it closes.
+    pub(crate) farewell: Farewell,
 }
 
 impl Connection {
@@ -168,6 +171,7 @@ impl Connection {
             judge_at: None,
             keep_alive: None,
             lost_seen: 0,
+            farewell: Farewell::default(),
         }
     }
 
@@ -301,8 +305,13 @@ impl Connection {
             let Some(buffer) = trains.packet(config.udp_payload_bytes_max) else {
                 break Sent::NoSlot;
             };
-            match self.quic.send(buffer) {
-                Ok((len, _)) => {
+            let built = if self.phase == Phase::Closing {
+                self.farewell.send(&mut self.quic, buffer)
+            } else {
+                self.quic.send(buffer).map(|(len, _)| len)
+            };
+            match built {
+                Ok(len) => {
                     trains.push(len, to);
                     packets += 1;
                     sent_bytes += len;

@@ -262,8 +262,9 @@ impl<H: Handler> Endpoint<H> {
         // The kernel steers a train by the connection ID of its first packet: trains do not mix connections.
         trains.finish();
         // What may be sent to an address that nobody has shown is used up at times, also for the farewell.
-        let is_given_up =
+        let is_cut_short =
             connection.is_handshaking && connection.phase == Phase::Closing && sent != Sent::NoSlot;
+        let is_given_up = is_cut_short || connection.farewell.is_over();
         // A draining connection (RFC 9000, 10.2.2) has nothing to say any more; late packets for it find nobody.
         if connection.quic.is_closed() || connection.quic.is_draining() || is_given_up {
             self.remove(slot, now);

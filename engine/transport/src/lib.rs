@@ -17,6 +17,7 @@ pub mod config;
 mod connection;
 pub mod counters;
 mod endpoint;
+mod farewell;
 mod gate;
 mod ids;
 mod inbox;

@@ -18,6 +18,9 @@ pub(crate) struct Raw {
     buffer: Vec<u8>,
 }
 
+/// More packets than any window of a test allows at once.
+const OUTGOING_MAX: usize = 100_000;
+
 pub(crate) struct RawOptions {
     /// Present this key's certificate; none at all otherwise.
     pub(crate) key: Option<SigningKey>,
@@ -124,6 +127,7 @@ impl Raw {
         let mut packet = [0; 1_452];
         while let Ok((len, info)) = self.quic.send(&mut packet) {
             packets.push((packet[..len].to_vec(), info.to));
+            assert!(packets.len() < OUTGOING_MAX, "quiche goes on without end");
         }
         packets
     }

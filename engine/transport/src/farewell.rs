@@ -1,0 +1,152 @@
+//! How much a connection that closes may still send.
+//!
+//! quiche ends by itself once the closing frame is out. It does not get there while its peer has not confirmed the handshake and a probe is
+//! due: it acknowledges, again and again, because it is to ask for an answer and a closing connection asks for none. Each of these packets
+//! is kept in memory.
+
+use crate::buffers::QuicConnection;
+
+/// More than what is left of a handshake takes, with the probes of its spaces and the closing frame.
+const PACKETS_MAX: u32 = 16;
+
+/// The last packets of a connection.
+#[derive(Debug, Default)]
+pub(crate) struct Farewell {
+    packets: u32,
+}
+
+impl Farewell {
+    /// Builds the next packet of a closing connection; its length. [`quiche::Error::Done`] too when it has had its share.
+    pub(crate) fn send(
+        &mut self,
+        quic: &mut QuicConnection,
+        buffer: &mut [u8],
+    ) -> quiche::Result<usize> {
+        if self.is_over() {
+            return Err(quiche::Error::Done);
+        }
+        let (len, _) = quic.send(buffer)?;
+        self.packets += 1;
+        Ok(len)
+    }
+
+    /// Whether nothing more is sent.
+    pub(crate) fn is_over(&self) -> bool {
+        self.packets >= PACKETS_MAX
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use millrace_protocol::identity::SigningKey;
+    use millrace_protocol::topology::{Member, Topology};
+    use quiche::{ConnectionId, RecvInfo};
+
+    use super::*;
+    use crate::buffers::Buffers;
+    use crate::config::TransportConfig;
+    use crate::counters::Counters;
+    use crate::quic::quic_config;
+    use crate::tls::{Credentials, Members, pin};
+
+    const CLIENT: &str = "127.0.0.1:1";
+    const SERVER: &str = "127.0.0.1:2";
+
+    fn address(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    /// A dialler and a listener that have said nothing yet.
+    fn pair() -> [QuicConnection; 2] {
+        let keys = [1, 2].map(|seed| SigningKey::from_seed([seed; 32]));
+        let [dialler, listener] = keys.each_ref().map(|key| Credentials::new(key).unwrap());
+        let members = keys.each_ref().map(|key| Member {
+            public_key: key.public_key(),
+            addresses: Vec::new(),
+        });
+        let members = Members::new(Arc::new(Topology::from_members(members, 1)));
+        let counters = Arc::new(Counters::default());
+        let config = TransportConfig {
+            initial_rtt: Duration::from_millis(1),
+            ..TransportConfig::default()
+        };
+        let server = listener.server(&members, &counters).unwrap();
+        let [mut client, mut server] =
+            [dialler.client().unwrap(), server].map(|tls| quic_config(&config, tls).unwrap());
+        let (from, to) = (address(CLIENT), address(SERVER));
+        let [first, second] = [[1; 16], [2; 16]];
+        let (first, second) = (
+            ConnectionId::from_ref(&first),
+            ConnectionId::from_ref(&second),
+        );
+        let mut client =
+            quiche::connect_with_buffer_factory::<Buffers>(None, &first, from, to, &mut client)
+                .unwrap();
+        pin(client.as_mut(), keys[1].public_key(), &counters);
+        let server =
+            quiche::accept_with_buf_factory::<Buffers>(&second, None, to, from, &mut server)
+                .unwrap();
+        [client, server]
+    }
+
+    /// All that one has to say; the other hears it if it is there.
+    fn say(speaker: &mut QuicConnection, mut listener: Option<&mut QuicConnection>) {
+        let mut packet = [0; 2_000];
+        while let Ok((len, info)) = speaker.send(&mut packet) {
+            let (from, to) = (info.from, info.to);
+            if let Some(listener) = &mut listener {
+                listener
+                    .recv(&mut packet[..len], RecvInfo { from, to })
+                    .unwrap();
+            }
+        }
+    }
+
+    /// Packets of a farewell.
+    fn packets_of(farewell: &mut Farewell, quic: &mut QuicConnection) -> u32 {
+        let mut packet = [0; 2_000];
+        let sent = std::iter::repeat_with(|| farewell.send(quic, &mut packet));
+        sent.take_while(Result::is_ok).take(1_000).count() as u32
+    }
+
+    // Protects the shard, and its memory, from a connection that is closed before its handshake is confirmed.
+    #[test]
+    fn it_ends_although_quiche_goes_on() {
+        let [mut client, mut server] = pair();
+        while !client.is_established() {
+            say(&mut client, Some(&mut server));
+            say(&mut server, Some(&mut client));
+        }
+        // What ends the handshake is lost, and a probe is due.
+        say(&mut client, None);
+        while let Some(left) = client.timeout().filter(|left| !left.is_zero()) {
+            std::thread::sleep(left);
+        }
+        client.on_timeout();
+        client.close(true, 0, b"done").unwrap();
+        let mut farewell = Farewell::default();
+        assert_eq!(packets_of(&mut farewell, &mut client), PACKETS_MAX);
+        assert!(farewell.is_over());
+        assert!(
+            client.send(&mut [0; 2_000]).is_ok(),
+            "quiche ends by itself: the bound is not needed any more"
+        );
+    }
+
+    #[test]
+    fn a_confirmed_connection_says_it_once() {
+        let [mut client, mut server] = pair();
+        for _ in 0..4 {
+            say(&mut client, Some(&mut server));
+            say(&mut server, Some(&mut client));
+        }
+        client.close(true, 0, b"done").unwrap();
+        let mut farewell = Farewell::default();
+        assert_eq!(packets_of(&mut farewell, &mut client), 1);
+        assert!(!farewell.is_over() && client.is_draining());
+    }
+}
