@@ -15,8 +15,6 @@ mod ipv4;
 mod ipv6;
 #[path = "common/lockstep.rs"]
 mod lockstep;
-#[path = "common/skip.rs"]
-mod skip;
 #[path = "fixtures/opening.rs"]
 mod opening;
 #[path = "fixtures/packets.rs"]
@@ -25,6 +23,8 @@ mod packets;
 mod proofs;
 #[path = "fixtures/quic.rs"]
 mod quic;
+#[path = "common/skip.rs"]
+mod skip;
 #[path = "fixtures/tcp.rs"]
 mod tcp;
 #[path = "fixtures/tokens.rs"]
