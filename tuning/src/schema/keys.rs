@@ -535,7 +535,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "mode",
                 edge.mode,
                 Kind::Choice(&["count", "enforce"]),
-                "\"count\" passes everything and counts what would have been refused; \"enforce\" refuses it."
+                "\"count\" passes everything and counts what would have been refused, while the node itself holds caps and rates, as without a program; \"enforce\" refuses it."
             ),
             field!(
                 NodeConfig,
