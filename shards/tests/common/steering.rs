@@ -61,11 +61,19 @@ fn cases(shards: usize) -> Vec<(Vec<u8>, usize)> {
         cases.push((short, owner));
         let mut long = vec![9; 40];
         long[..7].copy_from_slice(&[0xc0, 0, 0, 0, 1, 8, id]);
+        cases.push((long.clone(), owner));
+        // A client's first packet has an ID that it made up.
+        long.resize(1_200, 9);
         cases.push((long, owner));
+        // Whatever bits stand around it, and however long it says that it is.
+        cases.push((vec![0x00, id, 0xff], owner));
+        cases.push((vec![0xff, 0xff, 0xff, 0xff, 0xff, 0xff, id], owner));
     }
     // No connection ID, or a datagram that ends before it.
     cases.push((vec![0xc0, 0, 0, 0, 1, 0, 2, 9, 9, 9], 0));
     cases.push((vec![0x40], 0));
+    cases.push((vec![0xff], 0));
+    cases.push((vec![0xc0, 0, 0, 0, 1, 8], 0));
     cases.push((vec![0xc0, 0, 0, 0, 1], 0));
     cases
 }
