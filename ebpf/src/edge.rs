@@ -6,14 +6,15 @@
 //!    refuses, all have their old program again.
 //! 3. Programs of a new version work on the maps that are there: no count, rule or limit is lost.
 //! 4. Whatever changes pins holds their lock.
-//! 5. An interface that is gone is not attached to, whatever was asked for: another one may have its name or its index by now.
+//! 5. It belongs to the network namespace that it was attached in: its table and its interfaces are there, and its pins are seen from everywhere.
+//! 6. An interface that is gone is not attached to, whatever was asked for: another one may have its name or its index by now.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use libbpf_rs::query::LinkTypeInfo;
@@ -24,9 +25,10 @@ use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 use crate::abi::{EdgeControl, LAYOUT};
 pub use crate::error::EdgeError;
 use crate::error::PinError;
-use crate::load::{LoadOptions, Loaded, Program};
+use crate::load::{LoadOptions, Loaded, Program, build};
 use crate::maps::Maps;
 use crate::pins::{Kind, Lock, Pins, remove_link};
+use crate::place::NetworkNamespace;
 use crate::presence::make_secrets;
 use crate::publish::Publisher;
 use crate::selftest;
@@ -67,25 +69,30 @@ const PINNED: [Program; 6] = [
 const OF_INTERFACE: [Program; 3] = [Program::Stamp, Program::Learn, Program::Edge];
 
 impl Edge {
-    /// Loads, tests and pins the programs, and attaches them. Nothing is refused before a set is published.
+    /// Loads, tests and pins the programs, and attaches them. Nothing is refused before a set is published. What somebody who died has left
+    /// of an attempt is cleared away, unless it can be adopted.
     ///
     /// # Errors
     ///
-    /// See [`EdgeError`]; nothing is left behind.
+    /// See [`EdgeError`]; what was there is as before.
     pub fn attach(pins: &Pins, options: &AttachOptions) -> Result<Self, EdgeError> {
         let lock = pins.lock()?;
+        if let Some(found) = pins.foreign_layouts()?.pop() {
+            let root = pins.root().to_owned();
+            return Err(EdgeError::Layout { root, found });
+        }
         if pins.is_present() {
-            return Err(EdgeError::Present {
-                root: pins.root().to_owned(),
-            });
+            clear_unfinished(pins)?;
         }
         selftest::run()?;
         let loaded = Loaded::load(&options.sizes)?;
-        pins.create()?;
-        let edge = attach_new(pins, &loaded, options, &lock);
+        let edge = pins
+            .create()
+            .map_err(EdgeError::from)
+            .and_then(|()| attach_new(pins, &loaded, options, &lock));
         if edge.is_err() {
             // The first error is the one to tell.
-            let _ = pins.remove();
+            let _ = pins.remove_own();
         }
         edge
     }
@@ -132,6 +139,47 @@ impl Edge {
     pub fn detach(pins: &Pins) -> Result<(), EdgeError> {
         let _lock = pins.lock_waiting()?;
         Ok(pins.remove()?)
+    }
+
+    /// Whether the calling thread is where what is pinned, of whatever layout, may be detached: where it was attached, or anywhere once it is
+    /// on no interface any more. Then the place that is not here, if it is none: a table that it left there stays.
+    ///
+    /// # Errors
+    ///
+    /// [`EdgeError::Elsewhere`].
+    pub fn may_detach(pins: &Pins) -> Result<Option<NetworkNamespace>, EdgeError> {
+        let Some(namespace) = pins.namespace() else {
+            return Ok(None);
+        };
+        if namespace.cookie == here()?.cookie {
+            return Ok(None);
+        }
+        if pins.all_links()?.iter().any(|link| on_interface(link)) {
+            let root = pins.root().to_owned();
+            return Err(EdgeError::Elsewhere { root, namespace });
+        }
+        Ok(Some(namespace))
+    }
+
+    /// That the calling thread is in the network namespace that it was attached in.
+    ///
+    /// # Errors
+    ///
+    /// [`EdgeError::Elsewhere`].
+    pub fn check_here(&self) -> Result<(), EdgeError> {
+        let cookie: u64 = self
+            .maps
+            .control
+            .load_part(0, offset_of!(EdgeControl, netns_cookie));
+        if here()?.cookie == cookie {
+            return Ok(());
+        }
+        let written = self.pins.namespace();
+        let namespace = written.filter(|written| written.cookie == cookie);
+        Err(EdgeError::Elsewhere {
+            root: self.pins.root().to_owned(),
+            namespace: namespace.unwrap_or(NetworkNamespace { cookie, inode: 0 }),
+        })
     }
 
     /// Where it is pinned.
@@ -231,13 +279,15 @@ impl Edge {
     ///
     /// # Errors
     ///
-    /// [`EdgeError::Interface`] if there is none of this name, [`EdgeError::Attach`] if the kernel refuses; nothing has changed then.
+    /// [`EdgeError::Interface`] if there is none of this name, [`EdgeError::Attach`] if the kernel refuses, [`EdgeError::Elsewhere`] where the
+    /// interfaces are others; nothing has changed then.
     pub fn attach_interface(&mut self, name: &str, mode: AttachMode) -> Result<(), EdgeError> {
         let lock = self.pins.lock_waiting()?;
         self.attach_locked(name, mode, &lock)
     }
 
     fn attach_locked(&self, name: &str, mode: AttachMode, lock: &Lock) -> Result<(), EdgeError> {
+        self.check_here()?;
         let index = index_of(name)?;
         let mut state = State::read(&self.pins)?;
         let known = |interface: &Interface| interface.index == index;
@@ -384,8 +434,15 @@ impl Edge {
             self.update_links(&self.programs)?;
             return Err(error);
         }
+        self.pins.set_build(&build())?;
         *self = Self::adopt(&self.pins)?;
         Ok(())
+    }
+
+    /// Whether the programs that run are those that this binary carries; not known is no.
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        self.pins.build() == Some(build())
     }
 
     fn rename(&self, new: &BTreeMap<Program, OwnedFd>) -> Result<(), EdgeError> {
@@ -441,11 +498,12 @@ fn attach_new(
     options: &AttachOptions,
     lock: &Lock,
 ) -> Result<Edge, EdgeError> {
-    let maps = loaded.maps();
+    let (maps, namespace) = (loaded.maps(), here()?);
     maps.control
         .store_part(0, offset_of!(EdgeControl, layout), &LAYOUT);
     maps.control
-        .store_part(0, offset_of!(EdgeControl, netns_cookie), &netns_cookie()?);
+        .store_part(0, offset_of!(EdgeControl, netns_cookie), &namespace.cookie);
+    pins.set_namespace(namespace)?;
     make_secrets(maps).map_err(|source| EdgeError::Random { source })?;
     for name in Maps::NAMES {
         pin(maps.handle(name).as_fd(), pins.path(Kind::Map, name))?;
@@ -454,6 +512,7 @@ fn attach_new(
     for (program, handle) in &programs {
         pin(handle.as_fd(), pins.path(Kind::Program, program.name()))?;
     }
+    pins.set_build(&build())?;
     let tracepoint = link_tracepoint(programs[&Program::ConnState].as_fd())?;
     pin(
         tracepoint.as_fd(),
@@ -489,11 +548,35 @@ fn link_tracepoint(program: BorrowedFd<'_>) -> Result<OwnedFd, EdgeError> {
     })
 }
 
-fn netns_cookie() -> Result<u64, EdgeError> {
-    let failed = |source| EdgeError::Namespace { source };
-    let any = socket(AddressFamily::INET, SocketType::DGRAM, None)
-        .map_err(|errno| failed(errno.into()))?;
-    sys::netns_cookie(any.as_fd()).map_err(failed)
+fn here() -> Result<NetworkNamespace, EdgeError> {
+    NetworkNamespace::current().map_err(|source| EdgeError::Namespace { source })
+}
+
+/// Whether a link is on an interface that is there.
+fn on_interface(link: &Path) -> bool {
+    let info = Link::open(link).and_then(|link| link.info());
+    matches!(info.map(|info| info.info), Ok(LinkTypeInfo::Xdp(xdp)) if xdp.ifindex != 0)
+}
+
+/// Removes what somebody who died while attaching has left, as long as it is on no interface.
+///
+/// # Errors
+///
+/// [`EdgeError::Present`] if it can be adopted, [`EdgeError::Incomplete`] if it cannot, and is on an interface.
+fn clear_unfinished(pins: &Pins) -> Result<(), EdgeError> {
+    let maps = Maps::NAMES.map(|name| pins.path(Kind::Map, name));
+    let programs = PINNED.map(|program| pins.path(Kind::Program, program.name()));
+    let missing = maps.into_iter().chain(programs).find(|pin| !pin.exists());
+    let Some(path) = missing else {
+        let root = pins.root().to_owned();
+        return Err(EdgeError::Present { root });
+    };
+    if pins.all_links()?.iter().any(|link| on_interface(link)) {
+        let source = io::ErrorKind::NotFound.into();
+        return Err(EdgeError::Incomplete { path, source });
+    }
+    tracing::info!(path = %path.display(), "clearing away what an attempt to attach has left");
+    Ok(pins.remove_own()?)
 }
 
 fn index_of(name: &str) -> Result<u32, EdgeError> {

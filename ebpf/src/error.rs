@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use crate::abi::LAYOUT;
 use crate::load::LoadError;
 use crate::maps::MapError;
+use crate::place::NetworkNamespace;
 use crate::publish::PublishError;
 use crate::selftest::SelfTestError;
 use crate::state::StateError;
@@ -21,6 +22,16 @@ pub enum PinError {
         path: PathBuf,
         /// What the kernel said.
         source: io::Error,
+    },
+    /// The bpffs there is seen in this mount namespace alone, and would end with it.
+    #[error(
+        "the bpffs at {} would end with this process's mount namespace, and the edge with it; mount one for all before, from outside: \
+         `mount -t bpf -o mode=0700 bpf {}`; `nsenter --net=` enters a network namespace without other mounts, `ip netns exec` does not",
+        .path.display(), .path.display()
+    )]
+    Private {
+        /// The folder.
+        path: PathBuf,
     },
     /// A folder could not be made.
     #[error("cannot make {}: {source}", .path.display())]
@@ -76,6 +87,7 @@ impl PinError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Mount { .. } => "pin_mount",
+            Self::Private { .. } => "pin_private",
             Self::Create { .. } => "pin_create",
             Self::Read { .. } => "pin_read",
             Self::Pin { .. } => "pin_pin",
@@ -112,7 +124,7 @@ pub enum EdgeError {
     #[error("cannot hold a program: {0}; raise the limit of open files (ulimit -n)")]
     Handle(#[source] libbpf_rs::Error),
     /// Something is attached already.
-    #[error("an edge is pinned at {}; adopt or detach it", .root.display())]
+    #[error("an edge is pinned at {}; detach it (millrace xdp detach), or go on with it", .root.display())]
     Present {
         /// The folder of pins.
         root: PathBuf,
@@ -138,6 +150,14 @@ pub enum EdgeError {
         path: PathBuf,
         /// What the kernel said.
         source: io::Error,
+    },
+    /// It is attached in another network namespace.
+    #[error("the edge at {} is in another network namespace, {namespace}; give the command there", .root.display())]
+    Elsewhere {
+        /// The folder of pins.
+        root: PathBuf,
+        /// Where it is.
+        namespace: NetworkNamespace,
     },
     /// There is no such interface.
     #[error("no interface {name}: {source}; `ip link` shows those that there are")]
@@ -207,6 +227,7 @@ impl EdgeError {
             Self::Absent { .. } => "absent",
             Self::Layout { .. } => "layout",
             Self::Incomplete { .. } => "incomplete",
+            Self::Elsewhere { .. } => "elsewhere",
             Self::Interface { .. } => "interface",
             Self::NotAttached { .. } => "not_attached",
             Self::Attach { .. } => "attach",

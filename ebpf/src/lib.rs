@@ -15,6 +15,7 @@ pub mod maps;
 pub mod metrics;
 pub mod nft;
 pub mod pins;
+pub mod place;
 pub mod presence;
 pub mod privileges;
 pub mod publish;

@@ -8,6 +8,7 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
+use std::hash::{DefaultHasher, Hasher as _};
 use std::io;
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
@@ -27,6 +28,17 @@ use crate::maps::{MapError, Maps};
 const EDGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/edge.bpf.o"));
 const STAMP: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/stamp.bpf.o"));
 const CONN_STATE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/conn_state.bpf.o"));
+
+/// Names the programs that this binary carries: others have another name.
+#[must_use]
+pub fn build() -> String {
+    // Its keys are fixed. Were they others in another binary, that one would only replace programs by the same.
+    let mut hasher = DefaultHasher::new();
+    for object in [EDGE, STAMP, CONN_STATE] {
+        hasher.write(object);
+    }
+    format!("{:016x}", hasher.finish())
+}
 
 /// Name of the section that holds [`EdgeSizes`].
 const SIZES: &str = ".rodata.sizes";

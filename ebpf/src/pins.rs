@@ -5,6 +5,7 @@
 //! 3. Links are named by interface index: a bpffs allows no dot in a name, interface names do.
 //! 4. Whoever changes what is pinned, or publishes, holds the lock.
 //! 5. Only the owner gets at pins and lock: anybody who could open the lock's file could keep it.
+//! 6. Nothing is pinned in a bpffs that ends with a mount namespace, as that of `ip netns exec` or of a unit with `PrivateTmp=`.
 
 use std::ffi::CStr;
 use std::fs::{self, File};
@@ -18,6 +19,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde::{Deserialize, Serialize};
 
 use crate::error::PinError;
+use crate::place::{self, NetworkNamespace};
 use crate::sys;
 
 /// Layout of the maps that this binary knows: `EDGE_LAYOUT`.
@@ -107,9 +109,9 @@ impl Pins {
     ///
     /// [`PinError::Read`] if the folder is there and cannot be read.
     pub fn foreign_layouts(&self) -> Result<Vec<String>, PinError> {
-        let mut layouts = names_in(&self.root)?;
+        let mut layouts = self.layouts()?;
         let own = layout_name(LAYOUT);
-        layouts.retain(|name| name.starts_with(LAYOUT_PREFIX) && *name != own);
+        layouts.retain(|name| *name != own);
         Ok(layouts)
     }
 
@@ -158,7 +160,8 @@ impl Pins {
     ///
     /// # Errors
     ///
-    /// [`PinError::Mount`] without the capability to mount; [`PinError::Create`] otherwise.
+    /// [`PinError::Mount`] without the capability to mount; [`PinError::Private`] where the mount would not outlive the caller's mount
+    /// namespace; [`PinError::Create`] otherwise.
     pub fn create(&self) -> Result<(), PinError> {
         let failed = |path: &Path, source| PinError::Create {
             path: path.to_owned(),
@@ -166,12 +169,18 @@ impl Pins {
         };
         fs::create_dir_all(&self.root).map_err(|source| failed(&self.root, source))?;
         if !self.is_bpffs() {
-            mount("millrace", &self.root, "bpf", MountFlags::empty(), MODE).map_err(|errno| {
+            mount(SOURCE, &self.root, "bpf", MountFlags::empty(), MODE).map_err(|errno| {
                 PinError::Mount {
                     path: self.root.clone(),
                     source: errno.into(),
                 }
             })?;
+        }
+        if !place::lasts(&self.root) {
+            self.unmount();
+            return Err(PinError::Private {
+                path: self.root.clone(),
+            });
         }
         for kind in [Kind::Map, Kind::Program, Kind::Link] {
             let path = self.of_layout(LAYOUT).join(kind.folder());
@@ -187,14 +196,27 @@ impl Pins {
     ///
     /// The first thing that could not be removed; the rest has been tried.
     pub fn remove(&self) -> Result<(), PinError> {
+        self.remove_layouts(|_| true)
+    }
+
+    /// As [`Self::remove`], of this binary's layout alone.
+    ///
+    /// # Errors
+    ///
+    /// The first thing that could not be removed; the rest has been tried.
+    pub(crate) fn remove_own(&self) -> Result<(), PinError> {
+        self.remove_layouts(|name| name == layout_name(LAYOUT))
+    }
+
+    fn remove_layouts(&self, is_meant: impl Fn(&str) -> bool) -> Result<(), PinError> {
         let mut first = Ok(());
         let mut keep = |result: Result<(), PinError>| {
             if first.is_ok() {
                 first = result;
             }
         };
-        for layout in names_in(&self.root)? {
-            if !layout.starts_with(LAYOUT_PREFIX) {
+        for layout in self.layouts()? {
+            if !is_meant(&layout) {
                 continue;
             }
             let folder = self.root.join(layout);
@@ -204,6 +226,9 @@ impl Pins {
                 keep(remove_link(&links.join(name)));
             }
             keep(remove_all(&folder));
+        }
+        if !self.layouts()?.is_empty() {
+            return first;
         }
         let state = self.state_path();
         match fs::remove_file(&state) {
@@ -215,9 +240,94 @@ impl Pins {
             }
             _ => {}
         }
-        // Fails where the folder belongs to a larger bpffs, which then stays.
-        let _ = unmount(&self.root, UnmountFlags::empty());
+        self.unmount();
         first
+    }
+
+    /// All that are there, also those of other versions.
+    fn layouts(&self) -> Result<Vec<String>, PinError> {
+        let mut names = names_in(&self.root)?;
+        names.retain(|name| name.starts_with(LAYOUT_PREFIX));
+        Ok(names)
+    }
+
+    /// Takes the mount away that [`Self::create`] made; one that the host set up stays.
+    fn unmount(&self) {
+        if place::is_mounted_as(&self.root, SOURCE) {
+            // Fails where somebody has a file of it open, or the folder belongs to a larger bpffs: harmless.
+            let _ = unmount(&self.root, UnmountFlags::empty());
+        }
+    }
+
+    /// Writes down that the calling thread's network namespace is the one that is attached in.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::Create`].
+    pub(crate) fn set_namespace(&self, namespace: NetworkNamespace) -> Result<(), PinError> {
+        self.set_label(NAMESPACE, &namespace.label())
+    }
+
+    /// The network namespace that is attached in, by whatever layout; none if nothing says so.
+    pub(crate) fn namespace(&self) -> Option<NetworkNamespace> {
+        let layouts = self.layouts().ok()?;
+        layouts
+            .iter()
+            .find_map(|layout| NetworkNamespace::of_label(&self.label(layout, NAMESPACE)?))
+    }
+
+    /// Writes down which build of the programs is pinned.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::Create`].
+    pub(crate) fn set_build(&self, build: &str) -> Result<(), PinError> {
+        self.set_label(BUILD, build)
+    }
+
+    /// Which build of the programs is pinned; none if nothing says so, or somebody died while they were replaced.
+    #[must_use]
+    pub fn build(&self) -> Option<String> {
+        self.label(&layout_name(LAYOUT), BUILD)
+    }
+
+    /// A bpffs holds no files, so a label is the name of an empty folder: `KEY-VALUE`.
+    fn set_label(&self, key: &str, value: &str) -> Result<(), PinError> {
+        let folder = self.of_layout(LAYOUT).join(LABELS);
+        let new = folder.join(format!("{key}-{value}"));
+        let failed = |source| PinError::Create {
+            path: new.clone(),
+            source,
+        };
+        let before = names_in(&folder)?;
+        fs::create_dir_all(&new).map_err(failed)?;
+        for name in before {
+            let other = folder.join(&name);
+            if has_key(&name, key) && other != new {
+                fs::remove_dir(&other).map_err(failed)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// None if there is none, or more than one.
+    fn label(&self, layout: &str, key: &str) -> Option<String> {
+        let mut labels = names_in(&self.root.join(layout).join(LABELS)).ok()?;
+        labels.retain(|name| has_key(name, key));
+        let [label] = labels.as_slice() else {
+            return None;
+        };
+        Some(label[key.len() + 1..].to_owned())
+    }
+
+    /// Links of whatever layout.
+    pub(crate) fn all_links(&self) -> Result<Vec<PathBuf>, PinError> {
+        let mut links = Vec::new();
+        for layout in self.layouts()? {
+            let folder = self.root.join(layout).join(Kind::Link.folder());
+            links.extend(names_in(&folder)?.iter().map(|name| folder.join(name)));
+        }
+        Ok(links)
     }
 
     fn of_layout(&self, layout: u32) -> PathBuf {
@@ -272,6 +382,12 @@ fn names_in(folder: &Path) -> Result<Vec<String>, PinError> {
     Ok(names)
 }
 
+fn has_key(label: &str, key: &str) -> bool {
+    label
+        .strip_prefix(key)
+        .is_some_and(|rest| rest.starts_with('-'))
+}
+
 fn layout_name(layout: u32) -> String {
     format!("{LAYOUT_PREFIX}{layout}")
 }
@@ -288,6 +404,14 @@ fn beside(root: &Path, extension: &str) -> PathBuf {
 const MODE: Option<&CStr> = Some(c"mode=0700");
 
 const LAYOUT_PREFIX: &str = "layout-";
+
+/// What a bpffs of ours is mounted as.
+const SOURCE: &str = "millrace";
+
+/// The folder of labels, and their keys.
+const LABELS: &str = "labels";
+const NAMESPACE: &str = "netns";
+const BUILD: &str = "build";
 
 /// `BPF_FS_MAGIC` of linux/magic.h.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;

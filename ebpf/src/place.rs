@@ -1,0 +1,163 @@
+//! Where a process stands: in which network namespace, and whether what it mounts outlives it.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, BufRead as _, BufReader};
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use rustix::fs::{major, minor};
+use rustix::net::{AddressFamily, SocketType, socket};
+
+use crate::sys;
+
+/// A network namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NetworkNamespace {
+    /// The kernel gives it to no other, ever.
+    pub cookie: u64,
+    /// By which tools name it; one that is gone may hand it on.
+    pub inode: u64,
+}
+
+impl NetworkNamespace {
+    /// That of the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says: it takes Linux 5.14 and `/proc`.
+    pub fn current() -> io::Result<Self> {
+        let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+        Ok(Self {
+            cookie: sys::netns_cookie(any.as_fd())?,
+            inode: fs::metadata("/proc/thread-self/ns/net")?.ino(),
+        })
+    }
+
+    /// As the name of a folder.
+    pub(crate) fn label(self) -> String {
+        format!("{}-{}", self.cookie, self.inode)
+    }
+
+    pub(crate) fn of_label(label: &str) -> Option<Self> {
+        let (cookie, inode) = label.split_once('-')?;
+        Some(Self {
+            cookie: cookie.parse().ok()?,
+            inode: inode.parse().ok()?,
+        })
+    }
+
+    /// Its name under `/run/netns`, if it has one.
+    fn name(self) -> Option<String> {
+        let mut names = fs::read_dir("/run/netns").ok()?.flatten();
+        let is_this = |entry: &fs::DirEntry| {
+            fs::metadata(entry.path()).is_ok_and(|found| found.ino() == self.inode)
+        };
+        let found = names.find(is_this)?;
+        found.file_name().into_string().ok()
+    }
+}
+
+/// The namespace, and how to enter it without another `/sys` and other mounts.
+impl fmt::Display for NetworkNamespace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inode = self.inode;
+        match self.name() {
+            Some(name) => write!(
+                f,
+                "net:[{inode}] (enter it: nsenter --net=/run/netns/{name})"
+            ),
+            None => write!(
+                f,
+                "net:[{inode}] (`lsns -t net` names a process PID of it; enter it: nsenter --target PID --net)"
+            ),
+        }
+    }
+}
+
+/// Whether process 1 has the file system of this path mounted too. Otherwise it ends with the last process of the calling one's mount
+/// namespace. Where nobody can tell, it is taken for lasting.
+pub(crate) fn lasts(path: &Path) -> bool {
+    let Ok(device) = device(path) else {
+        return true;
+    };
+    mounts("/proc/1/mountinfo").is_none_or(|mounts| mounts.iter().any(|m| m.device == device))
+}
+
+/// Whether the file system of this path was mounted under this name.
+pub(crate) fn is_mounted_as(path: &Path, source: &str) -> bool {
+    let (Ok(device), Some(mounts)) = (device(path), mounts("/proc/thread-self/mountinfo")) else {
+        return false;
+    };
+    mounts
+        .iter()
+        .any(|mount| mount.device == device && mount.source == source)
+}
+
+/// As `mountinfo` writes it.
+fn device(path: &Path) -> io::Result<String> {
+    let device = fs::metadata(path)?.dev();
+    Ok(format!("{}:{}", major(device), minor(device)))
+}
+
+/// What is mounted, of bpffs alone.
+#[derive(Debug, PartialEq, Eq)]
+struct Mount {
+    device: String,
+    source: String,
+}
+
+fn mounts(file: &str) -> Option<Vec<Mount>> {
+    let lines = BufReader::new(File::open(file).ok()?).lines();
+    lines
+        .filter_map(|line| line.map(|line| bpffs(&line)).transpose())
+        .collect::<io::Result<_>>()
+        .ok()
+}
+
+/// `36 35 98:0 /root /mount/point options [more ...] - type source options`.
+fn bpffs(line: &str) -> Option<Mount> {
+    let (place, what) = line.split_once(" - ")?;
+    let device = place.split(' ').nth(2)?;
+    let mut what = what.split(' ');
+    (what.next()? == "bpf").then_some(())?;
+    Some(Mount {
+        device: device.to_owned(),
+        source: what.next()?.to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_label_says_what_it_was_made_of() {
+        let here = NetworkNamespace::current().unwrap();
+        assert_eq!(NetworkNamespace::of_label(&here.label()), Some(here));
+        assert_eq!(NetworkNamespace::of_label("7"), None);
+        assert_eq!(NetworkNamespace::of_label("7-x"), None);
+    }
+
+    #[test]
+    fn lines_of_a_bpffs_are_read() {
+        let line =
+            "49 27 0:41 / /run/millrace/edge rw,relatime shared:7 - bpf millrace rw,mode=700";
+        let found = bpffs(line).unwrap();
+        assert_eq!(
+            (found.device.as_str(), found.source.as_str()),
+            ("0:41", "millrace")
+        );
+        for other in ["22 27 0:21 / /proc rw,relatime - proc proc rw", "", "22 27"] {
+            assert_eq!(bpffs(other), None);
+        }
+    }
+
+    // Protects the places where there is no bpffs of another mount namespace: all that is here is seen by process 1, or nobody can tell.
+    #[test]
+    fn what_everybody_mounts_lasts() {
+        assert!(!is_mounted_as(Path::new("/"), "millrace"));
+        assert!(lasts(Path::new("/no/such/folder")));
+    }
+}

@@ -1,0 +1,192 @@
+//! Where an edge is, and whose: other layouts, other namespaces, attempts that were cut short.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+
+use std::fs;
+use std::path::PathBuf;
+
+use common::edge::{Ends, Home, attached, options, set};
+use common::{Namespace, Pair, privileged};
+use millrace_edge::edge::{Edge, EdgeError};
+use millrace_edge::load::Program;
+use millrace_edge::pins::{Kind, Pins};
+use millrace_edge::state::AttachMode;
+use millrace_edge_policy::rules::RuleAction;
+use millrace_edge_policy::settings::Mode;
+
+/// The folder of this binary's layout.
+fn layout(pins: &Pins) -> PathBuf {
+    let maps = pins.path(Kind::Map, "x").parent().unwrap().to_owned();
+    maps.parent().unwrap().to_owned()
+}
+
+// Protects an edge of another version: an attempt to attach beside it is refused before it touches anything.
+#[test]
+fn an_edge_of_another_layout_outlives_an_attempt_to_attach() {
+    if !privileged("an_edge_of_another_layout_outlives_an_attempt_to_attach") {
+        return;
+    }
+    let (pair, home) = (Pair::new("place"), Home::new());
+    let ends = Ends::new(&pair);
+    let edge = attached(&pair, &home, AttachMode::Auto);
+    edge.publish(&set(Mode::Enforce, RuleAction::Deny), 1, None)
+        .unwrap();
+    let own = layout(&home.pins);
+    let other = own.with_file_name("layout-999");
+    fs::rename(&own, &other).unwrap();
+    let before = fs::read(home.pins.state_path()).unwrap();
+    let attach = || Edge::attach(&home.pins, &options(AttachMode::Auto));
+    let error = pair.node.enter(attach).unwrap_err();
+    assert!(
+        matches!(&error, EdgeError::Layout { found, .. } if found == "layout-999"),
+        "{error}"
+    );
+    assert_eq!(fs::read(home.pins.state_path()).unwrap(), before);
+    assert!(pair.node.ip("link show mr0").contains(" xdp"));
+    ends.send();
+    assert_eq!(ends.arrived(), 0, "it still enforces");
+    fs::rename(&other, &own).unwrap();
+    Edge::adopt(&home.pins).unwrap();
+}
+
+// Protects whoever comes after an attempt that was killed: what is on no interface is cleared away, and nothing else.
+#[test]
+fn what_a_killed_attempt_left_is_cleared_by_the_next() {
+    if !privileged("what_a_killed_attempt_left_is_cleared_by_the_next") {
+        return;
+    }
+    let (pair, home) = (Pair::new("place"), Home::new());
+    let attach = || {
+        pair.node
+            .enter(|| Edge::attach(&home.pins, &options(AttachMode::Auto)))
+    };
+    // Folders alone; some maps; all maps and some programs.
+    let cuts = [
+        (Kind::Map, "control"),
+        (Kind::Map, "budgets"),
+        (Kind::Program, Program::Stamp.name()),
+    ];
+    for (kind, missing) in cuts {
+        attach().unwrap();
+        let interfaces = ["edge", "stamp", "learn"];
+        for name in home.pins.names(Kind::Link).unwrap() {
+            if interfaces
+                .iter()
+                .any(|of| name.starts_with(&format!("{of}-")))
+            {
+                fs::remove_file(home.pins.path(Kind::Link, &name)).unwrap();
+            }
+        }
+        fs::remove_file(home.pins.path(kind, missing)).unwrap();
+        fs::remove_file(home.pins.state_path()).unwrap();
+        assert!(matches!(
+            Edge::adopt(&home.pins),
+            Err(EdgeError::Incomplete { .. } | EdgeError::Maps(_))
+        ));
+        let edge = attach().unwrap();
+        assert_eq!(edge.interfaces().unwrap().len(), 1, "without {missing}");
+        Edge::detach(&home.pins).unwrap();
+    }
+    // On an interface: it may be in force, and is not taken away behind anybody's back.
+    attach().unwrap();
+    fs::remove_file(home.pins.path(Kind::Map, "budgets")).unwrap();
+    let error = attach().unwrap_err();
+    assert!(matches!(error, EdgeError::Incomplete { .. }), "{error}");
+    assert!(pair.node.ip("link show mr0").contains(" xdp"));
+}
+
+// Protects the interfaces of one namespace from commands that are given in another, where the same names mean others.
+#[test]
+fn an_edge_belongs_to_one_network_namespace() {
+    if !privileged("an_edge_belongs_to_one_network_namespace") {
+        return;
+    }
+    let (pair, home) = (Pair::new("place"), Home::new());
+    let mut edge = attached(&pair, &home, AttachMode::Auto);
+    let other = Namespace::new("place");
+    other.ip("link add mr0 type veth peer name mr1");
+    pair.node.enter(|| edge.check_here().unwrap());
+    assert_eq!(
+        pair.node.enter(|| Edge::may_detach(&home.pins)).unwrap(),
+        None
+    );
+
+    let refused = |error: EdgeError| {
+        let way_out = format!("nsenter --net=/run/netns/{}", pair.node.name);
+        assert!(
+            matches!(error, EdgeError::Elsewhere { .. }) && error.to_string().contains(&way_out),
+            "{error}"
+        );
+    };
+    refused(other.enter(|| edge.check_here()).unwrap_err());
+    refused(other.enter(|| Edge::may_detach(&home.pins)).unwrap_err());
+    let attach = || edge.attach_interface("mr0", AttachMode::Auto);
+    refused(other.enter(attach).unwrap_err());
+    assert!(!other.ip("link show mr0").contains(" xdp"));
+
+    // Also of a layout that this binary does not know.
+    let own = layout(&home.pins);
+    fs::rename(&own, own.with_file_name("layout-999")).unwrap();
+    refused(other.enter(|| Edge::may_detach(&home.pins)).unwrap_err());
+    // On no interface any more, it can be taken away from anywhere: nobody may be left there.
+    pair.node.ip("link del mr0");
+    let elsewhere = other.enter(|| Edge::may_detach(&home.pins)).unwrap();
+    let there = pair
+        .node
+        .enter(|| millrace_edge::place::NetworkNamespace::current().unwrap());
+    assert_eq!(elsewhere, Some(there));
+}
+
+/// The XDP program on the node's interface.
+fn program_id(pair: &Pair) -> u64 {
+    let shown: serde_json::Value =
+        serde_json::from_str(&pair.node.ip("-j -d link show mr0")).unwrap();
+    shown[0]["xdp"]["prog"]["id"].as_u64().unwrap()
+}
+
+// Protects upgrades: whether the programs that run are this binary's is known, and a link that refuses leaves all with what they had.
+#[test]
+fn programs_of_another_build_are_told_and_replaced_all_or_none() {
+    if !privileged("programs_of_another_build_are_told_and_replaced_all_or_none") {
+        return;
+    }
+    let (pair, home) = (Pair::new("place"), Home::new());
+    let ends = Ends::new(&pair);
+    let mut edge = attached(&pair, &home, AttachMode::Auto);
+    edge.publish(&set(Mode::Enforce, RuleAction::Deny), 1, None)
+        .unwrap();
+    assert!(edge.is_current());
+    let label = |build: &str| {
+        layout(&home.pins)
+            .join("labels")
+            .join(format!("build-{build}"))
+    };
+    let this = home.pins.build().unwrap();
+    fs::rename(label(&this), label("0")).unwrap();
+    assert!(!Edge::adopt(&home.pins).unwrap().is_current());
+
+    // A link of a kind that takes no other program, and comes last: those before it go back.
+    let before = program_id(&pair);
+    let refusing = home.pins.path(Kind::Link, "stamp-999999");
+    let mut link = libbpf_rs::Link::open(home.pins.path(Kind::Link, "conn_state")).unwrap();
+    link.unpin().unwrap();
+    link.pin(&refusing).unwrap();
+    let error = edge.reload().unwrap_err();
+    assert!(
+        matches!(&error, EdgeError::Update { path, .. } if *path == refusing),
+        "{error}"
+    );
+    assert_eq!(program_id(&pair), before);
+    assert!(!edge.is_current());
+    ends.send();
+    assert_eq!(ends.arrived(), 0, "it still enforces");
+
+    link.unpin().unwrap();
+    link.pin(home.pins.path(Kind::Link, "conn_state")).unwrap();
+    edge.reload().unwrap();
+    assert_ne!(program_id(&pair), before);
+    assert!(edge.is_current());
+    ends.send();
+    assert_eq!(ends.arrived(), 0, "what was in force is");
+}
