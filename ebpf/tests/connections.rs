@@ -70,10 +70,12 @@ fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
 fn connections_are_counted_by_source_and_given_back() {
     let Some(loaded) = load() else { return };
     let _link = loaded.count_connections().unwrap();
-    let Ok(listener) = TcpListener::bind("[::]:0") else {
+    // An address of IPv6 for all is there also where none is of one's own.
+    if TcpListener::bind("[::1]:0").is_err() {
         skip::skip("connections_are_counted_by_source_and_given_back", "IPv6");
         return;
-    };
+    }
+    let listener = TcpListener::bind("[::]:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     loaded.maps().set_port(0, true, port, Some(0));
     let four: IpAddr = "127.0.0.1".parse().unwrap();

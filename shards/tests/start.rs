@@ -2,6 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
 
+#[path = "../../ebpf/tests/common/skip.rs"]
+mod skip;
+
+use std::io::ErrorKind;
 use std::net::UdpSocket;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
@@ -97,9 +101,8 @@ fn starts_without_root() {
         .output();
     std::fs::remove_file(&copy).unwrap();
     let output = match output {
-        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
-            eprintln!("SKIPPED: starts_without_root, as root that may not become another: {error}");
-            return;
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            return skip::skip("starts_without_root", "the right to become another user");
         }
         output => output.unwrap(),
     };
