@@ -55,7 +55,7 @@ pub struct Setup {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
-    /// Say whether the table `inet millrace` could be replaced.
+    /// Say whether the edge's table could be replaced.
     CheckNft(Table),
     /// Replace it.
     ApplyNft(Table),
@@ -85,7 +85,7 @@ pub enum Request {
 pub enum Answer {
     /// It is done.
     Done,
-    /// What the table `inet millrace` is now; none: there is no such table.
+    /// What the edge's table is now; none: there is no such table.
     Nft(Option<Fingerprint>),
     /// Nothing has changed.
     Failed {
@@ -180,7 +180,7 @@ impl Helper {
         self.exchange(request).map(drop)
     }
 
-    /// What the table `inet millrace` is now; none: there is no such table.
+    /// What the edge's table is now; none: there is no such table.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! The nftables table `inet millrace`: what guards the declared ports behind the program, and the outbound rules.
+//! The nftables table of an edge: what guards the declared ports behind the program, and the outbound rules.
 //!
 //! 1. Only typed values are formatted: nothing that an operator or the registry wrote reaches `nft` as text.
 //! 2. The table is replaced in one transaction, after `nft` has checked it; no other table is touched.
@@ -6,13 +6,15 @@
 //!    does not leave the node open. In mode `count` it is counted.
 //! 4. A packet that the program marks *reject* never gets in. Only a program that enforces marks so.
 //! 5. `nft` runs in the network namespace of the calling thread.
-//! 6. A [`Fingerprint`] changes when anybody changes the table, and not by what packets do.
+//! 6. Every folder of pins has a table of its own, [`TableName`]: edges of one network namespace leave each other's alone. Marks are the same for all.
+//! 7. A [`Fingerprint`] changes when anybody changes the table, and not by what packets do.
 
 use std::collections::BTreeSet;
 use std::fmt::{self, Write as _};
 use std::hash::{DefaultHasher, Hasher as _};
 use std::io::{self, Read as _, Write as _};
 use std::ops::RangeInclusive;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 
@@ -20,7 +22,10 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use millrace_edge_policy::packet::Protocol;
 use millrace_edge_policy::rules::{Compiled, Provenance, Rule, RuleAction, Sources, User};
 use millrace_edge_policy::settings::Mode;
+use millrace_edge_policy::siphash::{Key, siphash24};
 use serde::{Deserialize, Serialize};
+
+use crate::pins::Pins;
 
 /// Mark of packets that the program passed, in the bits of [`MARK_MASK`].
 pub const MARK_PASS: u32 = 0x4d00_0000;
@@ -109,29 +114,85 @@ pub const RULE_REFUSED: &str = "nft_rule_refused";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint(u64);
 
-/// The program `nft`.
+/// Name of a table of the family `inet`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TableName(String);
+
+impl TableName {
+    /// That of the edge with these pins: `millrace` where pins are by default, `millrace_HASH` elsewhere.
+    #[must_use]
+    pub fn of(pins: &Pins) -> Self {
+        let root = pins.canonical_root();
+        if root == Pins::default().canonical_root() {
+            return Self::default();
+        }
+        let mut words: Vec<u64> = root.as_os_str().as_bytes().chunks(8).map(word).collect();
+        words.push(root.as_os_str().len() as u64);
+        Self(format!(
+            "{DEFAULT_TABLE}_{:016x}",
+            siphash24(NAMING, &words)
+        ))
+    }
+}
+
+impl Default for TableName {
+    fn default() -> Self {
+        Self(DEFAULT_TABLE.into())
+    }
+}
+
+impl fmt::Display for TableName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+fn word(bytes: &[u8]) -> u64 {
+    let mut word = [0; 8];
+    word[..bytes.len()].copy_from_slice(bytes);
+    u64::from_le_bytes(word)
+}
+
+const DEFAULT_TABLE: &str = "millrace";
+
+/// Never another: every version finds the table of those before it.
+const NAMING: Key = Key { k0: 0, k1: 0 };
+
+/// The program `nft`, and what it is used for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Nft {
     /// A path, or a name to be found in `PATH`.
     pub program: PathBuf,
+    /// The table that it replaces, removes and looks at.
+    pub table: TableName,
 }
 
 impl Default for Nft {
     fn default() -> Self {
         Self {
             program: "nft".into(),
+            table: TableName::default(),
         }
     }
 }
 
 impl Nft {
+    /// For the table of the edge with these pins.
+    #[must_use]
+    pub fn of(pins: &Pins) -> Self {
+        Self {
+            table: TableName::of(pins),
+            ..Self::default()
+        }
+    }
+
     /// Whether [`Self::apply`] would do it.
     ///
     /// # Errors
     ///
     /// See [`NftError`].
     pub fn check(&self, table: &Table) -> Result<(), NftError> {
-        self.run(&["-c", "-f", "-"], &Script::replace(table))
+        self.run(&["-c", "-f", "-"], &Script::replace(&self.table, table))
     }
 
     /// Checks the table, then replaces the one in force in one transaction.
@@ -140,7 +201,7 @@ impl Nft {
     ///
     /// See [`NftError`]; the table in force stays.
     pub fn apply(&self, table: &Table) -> Result<(), NftError> {
-        let script = Script::replace(table);
+        let script = Script::replace(&self.table, table);
         self.run(&["-c", "-f", "-"], &script)?;
         self.run(&["-f", "-"], &script)
     }
@@ -151,7 +212,7 @@ impl Nft {
     ///
     /// See [`NftError`].
     pub fn remove(&self) -> Result<(), NftError> {
-        self.run(&["-f", "-"], &Script::remove())
+        self.run(&["-f", "-"], &Script::remove(&self.table))
     }
 
     /// Of the table in force; none if there is no table.
@@ -162,7 +223,7 @@ impl Nft {
     pub fn fingerprint(&self) -> Result<Option<Fingerprint>, NftError> {
         // Stateless: without what the counters say.
         let mut child = self.spawn(
-            &["-s", "list", "table", "inet", "millrace"],
+            &["-s", "list", "table", "inet", &self.table.0],
             Stdio::null(),
             Stdio::piped(),
         )?;
@@ -248,16 +309,16 @@ impl Script {
     }
 
     /// The table disappears, whether it was there or not.
-    fn remove() -> Self {
+    fn remove(name: &TableName) -> Self {
         let mut script = Self::new();
-        script.line(format_args!("add table inet millrace"));
-        script.line(format_args!("delete table inet millrace"));
+        script.line(format_args!("add table inet {name}"));
+        script.line(format_args!("delete table inet {name}"));
         script
     }
 
-    fn replace(table: &Table) -> Self {
-        let mut script = Self::remove();
-        script.line(format_args!("table inet millrace {{"));
+    fn replace(name: &TableName, table: &Table) -> Self {
+        let mut script = Self::remove(name);
+        script.line(format_args!("table inet {name} {{"));
         script.input(table);
         if !table.outbound.is_empty() {
             script.output(&table.outbound);
@@ -414,7 +475,7 @@ fn comment(provenance: Provenance) -> String {
 fn culprit(rule: Option<Provenance>) -> String {
     match rule {
         Some(rule) => rule.to_string(),
-        None => "the table inet millrace".to_owned(),
+        None => "the table of the edge".to_owned(),
     }
 }
 

@@ -76,6 +76,22 @@ impl Pins {
         &self.root
     }
 
+    /// The folder, however it was written: absolute, and without links on the way to it.
+    pub(crate) fn canonical_root(&self) -> PathBuf {
+        let root = std::path::absolute(&self.root).unwrap_or_else(|_| self.root.clone());
+        let Some(above) = root.parent() else {
+            return root;
+        };
+        // What is not there yet is no link.
+        let found = above
+            .ancestors()
+            .find_map(|above| Some((above, fs::canonicalize(above).ok()?)));
+        match found.and_then(|(above, real)| Some(real.join(root.strip_prefix(above).ok()?))) {
+            Some(real) => real,
+            None => root,
+        }
+    }
+
     /// The file beside the folder that says what was asked for; see [`crate::state`].
     #[must_use]
     pub fn state_path(&self) -> PathBuf {

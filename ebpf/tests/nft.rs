@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 
 use common::{NODE, Namespace, PATIENCE, Pair, WORLD, ok, privileged, until};
 use millrace_edge::nft::{Nft, NftError, Table};
+use millrace_edge::pins::Pins;
 use millrace_edge::ruleset::Watch;
 use millrace_edge_policy::packet::Protocol;
 use millrace_edge_policy::rules::{Direction, Provenance, Rule, RuleAction, Sources, User};
@@ -352,10 +353,42 @@ fn a_refused_table_names_the_rule_and_changes_nothing() {
 fn a_missing_nft_is_named() {
     let nft = Nft {
         program: "/nonexistent/nft".into(),
+        ..Nft::default()
     };
     let error = nft.apply(&table(true)).unwrap_err();
     assert_eq!(error.reason(), "nft_run");
     assert!(error.to_string().contains("/nonexistent/nft"), "{error}");
+}
+
+// Protects the guard of an edge from its neighbours: each has a table of its own, found again by every name of its pins.
+#[test]
+fn every_edge_has_a_table_of_its_own() {
+    if !privileged("every_edge_has_a_table_of_its_own") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let other = Pins::at(folder.path().join("edge"));
+    std::os::unix::fs::symlink(folder.path(), folder.path().join("link")).unwrap();
+    for path in ["./edge", "link/edge", "link/link/edge/"] {
+        let same = Pins::at(folder.path().join(path));
+        assert_eq!(Nft::of(&same), Nft::of(&other), "{path}");
+    }
+    let third = Pins::at(folder.path().join("edge3"));
+    assert_ne!(Nft::of(&third), Nft::of(&other));
+    assert_eq!(Nft::of(&Pins::at("/run/millrace/edge/")), Nft::default());
+    let pair = Pair::new("nft");
+    pair.node.enter(|| {
+        Nft::default().apply(&table(true)).unwrap();
+        let first = ruleset("inet millrace");
+        Nft::of(&other).apply(&table(false)).unwrap();
+        assert_eq!(ruleset("inet millrace"), first);
+        assert!(Nft::of(&other).fingerprint().unwrap().is_some());
+        assert_eq!(Nft::of(&third).fingerprint().unwrap(), None);
+        Nft::of(&third).remove().unwrap();
+        Nft::of(&other).remove().unwrap();
+        assert_eq!(Nft::of(&other).fingerprint().unwrap(), None);
+        assert_eq!(ruleset("inet millrace"), first);
+    });
 }
 
 // Protects invariant 1: no text reaches nft.

@@ -162,7 +162,7 @@ const OWN: &[Own] = &[
         name: "millrace_edge_tables_restored",
         kind: "counter",
         label: None,
-        help: "Times that others changed or removed the table inet millrace, and it was put back",
+        help: "Times that others changed or removed the edge's table of nftables, and it was put back",
     },
     Own {
         name: "millrace_edge_interfaces_reattached",

@@ -205,7 +205,7 @@ fn a_running_node_mends_what_somebody_left_by_halves() {
     // Whoever confirms dies before table and state have followed.
     edge.confirm().unwrap();
     let set = settled(true, set);
-    let table = site.pair.node.nft("-s list table inet millrace");
+    let table = site.pair.node.nft(&format!("-s list table {}", site.table()));
     let mut unstamped = table.lines().filter(|line| line.contains("unstamped"));
     assert!(unstamped.all(|line| line.contains("drop")), "{table}");
     site.assert_denied(STRANGER);
@@ -507,15 +507,15 @@ fn a_table_that_others_remove_comes_back() {
         (site.node.status()["edge"]["registry_version"] == version).then_some(())
     });
     let set = site.status()["set"].clone();
-    let table = |site: &Site| site.pair.node.nft("-s list table inet millrace");
+    let table = |site: &Site| site.pair.node.nft(&format!("-s list table {}", site.table()));
     let whole = table(&site);
     assert!(whole.contains("198.51.100.0/24"), "{whole}");
     for (times, change) in (1..).zip([
-        "flush ruleset",
-        "flush chain inet millrace input",
-        "add rule inet millrace input accept",
+        "flush ruleset".to_owned(),
+        format!("flush chain {} input", site.table()),
+        format!("add rule {} input accept", site.table()),
     ]) {
-        site.pair.node.nft(change);
+        site.pair.node.nft(&change);
         eventually("the table is put back", || {
             (counter(&site, RESTORED) == times).then_some(())
         });
@@ -532,7 +532,8 @@ fn a_table_that_others_remove_comes_back() {
         (u64::from(state.set) > denied).then_some(())
     });
     assert_eq!(counter(&site, RESTORED), 3);
-    site.pair.node.nft("delete chain inet millrace output");
+    let delete = format!("delete chain {} output", site.table());
+    site.pair.node.nft(&delete);
     eventually("the next change is seen", || {
         (counter(&site, RESTORED) == 4).then_some(())
     });
@@ -794,7 +795,7 @@ fn rules_outlive_a_killed_node_and_the_next_one_adopts_them() {
     site.registry
         .set_firewall(&(allow_all_but_the_stranger() + outbound));
     eventually("the table follows", || {
-        let table = site.pair.node.nft("list table inet millrace");
+        let table = site.pair.node.nft(&format!("list table {}", site.table()));
         table.contains("198.51.100.0/24").then_some(())
     });
     assert_eq!(site.node.stop(), Some(0));

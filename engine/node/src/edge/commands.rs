@@ -125,7 +125,7 @@ fn put(
         probation: how.probation,
         or_last_good: how.or_last_good,
     };
-    let nft = Nft::default();
+    let nft = Nft::of(edge.pins());
     let planned = force::plan(edge, turn, &order, &nft)?;
     force::put(edge, turn, &order, planned, &nft)
 }
@@ -160,7 +160,7 @@ fn confirm(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
         Err(EdgeError::Publish(PublishError::NoProbation)) if force::is_half_done(&edge) => {}
         confirmed => confirmed.map_err(|error| of_edge(&error))?,
     }
-    let set = force::confirmed(&edge, &turn, &Nft::default())?;
+    let set = force::confirmed(&edge, &turn, &Nft::of(&pins))?;
     plain(args.json, "confirmed", set)
 }
 
@@ -194,7 +194,7 @@ fn temporary(args: &XdpTemporaryArgs, action: RuleAction) -> Result<Exit, Failur
     let turn = Turn::wait(&pins)?;
     let edge = Edge::adopt(&pins).map_err(|error| of_edge(&error))?;
     // Or it would be in the mode before that of a command that died.
-    force::finish(&edge, &turn, &Nft::default())?;
+    force::finish(&edge, &turn, &Nft::of(&pins))?;
     let mut state = force::read_state(edge.pins())?;
     let before = state.temporary.clone();
     let now = SystemTime::now();

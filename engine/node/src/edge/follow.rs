@@ -285,7 +285,7 @@ impl Following {
                 if restored {
                     self.view.tables_restored.fetch_add(1, Ordering::Relaxed);
                     tracing::warn!(
-                        "somebody changed or removed the table inet millrace of nftables: it is back"
+                        "somebody changed or removed the edge's table of nftables: it is back"
                     );
                 }
             }
@@ -293,7 +293,7 @@ impl Following {
                 self.told = true;
                 self.table_at = now + RETRY;
                 if self.says(Topic::Table, &failure.message) {
-                    tracing::error!(%failure, "cannot keep the table inet millrace of nftables");
+                    tracing::error!(%failure, "cannot keep the edge's table of nftables");
                 }
             }
         }

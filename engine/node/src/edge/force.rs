@@ -329,7 +329,7 @@ pub(crate) fn finish(
 /// Takes the edge away: the program first, because without it the table closes the ports instead of leaving them open.
 pub(crate) fn take_away(pins: &Pins, _turn: &Turn) -> Result<(), Failure> {
     Edge::detach(pins).map_err(|error| of_edge(&error))?;
-    Nft::default()
+    Nft::of(pins)
         .remove()
         .map_err(|error| table::of_nft(&error))?;
     table::forget(pins);

@@ -340,7 +340,7 @@ fn attach(
         probation: None::<Duration>,
         or_last_good: false,
     };
-    let nft = Nft::default();
+    let nft = Nft::of(pins);
     let done = force::plan(&edge, turn, &order, &nft)
         .and_then(|planned| force::put(&edge, turn, &order, planned, &nft));
     match done {
@@ -364,7 +364,7 @@ fn attach(
 fn helper(pins: &Pins) -> Option<Helper> {
     let setup = Setup {
         pins: pins.clone(),
-        nft: Nft::default(),
+        nft: Nft::of(pins),
     };
     let started = std::env::current_exe()
         .map_err(|error| error.to_string())

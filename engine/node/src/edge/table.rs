@@ -1,4 +1,4 @@
-//! The table `inet millrace` of nftables, as this host should have it: who changes it, and what becomes of it when others do.
+//! The edge's table of nftables, as this host should have it: who changes it, and what becomes of it when others do.
 //!
 //! 1. What was put in force is written down beside the state, with its fingerprint: whoever looks later can tell a table that others changed.
 //! 2. A command fails where `nft` does. A node goes on, because the program matters more: it tries again until the table is as written down.

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use millrace_edge::nft::Nft;
 use serde_json::Value;
 
 use crate::common::namespace::{NODE, Pair, Pinned, STRANGER};
@@ -75,6 +76,11 @@ impl Site {
             stderr(&output)
         );
         serde_json::from_str(&stdout(&output)).unwrap()
+    }
+
+    /// The edge's own table of nftables, as `nft` names it.
+    pub fn table(&self) -> String {
+        format!("inet {}", Nft::of(&self.pinned.pins()).table)
     }
 
     pub fn status(&self) -> Value {
