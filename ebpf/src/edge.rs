@@ -76,7 +76,8 @@ impl Edge {
     ///
     /// See [`EdgeError`]; what was there is as before.
     pub fn attach(pins: &Pins, options: &AttachOptions) -> Result<Self, EdgeError> {
-        let lock = pins.lock()?;
+        // Waits: whoever starts a process has a copy of every lock of its own until that process executes, also of one that it gave back.
+        let lock = pins.lock_waiting()?;
         if let Some(found) = pins.foreign_layouts()?.pop() {
             let root = pins.root().to_owned();
             return Err(EdgeError::Layout { root, found });

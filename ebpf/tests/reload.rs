@@ -6,7 +6,7 @@ mod common;
 use std::io;
 use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, TcpListener, TcpStream};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -304,6 +304,29 @@ fn an_interface_that_was_made_anew_is_attached_again() {
     }
     let links = home.pins.names(Kind::Link).unwrap();
     assert_eq!(links.len(), 4, "{links:?}");
+}
+
+// Protects whoever attaches while another thread starts a process: that process has a copy of the lock for a moment.
+#[test]
+fn attaching_waits_for_the_lock() {
+    if !privileged("attaching_waits_for_the_lock") {
+        return;
+    }
+    let (pair, home) = (Pair::new("reload"), Home::new());
+    let held = home.pins.lock().unwrap();
+    let file = std::fs::metadata(home.pins.root().with_extension("lock")).unwrap();
+    let waiter = format!(":{} ", file.ino());
+    std::thread::scope(|scope| {
+        let attaching = scope.spawn(|| attached(&pair, &home, AttachMode::Native));
+        until("somebody waits for it", || {
+            let locks = std::fs::read_to_string("/proc/locks").unwrap();
+            let mut waiting = locks.lines().filter(|line| line.contains("->"));
+            attaching.is_finished() || waiting.any(|line| line.contains(&waiter))
+        });
+        drop(held);
+        let edge = attaching.join().unwrap();
+        assert_eq!(edge.interfaces().unwrap()[0].name, "mr0");
+    });
 }
 
 // Protects an operator from guessing: what is wrong is named, and nothing is left behind.
