@@ -7,7 +7,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use common::edge::{Ends, Home, attached, options, set};
-use common::{Namespace, Pair, privileged};
+use common::{Namespace, Pair, privileged, until};
 use millrace_edge::edge::{Edge, EdgeError};
 use millrace_edge::load::Program;
 use millrace_edge::pins::{Kind, Pins};
@@ -78,6 +78,10 @@ fn what_a_killed_attempt_left_is_cleared_by_the_next() {
                 fs::remove_file(home.pins.path(Kind::Link, &name)).unwrap();
             }
         }
+        // The kernel lets go of a link some time after its last name is gone.
+        until("nothing is attached", || {
+            !pair.node.ip("link show mr0").contains(" xdp")
+        });
         fs::remove_file(home.pins.path(kind, missing)).unwrap();
         fs::remove_file(home.pins.state_path()).unwrap();
         assert!(matches!(
