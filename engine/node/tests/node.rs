@@ -8,20 +8,9 @@ mod common;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{TestNode, TestRegistry, eventually, json, millrace, ok, stderr, text};
-
-/// How loopback addresses begin that no other test has, and no other run of this one beside it.
-fn own_addresses() -> String {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    const TESTS: u32 = 16;
-    let number = std::process::id() * TESTS + NEXT.fetch_add(1, Ordering::Relaxed) % TESTS;
-    let [_, _, high, low] = number.to_be_bytes();
-    // Not 127.0: that is where everybody else is.
-    format!("127.{}.{low}.", high.max(1))
-}
+use common::{TestNode, TestRegistry, eventually, json, millrace, ok, own_addresses, stderr, text};
 
 /// A registry folder and nodes `0..count` that share it, all listed, none started.
 fn subnet(folder: &Path, ip: &str, count: u8) -> (TestRegistry, Vec<TestNode>) {

@@ -4,7 +4,7 @@
 mod common;
 
 use common::process::{assert_harmless, children};
-use common::{TestNode, TestRegistry};
+use common::{TestNode, TestRegistry, own_addresses};
 
 // Protects the host: whoever breaks into a node finds nothing that it did not need, though root started it.
 #[test]
@@ -13,8 +13,9 @@ fn a_node_without_an_edge_keeps_no_privilege() {
     let registry = TestRegistry::init(folder.path());
     let state = folder.path().join("node");
     let dir = format!("dir = {:?}\n", registry.dir);
-    let mut node = TestNode::new(&state, &registry, "127.77.0.9", &dir);
-    registry.add(&node, "127.77.0.9:4100");
+    let ip = own_addresses() + "1";
+    let mut node = TestNode::new(&state, &registry, &ip, &dir);
+    registry.add(&node, &format!("{ip}:4100"));
     node.start();
     assert_harmless(node.pid());
     assert!(children(node.pid()).is_empty(), "no helper");

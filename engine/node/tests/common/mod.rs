@@ -12,8 +12,19 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+
+/// How loopback addresses begin that no other test has, and no other run of this one beside it.
+pub fn own_addresses() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    const TESTS: u32 = 16;
+    let number = std::process::id() * TESTS + NEXT.fetch_add(1, Ordering::Relaxed) % TESTS;
+    let [_, _, high, low] = number.to_be_bytes();
+    // Not 127.0: that is where everybody else is.
+    format!("127.{}.{low}.", high.max(1))
+}
 
 /// `millrace` with arguments.
 pub fn millrace(args: &[&str]) -> Output {
