@@ -13,7 +13,7 @@ use libbpf_cargo::SkeletonBuilder;
 const PROGRAMS: [&str; 4] = ["edge", "stamp", "conn_state", "steer"];
 
 /// What only tests load, from `tests/bpf`.
-const TEST_PROGRAMS: [&str; 2] = ["flood", "naive"];
+const TEST_PROGRAMS: [&str; 3] = ["flood", "naive", "wrong"];
 
 /// AES-128 of a zero block under the key of RFC 9001, 5.8 (`be0c690b9f66575a1d766b54e368c84e`): GCM's H.
 const GHASH_KEY: u128 = 0x7295_6a45_4ffa_ff54_85a1_3a12_44d0_1d47;

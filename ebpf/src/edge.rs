@@ -433,6 +433,10 @@ impl Edge {
         // until the new one does, and what both see is counted once.
         if let Err(error) = self.rename(&new) {
             self.update_links(&self.programs)?;
+            // As far as names were given: it fails where the other did, at the latest.
+            if let Err(error) = self.rename(&self.programs) {
+                tracing::debug!(%error, "names are those of the old programs up to here");
+            }
             return Err(error);
         }
         self.pins.set_build(&build())?;

@@ -339,9 +339,25 @@ fn take_stamp(left: &mut Vec<u8>) -> Option<u32> {
     Some(kind)
 }
 
+#[cfg(test)]
+thread_local! {
+    /// The object that this thread loads as the edge: tests put one with a defect here.
+    pub(crate) static EDGE_HERE: std::cell::Cell<&'static [u8]> = const { std::cell::Cell::new(EDGE) };
+}
+
+#[cfg(test)]
+fn edge_object() -> &'static [u8] {
+    EDGE_HERE.get()
+}
+
+#[cfg(not(test))]
+fn edge_object() -> &'static [u8] {
+    EDGE
+}
+
 fn load_edge(options: &LoadOptions) -> Result<Object, LoadError> {
     const OBJECT: &str = "edge";
-    let mut object = open(OBJECT, EDGE)?;
+    let mut object = open(OBJECT, edge_object())?;
     let generations = |each: u32| each.saturating_mul(GENERATIONS as u32);
     let sparse = |nodes: u32| nodes.saturating_mul(SPARSE_PER_NODE as u32);
     let lines = options

@@ -358,6 +358,10 @@ mod skip;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::edge::{AttachOptions, Edge, EdgeError};
+    use crate::load::EDGE_HERE;
+    use crate::pins::{Kind as Pinned, Pins};
+    use libbpf_rs::ProgramHandle;
     use millrace_edge_policy::model::{Cookie, Model, World};
 
     // Protects the fixtures: what they expect is what the specification says.
@@ -399,5 +403,44 @@ mod tests {
             panic!("{error}")
         };
         assert_eq!(*fixture, "from a denied host", "{error}");
+    }
+
+    // Protects what runs: a program with a defect does not get in its place, nor onto a host that has none.
+    #[test]
+    fn a_program_that_fails_is_not_put_in_force() {
+        const WRONG: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/wrong.bpf.o"));
+        let test = "a_program_that_fails_is_not_put_in_force";
+        if !skip::has_all(test, &crate::privileges::missing()) {
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let pins = Pins::at(folder.path().join("edge"));
+        let options = AttachOptions {
+            sizes: sizes(),
+            ..AttachOptions::default()
+        };
+        let good = EDGE_HERE.replace(WRONG);
+        let differs = |error: EdgeError| {
+            let found = matches!(error, EdgeError::SelfTest(SelfTestError::Differs { .. }));
+            assert!(found, "{error}");
+        };
+        differs(Edge::attach(&pins, &options).unwrap_err());
+        assert!(!pins.is_present());
+
+        EDGE_HERE.set(good);
+        let mut edge = Edge::attach(&pins, &options).unwrap();
+        let pinned = || {
+            let path = pins.path(Pinned::Program, Program::Edge.name());
+            ProgramHandle::from_pinned_path(path).unwrap().id()
+        };
+        let before = pinned();
+        EDGE_HERE.set(WRONG);
+        differs(edge.load_beside().unwrap_err());
+        differs(edge.reload().unwrap_err());
+        assert_eq!(pinned(), before);
+        EDGE_HERE.set(good);
+        edge.reload().unwrap();
+        assert_ne!(pinned(), before);
+        Edge::detach(&pins).unwrap();
     }
 }

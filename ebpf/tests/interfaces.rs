@@ -1,0 +1,292 @@
+//! An edge on two interfaces: one set for both, and programs that change on both or on neither.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::net::UdpSocket;
+use std::path::PathBuf;
+
+use common::edge::{Home, PORT, counters, denied, options, set_of};
+use common::{PATIENCE, Pair, privileged, until};
+use libbpf_rs::{Link, ProgramHandle};
+use millrace_edge::edge::{AttachOptions, Edge, EdgeError};
+use millrace_edge::pins::Kind;
+use millrace_edge::privileges::drop_capabilities;
+use millrace_edge::state::AttachMode;
+use millrace_edge_policy::reason::Reason;
+use millrace_edge_policy::rules::{Compiled, RuleAction};
+use millrace_edge_policy::settings::Mode;
+
+/// Behind each cable, what the node and the world have there.
+const CABLES: [(&str, &str); 2] = [("10.77.0.1", "10.77.0.2"), ("10.78.0.1", "10.78.0.2")];
+
+/// An edge on `mr0` and `mr2` of a node, and what sends and receives over each.
+struct Site {
+    edge: Edge,
+    ends: [Ends; 2],
+    home: Home,
+    pair: Pair,
+}
+
+struct Ends {
+    server: UdpSocket,
+    client: UdpSocket,
+}
+
+impl Ends {
+    fn new(pair: &Pair, (node, world): (&str, &str)) -> Self {
+        let server = pair.node.enter(|| UdpSocket::bind((node, PORT)).unwrap());
+        let client = pair.world.enter(|| UdpSocket::bind((world, 0)).unwrap());
+        client.connect((node, PORT)).unwrap();
+        server.set_read_timeout(Some(PATIENCE)).unwrap();
+        let ends = Self { server, client };
+        assert!(ends.arrives());
+        ends
+    }
+
+    fn send(&self) {
+        self.client.send(b"hello").unwrap();
+    }
+
+    fn arrives(&self) -> bool {
+        self.send();
+        self.server.recv(&mut [0; 64]).is_ok()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.server.set_nonblocking(true).unwrap();
+        let empty = self.server.recv(&mut [0; 64]).is_err();
+        self.server.set_nonblocking(false).unwrap();
+        empty
+    }
+}
+
+impl Site {
+    /// None, said aloud, without the rights.
+    fn new(test: &str) -> Option<Self> {
+        if !privileged(test) {
+            return None;
+        }
+        let (pair, home) = (Pair::new("two"), Home::new());
+        let world = &pair.world.name;
+        pair.node.ip(&format!(
+            "link add mr2 type veth peer name mr3 netns {world}"
+        ));
+        for (namespace, interface, host) in [(&pair.node, "mr2", 1), (&pair.world, "mr3", 2)] {
+            namespace.ip(&format!("addr add 10.78.0.{host}/24 dev {interface}"));
+            namespace.ip(&format!("link set {interface} up"));
+        }
+        let ends = CABLES.map(|cable| Ends::new(&pair, cable));
+        let options = AttachOptions {
+            interfaces: vec!["mr0".into(), "mr2".into()],
+            ..options(AttachMode::Native)
+        };
+        let edge = pair.node.enter(|| Edge::attach(&home.pins, &options));
+        let edge = edge.unwrap_or_else(|error| panic!("{error}"));
+        Some(Self {
+            edge,
+            ends,
+            home,
+            pair,
+        })
+    }
+
+    /// One more packet over each cable is denied, and gets nowhere.
+    fn assert_denies(&self) {
+        for ends in &self.ends {
+            let before = denied(&self.edge);
+            ends.send();
+            until("the packet is denied", || denied(&self.edge) == before + 1);
+            assert!(ends.is_empty());
+        }
+    }
+
+    /// Identity of every program that runs, by its link, and of every one that is pinned by its name.
+    fn programs(&self) -> BTreeMap<String, u32> {
+        let pins = &self.home.pins;
+        let mut programs = BTreeMap::new();
+        for name in pins.names(Kind::Link).unwrap() {
+            let link = Link::open(pins.path(Kind::Link, &name)).unwrap();
+            programs.insert(format!("link {name}"), link.info().unwrap().prog_id);
+        }
+        for name in pins.names(Kind::Program).unwrap() {
+            let program = ProgramHandle::from_pinned_path(pins.path(Kind::Program, &name));
+            programs.insert(format!("program {name}"), program.unwrap().id());
+        }
+        programs
+    }
+
+    fn state(&self) -> String {
+        std::fs::read_to_string(self.home.pins.state_path()).unwrap()
+    }
+
+    fn link(&self, program: &str, interface: usize) -> PathBuf {
+        let index = self.edge.interfaces().unwrap()[interface].index;
+        self.home
+            .pins
+            .path(Kind::Link, &format!("{program}-{index}"))
+    }
+}
+
+fn from_both(action: RuleAction) -> Compiled {
+    set_of(Mode::Enforce, &["10.77.0.0/24", "10.78.0.0/24"], action)
+}
+
+// Protects a node with several ways in: rules hold on each, whatever is changed on one, and none is left when it is detached.
+#[test]
+fn rules_hold_on_every_interface() {
+    let Some(mut site) = Site::new("rules_hold_on_every_interface") else {
+        return;
+    };
+    site.edge
+        .publish(&from_both(RuleAction::Deny), 1, None)
+        .unwrap();
+    site.assert_denies();
+    let second = set_of(Mode::Enforce, &["10.78.0.0/24"], RuleAction::Allow);
+    site.edge.publish(&second, 2, None).unwrap();
+    site.ends[0].send();
+    until("the other is a stranger", || {
+        counters(&site.edge).acted_on(Reason::FirewallDefault) == 1
+    });
+    assert!(site.ends[0].is_empty() && site.ends[1].arrives());
+
+    site.edge
+        .publish(&from_both(RuleAction::Deny), 3, None)
+        .unwrap();
+    site.edge.detach_interface("mr0").unwrap();
+    assert!(!site.pair.node.ip("link show mr0").contains(" xdp"));
+    assert!(site.ends[0].arrives());
+    let before = denied(&site.edge);
+    site.ends[1].send();
+    until("the other goes on", || denied(&site.edge) == before + 1);
+    let attach = || site.edge.attach_interface("mr0", AttachMode::Native);
+    site.pair.node.enter(attach).unwrap();
+    site.assert_denies();
+
+    Edge::detach(&site.home.pins).unwrap();
+    for (interface, ends) in ["mr0", "mr2"].iter().zip(&site.ends) {
+        let shown = site.pair.node.ip(&format!("link show {interface}"));
+        assert!(!shown.contains(" xdp"), "{shown}");
+        assert!(ends.arrives());
+    }
+}
+
+// Protects an edge whose new program does not get everywhere: all links have the old one again, whichever refuses.
+#[test]
+fn a_link_that_refuses_leaves_every_program_as_it_was() {
+    let Some(mut site) = Site::new("a_link_that_refuses_leaves_every_program_as_it_was") else {
+        return;
+    };
+    site.edge
+        .publish(&from_both(RuleAction::Deny), 1, None)
+        .unwrap();
+    let (programs, state) = (site.programs(), site.state());
+    let loaded = site.edge.load_beside().unwrap();
+    // A link of XDP by the name of another program's: the kernel refuses that program there. In order of names they come after
+    // the first links, and after all.
+    for name in ["learn-0", "stamp-a"] {
+        let planted = site.home.pins.path(Kind::Link, name);
+        std::fs::hard_link(site.link("edge", 0), &planted).unwrap();
+        let error = site.edge.replace(&loaded).unwrap_err();
+        std::fs::remove_file(&planted).unwrap();
+        let EdgeError::Update { path, .. } = &error else {
+            panic!("{error}")
+        };
+        assert_eq!(*path, planted, "{error}");
+        assert_eq!(
+            (site.programs(), site.state()),
+            (programs.clone(), state.clone())
+        );
+        site.assert_denies();
+    }
+
+    site.edge.replace(&loaded).unwrap();
+    let new = site.programs();
+    assert!(
+        programs.iter().all(|(name, id)| new[name] != *id),
+        "{new:?}"
+    );
+    assert_eq!(site.state(), state);
+    site.assert_denies();
+}
+
+// Protects whoever adopts an edge after a failed reload: programs that run, and the names by which others find them, are of one version.
+#[test]
+fn a_name_that_cannot_be_given_leaves_every_program_as_it_was() {
+    let Some(mut site) = Site::new("a_name_that_cannot_be_given_leaves_every_program_as_it_was")
+    else {
+        return;
+    };
+    site.edge
+        .publish(&from_both(RuleAction::Deny), 1, None)
+        .unwrap();
+    let (programs, state) = (site.programs(), site.state());
+    let loaded = site.edge.load_beside().unwrap();
+    let pins = site.home.pins.clone();
+    let names = pins.names(Kind::Program).unwrap();
+    let names = names.iter().map(|name| (Kind::Program, name.as_str()));
+    for (kind, name) in names.chain([(Kind::Link, "conn_state")]) {
+        // A folder in the place of what is pinned first, and renamed then.
+        let in_the_way = pins.path(kind, &format!("{name}-new"));
+        std::fs::create_dir(&in_the_way).unwrap();
+        let error = site.edge.replace(&loaded).unwrap_err();
+        std::fs::remove_dir(&in_the_way).unwrap();
+        assert!(matches!(error, EdgeError::Pins(_)), "{error}");
+        assert_eq!(
+            (site.programs(), site.state()),
+            (programs.clone(), state.clone()),
+            "{name}"
+        );
+    }
+    site.assert_denies();
+    drop(Edge::adopt(&pins).unwrap());
+}
+
+// Protects a node one of whose interfaces disappears: what is left of it gets the new program, and the edge goes on.
+#[test]
+fn an_interface_that_is_gone_does_not_keep_the_others_back() {
+    let Some(mut site) = Site::new("an_interface_that_is_gone_does_not_keep_the_others_back")
+    else {
+        return;
+    };
+    site.edge
+        .publish(&from_both(RuleAction::Deny), 1, None)
+        .unwrap();
+    let path = site.link("edge", 0);
+    let running = || Link::open(&path).unwrap().info().unwrap();
+    let before = running();
+    site.pair.node.ip("link del mr2");
+    site.edge.reload().unwrap();
+    let after = running();
+    assert_eq!(before.id, after.id);
+    assert_ne!(before.prog_id, after.prog_id);
+    let seen = denied(&site.edge);
+    site.ends[0].send();
+    until("the new program denies", || denied(&site.edge) == seen + 1);
+    site.pair.node.ip("link del mr0");
+    site.edge.reload().unwrap();
+}
+
+// Protects what runs: the self-test comes first, and where it cannot be passed nothing is touched.
+#[test]
+fn without_a_self_test_nothing_is_replaced() {
+    let Some(mut site) = Site::new("without_a_self_test_nothing_is_replaced") else {
+        return;
+    };
+    site.edge
+        .publish(&from_both(RuleAction::Deny), 1, None)
+        .unwrap();
+    let (programs, state) = (site.programs(), site.state());
+    // Capabilities belong to a thread; without them nothing can be loaded, to be tested or otherwise.
+    let error = std::thread::scope(|scope| {
+        let powerless = scope.spawn(|| {
+            drop_capabilities(&[]).unwrap();
+            site.edge.reload().unwrap_err()
+        });
+        powerless.join().unwrap()
+    });
+    assert!(matches!(error, EdgeError::SelfTest(_)), "{error}");
+    assert_eq!((site.programs(), site.state()), (programs, state));
+    site.assert_denies();
+}
