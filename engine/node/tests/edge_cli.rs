@@ -205,7 +205,10 @@ fn a_running_node_mends_what_somebody_left_by_halves() {
     // Whoever confirms dies before table and state have followed.
     edge.confirm().unwrap();
     let set = settled(true, set);
-    let table = site.pair.node.nft(&format!("-s list table {}", site.table()));
+    let table = site
+        .pair
+        .node
+        .nft(&format!("-s list table {}", site.table()));
     let mut unstamped = table.lines().filter(|line| line.contains("unstamped"));
     assert!(unstamped.all(|line| line.contains("drop")), "{table}");
     site.assert_denied(STRANGER);
@@ -507,7 +510,11 @@ fn a_table_that_others_remove_comes_back() {
         (site.node.status()["edge"]["registry_version"] == version).then_some(())
     });
     let set = site.status()["set"].clone();
-    let table = |site: &Site| site.pair.node.nft(&format!("-s list table {}", site.table()));
+    let table = |site: &Site| {
+        site.pair
+            .node
+            .nft(&format!("-s list table {}", site.table()))
+    };
     let whole = table(&site);
     assert!(whole.contains("198.51.100.0/24"), "{whole}");
     for (times, change) in (1..).zip([
@@ -813,8 +820,18 @@ fn an_edge_has_one_node() {
     site.registry.set_firewall(&allow_all_but_the_stranger());
     site.start_node();
     let mut second = site.another_node("10.77.0.3");
-    let config = ["node", "--config", text(&second.config)];
-    let refused = site.pair.node.enter(|| millrace(&config));
+    // A bound for one that is not refused.
+    let mut command = Command::new("timeout");
+    command.args([
+        "-k",
+        "1",
+        "60",
+        env!("CARGO_BIN_EXE_millrace"),
+        "node",
+        "--config",
+    ]);
+    command.arg(&second.config);
+    let refused = site.pair.node.enter(|| command.output().unwrap());
     assert_eq!(refused.status.code(), Some(1));
     let said = stderr(&refused);
     let place = format!("another node uses the edge at {}", text(&site.pinned.0));
