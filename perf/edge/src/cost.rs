@@ -47,8 +47,11 @@ pub(crate) fn all() -> Vec<Subject> {
     [
         of(Case::Deny, &[S::ONE, S::ALL]),
         of(Case::Garbage, &[S::ALL]),
-        of(Case::Full, &[S::ONE, S::SIXTEEN_THOUSAND, S::MILLION]),
+        of(Case::Rate, &[S::ONE, S::SIXTEEN_THOUSAND, S::MILLION]),
+        of(Case::Rate6, &[S::ONE, S::MILLION]),
+        of(Case::Cap, &[S::ONE, S::MILLION]),
         of(Case::Admitted, &[S::ONE, S::MILLION, S::ALL]),
+        of(Case::Admitted6, &[S::ONE, S::MILLION, S::ALL]),
         of(Case::Prefixes, &[S::ALL]),
         of(Case::Retry, &[S::ALL]),
     ]

@@ -1,7 +1,7 @@
 //! The edge, set up so that all packets of a row meet one verdict.
 //!
-//! Each is loaded and configured of its own: rules like those that the reference is given, limits that decide the row, and
-//! state that a long attack would have left: bursts spent, budgets spent.
+//! Each is loaded and published of its own, by what a node publishes with: rules like those that the reference is given, limits
+//! that decide the row, and state that a long attack would have left: bursts spent, budgets spent, connections counted.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -9,27 +9,26 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use ipnet::{IpNet, Ipv4Net};
-use libbpf_rs::{ProgramHandle, Xdp, XdpFlags};
-use millrace_edge::abi::{EdgeConfig, EdgeKey, EdgeNode, EdgeService, MODE_ENFORCE};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use libbpf_rs::{MapHandle, ProgramHandle, Xdp, XdpFlags};
+use millrace_edge::clock::now_ns;
+use millrace_edge::counts::Counts;
 use millrace_edge::load::{LoadOptions, Loaded, Program};
 use millrace_edge::metrics::Counters;
+use millrace_edge::presence::{Presence, charge_validated, make_secrets};
+use millrace_edge::publish::Publisher;
 use millrace_edge_policy::cid::KeySchedule;
-use millrace_edge_policy::limiter::{Limit, Purpose, Sketch, TOLERANCE_MAX_NS};
+use millrace_edge_policy::limiter::{Limit, TOLERANCE_MAX_NS};
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::rules::{
-    Bounds, Compiled, Direction, Provenance, Rule, RuleAction, Sources as RuleSources, compile,
+    Bounds, Direction, Provenance, Rule, RuleAction, Sources as RuleSources, compile,
 };
-use millrace_edge_policy::settings::{
-    Caps, DefaultAction, Kind, Limits, Mode, Service, Settings, levels,
-};
-use millrace_edge_policy::siphash::Key;
+use millrace_edge_policy::settings::{Caps, DefaultAction, Kind, Limits, Mode, Service, Settings};
 use millrace_edge_policy::source::Source;
-use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use crate::filters::Tally;
-use crate::frames::{OPEN_PORT, Shape, TCP_PORT};
+use crate::frames::{OPEN_PORT, Shape, TCP_PORT, in_ipv6};
 use crate::generator::Sources;
 use crate::reference::node_addresses;
 use crate::{Result, rig};
@@ -43,30 +42,44 @@ const PREFIXES: u32 = 100_000;
 pub(crate) enum Case {
     /// No rule allows the source.
     Deny,
-    /// Firewall, caps and all levels of a source that has spent its burst.
-    Full,
-    /// Firewall, caps, all levels of a fresh source, the global budget: passed.
+    /// Firewall and all levels of a source that has spent its burst, where the reference's rules end as well.
+    Rate,
+    /// The same over IPv6.
+    Rate6,
+    /// Firewall, all levels of a source that keeps to its rate, and its count of connections, which is at the cap.
+    Cap,
+    /// Firewall, all levels of a fresh source, its count, the global budget: passed.
     Admitted,
-    /// The same behind a firewall of 100,000 prefixes.
+    /// The same over IPv6.
+    Admitted6,
+    /// As [`Case::Admitted`] behind a firewall of 100,000 prefixes.
     Prefixes,
-    /// Firewall, caps, levels, and a global budget that is spent: answered in place.
+    /// Firewall, levels, count, and a global budget that is spent: answered in place.
     Retry,
     /// A connection ID that nobody gave out.
     Garbage,
     /// A SYN beyond the budget, with nobody listening.
     Syn,
+    /// What a node has that allows everybody and sets no limit: for goodput, where the attack itself spends the budgets.
+    #[cfg(feature = "goodput")]
+    Open,
 }
 
 impl Case {
     pub(crate) fn label(self) -> &'static str {
         match self {
             Self::Deny => "deny",
-            Self::Full => "full path",
-            Self::Admitted => "full path, admitted",
-            Self::Prefixes => "full path, admitted, 100,000 prefixes",
+            Self::Rate => "full path: refused by its source's rate",
+            Self::Rate6 => "full path: refused by its source's rate, IPv6",
+            Self::Cap => "full path: refused by its source's cap",
+            Self::Admitted => "full path: admitted",
+            Self::Admitted6 => "full path: admitted, IPv6",
+            Self::Prefixes => "full path: admitted, 100,000 prefixes",
             Self::Retry => "Retry",
             Self::Garbage => "garbage",
             Self::Syn => "SYN",
+            #[cfg(feature = "goodput")]
+            Self::Open => "open to all",
         }
     }
 
@@ -74,11 +87,14 @@ impl Case {
     fn reason(self) -> Reason {
         match self {
             Self::Deny => Reason::FirewallDefault,
-            Self::Full => Reason::QuicSourceRate,
-            Self::Admitted | Self::Prefixes => Reason::PassQuicInitial,
+            Self::Rate | Self::Rate6 => Reason::QuicSourceRate,
+            Self::Cap => Reason::QuicSourceCap,
+            Self::Admitted | Self::Admitted6 | Self::Prefixes => Reason::PassQuicInitial,
             Self::Retry => Reason::TxRetry,
             Self::Garbage => Reason::QuicUnknownId,
             Self::Syn => Reason::TcpSynBudget,
+            #[cfg(feature = "goodput")]
+            Self::Open => Reason::TxRetry,
         }
     }
 
@@ -87,8 +103,14 @@ impl Case {
         match self {
             Self::Garbage => Shape::ShortHeader,
             Self::Syn => Shape::Syn,
+            Self::Rate6 | Self::Admitted6 => Shape::Initial6,
             _ => Shape::Initial,
         }
+    }
+
+    /// Whether it is another edge for other sources: each of them has been charged or counted before.
+    fn knows_sources(self) -> bool {
+        matches!(self, Self::Rate | Self::Rate6 | Self::Cap)
     }
 
     fn settings(self) -> Settings {
@@ -100,11 +122,11 @@ impl Case {
         let defaults = Limits::default();
         let limits = match self {
             // One packet of a source in nine hours: what was charged before the row stays spent through it.
-            Self::Full => Limits {
+            Self::Rate | Self::Rate6 => Limits {
                 source_quic: never,
                 ..defaults
             },
-            Self::Admitted | Self::Prefixes => Limits {
+            Self::Admitted | Self::Admitted6 | Self::Prefixes => Limits {
                 unvalidated: always,
                 ..defaults
             },
@@ -116,7 +138,15 @@ impl Case {
                 syn: never,
                 ..defaults
             },
-            Self::Deny | Self::Garbage => defaults,
+            _ => defaults,
+        };
+        let caps = match self {
+            // One system call for each connection: with the default a million sources would take minutes.
+            Self::Cap => Caps {
+                quic: 1,
+                ..Caps::default()
+            },
+            _ => Caps::default(),
         };
         let default_action = if self == Self::Deny {
             DefaultAction::Deny
@@ -132,24 +162,27 @@ impl Case {
             mode: Mode::Enforce,
             services: vec![service(OPEN_PORT, Kind::Quic), service(TCP_PORT, Kind::Tcp)],
             limits,
-            caps: Caps::default(),
+            caps,
             ..Settings::default()
         }
     }
 
-    /// The nodes and the client that the reference's rules list as well; or many prefixes.
+    /// The nodes and the honest clients that the reference's rules list as well; or many prefixes.
     fn rule(self) -> Rule {
         let of = |address, bits| Ipv4Net::new(address, bits).map(IpNet::from);
-        let client = of(rig::CLIENT, 32);
+        let honest = [Ok(IpNet::from(rig::HONEST))];
         let prefixes: std::result::Result<Vec<_>, _> = match self {
             // One in 168 networks of 256 addresses, all over the address space.
             Self::Prefixes => (0..PREFIXES)
                 .map(|number| of(Ipv4Addr::from(scattered(number) & !0xff), 24))
-                .chain([client])
+                .chain(honest)
+                .collect(),
+            Self::Rate6 | Self::Admitted6 => node_addresses()
+                .map(|address| Ipv6Net::new(in_ipv6(address.to_bits()), 128).map(IpNet::from))
                 .collect(),
             _ => node_addresses()
                 .map(|address| of(address, 32))
-                .chain([client])
+                .chain(honest)
                 .collect(),
         };
         Rule {
@@ -181,12 +214,15 @@ pub(crate) struct Attached<'e> {
 }
 
 impl Edge {
-    /// Loads it and brings it into the state that a long attack from `sources` would have left.
+    /// Loads it, publishes its set as a live node does, and brings it into the state that a long attack from `sources` would
+    /// have left.
     pub(crate) fn load(case: Case, sources: Sources) -> Result<Self> {
         let mut options = LoadOptions::default();
-        if case == Case::Prefixes {
+        match case {
             // What a node keeps unless it is told otherwise.
-            options.trie_nodes4 = 1 << 14;
+            Case::Prefixes => options.trie_nodes4 = 1 << 14,
+            Case::Cap => options.sources_max = options.sources_max.max(sources.count()?),
+            _ => {}
         }
         let bounds = Bounds {
             rules_max: options.rules_max as usize,
@@ -201,9 +237,20 @@ impl Edge {
             loaded,
             program,
         };
-        edge.publish(&compiled);
-        if case == Case::Full {
-            edge.spend(&compiled.settings, sources);
+        let maps = edge.loaded.maps();
+        make_secrets(maps)?;
+        Publisher::new(maps).publish(&compiled, 1, None)?;
+        let limits = &compiled.settings.limits;
+        let keys = KeySchedule::new(now_ns(), known_bytes()).keys();
+        // A run takes longer than a node's lease, and nobody renews it.
+        Presence::begin(maps, RUN, Duration::MAX, limits, &keys);
+        match case {
+            Case::Rate | Case::Rate6 => edge.spend(limits, sources),
+            Case::Cap => {
+                edge.spend(limits, sources);
+                edge.connect(sources)?;
+            }
+            _ => {}
         }
         Ok(edge)
     }
@@ -237,76 +284,33 @@ impl Edge {
         })
     }
 
-    fn publish(&self, compiled: &Compiled) {
-        let maps = self.loaded.maps();
-        let forests = [
-            (&compiled.trie4, &maps.trie4, &maps.sparse4),
-            (&compiled.trie6, &maps.trie6, &maps.sparse6),
-        ];
-        for (forest, nodes, sparse) in forests {
-            for (index, &entry) in forest.nodes().iter().enumerate() {
-                nodes.store(index, &EdgeNode { entry });
-            }
-            for (index, &node) in forest.sparse().iter().enumerate() {
-                sparse.store(index, &node.into());
-            }
+    /// Charges every source once, as a connection that it has opened does.
+    fn spend(&self, limits: &Limits, sources: Sources) {
+        for address in sources.addresses() {
+            let source = Source::of(self.address(address));
+            // Refused at a wider level: as spent as it gets.
+            charge_validated(self.loaded.maps(), source, limits.source_quic);
         }
-        let Settings {
-            services,
-            limits,
-            caps,
-            ..
-        } = &compiled.settings;
-        let mut config = EdgeConfig {
-            mode: MODE_ENFORCE,
-            services: services.len() as u32,
-            budget: limits.budgets().map(Into::into),
-            source_quic: levels(limits.source_quic).map(Into::into),
-            source_tcp: levels(limits.source_tcp).map(Into::into),
-            peer: limits.peer.into(),
-            proof: limits.proof.into(),
-            id: limits.id.into(),
-            quic_connections_max: caps.quic,
-            tcp_connections_max: caps.tcp,
-            ..EdgeConfig::default()
-        };
-        for (index, (service, roots)) in services.iter().zip(&compiled.services).enumerate() {
-            let is_tcp = service.kind == Kind::Tcp;
-            config.service[index] = EdgeService {
-                port: service.port,
-                protocol: if is_tcp { 6 } else { 17 },
-                kind: service.kind as u8,
-                root4: roots.root4,
-                root6: roots.root6,
-                pad: 0,
-            };
-            maps.set_port(0, is_tcp, service.port, Some(index as u8));
-        }
-        maps.store_config(0, &config);
-        let mut control = maps.control.load(0);
-        control.seed = SEEDS.map(EdgeKey::from);
-        let keys = KeySchedule::new(now_ns(), known_bytes()).keys();
-        control.keys = keys.keys.map(EdgeKey::from);
-        control.key_active = keys.active.into();
-        control.active = 0;
-        maps.control.store(0, &control);
     }
 
-    /// Charges every source once.
-    fn spend(&self, settings: &Settings, sources: Sources) {
-        let lines = &self.loaded.maps().limiter;
-        let sketch = Sketch {
-            lines,
-            seed: SEEDS,
-            active: 0,
-            old_until_ns: 0,
-        };
-        let limits = levels(settings.limits.source_quic);
-        let now_ns = now_ns();
+    /// Counts one connection of every source.
+    fn connect(&self, sources: Sources) -> Result<()> {
+        let map = MapHandle::try_from(self.loaded.maps().quic_sources())?;
+        let counts = Counts::new(map, RUN)?;
         for address in sources.addresses() {
-            let source = Source::of(IpAddr::V4(Ipv4Addr::from(address)));
-            // Refused at a wider level: as spent as it gets.
-            sketch.charge_source(source, Purpose::Quic, &limits, now_ns);
+            counts.opened(self.address(address));
+        }
+        match counts.missed() {
+            0 => Ok(()),
+            missed => Err(format!("{missed} sources have no count").into()),
+        }
+    }
+
+    /// As the generator writes it.
+    fn address(&self, address: u32) -> IpAddr {
+        match self.case.shape() {
+            Shape::Initial6 => in_ipv6(address).into(),
+            _ => Ipv4Addr::from_bits(address).into(),
         }
     }
 }
@@ -327,13 +331,8 @@ pub(crate) fn known_bytes() -> impl FnMut() -> [u8; 16] {
     }
 }
 
-/// CLOCK_MONOTONIC.
-pub(crate) fn now_ns() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
-    Duration::new(now.tv_sec as u64, now.tv_nsec as u32).as_nanos() as u64
-}
-
-const SEEDS: [Key; 2] = [Key { k0: 1, k1: 2 }, Key { k0: 3, k1: 4 }];
+/// The number that counts are written under.
+const RUN: u32 = 1;
 
 impl Drop for Attached<'_> {
     fn drop(&mut self) {
@@ -363,7 +362,6 @@ impl Edges {
     }
 }
 
-/// Only where sources have been charged before is it another edge for other sources.
 fn key_of(case: Case, sources: Sources) -> (Case, Option<Sources>) {
-    (case, (case == Case::Full).then_some(sources))
+    (case, case.knows_sources().then_some(sources))
 }

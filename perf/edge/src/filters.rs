@@ -8,7 +8,7 @@ use crate::edge::{Attached, Case, Edges};
 use crate::generator::Sources;
 use crate::namespace::run;
 use crate::receiver::Receiver;
-use crate::reference;
+use crate::reference::{self, Attacker};
 use crate::rig::Rig;
 
 /// One way to refuse hostile packets.
@@ -25,7 +25,8 @@ pub(crate) enum Filter {
     NftIngress,
     /// nftables with the reference's rules; the attacker is on no list.
     Reference,
-    /// The same; the attacker's addresses are on the whitelist.
+    /// The same; the attacker's addresses are on the whitelist, and more than [`reference::SET_SIZE`] of them pass, whatever their
+    /// rate.
     ReferenceListed,
     /// No filter: an XDP program that passes all, and a closed port.
     Pass,
@@ -103,8 +104,8 @@ impl Filter {
             }),
             Self::XdpTools => reference::load_xdp_filter(device).map(|()| None)?,
             Self::NftIngress => reference::load(&reference::ingress(device)).map(|()| None)?,
-            Self::Reference => reference::load(&reference::replica(false)).map(|()| None)?,
-            Self::ReferenceListed => reference::load(&reference::replica(true)).map(|()| None)?,
+            Self::Reference => load_reference(Attacker::Unknown).map(|()| None)?,
+            Self::ReferenceListed => load_reference(Attacker::Listed).map(|()| None)?,
         };
         Ok(Standing {
             parts,
@@ -116,6 +117,26 @@ impl Filter {
 }
 
 impl Standing<'_> {
+    /// What has to be true of the filter once the attack has gone on for a while.
+    ///
+    /// # Errors
+    /// If the reference's set of rates is not in the state that the row is about.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.filter != Filter::ReferenceListed {
+            return Ok(());
+        }
+        let _node = self.parts.rig.enter_node()?;
+        let limited = reference::limited_sources()?;
+        if (limited == reference::SET_SIZE) == self.sources.fill_reference() {
+            return Ok(());
+        }
+        Err(format!(
+            "{limited} sources are in the set, of {}",
+            reference::SET_SIZE
+        )
+        .into())
+    }
+
     /// What it has seen since the rig was built, or since it was put in force.
     pub(crate) fn tally(&self) -> Result<Tally> {
         let _node = self.parts.rig.enter_node()?;
@@ -164,10 +185,15 @@ impl Standing<'_> {
                 // Flows that were let through fill conntrack's table, which refuses before any rule sees the packet.
                 let seen = counted.packets + reference::refused_by_conntrack()?;
                 let passed = counted.accepted;
+                let expected = if self.sources.fill_reference() {
+                    passed
+                } else {
+                    counted.packets - passed
+                };
                 Ok(Tally {
                     seen,
                     passed,
-                    expected: seen,
+                    expected,
                     answered: 0,
                 })
             }
@@ -195,6 +221,12 @@ impl Drop for Standing<'_> {
             );
         }
     }
+}
+
+/// Each begins with an empty table of conntrack, as with empty sets.
+fn load_reference(attacker: Attacker) -> Result<()> {
+    reference::forget_flows()?;
+    reference::load(&reference::replica(attacker))
 }
 
 /// What has reached the stack of the calling thread's namespace.

@@ -1,5 +1,7 @@
 //! Hostile frames: the shapes, and what the generator has to know to vary them.
 
+use std::net::Ipv6Addr;
+
 use etherparse::PacketBuilder;
 use serde::Serialize;
 
@@ -15,6 +17,7 @@ const INITIAL_BYTES: usize = 1200;
 
 const ETHERNET: usize = 14;
 const IP: usize = 20;
+const IP6: usize = 40;
 const UDP: usize = 8;
 /// What the generator can rewrite, and the least it does.
 const REWRITTEN: [usize; 2] = [64, 128];
@@ -25,7 +28,9 @@ const REWRITTEN: [usize; 2] = [64, 128];
 pub(crate) enum Shape {
     /// A first packet without token: 1,242 bytes, a new destination ID each.
     Initial,
-    /// The same to a port that nobody declared.
+    /// The same over IPv6, for test runs alone: without UDP checksum, which the stack would want.
+    Initial6,
+    /// The first one to a port that nobody declared.
     InitialElsewhere,
     /// A short header with a connection ID that nobody gave out.
     ShortHeader,
@@ -39,6 +44,8 @@ pub(crate) struct Template {
     pub(crate) bytes: Vec<u8>,
     /// How much of it is written for each packet.
     pub(crate) written: usize,
+    /// Offset of the source port.
+    pub(crate) port_at: usize,
     /// Sum of the IP header's words, folded to 16 bits, in the order of memory.
     pub(crate) ip_sum: u32,
     /// The same of TCP's header and pseudo header; 0 for UDP, which goes without.
@@ -51,6 +58,7 @@ impl Shape {
     pub(crate) fn label(self) -> &'static str {
         match self {
             Self::Initial => "initial",
+            Self::Initial6 => "initial, IPv6",
             Self::InitialElsewhere => "initial-elsewhere",
             Self::ShortHeader => "short-header",
             Self::Syn => "syn",
@@ -63,6 +71,7 @@ impl Shape {
         let payload = ETHERNET + IP + UDP;
         let (mut bytes, random_at) = match self {
             Self::Initial => (udp(OPEN_PORT, &initial())?, payload + 6),
+            Self::Initial6 => (udp6(OPEN_PORT, &initial())?, ETHERNET + IP6 + UDP + 6),
             Self::InitialElsewhere => (udp(OPEN_PORT + 1, &initial())?, payload + 6),
             Self::ShortHeader => (udp(OPEN_PORT, &[0x40; 64])?, payload + 1),
             Self::Syn => (syn()?, 0),
@@ -78,10 +87,15 @@ impl Shape {
         } else {
             REWRITTEN[1]
         };
+        let port_at = match self {
+            Self::Initial6 => ETHERNET + IP6,
+            _ => ETHERNET + IP,
+        };
         let ip_sum = sum(&bytes[ETHERNET..ETHERNET + IP]);
         Ok(Template {
             bytes,
             written,
+            port_at,
             ip_sum,
             tcp_sum,
             random_at,
@@ -111,6 +125,24 @@ fn udp(port: u16, payload: &[u8]) -> Result<Vec<u8>> {
     builder.write(&mut bytes, payload)?;
     blank(&mut bytes, ETHERNET + IP + 6);
     Ok(bytes)
+}
+
+fn udp6(port: u16, payload: &[u8]) -> Result<Vec<u8>> {
+    let (from, to) = (in_ipv6(0), in_ipv6(NODE.to_bits()));
+    let builder = PacketBuilder::ethernet2(CLIENT_MAC, NODE_MAC)
+        .ipv6(from.octets(), to.octets(), 64)
+        .udp(0, port);
+    let mut bytes = Vec::with_capacity(builder.size(payload.len()));
+    builder.write(&mut bytes, payload)?;
+    let checksum = ETHERNET + IP6 + 6;
+    bytes[checksum..checksum + 2].fill(0);
+    Ok(bytes)
+}
+
+/// The source of IPv6 packets that stands for a number: each has a /64 of its own. The generator writes its bytes 4..8, which
+/// stand in the frame where the whole of an IPv4 source does.
+pub(crate) fn in_ipv6(number: u32) -> Ipv6Addr {
+    Ipv6Addr::from_bits(0x2a00_0001 << 96 | u128::from(number) << 64 | 1)
 }
 
 fn syn() -> Result<Vec<u8>> {
@@ -159,6 +191,7 @@ mod tests {
     fn templates_parse_and_are_of_the_sizes_that_the_rows_name() {
         for (shape, length) in [
             (Shape::Initial, 1242),
+            (Shape::Initial6, 1262),
             (Shape::InitialElsewhere, 1242),
             (Shape::ShortHeader, 106),
             (Shape::Syn, 64),
@@ -166,10 +199,38 @@ mod tests {
             let template = shape.template().unwrap();
             assert_eq!(template.bytes.len(), length, "{shape:?}");
             let packet = SlicedPacket::from_ethernet(&template.bytes).unwrap();
-            assert!(matches!(packet.net, Some(NetSlice::Ipv4(_))), "{shape:?}");
+            match (shape, packet.net.unwrap()) {
+                (Shape::Initial6, NetSlice::Ipv6(ip)) => {
+                    assert_eq!(ip.header().source(), in_ipv6(0).octets());
+                }
+                (_, net) => assert!(matches!(net, NetSlice::Ipv4(_)), "{shape:?}"),
+            }
             match packet.transport.unwrap() {
                 TransportSlice::Udp(udp) => assert_eq!(udp.source_port(), 0),
                 TransportSlice::Tcp(tcp) => assert!(tcp.syn() && !tcp.ack()),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn the_generator_writes_the_source_where_it_stands() {
+        for shape in [Shape::Initial, Shape::Initial6] {
+            let mut template = shape.template().unwrap();
+            let number = 0x1234_5678_u32;
+            template.bytes[26..30].copy_from_slice(&number.to_be_bytes());
+            let port = template.port_at;
+            template.bytes[port..port + 2].copy_from_slice(&9u16.to_be_bytes());
+            let packet = SlicedPacket::from_ethernet(&template.bytes).unwrap();
+            match packet.net.unwrap() {
+                NetSlice::Ipv4(ip) => assert_eq!(ip.header().source(), number.to_be_bytes()),
+                NetSlice::Ipv6(ip) => {
+                    assert_eq!(ip.header().source(), in_ipv6(number).octets());
+                }
+                other => panic!("{other:?}"),
+            }
+            match packet.transport.unwrap() {
+                TransportSlice::Udp(udp) => assert_eq!(udp.source_port(), 9),
                 other => panic!("{other:?}"),
             }
         }

@@ -75,6 +75,19 @@ impl Sources {
         u32::try_from(self.0 - 1).unwrap_or(u32::MAX)
     }
 
+    /// Whether the reference's set of rates is full of them before a measurement begins, and sees no source that comes later.
+    pub(crate) fn fill_reference(self) -> bool {
+        self >= Self::MILLION
+    }
+
+    /// How many.
+    ///
+    /// # Errors
+    /// For [`Sources::ALL`]: nothing is kept for each of so many.
+    pub(crate) fn count(self) -> Result<u32> {
+        Ok(u32::try_from(self.0)?)
+    }
+
     /// Every address, in host order; for [`Sources::ALL`] that is too many to walk.
     pub(crate) fn addresses(self) -> impl Iterator<Item = u32> {
         (0..=self.mask()).map(move |offset| self.base().wrapping_add(offset))
@@ -117,6 +130,7 @@ impl<'o> Generator<'o> {
         constants.frame_bytes = u32::try_from(template.bytes.len())?;
         constants.written = u32::try_from(template.written)?;
         constants.source_base = sources.base();
+        constants.port_at = u32::try_from(template.port_at)?;
         constants.source_mask = sources.mask();
         constants.ip_sum = template.ip_sum;
         constants.tcp_sum = template.tcp_sum;

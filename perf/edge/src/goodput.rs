@@ -2,11 +2,14 @@
 //!
 //! The attacker has one core. The other one is the host's: a thread that receives for the node's device and filters, the
 //! node (QUIC RPC, TCP echo) and its clients. The clients offer a fixed load, far from what the core could do, so that what
-//! is missing from it is what the attack took. They are connected before the attack begins.
+//! is missing from it is what the attack took. Either they are connected before the attack begins and its packets are denied
+//! (the cheapest for the edge), or everybody is allowed and the clients open new connections while it goes on (the dearest): see
+//! [`Series`].
 
 mod client;
 mod load;
 mod node;
+mod visitors;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,37 +20,94 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
+use millrace_edge::clock::now_ns;
 use serde::{Serialize, Serializer};
 
 pub(crate) use client::drive;
 pub(crate) use load::Load;
 pub(crate) use node::serve;
 
-use crate::edge::{Case, Edges, now_ns};
+use crate::edge::{Case, Edges};
 use crate::filters::{Filter, Parts};
 use crate::frames::Shape;
 use crate::generator::{Generator, Sources, Traffic};
+use crate::host::Host;
 use crate::receiver::Receiver;
 use crate::rig::{self, Rig};
 use crate::{Result, cpu, namespace, plot, write_json};
 
-/// Hostile packets per second.
-pub(crate) const RATES: [u32; 4] = [0, 500_000, 1_000_000, 2_000_000];
+/// Unless told otherwise.
+const RATES: [u32; 4] = [0, 500_000, 1_000_000, 2_000_000];
 /// The attack goes on around the measurement by this much.
 const LEAD: Duration = Duration::from_millis(200);
 
 /// Of the rate that was asked for. A twentieth may go to others on the attacker's core (see [`cpu::go_first`]).
 const KEPT_UP: f64 = 0.9;
 
+/// Of what the edge sees while it is open to all, what it must have answered by itself: else the attack did not spend the budgets.
+const ANSWERED: f64 = 0.9;
+
+/// Who attacks whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Series {
+    /// Initials from a million sources that the firewall denies, beside clients that were connected before.
+    Connected,
+    /// Initials from a million sources that may come in: budgets are spent, and both sides get a Retry. Clients connect anew.
+    NewByQuic,
+    /// The same with SYNs, and SYN cookies.
+    NewByTcp,
+}
+
+impl Series {
+    const ALL: [Self; 3] = [Self::Connected, Self::NewByQuic, Self::NewByTcp];
+
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Connected => "requests, connected before; Initials",
+            Self::NewByQuic => "new connections; Initials",
+            Self::NewByTcp => "new connections; SYNs",
+        }
+    }
+
+    /// What is compared.
+    fn filters(self) -> [Filter; 3] {
+        let case = match self {
+            Self::Connected => Case::Deny,
+            Self::NewByQuic | Self::NewByTcp => Case::Open,
+        };
+        [Filter::Edge(case), Filter::Pass, Filter::Reference]
+    }
+
+    fn shape(self) -> Shape {
+        match self {
+            Self::Connected | Self::NewByQuic => Shape::Initial,
+            Self::NewByTcp => Shape::Syn,
+        }
+    }
+}
+
+/// A run's points, and where they were measured.
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    host: Host,
+    rounds: usize,
+    seconds: f64,
+    points: &'a [Point],
+}
+
 /// One measurement.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Point {
+    pub(crate) series: Series,
     #[serde(serialize_with = "label")]
     pub(crate) filter: Filter,
     /// Hostile packets per second.
     pub(crate) rate: u32,
     /// Share of what came in that found the node's ring full, hostile or not.
     pub(crate) ring_full: f64,
+    /// Share of what the filter saw that it answered by itself.
+    pub(crate) answered: f64,
     pub(crate) quic: Load,
     pub(crate) tcp: Load,
 }
@@ -65,7 +125,10 @@ pub(crate) struct Run {
     /// Seconds for each measurement.
     #[arg(long, default_value_t = 3.0)]
     seconds: f64,
-    /// Only filters whose name contains one of these.
+    /// Hostile packets per second.
+    #[arg(long, value_delimiter = ',', default_values_t = RATES)]
+    rates: Vec<u32>,
+    /// Only what has one of these in its name, `SERIES: FILTER`.
     #[arg(long, value_delimiter = ';')]
     only: Vec<String>,
     /// Core of the attacker.
@@ -74,10 +137,7 @@ pub(crate) struct Run {
     /// Core of the node, its receiving thread and its clients.
     #[arg(long, default_value_t = 0)]
     host_cpu: usize,
-    /// Where the result goes.
-    #[arg(long, default_value = "perf/out/goodput.json")]
-    out: PathBuf,
-    /// Where the plots go.
+    /// Where the plots go, and the figures that they were drawn from.
     #[arg(long, default_value = "docs/operating")]
     plots: PathBuf,
 }
@@ -89,30 +149,36 @@ pub(crate) struct RoleArgs {
     cpu: usize,
     #[arg(long)]
     seconds: f64,
+    /// The edge in front of the node charges sources: the node does not.
+    #[arg(long)]
+    kernel_charges: bool,
+    /// Clients open new connections, instead of asking over those that they have.
+    #[arg(long)]
+    visitors: bool,
 }
 
-/// What is compared.
-const FILTERS: [Filter; 3] = [Filter::Edge(Case::Deny), Filter::Pass, Filter::Reference];
-
-/// Measures every filter at every rate, prints, and plots.
+/// Measures every series, filter and rate, prints, and plots.
 pub(crate) fn run(run: &Run) -> Result<()> {
     namespace::guard()?;
+    let host = Host::read()?;
     cpu::pin_to(run.attacker_cpu)?;
     cpu::go_first(None)?;
     let lasts = Duration::from_secs_f64(run.seconds);
     let mut object = MaybeUninit::uninit();
-    let receiver = Receiver::load(&mut object, rig::CLIENT)?;
+    let receiver = Receiver::load(&mut object, rig::HONEST)?;
     let rig = Rig::build(&receiver)?;
+    rig.settle(visitors::addresses())?;
     rig.receive_on(run.host_cpu)?;
-    let filters: Vec<_> = FILTERS
+    let mut compared: Vec<_> = Series::ALL
         .into_iter()
-        .filter(|filter| {
-            let name = filter.label();
-            run.only.is_empty() || run.only.iter().any(|part| name.contains(part.as_str()))
-        })
+        .flat_map(|series| series.filters().map(|filter| (series, filter)))
         .collect();
+    compared.retain(|(series, filter)| {
+        let name = format!("{}: {}", series.label(), filter.label());
+        run.only.is_empty() || run.only.iter().any(|part| name.contains(part.as_str()))
+    });
     let mut edges = Edges::default();
-    for filter in &filters {
+    for (_, filter) in &compared {
         if let Filter::Edge(case) = *filter {
             edges.prepare(case, Sources::MILLION)?;
         }
@@ -122,28 +188,35 @@ pub(crate) fn run(run: &Run) -> Result<()> {
         receiver: &receiver,
         edges: &edges,
     };
-    let mut points: BTreeMap<(Filter, u32), Vec<Point>> = BTreeMap::new();
+    let mut points: BTreeMap<(Series, Filter, u32), Vec<Point>> = BTreeMap::new();
     for round in 0..run.rounds.max(1) {
-        for rate in RATES {
-            for &filter in &filters {
-                let name = filter.label();
+        for &rate in &run.rates {
+            for &(series, filter) in &compared {
+                let name = format!("{}: {}", series.label(), filter.label());
                 eprint!(
-                    "\rround {}/{}: {name}, {rate}{:<30}",
+                    "\rround {}/{}: {name}, {rate}{:<20}",
                     round + 1,
                     run.rounds,
                     ""
                 );
-                let point = measure(&parts, filter, rate, run.host_cpu, lasts)
+                let point = measure(&parts, (series, filter), rate, run.host_cpu, lasts)
                     .map_err(|error| format!("{name} at {rate}: {error}"))?;
-                points.entry((filter, rate)).or_default().push(point);
+                let place = points.entry((series, filter, rate)).or_default();
+                place.push(point);
             }
         }
     }
     eprintln!();
     let points: Vec<_> = points.into_values().filter_map(middle).collect();
     print(&points);
-    write_json(&run.out, &points)?;
-    plot::write(&run.plots, &points)
+    plot::write(&run.plots, &points)?;
+    let report = Report {
+        host,
+        rounds: run.rounds.max(1),
+        seconds: run.seconds,
+        points: &points,
+    };
+    write_json(&run.plots.join("goodput.json"), &report)
 }
 
 /// The point whose completed requests are the median.
@@ -157,15 +230,25 @@ fn middle(mut points: Vec<Point>) -> Option<Point> {
 
 fn print(points: &[Point]) {
     println!(
-        "{:<26} {:>9} {:>9} {:>9} {:>11} {:>9} {:>11}",
-        "filter", "hostile/s", "ring full", "QUIC/s", "p99 us", "TCP/s", "p99 us"
+        "{:<36} {:<18} {:>9} {:>9} {:>9} {:>8} {:>11} {:>8} {:>11}",
+        "series",
+        "filter",
+        "hostile/s",
+        "ring full",
+        "answered",
+        "QUIC/s",
+        "p99 us",
+        "TCP/s",
+        "p99 us"
     );
     for point in points {
         println!(
-            "{:<26} {:>9} {:>7.1} % {:>9.0} {:>11.0} {:>9.0} {:>11.0}",
+            "{:<36} {:<18} {:>9} {:>7.1} % {:>7.1} % {:>8.0} {:>11.0} {:>8.0} {:>11.0}",
+            point.series.label(),
             point.filter.label(),
             point.rate,
             point.ring_full * 100.0,
+            point.answered * 100.0,
             point.quic.completed_per_second,
             point.quic.p99_us,
             point.tcp.completed_per_second,
@@ -177,32 +260,34 @@ fn print(points: &[Point]) {
 /// Measures one filter at one rate for `lasts`. The host's core is `cpu`; the calling thread is the attacker.
 pub(crate) fn measure(
     parts: &Parts<'_>,
-    filter: Filter,
+    (series, filter): (Series, Filter),
     rate: u32,
     cpu: usize,
     lasts: Duration,
 ) -> Result<Point> {
-    let _standing = filter.stand(parts, Sources::MILLION)?;
+    let standing = filter.stand(parts, Sources::MILLION)?;
     let _node = {
         let _inside = parts.rig.enter_node()?;
-        Role::start("serve", cpu, lasts)?
+        let charges = matches!(filter, Filter::Edge(_)).then_some("--kernel-charges");
+        Role::start("serve", cpu, lasts, charges)?
     };
     let mut client = {
         let _inside = parts.rig.enter_client()?;
-        Role::start("drive", cpu, lasts)?
+        let visitors = (series != Series::Connected).then_some("--visitors");
+        Role::start("drive", cpu, lasts, visitors)?
     };
-    let before = parts.rig.received()?;
+    let (before, seen_before) = (parts.rig.received()?, standing.tally()?);
     let from_ns = now_ns() + LEAD.as_nanos() as u64;
     client.go(from_ns, from_ns + lasts.as_nanos() as u64)?;
     if let Some(rate) = NonZeroU32::new(rate) {
         let attack = (lasts + 2 * LEAD).as_secs_f64() * f64::from(rate.get());
         let mut object = MaybeUninit::uninit();
         let traffic = Traffic {
-            shape: Shape::Initial,
+            shape: series.shape(),
             sources: Sources::MILLION,
             interface: parts.rig.client_index(),
             packets_per_second: Some(rate),
-            is_answered: false,
+            is_answered: filter == Filter::Edge(Case::Open),
         };
         let generator = Generator::load(&mut object, traffic)?;
         let _inside = parts.rig.enter_client()?;
@@ -218,10 +303,18 @@ pub(crate) fn measure(
     let after = parts.rig.received()?;
     let full = (after.dropped - before.dropped) as f64;
     let ring_full = full / (full + (after.packets - before.packets) as f64);
+    let tally = standing.tally()?;
+    let seen = (tally.seen - seen_before.seen).max(1);
+    let answered = (tally.answered - seen_before.answered) as f64 / seen as f64;
+    if filter == Filter::Edge(Case::Open) && rate > 0 && answered < ANSWERED {
+        return Err(format!("of {seen} packets only {answered:.2} were answered").into());
+    }
     Ok(Point {
+        series,
         filter,
         rate,
         ring_full,
+        answered,
         quic,
         tcp,
     })
@@ -236,7 +329,7 @@ struct Role {
 
 impl Role {
     /// Starts it in the namespace of the calling thread, and waits until it is ready.
-    fn start(name: &str, cpu: usize, lasts: Duration) -> Result<Self> {
+    fn start(name: &str, cpu: usize, lasts: Duration, flag: Option<&str>) -> Result<Self> {
         let mut child = Command::new(std::env::current_exe()?)
             .args([
                 name,
@@ -245,6 +338,7 @@ impl Role {
                 "--seconds",
                 &lasts.as_secs_f64().to_string(),
             ])
+            .args(flag)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;

@@ -7,7 +7,7 @@ use plotters::prelude::*;
 
 use crate::Result;
 use crate::filters::Filter;
-use crate::goodput::{Load, Point};
+use crate::goodput::{Load, Point, Series};
 
 const SIZE: (u32, u32) = (640, 360);
 /// Legible on white and on near-black alike.
@@ -23,17 +23,28 @@ const LINES: [RGBColor; 5] = [
 /// A figure of a load.
 type Metric = fn(&Load) -> f64;
 
-/// Writes `goodput-{quic,tcp}-{completed,p99}.svg` into `folder`.
+/// Writes `goodput-{quic,tcp,new-quic,new-tcp}-{completed,p99}.svg` into `folder`.
 pub(crate) fn write(folder: &Path, points: &[Point]) -> Result<()> {
     fs::create_dir_all(folder)?;
     let quic: fn(&Point) -> Load = |point| point.quic;
     let tcp: fn(&Point) -> Load = |point| point.tcp;
-    for (protocol, load) in [("quic", quic), ("tcp", tcp)] {
-        let title = match protocol {
-            "quic" => "QUIC RPC",
-            _ => "TCP echo",
-        };
-        let file = |what: &str| folder.join(format!("goodput-{protocol}-{what}.svg"));
+    for (name, title, series, load) in [
+        ("quic", "QUIC RPC", Series::Connected, quic),
+        ("tcp", "TCP echo", Series::Connected, tcp),
+        ("new-quic", "New QUIC connections", Series::NewByQuic, quic),
+        ("new-tcp", "New TCP connections", Series::NewByTcp, tcp),
+    ] {
+        let points: Vec<_> = points
+            .iter()
+            .filter(|point| point.series == series)
+            .cloned()
+            .collect();
+        // The run left it out: the plot of the run before stays.
+        if points.is_empty() {
+            continue;
+        }
+        let points = points.as_slice();
+        let file = |what: &str| folder.join(format!("goodput-{name}-{what}.svg"));
         let completed = |load: &Load| load.completed_per_second;
         let p99 = |load: &Load| (load.p99_us / 1000.0).max(0.01);
         let caption = format!("{title}: completed per second");

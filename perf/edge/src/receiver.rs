@@ -1,8 +1,8 @@
 //! The programs at the ends of the veth where the edge is not: pass all, drop all, and the attacker's end.
 
 use std::mem::MaybeUninit;
-use std::net::Ipv4Addr;
 
+use ipnet::Ipv4Net;
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, OpenObject, ProgramMut};
 
@@ -50,11 +50,12 @@ pub(crate) struct Counts {
 }
 
 impl<'o> Receiver<'o> {
-    /// `client` is the honest client's address at the attacker's end.
-    pub(crate) fn load(object: &'o mut MaybeUninit<OpenObject>, client: Ipv4Addr) -> Result<Self> {
+    /// `clients` are the honest clients' addresses at the attacker's end.
+    pub(crate) fn load(object: &'o mut MaybeUninit<OpenObject>, clients: Ipv4Net) -> Result<Self> {
         let mut open = ReceiverSkelBuilder::default().open(object)?;
         let constants = open.maps.rodata_data.as_deref_mut().ok_or("no constants")?;
-        constants.client_address = u32::from_ne_bytes(client.octets());
+        constants.client_address = u32::from_ne_bytes(clients.network().octets());
+        constants.client_mask = u32::from_ne_bytes(clients.netmask().octets());
         Ok(Self {
             skeleton: open.load()?,
         })

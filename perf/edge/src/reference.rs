@@ -10,11 +10,13 @@ use std::io::Write as _;
 use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, netlink, recv, send, socket};
 use serde::Deserialize;
 
 use crate::Result;
 use crate::frames::{OPEN_PORT, TCP_PORT};
 use crate::namespace::run;
+use crate::rig::HONEST;
 
 const TABLE: &str = "bench";
 /// Counter of what the rules let through.
@@ -42,19 +44,42 @@ pub(crate) fn ingress(device: &str) -> String {
     )
 }
 
-/// The reference's rules. `open`: the attacker's addresses are on the whitelist, as a hacked node's would be.
-pub(crate) fn replica(open: bool) -> String {
-    let mut nodes: Vec<_> = node_addresses()
+/// Entries that the reference's sets have room for.
+pub(crate) const SET_SIZE: usize = 65_535;
+
+/// What the reference's rules know of the attacker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Attacker {
+    /// On no list.
+    Unknown,
+    /// On the whitelist, as a hacked node would be, or somebody who writes the addresses of nodes.
+    Listed,
+}
+
+/// All unicast addresses but those around the nodes', 2 in 256: networks of one list must not overlap.
+const NEARLY_ALL: [&str; 6] = [
+    "0.0.0.0/1",
+    "128.0.0.0/2",
+    "194.0.0.0/7",
+    "196.0.0.0/6",
+    "200.0.0.0/5",
+    "208.0.0.0/4",
+];
+
+/// The reference's rules.
+pub(crate) fn replica(attacker: Attacker) -> String {
+    let nodes: Vec<_> = node_addresses()
         .map(|address| address.to_string())
         .collect();
-    if open {
-        nodes.push("16.0.0.0/8".into());
-    }
     let nodes = nodes.join(",");
+    let others = match attacker {
+        Attacker::Unknown => HONEST.to_string(),
+        Attacker::Listed => NEARLY_ALL.join(","),
+    };
     format!(
         "table ip {TABLE} {{
-  set rate_limit {{ type ipv4_addr; size 65535; flags dynamic; }}
-  set connection_limit {{ type ipv4_addr; size 65535; flags dynamic; }}
+  set rate_limit {{ type ipv4_addr; size {SET_SIZE}; flags dynamic; }}
+  set connection_limit {{ type ipv4_addr; size {SET_SIZE}; flags dynamic; }}
   counter rate {{ }}
   counter connections {{ }}
   counter invalid {{ }}
@@ -70,10 +95,11 @@ pub(crate) fn replica(open: bool) -> String {
     icmp type {{ destination-unreachable, time-exceeded, echo-request, echo-reply }} accept
     ip saddr {{ {nodes} }} ct state {{ new }} tcp dport {{ 22, 2497, {OPEN_PORT}, {TCP_PORT} }} \\
       counter name {ACCEPTED} accept
-    ip saddr {{ 198.18.0.0/24 }} ct state {{ new }} tcp dport {{ {TCP_PORT} }} accept
+    ip saddr {{ {HONEST} }} ct state {{ new }} tcp dport {{ {TCP_PORT} }} \\
+      counter name {ACCEPTED} accept
     ip saddr {{ 203.0.113.4 }} ct state {{ new }} tcp dport {{ 1004 }} accept
     ip saddr {{ 203.0.113.6 }} ct state {{ new }} tcp dport {{ 1006 }} accept
-    ip saddr {{ {nodes}, 198.18.0.1 }} udp dport {{ {OPEN_PORT} }} counter name {ACCEPTED} accept
+    ip saddr {{ {nodes}, {others} }} udp dport {{ {OPEN_PORT} }} counter name {ACCEPTED} accept
     ct state {{ invalid }} counter name invalid drop
     ct state {{ established, related }} accept
     counter name refused
@@ -103,6 +129,35 @@ pub(crate) fn load(rules: &str) -> Result<()> {
         return Ok(());
     }
     Err(format!("nft: {}", String::from_utf8_lossy(&output.stderr).trim()).into())
+}
+
+/// Empties conntrack's table, in the namespace of the calling thread: what one row has left there would be in the way of the next.
+///
+/// # Errors
+/// What the kernel says.
+pub(crate) fn forget_flows() -> Result<()> {
+    /// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE`; of no flow in particular, so of all.
+    const DELETE: u16 = 1 << 8 | 2;
+    /// `NLM_F_REQUEST | NLM_F_ACK`.
+    const FLAGS: u16 = 1 | 4;
+    /// `struct nlmsghdr` and `struct nfgenmsg`.
+    const BYTES: u32 = 16 + 4;
+    let mut request = BYTES.to_ne_bytes().to_vec();
+    request.extend([DELETE, FLAGS].map(u16::to_ne_bytes).concat());
+    request.resize(BYTES as usize, 0);
+    let netfilter = socket(
+        AddressFamily::NETLINK,
+        SocketType::RAW,
+        Some(netlink::NETFILTER),
+    )?;
+    send(&netfilter, &request, SendFlags::empty())?;
+    let mut answer = [0; 64];
+    recv(&netfilter, &mut answer, RecvFlags::empty())?;
+    // `error` of `struct nlmsgerr`, behind the header.
+    match i32::from_ne_bytes([answer[16], answer[17], answer[18], answer[19]]) {
+        0 => Ok(()),
+        error => Err(std::io::Error::from_raw_os_error(-error).into()),
+    }
 }
 
 /// Removes every rule in the namespace of the calling thread.
@@ -146,6 +201,27 @@ pub(crate) fn counted() -> Result<Counted> {
         }
     }
     Ok(counted)
+}
+
+/// Sources in the set of rates, in the namespace of the calling thread.
+pub(crate) fn limited_sources() -> Result<usize> {
+    #[derive(Deserialize)]
+    struct Listing {
+        nftables: Vec<Entry>,
+    }
+    #[derive(Deserialize)]
+    struct Entry {
+        set: Option<Set>,
+    }
+    #[derive(Deserialize)]
+    struct Set {
+        #[serde(default)]
+        elem: Vec<serde::de::IgnoredAny>,
+    }
+    let text = run("nft", &["-j", "list", "set", "ip", TABLE, "rate_limit"])?;
+    let listing: Listing = serde_json::from_str(&text)?;
+    let mut sets = listing.nftables.into_iter().filter_map(|entry| entry.set);
+    Ok(sets.next().ok_or("there is no set of rates")?.elem.len())
 }
 
 /// Packets that conntrack had no room for, in the namespace of the calling thread.

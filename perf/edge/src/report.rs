@@ -11,6 +11,7 @@ use crate::edge::Case;
 use crate::filters::Filter;
 use crate::frames::Shape;
 use crate::generator::Sources;
+use crate::host::Host;
 use crate::rows::{Measured, Row};
 
 /// Every measurement of a run.
@@ -60,11 +61,14 @@ impl Results {
 /// What is written to `perf/out/edge.json`.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
+    host: Host,
     rounds: usize,
     quick: bool,
     rows: Vec<RowMedians>,
     costs: Vec<CostLine>,
     targets: Vec<Target>,
+    /// Beside the targets, for people: nothing has to hold.
+    figures: Vec<Figure>,
     skipped: Vec<String>,
 }
 
@@ -103,8 +107,15 @@ struct Target {
     holds: bool,
 }
 
+#[derive(Debug, Serialize)]
+struct Figure {
+    name: &'static str,
+    /// Null when the run left a row of it out.
+    value: Option<f64>,
+}
+
 impl Report {
-    pub(crate) fn new(results: &Results, rounds: usize, quick: bool) -> Self {
+    pub(crate) fn new(results: &Results, host: Host, rounds: usize, quick: bool) -> Self {
         let rows = results.rows.keys().map(|&row| {
             let of = |metric| results.median_of(row, metric).unwrap_or_default();
             RowMedians {
@@ -129,24 +140,38 @@ impl Report {
                 .unwrap_or_default(),
         });
         Self {
+            host,
             rounds,
             quick,
             rows: rows.collect(),
             costs: costs.collect(),
             targets: targets(results),
+            figures: figures(results),
             skipped: results.skipped.clone(),
         }
     }
 
+    /// Why the run shows less than all that it is to show: targets that do not hold or were not measured, rows that are missing.
+    pub(crate) fn faults(&self) -> Vec<String> {
+        let targets = self.targets.iter().filter(|target| !target.holds);
+        let targets = targets.map(|target| match target.value {
+            Some(value) => format!("{}: {value:.2}, not {:.2}", target.name, target.target),
+            None => format!("{}: not measured", target.name),
+        });
+        let skipped = self.skipped.iter().map(|row| format!("skipped: {row}"));
+        targets.chain(skipped).collect()
+    }
+
     pub(crate) fn print(&self) {
+        println!("{}\n", self.host);
         println!(
-            "{:<26} {:<18} {:>7} {:>11} {:>10} {:>8} {:>9}",
+            "{:<46} {:<18} {:>7} {:>11} {:>10} {:>8} {:>9}",
             "filter", "packets", "sources", "Mpps/CPU s", "ns/packet", "passed", "answered"
         );
         for row in &self.rows {
             let m = &row.medians;
             println!(
-                "{:<26} {:<18} {:>7} {:>11.2} {:>10.0} {:>8} {:>9}",
+                "{:<46} {:<18} {:>7} {:>11.2} {:>10.0} {:>8} {:>9}",
                 row.filter,
                 row.packets,
                 row.sources.label(),
@@ -158,17 +183,17 @@ impl Report {
         }
         if !self.costs.is_empty() {
             println!(
-                "\n{:<56} {:>10} {:>10}",
+                "\n{:<64} {:>10} {:>10}",
                 "program alone (test run)", "ns/packet", "loop"
             );
         }
         for cost in &self.costs {
             println!(
-                "{:<56} {:>10.0} {:>10.0}",
+                "{:<64} {:>10.0} {:>10.0}",
                 cost.what, cost.ns_per_packet, cost.loop_ns
             );
         }
-        println!("\n{:<56} {:>10} {:>10}  holds", "target", "value", "target");
+        println!("\n{:<64} {:>10} {:>10}  holds", "target", "value", "target");
         for target in &self.targets {
             let sign = if target.better == Better::Higher {
                 ">="
@@ -180,18 +205,25 @@ impl Report {
                 (_, true) => "yes",
                 (_, false) => "NO",
             };
-            let value = target
-                .value
-                .map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
             println!(
-                "{:<56} {value:>10} {sign} {:>7.2}  {verdict}",
-                target.name, target.target
+                "{:<64} {:>10} {sign} {:>7.2}  {verdict}",
+                target.name,
+                decimal(target.value),
+                target.target
             );
+        }
+        println!("\n{:<64} {:>10}", "further figures", "value");
+        for figure in &self.figures {
+            println!("{:<64} {:>10}", figure.name, decimal(figure.value));
         }
         for skipped in &self.skipped {
             println!("SKIPPED: {skipped}");
         }
     }
+}
+
+fn decimal(value: Option<f64>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"))
 }
 
 fn percent(share: f64) -> String {
@@ -212,18 +244,55 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
     }
 }
 
-fn targets(results: &Results) -> Vec<Target> {
-    use Better::{Higher, Lower};
-
-    let initial = |filter, sources| Row {
+fn initial(filter: Filter, sources: Sources) -> Row {
+    Row {
         filter,
         shape: Shape::Initial,
         sources,
+    }
+}
+
+/// How many packets of a verdict the time of one under the reference's rules buys.
+fn to_reference(results: &Results, case: Case, sources: Sources) -> Option<f64> {
+    let ours = initial(Filter::Edge(case), sources);
+    results.ratio(ours, initial(Filter::Reference, sources))
+}
+
+/// The reference's rules end at the source's rate as well (at one source), or at the lists behind it: no row of theirs looks up a
+/// count of connections that user space keeps. So these are no targets.
+fn figures(results: &Results) -> Vec<Figure> {
+    let figure = |name, case, sources| Figure {
+        name,
+        value: to_reference(results, case, sources),
     };
-    let to_reference = |sources| {
-        let ours = initial(Filter::Edge(Case::Full), sources);
-        results.ratio(ours, initial(Filter::Reference, sources))
-    };
+    vec![
+        figure(
+            "refused by its source's cap, 1 source: times the reference",
+            Case::Cap,
+            Sources::ONE,
+        ),
+        figure(
+            "refused by its source's cap, 1 M sources: times the reference",
+            Case::Cap,
+            Sources::MILLION,
+        ),
+        figure(
+            "denied, 1 source: times the reference",
+            Case::Deny,
+            Sources::ONE,
+        ),
+        figure(
+            "denied, 1 M sources: times the reference",
+            Case::Deny,
+            Sources::MILLION,
+        ),
+    ]
+}
+
+fn targets(results: &Results) -> Vec<Target> {
+    use Better::{Higher, Lower};
+
+    let to_reference = |sources| to_reference(results, Case::Rate, sources);
     let retry = initial(Filter::Edge(Case::Retry), Sources::ALL);
     let subject = |case| Subject {
         case,
@@ -245,19 +314,19 @@ fn targets(results: &Results) -> Vec<Target> {
     };
     vec![
         target(
-            "full path, 1 source: times the reference's rules",
+            "refused by its source's rate, 1 source: times the reference",
             to_reference(Sources::ONE),
             5.0,
             Higher,
         ),
         target(
-            "full path, 1 M sources: times the reference's rules",
+            "refused by its source's rate, 1 M sources: times the reference",
             to_reference(Sources::MILLION),
             5.0,
             Higher,
         ),
         target(
-            "full path, 2^32 sources: ns",
+            "full path: admitted, 2^32 sources: ns",
             results.cost(subject(Case::Admitted)),
             200.0,
             Lower,
@@ -294,13 +363,15 @@ mod tests {
         };
         // The second round is slow for all: the ratio does not see it.
         for (round, host) in [1.0, 0.5, 1.0].into_iter().enumerate() {
-            results.add(row(Filter::Edge(Case::Full)), round, rate(5.5 * host));
+            results.add(row(Filter::Edge(Case::Rate)), round, rate(5.5 * host));
+            results.add(row(Filter::Edge(Case::Cap)), round, rate(4.5 * host));
             results.add(row(Filter::Reference), round, rate(1.0 * host));
         }
         let targets = targets(&results);
         assert_eq!(targets[0].value, Some(5.5));
         assert!(targets[0].holds);
         assert!(targets[1].value.is_none() && !targets[1].holds);
+        assert_eq!(figures(&results)[0].value, Some(4.5));
     }
 
     #[test]
@@ -312,11 +383,45 @@ mod tests {
             sources: Sources::ALL,
         };
         results.add(row, 0, rate(7.0));
-        let report = serde_json::to_value(Report::new(&results, 1, true)).unwrap();
+        let report = Report::new(&results, Host::default(), 1, true);
+        let report = serde_json::to_value(report).unwrap();
         assert_eq!(report["rows"][0]["filter"], "XDP, drop all");
         assert_eq!(report["rows"][0]["packets"], "syn");
         assert_eq!(report["rows"][0]["sources"], 1u64 << 32);
         assert_eq!(report["rows"][0]["mpps_per_cpu_second"], 7.0);
         assert_eq!(report["targets"][0]["better"], "higher");
+        assert!(report["host"]["cpu"].is_string() && report["host"]["kernel"].is_string());
+    }
+
+    // Protects those who let a machine run it: what was not shown is not passed.
+    #[test]
+    fn a_run_that_shows_less_than_all_has_faults() {
+        let mut results = Results::default();
+        for sources in [Sources::ONE, Sources::MILLION] {
+            results.add(initial(Filter::Edge(Case::Rate), sources), 0, rate(5.0));
+            results.add(initial(Filter::Reference, sources), 0, rate(1.0));
+        }
+        let all = Sources::ALL;
+        results.add(initial(Filter::Edge(Case::Retry), all), 0, rate(1.5));
+        for (case, gross_ns) in [(Case::Admitted, 150.0), (Case::Prefixes, 200.0)] {
+            let sources = all;
+            let cost = Cost {
+                gross_ns,
+                loop_ns: 0.0,
+            };
+            results.add_cost(Subject { case, sources }, cost);
+        }
+        let faults = |results: &Results| Report::new(results, Host::default(), 1, true).faults();
+        assert_eq!(faults(&results), [""; 0]);
+        results.skip("xdp-filter: not installed".into());
+        assert_eq!(faults(&results).len(), 1);
+        results.add(
+            initial(Filter::Edge(Case::Retry), Sources::ALL),
+            0,
+            rate(1.4),
+        );
+        assert_eq!(faults(&results).len(), 2);
+        let none = Results::default();
+        assert_eq!(faults(&none).len(), targets(&none).len());
     }
 }

@@ -7,6 +7,7 @@
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 
+use ipnet::Ipv4Net;
 use libbpf_rs::{Xdp, XdpFlags};
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketType, socket};
@@ -23,6 +24,8 @@ pub(crate) const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 1);
 pub(crate) const NODE: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 2);
 pub(crate) const CLIENT_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
 pub(crate) const NODE_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 2];
+/// Honest clients: [`CLIENT`], and those that come while the attack goes on. Every filter lists them.
+pub(crate) const HONEST: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(198, 18, 0, 0), 15);
 const CLIENT_DEVICE: &str = "attacker";
 const NODE_DEVICE: &str = "node";
 /// The largest that a veth takes with XDP and without fragments.
@@ -117,6 +120,17 @@ impl Rig {
     /// Index of the node's end in its namespace.
     pub(crate) fn node_index(&self) -> u32 {
         self.node_index
+    }
+
+    /// Gives the attacker's end more addresses, of honest clients.
+    #[cfg(feature = "goodput")]
+    pub(crate) fn settle(&self, clients: impl Iterator<Item = Ipv4Addr>) -> Result<()> {
+        let _client = self.client.enter()?;
+        for client in clients {
+            let address = format!("{client}/32");
+            run("ip", &["address", "add", &address, "dev", CLIENT_DEVICE])?;
+        }
+        Ok(())
     }
 
     /// From now on a thread of its own receives for the node, on `cpu`, as far from the attacker's core as a network card is.

@@ -7,11 +7,13 @@
 #include "xdp.h"
 
 #define HEADER 128
+#define IPV4_PORT 34
 
 const volatile __u8 header[HEADER]; /* with source address, source port and checksums 0 */
 const volatile __u32 frame_bytes;
 const volatile __u32 spare_bytes; /* more than that are in the buffer; cut off here */
 const volatile __u32 written; /* 64 or 128 bytes of it */
+const volatile __u32 port_at; /* offset of the source port: IPV4_PORT, or behind an IPv6 header, whose source is no sum's part */
 const volatile __u32 source_base;
 const volatile __u32 source_mask; /* sources are base + (random & mask); all ones: any unicast address */
 const volatile __u32 ip_sum; /* of the IP header as in `header` */
@@ -89,9 +91,11 @@ static __always_inline int rewrite(struct xdp_md *ctx)
 		for (int i = 64; i < HEADER; i += 8)
 			*(__u64 *)(data + i) = *(const volatile __u64 *)(header + i);
 	}
-	*(__u16 *)(data + 24) = fold(ip_sum + addresses);
-	*(__u32 *)(data + 26) = source;
-	*(__u16 *)(data + 34) = port;
+	if (port_at == IPV4_PORT)
+		*(__u16 *)(data + 24) = fold(ip_sum + addresses);
+	*(__u32 *)(data + 26) = source; /* of IPv6, its bytes 4..8 */
+	if (port_at <= 62)
+		*(__u16 *)(data + port_at) = port;
 	if (tcp_sum) {
 		__u32 sequence = random >> 16;
 
@@ -99,7 +103,7 @@ static __always_inline int rewrite(struct xdp_md *ctx)
 		*(__u16 *)(data + 50) =
 			fold(tcp_sum + addresses + port + (sequence & 0xffff) + (sequence >> 16));
 	}
-	if (random_at && random_at <= 56)
+	if (random_at && random_at <= written - 8)
 		*(__u64 *)(data + random_at) = random;
 	return 1;
 }

@@ -6,7 +6,9 @@
 /* Order is known to `receiver.rs`. */
 enum count { PASSED, DROPPED, RETRIES, ANSWERS, COUNTS };
 
-const volatile __u32 client_address; /* in network order: the honest client shares the attacker's end */
+/* In network order: honest clients share the attacker's end. */
+const volatile __u32 client_address;
+const volatile __u32 client_mask;
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -63,7 +65,7 @@ int attacker(struct xdp_md *ctx)
 
 	if (data + 43 > end || *(__u16 *)(data + 12) != __builtin_bswap16(0x0800))
 		return XDP_PASS;
-	if (*(__u32 *)(data + 30) == client_address)
+	if ((*(__u32 *)(data + 30) & client_mask) == client_address)
 		return XDP_PASS;
 	/* A Retry is a long header of type 3. */
 	if (data[23] == 17 && (data[42] & 0xf0) == 0xf0)

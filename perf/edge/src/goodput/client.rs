@@ -19,25 +19,44 @@ use millrace_transport::{
 use super::RoleArgs;
 use super::load::{BYTES, CALLERS, Latencies, Load, PATIENCE, THINK};
 use super::node::{BODY, Identities, RPC, client_address, start};
-use crate::edge::now_ns;
+use super::visitors::Visitors;
 use crate::frames::TCP_PORT;
 use crate::rig::NODE;
 use crate::{Result, cpu};
+use millrace_edge::clock::now_ns;
 
 /// How long the connection may take, before there is an attack.
 const CONNECT: Duration = Duration::from_secs(10);
 
-/// Connects, says so, waits for a line, asks as long as told, prints what it got.
+/// Gets ready, says so, waits for a line, asks as long as told, prints what it got.
 pub(crate) fn drive(role: RoleArgs) -> Result<()> {
     cpu::pin_to(role.cpu)?;
+    let got = if role.visitors {
+        let visitors = Visitors::new()?;
+        visitors.visit(ready()?)?
+    } else {
+        ask()?
+    };
     let lasts = Duration::from_secs_f64(role.seconds);
-    let rpc = Rpc::connect()?;
-    let echoes: Vec<_> = (0..CALLERS).map(|_| connect()).collect::<Result<_>>()?;
+    let loads: [Load; 2] = got.map(|latencies| latencies.summarise(lasts));
+    println!("{}", serde_json::to_string(&loads)?);
+    Ok(())
+}
+
+/// Says that the attack may begin, and waits to be told when.
+fn ready() -> Result<Window> {
     println!("ready");
     let mut line = String::new();
     std::io::stdin().read_line(&mut line)?;
     let [from, until] = serde_json::from_str::<[u64; 2]>(&line)?.map(instant_at);
-    let window = Window { from, until };
+    Ok(Window { from, until })
+}
+
+/// Connects, and asks until the window closes: what QUIC got, then TCP.
+fn ask() -> Result<[Latencies; 2]> {
+    let rpc = Rpc::connect()?;
+    let echoes: Vec<_> = (0..CALLERS).map(|_| connect()).collect::<Result<_>>()?;
+    let window = ready()?;
     rpc.record(window)?;
     let callers: Vec<_> = echoes
         .into_iter()
@@ -47,10 +66,7 @@ pub(crate) fn drive(role: RoleArgs) -> Result<()> {
     for caller in callers {
         tcp.merge(&caller.join().map_err(|_| "a caller panicked")?);
     }
-    let quic = rpc.end()?;
-    let loads: [Load; 2] = [quic.summarise(lasts), tcp.summarise(lasts)];
-    println!("{}", serde_json::to_string(&loads)?);
-    Ok(())
+    Ok([rpc.end()?, tcp])
 }
 
 /// The present process's word for a time of CLOCK_MONOTONIC.
@@ -110,10 +126,11 @@ struct Rpc {
     results: Receiver<Latencies>,
 }
 
+/// What is asked in it counts.
 #[derive(Clone, Copy, Debug)]
-struct Window {
-    from: Instant,
-    until: Instant,
+pub(super) struct Window {
+    pub(super) from: Instant,
+    pub(super) until: Instant,
 }
 
 impl Rpc {
@@ -130,7 +147,8 @@ impl Rpc {
             results: sender.clone(),
         };
         let edge = EdgeStart::default();
-        let transport = start(&identities.client, client_address(), edge, handler)?;
+        let (address, topology) = (client_address(), Identities::of_client());
+        let transport = start(&identities.client, address, topology, edge, handler)?;
         is_up
             .recv_timeout(CONNECT)
             .map_err(|_| "the QUIC connection did not come up")?;

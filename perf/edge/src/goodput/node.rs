@@ -19,6 +19,7 @@ use millrace_transport::{
 
 use super::RoleArgs;
 use super::load::{BYTES, PATIENCE};
+use super::visitors::{VISITORS, addresses};
 use crate::edge::known_bytes;
 use crate::frames::{OPEN_PORT, TCP_PORT};
 use crate::rig::{CLIENT, NODE};
@@ -29,18 +30,24 @@ pub(super) static BODY: [u8; BYTES] = [7; BYTES];
 /// Port of the client's transport; nobody dials it.
 const CLIENT_PORT: u16 = 4200;
 
-/// Who is who. The lower ID dials, and the client has to.
+/// Who is who. The lower ID dials, and clients have to.
 pub(super) struct Identities {
     pub(super) client: SigningKey,
+    pub(super) visitors: Vec<SigningKey>,
     pub(super) node: SigningKey,
 }
 
 impl Identities {
     pub(super) fn new() -> Self {
-        let mut keys = [1, 2].map(|seed| SigningKey::from_seed([seed; 32]));
+        let mut keys: [_; VISITORS as usize + 2] =
+            std::array::from_fn(|seed| SigningKey::from_seed([seed as u8 + 1; 32]));
         keys.sort_by_key(SigningKey::node_id);
-        let [client, node] = keys;
-        Self { client, node }
+        let [client, visitors @ .., node] = keys;
+        Self {
+            client,
+            visitors: visitors.into(),
+            node,
+        }
     }
 
     fn topology(&self) -> Arc<Topology> {
@@ -48,27 +55,44 @@ impl Identities {
             public_key: key.public_key(),
             addresses: vec![address.into()],
         };
+        let visitors = self.visitors.iter().zip(addresses());
         let members = [
             member(&self.client, (CLIENT, CLIENT_PORT)),
             member(&self.node, (NODE, OPEN_PORT)),
         ];
-        Arc::new(Topology::from_members(members, 1))
+        let visitors = visitors.map(|(key, address)| member(key, (address, CLIENT_PORT)));
+        Arc::new(Topology::from_members(
+            members.into_iter().chain(visitors),
+            1,
+        ))
+    }
+
+    /// Those of the client's transport, which dials all that it knows of: not the visitors.
+    pub(super) fn of_client() -> Arc<Topology> {
+        Self {
+            visitors: Vec::new(),
+            ..Self::new()
+        }
+        .topology()
     }
 }
 
 /// What the node admits by. Its keys are those that the edge in the kernel was given.
-fn admission(clock: &Clock) -> Admission {
-    Admission::new(
+fn admission(clock: &Clock, kernel_charges: bool) -> Admission {
+    let admission = Admission::new(
         AdmissionConfig::default(),
         clock.ns(Instant::now()),
         known_bytes(),
-    )
+    );
+    admission.set_kernel_charges(kernel_charges);
+    admission
 }
 
 /// Starts one side's transport on one shard of the core that the process is pinned to.
 pub(super) fn start<H: Handler>(
     key: &SigningKey,
     local: (Ipv4Addr, u16),
+    topology: Arc<Topology>,
     edge: EdgeStart,
     handler: impl Fn(Local) -> H + Send + Clone + 'static,
 ) -> Result<Transport> {
@@ -84,7 +108,7 @@ pub(super) fn start<H: Handler>(
             local: local.into(),
             ..UdpGroupConfig::default()
         },
-        topology: Identities::new().topology(),
+        topology,
         edge,
     };
     Ok(Transport::start(start, handler)?)
@@ -98,7 +122,7 @@ pub(super) fn client_address() -> (Ipv4Addr, u16) {
 /// Serves until the parent goes away.
 pub(crate) fn serve(role: RoleArgs) -> Result<()> {
     cpu::pin_to(role.cpu)?;
-    let node = start_node()?;
+    let node = start_node(role.kernel_charges)?;
     let listener = TcpListener::bind(SocketAddr::from((NODE, TCP_PORT)))?;
     thread::spawn(move || {
         for connection in listener.incoming().flatten() {
@@ -113,19 +137,19 @@ pub(crate) fn serve(role: RoleArgs) -> Result<()> {
 
 /// The transport, on the port that the node before this one may not have let go of yet: the kernel closes what an io_uring
 /// held after its process is gone.
-fn start_node() -> Result<Transport> {
+fn start_node(kernel_charges: bool) -> Result<Transport> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let clock = Clock::new();
-        let admission = Some(Arc::new(admission(&clock)));
+        let admission = Some(Arc::new(admission(&clock, kernel_charges)));
         let edge = EdgeStart {
             admission,
             clock,
             ..EdgeStart::default()
         };
-        match start(&Identities::new().node, (NODE, OPEN_PORT), edge, |_local| {
-            Server
-        }) {
+        let identities = Identities::new();
+        let (address, topology) = ((NODE, OPEN_PORT), identities.topology());
+        match start(&identities.node, address, topology, edge, |_local| Server) {
             Err(error) if Instant::now() > deadline => return Err(error),
             Err(_) => thread::yield_now(),
             Ok(node) => return Ok(node),
