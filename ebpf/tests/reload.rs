@@ -5,23 +5,32 @@ mod common;
 
 use std::io;
 use std::io::{BufRead as _, BufReader};
-use std::net::{IpAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use common::edge::{Ends, Home, TCP_PORT, attached, counters, denied, options, set};
-use common::{NODE, Namespace, PATIENCE, Pair, WORLD, ok, privileged, until};
+use common::node::QUIC_PORT;
+use common::{NODE, Namespace, PATIENCE, Pair, WORLD, mocked, node, ok, privileged, until};
 use libbpf_rs::Link;
+use millrace_edge::clock::now_ns;
 use millrace_edge::edge::{AttachOptions, Edge, EdgeError};
 use millrace_edge::frame::{Description, Shape};
 use millrace_edge::nft::{Nft, Table};
 use millrace_edge::pins::{Kind, Pins};
+use millrace_edge::presence::{Presence, charge_validated, sketch};
 use millrace_edge::publish::Publisher;
 use millrace_edge::state::AttachMode;
+use millrace_edge_policy::cid::Keys;
+use millrace_edge_policy::limiter::{Limit, Purpose};
 use millrace_edge_policy::reason::Reason;
-use millrace_edge_policy::rules::RuleAction;
-use millrace_edge_policy::settings::Mode;
+use millrace_edge_policy::rules::{Compiled, RuleAction};
+use millrace_edge_policy::settings::{Caps, Limits, Mode, levels};
+use millrace_edge_policy::siphash::Key;
+use millrace_edge_policy::source::Source;
 
 // Protects the first use: native and generic, nothing refused before a set is published, nothing left afterwards.
 #[test]
@@ -76,7 +85,7 @@ fn killed_it_stays_in_force_and_is_adopted() {
     }
     let (pair, home) = (Pair::new("reload"), Home::new());
     let ends = Ends::new(&pair);
-    let mut child = start_child(&pair.node, &home.pins);
+    let mut child = start_child(&pair.node, &home.pins, "child_attaches_and_waits");
     child.kill().unwrap();
     child.wait().unwrap();
     for _ in 0..10 {
@@ -103,10 +112,98 @@ fn killed_it_stays_in_force_and_is_adopted() {
     ));
 }
 
+// Protects against sources that have spent what they may: neither a node's death nor its successor gives it back before its time.
+#[test]
+fn killed_it_leaves_rates_in_force() {
+    if !privileged("killed_it_leaves_rates_in_force") {
+        return;
+    }
+    let (pair, home) = (Pair::new("reload"), Home::new());
+    let listener = pair
+        .node
+        .enter(|| TcpListener::bind((NODE, node::TCP_PORT)).unwrap());
+    let mut child = start_child(&pair.node, &home.pins, "child_limits_and_waits");
+    let to = (node::NODE4, node::TCP_PORT).into();
+    let open: Vec<TcpStream> = (0..BURST)
+        .map(|_| pair.world.enter(|| node::connect(to).unwrap()))
+        .collect();
+    let refuses = |edge: &Edge| {
+        let reasons = [Reason::TcpSourceRate, Reason::QuicSourceRate];
+        let acted_on = || reasons.map(|reason| counters(edge).acted_on(reason));
+        let before = acted_on();
+        let dial = || TcpStream::connect_timeout(&to, node::REFUSED);
+        assert!(pair.world.enter(dial).is_err());
+        let client = pair.world.enter(|| UdpSocket::bind((WORLD, 0)).unwrap());
+        let initial = mocked::long_header(1, &[7; 8], &[]);
+        client.send_to(&initial, (NODE, QUIC_PORT)).unwrap();
+        until("both are refused by their rates", || {
+            let now = acted_on();
+            now[0] > before[0] && now[1] == before[1] + 1
+        });
+    };
+    refuses(&Edge::adopt(&home.pins).unwrap());
+    child.kill().unwrap();
+    child.wait().unwrap();
+
+    let mut edge = Edge::adopt(&home.pins).unwrap();
+    refuses(&edge);
+    // The next node: another run, other keys, its own programs, its own set.
+    edge.reload().unwrap();
+    let set = limited();
+    edge.publish(&set, 9, None).unwrap();
+    let keys = Keys {
+        keys: [Key::from_bytes([9; 16]); 4],
+        active: 1,
+    };
+    let limits = &set.settings.limits;
+    let mut presence = Presence::begin(edge.maps(), 2, PATIENCE, limits, &keys);
+    presence.tick(|| [5; 16]);
+    refuses(&edge);
+    drop((listener, open));
+    refuses(&edge);
+
+    // Until the time has come, and not longer.
+    let (sketch, source) = (sketch(edge.maps()), Source::of(node::WORLD4));
+    for (purpose, limit) in [
+        (Purpose::Quic, limits.source_quic),
+        (Purpose::Tcp, limits.source_tcp),
+    ] {
+        let has_some_in = |ns| sketch.look_source(source, purpose, &levels(limit), now_ns() + ns);
+        assert!(!has_some_in(0), "{purpose:?}");
+        assert!(has_some_in(limit.interval_ns), "{purpose:?}");
+    }
+}
+
+const BURST: u64 = 3;
+
+/// What a source may is little, and comes back slowly.
+fn limited() -> Compiled {
+    let hourly = Limit::per(1, Duration::from_secs(3_600), BURST);
+    let limits = Limits {
+        source_quic: hourly,
+        source_tcp: hourly,
+        ..Limits::default()
+    };
+    node::services(limits, Caps::default())
+}
+
+/// No test: what [`start_child`] starts.
+#[test]
+fn child_limits_and_waits() {
+    attach_and_wait(|edge| {
+        edge.publish(&limited(), 7, None).unwrap();
+        // By handshakes that were completed; those of TCP are charged by the kernel.
+        for _ in 0..BURST {
+            let limit = limited().settings.limits.source_quic;
+            charge_validated(edge.maps(), Source::of(node::WORLD4), limit);
+        }
+    });
+}
+
 /// Starts this test binary once more, to attach in a process of its own; it has when this returns.
-fn start_child(node: &Namespace, pins: &Pins) -> Child {
+fn start_child(node: &Namespace, pins: &Pins, function: &str) -> Child {
     let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "child_attaches_and_waits", "--nocapture"])
+        .args(["--exact", function, "--nocapture"])
         .env(CHILD, &node.name)
         .env(CHILD_PINS, pins.root())
         .stdin(Stdio::piped())
@@ -128,13 +225,19 @@ const ATTACHED: &str = "attached and published";
 /// No test: what [`start_child`] starts.
 #[test]
 fn child_attaches_and_waits() {
+    attach_and_wait(|edge| {
+        edge.publish(&set(Mode::Enforce, RuleAction::Deny), 7, None)
+            .unwrap();
+    });
+}
+
+fn attach_and_wait(put_in_force: impl FnOnce(&Edge) + Send) {
     let (Ok(name), Some(root)) = (std::env::var(CHILD), std::env::var_os(CHILD_PINS)) else {
         return;
     };
     common::enter(&name, || {
         let edge = Edge::attach(&Pins::at(root), &options(AttachMode::Native)).unwrap();
-        edge.publish(&set(Mode::Enforce, RuleAction::Deny), 7, None)
-            .unwrap();
+        put_in_force(&edge);
         println!("{ATTACHED}");
         // Until the parent's end closes.
         let _ = io::stdin().read_line(&mut String::new());
@@ -160,7 +263,7 @@ fn two_hundred_swaps_under_load_lose_and_bypass_nothing() {
 
     let sent = AtomicU64::new(0);
     let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 ends.send();
@@ -186,6 +289,71 @@ fn two_hundred_swaps_under_load_lose_and_bypass_nothing() {
     assert_eq!(denied(&edge), sent);
     assert_eq!(ends.arrived(), 0);
     assert_eq!(counters(&edge).acted_on(Reason::Internal), 0);
+}
+
+/// Ends what waits for it, also when its thread panics.
+struct Stop<'s>(&'s AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+// Protects traffic that is allowed: a packet whose stamp is lost in a swap would be dropped by the table.
+#[test]
+fn two_hundred_swaps_under_load_lose_nothing_that_passes() {
+    if !privileged("two_hundred_swaps_under_load_lose_nothing_that_passes") {
+        return;
+    }
+    for mode in [AttachMode::Native, AttachMode::Generic] {
+        let (pair, home) = (Pair::new("reload"), Home::new());
+        let ends = Ends::new(&pair);
+        let mut edge = attached(&pair, &home, mode);
+        let allow = set(Mode::Enforce, RuleAction::Allow);
+        edge.publish(&allow, 1, None).unwrap();
+        pair.node
+            .enter(|| Nft::default().apply(&Table::of(&allow)).unwrap());
+        let loaded = [edge.load_beside().unwrap(), edge.load_beside().unwrap()];
+
+        let (sent, received) = (AtomicU64::new(0), AtomicU64::new(0));
+        let stop = AtomicBool::new(false);
+        let on_the_way = || sent.load(Ordering::SeqCst) - received.load(Ordering::SeqCst);
+        thread::scope(|scope| {
+            let _stop = Stop(&stop);
+            scope.spawn(|| {
+                while !stop.load(Ordering::SeqCst) {
+                    if on_the_way() < ON_THE_WAY_MAX {
+                        // Before it is sent: it may be received at once.
+                        sent.fetch_add(1, Ordering::SeqCst);
+                        ends.send();
+                    } else {
+                        thread::yield_now();
+                    }
+                }
+            });
+            scope.spawn(|| {
+                while !stop.load(Ordering::SeqCst) || on_the_way() > 0 {
+                    // In vain, after a long time: packets are lost.
+                    if ends.server.recv(&mut [0; 64]).is_err() {
+                        break;
+                    }
+                    received.fetch_add(1, Ordering::SeqCst);
+                }
+            });
+            for swap in 0..200 {
+                let before = received.load(Ordering::SeqCst);
+                edge.replace(&loaded[swap % 2]).unwrap();
+                until("packets arrive behind the new program", || {
+                    received.load(Ordering::SeqCst) > before + ON_THE_WAY_MAX
+                });
+            }
+        });
+        let sent = sent.into_inner();
+        assert_eq!(received.into_inner(), sent, "{mode:?}");
+        assert_eq!(counters(&edge).acted_on(Reason::PassUdp), sent, "{mode:?}");
+        assert_eq!(counters(&edge).acted_on(Reason::Internal), 0);
+    }
 }
 
 // Protects caps across a reload: while two programs see a connection open or close, it is counted once.
@@ -316,7 +484,7 @@ fn attaching_waits_for_the_lock() {
     let held = home.pins.lock().unwrap();
     let file = std::fs::metadata(home.pins.root().with_extension("lock")).unwrap();
     let waiter = format!(":{} ", file.ino());
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         let attaching = scope.spawn(|| attached(&pair, &home, AttachMode::Native));
         until("somebody waits for it", || {
             let locks = std::fs::read_to_string("/proc/locks").unwrap();

@@ -156,7 +156,7 @@ impl Node {
     }
 }
 
-fn services(limits: Limits, caps: Caps) -> Compiled {
+pub fn services(limits: Limits, caps: Caps) -> Compiled {
     let service = |port, kind| Service {
         port,
         kind,
