@@ -308,7 +308,14 @@ fn send(socket: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
 /// None if the other end has closed between two messages.
 fn receive<T: DeserializeOwned>(socket: &mut impl Read) -> io::Result<Option<T>> {
     let mut length = [0; 4];
-    match socket.read(&mut length)? {
+    let read = loop {
+        match socket.read(&mut length) {
+            // A signal, or the end of an io_uring that this thread had.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            read => break read?,
+        }
+    };
+    match read {
         0 => return Ok(None),
         read => socket.read_exact(&mut length[read..])?,
     }
@@ -343,6 +350,29 @@ mod tests {
         let long = u32::MAX.to_le_bytes();
         let error = receive::<Request>(&mut long.as_slice()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+
+    /// Interrupted before each read.
+    struct Interrupted<R>(R, bool);
+
+    impl<R: Read> Read for Interrupted<R> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            self.1 = !self.1;
+            if self.1 {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            self.0.read(buffer)
+        }
+    }
+
+    #[test]
+    fn an_interruption_ends_no_conversation() {
+        let mut wire = Vec::new();
+        send(&mut wire, &serde_json::to_vec(&Request::Reload).unwrap()).unwrap();
+        let mut wire = Interrupted(wire.as_slice(), false);
+        let request: Option<Request> = receive(&mut wire).unwrap();
+        assert_eq!(request, Some(Request::Reload));
+        assert_eq!(receive::<Request>(&mut wire).unwrap(), None);
     }
 
     #[test]
