@@ -6,7 +6,8 @@ mod common;
 
 use std::collections::VecDeque;
 use std::fs;
-use std::net::{IpAddr, Ipv6Addr, UdpSocket};
+use std::io::Read as _;
+use std::net::{IpAddr, Ipv6Addr, Shutdown, TcpStream, UdpSocket};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -291,10 +292,16 @@ fn tcp_client() -> Served {
         served.repeated += u32::from(begun.elapsed() >= SECOND);
         held.push_back(stream);
         if held.len() >= CAP as usize / 2 {
-            held.pop_front();
+            hang_up(held.pop_front().unwrap());
         }
     });
     served
+}
+
+/// Closes a connection, and waits for the other end: what is counted is what is held there, however late its thread may run.
+fn hang_up(mut stream: TcpStream) {
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(stream.read(&mut [0; 8]).unwrap(), 0);
 }
 
 /// What the stand-in for a QUIC server says to everybody that gets through to it.
