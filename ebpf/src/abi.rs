@@ -76,6 +76,15 @@ impl From<Limit> for EdgeLimit {
     }
 }
 
+impl From<EdgeLimit> for Limit {
+    fn from(limit: EdgeLimit) -> Self {
+        Self {
+            interval_ns: limit.interval_ns,
+            tolerance_ns: limit.tolerance_ns,
+        }
+    }
+}
+
 /// `edge_key`.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -183,6 +192,8 @@ pub struct EdgeControl {
     pub keys: [EdgeKey; KEYS],
     /// Whose TCP connections are counted; 0: those of all namespaces.
     pub netns_cookie: u64,
+    /// Written by the programs: somebody was established beyond rate or cap, and cookies are looked at until then.
+    pub cookies_watched_until_ns: u64,
     /// Both generations of what was set.
     pub config: [EdgeConfig; GENERATIONS],
 }
@@ -281,8 +292,8 @@ pub struct EdgeMock {
     pub read_only: u32,
     /// 1: a listener that gives no cookie takes the SYN instead.
     pub listener_room: u32,
-    /// Zero.
-    pub pad: u32,
+    /// 1: no connection takes a segment, but a listener.
+    pub meets_listener: u32,
 }
 
 /// `edge_event`: one sampled drop.

@@ -330,7 +330,7 @@ const MOCK: EdgeMock = EdgeMock {
     cookie: 0,
     read_only: 1,
     listener_room: 0,
-    pad: 0,
+    meets_listener: 0,
 };
 
 const NODES: u32 = 128;

@@ -15,6 +15,8 @@ mod ipv4;
 mod ipv6;
 #[path = "common/lockstep.rs"]
 mod lockstep;
+#[path = "fixtures/martians.rs"]
+mod martians;
 #[path = "fixtures/opening.rs"]
 mod opening;
 #[path = "fixtures/packets.rs"]
@@ -41,6 +43,7 @@ use world::{Fixture, Set};
 fn fixtures() -> Vec<Fixture> {
     [
         ethernet::fixtures(),
+        martians::fixtures(),
         ipv4::fixtures(),
         ipv6::fixtures(),
         transport::fixtures(),

@@ -62,6 +62,7 @@ fn kernel_and_model_agree_on_a_million_packets() {
         let world = World {
             now_ns,
             cookie: generator.cookie(),
+            meets_listener: generator.once_in(2),
             read_only: generator.once_in(32),
         };
         let frame = generator.frame(&both.model, now_ns);

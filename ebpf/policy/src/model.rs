@@ -35,6 +35,8 @@ pub struct World {
     pub now_ns: u64,
     /// What the kernel would say to a SYN.
     pub cookie: Cookie,
+    /// No connection takes a segment, but a listener: it can only be the end of a handshake by a cookie.
+    pub meets_listener: bool,
     /// Limits are looked at and not charged.
     pub read_only: bool,
 }
@@ -108,6 +110,8 @@ pub struct Model {
     pub quic_sources: BTreeMap<Source, Count>,
     /// TCP connections, by [`Source::cap_key`].
     pub tcp_sources: BTreeMap<Source, u64>,
+    /// Until when ends of handshakes by cookies are looked at: somebody was established beyond rate or cap.
+    pub cookies_watched_until_ns: u64,
     /// With scope `host`: what may answer.
     pub replies: BTreeSet<Flow>,
     /// Packets by reason: acted upon, and only counted.
@@ -157,6 +161,7 @@ impl Model {
             peers: BTreeMap::new(),
             quic_sources: BTreeMap::new(),
             tcp_sources: BTreeMap::new(),
+            cookies_watched_until_ns: 0,
             replies: BTreeSet::new(),
             counters: [[0; 2]; Reason::ALL.len()],
             hits: BTreeMap::new(),
@@ -300,6 +305,7 @@ impl Flow {
 
 impl Case<'_> {
     fn of_service(&mut self, packet: &Packet<'_>, service: usize) -> Result<Reason, Reason> {
+        packet.refuse_martians()?;
         packet.refuse_fragments_and_options()?;
         let transport = packet.transport()?;
         let kind = self.compiled.settings.services[service].kind;

@@ -95,6 +95,11 @@ impl TcpFlags {
         self.0 & (Self::SYN | Self::ACK) == Self::SYN
     }
 
+    /// Belongs to a connection, or completes the handshake of one.
+    pub fn goes_on(self) -> bool {
+        self.0 & (Self::SYN | Self::RST | Self::ACK) == Self::ACK
+    }
+
     /// Whether a TCP may send this combination.
     fn are_sane(self) -> bool {
         let has = |flags: u8| self.0 & flags == flags;
@@ -105,6 +110,8 @@ impl TcpFlags {
 }
 
 const ETHERNET_BYTES: usize = 14;
+/// Offset of the sender's address in a link header.
+const SOURCE_MAC: usize = 6;
 const VLAN_TAG_BYTES: usize = 4;
 const VLAN_TAGS_MAX: usize = 2;
 const IPV4_BYTES_MIN: usize = 20;
@@ -147,6 +154,20 @@ impl<'f> Packet<'f> {
         })
     }
 
+    /// Refuses what the host would never answer: answers swap the addresses, link and network.
+    pub fn refuse_martians(&self) -> Result<(), Reason> {
+        let group = |mac: usize| self.link.get(mac).is_none_or(|first| first & 1 != 0);
+        let addresses = [self.source, self.destination];
+        if group(0)
+            || group(SOURCE_MAC)
+            || addresses.into_iter().any(is_martian)
+            || self.source == self.destination
+        {
+            return Err(Reason::Martian);
+        }
+        Ok(())
+    }
+
     /// Refuses what no declared port takes, whatever its service is.
     pub fn refuse_fragments_and_options(&self) -> Result<(), Reason> {
         if self.fragment {
@@ -164,6 +185,16 @@ impl<'f> Packet<'f> {
             Protocol::Udp => udp(self.segment).map(Transport::Udp),
             Protocol::Tcp => tcp(self.segment).map(Transport::Tcp),
         }
+    }
+}
+
+/// Whether no unicast packet of somebody else has this address.
+fn is_martian(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => {
+            matches!(v4.octets()[0], 0 | 127) || v4.is_multicast() || v4.is_broadcast()
+        }
+        IpAddr::V6(v6) => v6.is_multicast() || v6.is_unspecified() || v6.is_loopback(),
     }
 }
 

@@ -96,6 +96,7 @@ fn layouts_are_those_of_the_programs() {
             limiter_old_until_ns,
             keys,
             netns_cookie,
+            cookies_watched_until_ns,
             config,
         }
     );
@@ -152,7 +153,7 @@ fn layouts_are_those_of_the_programs() {
             cookie,
             read_only,
             listener_room,
-            pad,
+            meets_listener,
         }
     );
     same!(

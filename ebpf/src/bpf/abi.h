@@ -68,6 +68,7 @@ enum edge_reason {
 	/* dropped */
 	R_MALFORMED_IP,
 	R_MALFORMED_L4,
+	R_MARTIAN,
 	R_FRAGMENT,
 	R_OPTIONS,
 	R_TCP_FLAGS,
@@ -151,6 +152,7 @@ struct edge_control {
 	__u64 limiter_old_until_ns;
 	struct edge_key keys[EDGE_KEYS];
 	__u64 netns_cookie; /* connections of other namespaces are not counted; 0: all are */
+	__u64 cookies_watched_until_ns; /* the programs' own: somebody was established beyond rate or cap */
 	struct edge_config config[EDGE_GENERATIONS];
 };
 
@@ -236,7 +238,7 @@ struct edge_mock {
 	__u32 cookie; /* 0: the kernel gives none; else the sequence number of a cookie */
 	__u32 read_only; /* no charges, as in `edge_trace` */
 	__u32 listener_room; /* without a cookie: the listener takes the SYN instead */
-	__u32 pad;
+	__u32 meets_listener; /* no connection takes the segment, but a listener */
 };
 
 /* One sampled drop, in the ring buffer `events`. */

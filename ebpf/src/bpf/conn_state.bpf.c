@@ -27,6 +27,9 @@ char LICENSE[] SEC("license") = "GPL";
 #define MARK_SHIFT 32
 #define MARK_MASK 0x7fffffffull /* 31 bits, below the one that says dead */
 
+/* The kernel takes no cookie that is older than two periods of a minute. */
+#define COOKIE_LIFE_NS 120000000000ull
+
 /* In the second word of a storage whose count is being given back: no source ends so. */
 #define GIVEN_BACK (~0ull)
 
@@ -150,12 +153,14 @@ EDGE_INLINE bool is_counted(struct sock *sk)
 /* The source has answered the handshake: now its limits are charged, and its count goes up. */
 EDGE_INLINE void established(struct sock *sk)
 {
-	struct edge_view view = { .control = edge_control_value() };
+	struct edge_control *control = edge_control_value();
+	struct edge_view view = { .control = control };
 	struct sketch_ask ask;
 	__u64 address[2];
-	bool ipv4;
+	bool ipv4, within;
+	__u32 cap;
 
-	if (!view.control)
+	if (!control)
 		return;
 	view_choose_generation(&view, EDGE_TRACEPOINT);
 	if (!is_ours(&view, sk))
@@ -166,8 +171,11 @@ EDGE_INLINE void established(struct sock *sk)
 	ipv4 = remote_address(sk, address);
 	view_now(&view, EDGE_TRACEPOINT);
 	sketch_ask_source(&ask, &view, address, ipv4, EDGE_PURPOSE_TCP);
-	sketch_take_source(&ask, &view);
+	within = sketch_take_source(&ask, &view);
 	count_connection(sk, address, ipv4);
+	cap = view.config->tcp_connections_max;
+	if (!within || (cap && source_connections(address, ipv4) > cap))
+		control->cookies_watched_until_ns = view.now_ns + COOKIE_LIFE_NS;
 }
 
 EDGE_INLINE void closed(struct sock *sk)

@@ -268,6 +268,30 @@ __noinline int parse_frame(struct xdp_md *ctx, struct edge_packet *packet)
 	return reason == GO_ON ? parse_ports(ctx, packet) : reason;
 }
 
+/* Whether no unicast packet of somebody else has this address. */
+EDGE_INLINE bool address_is_martian(const __u64 address[2], bool ipv4)
+{
+	__u32 word = address[1] >> 32, first = word & 0xff;
+
+	if (ipv4)
+		return first == 0 || first == 127 || (first & 0xf0) == 0xe0 || word == 0xffffffff;
+	if ((address[0] & 0xff) == 0xff)
+		return true;
+	return !address[0] && (!address[1] || address[1] == 1ull << 56);
+}
+
+/* What the host would never answer, the program must not either: answers swap the addresses, link and network. */
+EDGE_INLINE bool packet_is_martian(const struct xdp_md *ctx, const struct edge_packet *packet)
+{
+	const __u8 *link = frame_at(ctx, 0, ETHERNET_BYTES);
+
+	if (!link || (link[0] | link[6]) & 1)
+		return true;
+	return address_is_martian(packet->source, packet->ipv4) ||
+	       address_is_martian(packet->destination, packet->ipv4) ||
+	       (packet->source[0] == packet->destination[0] && packet->source[1] == packet->destination[1]);
+}
+
 /* Steps 6 and 7. Past it, `TRANSPORT_BYTES` of the packet from its transport header on, or all if there are fewer,
  * are linear. */
 EDGE_INLINE int parse_transport(struct xdp_md *ctx, struct edge_packet *packet)
@@ -276,6 +300,8 @@ EDGE_INLINE int parse_transport(struct xdp_md *ctx, struct edge_packet *packet)
 	const __u8 *transport;
 
 	held_bytes = packet->end - packet->transport;
+	if (packet_is_martian(ctx, packet))
+		return R_MARTIAN;
 	if (packet->fragment)
 		return R_FRAGMENT;
 	if (packet->options || packet->transport > TRANSPORT_MAX)

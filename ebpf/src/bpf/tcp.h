@@ -12,20 +12,38 @@
 /* 20 segments of 1,460 bytes: below what the kernel will grant once the cookie comes back. */
 #define SYN_ACK_WINDOW 29200
 
-EDGE_INLINE bool tcp_source_full(const struct edge_view *view, const struct edge_packet *packet)
+/* GO_ON: the source is within its rates and its cap. */
+EDGE_INLINE int tcp_source_refused(struct edge_view *view, const struct edge_packet *packet, const enum edge_world world)
 {
-	struct edge_source source = source_cap_key(packet->source, packet->ipv4);
 	__u32 cap = view->config->tcp_connections_max;
-	const __u64 *count;
-	__u64 word;
+	struct sketch_ask ask;
 
-	if (!cap)
-		return false;
-	count = bpf_map_lookup_elem(&tcp_sources, &source);
-	if (!count)
-		return false;
-	word = read_once(count);
-	return !(word & EDGE_TCP_DEAD) && (word & EDGE_TCP_CONNECTIONS) >= cap;
+	view_now(view, world);
+	sketch_ask_source(&ask, view, packet->source, packet->ipv4, EDGE_PURPOSE_TCP);
+	if (!sketch_look_source(&ask, view, world))
+		return R_TCP_SOURCE_RATE;
+	return cap && source_connections(packet->source, packet->ipv4) >= cap ? R_TCP_SOURCE_CAP : GO_ON;
+}
+
+/* The socket that takes the packet, to be released; or null. */
+EDGE_INLINE struct bpf_sock *find_socket(struct xdp_md *ctx, const struct edge_packet *packet)
+{
+	struct bpf_sock_tuple tuple = {};
+
+	if (packet->ipv4) {
+		tuple.ipv4.saddr = packet->source[1] >> 32;
+		tuple.ipv4.daddr = packet->destination[1] >> 32;
+		tuple.ipv4.sport = bpf_htons(packet->source_port);
+		tuple.ipv4.dport = bpf_htons(packet->port);
+		return bpf_skc_lookup_tcp(ctx, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+	}
+	store64(tuple.ipv6.saddr, packet->source[0]);
+	store64(tuple.ipv6.saddr + 2, packet->source[1]);
+	store64(tuple.ipv6.daddr, packet->destination[0]);
+	store64(tuple.ipv6.daddr + 2, packet->destination[1]);
+	tuple.ipv6.sport = bpf_htons(packet->source_port);
+	tuple.ipv6.dport = bpf_htons(packet->port);
+	return bpf_skc_lookup_tcp(ctx, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
 }
 
 /* What else than a cookie comes of asking for one. */
@@ -46,9 +64,8 @@ EDGE_INLINE bool listener_has_room(struct bpf_sock *listener)
 __noinline __s64 cookie_ask_kernel(struct xdp_md *ctx, const struct edge_packet *packet)
 {
 	struct edge_scratch *room = reply_scratch();
-	struct bpf_sock_tuple tuple = {};
 	struct bpf_sock *listener;
-	__u32 header_bytes, tuple_bytes;
+	__u32 header_bytes;
 	__s64 cookie = COOKIE_NONE;
 
 	if (!packet || !room)
@@ -62,22 +79,7 @@ __noinline __s64 cookie_ask_kernel(struct xdp_md *ctx, const struct edge_packet 
 		return COOKIE_NONE;
 	if (bpf_xdp_load_bytes(ctx, packet->transport, room->bytes + 64, header_bytes))
 		return COOKIE_NONE;
-	if (packet->ipv4) {
-		tuple.ipv4.saddr = packet->source[1] >> 32;
-		tuple.ipv4.daddr = packet->destination[1] >> 32;
-		tuple.ipv4.sport = bpf_htons(packet->source_port);
-		tuple.ipv4.dport = bpf_htons(packet->port);
-		tuple_bytes = sizeof(tuple.ipv4);
-	} else {
-		store64(tuple.ipv6.saddr, packet->source[0]);
-		store64(tuple.ipv6.saddr + 2, packet->source[1]);
-		store64(tuple.ipv6.daddr, packet->destination[0]);
-		store64(tuple.ipv6.daddr + 2, packet->destination[1]);
-		tuple.ipv6.sport = bpf_htons(packet->source_port);
-		tuple.ipv6.dport = bpf_htons(packet->port);
-		tuple_bytes = sizeof(tuple.ipv6);
-	}
-	listener = bpf_skc_lookup_tcp(ctx, &tuple, tuple_bytes, BPF_F_CURRENT_NETNS, 0);
+	listener = find_socket(ctx, packet);
 	if (!listener)
 		return COOKIE_NONE;
 	if (listener->state == TCP_LISTEN) {
@@ -140,21 +142,54 @@ __noinline int cookie_send(struct xdp_md *ctx, const struct edge_packet *packet,
 	return true;
 }
 
+/* Whether no connection takes the segment, but a listener: there it can only be the end of a handshake by a cookie. */
+__noinline int meets_listener_kernel(struct xdp_md *ctx, const struct edge_packet *packet)
+{
+	struct bpf_sock *socket;
+	bool is_listener;
+
+	if (!packet)
+		return false;
+	socket = find_socket(ctx, packet);
+	if (!socket)
+		return false;
+	is_listener = socket->state == TCP_LISTEN;
+	bpf_sk_release(socket);
+	return is_listener;
+}
+
+EDGE_INLINE bool meets_listener(struct xdp_md *ctx, const struct edge_view *view, const struct edge_packet *packet,
+				const enum edge_world world)
+{
+	return world == EDGE_TEST ? view->mock->meets_listener : meets_listener_kernel(ctx, packet);
+}
+
+/* Section 5, step 1. A cookie can be taken up without a SYN, and again and again while it lasts. Segments of established
+ * connections pay for that only while somebody does. */
+EDGE_INLINE int tcp_go_on(struct xdp_md *ctx, struct edge_view *view, const struct edge_packet *packet,
+			  const enum edge_world world)
+{
+	__u64 until_ns = view->control->cookies_watched_until_ns;
+	int reason;
+
+	if (!until_ns || (packet->tcp_flags & (TCP_SYN | TCP_RST | TCP_ACK)) != TCP_ACK || view_now(view, world) >= until_ns)
+		return R_PASS_TCP;
+	reason = tcp_source_refused(view, packet, world);
+	return reason != GO_ON && meets_listener(ctx, view, packet, world) ? reason : R_PASS_TCP;
+}
+
 /* Section 5. With R_TX_SYN_COOKIE, `cookie` is what to send; `without`: what becomes of the SYN if it cannot be sent. */
 EDGE_INLINE int tcp_admit(struct xdp_md *ctx, struct edge_view *view, const struct edge_packet *packet,
 			  const enum edge_world world, __s64 *cookie, int *without)
 {
-	struct sketch_ask ask;
 	bool within;
+	int reason;
 
 	if ((packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
-		return R_PASS_TCP;
-	view_now(view, world);
-	sketch_ask_source(&ask, view, packet->source, packet->ipv4, EDGE_PURPOSE_TCP);
-	if (!sketch_look_source(&ask, view, world))
-		return R_TCP_SOURCE_RATE;
-	if (tcp_source_full(view, packet))
-		return R_TCP_SOURCE_CAP;
+		return tcp_go_on(ctx, view, packet, world);
+	reason = tcp_source_refused(view, packet, world);
+	if (reason != GO_ON)
+		return reason;
 	within = budget_charge(view, EDGE_BUDGET_SYN);
 	if (within && view_stress(view, world) == EDGE_STRESS_NORMAL)
 		return R_PASS_TCP_SYN;

@@ -121,7 +121,7 @@ EDGE_INLINE void view_choose_generation(struct edge_view *view, const enum edge_
 	view->config = &view->control->config[generation];
 }
 
-EDGE_INLINE const struct edge_control *edge_control_value(void)
+EDGE_INLINE struct edge_control *edge_control_value(void)
 {
 	__u32 zero = 0;
 

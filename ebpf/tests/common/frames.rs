@@ -34,12 +34,16 @@ pub const LOCAL6: IpAddr = IpAddr::V6(std::net::Ipv6Addr::new(
 /// A frame to this node.
 #[derive(Clone, Debug)]
 pub struct Frame {
+    /// Link addresses: of the receiver, of the sender.
+    pub macs: [[u8; 6]; 2],
     /// Types of the VLAN tags, the outermost first.
     pub tags: Vec<u16>,
     /// Type behind them; none: that of the family.
     pub ethertype: Option<u16>,
     /// Address and port of the sender.
     pub source: SocketAddr,
+    /// Receiver, of the sender's family; none: this node.
+    pub destination: Option<IpAddr>,
     /// Byte 0 of the IP header; none: the right one.
     pub first: Option<u8>,
     /// IPv4 options: a multiple of four bytes.
@@ -85,9 +89,11 @@ pub fn client(text: &str) -> SocketAddr {
 impl Frame {
     pub fn new(source: SocketAddr, body: Body) -> Self {
         Self {
+            macs: [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]],
             tags: Vec::new(),
             ethertype: None,
             source,
+            destination: None,
             first: None,
             options: Vec::new(),
             fragment: WHOLE,
@@ -134,7 +140,7 @@ impl Frame {
     pub fn bytes(&self) -> Vec<u8> {
         let (body, protocol) = self.body.bytes(self.source.port());
         let protocol = self.protocol.unwrap_or(protocol);
-        let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
+        let mut frame = self.macs.concat();
         for (number, tag) in (100_u16..).zip(&self.tags) {
             frame.extend(tag.to_be_bytes());
             frame.extend(number.to_be_bytes());
@@ -162,7 +168,7 @@ impl Frame {
         frame.extend(self.fragment.to_be_bytes());
         frame.extend([57, protocol, 0, 0]);
         frame.extend(source);
-        put_address(frame, LOCAL4);
+        put_address(frame, self.destination.unwrap_or(LOCAL4));
         frame.extend(&self.options);
         frame.extend(body);
     }
@@ -181,7 +187,7 @@ impl Frame {
         frame.extend(self.length(payload.len()));
         frame.extend([first, 57]);
         frame.extend(source);
-        put_address(frame, LOCAL6);
+        put_address(frame, self.destination.unwrap_or(LOCAL6));
         frame.extend(payload);
     }
 

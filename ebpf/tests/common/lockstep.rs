@@ -206,7 +206,7 @@ impl Lockstep {
             cookie: sequence_of_cookie(world.cookie),
             read_only: u32::from(world.read_only),
             listener_room: u32::from(world.cookie == Cookie::Room),
-            pad: 0,
+            meets_listener: u32::from(world.meets_listener),
         };
         maps.mock.store(0, &mock);
         let run = run(&self.loaded).map_err(|error| format!("{error} for {}", hex(frame)))?;
@@ -346,6 +346,7 @@ impl Lockstep {
             limiter_active: model.limiter_active as u32,
             key_active: u32::from(model.keys.active),
             limiter_old_until_ns: model.limiter_old_until_ns,
+            cookies_watched_until_ns: model.cookies_watched_until_ns,
             keys: model.keys.keys.map(Into::into),
             ..control.load(0)
         };

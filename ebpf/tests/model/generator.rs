@@ -136,7 +136,10 @@ impl Generator {
         if !self.remembered.is_empty() && self.once_in(4) {
             return self.again();
         }
-        let source = self.source();
+        let mut source = self.source();
+        if self.once_in(120) {
+            source.set_ip(self.martian(source.ip()));
+        }
         let body = match self.below(60) {
             0..=43 => self.udp(model, source, now_ns),
             44..=57 => self.tcp(),
@@ -147,6 +150,9 @@ impl Generator {
             _ => return self.noise(),
         };
         let mut frame = Frame::new(source, body);
+        if self.once_in(120) {
+            frame.destination = Some(self.martian(source.ip()));
+        }
         self.spoil_link(&mut frame);
         self.spoil_network(&mut frame);
         let mut bytes = frame.bytes();
@@ -167,7 +173,44 @@ impl Generator {
         bytes
     }
 
+    /// Of the family of `like`, at the bounds of what is martian, on either side.
+    fn martian(&mut self, like: IpAddr) -> IpAddr {
+        let text = match like {
+            IpAddr::V4(_) => self.one_of(&[
+                "0.0.0.0",
+                "0.255.255.255",
+                "1.0.0.0",
+                "126.255.255.255",
+                "127.0.0.1",
+                "128.0.0.0",
+                "223.255.255.255",
+                "224.0.0.1",
+                "239.255.255.255",
+                "240.0.0.0",
+                "255.255.255.254",
+                "255.255.255.255",
+                "192.0.2.1",
+            ]),
+            IpAddr::V6(_) => self.one_of(&[
+                "::",
+                "::1",
+                "::2",
+                "100::",
+                "::100",
+                "feff::1",
+                "ff00::",
+                "ff02::1",
+                "2001:db8:ffff::1",
+            ]),
+        };
+        text.parse().unwrap_or(like)
+    }
+
     fn spoil_link(&mut self, frame: &mut Frame) {
+        if self.once_in(200) {
+            let end = self.below(2) as usize;
+            frame.macs[end] = self.one_of(&[[0xff; 6], [1, 0, 0x5e, 0, 0, 1], [0xfe; 6]]);
+        }
         let tags = match self.below(12) {
             0 => 1,
             1 => 2,

@@ -183,6 +183,10 @@ pub(crate) fn change(generator: &mut Generator, both: &mut Lockstep, now_ns: &mu
             let lease = generator.one_of(&[0, *now_ns, *now_ns + 1, u64::MAX, u64::MAX]);
             both.change(|model| model.lease_until_ns = lease);
         }
+        7 if generator.once_in(2) => {
+            let until = generator.one_of(&[0, *now_ns, *now_ns + 1, *now_ns + 100 * SECOND]);
+            both.change(|model| model.cookies_watched_until_ns = until);
+        }
         7 => {
             let revert = generator.one_of(&[0, 0, *now_ns, *now_ns + 1, *now_ns + SECOND]);
             both.change(|model| model.revert_at_ns = revert);

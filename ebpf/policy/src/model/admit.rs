@@ -166,8 +166,25 @@ impl Case<'_> {
     /// Section 5.
     pub(super) fn admit_tcp(&self, source: IpAddr, flags: TcpFlags) -> Result<Reason, Reason> {
         if !flags.opens() {
+            let is_watched = self.world.now_ns < self.model.cookies_watched_until_ns;
+            if flags.goes_on() && is_watched && self.world.meets_listener {
+                self.look_tcp(source)?;
+            }
             return Ok(Reason::PassTcp);
         }
+        self.look_tcp(source)?;
+        let within = self.charge_budget(Budget::Syn);
+        match self.world.cookie {
+            _ if within && self.stress() == 0 => Ok(Reason::PassTcpSyn),
+            Cookie::Given(_) => Ok(Reason::TxSynCookie),
+            Cookie::Room => Ok(Reason::PassTcpSyn),
+            Cookie::None if within => Ok(Reason::PassTcpSyn),
+            Cookie::None => Err(Reason::TcpSynBudget),
+        }
+    }
+
+    /// Whether a source is within its rates and its cap.
+    fn look_tcp(&self, source: IpAddr) -> Result<(), Reason> {
         let settings = &self.compiled.settings;
         let source = Source::of(source);
         let limits = levels(settings.limits.source_tcp);
@@ -180,14 +197,7 @@ impl Case<'_> {
         if cap != 0 && count.is_some_and(|count| *count >= cap) {
             return Err(Reason::TcpSourceCap);
         }
-        let within = self.charge_budget(Budget::Syn);
-        match self.world.cookie {
-            _ if within && self.stress() == 0 => Ok(Reason::PassTcpSyn),
-            Cookie::Given(_) => Ok(Reason::TxSynCookie),
-            Cookie::Room => Ok(Reason::PassTcpSyn),
-            Cookie::None if within => Ok(Reason::PassTcpSyn),
-            Cookie::None => Err(Reason::TcpSynBudget),
-        }
+        Ok(())
     }
 
     fn charge(&self, words: [u64; 2], purpose: Purpose, limit: Limit) -> bool {

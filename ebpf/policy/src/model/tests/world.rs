@@ -175,6 +175,7 @@ proptest! {
             Just(Cookie::Room),
             (1..=u32::MAX).prop_map(Cookie::Given)
         ],
+        meets_listener in any::<bool>(),
         stress in 0..3_u32,
         host in any::<bool>(),
         enforce in any::<bool>(),
@@ -200,7 +201,7 @@ proptest! {
         let mut model = model(mode, scope);
         model.stress = stress;
         for round in 1..=3_u64 {
-            let decision = model.decide(&frame, World { now_ns, cookie, read_only: false });
+            let decision = model.decide(&frame, World { now_ns, cookie, meets_listener, read_only: false });
             let counted: u64 = model.counters.as_flattened().iter().sum();
             prop_assert_eq!(counted, round);
             prop_assert_ne!(decision.reason, Reason::Internal);
