@@ -279,7 +279,8 @@ pub(crate) struct StatusArgs {
 /// `millrace xdp`
 #[derive(Debug, Subcommand)]
 pub(crate) enum XdpCommand {
-    /// Load the program, attach it to the config's interfaces and pin it; it counts and refuses nothing yet.
+    /// Load the program, attach it to the config's interfaces and pin it; it counts and refuses nothing yet. Where it is attached already, add the
+    /// interfaces that it is not on, and replace programs of another version; what is in force stays.
     Attach(XdpAttachArgs),
     /// Put the config and the newest registry version in force.
     Apply(XdpApplyArgs),

@@ -14,6 +14,7 @@ use millrace_edge_policy::rules::{RuleAction, Temporary};
 use millrace_edge_policy::settings::Mode;
 use millrace_protocol::registry::RegistryConfig;
 use millrace_tuning::NodeConfig;
+use serde::Serialize;
 
 use super::force::{self, Done, Order, Turn};
 use super::{plan, show};
@@ -54,7 +55,12 @@ fn attach(args: &XdpAttachArgs) -> Result<Exit, Failure> {
     }
     let pins = Pins::at(&config.edge.pins);
     let turn = Turn::wait(&pins)?;
-    let edge = Edge::attach(&pins, &options).map_err(|error| of_edge(&error))?;
+    let edge = match Edge::attach(&pins, &options) {
+        Err(EdgeError::Present { .. }) => {
+            return renew(&pins, &turn, &options, &config, &paths, args.json);
+        }
+        attached => attached.map_err(|error| of_edge(&error))?,
+    };
     let attached = put(&edge, &turn, &config, &paths, How::good(Mode::Count));
     if attached.is_err() {
         // Half an edge would be worse than none. The first error is the one to tell.
@@ -63,11 +69,89 @@ fn attach(args: &XdpAttachArgs) -> Result<Exit, Failure> {
     say(&attached?, args.json)
 }
 
+/// Gives an edge that is there what it lacks: interfaces, the programs of this binary, a set if whoever attached it died before. What is in
+/// force stays.
+fn renew(
+    pins: &Pins,
+    turn: &Turn,
+    options: &AttachOptions,
+    config: &NodeConfig,
+    paths: &Paths,
+    json: bool,
+) -> Result<Exit, Failure> {
+    let mut edge = adopt(pins)?;
+    let interfaces = edge.interfaces().map_err(|error| of_edge(&error))?;
+    let is_live = |name: &str| {
+        let mut known = interfaces.iter().filter(|known| known.name == name);
+        known.any(|known| edge.is_live(known))
+    };
+    let mut added = options.interfaces.clone();
+    added.retain(|name| !is_live(name));
+    for name in &added {
+        edge.attach_interface(name, options.mode)
+            .map_err(|error| of_edge(&error))?;
+    }
+    let reloaded = !edge.is_current();
+    if reloaded {
+        edge.reload().map_err(|error| of_edge(&error))?;
+    }
+    if Publisher::new(edge.maps()).config().set == 0 {
+        let done = put(&edge, turn, config, paths, How::good(Mode::Count))?;
+        return say(&done, json);
+    }
+    let interfaces = edge.interfaces().map_err(|error| of_edge(&error))?;
+    let config = Publisher::new(edge.maps()).config();
+    let renewed = Renewed {
+        set: config.set,
+        mode: show::mode_of(config.mode),
+        interfaces: interfaces.into_iter().map(|known| known.name).collect(),
+        added,
+        reloaded,
+    };
+    if json {
+        output::json(&renewed)?;
+        return Ok(Exit::Ok);
+    }
+    let added = match renewed.added.as_slice() {
+        [] => "no interface added".to_owned(),
+        added => format!("now on {} as well", added.join(", ")),
+    };
+    let programs = if reloaded {
+        "programs replaced by those of this version"
+    } else {
+        "programs are those of this version"
+    };
+    output::data(format_args!(
+        "attached already: {added}; {programs}; set {} stays in force, mode {}, on {}",
+        renewed.set,
+        renewed.mode,
+        renewed.interfaces.join(", ")
+    ))?;
+    Ok(Exit::Ok)
+}
+
+/// What `attach` made of an edge that was there.
+#[derive(Debug, Serialize)]
+struct Renewed {
+    set: u32,
+    mode: &'static str,
+    interfaces: Vec<String>,
+    added: Vec<String>,
+    reloaded: bool,
+}
+
+/// Takes over what is pinned, for a command that changes more than the pins: in the edge's own network namespace.
+fn adopt(pins: &Pins) -> Result<Edge, Failure> {
+    Edge::adopt(pins)
+        .and_then(|edge| edge.check_here().map(|()| edge))
+        .map_err(|error| of_edge(&error))
+}
+
 fn apply(args: &XdpApplyArgs) -> Result<Exit, Failure> {
     let (config, paths) = Loaded::read(&args.config)?.usable()?;
     let pins = Pins::at(&config.edge.pins);
     let turn = Turn::wait(&pins)?;
-    let edge = Edge::adopt(&pins).map_err(|error| of_edge(&error))?;
+    let edge = adopt(&pins)?;
     let how = How {
         mode: plan::mode(args.mode.as_ref().unwrap_or(&config.edge.mode)),
         probation: args.confirm.map(millrace_tuning::Period::get),
@@ -155,7 +239,7 @@ fn say(done: &Done, json: bool) -> Result<Exit, Failure> {
 fn confirm(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
     let pins = pins(&args.place)?;
     let turn = Turn::wait(&pins)?;
-    let edge = Edge::adopt(&pins).map_err(|error| of_edge(&error))?;
+    let edge = adopt(&pins)?;
     match edge.confirm() {
         Err(EdgeError::Publish(PublishError::NoProbation)) if force::is_half_done(&edge) => {}
         confirmed => confirmed.map_err(|error| of_edge(&error))?,
@@ -178,7 +262,15 @@ fn detach(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
     let pins = pins(&args.place)?;
     let turn = Turn::wait(&pins)?;
     let present = pins.is_present();
+    let elsewhere = Edge::may_detach(&pins).map_err(|error| of_edge(&error))?;
     force::take_away(&pins, &turn)?;
+    if let Some(namespace) = elsewhere {
+        output::message(format_args!(
+            "it was attached in another network namespace, {namespace}; if that is still there, its ports are closed until \
+             `nft delete table inet {}` there",
+            Nft::of(&pins).table
+        ));
+    }
     if !present {
         output::message(format_args!(
             "nothing of this version was pinned at {}",
@@ -192,7 +284,7 @@ fn temporary(args: &XdpTemporaryArgs, action: RuleAction) -> Result<Exit, Failur
     let (config, paths) = Loaded::read(&args.config)?.usable()?;
     let pins = Pins::at(&config.edge.pins);
     let turn = Turn::wait(&pins)?;
-    let edge = Edge::adopt(&pins).map_err(|error| of_edge(&error))?;
+    let edge = adopt(&pins)?;
     // Or it would be in the mode before that of a command that died.
     force::finish(&edge, &turn, &Nft::of(&pins))?;
     let mut state = force::read_state(edge.pins())?;

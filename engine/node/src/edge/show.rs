@@ -29,6 +29,15 @@ pub(crate) fn mode_word(mode: Mode) -> &'static str {
     }
 }
 
+/// As [`mode_word`], of the kernel's number.
+pub(crate) fn mode_of(mode: u32) -> &'static str {
+    mode_word(if mode == millrace_edge::abi::MODE_ENFORCE {
+        Mode::Enforce
+    } else {
+        Mode::Count
+    })
+}
+
 #[derive(Debug, Serialize)]
 struct Status {
     interfaces: Vec<InterfaceStatus>,
@@ -183,11 +192,7 @@ fn status_of(edge: &Edge) -> Result<Status, Failure> {
                 gone: !edge.is_live(interface),
             })
             .collect(),
-        mode: if config.mode == millrace_edge::abi::MODE_ENFORCE {
-            "enforce"
-        } else {
-            "count"
-        },
+        mode: mode_of(config.mode),
         scope: if config.scope == 0 { "ports" } else { "host" },
         set: config.set,
         registry_version: state.registry_version,

@@ -295,25 +295,61 @@ fn adopt_or_attach(
     listens: SocketAddr,
     firewall: &Firewall,
 ) -> Result<Edge, Failure> {
-    match Edge::adopt(pins) {
-        Ok(edge) => {
+    let error = match Edge::adopt(pins) {
+        Ok(mut edge) => {
+            edge.check_here()
+                .map_err(|error| super::commands::of_edge(&error))?;
             output::message(format_args!("edge adopted from {}", pins.root().display()));
-            say_missing(config, &edge);
-            Ok(edge)
+            renew(config, &mut edge);
+            return Ok(edge);
         }
-        Err(EdgeError::Absent { .. }) => attach(config, listens, firewall, pins, turn),
-        Err(error) => Err(super::commands::of_edge(&error)),
+        Err(EdgeError::Absent { .. }) => return attach(config, listens, firewall, pins, turn),
+        Err(error) => error,
+    };
+    // What somebody who died while attaching has left is in nobody's way, if this process may attach.
+    let is_cut_short = matches!(error, EdgeError::Incomplete { .. } | EdgeError::Maps(_));
+    if is_cut_short && privileges::missing().is_empty() {
+        attach(config, listens, firewall, pins, turn)
+    } else {
+        Err(super::commands::of_edge(&error))
     }
 }
 
-/// Says which interfaces of the config the edge was not attached to. One that is gone is attached again when it is back.
-fn say_missing(config: &NodeConfig, edge: &Edge) {
+/// Gives an edge that was adopted what the config asks for and this binary brings, as far as this process may. What fails is said, and what
+/// is in force stays. An interface that is gone is attached again when it is back.
+fn renew(config: &NodeConfig, edge: &mut Edge) {
     let attached = edge.interfaces().unwrap_or_default();
     let is_known = |name: &String| attached.iter().any(|known| known.name == *name);
-    for name in config.edge.interfaces.iter().filter(|name| !is_known(name)) {
+    let may = privileges::missing().is_empty();
+    let options = attach_options(config);
+    for name in options.interfaces.iter().filter(|name| !is_known(name)) {
+        if !may {
+            output::message(format_args!(
+                "the edge is not on {name}: `millrace xdp attach` puts it there"
+            ));
+            continue;
+        }
+        match edge.attach_interface(name, options.mode) {
+            Ok(()) => output::message(format_args!("edge attached to {name} as well")),
+            Err(error) => output::message(format_args!("the edge is not on {name}: {error}")),
+        }
+    }
+    if edge.is_current() {
+        return;
+    }
+    if !may {
         output::message(format_args!(
-            "the edge is not on {name}: `millrace xdp detach` and `attach`, then start again"
+            "the edge runs the programs of another version: `millrace xdp attach` replaces them"
         ));
+        return;
+    }
+    match edge.reload() {
+        Ok(()) => output::message(format_args!(
+            "the edge's programs are replaced by those of this version"
+        )),
+        Err(error) => output::message(format_args!(
+            "the edge goes on with the programs of another version: {error}"
+        )),
     }
 }
 
