@@ -5,6 +5,7 @@ mod common;
 
 use std::io::Read as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use common::node::{
     WORLD6, connect, echoes, reset,
 };
 use common::{PATIENCE, cpu, ok, privileged, until};
+use etherparse::{Ipv4Header, TcpHeader};
 use millrace_edge::counts::TcpCap;
 use millrace_edge::edge::Edge;
 use millrace_edge::nft::{Nft, Table};
@@ -22,7 +24,7 @@ use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::settings::{Caps, Limits};
 use millrace_edge_policy::stress::Level;
-use rustix::net::{AddressFamily, SocketType, socket, sockopt};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, socket, sockopt};
 
 const ANY4: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
 const ANY6: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
@@ -644,4 +646,109 @@ fn a_detached_program_leaves_no_open_node() {
         }
         assert_eq!((service.peak() > 0, other.peak() > 0), (true, true));
     }
+}
+
+/// A client without a TCP stack: it says what it likes, and its host does not reset what it opens.
+struct Forger {
+    socket: OwnedFd,
+    port: u16,
+}
+
+impl Forger {
+    const SEQUENCE: u32 = 1_000;
+    /// Tells its resets from those of the host.
+    const TTL: u32 = 7;
+
+    fn new(node: &Node, port: u16) -> Self {
+        let world = &node.pair.world;
+        world.enter(|| {
+            for line in [
+                "add table inet forger",
+                "add chain inet forger output { type filter hook output priority 0; }",
+                "add rule inet forger output ip ttl != 7 tcp flags & rst == rst drop",
+            ] {
+                ok(std::process::Command::new("nft").args(line.split(' ')));
+            }
+            let protocol = Some(rustix::net::ipproto::TCP);
+            let socket = socket(AddressFamily::INET, SocketType::RAW, protocol).unwrap();
+            sockopt::set_ip_ttl(&socket, Self::TTL).unwrap();
+            sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(PATIENCE)).unwrap();
+            Self { socket, port }
+        })
+    }
+
+    fn say(&self, acknowledged: Option<u32>, flag: impl FnOnce(&mut TcpHeader)) {
+        let (IpAddr::V4(from), IpAddr::V4(to)) = (WORLD4, NODE4) else {
+            panic!("the world is IPv4")
+        };
+        let sequence = Self::SEQUENCE + u32::from(acknowledged.is_some());
+        let mut header = TcpHeader::new(self.port, TCP_PORT, sequence, 60_000);
+        if let Some(number) = acknowledged {
+            (header.ack, header.acknowledgment_number) = (true, number);
+        }
+        flag(&mut header);
+        let (from, to_octets) = (from.octets(), to.octets());
+        header.checksum = header.calc_checksum_ipv4_raw(from, to_octets, &[]).unwrap();
+        let bytes = header.to_bytes();
+        let to = SocketAddr::from((to, 0));
+        rustix::net::sendto(&self.socket, &bytes, SendFlags::empty(), &to).unwrap();
+    }
+
+    /// Sequence number of the SYN-ACK that answers us.
+    fn hears_cookie(&self) -> u32 {
+        loop {
+            let mut bytes = [0; 256];
+            let (length, _) =
+                rustix::net::recv(&self.socket, &mut bytes, RecvFlags::empty()).unwrap();
+            let (_, packet) = Ipv4Header::from_slice(&bytes[..length]).unwrap();
+            let (header, _) = TcpHeader::from_slice(packet).unwrap();
+            if header.syn && header.ack && header.destination_port == self.port {
+                return header.sequence_number;
+            }
+        }
+    }
+}
+
+// Protects rate and cap: a cookie that was fetched once opens connections without a SYN, as often as it is shown.
+#[test]
+fn a_cookie_is_taken_up_within_the_limits() {
+    const BURST: u64 = 3;
+    const SHOWN: u64 = 50;
+    if !privileged("a_cookie_is_taken_up_within_the_limits") {
+        return;
+    }
+    let limits = Limits {
+        source_tcp: Limit::per(1, Duration::from_secs(3_600), BURST),
+        syn: Limit::NONE,
+        ..Limits::default()
+    };
+    let node = Node::new("tcp", AttachMode::Native, limits, NO_CAP);
+    // The kernel answers every SYN by a cookie; the program has seen one.
+    node.set_syncookies(2);
+    let echo = Echo::serve(node.listen(ANY4, TCP_PORT), TcpCap::new(0));
+    let established = node.connect(NODE4, TCP_PORT).unwrap();
+    assert!(echoes(&established));
+    let taken = node.netstat("SyncookiesRecv");
+
+    let forger = Forger::new(&node, 61_000);
+    forger.say(None, |header| header.syn = true);
+    let cookie = forger.hears_cookie().wrapping_add(1);
+    let seen = || {
+        let of = |reason| node.packets(reason);
+        of(Reason::PassTcp) + of(Reason::TcpSourceRate)
+    };
+    for _ in 0..SHOWN {
+        let before = seen();
+        forger.say(Some(cookie), |_| ());
+        // Resets the connection, if there is one: the next takes its place.
+        forger.say(Some(cookie), |header| header.rst = true);
+        until("both were seen", || seen() >= before + 2);
+    }
+    let taken = node.netstat("SyncookiesRecv") - taken;
+    // What is left of the burst, and the one that shows that somebody goes beyond it.
+    assert!(taken <= BURST, "taken up {taken} times");
+    assert!(taken > 1, "the cookie was right");
+    assert!(node.packets(Reason::TcpSourceRate) >= SHOWN - BURST);
+    assert!(echoes(&established), "what is open stays open");
+    assert!(echo.peak() > 0);
 }
