@@ -64,9 +64,9 @@ impl Series {
 
     pub(crate) fn label(self) -> &'static str {
         match self {
-            Self::Connected => "requests, connected before; Initials",
-            Self::NewByQuic => "new connections; Initials",
-            Self::NewByTcp => "new connections; SYNs",
+            Self::Connected => "requests, connected before, under Initials",
+            Self::NewByQuic => "new connections, under Initials",
+            Self::NewByTcp => "new connections, under SYNs",
         }
     }
 
@@ -230,7 +230,7 @@ fn middle(mut points: Vec<Point>) -> Option<Point> {
 
 fn print(points: &[Point]) {
     println!(
-        "{:<36} {:<18} {:>9} {:>9} {:>9} {:>8} {:>11} {:>8} {:>11}",
+        "{:<41} {:<18} {:>9} {:>9} {:>9} {:>8} {:>11} {:>8} {:>11}",
         "series",
         "filter",
         "hostile/s",
@@ -243,7 +243,7 @@ fn print(points: &[Point]) {
     );
     for point in points {
         println!(
-            "{:<36} {:<18} {:>9} {:>7.1} % {:>7.1} % {:>8.0} {:>11.0} {:>8.0} {:>11.0}",
+            "{:<41} {:<18} {:>9} {:>7.1} % {:>7.1} % {:>8.0} {:>11.0} {:>8.0} {:>11.0}",
             point.series.label(),
             point.filter.label(),
             point.rate,
