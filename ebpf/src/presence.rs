@@ -134,8 +134,12 @@ impl<'m> Presence<'m> {
     }
 
     /// Turns the sketch when it is time to. To be called about once a second.
-    pub fn tick(&mut self, mut random: impl Random) {
-        let now_ns = now_ns();
+    pub fn tick(&mut self, random: impl Random) {
+        self.tick_at(now_ns(), random);
+    }
+
+    /// As [`Self::tick`], at this time.
+    pub fn tick_at(&mut self, now_ns: u64, mut random: impl Random) {
         if now_ns < self.rotation.due_at_ns() {
             return;
         }

@@ -121,7 +121,7 @@ impl Mocked {
     }
 }
 
-fn settings_in_force() -> millrace_edge_policy::rules::Compiled {
+pub fn settings_in_force() -> millrace_edge_policy::rules::Compiled {
     let service = |port, kind| Service {
         port,
         kind,
@@ -159,7 +159,7 @@ fn settings_in_force() -> millrace_edge_policy::rules::Compiled {
     compile(&settings, &[reject], bounds).unwrap()
 }
 
-fn keys() -> Keys {
+pub fn keys() -> Keys {
     Keys {
         keys: [1, 2, 3, 4].map(|number| Key {
             k0: number,
