@@ -225,7 +225,7 @@ impl Subnet {
             self.wait_for_counts(args.payload.bytes());
             self.print(id, &deliveries, &outcome, connected)?;
             if let Some(stage) = &self.stage {
-                stage.print(hostile.load(Ordering::Relaxed))?;
+                stage.print(&hostile)?;
             }
         }
         let all = delivered == self.nodes.len() - 1 && hash_ok;

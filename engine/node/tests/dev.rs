@@ -2,7 +2,8 @@
 
 mod common;
 
-use common::{json, millrace, stdout};
+use common::namespace::{privileged, tool};
+use common::{json, millrace, stderr, stdout};
 
 /// The object that scripts read: exactly these keys, and everything arrived.
 #[test]
@@ -103,4 +104,46 @@ fn the_table_names_every_node() {
         table.contains("published") && table.contains("hash checked"),
         "{table}"
     );
+}
+
+/// The first thing that a newcomer sees of the edge: a subnet that works under a flood, counts of one end of the cable, and nothing left behind.
+#[test]
+fn a_subnet_behind_the_edge_works_under_a_flood() {
+    if !privileged("a_subnet_behind_the_edge_works_under_a_flood") {
+        return;
+    }
+    let output = millrace(&[
+        "dev",
+        "--edge",
+        "--nodes",
+        "3",
+        "--payload",
+        "1MiB",
+        "--once",
+    ]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let table = stdout(&output);
+    assert_eq!(table.matches("delivered").count(), 3, "{table}");
+    let (_, edge) = table.split_once("the edge in front of node 0, ").unwrap();
+    let (sent, rows) = edge.split_once(" hostile packets").unwrap();
+    let sent: u64 = sent.parse().unwrap();
+    let packets = |reason: &str| -> u64 {
+        let row = rows.lines().find(|line| line.starts_with(reason));
+        row.map_or(0, |row| {
+            row.split_whitespace().nth(2).unwrap().parse().unwrap()
+        })
+    };
+    // Half of them each: those of a stranger, and forged ones from an address of members.
+    assert!(packets("firewall_default") > 0, "{rows}");
+    let forged = packets("quic_unknown_id");
+    assert!(
+        forged > 0 && forged <= sent / 2,
+        "{forged} of {sent}: {rows}"
+    );
+    // What the node sends goes to ports that are none of its edge's business: seen by the far end alone.
+    assert!(packets("pass_other") < 1_000, "{rows}");
+    let left = tool("ip", &["netns", "list"]);
+    assert!(!left.contains("millrace-dev-"), "{left}");
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(!mounts.contains("/run/millrace/dev-"), "{mounts}");
 }

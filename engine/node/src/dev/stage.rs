@@ -11,8 +11,9 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use millrace_edge::edge::Edge;
+use millrace_edge::edge::{AttachOptions, Edge};
 use millrace_edge::frame::{Description, Shape};
+use millrace_edge::load::LoadOptions;
 use millrace_edge::metrics::Counters;
 use millrace_edge::pins::Pins;
 use millrace_edge::privileges;
@@ -21,7 +22,7 @@ use millrace_edge_policy::reason::Reason;
 use millrace_tuning::NodeConfig;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use crate::edge::sets;
+use crate::edge::{sets, table};
 use crate::exit::{Exit, Failure};
 use crate::output;
 
@@ -87,10 +88,9 @@ impl Stage {
         let (inside, outside) = (stage.space(Side::Inside), stage.space(Side::Outside));
         ip(&["netns", "add", &inside])?;
         ip(&["netns", "add", &outside])?;
-        // The edge tells interfaces apart by number, and both ends would be the second of their namespace.
         ip(&[
-            "link", "add", "out", "index", "3", "netns", &outside, "type", "veth", "peer", "name",
-            "in", "netns", &inside,
+            "link", "add", "out", "netns", &outside, "type", "veth", "peer", "name", "in", "netns",
+            &inside,
         ])?;
         for (side, addresses) in [
             (Side::Inside, vec![INSIDE]),
@@ -158,11 +158,30 @@ impl Stage {
         Pins::at(&self.pins)
     }
 
-    /// Puts the program on the other end as well: a veth transmits what a program sends only to an end that has one.
+    fn far_pins(&self) -> Pins {
+        Pins::at(self.pins.with_extension("far"))
+    }
+
+    /// Puts a program on the other end as well: a veth transmits what a program sends only to an end that has one. It is an edge of its own, with
+    /// nothing in force: it passes everything, and counts for itself.
     pub(super) fn join_far_end(&self) -> Result<(), Failure> {
+        let options = AttachOptions {
+            interfaces: vec![Side::Outside.name().into()],
+            mode: AttachMode::Native,
+            sizes: LoadOptions {
+                trie_nodes4: 64,
+                trie_nodes6: 64,
+                limiter_lines: 64,
+                rules_max: 1,
+                peers_max: 1,
+                sources_max: 1,
+                replies_max: 1,
+                ..LoadOptions::default()
+            },
+        };
         self.on(Side::Outside, || {
-            let mut edge = Edge::adopt(&self.pins()).map_err(|e| super::edge_failure(&e))?;
-            edge.attach_interface(Side::Outside.name(), AttachMode::Native)
+            Edge::attach(&self.far_pins(), &options)
+                .map(drop)
                 .map_err(|e| super::edge_failure(&e))
         })
     }
@@ -199,11 +218,13 @@ impl Stage {
         })
     }
 
-    /// The counters, as a table.
-    pub(super) fn print(&self, sent: u64) -> Result<(), Failure> {
+    /// The counters, as a table, with what a flood has sent so far.
+    pub(super) fn print(&self, sent: &AtomicU64) -> Result<(), Failure> {
         let edge = Edge::adopt(&self.pins()).map_err(|e| super::edge_failure(&e))?;
         let counters = Counters::read(edge.maps().counters())
             .map_err(|error| Failure::new(Exit::Failed, error.to_string()))?;
+        // After the counters: what they count was sent before.
+        let sent = sent.load(Ordering::Relaxed);
         output::data(format_args!(
             "\nthe edge in front of node 0, {sent} hostile packets\n{:<22} {:<8} {:>12}  what",
             "reason", "action", "packets"
@@ -236,14 +257,17 @@ fn datagram(shape: Shape) -> Vec<u8> {
 
 impl Drop for Stage {
     fn drop(&mut self) {
-        if let Err(error) = Edge::detach(&self.pins()) {
-            tracing::warn!(%error, "the pins of the stage stay");
-        }
-        sets::remove(&self.pins());
-        // The folder that they were mounted on, and their locks: left there, they harm nobody.
-        let _ = fs::remove_dir(&self.pins);
-        for lock in ["lock", "node", "turn"] {
-            let _ = fs::remove_file(self.pins.with_extension(lock));
+        for pins in [self.far_pins(), self.pins()] {
+            if let Err(error) = Edge::detach(&pins) {
+                tracing::warn!(%error, "the pins of the stage stay");
+            }
+            sets::remove(&pins);
+            table::forget(&pins);
+            // The folder that they were mounted on, and their locks: left there, they harm nobody.
+            let _ = fs::remove_dir(pins.root());
+            for lock in ["lock", "node", "turn"] {
+                let _ = fs::remove_file(pins.state_path().with_extension(lock));
+            }
         }
         for side in [Side::Inside, Side::Outside] {
             if let Err(failure) = ip(&["netns", "del", &self.space(side)]) {
