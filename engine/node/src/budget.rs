@@ -24,6 +24,13 @@ const TRIE_NODE_BYTES: ByteSize = ByteSize(1_024 + 4 * 64);
 /// An entry of a hash table with its overhead, in the kernel or here; measured at 84 to 117 bytes.
 const SOURCE_BYTES: ByteSize = ByteSize(120);
 
+/// Maps whose size no key sets: the ring of events, the table of ports, counters and scratch of each core. An allowance.
+const EDGE_FIXED_BYTES: ByteSize = ByteSize::mib(1);
+
+/// Code and stacks of the helper, and the longest message that it takes. An allowance.
+const HELPER_BYTES: ByteSize =
+    ByteSize(millrace_edge::helper::MESSAGE_BYTES_MAX as u64 + (16 << 20));
+
 /// `LoadOptions::replies_max`, which no key sets.
 const FLOWS: u64 = 65_536;
 
@@ -83,7 +90,20 @@ fn edge(config: &NodeConfig, budget: &mut MemoryBudget) {
         edge.sources_max * 2 + FLOWS,
     );
     budget.add("edge: peers", SOURCE_BYTES, edge.peers_max);
-    budget.add("edge: hits of rules", ByteSize(8), edge.rules_max * 2);
+    // Every core that the kernel may ever have counts for itself.
+    let cores = libbpf_rs::num_possible_cpus().map_or(1, |cores| cores as u64);
+    budget.add(
+        "edge: hits of rules, on each core",
+        ByteSize(8),
+        edge.rules_max * 2 * cores,
+    );
+    budget.add("edge: events, ports and counters", EDGE_FIXED_BYTES, 1);
+    budget.add(
+        "edge: a set while it is compiled",
+        TRIE_NODE_BYTES,
+        edge.trie_nodes_max * 4,
+    );
+    budget.add("edge: helper process", HELPER_BYTES, 1);
 }
 
 fn socket_bytes(config: &NodeConfig) -> ByteSize {

@@ -2,18 +2,26 @@
 
 use std::path::Path;
 
-use millrace_tuning::{HostFacts, MemoryBudget, Problem, Severity, host};
+use millrace_edge_policy::settings::{Mode, SettingsError};
+use millrace_tuning::problem::ProblemKind;
+use millrace_tuning::{HostFacts, MemoryBudget, Parsed, Problem, Severity, host};
+use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 use serde::Serialize;
 
 use crate::budget;
 use crate::cli::CheckArgs;
+use crate::edge::plan;
 use crate::exit::{Exit, Failure};
 use crate::host_facts;
 use crate::load::{Loaded, count, print_problems};
 use crate::output;
 
 pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
-    let loaded = Loaded::read(&args.config)?;
+    let mut loaded = Loaded::read(&args.config)?;
+    if loaded.parsed.is_usable() {
+        let refused = limits(&loaded.parsed);
+        loaded.parsed.problems.extend(refused);
+    }
     let parsed = &loaded.parsed;
     let facts = if args.no_environment {
         HostFacts {
@@ -27,7 +35,9 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
     let environment = if args.no_environment {
         Vec::new()
     } else {
-        host::check(parsed, &facts, &budget)
+        let mut found = host::check(parsed, &facts, &budget);
+        found.extend(interfaces(parsed));
+        found
     };
     let config_errors = count(&parsed.problems, Severity::Error);
     let host_errors = count(&environment, Severity::Error);
@@ -50,6 +60,62 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
         loaded.file.display()
     ));
     Ok(exit)
+}
+
+/// What the edge would refuse of the config when it is applied: the same check.
+fn limits(parsed: &Parsed) -> Option<Problem> {
+    let config = &parsed.config;
+    let settings = plan::settings(config, config.listen.address.port(), Mode::Count);
+    // A port that the kernel chooses is known once the node listens.
+    let is_chosen = config.listen.address.port() == 0;
+    let error = settings.validate().err();
+    let error = error.filter(|error| !(is_chosen && matches!(error, SettingsError::PortZero)))?;
+    let key = match &error {
+        SettingsError::Limit {
+            limit: "source_quic",
+            ..
+        } => "edge.quic_burst",
+        SettingsError::Limit {
+            limit: "source_tcp",
+            ..
+        } => "edge.tcp_burst",
+        SettingsError::Limit { limit: "peer", .. } => "edge.peer_per_second",
+        SettingsError::Limit { limit: "id", .. } => "edge.id_packets_per_second",
+        SettingsError::PortZero | SettingsError::PortTwice { .. } => "edge.tcp_ports",
+        _ => "edge",
+    };
+    let fix = match &error {
+        SettingsError::Limit { .. } => "take a smaller burst for this rate, or a higher rate",
+        SettingsError::Services { .. } => "declare fewer ports in tcp_ports and udp_ports",
+        _ => "name every port once in listen.address, tcp_ports and udp_ports",
+    };
+    Some(Problem {
+        position: parsed.origins.nearest(key),
+        key: key.into(),
+        kind: ProblemKind::Contradiction,
+        severity: Severity::Error,
+        reason: format!("the edge refuses this: {error}"),
+        fix: fix.into(),
+    })
+}
+
+/// Interfaces that are not there. The check may run on another host, and interfaces come and go.
+fn interfaces(parsed: &Parsed) -> Vec<Problem> {
+    let Ok(any) = socket(AddressFamily::INET, SocketType::DGRAM, None) else {
+        return Vec::new();
+    };
+    let names = parsed.config.edge.interfaces.iter();
+    let missing = names.filter(|name| netdevice::name_to_index(&any, name).is_err());
+    missing
+        .map(|name| Problem {
+            position: parsed.origins.nearest("edge.interfaces"),
+            key: "edge.interfaces".into(),
+            kind: ProblemKind::Environment,
+            severity: Severity::Warning,
+            reason: format!("there is no interface {name} here: nothing is attached there, and `millrace xdp attach` fails"),
+            fix: "`ip link` shows those that there are; correct the name, or check where the node runs".into(),
+        })
+        .collect()
 }
 
 fn print_budget(budget: &MemoryBudget) -> Result<(), Failure> {

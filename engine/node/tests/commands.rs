@@ -92,6 +92,43 @@ fn check_tells_mistakes_from_obstacles_of_the_host() {
     assert!(report.contains("registry folder registry"), "{report}");
 }
 
+/// What `millrace xdp apply` would refuse is a mistake here already; an interface that is missing may be there elsewhere.
+#[test]
+fn check_refuses_of_the_edge_what_apply_would() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("node.toml");
+    let check = |edge: &str, arguments: &[&str]| {
+        let head = format!("[node]\nstate_dir = \".\"\n[registry]\npublic_key = \"{KEY}\"\n");
+        std::fs::write(&config, format!("{head}[edge]\n{edge}\n")).unwrap();
+        millrace(&[&["check", "--config", text(&config)], arguments].concat())
+    };
+    for of in ["quic", "tcp"] {
+        let edge = format!("{of}_per_minute = 1\n{of}_burst = 1_000_000");
+        let output = check(&edge, &["--no-environment"]);
+        let report = stderr(&output);
+        assert_eq!(output.status.code(), Some(78), "{report}");
+        assert!(
+            report.contains("7:1: the edge refuses this")
+                && report.contains(&format!("source_{of}")),
+            "{report}"
+        );
+    }
+    let output = check("interfaces = [\"lo\", \"nowhere0\"]", &[]);
+    let report = stderr(&output);
+    let warnings: Vec<_> = report
+        .lines()
+        .filter(|line| line.contains("there is no interface"))
+        .collect();
+    assert_eq!(warnings.len(), 1, "{report}");
+    assert!(
+        warnings[0].contains("warning") && warnings[0].contains("nowhere0"),
+        "{report}"
+    );
+    let output = check("interfaces = [\"nowhere0\"]", &["--no-environment"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(stdout(&output).contains("edge: helper process"));
+}
+
 #[test]
 fn a_missing_config_is_a_bad_config() {
     for command in ["check", "node"] {
