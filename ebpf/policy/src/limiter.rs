@@ -23,6 +23,9 @@ pub const TOLERANCE_MAX_NS: u64 = 1 << 45;
 /// Farthest that a word of the sketch is ahead: the longest tolerance and one interval.
 pub const REACH_MAX_NS: u64 = 2 * TOLERANCE_MAX_NS;
 
+/// How late the clock of whoever charges may be: a thread that has read it may be stopped before it goes on.
+const CLOCK_SLACK_NS: u64 = 60_000_000_000;
+
 /// Races that a charge may lose before it is refused.
 const TRIES: usize = 4;
 
@@ -83,6 +86,18 @@ impl Limit {
         self.interval_ns <= TOLERANCE_MAX_NS && self.tolerance_ns <= TOLERANCE_MAX_NS
     }
 
+    /// How far a word is ahead, as far as this limit can have put it there.
+    ///
+    /// What lies further ahead was put there by limits that held before, or has gone round: it counts as a burst that is spent.
+    fn ahead_ns(self, ahead_ns: u64) -> u64 {
+        let reach_ns = self.reach_ns().saturating_add(CLOCK_SLACK_NS);
+        if ahead_ns > reach_ns {
+            self.tolerance_ns
+        } else {
+            ahead_ns
+        }
+    }
+
     fn of(interval_ns: u64, burst: u64) -> Self {
         Self {
             interval_ns,
@@ -100,11 +115,13 @@ pub fn charge_word(word: &AtomicU64, limit: Limit, now_ns: u64) -> bool {
     }
     let mut spent = word.load(Ordering::Relaxed);
     for _ in 0..TRIES {
-        let base = spent.max(now_ns);
-        if base - now_ns > limit.tolerance_ns {
+        let ahead_ns = limit.ahead_ns(spent.saturating_sub(now_ns));
+        if ahead_ns > limit.tolerance_ns {
             return false;
         }
-        let next = base.wrapping_add(limit.interval_ns);
+        let next = now_ns
+            .wrapping_add(ahead_ns)
+            .wrapping_add(limit.interval_ns);
         match word.compare_exchange(spent, next, Ordering::Relaxed, Ordering::Relaxed) {
             Ok(_) => return true,
             Err(present) => spent = present,

@@ -17,6 +17,7 @@
 #define AHEAD_BITS 46 /* a time more than 2^46 ahead lies in the past */
 #define SLOT_INDEX 7
 #define TICK_NS_MAX 10000000 /* of the coarse clock, at 100 Hz */
+#define CLOCK_SLACK_NS 60000000000ull /* a thread that read the clock may be stopped before it goes on */
 #define MIX_KIND 0x9e3779b97f4a7c15ull
 #define MIX_FIRST 0xbf58476d1ce4e5b9ull
 #define MIX_SECOND 0x94d049bb133111ebull
@@ -48,6 +49,15 @@ EDGE_INLINE bool swap_once(__u64 *word, __u64 old, __u64 new)
 	return __sync_val_compare_and_swap(word, old, new) == old;
 }
 
+/* How far a word is ahead, as far as this limit can have put it there. What lies further ahead was put there by limits
+ * that held before, or has gone round (2^48 ns are 78 hours): it counts as a burst that is spent. */
+EDGE_INLINE __u64 limit_ahead(const struct edge_limit *limit, __u64 ahead)
+{
+	if (ahead > limit->tolerance_ns && ahead - limit->tolerance_ns > limit->interval_ns + CLOCK_SLACK_NS)
+		return limit->tolerance_ns;
+	return ahead;
+}
+
 /* Takes one from a global budget. */
 EDGE_INLINE bool budget_charge(const struct edge_view *view, __u32 budget)
 {
@@ -61,11 +71,11 @@ EDGE_INLINE bool budget_charge(const struct edge_view *view, __u32 budget)
 		return false;
 	for (int try = 0; try < LIMIT_TRIES; try++) {
 		__u64 old = read_once(&line->word[0]);
-		__u64 from = old > view->now_ns ? old : view->now_ns;
+		__u64 ahead = limit_ahead(&limit, old > view->now_ns ? old - view->now_ns : 0);
 
-		if (from - view->now_ns > limit.tolerance_ns)
+		if (ahead > limit.tolerance_ns)
 			return false;
-		if (view->read_only || swap_once(&line->word[0], old, from + limit.interval_ns))
+		if (view->read_only || swap_once(&line->word[0], old, view->now_ns + ahead + limit.interval_ns))
 			return true;
 	}
 	return false;
@@ -224,6 +234,7 @@ EDGE_INLINE bool sketch_admits(const struct edge_control *world, struct sketch_a
 			return false;
 		}
 	}
+	ahead = limit_ahead(limit, ahead);
 	if (ahead <= limit->tolerance_ns)
 		return true;
 	ask->beyond_ns = ahead - limit->tolerance_ns;
@@ -254,6 +265,7 @@ EDGE_INLINE enum sketch_step sketch_step(const struct edge_control *world, const
 			return STEP_AGAIN;
 		ahead = sketch_old_ahead(world, ask, level, &known);
 	}
+	ahead = limit_ahead(limit, ahead);
 	if (ahead > limit->tolerance_ns)
 		return STEP_REFUSED;
 	new = tag << TIME_BITS | ((now_ns + ahead + limit->interval_ns) & TIME_MASK);

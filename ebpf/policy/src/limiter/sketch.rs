@@ -240,7 +240,7 @@ impl<L: Lines + ?Sized> Sketch<'_, L> {
         now_ns: u64,
     ) -> Option<Standing> {
         let sight = place.see(now_ns);
-        let standing = match sight.own {
+        let mut standing = match sight.own {
             Some((_, word)) => Standing {
                 ahead_ns: ahead(word, now_ns),
                 slot: sight.own,
@@ -258,6 +258,7 @@ impl<L: Lines + ?Sized> Sketch<'_, L> {
                 }
             }
         };
+        standing.ahead_ns = limit.ahead_ns(standing.ahead_ns);
         (standing.ahead_ns <= limit.tolerance_ns).then_some(standing)
     }
 

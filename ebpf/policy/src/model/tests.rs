@@ -84,7 +84,7 @@ fn check(mode: Mode, case: &Case) {
     let world = World {
         now_ns: NOW_NS,
         cookie: case.cookie,
-        read_only: false,
+        ..World::default()
     };
     (case.change)(&mut model);
     for frame in &case.before {

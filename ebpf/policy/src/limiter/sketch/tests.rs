@@ -1,6 +1,7 @@
 //! Words and slots, bit by bit as `docs/reference/edge.md` has them.
 
 use super::*;
+use crate::limiter::{CLOCK_SLACK_NS, charge_word};
 
 const SEED: [Key; 2] = [Key { k0: 1, k1: 2 }, Key { k0: 3, k1: 4 }];
 const KEY: [u64; 2] = [0x1111, 0x2222];
@@ -128,6 +129,60 @@ fn time_wraps_at_48_bits() {
         }
         assert!(sketch.charge(KEY, Purpose::Quic, 0, LIMIT, now_ns + 10));
         assert!(!sketch.charge(KEY, Purpose::Quic, 0, LIMIT, now_ns + 10));
+    }
+}
+
+// Protects sources after wrong rates were taken back, and long after the node died: no word refuses for longer than its limit.
+#[test]
+fn a_word_that_its_limit_cannot_have_written_counts_as_a_spent_burst() {
+    const FOREVER: Limit = Limit {
+        interval_ns: 1 << 40,
+        tolerance_ns: 1 << 45,
+    };
+    let now_ns = 1 << 50;
+    let reach_ns = LIMIT.reach_ns() + CLOCK_SLACK_NS;
+    for (ahead_ns, admits) in [(reach_ns, false), (reach_ns + 1, true), (1 << 46, true)] {
+        let lines = OwnedLines::new(1);
+        let sketch = sketch(&lines);
+        assert!(sketch.charge(KEY, Purpose::Quic, 0, FOREVER, now_ns));
+        let word = lines
+            .line(0)
+            .iter()
+            .find(|word| word.load(Ordering::Relaxed) != 0);
+        let tag = word.unwrap().load(Ordering::Relaxed) >> TAG_SHIFT;
+        word.unwrap()
+            .store(busy_word(tag, now_ns + ahead_ns), Ordering::Relaxed);
+        assert_eq!(
+            sketch.look(KEY, Purpose::Quic, 0, LIMIT, now_ns),
+            admits,
+            "{ahead_ns}"
+        );
+        assert_eq!(
+            sketch.charge(KEY, Purpose::Quic, 0, LIMIT, now_ns),
+            admits,
+            "{ahead_ns}"
+        );
+        // One, and not a burst.
+        assert!(
+            !sketch.charge(KEY, Purpose::Quic, 0, LIMIT, now_ns),
+            "{ahead_ns}"
+        );
+    }
+}
+
+// The same for a budget of all.
+#[test]
+fn a_budget_that_its_limit_cannot_have_spent_counts_as_a_spent_burst() {
+    let now_ns = 1 << 50;
+    let reach_ns = LIMIT.reach_ns() + CLOCK_SLACK_NS;
+    for (ahead_ns, admits) in [
+        (reach_ns, false),
+        (reach_ns + 1, true),
+        (u64::MAX - now_ns, true),
+    ] {
+        let word = AtomicU64::new(now_ns + ahead_ns);
+        assert_eq!(charge_word(&word, LIMIT, now_ns), admits, "{ahead_ns}");
+        assert!(!charge_word(&word, LIMIT, now_ns), "{ahead_ns}");
     }
 }
 

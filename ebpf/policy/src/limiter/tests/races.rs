@@ -37,25 +37,37 @@ fn allowed_in_step(limit: Limit) -> u64 {
 
 /// Two threads that run as they like and push the clock on; returns what they admitted and how long that took on the clock.
 ///
-/// All of it is shorter than a word's reach: no thread is so late that the time of a word seems past to it.
+/// Of two that share a clock, none is later than [`CLOCK_SLACK_NS`]; and all of it is shorter than a word's reach.
 fn running_free(limit: Limit, charge: impl Fn(u64) -> bool + Sync) -> (u64, u64) {
     const STEPS: u64 = 20_000;
     let elapsed_ns = (STEPS / 4 * limit.interval_ns).min(TOLERANCE_MAX_NS);
+    let late_max = CLOCK_SLACK_NS / (elapsed_ns / STEPS).max(1);
     let clock = AtomicU64::new(0);
-    let offer = || {
+    // The step that each is at.
+    let at = [AtomicU64::new(0), AtomicU64::new(0)];
+    let offer = |thread: usize| {
         let mut admitted = 0;
         loop {
             let step = clock.fetch_add(1, Ordering::Relaxed);
             if step > STEPS {
+                at[thread].store(u64::MAX, Ordering::Release);
                 return admitted;
+            }
+            at[thread].store(step, Ordering::Release);
+            while at[thread ^ 1]
+                .load(Ordering::Acquire)
+                .saturating_add(late_max)
+                < step
+            {
+                thread::yield_now();
             }
             let now_ns = START_NS + elapsed_ns * step / STEPS;
             admitted += u64::from(charge(now_ns)) + u64::from(charge(now_ns));
         }
     };
     let admitted = thread::scope(|scope| {
-        let second = scope.spawn(offer);
-        offer() + second.join().unwrap()
+        let second = scope.spawn(|| offer(1));
+        offer(0) + second.join().unwrap()
     });
     (admitted, elapsed_ns)
 }
