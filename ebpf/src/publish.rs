@@ -21,11 +21,12 @@ use libbpf_rs::{MapCore as _, MapFlags};
 use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::packet::Protocol;
 use millrace_edge_policy::rules::{Compiled, Roots};
-use millrace_edge_policy::settings::{Service, levels};
+use millrace_edge_policy::settings::{Caps, Limits, Mode, Service, levels};
 use millrace_edge_policy::trie::{Base, Forest};
 
 use crate::abi::{
     EdgeConfig, EdgeControl, EdgeLimit, EdgeNode, EdgeService, EdgeSparse, GENERATIONS,
+    MODE_ENFORCE,
 };
 use crate::clock::now_ns;
 use crate::maps::{Maps, Plain, Table};
@@ -199,6 +200,40 @@ impl<'m> Publisher<'m> {
     #[must_use]
     pub fn config(&self) -> EdgeConfig {
         self.maps.load_config(self.in_force())
+    }
+
+    /// Limits and caps of the set in force; none before the first set.
+    #[must_use]
+    pub fn limits(&self) -> Option<(Limits, Caps)> {
+        let config = self.config();
+        let [unvalidated, syn, version, knock, reject] = config.budget.map(Limit::from);
+        let limits = Limits {
+            unvalidated,
+            syn,
+            version,
+            knock,
+            reject,
+            source_quic: config.source_quic[0].into(),
+            source_tcp: config.source_tcp[0].into(),
+            peer: config.peer.into(),
+            proof: config.proof.into(),
+            id: config.id.into(),
+        };
+        let caps = Caps {
+            quic: config.quic_connections_max,
+            tcp: config.tcp_connections_max,
+        };
+        (config.set != 0).then_some((limits, caps))
+    }
+
+    /// Whether the set in force enforces.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        if self.config().mode == MODE_ENFORCE {
+            Mode::Enforce
+        } else {
+            Mode::Count
+        }
     }
 
     fn check_room(&self, set: &Compiled) -> Result<(), PublishError> {

@@ -1,8 +1,10 @@
-//! What an operator asked of the edge, in a file beside the pins: what the maps cannot say.
+//! What an operator asked of the edge, in a file beside the pins: what the maps cannot say. Mode and number of the set in force are
+//! not here: the maps say them.
 //!
 //! 1. The file is replaced whole, and only by whoever holds the lock of the pins.
 //! 2. A file of another format is refused, not guessed at.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
@@ -49,9 +51,7 @@ pub struct State {
     pub format: u32,
     /// Interfaces, by name.
     pub interfaces: Vec<Interface>,
-    /// Whether the last set that was published enforces.
-    pub enforce: bool,
-    /// Number of the last set that was published.
+    /// Number of the last set that table and state have followed; the kernel's own number is ahead of it while something is half done.
     pub set: u32,
     /// Version of the registry that it came from, if it came from one.
     pub registry_version: Option<u64>,
@@ -60,6 +60,29 @@ pub struct State {
     /// A newer version of the registry, whose rules are refused.
     #[serde(default)]
     pub refused: Option<Refused>,
+    /// The last set that was on probation and was not confirmed, until somebody applies anew.
+    #[serde(default)]
+    pub lapsed: Option<Lapsed>,
+    /// Keys of the config and their values, as the program was loaded with.
+    #[serde(default)]
+    pub attached: BTreeMap<String, String>,
+    /// Keys of the config and their values, as the node was started with.
+    #[serde(default)]
+    pub node: BTreeMap<String, String>,
+}
+
+/// A set that was put in force on probation, and that nobody confirmed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lapsed {
+    /// Its number.
+    pub set: u32,
+    /// Public key of the registry that it came from.
+    pub registry: String,
+    /// Version of that registry.
+    pub registry_version: u64,
+    /// Its side of the config: keys and their values.
+    pub config: BTreeMap<String, String>,
 }
 
 /// A version of the registry that cannot be put in force.
@@ -140,11 +163,13 @@ impl Default for State {
         Self {
             format: FORMAT,
             interfaces: Vec::new(),
-            enforce: false,
             set: 0,
             registry_version: None,
             temporary: Vec::new(),
             refused: None,
+            lapsed: None,
+            attached: BTreeMap::new(),
+            node: BTreeMap::new(),
         }
     }
 }
@@ -251,7 +276,6 @@ mod tests {
                 index: 7,
                 mode: AttachMode::Generic,
             }],
-            enforce: true,
             set: 12,
             registry_version: Some(40),
             temporary: vec![Temporary {
@@ -263,6 +287,14 @@ mod tests {
                 registry_version: 41,
                 message: "rule 1".into(),
             }),
+            lapsed: Some(Lapsed {
+                set: 13,
+                registry: "ab".into(),
+                registry_version: 42,
+                config: BTreeMap::from([("tcp_ports".into(), "[80]".into())]),
+            }),
+            attached: BTreeMap::from([("xdp".into(), "\"native\"".into())]),
+            node: BTreeMap::from([("lease".into(), "\"2s\"".into())]),
         };
         state.write(&pins, &pins.lock().unwrap()).unwrap();
         assert_eq!(State::read(&pins).unwrap(), state);

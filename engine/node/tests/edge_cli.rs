@@ -196,7 +196,10 @@ fn a_running_node_mends_what_somebody_left_by_halves() {
     let settled = |enforce: bool, above: u32| {
         eventually("the state has followed", || {
             let state = State::read(&site.pinned.pins()).unwrap();
-            (state.enforce == enforce && state.set > above).then_some(state.set)
+            let status = site.status();
+            let follows = status["set"] == state.set && state.set > above;
+            let enforces = status["mode"] == "enforce";
+            (follows && enforces == enforce).then_some(state.set)
         })
     };
     let set = settled(false, 0);
@@ -532,11 +535,11 @@ fn a_table_that_others_remove_comes_back() {
     site.pair.node.nft("add table inet other");
     site.json("apply", &[]);
     let prefix = format!("{STRANGER}/32");
-    let denied = site.json("deny", &[&prefix])["set"].as_u64().unwrap();
+    let denied = site.json("deny", &[&prefix, "--for", "1s"])["set"].as_u64();
     // The state is the last that is written.
-    eventually("the node has followed", || {
+    eventually("the node takes the rule away", || {
         let state = State::read(&site.pinned.pins()).unwrap();
-        (u64::from(state.set) > denied).then_some(())
+        (Some(u64::from(state.set)) > denied).then_some(())
     });
     assert_eq!(counter(&site, RESTORED), 3);
     let delete = format!("delete chain {} output", site.table());
@@ -861,7 +864,7 @@ fn a_node_without_privileges_runs_and_says_so() {
         return;
     }
     if Command::new("setpriv").arg("--version").output().is_err() {
-        eprintln!("SKIPPED: {test} needs setpriv (util-linux)");
+        common::skip::skip(test, "setpriv (util-linux)");
         return;
     }
     let mut site = Site::new("none", "mode = \"enforce\"");

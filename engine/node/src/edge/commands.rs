@@ -4,6 +4,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use ipnet::{IpNet, Ipv4Net};
 use millrace_edge::edge::{AttachOptions, Edge, EdgeError};
 use millrace_edge::load::LoadOptions;
 use millrace_edge::nft::Nft;
@@ -13,11 +14,12 @@ use millrace_edge::state::AttachMode;
 use millrace_edge_policy::rules::{RuleAction, Temporary};
 use millrace_edge_policy::settings::Mode;
 use millrace_protocol::registry::RegistryConfig;
-use millrace_tuning::NodeConfig;
+use millrace_tuning::{NodeConfig, Period};
 use serde::Serialize;
 
 use super::force::{self, Done, Order, Turn};
-use super::{plan, show};
+use super::plan::Firewall;
+use super::{applied, plan, sets, show};
 use crate::cli::{
     XdpApplyArgs, XdpAttachArgs, XdpCommand, XdpPlace, XdpPlaceArgs, XdpTemporaryArgs,
 };
@@ -150,14 +152,23 @@ fn adopt(pins: &Pins) -> Result<Edge, Failure> {
 fn apply(args: &XdpApplyArgs) -> Result<Exit, Failure> {
     let (config, paths) = Loaded::read(&args.config)?.usable()?;
     let pins = Pins::at(&config.edge.pins);
+    if let Some(period) = args.confirm {
+        at_least_a_second("--confirm", period)?;
+    }
     let turn = Turn::wait(&pins)?;
     let edge = adopt(&pins)?;
     let how = How {
         mode: plan::mode(args.mode.as_ref().unwrap_or(&config.edge.mode)),
-        probation: args.confirm.map(millrace_tuning::Period::get),
+        probation: args.confirm.map(Period::get),
         or_last_good: args.last_good,
     };
-    let done = put(&edge, &turn, &config, &paths, how)?;
+    let mut done = put(&edge, &turn, &config, &paths, how)?;
+    for (key, how) in applied::left_alone(&config, &force::read_state(&pins)?) {
+        output::message(format_args!(
+            "warning: [edge] {key} differs from what runs, and `apply` does not change it; {how}"
+        ));
+        done.left_alone.push(key);
+    }
     if let Some(period) = how.probation {
         output::message(format_args!(
             "on probation: `millrace xdp confirm` within {period:?} keeps it, else the kernel goes back"
@@ -193,6 +204,22 @@ fn put(
     paths: &Paths,
     how: How,
 ) -> Result<Done, Failure> {
+    let order = Order {
+        config,
+        port: config.listen.address.port(),
+        firewall: &firewall(config, paths)?,
+        mode: how.mode,
+        probation: how.probation,
+        or_last_good: how.or_last_good,
+        anew: true,
+    };
+    let nft = Nft::of(edge.pins());
+    let planned = force::plan(edge, turn, &order, &nft)?;
+    force::put(edge, turn, &order, planned, &nft)
+}
+
+/// What the registry folder says to this node.
+fn firewall(config: &NodeConfig, paths: &Paths) -> Result<Firewall, Failure> {
     let identity = keys::read(&paths.key_file)?;
     let follower = Follower::new(
         paths.registry_dir.clone(),
@@ -201,17 +228,58 @@ fn put(
     );
     let versions = Versions::new(&identity.public_key(), config, follower)?;
     versions.poll_folder();
+    Ok(versions.firewall(&config.edge.roles))
+}
+
+/// Puts in force what is so already, with the temporary rules of now: neither what the registry nor what the config says since.
+fn put_again(
+    edge: &Edge,
+    turn: &Turn,
+    config: &NodeConfig,
+    paths: &Paths,
+) -> Result<Done, Failure> {
+    let publisher = Publisher::new(edge.maps());
+    let set = publisher.config().set;
+    let origin = sets::origin(edge.pins(), set);
+    let as_applied = origin.and_then(|origin| Some((origin.applied.onto(config)?, origin)));
+    let Some((config, origin)) = as_applied else {
+        let message =
+            format!("nobody wrote down what set {set} was made from; `millrace xdp apply` does");
+        return Err(Failure::new(Exit::Failed, message));
+    };
     let order = Order {
-        config,
-        port: config.listen.address.port(),
-        firewall: &versions.firewall(&config.edge.roles),
-        mode: how.mode,
-        probation: how.probation,
-        or_last_good: how.or_last_good,
+        config: &config,
+        port: origin.applied.port,
+        firewall: &origin.firewall(&firewall(&config, paths)?),
+        mode: publisher.mode(),
+        probation: None,
+        or_last_good: false,
+        anew: false,
     };
     let nft = Nft::of(edge.pins());
     let planned = force::plan(edge, turn, &order, &nft)?;
     force::put(edge, turn, &order, planned, &nft)
+}
+
+/// Shorter, it would be over before anybody could look.
+fn at_least_a_second(option: &str, period: Period) -> Result<(), Failure> {
+    if period.get() < Duration::from_secs(1) {
+        let message = format!("{option} {period}: at least 1s");
+        return Err(Failure::new(Exit::Usage, message));
+    }
+    Ok(())
+}
+
+/// The IPv4 prefix that an IPv6 one stands for: packets of IPv4 have no other.
+fn unmapped(prefix: IpNet) -> IpNet {
+    const MAPPED_BITS: u8 = 96;
+    let IpNet::V6(v6) = prefix else {
+        return prefix;
+    };
+    let bits = v6.prefix_len().checked_sub(MAPPED_BITS);
+    let v4 = v6.network().to_ipv4_mapped().zip(bits);
+    v4.and_then(|(network, bits)| Ipv4Net::new(network, bits).ok())
+        .map_or(prefix, IpNet::V4)
 }
 
 fn say(done: &Done, json: bool) -> Result<Exit, Failure> {
@@ -240,21 +308,15 @@ fn confirm(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
     let pins = pins(&args.place)?;
     let turn = Turn::wait(&pins)?;
     let edge = adopt(&pins)?;
-    match edge.confirm() {
-        Err(EdgeError::Publish(PublishError::NoProbation)) if force::is_half_done(&edge) => {}
-        confirmed => confirmed.map_err(|error| of_edge(&error))?,
-    }
-    let set = force::confirmed(&edge, &turn, &Nft::of(&pins))?;
+    let set = force::confirm(&edge, &turn, &Nft::of(&pins))?;
     plain(args.json, "confirmed", set)
 }
 
 fn revert(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
     let pins = pins(&args.place)?;
-    let _turn = Turn::wait(&pins)?;
+    let turn = Turn::wait(&pins)?;
     let edge = Edge::adopt(&pins).map_err(|error| of_edge(&error))?;
-    edge.revert().map_err(|error| of_edge(&error))?;
-    force::forget_pending(&pins)?;
-    let set = Publisher::new(edge.maps()).config().set;
+    let set = force::revert(&edge, &turn)?;
     plain(args.json, "reverted", set)
 }
 
@@ -281,18 +343,19 @@ fn detach(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
 }
 
 fn temporary(args: &XdpTemporaryArgs, action: RuleAction) -> Result<Exit, Failure> {
+    at_least_a_second("--for", args.period)?;
     let (config, paths) = Loaded::read(&args.config)?.usable()?;
     let pins = Pins::at(&config.edge.pins);
     let turn = Turn::wait(&pins)?;
     let edge = adopt(&pins)?;
-    // Or it would be in the mode before that of a command that died.
+    // What waits for its table is in force in the kernel: this goes on from there.
     force::finish(&edge, &turn, &Nft::of(&pins))?;
     let mut state = force::read_state(edge.pins())?;
     let before = state.temporary.clone();
     let now = SystemTime::now();
     state.expire(now);
     let until = plan::unix_seconds(now).saturating_add(args.period.get().as_secs());
-    let prefix = args.prefix.trunc();
+    let prefix = unmapped(args.prefix).trunc();
     state.temporary.retain(|rule| rule.prefix != prefix);
     state.temporary.push(Temporary {
         prefix,
@@ -300,18 +363,9 @@ fn temporary(args: &XdpTemporaryArgs, action: RuleAction) -> Result<Exit, Failur
         until_unix_seconds: until,
     });
     force::write_state(edge.pins(), &state)?;
-    let mode = if state.enforce {
-        Mode::Enforce
-    } else {
-        Mode::Count
-    };
-    // Whoever is under attack must not wait for a registry that is right.
-    let how = How {
-        or_last_good: true,
-        ..How::good(mode)
-    };
-    let done = put(&edge, &turn, &config, &paths, how);
-    if done.is_err() {
+    let before_set = Publisher::new(edge.maps()).config().set;
+    let done = put_again(&edge, &turn, &config, &paths);
+    if done.is_err() && Publisher::new(edge.maps()).config().set == before_set {
         // Or it would come with the next set. The first error is the one to tell.
         let _ = force::read_state(edge.pins()).and_then(|mut state| {
             state.temporary = before;
@@ -319,6 +373,12 @@ fn temporary(args: &XdpTemporaryArgs, action: RuleAction) -> Result<Exit, Failur
         });
     }
     let done = done?;
+    let lease_until_ns = edge.maps().control.load(0).lease_until_ns;
+    if lease_until_ns <= millrace_edge::clock::now_ns() {
+        output::message(format_args!(
+            "no node runs: the rule holds past its time, until a node runs again or `millrace xdp apply` is called"
+        ));
+    }
     say(&done, args.json)
 }
 

@@ -1,8 +1,9 @@
 //! Follows what others change while the node runs: rules by the registry and by operators, the table of nftables and interfaces by the host.
 //!
 //! 1. It waits for `nft` and for the helper, so it is a thread of its own: nothing that must come in time comes from here.
-//! 2. The set in force changes when the registry, the members, the temporary rules or the mode did, or when somebody left one by halves, and
-//!    not otherwise. A set on probation is left alone.
+//! 2. A node that starts puts its own config in force, in the mode that it finds. From then on it goes on from the set in force, whoever applied
+//!    it: that changes when the registry, the members or the temporary rules did, or when somebody left one by halves, and not otherwise. A set
+//!    on probation is left alone, and one that has lapsed stays so.
 //! 3. An edge that somebody detached is not this node's any more: nothing is put in force behind their back.
 //! 4. What fails is said once; what may come right by itself is tried again after [`RETRY`].
 
@@ -14,17 +15,18 @@ use std::time::{Duration, Instant, SystemTime};
 
 use millrace_edge::helper::Request;
 use millrace_edge::publish::{Publisher, Standing};
-use millrace_edge::state::Interface;
-use millrace_edge_policy::admission::Admission;
+use millrace_edge::state::{Interface, Lapsed, State};
 use millrace_edge_policy::rules::Temporary;
 use millrace_edge_policy::settings::Mode;
 use millrace_tuning::NodeConfig;
 use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 
+use super::applied::Applied;
 use super::commands::attach_options;
 use super::force::{self, Order, Planned, Turn};
 use super::keeper::{EdgeView, held};
 use super::plan::Firewall;
+use super::sets::{self, Origin};
 use super::start::Kernel;
 use super::table::{self, LeftAlone, Nftables};
 use crate::exit::{Exit, Failure};
@@ -39,34 +41,33 @@ const TABLE_LOOK: Duration = Duration::from_secs(1);
 /// Between two looks at interfaces.
 const INTERFACES_LOOK: Duration = Duration::from_secs(1);
 
-/// What a set is made from.
+/// What should be in force, and what was when it was tried.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Basis {
     version: u64,
     members: Vec<IpAddr>,
     temporary: Vec<Temporary>,
-    enforce: bool,
-}
-
-/// What was in force when a set was tried.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Found {
-    /// The kernel and the state agree.
+    applied: Applied,
+    mode: Mode,
+    lapsed: Option<Lapsed>,
+    in_force: u32,
+    /// Table and state have followed it.
     settled: bool,
-    /// As the state says.
-    version: Option<u64>,
 }
 
 pub(super) struct Following {
     node: Arc<Running>,
     config: Arc<NodeConfig>,
     kernel: Arc<Kernel>,
-    admission: Arc<Admission>,
     view: Arc<EdgeView>,
     /// Of the last set that was tried.
-    tried: Option<(Basis, Found)>,
-    /// Of the last set that this node put in force.
-    put: Option<Basis>,
+    tried: Option<Basis>,
+    /// The config's side of the set in force, as far as it is known.
+    applied: Applied,
+    /// What is in force is not older than this node: its own config has had its turn, or somebody has applied another since.
+    started: bool,
+    /// The set that this node found.
+    found: u32,
     retry_at: Option<Instant>,
     /// Somebody changed something in nftables since the last look.
     told: bool,
@@ -79,6 +80,8 @@ pub(super) struct Following {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Topic {
     Rules,
+    Lapsed,
+    Applied,
     Table,
     Interface(String),
 }
@@ -88,18 +91,21 @@ impl Following {
         node: Arc<Running>,
         config: Arc<NodeConfig>,
         kernel: Arc<Kernel>,
-        admission: Arc<Admission>,
         view: Arc<EdgeView>,
     ) -> Self {
         let now = Instant::now();
+        let applied = Applied::of(&config, node.address().port());
+        let publisher = Publisher::new(kernel.edge.maps());
         Self {
+            applied,
+            // Whoever waits for a confirmation has applied something else than what this node was started with.
+            started: matches!(publisher.standing(), Standing::Probation { .. }),
+            found: publisher.config().set,
             node,
             config,
             kernel,
-            admission,
             view,
             tried: None,
-            put: None,
             retry_at: None,
             // Of what came before, nobody told.
             told: true,
@@ -125,7 +131,6 @@ impl Following {
     }
 
     fn go_on_alone(&self) {
-        self.admission.set_kernel_charges(false);
         if !self.view.detached.swap(true, Ordering::Relaxed) {
             tracing::error!(
                 "the edge was detached: user space holds caps and rates; restart the node when it is attached again"
@@ -142,93 +147,137 @@ impl Following {
         if waits || self.retry_at.is_some_and(|at| now < at) {
             return;
         }
-        let (firewall, basis, found) = match self.basis(kernel, turn) {
+        let (firewall, basis) = match self.basis(kernel, turn) {
             Ok(basis) => basis,
-            Err(failure) => return self.refuse(&failure),
+            Err(failure) => return self.refuse(kernel, &failure, "state"),
         };
-        if self.tried.as_ref() == Some(&(basis.clone(), found.clone())) {
+        if self.tried.as_ref() == Some(&basis) {
             return;
         }
-        self.admission.set_kernel_charges(basis.enforce);
-        match self.put(kernel, turn, &firewall, &basis, &found) {
-            Ok(version) => {
-                let found = Found {
+        match self.put(kernel, turn, &firewall, &basis) {
+            Ok(()) => {
+                self.started = true;
+                self.applied = basis.applied.clone();
+                self.tried = Some(Basis {
+                    in_force: Publisher::new(kernel.edge.maps()).config().set,
                     settled: true,
-                    version: Some(version),
-                };
-                self.tried = Some((basis, found));
+                    ..basis
+                });
                 self.retry_at = None;
                 self.said.remove(&Topic::Rules);
             }
-            Err(failure) => {
-                if failure.exit == Exit::BadConfig {
-                    // Tried once: what was refused is refused again.
-                    self.tried = Some((basis, found));
-                    let state = force::read_state(kernel.edge.pins());
-                    *held(&self.view.refused_now) = state.ok().and_then(|state| state.refused);
-                }
-                self.refuse(&failure);
+            Err(failure) if failure.exit == Exit::BadConfig => {
+                // Tried once: what was refused is refused again.
+                self.tried = Some(basis);
+                let state = force::read_state(kernel.edge.pins());
+                *held(&self.view.refused_now) = state.ok().and_then(|state| state.refused);
+                self.refuse(kernel, &failure, "rules");
             }
+            Err(failure) => self.refuse(kernel, &failure, "publish"),
         }
     }
 
     /// What should be in force now; first, what somebody left by halves is finished.
-    fn basis(&self, kernel: &Kernel, turn: &Turn) -> Result<(Firewall, Basis, Found), Failure> {
+    fn basis(&mut self, kernel: &Kernel, turn: &Turn) -> Result<(Firewall, Basis), Failure> {
+        let pins = kernel.edge.pins();
+        let publisher = Publisher::new(kernel.edge.maps());
         if let Some(set) = force::finish(&kernel.edge, turn, nftables(kernel))? {
             tracing::info!(set, "finished what somebody left by halves");
         }
-        let mut state = force::read_state(kernel.edge.pins())?;
+        force::note_lapsed(&kernel.edge, turn)?;
+        let mut state = force::read_state(pins)?;
         state.expire(SystemTime::now());
-        let firewall = self.node.versions.firewall(&self.config.edge.roles);
-        let found = Found {
-            settled: Publisher::new(kernel.edge.maps()).config().set == state.set,
-            version: state.registry_version,
+        let in_force = publisher.config().set;
+        let applied = self.applied(sets::origin(pins, in_force), in_force, &state);
+        let firewall = match applied.onto(&self.config) {
+            Some(config) => self.node.versions.firewall(&config.edge.roles),
+            None => self.node.versions.firewall(&self.config.edge.roles),
         };
         let basis = Basis {
             version: firewall.version,
             members: firewall.members.clone(),
             temporary: state.temporary,
-            enforce: state.enforce,
+            applied,
+            mode: publisher.mode(),
+            lapsed: state.lapsed,
+            in_force,
+            settled: in_force == state.set,
         };
-        Ok((firewall, basis, found))
+        Ok((firewall, basis))
     }
 
-    /// Puts in force what is not yet; the version whose rules it has.
+    /// The config's side that should be in force: that of the set in force, whoever applied it; at the start that of this node, unless it was tried
+    /// and has lapsed.
+    fn applied(&mut self, of_set: Option<Origin>, in_force: u32, state: &State) -> Applied {
+        self.started |= in_force != self.found;
+        let Some(of_set) = of_set.map(|origin| origin.applied) else {
+            return self.applied.clone();
+        };
+        let own = Applied::of(&self.config, self.node.address().port());
+        let lapsed = state.lapsed.as_ref().map(|lapsed| &lapsed.config);
+        let has_lapsed = lapsed == Some(&own.keys) && own.keys != of_set.keys;
+        if !self.started && !has_lapsed {
+            return own;
+        }
+        if !self.started && self.says(Topic::Applied, "lapsed") {
+            tracing::warn!(
+                keys = own.differs_in(&of_set).join(", "),
+                "this node's config was tried and has lapsed: what is in force stays, until somebody applies anew"
+            );
+        }
+        Applied {
+            port: own.port,
+            ..of_set
+        }
+    }
+
+    /// Puts in force what is not yet.
     fn put(
         &mut self,
         kernel: &Kernel,
         turn: &Turn,
         firewall: &Firewall,
         basis: &Basis,
-        found: &Found,
-    ) -> Result<u64, Failure> {
+    ) -> Result<(), Failure> {
+        let config = basis.applied.onto(&self.config).ok_or_else(|| {
+            let message = "the set in force was applied by a version with other keys; `millrace xdp apply` mends it";
+            Failure::new(Exit::Failed, message)
+        })?;
         let order = Order {
-            config: &self.config,
-            port: self.node.address().port(),
+            config: &config,
+            port: basis.applied.port,
             firewall,
-            mode: if basis.enforce {
-                Mode::Enforce
-            } else {
-                Mode::Count
-            },
+            mode: basis.mode,
             probation: None::<Duration>,
             or_last_good: true,
+            anew: false,
         };
         let planned = force::plan(&kernel.edge, turn, &order, nftables(kernel))?;
         let version = planned.version();
         self.note_refused(&planned);
-        let planned_basis = Basis {
-            version,
-            ..basis.clone()
-        };
-        let as_planned = found.settled && found.version == Some(version);
-        if self.put.as_ref() != Some(&planned_basis) || !as_planned {
+        self.note_lapsed(basis, version);
+        let is_there = || sets::origin(kernel.edge.pins(), basis.in_force);
+        if !self.started || !basis.settled || is_there().as_ref() != Some(&planned.origin) {
             let done = force::put(&kernel.edge, turn, &order, planned, nftables(kernel))?;
-            tracing::info!(set = done.set, version, "rules in force");
-            self.put = Some(planned_basis);
+            tracing::info!(set = done.set, version, mode = done.mode, "rules in force");
         }
         self.view.registry_version.store(version, Ordering::Relaxed);
-        Ok(version)
+        Ok(())
+    }
+
+    /// Says, once, that a version is passed over because it has lapsed.
+    fn note_lapsed(&mut self, basis: &Basis, version: u64) {
+        let passed_over = basis
+            .lapsed
+            .as_ref()
+            .filter(|lapsed| version < basis.version && basis.version <= lapsed.registry_version);
+        if passed_over.is_some() && self.says(Topic::Lapsed, &basis.version.to_string()) {
+            tracing::warn!(
+                version = basis.version,
+                stays = version,
+                "a version of the registry was tried and has lapsed: it is not put in force, until somebody applies anew or a newer one comes"
+            );
+        }
     }
 
     /// Says, once, that older rules stand in for the newest.
@@ -251,13 +300,13 @@ impl Following {
         }
     }
 
-    /// Nothing has changed.
-    fn refuse(&mut self, failure: &Failure) {
+    fn refuse(&mut self, kernel: &Kernel, failure: &Failure, reason: &'static str) {
         let is_wrong = failure.exit == Exit::BadConfig;
         self.retry_at = (!is_wrong).then(|| Instant::now() + RETRY);
         if self.says(Topic::Rules, &failure.message) {
-            tracing::error!(%failure, "rules refused; the last good set stays in force");
-            self.count_refused(if is_wrong { "rules" } else { "publish" });
+            let set = Publisher::new(kernel.edge.maps()).config().set;
+            tracing::error!(%failure, set, reason, "rules do not follow; this set is in force");
+            self.count_refused(reason);
         }
     }
 

@@ -1,28 +1,54 @@
 //! Puts sets in force: for a command, and for a node whose registry changed.
 //!
+//! What is in force, and what was, is said in one place each:
+//!
+//! | what | where |
+//! |---|---|
+//! | number and mode of the set in force, and whether it is on probation | the kernel: [`Publisher`] |
+//! | what a set was made from: registry version, config's side, temporary rules | `set-N.json`: [`sets::Origin`] |
+//! | what is half done, and what follows once the kernel's set is for good | `pending.json`: [`Pending`] |
+//! | what was refused, what lapsed, temporary rules, the last set that all has followed | the state: [`State`] |
+//!
+//! ```text
+//!          put                           put, on probation
+//! settled ─────▶ half done      settled ──────────────────▶ probation
+//!    ▲               │             ▲                          │    │
+//!    └── finish ─────┘             └─ lapsed ◀─ time, revert ─┘    │ confirm
+//!                                                                  ▼
+//!                                               settled ◀─ finish ─ half done
+//!
+//! settled     the kernel's set is the state's
+//! probation   the kernel says so; what is pending has its number
+//! half done   what is pending has the number of the kernel's set, which is for good
+//! lapsed      what is pending was on probation, and the kernel has another set: it is written down as lapsed, and pending no more
+//! ```
+//!
 //! 1. Everything is checked first, also by nftables. Then: the words of its rules, what is pending, the kernel, nftables, the state, in this
 //!    order: whoever dies in between leaves what the next one finishes.
 //! 2. A set on probation changes neither nftables nor the state before it is confirmed, so nothing but the kernel has to go back.
 //! 3. Whoever changes set, table or state has the [`Turn`] from before it reads until it has written.
 //! 4. Where the newest rules are refused, those of the set in force stand in for them if the order allows it: they are always good. So they do
 //!    for somebody who knows older ones, as a command does whose registry folder lacks what the node has from its peers.
+//! 5. What has lapsed unconfirmed comes back only if somebody asks for it anew: a registry version at or below the one that lapsed, and above
+//!    the one in force, is passed over by everybody else.
 
 use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use millrace_edge::edge::{Edge, EdgeError};
 use millrace_edge::nft::{Nft, Table};
 use millrace_edge::pins::Pins;
 use millrace_edge::publish::{PublishError, Publisher, Standing};
-use millrace_edge::state::{self, Refused, State};
+use millrace_edge::state::{self, Lapsed, Refused, State};
 use millrace_edge_policy::rules::{Compiled, Temporary};
 use millrace_edge_policy::settings::Mode;
 use millrace_tuning::NodeConfig;
 use serde::{Deserialize, Serialize};
 
+use super::applied;
 use super::commands::of_edge;
 use super::plan::{self, Firewall};
 use super::table::{self, Nftables};
@@ -123,14 +149,16 @@ pub(crate) struct Order<'o> {
     pub(crate) probation: Option<Duration>,
     /// Where the firewall's rules are refused, take those of the set in force.
     pub(crate) or_last_good: bool,
+    /// Somebody asks for it: what has lapsed may be in force again.
+    pub(crate) anew: bool,
 }
 
 /// A set that is ready to be put in force.
 #[derive(Debug)]
 pub(crate) struct Planned {
     set: Compiled,
-    /// Whose rules they are.
-    firewall: Firewall,
+    /// What it was made from.
+    pub(crate) origin: sets::Origin,
     /// Why they are not the newest, if so.
     pub(crate) refused: Option<Refused>,
 }
@@ -138,7 +166,7 @@ pub(crate) struct Planned {
 impl Planned {
     /// The version of the registry whose rules they are.
     pub(crate) fn version(&self) -> u64 {
-        self.firewall.version
+        self.origin.version
     }
 }
 
@@ -153,13 +181,18 @@ pub(crate) struct Done {
     pub(crate) probation_seconds: Option<f64>,
     /// A newer version of the registry, whose rules are refused.
     pub(crate) refused: Option<Refused>,
+    /// Keys of `[edge]` that differ from what runs, and that this does not change.
+    pub(crate) left_alone: Vec<String>,
 }
 
 /// A set that is about to be in force, and what follows once it is for good.
 #[derive(Debug, Serialize, Deserialize)]
 struct Pending {
     set: u32,
-    enforce: bool,
+    /// What to write down if nobody confirms it; none: it is not on probation.
+    on_probation: Option<Lapsed>,
+    /// Somebody asked for it: what lapsed before is forgotten.
+    anew: bool,
     registry_version: u64,
     refused: Option<Refused>,
     table: Table,
@@ -185,19 +218,22 @@ pub(crate) fn plan(
         // What is asked for now takes its place.
         tracing::warn!(%failure, "what somebody left unfinished stays so");
     }
+    note_lapsed(edge, turn)?;
     let mut state = read_state(edge.pins())?;
+    state.expire(SystemTime::now());
     let of_set = sets::origin(edge.pins(), in_force)
         .filter(|origin| origin.registry == order.config.registry.public_key);
-    let newest = match &of_set {
-        Some(origin) if origin.version > order.firewall.version => origin.firewall(order.firewall),
-        _ => order.firewall.clone(),
-    };
-    let failure = match compiled(order, &newest, &state.temporary, nftables) {
-        Ok(set) => {
+    let newest = newest(order, of_set.as_ref(), &state, in_force)?;
+    let refused_before = state
+        .refused
+        .clone()
+        .filter(|refused| refused.registry_version > newest.version);
+    let failure = match planned(order, newest.clone(), &state.temporary, nftables) {
+        Ok(planned) => {
             return Ok(Planned {
-                set,
-                firewall: newest,
-                refused: None,
+                // Whose rules stand in for it is asked for as they are.
+                refused: refused_before,
+                ..planned
             });
         }
         Err(failure) => failure,
@@ -224,23 +260,58 @@ pub(crate) fn plan(
         ..newest
     };
     Ok(Planned {
-        set: compiled(order, &firewall, &state.temporary, nftables)?,
-        firewall,
         refused,
+        ..planned(order, firewall, &state.temporary, nftables)?
     })
 }
 
-fn compiled(
+/// The newest rules that may be in force.
+fn newest(
     order: &Order<'_>,
-    firewall: &Firewall,
+    of_set: Option<&sets::Origin>,
+    state: &State,
+    in_force: u32,
+) -> Result<Firewall, Failure> {
+    let asked = order.firewall;
+    let has_lapsed = |lapsed: &Lapsed| {
+        !order.anew
+            && lapsed.registry == order.config.registry.public_key
+            && asked.version <= lapsed.registry_version
+    };
+    match of_set {
+        Some(origin) if origin.version > asked.version => Ok(origin.firewall(asked)),
+        Some(origin) if origin.version == asked.version => Ok(asked.clone()),
+        _ if !state.lapsed.as_ref().is_some_and(has_lapsed) => Ok(asked.clone()),
+        Some(origin) => Ok(Firewall {
+            version: origin.version,
+            tables: origin.tables.clone(),
+            ..asked.clone()
+        }),
+        None => {
+            let message = format!(
+                "registry version {} has lapsed, and nobody wrote down what set {in_force} was made from; `millrace xdp apply` decides",
+                asked.version
+            );
+            Err(Failure::new(Exit::Failed, message))
+        }
+    }
+}
+
+fn planned(
+    order: &Order<'_>,
+    firewall: Firewall,
     temporary: &[Temporary],
     nftables: &dyn Nftables,
-) -> Result<Compiled, Failure> {
+) -> Result<Planned, Failure> {
     let settings = plan::settings(order.config, order.port, order.mode);
-    let set = plan::compiled(order.config, &settings, firewall, temporary)
+    let set = plan::compiled(order.config, &settings, &firewall, temporary)
         .map_err(|error| Failure::new(Exit::BadConfig, error.to_string()))?;
     table::check(nftables, &Table::of(&set))?;
-    Ok(set)
+    Ok(Planned {
+        set,
+        origin: sets::Origin::of(&firewall, order.config, order.port, temporary),
+        refused: None,
+    })
 }
 
 /// Publishes what was planned in the same turn, and changes nftables; with a probation, what comes after the kernel waits for [`confirmed`].
@@ -252,28 +323,42 @@ pub(crate) fn put(
     nftables: &dyn Nftables,
 ) -> Result<Done, Failure> {
     let pins = edge.pins();
-    let state = read_state(pins)?;
+    let mut state = read_state(pins)?;
+    if state.attached.is_empty() {
+        // The first set of this edge: what the program was loaded with a moment ago.
+        state.attached = applied::of_programs(order.config);
+        write_state(pins, &state)?;
+    }
     let in_force = Publisher::new(edge.maps()).config().set;
     // What waits, or has lapsed, keeps its number for itself.
     let waits = read_pending(pins).map_or(0, |pending| pending.set);
-    let number = state.set.max(in_force).max(waits) + 1;
+    let lapsed = state.lapsed.as_ref().map_or(0, |lapsed| lapsed.set);
+    let number = state.set.max(in_force).max(waits).max(lapsed) + 1;
     let Planned {
         set,
-        firewall,
+        origin,
         refused,
     } = planned;
-    let origin = sets::Origin::of(&firewall, order.config);
     sets::write(pins, number, in_force, &set, &origin)?;
     let pending = Pending {
         set: number,
-        enforce: order.mode == Mode::Enforce,
-        registry_version: firewall.version,
+        on_probation: order.probation.map(|_| Lapsed {
+            set: number,
+            registry: origin.registry.clone(),
+            registry_version: origin.version,
+            config: origin.applied.keys.clone(),
+        }),
+        anew: order.anew,
+        registry_version: origin.version,
         refused: refused.clone(),
         table: Table::of(&set),
     };
     write_pending(pins, &pending)?;
-    edge.publish(&set, number, order.probation)
-        .map_err(|error| of_edge(&error))?;
+    if let Err(error) = edge.publish(&set, number, order.probation) {
+        // It never was in force, so it cannot lapse either.
+        forget_pending(pins)?;
+        return Err(of_edge(&error));
+    }
     let sampling = millrace_edge::abi::EdgeSampling {
         every: plan::to_u32(order.config.edge.sample_every),
         ..Default::default()
@@ -285,16 +370,71 @@ pub(crate) fn put(
     Ok(Done {
         set: number,
         mode: show::mode_word(order.mode),
-        registry_version: firewall.version,
+        registry_version: origin.version,
         rules: set.rules.len(),
+        left_alone: Vec::new(),
         interfaces: state.interfaces.into_iter().map(|i| i.name).collect(),
         probation_seconds: order.probation.map(|period| period.as_secs_f64()),
         refused,
     })
 }
 
+/// Ends the probation of the set that it was written down for; its number.
+pub(crate) fn confirm(edge: &Edge, turn: &Turn, nftables: &dyn Nftables) -> Result<u32, Failure> {
+    let publisher = Publisher::new(edge.maps());
+    let set = publisher.config().set;
+    if let Standing::Probation { .. } = publisher.standing() {
+        // Before the kernel's set is for good, and not after.
+        let pending = read_pending(edge.pins())?;
+        if pending.set != set {
+            let message = format!(
+                "set {set} is on probation, and what follows a confirmation was written down for set {}: \
+                 `millrace xdp revert`, then apply again",
+                pending.set
+            );
+            return Err(Failure::new(Exit::Failed, message));
+        }
+    }
+    match edge.confirm() {
+        Err(EdgeError::Publish(PublishError::NoProbation)) if is_half_done(edge) => {}
+        confirmed => confirmed.map_err(|error| of_edge(&error))?,
+    }
+    confirmed(edge, turn, nftables)
+}
+
+/// Takes back what is on probation; the number of the set that is in force again.
+pub(crate) fn revert(edge: &Edge, turn: &Turn) -> Result<u32, Failure> {
+    edge.revert().map_err(|error| of_edge(&error))?;
+    let reverted = note_lapsed(edge, turn);
+    // The kernel's set is what counts; somebody else writes down what this could not.
+    if let Err(failure) = reverted {
+        let message = format!("reverted, and this could not be written down: {failure}");
+        return Err(Failure::new(failure.exit, message));
+    }
+    Ok(Publisher::new(edge.maps()).config().set)
+}
+
+/// Writes down what was on probation and is not any more, without a confirmation.
+pub(crate) fn note_lapsed(edge: &Edge, _turn: &Turn) -> Result<(), Failure> {
+    let pins = edge.pins();
+    let publisher = Publisher::new(edge.maps());
+    let Ok(pending) = read_pending(pins) else {
+        return Ok(());
+    };
+    let waits = matches!(publisher.standing(), Standing::Probation { .. });
+    if waits || pending.set == publisher.config().set {
+        return Ok(());
+    }
+    if let Some(lapsed) = pending.on_probation {
+        let mut state = read_state(pins)?;
+        state.lapsed = Some(lapsed);
+        write_state(pins, &state)?;
+    }
+    forget_pending(pins)
+}
+
 /// What follows a confirmation; the number of the set.
-pub(crate) fn confirmed(edge: &Edge, turn: &Turn, nftables: &dyn Nftables) -> Result<u32, Failure> {
+fn confirmed(edge: &Edge, turn: &Turn, nftables: &dyn Nftables) -> Result<u32, Failure> {
     let set = Publisher::new(edge.maps()).config().set;
     let pending = read_pending(edge.pins())?;
     if pending.set != set {
@@ -307,7 +447,7 @@ pub(crate) fn confirmed(edge: &Edge, turn: &Turn, nftables: &dyn Nftables) -> Re
 }
 
 /// Whether the set in force is so for good, and table and state have not followed: somebody died there, or `nft` refused.
-pub(crate) fn is_half_done(edge: &Edge) -> bool {
+fn is_half_done(edge: &Edge) -> bool {
     let publisher = Publisher::new(edge.maps());
     !matches!(publisher.standing(), Standing::Probation { .. })
         && read_pending(edge.pins()).is_ok_and(|pending| pending.set == publisher.config().set)
@@ -355,12 +495,31 @@ fn settle(
     pending: &Pending,
     nftables: &dyn Nftables,
 ) -> Result<(), Failure> {
+    follow_set(edge, turn, pending, nftables).map_err(|failure| {
+        let message = format!(
+            "set {} is in force in the kernel, mode {}, and not all has followed: {failure}; \
+             a running node finishes it, or `millrace xdp confirm`",
+            pending.set,
+            show::mode_word(Publisher::new(edge.maps()).mode())
+        );
+        Failure::new(failure.exit, message)
+    })
+}
+
+fn follow_set(
+    edge: &Edge,
+    turn: &Turn,
+    pending: &Pending,
+    nftables: &dyn Nftables,
+) -> Result<(), Failure> {
     table::replace(edge.pins(), turn, nftables, &pending.table)?;
     let mut state = read_state(edge.pins())?;
     state.set = pending.set;
-    state.enforce = pending.enforce;
     state.registry_version = Some(pending.registry_version);
     state.refused.clone_from(&pending.refused);
+    if pending.anew {
+        state.lapsed = None;
+    }
     write_state(edge.pins(), &state)?;
     forget_pending(edge.pins())
 }

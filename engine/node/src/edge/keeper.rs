@@ -12,8 +12,10 @@ use std::time::Duration;
 
 use millrace_edge::metrics::Counters;
 use millrace_edge::presence::Presence;
+use millrace_edge::publish::Publisher;
 use millrace_edge::state::Refused;
 use millrace_edge_policy::reason::Reason;
+use millrace_edge_policy::settings::{Caps, Limits, Mode};
 use millrace_edge_policy::siphash::Key;
 use millrace_edge_policy::stress::{Level, Sample, Stress, StressConfig};
 use millrace_tuning::NodeConfig;
@@ -105,7 +107,6 @@ impl Keeper {
                 Arc::clone(&node),
                 Arc::clone(&config),
                 kernel,
-                Arc::clone(&kept.admission),
                 Arc::clone(&view),
             );
             Ticker::start("millrace-rules", period, move |ticks| {
@@ -201,6 +202,8 @@ struct Keeping<'k> {
     stress: Stress,
     seen: Option<Pressed>,
     peers: Option<BTreeMap<u32, Key>>,
+    /// Of the set that was in force at the last wake.
+    limits: Option<(Limits, Caps)>,
 }
 
 impl<'k> Keeping<'k> {
@@ -223,6 +226,7 @@ impl<'k> Keeping<'k> {
             stress: Stress::new(StressConfig::default(), millrace_edge::clock::now_ns()),
             seen: None,
             peers: None,
+            limits: None,
         }
     }
 
@@ -230,9 +234,29 @@ impl<'k> Keeping<'k> {
         if let Some(presence) = &self.presence {
             presence.renew();
         }
+        self.follow_set();
         self.turn_keys();
         self.judge_stress();
         self.follow_peers();
+    }
+
+    /// Caps and rates are those of the set in force, here and in the sketch, whoever put it there and however long it stays.
+    fn follow_set(&mut self) {
+        let Some(kernel) = &self.kept.kernel else {
+            return;
+        };
+        let publisher = Publisher::new(kernel.edge.maps());
+        let admission = &self.kept.admission;
+        let charges = self.view.is_in_kernel() && publisher.mode() == Mode::Enforce;
+        admission.set_kernel_charges(charges);
+        let now = publisher.limits();
+        if let Some((limits, caps)) = now.filter(|_| now != self.limits) {
+            admission.set_limits(limits, caps);
+            if let Some(presence) = &mut self.presence {
+                presence.set_limits(&limits);
+            }
+            self.limits = now;
+        }
     }
 
     fn turn_keys(&mut self) {

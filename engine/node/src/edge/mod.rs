@@ -2,6 +2,7 @@
 //!
 //! | file | job |
 //! |---|---|
+//! | `applied.rs` | the config's side of a set |
 //! | `plan.rs` | from config and registry to a compiled set |
 //! | `commands.rs` | `millrace xdp attach`, `apply`, `confirm`, `revert`, `allow`, `deny`, `detach` |
 //! | `force.rs` | puts a set in force, for good or on probation |
@@ -15,6 +16,7 @@
 //! 1. Whoever changes the edge holds the lock of its pins: commands and a running node do not cross.
 //! 2. What fails leaves the last good set in force, and says which registry version, rule and reason.
 
+mod applied;
 pub(crate) mod commands;
 mod follow;
 pub(crate) mod force;

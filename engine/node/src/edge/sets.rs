@@ -11,10 +11,11 @@ use std::path::PathBuf;
 
 use millrace_edge::pins::Pins;
 use millrace_edge::state;
-use millrace_edge_policy::rules::{Compiled, Locality};
+use millrace_edge_policy::rules::{Compiled, Locality, Temporary};
 use millrace_tuning::NodeConfig;
 use serde::{Deserialize, Serialize};
 
+use super::applied::Applied;
 use super::plan::Firewall;
 use crate::exit::{Exit, Failure};
 
@@ -37,19 +38,32 @@ pub(crate) struct Origin {
     pub(crate) registry: String,
     /// 0: there was none.
     pub(crate) version: u64,
-    members: Vec<IpAddr>,
+    /// Text of the node's ID.
+    node: String,
     subnet: Option<String>,
+    members: Vec<IpAddr>,
+    pub(crate) applied: Applied,
+    temporary: Vec<Temporary>,
     /// The version's `[[firewall]]` tables.
     pub(crate) tables: Vec<toml::Table>,
 }
 
 impl Origin {
-    pub(crate) fn of(firewall: &Firewall, config: &NodeConfig) -> Self {
+    /// With the temporary rules that have not ended.
+    pub(crate) fn of(
+        firewall: &Firewall,
+        config: &NodeConfig,
+        port: u16,
+        temporary: &[Temporary],
+    ) -> Self {
         Self {
             registry: config.registry.public_key.clone(),
             version: firewall.version,
-            members: firewall.members.clone(),
+            node: firewall.locality.node.clone(),
             subnet: firewall.locality.subnet.clone(),
+            members: firewall.members.clone(),
+            applied: Applied::of(config, port),
+            temporary: temporary.to_vec(),
             tables: firewall.tables.clone(),
         }
     }
@@ -146,7 +160,7 @@ fn path(pins: &Pins, set: u32) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
-    use millrace_edge_policy::rules::{Bounds, Rule, compile};
+    use millrace_edge_policy::rules::{Bounds, Rule, RuleAction, compile};
     use millrace_edge_policy::settings::Settings;
 
     use super::*;
@@ -162,7 +176,7 @@ mod tests {
     }
 
     fn none() -> Origin {
-        Origin::of(&Firewall::default(), &NodeConfig::default())
+        Origin::of(&Firewall::default(), &NodeConfig::default(), 4100, &[])
     }
 
     // Protects the last good set: its rules come back as the registry said them.
@@ -183,7 +197,12 @@ mod tests {
                 ..Locality::default()
             },
         };
-        let written = Origin::of(&firewall, &NodeConfig::default());
+        let temporary = Temporary {
+            prefix: "192.0.2.0/24".parse().unwrap(),
+            action: RuleAction::Deny,
+            until_unix_seconds: 1_900_000_000,
+        };
+        let written = Origin::of(&firewall, &NodeConfig::default(), 4100, &[temporary]);
         write(&pins, 1, 1, &allowing("192.0.2.1"), &written).unwrap();
         assert_eq!(origin(&pins, 1), Some(written.clone()));
         assert_eq!(origin(&pins, 2), None);

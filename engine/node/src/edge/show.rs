@@ -13,13 +13,16 @@ use millrace_edge_policy::settings::Mode;
 use serde::Serialize;
 
 use super::commands::{of_edge, pins};
-use super::sets;
+use super::{sets, table};
 use crate::cli::{XdpEventsArgs, XdpPlace, XdpPlaceArgs, XdpTraceArgs};
 use crate::exit::{Exit, Failure};
 use crate::output;
 
 /// Where the kernel keeps whether it answers SYNs by cookies.
 const SYN_COOKIES: &str = "/proc/sys/net/ipv4/tcp_syncookies";
+
+/// What `status` says of a table that could not be put in force.
+const TABLE_MISSING: &str = "missing";
 
 /// `count` or `enforce`.
 pub(crate) fn mode_word(mode: Mode) -> &'static str {
@@ -47,6 +50,10 @@ struct Status {
     registry_version: Option<u64>,
     /// A newer version of the registry, whose rules are refused.
     refused: Option<Refused>,
+    /// The last set that was on probation and was not confirmed.
+    lapsed: Option<LapsedStatus>,
+    /// `in_force`, or `missing`: nftables or the helper refused, and the table is another than that of the set.
+    table: &'static str,
     probation_seconds_left: Option<f64>,
     stress: u32,
     lease_seconds_left: Option<f64>,
@@ -56,6 +63,12 @@ struct Status {
     tcp_sources: u64,
     quic_sources: u64,
     packets: Vec<Count>,
+}
+
+#[derive(Debug, Serialize)]
+struct LapsedStatus {
+    set: u32,
+    registry_version: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -136,6 +149,17 @@ pub(crate) fn status(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
             refused.registry_version, refused.message
         ))?;
     }
+    if let Some(lapsed) = &status.lapsed {
+        output::data(format_args!(
+            "lapsed      set {} (registry version {}), unconfirmed: it stays out until `millrace xdp apply` or a newer version",
+            lapsed.set, lapsed.registry_version
+        ))?;
+    }
+    if status.table == TABLE_MISSING {
+        output::data(
+            "nftables    the table is not that of this set: a running node tries again, else `millrace xdp apply`",
+        )?;
+    }
     if let Some(left) = status.probation_seconds_left {
         output::data(format_args!(
             "probation   {left:.0} s left; then the set before it is in force again"
@@ -197,6 +221,15 @@ fn status_of(edge: &Edge) -> Result<Status, Failure> {
         set: config.set,
         registry_version: state.registry_version,
         refused: state.refused,
+        lapsed: state.lapsed.map(|lapsed| LapsedStatus {
+            set: lapsed.set,
+            registry_version: lapsed.registry_version,
+        }),
+        table: if table::is_missing(edge.pins()) {
+            TABLE_MISSING
+        } else {
+            "in_force"
+        },
         probation_seconds_left: match publisher.standing() {
             Standing::Probation { left } => Some(left.as_secs_f64()),
             _ => None,

@@ -18,11 +18,11 @@ use millrace_edge::edge::{Edge, EdgeError};
 use millrace_edge::helper::{Helper, Setup};
 use millrace_edge::nft::Nft;
 use millrace_edge::pins::{Kind, Pins};
+use millrace_edge::publish::Publisher;
 use millrace_edge::ruleset::Watch;
 use millrace_edge::steer::Steering;
 use millrace_edge::{presence, privileges};
 use millrace_edge_policy::admission::{Admission, AdmissionConfig};
-use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::settings::{Mode, Settings};
 use millrace_edge_policy::source::Source;
 use millrace_shards::socket::{
@@ -31,6 +31,7 @@ use millrace_shards::socket::{
 use millrace_transport::{Clock, ConnectionCounts, EdgeStart};
 use millrace_tuning::NodeConfig;
 
+use super::applied;
 use super::commands::attach_options;
 use super::force::{self, Claim, Order, Turn};
 use super::plan::{self, Firewall};
@@ -55,8 +56,6 @@ pub(crate) struct Kernel {
     _claim: Claim,
     /// Which edge this is: another may be attached at the same place later.
     identity: Option<(u64, u64)>,
-    /// What one source may open, for those that show their address here.
-    source_quic: Limit,
 }
 
 impl Kernel {
@@ -82,7 +81,10 @@ impl ConnectionCounts for Kernel {
     }
 
     fn validated(&self, source: Source) {
-        presence::charge_validated(self.edge.maps(), source, self.source_quic);
+        let maps = self.edge.maps();
+        if let Some((limits, _)) = Publisher::new(maps).limits() {
+            presence::charge_validated(maps, source, limits.source_quic);
+        }
     }
 }
 
@@ -143,7 +145,8 @@ pub(crate) fn prepare(
         kernel(config, listens, firewall)?
     };
     let mode = match &kernel {
-        Some(kernel) => kept_mode(&kernel.edge)?,
+        // That of the set in force: a restart changes nothing.
+        Some(kernel) => Publisher::new(kernel.edge.maps()).mode(),
         None => plan::mode(&config.edge.mode),
     };
     let settings = plan::settings(config, listens.port(), mode);
@@ -161,16 +164,6 @@ pub(crate) fn prepare(
         settings,
         steering,
         sockets,
-    })
-}
-
-/// The mode that the pins were left in: a restart changes nothing.
-fn kept_mode(edge: &Edge) -> Result<Mode, Failure> {
-    let state = force::read_state(edge.pins())?;
-    Ok(if state.enforce {
-        Mode::Enforce
-    } else {
-        Mode::Count
     })
 }
 
@@ -268,6 +261,7 @@ fn claimed(
     // Until everything of it is open: what is attached here in the meantime would be another edge.
     let turn = Turn::wait(pins)?;
     let edge = adopt_or_attach(pins, &turn, config, listens, firewall)?;
+    note_start(&edge, &turn, config);
     let run = u32::from_le_bytes(random()?[..4].try_into().unwrap_or([1; 4]));
     let pinned = edge.pins().path(Kind::Map, "quic_sources");
     let counts = MapHandle::from_pinned_path(&pinned)
@@ -282,10 +276,19 @@ fn claimed(
             .ok(),
         identity: identity(pins),
         edge,
-        source_quic: plan::settings(config, listens.port(), Mode::Count)
-            .limits
-            .source_quic,
     })
+}
+
+/// Writes down what this node was started with, for whoever edits the config meanwhile. It runs without as well.
+fn note_start(edge: &Edge, turn: &Turn, config: &NodeConfig) {
+    let noted = force::read_state(edge.pins()).and_then(|mut state| {
+        state.node = applied::of_nodes(config);
+        force::write_state(edge.pins(), &state)
+    });
+    let noted = noted.and_then(|()| force::note_lapsed(edge, turn));
+    if let Err(failure) = noted {
+        output::message(format_args!("rules stay as they are: {failure}"));
+    }
 }
 
 fn adopt_or_attach(
@@ -375,6 +378,7 @@ fn attach(
         mode: plan::mode(&config.edge.mode),
         probation: None::<Duration>,
         or_last_good: false,
+        anew: true,
     };
     let nft = Nft::of(pins);
     let done = force::plan(&edge, turn, &order, &nft)

@@ -140,6 +140,11 @@ pub(crate) fn restore(pins: &Pins, _turn: &Turn, nftables: &dyn Nftables) -> Res
     Ok(true)
 }
 
+/// Whether the table could not be put in force, or nobody could look: somebody has to try again.
+pub(crate) fn is_missing(pins: &Pins) -> bool {
+    matches!(read(pins), Ok(Some(written)) if written.fingerprint.is_none())
+}
+
 /// Forgets what was put in force.
 pub(crate) fn forget(pins: &Pins) {
     // A file too many harms nobody: the next one replaces it.

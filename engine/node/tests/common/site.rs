@@ -21,7 +21,7 @@ pub const ELSEWHERE: u16 = 2222;
 /// How long somebody waits for an answer that is to come: a bound, not a measure.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long somebody waits for an answer that is not to come.
-const MOMENT: Duration = Duration::from_millis(500);
+pub const MOMENT: Duration = Duration::from_millis(500);
 
 /// A node that is not started, in its namespace, and its registry. Dropped in this order.
 pub struct Site {
