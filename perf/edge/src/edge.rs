@@ -25,6 +25,7 @@ use millrace_edge_policy::rules::{
 };
 use millrace_edge_policy::settings::{Caps, DefaultAction, Kind, Limits, Mode, Service, Settings};
 use millrace_edge_policy::source::Source;
+use millrace_edge_policy::stress::Level;
 use serde::Serialize;
 
 use crate::filters::Tally;
@@ -60,7 +61,7 @@ pub(crate) enum Case {
     Garbage,
     /// A SYN beyond the budget, with nobody listening.
     Syn,
-    /// What a node has that allows everybody and sets no limit: for goodput, where the attack itself spends the budgets.
+    /// What a node under attack has that allows everybody, and nobody without having shown an address: for goodput.
     #[cfg(feature = "goodput")]
     Open,
 }
@@ -95,6 +96,15 @@ impl Case {
             Self::Syn => Reason::TcpSynBudget,
             #[cfg(feature = "goodput")]
             Self::Open => Reason::TxRetry,
+        }
+    }
+
+    /// Whether the node has seen that it is attacked, as it does within a fifth of its lease.
+    fn is_under_stress(self) -> bool {
+        match self {
+            #[cfg(feature = "goodput")]
+            Self::Open => true,
+            _ => false,
         }
     }
 
@@ -243,7 +253,10 @@ impl Edge {
         let limits = &compiled.settings.limits;
         let keys = KeySchedule::new(now_ns(), known_bytes()).keys();
         // A run takes longer than a node's lease, and nobody renews it.
-        Presence::begin(maps, RUN, Duration::MAX, limits, &keys);
+        let presence = Presence::begin(maps, RUN, Duration::MAX, limits, &keys);
+        if case.is_under_stress() {
+            presence.set_stress(Level::Retry);
+        }
         match case {
             Case::Rate | Case::Rate6 => edge.spend(limits, sources),
             Case::Cap => {

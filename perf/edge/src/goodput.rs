@@ -53,7 +53,7 @@ const ANSWERED: f64 = 0.9;
 pub(crate) enum Series {
     /// Initials from a million sources that the firewall denies, beside clients that were connected before.
     Connected,
-    /// Initials from a million sources that may come in: budgets are spent, and both sides get a Retry. Clients connect anew.
+    /// Initials from a million sources that may come in, under stress: both sides get a Retry. Clients connect anew.
     NewByQuic,
     /// The same with SYNs, and SYN cookies.
     NewByTcp,
