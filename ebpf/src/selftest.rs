@@ -372,6 +372,7 @@ mod tests {
         let world = World {
             now_ns: MOCK.now_ns,
             cookie: Cookie::None,
+            meets_listener: false,
             read_only: true,
         };
         for (stress, fixtures) in [(0, FIXTURES.as_slice()), (STRESS, &UNDER_STRESS)] {
