@@ -195,12 +195,12 @@ fn frame(source: IpAddr, payload: Option<&[u8]>) -> Vec<u8> {
     frame
 }
 
-/// Gives a frame of ours another IPv4 source; its checksums are nobody's concern.
+/// Gives a frame of ours another source of its family; its checksums are nobody's concern.
 pub fn set_source(frame: &mut [u8], source: IpAddr) {
-    let IpAddr::V4(source) = source else {
-        panic!("{source}")
-    };
-    frame[26..30].copy_from_slice(&source.octets());
+    match source {
+        IpAddr::V4(source) => frame[26..30].copy_from_slice(&source.octets()),
+        IpAddr::V6(source) => frame[22..38].copy_from_slice(&source.octets()),
+    }
 }
 
 /// A first packet of this version.
