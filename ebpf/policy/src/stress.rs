@@ -6,6 +6,7 @@
 //! 1. Between a rise to a level and the next step down from it lies at least that level's hold time: no flapping.
 //! 2. What counts as calm does not depend on the level's own effect: at [`Level::Retry`] no budget refuses anything, yet the packets that
 //!    it would have refused are still counted.
+//! 3. Packets are measured against the budget that they take from, so that the same marks fit every budget.
 
 /// What the edge asks of those who connect. The order is that of `enum edge_stress`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -43,17 +44,17 @@ impl Level {
 pub struct Pressure {
     /// Half-open handshakes, in percent of their bound.
     pub half_open_percent: u64,
-    /// Packets that a budget refused, each second.
-    pub refused_per_second: u64,
-    /// First packets without token or proof, and SYNs, each second; whatever became of them.
-    pub unvalidated_per_second: u64,
+    /// Packets that a budget refused, in percent of its rate; of the budget that is pressed harder.
+    pub refused_percent: u64,
+    /// First packets without token or proof, or SYNs, whatever became of them, in percent of their budget's rate.
+    pub unvalidated_percent: u64,
 }
 
 impl Pressure {
     fn reaches_any(&self, marks: &Self) -> bool {
         self.half_open_percent >= marks.half_open_percent
-            || self.refused_per_second >= marks.refused_per_second
-            || self.unvalidated_per_second >= marks.unvalidated_per_second
+            || self.refused_percent >= marks.refused_percent
+            || self.unvalidated_percent >= marks.unvalidated_percent
     }
 }
 
@@ -86,27 +87,27 @@ impl Default for StressConfig {
         let retry = Marks {
             enter: Pressure {
                 half_open_percent: 50,
-                refused_per_second: 100,
-                unvalidated_per_second: NEVER,
+                refused_percent: 5,
+                unvalidated_percent: NEVER,
             },
             leave: Pressure {
                 half_open_percent: 25,
-                refused_per_second: 100,
-                // Half of the budget's default rate.
-                unvalidated_per_second: 1_000,
+                refused_percent: 5,
+                // With twice that, the budget would refuse again.
+                unvalidated_percent: 50,
             },
             hold_ns: 10_000_000_000,
         };
         let peers = Marks {
             enter: Pressure {
                 half_open_percent: 90,
-                refused_per_second: NEVER,
-                unvalidated_per_second: NEVER,
+                refused_percent: NEVER,
+                unvalidated_percent: NEVER,
             },
             leave: Pressure {
                 half_open_percent: 50,
-                refused_per_second: NEVER,
-                unvalidated_per_second: NEVER,
+                refused_percent: NEVER,
+                unvalidated_percent: NEVER,
             },
             hold_ns: 30_000_000_000,
         };
@@ -121,10 +122,31 @@ pub struct Sample {
     pub half_open: usize,
     /// The most that there may be; 0 counts as 1.
     pub half_open_max: usize,
-    /// Packets that a budget refused since the last tick.
+    /// First packets of QUIC.
+    pub quic: Asked,
+    /// SYNs.
+    pub syn: Asked,
+}
+
+/// What was asked of a budget since the last tick.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// Packets that it refused.
     pub refused: u64,
-    /// First packets without token or proof, and SYNs, since the last tick.
+    /// Packets whose address nobody has shown, whatever became of them.
     pub unvalidated: u64,
+    /// The budget's rate; 0: there is none, and nothing presses on it.
+    pub per_second: u64,
+}
+
+impl Asked {
+    /// A count since the last tick, in percent of the rate.
+    fn percent(&self, count: u64, elapsed_ns: u64) -> u64 {
+        let in_time = u128::from(self.per_second) * u128::from(elapsed_ns.max(1));
+        let percent = (u128::from(count) * 100 * 1_000_000_000).checked_div(in_time);
+        // Even the greatest rate does not reach a mark that is never reached.
+        u64::try_from(percent.unwrap_or(0)).map_or(u64::MAX - 1, |p| p.min(u64::MAX - 1))
+    }
 }
 
 /// Turns samples into a level.
@@ -209,16 +231,16 @@ impl Stress {
 
 impl Sample {
     fn pressure(&self, elapsed_ns: u64) -> Pressure {
-        let each_second = |count: u64| {
-            let rate = u128::from(count) * 1_000_000_000 / u128::from(elapsed_ns.max(1));
-            // Even the greatest rate does not reach a mark that is never reached.
-            u64::try_from(rate).unwrap_or(u64::MAX).min(u64::MAX - 1)
+        let asked = [self.quic, self.syn];
+        let highest = |count: fn(&Asked) -> u64| {
+            let percents = asked.iter().map(|a| a.percent(count(a), elapsed_ns));
+            percents.max().unwrap_or(0)
         };
         let half_open_max = self.half_open_max.max(1) as u64;
         Pressure {
             half_open_percent: (self.half_open as u64).saturating_mul(100) / half_open_max,
-            refused_per_second: each_second(self.refused),
-            unvalidated_per_second: each_second(self.unvalidated),
+            refused_percent: highest(|asked| asked.refused),
+            unvalidated_percent: highest(|asked| asked.unvalidated),
         }
     }
 }

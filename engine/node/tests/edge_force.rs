@@ -6,11 +6,13 @@ mod common;
 #[path = "common/site.rs"]
 mod site;
 
+use std::net::UdpSocket;
 use std::path::PathBuf;
 
-use common::namespace::{OPERATOR, STRANGER, privileged};
+use common::namespace::{NODE, OPERATOR, STRANGER, privileged};
 use common::{eventually, stderr, text};
 use millrace_edge::edge::Edge;
+use millrace_edge::frame::{Description, Shape};
 use millrace_edge::publish::Publisher;
 use millrace_edge::state::State;
 use serde_json::Value;
@@ -315,4 +317,50 @@ fn what_cannot_have_an_effect_is_refused_or_said() {
     assert!(stderr(&said).contains("no node runs"), "{}", stderr(&said));
     site.assert_denied(STRANGER);
     site.talk(OPERATOR, PORT).unwrap();
+}
+
+// Protects the node from a flood, and its clients from what it does against it: Retry for everybody, as long as the flood lasts.
+#[test]
+fn a_flood_beyond_the_budget_asks_for_addresses_until_it_ends() {
+    if !privileged("a_flood_beyond_the_budget_asks_for_addresses_until_it_ends") {
+        return;
+    }
+    let budget = "mode = \"enforce\"\nunvalidated_per_second = 10\nquic_per_minute = 100000\nquic_burst = 100000\n";
+    let mut site = Site::new("press", budget);
+    let version = site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
+    site.start_node();
+    follows(&site, version);
+    let stress = |site: &Site| site.node.status()["edge"]["stress"].clone();
+    assert_eq!(stress(&site), 0);
+    let initial = Description {
+        from: (STRANGER, 40_000).into(),
+        to_port: 4100,
+        shape: Shape::QuicInitial,
+        payload_bytes: None,
+    };
+    // What follows the headers of Ethernet, IPv4 and UDP.
+    let initial = initial.frame().split_off(14 + 20 + 8);
+    let flood = site
+        .pair
+        .world
+        .enter(|| UdpSocket::bind((STRANGER, 0)).unwrap());
+    eventually("the node asks for addresses", || {
+        for _ in 0..50 {
+            // What a full queue does not take is lost, as elsewhere.
+            let _ = flood.send_to(&initial, (NODE, 4100));
+        }
+        (stress(&site) == 1).then_some(())
+    });
+    assert_eq!(
+        site.trace(OPERATOR, 4100, "quic-initial")["reason"],
+        "tx_retry"
+    );
+    assert_eq!(site.status()["stress"], 1);
+    eventually("it does not any more", || {
+        (stress(&site) == 0).then_some(())
+    });
+    assert_eq!(
+        site.trace(OPERATOR, 4100, "quic-initial")["reason"],
+        "pass_quic_initial"
+    );
 }

@@ -10,13 +10,17 @@ fn config() -> StressConfig {
     StressConfig::default()
 }
 
-/// One second with this many percent half open, refused and unvalidated packets.
+/// One second with this many percent half open, refused and unvalidated packets, of a budget of 2,000 each second.
 fn sample(half_open_percent: usize, refused: u64, unvalidated: u64) -> Sample {
     Sample {
         half_open: half_open_percent * 2,
         half_open_max: 200,
-        refused,
-        unvalidated,
+        quic: Asked {
+            refused,
+            unvalidated,
+            per_second: 2_000,
+        },
+        ..Sample::default()
     }
 }
 
@@ -88,6 +92,54 @@ fn a_flood_that_goes_on_holds_its_level() {
     ]);
 }
 
+// Protects small and large budgets alike: what flaps under a mark of one size, or is held up by honest packets under it.
+#[test]
+fn marks_are_the_budgets_own() {
+    let of = |per_second: u64, refused, unvalidated| Asked {
+        refused,
+        unvalidated,
+        per_second,
+    };
+    let levels = |asked: Asked, then: Asked| {
+        let under = |quic, syn| Sample {
+            half_open_max: 200,
+            quic,
+            syn,
+            ..Sample::default()
+        };
+        for swapped in [false, true] {
+            let both = |asked: Asked| match swapped {
+                false => under(asked, of(1_000_000, 0, 500)),
+                true => under(of(1_000_000, 0, 500), asked),
+            };
+            let mut stress = Stress::new(config(), 0);
+            assert_eq!(stress.tick(both(asked), SECOND), Level::Retry);
+            for second in 2..20 {
+                stress.tick(both(then), second * SECOND);
+            }
+            assert_eq!(
+                stress.level() == Level::Retry,
+                then.unvalidated >= then.per_second / 2,
+                "{then:?}"
+            );
+        }
+    };
+    // A small budget: the flood that it refuses is no large one.
+    levels(of(20, 1, 21), of(20, 0, 200));
+    levels(of(100, 5, 105), of(100, 0, 50));
+    levels(of(100, 5, 105), of(100, 0, 49));
+    // A large one: what is far below it is no flood.
+    levels(of(100_000, 5_000, 105_000), of(100_000, 0, 40_000));
+    // Without a budget, nothing presses.
+    let mut stress = Stress::new(config(), 0);
+    let none = Sample {
+        half_open_max: 200,
+        syn: of(0, 1_000, 1_000),
+        ..Sample::default()
+    };
+    assert_eq!(stress.tick(none, SECOND), Level::Normal);
+}
+
 #[test]
 fn rates_are_for_each_second() {
     for (tick_ns, refused, expected) in [
@@ -108,8 +160,8 @@ fn a_mark_for_leaving_above_the_one_for_entering_does_no_harm() {
     let mut config = config();
     config.retry.leave = Pressure {
         half_open_percent: 100,
-        refused_per_second: u64::MAX,
-        unvalidated_per_second: u64::MAX,
+        refused_percent: u64::MAX,
+        unvalidated_percent: u64::MAX,
     };
     let mut stress = Stress::new(config, 0);
     for second in 1..100 {

@@ -14,10 +14,11 @@ use millrace_edge::metrics::Counters;
 use millrace_edge::presence::Presence;
 use millrace_edge::publish::Publisher;
 use millrace_edge::state::Refused;
+use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::settings::{Caps, Limits, Mode};
 use millrace_edge_policy::siphash::Key;
-use millrace_edge_policy::stress::{Level, Sample, Stress, StressConfig};
+use millrace_edge_policy::stress::{Asked, Level, Sample, Stress, StressConfig};
 use millrace_tuning::NodeConfig;
 
 use super::follow::Following;
@@ -182,8 +183,8 @@ impl Drop for Ticker {
     }
 }
 
-/// Packets so far whose address nobody has shown.
-#[derive(Debug, Clone, Copy)]
+/// Packets so far whose address nobody has shown, of one kind.
+#[derive(Debug, Clone, Copy, Default)]
 struct Pressed {
     /// By a Retry or a SYN cookie.
     answered: u64,
@@ -193,6 +194,26 @@ struct Pressed {
     dropped: u64,
 }
 
+impl Pressed {
+    /// What was asked of a budget since then.
+    fn asked_since(self, before: Self, level: Level, budget: Limit) -> Asked {
+        let answered = self.answered.saturating_sub(before.answered);
+        let admitted = self.admitted.saturating_sub(before.admitted);
+        let dropped = self.dropped.saturating_sub(before.dropped);
+        Asked {
+            refused: match level {
+                Level::Normal => answered + dropped,
+                // Everybody is answered, which no budget asked for.
+                _ => 0,
+            },
+            unvalidated: answered + admitted + dropped,
+            per_second: NANOSECONDS.checked_div(budget.interval_ns).unwrap_or(0),
+        }
+    }
+}
+
+const NANOSECONDS: u64 = 1_000_000_000;
+
 struct Keeping<'k> {
     node: &'k Running,
     config: &'k NodeConfig,
@@ -200,7 +221,8 @@ struct Keeping<'k> {
     view: &'k EdgeView,
     presence: Option<Presence<'k>>,
     stress: Stress,
-    seen: Option<Pressed>,
+    /// Of QUIC, and of TCP.
+    seen: Option<[Pressed; 2]>,
     peers: Option<BTreeMap<u32, Key>>,
     /// Of the set that was in force at the last wake.
     limits: Option<(Limits, Caps)>,
@@ -272,13 +294,13 @@ impl<'k> Keeping<'k> {
 
     fn judge_stress(&mut self) {
         let shards = self.node.transport.status().shards();
-        let (refused, unvalidated) = self.pressed();
+        let [quic, syn] = self.asked();
         let sample = Sample {
             half_open: shards.iter().map(|shard| shard.handshakes).sum(),
             half_open_max: shards.len()
                 * super::plan::to_usize(self.config.transport.handshakes_max),
-            refused,
-            unvalidated,
+            quic,
+            syn,
         };
         let before = self.stress.level();
         let level = self.stress.tick(sample, millrace_edge::clock::now_ns());
@@ -292,30 +314,31 @@ impl<'k> Keeping<'k> {
         }
     }
 
-    /// What budgets refused, and what came without an address that is shown, since the last time.
-    fn pressed(&mut self) -> (u64, u64) {
-        let Some(kernel) = &self.kept.kernel else {
-            return (0, 0);
+    /// What was asked of the budgets of QUIC and of SYNs since the last time.
+    fn asked(&mut self) -> [Asked; 2] {
+        let (Some(kernel), Some((limits, _))) = (&self.kept.kernel, &self.limits) else {
+            return [Asked::default(); 2];
         };
         let Ok(counters) = Counters::read(kernel.edge.maps().counters()) else {
-            return (0, 0);
+            return [Asked::default(); 2];
         };
         let both = |reason| counters.acted_on(reason) + counters.counted_as(reason);
-        let now = Pressed {
-            answered: both(Reason::TxRetry) + both(Reason::TxSynCookie),
-            admitted: both(Reason::PassQuicInitial) + both(Reason::PassTcpSyn),
+        let quic = Pressed {
+            answered: both(Reason::TxRetry),
+            admitted: both(Reason::PassQuicInitial),
+            dropped: 0,
+        };
+        let tcp = Pressed {
+            answered: both(Reason::TxSynCookie),
+            admitted: both(Reason::PassTcpSyn),
             dropped: both(Reason::TcpSynBudget),
         };
-        let before = self.seen.replace(now).unwrap_or(now);
-        let answered = now.answered.saturating_sub(before.answered);
-        let admitted = now.admitted.saturating_sub(before.admitted);
-        let dropped = now.dropped.saturating_sub(before.dropped);
-        let refused = match self.stress.level() {
-            Level::Normal => answered + dropped,
-            // Everybody is answered, which no budget asked for.
-            _ => 0,
-        };
-        (refused, answered + admitted + dropped)
+        let before = self.seen.replace([quic, tcp]).unwrap_or([quic, tcp]);
+        let level = self.stress.level();
+        [
+            quic.asked_since(before[0], level, limits.unvalidated),
+            tcp.asked_since(before[1], level, limits.syn),
+        ]
     }
 
     fn follow_peers(&mut self) {
