@@ -14,6 +14,7 @@ pub mod load;
 pub mod maps;
 pub mod metrics;
 pub mod nft;
+pub mod offload;
 pub mod pins;
 pub mod place;
 pub mod presence;

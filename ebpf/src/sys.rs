@@ -192,6 +192,41 @@ pub(crate) fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     }
 }
 
+/// Flag of [`ethtool_flags`]: `ETH_FLAG_RXVLAN`.
+pub(crate) const RX_VLAN_OFFLOAD: u32 = 1 << 8;
+
+/// `ETHTOOL_GFLAGS` of an interface of the socket's network namespace.
+///
+/// # Errors
+///
+/// What the kernel says; a name that is too long is refused.
+pub(crate) fn ethtool_flags(socket: BorrowedFd<'_>, interface: &str) -> io::Result<u32> {
+    const SIOCETHTOOL: libc::Ioctl = 0x8946;
+    const GFLAGS: u32 = 0x25;
+    // `struct ethtool_value`.
+    let mut value = [GFLAGS, 0];
+    let mut name = [0; libc::IFNAMSIZ];
+    // One byte stays zero.
+    if interface.len() >= name.len() {
+        return Err(ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in name.iter_mut().zip(interface.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    let mut request = libc::ifreq {
+        ifr_name: name,
+        ifr_ifru: libc::__c_anonymous_ifr_ifru {
+            ifru_data: value.as_mut_ptr().cast(),
+        },
+    };
+    // SAFETY: the request names a value of the two words that this command reads and writes; both live through the call.
+    let code = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
+    if code < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(value[1])
+}
+
 /// What a program may add to a frame: a Retry is at most this much longer than what it answers.
 const ROOM: usize = 256;
 

@@ -5,11 +5,13 @@ mod common;
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use common::edge::{Ends, Home, attached, options, set};
-use common::{Namespace, Pair, privileged, until};
+use common::{Namespace, Pair, ok, privileged, until};
 use millrace_edge::edge::{Edge, EdgeError};
 use millrace_edge::load::Program;
+use millrace_edge::offload::takes_vlan_tags;
 use millrace_edge::pins::{Kind, Pins};
 use millrace_edge::state::AttachMode;
 use millrace_edge_policy::rules::RuleAction;
@@ -193,4 +195,27 @@ fn programs_of_another_build_are_told_and_replaced_all_or_none() {
     assert!(edge.is_current());
     ends.send();
     assert_eq!(ends.arrived(), 0, "what was in force is");
+}
+
+// Protects answers on VLANs: whether the card hides tags from the program is asked of the card.
+#[test]
+fn an_offload_that_hides_tags_is_seen() {
+    if !privileged("an_offload_that_hides_tags_is_seen") {
+        return;
+    }
+    let pair = Pair::new("place");
+    let ethtool = |arguments: &[&str]| {
+        pair.node
+            .enter(|| ok(Command::new("ethtool").args(arguments)))
+    };
+    if Command::new("ethtool").arg("--version").output().is_err() {
+        return common::skip::skip("an_offload_that_hides_tags_is_seen", "ethtool");
+    }
+    for (word, expected) in [("off", false), ("on", true), ("off", false)] {
+        ethtool(&["-K", "mr0", "rxvlan", word]);
+        let found = pair.node.enter(|| takes_vlan_tags("mr0").unwrap());
+        assert_eq!(found, expected, "{word}");
+    }
+    assert!(pair.node.enter(|| takes_vlan_tags("mr9")).is_err());
+    assert!(takes_vlan_tags("a-name-that-is-too-long").is_err());
 }

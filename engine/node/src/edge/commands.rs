@@ -68,7 +68,9 @@ fn attach(args: &XdpAttachArgs) -> Result<Exit, Failure> {
         // Half an edge would be worse than none. The first error is the one to tell.
         let _ = force::take_away(&pins, &turn);
     }
-    say(&attached?, args.json)
+    let done = attached?;
+    show::warn_of_offloads(&edge);
+    say(&done, args.json)
 }
 
 /// Gives an edge that is there what it lacks: interfaces, the programs of this binary, a set if whoever attached it died before. What is in
@@ -93,6 +95,7 @@ fn renew(
         edge.attach_interface(name, options.mode)
             .map_err(|error| of_edge(&error))?;
     }
+    show::warn_of_offloads(&edge);
     let reloaded = !edge.is_current();
     if reloaded {
         edge.reload().map_err(|error| of_edge(&error))?;

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 use millrace_edge::edge::Edge;
 use millrace_edge::frame::{Description, Shape};
 use millrace_edge::metrics::{self, Counters};
+use millrace_edge::offload::untagged_answers;
 use millrace_edge::publish::{Publisher, Standing};
 use millrace_edge::state::{Refused, State};
 use millrace_edge::trace::{Decider, Trace};
@@ -29,6 +30,24 @@ pub(crate) fn mode_word(mode: Mode) -> &'static str {
     match mode {
         Mode::Count => "count",
         Mode::Enforce => "enforce",
+    }
+}
+
+/// Says what answers of an edge would go astray.
+pub(crate) fn warn_of_offloads(edge: &Edge) {
+    for interface in edge.interfaces().unwrap_or_default() {
+        let vlans = untagged_answers(&interface).unwrap_or_default();
+        warn_of_tags(&interface.name, &vlans);
+    }
+}
+
+fn warn_of_tags(interface: &str, vlans: &[String]) {
+    if !vlans.is_empty() {
+        output::message(format_args!(
+            "warning: {interface} takes VLAN tags off before the program: Retries and SYN cookies to {} leave without one and are lost; \
+             `ethtool -K {interface} rxvlan off`, or xdp = \"generic\" in [edge]",
+            vlans.join(", ")
+        ));
     }
 }
 
@@ -77,6 +96,8 @@ struct InterfaceStatus {
     xdp: &'static str,
     /// It was removed since, and the program with it, even if there is one of this name again.
     gone: bool,
+    /// VLAN devices on it whose tags the card hides from the program: its answers there leave without one.
+    untagged_answers: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -180,6 +201,9 @@ pub(crate) fn status(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
         status.tcp_sources,
         status.tcp_syncookies.as_deref().unwrap_or("unknown")
     ))?;
+    for interface in &status.interfaces {
+        warn_of_tags(&interface.name, &interface.untagged_answers);
+    }
     if status.cookies_are_off() {
         output::message(format_args!(
             "warning: net.ipv4.tcp_syncookies is 0: SYNs beyond syn_per_second are dropped, entitled clients' too; set it to 1 or 2"
@@ -214,6 +238,8 @@ fn status_of(edge: &Edge) -> Result<Status, Failure> {
                 name: interface.name.clone(),
                 xdp: interface.mode.as_str(),
                 gone: !edge.is_live(interface),
+                // What cannot be asked, as from another namespace, is not warned of.
+                untagged_answers: untagged_answers(interface).unwrap_or_default(),
             })
             .collect(),
         mode: mode_of(config.mode),

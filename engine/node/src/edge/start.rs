@@ -262,6 +262,7 @@ fn claimed(
     let turn = Turn::wait(pins)?;
     let edge = adopt_or_attach(pins, &turn, config, listens, firewall)?;
     note_start(&edge, &turn, config);
+    super::show::warn_of_offloads(&edge);
     let run = u32::from_le_bytes(random()?[..4].try_into().unwrap_or([1; 4]));
     let pinned = edge.pins().path(Kind::Map, "quic_sources");
     let counts = MapHandle::from_pinned_path(&pinned)

@@ -1,0 +1,62 @@
+//! What a card does to frames before the program sees them.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsFd as _;
+
+use rustix::net::{AddressFamily, SocketType, socket};
+
+use crate::state::{AttachMode, Interface};
+use crate::sys;
+
+/// VLAN devices of the calling thread's network namespace that this interface carries, and whose tags native XDP never sees: what the
+/// program answers by itself, Retries and SYN cookies, leaves without one.
+///
+/// # Errors
+///
+/// What the kernel says; none of them if it has no VLANs at all.
+pub fn untagged_answers(interface: &Interface) -> io::Result<Vec<String>> {
+    if interface.mode != AttachMode::Native || !takes_vlan_tags(&interface.name)? {
+        return Ok(Vec::new());
+    }
+    match fs::read_to_string("/proc/thread-self/net/vlan/config") {
+        Ok(text) => Ok(vlans_on(&interface.name, &text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the card takes VLAN tags off and hands them over beside the frame: `rx-vlan-offload` of `ethtool -k`.
+///
+/// # Errors
+///
+/// What the kernel says.
+pub fn takes_vlan_tags(interface: &str) -> io::Result<bool> {
+    let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    Ok(sys::ethtool_flags(any.as_fd(), interface)? & sys::RX_VLAN_OFFLOAD != 0)
+}
+
+/// Two lines of heading, then `eth0.100       | 100  | eth0`.
+fn vlans_on(interface: &str, config: &str) -> Vec<String> {
+    let rows = config.lines().map(|line| line.split('|').map(str::trim));
+    rows.filter_map(|mut row| {
+        let (name, _id, below) = (row.next()?, row.next()?, row.next()?);
+        (below == interface).then(|| name.to_owned())
+    })
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vlans_are_found_by_what_carries_them() {
+        let config = "VLAN Dev name\t | VLAN ID\nName-Type: VLAN_NAME_TYPE_RAW_PLUS_VID_NO_PAD\n\
+                      eth0.5         | 5  | eth0\nguests         | 60  | eth0\neth1.5         | 5  | eth1\n";
+        assert_eq!(vlans_on("eth0", config), ["eth0.5", "guests"]);
+        assert_eq!(vlans_on("eth1", config), ["eth1.5"]);
+        assert!(vlans_on("eth", config).is_empty());
+        assert!(vlans_on("eth0", "").is_empty());
+    }
+}
