@@ -34,7 +34,7 @@ pub enum PinError {
         path: PathBuf,
     },
     /// A folder could not be made.
-    #[error("cannot make {}: {source}", .path.display())]
+    #[error("cannot make {}: {source}{}", .path.display(), way_out(.source))]
     Create {
         /// The folder.
         path: PathBuf,
@@ -42,7 +42,7 @@ pub enum PinError {
         source: io::Error,
     },
     /// A folder or a pin could not be read.
-    #[error("cannot read {}: {source}", .path.display())]
+    #[error("cannot read {}: {source}{}", .path.display(), way_out(.source))]
     Read {
         /// The folder or the pin.
         path: PathBuf,
@@ -50,7 +50,7 @@ pub enum PinError {
         source: io::Error,
     },
     /// An object could not be pinned.
-    #[error("cannot pin {}: {source}", .path.display())]
+    #[error("cannot pin {}: {source}{}", .path.display(), way_out(.source))]
     Pin {
         /// The name that it should have.
         path: PathBuf,
@@ -58,7 +58,7 @@ pub enum PinError {
         source: io::Error,
     },
     /// A pin could not be removed, or its link not detached.
-    #[error("cannot remove {}: {source}", .path.display())]
+    #[error("cannot remove {}: {source}{}", .path.display(), way_out(.source))]
     Remove {
         /// The pin.
         path: PathBuf,
@@ -66,7 +66,7 @@ pub enum PinError {
         source: io::Error,
     },
     /// The file that guards the pins could not be made.
-    #[error("cannot lock {}: {source}", .path.display())]
+    #[error("cannot lock {}: {source}{}", .path.display(), way_out(.source))]
     Lock {
         /// The file.
         path: PathBuf,
@@ -239,6 +239,25 @@ impl EdgeError {
     }
 }
 
+/// What an operator can do about a file or a pin.
+fn way_out(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::PermissionDenied => {
+            "; it belongs to whoever attached: run the command as that user (as a rule root), with CAP_BPF and CAP_NET_ADMIN"
+        }
+        io::ErrorKind::StorageFull | io::ErrorKind::ReadOnlyFilesystem => {
+            "; the file system there is full or read-only: free it, or choose another folder for pins in [edge]"
+        }
+        io::ErrorKind::NotFound => {
+            "; somebody removed it meanwhile: `millrace xdp detach` clears away what is left"
+        }
+        io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
+            "; something else is in its place: remove that, or choose another folder for pins in [edge]"
+        }
+        _ => "; `millrace xdp detach` takes away what is there",
+    }
+}
+
 /// What an operator can do about a refusal.
 fn hint(source: &io::Error) -> &'static str {
     match source.kind() {
@@ -248,5 +267,68 @@ fn hint(source: &io::Error) -> &'static str {
         io::ErrorKind::PermissionDenied => "; it takes CAP_BPF and CAP_NET_ADMIN",
         io::ErrorKind::Unsupported => "; the driver has no native XDP: use mode generic",
         _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Protects an operator from guessing: each of them says what to do.
+    #[test]
+    fn errors_of_pins_have_a_way_out() {
+        let path = || PathBuf::from("/run/millrace/edge");
+        let source = |kind: io::ErrorKind| io::Error::from(kind);
+        let errors = [
+            (
+                PinError::Create {
+                    path: path(),
+                    source: source(io::ErrorKind::ReadOnlyFilesystem),
+                },
+                "choose another folder",
+            ),
+            (
+                PinError::Read {
+                    path: path(),
+                    source: source(io::ErrorKind::PermissionDenied),
+                },
+                "as that user",
+            ),
+            (
+                PinError::Pin {
+                    path: path(),
+                    source: source(io::ErrorKind::AlreadyExists),
+                },
+                "remove that",
+            ),
+            (
+                PinError::Remove {
+                    path: path(),
+                    source: source(io::ErrorKind::NotFound),
+                },
+                "millrace xdp detach",
+            ),
+            (
+                PinError::Lock {
+                    path: path(),
+                    source: source(io::ErrorKind::StorageFull),
+                },
+                "free it",
+            ),
+            (
+                PinError::Create {
+                    path: path(),
+                    source: io::Error::from_raw_os_error(libc::EBUSY),
+                },
+                "millrace xdp detach",
+            ),
+        ];
+        for (error, way_out) in errors {
+            let text = error.to_string();
+            assert!(
+                text.contains("/run/millrace/edge") && text.contains(way_out),
+                "{text}"
+            );
+        }
     }
 }

@@ -77,7 +77,8 @@ pub enum MapError {
     },
     /// Its values have another size than this binary knows.
     #[error(
-        "map {name} has values of {found} bytes, not of {expected}: it belongs to another version of millrace"
+        "map {name} has values of {found} bytes, not of {expected}: it belongs to another version of millrace; \
+         detach (millrace xdp detach) and attach again"
     )]
     Layout {
         /// The map.
