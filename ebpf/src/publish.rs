@@ -67,7 +67,9 @@ pub enum PublishError {
         key: &'static str,
     },
     /// Hits of the idle generation could not be set to zero.
-    #[error("cannot write the map hits: {0}; nothing has changed; detach (millrace xdp detach) and attach again")]
+    #[error(
+        "cannot write the map hits: {0}; nothing has changed; detach (millrace xdp detach) and attach again"
+    )]
     Hits(#[source] libbpf_rs::Error),
 }
 
