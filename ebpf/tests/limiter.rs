@@ -501,8 +501,7 @@ fn busy_sources_hardly_ever_limit_innocent_ones() {
             *place = limit.into();
         }
     });
-    let families: [(&str, fn(u32) -> IpAddr); 2] = [("IPv4", somebody4), ("IPv6", somebody6)];
-    for (family, somebody) in families {
+    for (family, somebody) in [("IPv4", somebody4 as Somebody), ("IPv6", somebody6)] {
         mocked.forget();
         mocked.set_clock(START_NS);
         let refusals = || mocked.counters().acted_on(Reason::QuicSourceRate);
