@@ -472,6 +472,9 @@ fn scattered(number: u32) -> u32 {
     x ^ x >> 16
 }
 
+/// An address for every number.
+type Somebody = fn(u32) -> IpAddr;
+
 /// An IPv4 address of somebody, hardly ever two in a /24.
 fn somebody4(number: u32) -> IpAddr {
     let [first, rest @ ..] = scattered(number).to_be_bytes();
