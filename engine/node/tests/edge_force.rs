@@ -171,16 +171,8 @@ fn a_running_node_goes_on_from_what_was_applied() {
     );
     let in_force = |site: &Site| {
         let status = site.status();
-        let ports: Vec<_> = status["ports"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .cloned()
-            .collect();
-        let ports: Vec<_> = ports
-            .iter()
-            .map(|port| port["port"].as_u64().unwrap())
-            .collect();
+        let ports = status["ports"].as_array().unwrap().iter();
+        let ports: Vec<_> = ports.map(|port| port["port"].as_u64().unwrap()).collect();
         let table = site.pair.node.nft(&format!("list table {}", site.table()));
         assert!(table.contains("8443"), "{table}");
         let cap = site.trace(OPERATOR, PORT, "tcp-syn")["tcp_connections_max"].clone();
