@@ -8,7 +8,7 @@ use millrace_edge_policy::siphash::Key as SipKey;
 use millrace_edge_policy::trie;
 
 /// Number of this layout: pinned maps of another are not adopted.
-pub const LAYOUT: u32 = 3;
+pub const LAYOUT: u32 = 4;
 /// Generations of what an operator sets, and of the sketch.
 pub const GENERATIONS: usize = 2;
 /// Services that can be declared.
@@ -244,7 +244,7 @@ pub struct EdgeSampling {
     pub pad: u32,
 }
 
-/// `edge_flow`: key of the map `replies`.
+/// `edge_flow`: key of the map `replies`, whose value is when this host last sent, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct EdgeFlow {

@@ -1,18 +1,20 @@
-//! Scope `host` in real namespaces: what this host asked for gets in, and what it only answered does not.
+//! Scope `host` in real namespaces: what this host asked for gets in, for a while and unless a rule refuses it; what it only
+//! answered does not.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
 
-use std::io;
-use std::net::{SocketAddrV4, TcpListener, TcpStream};
+use std::io::{self, Read as _, Write as _};
+use std::net::{SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::OwnedFd;
 
-use common::edge::{Home, TCP_PORT, attached, counters, set};
-use common::{NODE, Pair, WORLD, privileged};
-use libbpf_rs::MapCore as _;
+use common::edge::{Home, TCP_PORT, attached, counters, denied, set_of};
+use common::{NODE, PATIENCE, Pair, WORLD, privileged, until};
+use libbpf_rs::{MapCore as _, MapFlags};
 use millrace_edge::edge::Edge;
 use millrace_edge::nft::{Nft, Table};
 use millrace_edge::state::AttachMode;
+use millrace_edge_policy::model::REPLY_UDP_NS;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::rules::RuleAction;
 use millrace_edge_policy::settings::{Mode, Scope};
@@ -23,9 +25,14 @@ const HOST_PORT: u16 = 9_000;
 /// Of a sender who tries again.
 const SOURCE_PORT: u16 = 40_000;
 
-/// Puts a set with scope `host` in force, in kernel and table.
+/// Puts a set with scope `host` in force, in kernel and table. Its rules speak for the world.
 fn enforce(pair: &Pair, edge: &Edge, action: RuleAction, number: u32) {
-    let mut set = set(Mode::Enforce, action);
+    enforce_for(pair, edge, &["10.77.0.0/24", "fd77::/64"], action, number);
+}
+
+/// With rules for these prefixes; to others the default says no.
+fn enforce_for(pair: &Pair, edge: &Edge, prefixes: &[&str], action: RuleAction, number: u32) {
+    let mut set = set_of(Mode::Enforce, prefixes, action);
     set.settings.scope = Scope::Host;
     edge.publish(&set, number, None).unwrap();
     pair.node
@@ -73,6 +80,168 @@ fn who_was_refused_is_refused_again() {
     assert!(remembered(&edge).is_empty());
 }
 
+/// A prefix that nobody here is in: what the default says holds for all.
+const NOBODY: &[&str] = &["203.0.113.0/24"];
+
+/// A socket of the node on a port of its own, and one of the world that it talks to.
+struct Talk {
+    node: UdpSocket,
+    world: UdpSocket,
+}
+
+impl Talk {
+    fn new(pair: &Pair) -> Self {
+        let node = pair
+            .node
+            .enter(|| UdpSocket::bind((NODE, HOST_PORT)).unwrap());
+        let world = pair
+            .world
+            .enter(|| UdpSocket::bind((WORLD, SOURCE_PORT)).unwrap());
+        node.connect((WORLD, SOURCE_PORT)).unwrap();
+        world.connect((NODE, HOST_PORT)).unwrap();
+        for socket in [&node, &world] {
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        }
+        Self { node, world }
+    }
+
+    fn ask(&self) {
+        self.node.send(b"asks").unwrap();
+        self.world.recv(&mut [0; 16]).unwrap();
+    }
+
+    fn answer(&self) {
+        self.world.send(b"answers").unwrap();
+    }
+
+    fn is_answered(&self) -> bool {
+        self.answer();
+        self.node.recv(&mut [0; 16]).is_ok()
+    }
+}
+
+// Protects an operator who denies: it stops a sender at once, whatever the host has asked him before.
+#[test]
+fn a_deny_stops_what_is_under_way() {
+    if !privileged("a_deny_stops_what_is_under_way") {
+        return;
+    }
+    let (pair, home) = (Pair::new("replies"), Home::new());
+    let edge = attached(&pair, &home, AttachMode::Native);
+    enforce_for(&pair, &edge, NOBODY, RuleAction::Deny, 1);
+    let talk = Talk::new(&pair);
+    talk.ask();
+    assert!(talk.is_answered());
+    assert_eq!(counters(&edge).acted_on(Reason::PassReply), 1);
+
+    enforce(&pair, &edge, RuleAction::Deny, 2);
+    for number in 1..=3 {
+        talk.ask();
+        talk.answer();
+        until("the rule counts", || denied(&edge) == number);
+    }
+    assert_eq!(counters(&edge).acted_on(Reason::PassReply), 1);
+
+    enforce_for(&pair, &edge, NOBODY, RuleAction::Deny, 3);
+    assert!(talk.is_answered());
+}
+
+// Protects ports that once asked: who was asked long ago is a stranger again, until he is asked anew.
+#[test]
+fn an_answer_that_is_too_late_is_none() {
+    if !privileged("an_answer_that_is_too_late_is_none") {
+        return;
+    }
+    let (pair, home) = (Pair::new("replies"), Home::new());
+    let edge = attached(&pair, &home, AttachMode::Native);
+    enforce_for(&pair, &edge, NOBODY, RuleAction::Deny, 1);
+    let talk = Talk::new(&pair);
+    talk.ask();
+    assert!(talk.is_answered());
+
+    let replies = edge.maps().handle("replies");
+    let flow = replies.keys().next().unwrap();
+    let sent_ns = || {
+        let value = replies.lookup(&flow, MapFlags::ANY).unwrap().unwrap();
+        u64::from_le_bytes(value.try_into().unwrap())
+    };
+    let asked_ns = sent_ns();
+    let long_ago_ns = asked_ns.checked_sub(REPLY_UDP_NS + 1);
+    let Some(long_ago_ns) = long_ago_ns else {
+        common::skip::skip(
+            "an_answer_that_is_too_late_is_none",
+            "a host that runs for three minutes",
+        );
+        return;
+    };
+    replies
+        .update(&flow, &long_ago_ns.to_le_bytes(), MapFlags::EXIST)
+        .unwrap();
+    talk.answer();
+    until("the default counts", || {
+        counters(&edge).acted_on(Reason::FirewallDefault) == 1
+    });
+    assert_eq!(sent_ns(), long_ago_ns, "who answers renews nothing");
+
+    talk.ask();
+    assert!(sent_ns() >= asked_ns);
+    assert!(talk.is_answered());
+}
+
+// Protects the room for what the host opens: who connects to its listeners, on ports that are not declared, takes none.
+#[test]
+fn connections_of_others_are_not_remembered() {
+    if !privileged("connections_of_others_are_not_remembered") {
+        return;
+    }
+    let (pair, home) = (Pair::new("replies"), Home::new());
+    let edge = attached(&pair, &home, AttachMode::Native);
+    enforce(&pair, &edge, RuleAction::Allow, 1);
+    for (node, world) in [(NODE, WORLD), ("fd77::1", "fd77::2")] {
+        let listener = pair
+            .node
+            .enter(|| TcpListener::bind((node, HOST_PORT)).unwrap());
+        let mut client = pair.world.enter(|| {
+            let client = TcpStream::connect((node, HOST_PORT));
+            client.unwrap_or_else(|error| panic!("{world}: {error}"))
+        });
+        let (mut served, _) = listener.accept().unwrap();
+        client.write_all(b"asks").unwrap();
+        served.read_exact(&mut [0; 4]).unwrap();
+        served.write_all(b"answers").unwrap();
+        client.read_exact(&mut [0; 7]).unwrap();
+        assert!(remembered(&edge).is_empty());
+    }
+}
+
+// Protects what is open when an operator chooses the scope: the host's own connections go on, and are forgotten once reset.
+#[test]
+fn connections_of_before_are_learned() {
+    if !privileged("connections_of_before_are_learned") {
+        return;
+    }
+    let (pair, home) = (Pair::new("replies"), Home::new());
+    let edge = attached(&pair, &home, AttachMode::Native);
+    let listener = pair
+        .world
+        .enter(|| TcpListener::bind((WORLD, HOST_PORT)).unwrap());
+    let mut opened = pair
+        .node
+        .enter(|| TcpStream::connect((WORLD, HOST_PORT)).unwrap());
+    let (mut served, _) = listener.accept().unwrap();
+    assert!(remembered(&edge).is_empty());
+    enforce_for(&pair, &edge, NOBODY, RuleAction::Deny, 1);
+    opened.write_all(b"asks").unwrap();
+    served.read_exact(&mut [0; 4]).unwrap();
+    assert_eq!(remembered(&edge), [opened.local_addr().unwrap().port()]);
+    served.write_all(b"answers").unwrap();
+    opened.read_exact(&mut [0; 7]).unwrap();
+
+    rustix::net::sockopt::set_socket_linger(&opened, Some(std::time::Duration::ZERO)).unwrap();
+    drop(opened);
+    until("the reset is seen", || remembered(&edge).is_empty());
+}
+
 // Protects what the host itself opens, and the room for it: clients of a declared port, however many, push nothing out.
 #[test]
 fn only_what_the_host_opens_is_remembered() {
@@ -91,7 +260,7 @@ fn only_what_the_host_opens_is_remembered() {
     listener.accept().unwrap();
     assert!(remembered(&edge).is_empty());
 
-    enforce(&pair, &edge, RuleAction::Deny, 2);
+    enforce_for(&pair, &edge, NOBODY, RuleAction::Deny, 2);
     let _listener = pair
         .world
         .enter(|| TcpListener::bind((WORLD, HOST_PORT)).unwrap());

@@ -17,7 +17,7 @@ use crate::siphash::Key;
 use crate::source::Source;
 use crate::trie::{Leaf, RULE_DEFAULT};
 use crate::verdict::{Action, Decision, Stamp};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -27,6 +27,11 @@ mod tests;
 
 /// Highest stress: only registry peers open connections (`EDGE_STRESS_PEERS`).
 pub const STRESS_PEERS: u32 = 2;
+
+/// For how long UDP may answer what this host sent (`EDGE_REPLY_UDP_NS`).
+pub const REPLY_UDP_NS: u64 = 180_000_000_000;
+/// For how long TCP may (`EDGE_REPLY_TCP_NS`).
+pub const REPLY_TCP_NS: u64 = 7_440_000_000_000;
 
 /// What a packet meets besides the model's own state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -112,8 +117,8 @@ pub struct Model {
     pub tcp_sources: BTreeMap<Source, u64>,
     /// Until when ends of handshakes by cookies are looked at: somebody was established beyond rate or cap.
     pub cookies_watched_until_ns: u64,
-    /// With scope `host`: what may answer.
-    pub replies: BTreeSet<Flow>,
+    /// With scope `host`: what this host sent, and when it last did.
+    pub replies: BTreeMap<Flow, u64>,
     /// Packets by reason: acted upon, and only counted.
     pub counters: [[u64; 2]; Reason::ALL.len()],
     /// Packets that a rule decided, by generation and rule.
@@ -162,7 +167,7 @@ impl Model {
             quic_sources: BTreeMap::new(),
             tcp_sources: BTreeMap::new(),
             cookies_watched_until_ns: 0,
-            replies: BTreeSet::new(),
+            replies: BTreeMap::new(),
             counters: [[0; 2]; Reason::ALL.len()],
             hits: BTreeMap::new(),
         }
@@ -257,9 +262,6 @@ impl Model {
         if service.is_none() && settings.scope == Scope::Ports {
             return not_ours(Reason::PassOther);
         }
-        if service.is_none() && self.replies.contains(&Flow::answered_by(&packet)) {
-            return not_ours(Reason::PassReply);
-        }
         let mut case = Case {
             model: self,
             compiled,
@@ -272,6 +274,9 @@ impl Model {
             Some(service) => case.of_service(&packet, service),
             None => case.of_host(&packet),
         };
+        if reason == Reason::PassReply {
+            return not_ours(reason);
+        }
         Verdict {
             reason,
             ours: true,
@@ -330,9 +335,26 @@ impl Case<'_> {
     }
 
     fn of_host(&mut self, packet: &Packet<'_>) -> Result<Reason, Reason> {
-        packet.refuse_fragments_and_options()?;
-        self.firewall(packet.source, self.compiled.host)?;
-        Ok(Reason::PassHost)
+        let answers = self.answers(packet);
+        if !answers {
+            packet.refuse_fragments_and_options()?;
+        }
+        match self.firewall(packet.source, self.compiled.host) {
+            Err(Reason::FirewallDefault) if answers => Ok(Reason::PassReply),
+            allowed => allowed.map(|()| Reason::PassHost),
+        }
+    }
+
+    /// Whether this host sent something, not too long ago, that the packet answers.
+    fn answers(&self, packet: &Packet<'_>) -> bool {
+        let lives_ns = match packet.protocol {
+            Protocol::Udp => REPLY_UDP_NS,
+            Protocol::Tcp => REPLY_TCP_NS,
+        };
+        let sent_ns = self.model.replies.get(&Flow::answered_by(packet));
+        sent_ns.is_some_and(|sent_ns| {
+            self.world.now_ns.wrapping_sub(*sent_ns) as i64 <= lives_ns as i64
+        })
     }
 
     /// Section 3.

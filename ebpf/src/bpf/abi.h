@@ -6,7 +6,7 @@
 #ifndef MILLRACE_ABI_H
 #define MILLRACE_ABI_H
 
-#define EDGE_LAYOUT 3 /* goes up with any change below: pinned maps of another layout are not adopted */
+#define EDGE_LAYOUT 4 /* goes up with any change below: pinned maps of another layout are not adopted */
 
 #define EDGE_GENERATIONS 2
 #define EDGE_SERVICES_MAX 16
@@ -212,7 +212,12 @@ struct edge_sampling {
 #define EDGE_TCP_CONNECTIONS 0xffffffffull
 #define EDGE_TCP_DEAD (1ull << 63)
 
-/* What this host sent, seen from the answer: key of `replies` (scope `host`). Ports are in host order. */
+/* For how long an answer may come after this host has sent. TCP's is that of RFC 5382: longer than the two hours after which
+ * the host itself asks whether the other end still lives. */
+#define EDGE_REPLY_UDP_NS (180 * 1000000000ull)
+#define EDGE_REPLY_TCP_NS (7440 * 1000000000ull)
+
+/* What this host sent, seen from the answer: key of `replies` (scope `host`), whose value says when. Ports are in host order. */
 struct edge_flow {
 	struct edge_source remote;
 	__u16 remote_port;

@@ -35,7 +35,7 @@ struct edge_verdict {
 	bool ours;
 };
 
-/* Step 5. Null with R_PASS_OTHER or R_PASS_REPLY, else the packet is ours. */
+/* Step 5. Null with R_PASS_OTHER, else the packet is ours. */
 EDGE_INLINE const struct edge_service *find_service(const struct edge_view *view, const struct edge_packet *packet,
 						    struct edge_verdict *verdict)
 {
@@ -46,13 +46,7 @@ EDGE_INLINE const struct edge_service *find_service(const struct edge_view *view
 		verdict->service = found - 1;
 		return &view->config->service[(found - 1) & (EDGE_SERVICES_MAX - 1)];
 	}
-	if (view->config->scope != EDGE_SCOPE_HOST)
-		return NULL;
-	if (reply_known(packet->source, packet->source_port, packet->port, packet->protocol)) {
-		verdict->reason = R_PASS_REPLY;
-		return NULL;
-	}
-	return &view->config->host;
+	return view->config->scope == EDGE_SCOPE_HOST ? &view->config->host : NULL;
 }
 
 /* Section 3. GO_ON: allowed. */
@@ -88,10 +82,8 @@ EDGE_INLINE int decide_ours(struct xdp_md *ctx, struct edge_view *view, struct e
 	__s64 cookie = COOKIE_NONE;
 
 	if (kind == EDGE_KIND_HOST) {
-		if (packet->fragment)
-			return R_FRAGMENT;
-		if (packet->options)
-			return R_OPTIONS;
+		if ((packet->fragment || packet->options) && !reply_known(packet, view_now(view, world)))
+			return packet->fragment ? R_FRAGMENT : R_OPTIONS;
 	} else {
 		reason = parse_transport(ctx, packet);
 		if (reason != GO_ON)
@@ -103,6 +95,11 @@ EDGE_INLINE int decide_ours(struct xdp_md *ctx, struct edge_view *view, struct e
 			return reason;
 	}
 	reason = pass_firewall(view, packet, service, verdict, world);
+	/* A rule that refuses stops what is under way; only the default lets answers in. */
+	if (reason == R_FIREWALL_DEFAULT && kind == EDGE_KIND_HOST && reply_known(packet, view_now(view, world))) {
+		verdict->ours = false;
+		return R_PASS_REPLY;
+	}
 	if (reason != GO_ON)
 		return reason;
 	switch (kind) {

@@ -1,6 +1,5 @@
 /* Companions of `edge` in tcx: `stamp` turns its stamp into a mark that nftables can see, `learn` remembers what this
  * host sends. */
-#include "parse.h"
 #include "replies.h"
 
 char LICENSE[] SEC("license") = "GPL";
@@ -47,50 +46,99 @@ int stamp(struct __sk_buff *skb)
 	return TCX_NEXT;
 }
 
-/* What this host only answers is not remembered. For its declared ports it would never be asked for, and would push out what is, at the
- * pace of whoever connects. And a reset may be how the firewall refuses: remembered, it would let the next packet of that sender in. */
-EDGE_INLINE void learn_flow(struct __sk_buff *skb, __u32 generation, const __u64 remote[2], __u32 transport,
-			    __u8 protocol)
-{
-	bool tcp = protocol == IPPROTO_TCP;
-	__be16 pair[2];
-	__u8 flags;
+/* One packet on its way out, as its answer would have it. */
+struct sent {
+	__u64 remote[2];
+	__u64 local[2];
+	__u32 transport;
+	__u8 protocol;
+	bool ipv4;
+};
 
-	if ((!tcp && protocol != IPPROTO_UDP) || bpf_skb_load_bytes(skb, transport, pair, sizeof(pair)))
-		return;
-	if (edge_service_of(generation, tcp, bpf_ntohs(pair[0])))
-		return;
-	if (tcp) {
-		if (bpf_skb_load_bytes(skb, transport + TCP_FLAGS_AT, &flags, sizeof(flags)))
-			return;
-		if (flags & TCP_RST || (flags & (TCP_SYN | TCP_ACK)) == (TCP_SYN | TCP_ACK))
-			return;
+/* Whether somebody listens there: then it was not this host who opened the connection. */
+EDGE_INLINE bool is_served(struct __sk_buff *skb, const struct sent *sent, __be16 port)
+{
+	struct bpf_sock_tuple tuple = {};
+	struct bpf_sock *socket;
+	bool listens;
+
+	if (sent->ipv4) {
+		tuple.ipv4.daddr = sent->local[1] >> 32;
+		tuple.ipv4.dport = port;
+		socket = bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+	} else {
+		store64(tuple.ipv6.daddr, sent->local[0]);
+		store64(tuple.ipv6.daddr + 2, sent->local[1]);
+		tuple.ipv6.dport = port;
+		socket = bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
 	}
-	reply_learn(remote, bpf_ntohs(pair[1]), bpf_ntohs(pair[0]), protocol);
+	if (!socket)
+		return false;
+	listens = socket->state == TCP_LISTEN;
+	bpf_sk_release(socket);
+	return listens;
 }
 
-EDGE_INLINE void learn_ipv4(struct __sk_buff *skb, __u32 generation)
+/* What this host only answers is not remembered: it would never be asked for, and would push out what is, at the pace of whoever
+ * connects. Connections that are older than the scope are known by their next segment, unless they are to a listener. A reset ends
+ * one; and it may be how the firewall refuses: remembered, it would let the next packet of that sender in. */
+EDGE_INLINE void learn_flow(struct __sk_buff *skb, struct edge_view *view, const struct sent *sent)
 {
+	bool tcp = sent->protocol == IPPROTO_TCP;
+	struct edge_flow flow;
+	__u64 now_ns;
+	__be16 pair[2];
+	__u8 flags = 0;
+
+	if ((!tcp && sent->protocol != IPPROTO_UDP) || bpf_skb_load_bytes(skb, sent->transport, pair, sizeof(pair)))
+		return;
+	if (edge_service_of(view->generation, tcp, bpf_ntohs(pair[0])))
+		return;
+	if (tcp && bpf_skb_load_bytes(skb, sent->transport + TCP_FLAGS_AT, &flags, sizeof(flags)))
+		return;
+	flow = reply_flow(sent->remote, bpf_ntohs(pair[1]), bpf_ntohs(pair[0]), sent->protocol);
+	if (flags & TCP_RST) {
+		bpf_map_delete_elem(&replies, &flow);
+		return;
+	}
+	if ((flags & (TCP_SYN | TCP_ACK)) == (TCP_SYN | TCP_ACK))
+		return;
+	now_ns = view_now(view, EDGE_LIVE);
+	if (reply_renew(&flow, now_ns))
+		return;
+	if (tcp && !(flags & TCP_SYN) && is_served(skb, sent, pair[0]))
+		return;
+	bpf_map_update_elem(&replies, &flow, &now_ns, BPF_ANY);
+}
+
+EDGE_INLINE void learn_ipv4(struct __sk_buff *skb, struct edge_view *view)
+{
+	struct sent sent = { .ipv4 = true };
 	__u8 ip[IPV4_BYTES];
-	__u64 remote[2] = {};
 
 	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, ip, sizeof(ip)) || load16be(ip + 6) & 0x1fff)
 		return;
-	remote[1] = (__u64)load32(ip + 16) << 32 | V4_MAPPED;
-	learn_flow(skb, generation, remote, ETHERNET_BYTES + (ip[0] & 0x0f) * 4, ip[9]);
+	sent.local[1] = (__u64)load32(ip + 12) << 32 | V4_MAPPED;
+	sent.remote[1] = (__u64)load32(ip + 16) << 32 | V4_MAPPED;
+	sent.transport = ETHERNET_BYTES + (ip[0] & 0x0f) * 4;
+	sent.protocol = ip[9];
+	learn_flow(skb, view, &sent);
 }
 
 /* This host sends no extension headers in front of UDP and TCP that an answer would have to follow. */
-EDGE_INLINE void learn_ipv6(struct __sk_buff *skb, __u32 generation)
+EDGE_INLINE void learn_ipv6(struct __sk_buff *skb, struct edge_view *view)
 {
+	struct sent sent = { .transport = ETHERNET_BYTES + IPV6_BYTES };
 	__u8 ip[IPV6_BYTES];
-	__u64 remote[2];
 
 	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, ip, sizeof(ip)))
 		return;
-	remote[0] = load64(ip + 24);
-	remote[1] = load64(ip + 32);
-	learn_flow(skb, generation, remote, ETHERNET_BYTES + IPV6_BYTES, ip[6]);
+	sent.local[0] = load64(ip + 8);
+	sent.local[1] = load64(ip + 16);
+	sent.remote[0] = load64(ip + 24);
+	sent.remote[1] = load64(ip + 32);
+	sent.protocol = ip[6];
+	learn_flow(skb, view, &sent);
 }
 
 /* Egress. Idle unless the set in force owns the whole host. */
@@ -105,8 +153,8 @@ int learn(struct __sk_buff *skb)
 	if (view.config->scope != EDGE_SCOPE_HOST)
 		return TCX_NEXT;
 	if (skb->protocol == bpf_htons(ETHER_IPV4))
-		learn_ipv4(skb, view.generation);
+		learn_ipv4(skb, &view);
 	else if (skb->protocol == bpf_htons(ETHER_IPV6))
-		learn_ipv6(skb, view.generation);
+		learn_ipv6(skb, &view);
 	return TCX_NEXT;
 }

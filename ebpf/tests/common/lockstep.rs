@@ -151,18 +151,18 @@ impl Lockstep {
         assert_eq!(charged, charge(&model.lines), "a connection of {source}");
     }
 
-    pub fn reply(&mut self, flow: Flow) {
+    /// This host has sent, and may be answered.
+    pub fn reply(&mut self, flow: Flow, sent_ns: u64) {
         let replies = self.loaded.maps().handle("replies");
-        let known = 1_u32.to_le_bytes();
         replies
-            .update(&flow_bytes(&flow), &known, MapFlags::ANY)
+            .update(&flow_bytes(&flow), &sent_ns.to_le_bytes(), MapFlags::ANY)
             .unwrap();
-        self.model.replies.insert(flow);
+        self.model.replies.insert(flow, sent_ns);
     }
 
     pub fn forget_replies(&mut self) {
         let replies = self.loaded.maps().handle("replies");
-        for flow in std::mem::take(&mut self.model.replies) {
+        for flow in std::mem::take(&mut self.model.replies).into_keys() {
             replies.delete(&flow_bytes(&flow)).unwrap();
         }
     }

@@ -2,7 +2,7 @@
 
 use ipnet::IpNet;
 use millrace_edge_policy::limiter::Limit;
-use millrace_edge_policy::model::{Count, Flow};
+use millrace_edge_policy::model::{Count, Flow, REPLY_TCP_NS, REPLY_UDP_NS};
 use millrace_edge_policy::packet::Protocol;
 use millrace_edge_policy::rules::{
     Compiled, Direction, Provenance, Rule, RuleAction, Sources, compile,
@@ -250,7 +250,14 @@ pub(crate) fn change(generator: &mut Generator, both: &mut Lockstep, now_ns: &mu
                 port: generator.port(),
                 protocol: generator.one_of(&[Protocol::Udp, Protocol::Tcp]),
             };
-            both.reply(flow);
+            let lives_ns = match flow.protocol {
+                Protocol::Udp => REPLY_UDP_NS,
+                Protocol::Tcp => REPLY_TCP_NS,
+            };
+            let ago_ns = generator.one_of(&[0, SECOND, lives_ns - SECOND, lives_ns, lives_ns + 1]);
+            // Also a little ahead, as a clock that was read later.
+            let sent_ns = *now_ns + generator.below(2) * 1_000 - ago_ns;
+            both.reply(flow, sent_ns);
         }
     }
 }

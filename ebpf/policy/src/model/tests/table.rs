@@ -8,7 +8,7 @@ use super::frames::{
 };
 use super::{Case, case};
 use crate::limiter::Purpose;
-use crate::model::{Count, Flow, Model, STRESS_PEERS, World};
+use crate::model::{Count, Flow, Model, REPLY_UDP_NS, STRESS_PEERS, World};
 use crate::packet::Protocol;
 use crate::reason::Reason;
 use crate::settings::{Mode, Scope, levels};
@@ -43,6 +43,17 @@ pub(super) fn with_token(from: &str, client: &str, minted_ns: u64) -> Vec<u8> {
 /// The first packet of a client that has nothing to show.
 pub(super) fn first(from: &str) -> Vec<u8> {
     udp(from, QUIC, &initial(&[0xdd; 8], &[]))
+}
+
+/// This host sent from its port 53.
+fn sent(model: &mut Model, to: &str, sent_ns: u64) {
+    let flow = Flow {
+        remote: Source::of(address(to).ip()),
+        remote_port: address(to).port(),
+        port: 53,
+        protocol: Protocol::Udp,
+    };
+    model.replies.insert(flow, sent_ns);
 }
 
 /// The frame with another byte.
@@ -81,16 +92,39 @@ fn packets_and_rules() -> Vec<Case> {
         case("fragment", fragment, Reason::Fragment),
         case("options", options(), Reason::Options),
         case("SYN and FIN", tcp(CLIENT, TCP, SYN | 1), Reason::TcpFlags),
-        case("reply", udp(CLIENT, 53, b"answer"), Reason::PassReply)
+        case("reply", udp(stranger, 53, b"answer"), Reason::PassReply)
             .of_host()
-            .when(|model| {
-                model.replies.insert(Flow {
-                    remote: Source::of(address(CLIENT).ip()),
-                    remote_port: address(CLIENT).port(),
-                    port: 53,
-                    protocol: Protocol::Udp,
-                });
-            }),
+            .when(|model| sent(model, "100.64.0.1:5", NOW_NS)),
+        case(
+            "reply, in the last moment",
+            udp(stranger, 53, b"answer"),
+            Reason::PassReply,
+        )
+        .of_host()
+        .when(|model| sent(model, "100.64.0.1:5", NOW_NS - REPLY_UDP_NS)),
+        case(
+            "reply, too late",
+            udp(stranger, 53, b"answer"),
+            Reason::FirewallDefault,
+        )
+        .of_host()
+        .when(|model| sent(model, "100.64.0.1:5", NOW_NS - REPLY_UDP_NS - 1)),
+        case(
+            "reply of somebody denied",
+            udp(denied, 53, b"answer"),
+            Reason::FirewallDeny,
+        )
+        .of_host()
+        .when(|model| sent(model, "198.18.0.1:5", NOW_NS))
+        .by_rule(2),
+        case(
+            "reply of somebody allowed",
+            udp(CLIENT, 53, b"answer"),
+            Reason::PassHost,
+        )
+        .of_host()
+        .when(|model| sent(model, CLIENT, NOW_NS))
+        .by_rule(3),
         case("host, allowed", udp(CLIENT, 53, b"asks"), Reason::PassHost)
             .of_host()
             .by_rule(3),
