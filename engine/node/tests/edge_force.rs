@@ -210,14 +210,20 @@ fn enforcing_goes_on_without_the_state() {
     let first = site.registry.set_firewall(&allow_all_but_the_stranger());
     site.start_node();
     follows(&site, first);
-    let applied = site.json("apply", &["--mode", "enforce"]);
+    site.json("apply", &["--mode", "enforce"]);
+    let applied = site.json("deny", &["198.51.100.0/24", "--for", "1h"]);
     let path = site.pinned.pins().state_path();
     std::fs::remove_file(&path).unwrap();
     eventually("the node writes it again", || {
         let state = State::read(&site.pinned.pins()).unwrap();
         (Some(u64::from(state.set)) > applied["set"].as_u64()).then_some(())
     });
-    assert_eq!(site.status()["mode"], "enforce");
+    let status = site.status();
+    assert_eq!(
+        (&status["mode"], &status["temporary_rules"]),
+        (&"enforce".into(), &1.into())
+    );
+    assert_eq!(status["interfaces"][0]["name"], "mr0");
     site.assert_denied(STRANGER);
 
     // What cannot be read is said once, and left alone; the node goes on, also through a restart.

@@ -73,6 +73,8 @@ pub(super) struct Following {
     told: bool,
     table_at: Instant,
     interfaces_at: Instant,
+    /// As the state said last.
+    interfaces: Vec<Interface>,
     said: BTreeMap<Topic, String>,
 }
 
@@ -111,6 +113,7 @@ impl Following {
             told: true,
             table_at: now,
             interfaces_at: now,
+            interfaces: Vec::new(),
             said: BTreeMap::new(),
         }
     }
@@ -185,10 +188,17 @@ impl Following {
             tracing::info!(set, "finished what somebody left by halves");
         }
         force::note_lapsed(&kernel.edge, turn)?;
-        let mut state = force::read_state(pins)?;
-        state.expire(SystemTime::now());
         let in_force = publisher.config().set;
-        let applied = self.applied(sets::origin(pins, in_force), in_force, &state);
+        let of_set = sets::origin(pins, in_force);
+        let mut state = force::read_state(pins)?;
+        if state.set == 0 && in_force != 0 {
+            // Somebody removed the file: what it said that is known elsewhere is said again.
+            state.interfaces.clone_from(&self.interfaces);
+            state.temporary = of_set.as_ref().map_or_else(Vec::new, Origin::temporary);
+            force::write_state(pins, &state)?;
+        }
+        state.expire(SystemTime::now());
+        let applied = self.applied(of_set, in_force, &state);
         let firewall = match applied.onto(&self.config) {
             Some(config) => self.node.versions.firewall(&config.edge.roles),
             None => self.node.versions.firewall(&self.config.edge.roles),
@@ -359,6 +369,9 @@ impl Following {
             // The rules say so.
             return;
         };
+        if !interfaces.is_empty() {
+            self.interfaces.clone_from(&interfaces);
+        }
         interfaces.retain(|interface| !kernel.edge.is_live(interface));
         for interface in &interfaces {
             if exists(&interface.name) {

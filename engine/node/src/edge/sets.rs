@@ -68,6 +68,11 @@ impl Origin {
         }
     }
 
+    /// Its temporary rules.
+    pub(crate) fn temporary(&self) -> Vec<Temporary> {
+        self.temporary.clone()
+    }
+
     /// The same again, for this node.
     pub(crate) fn firewall(&self, node: &Firewall) -> Firewall {
         Firewall {
