@@ -78,13 +78,18 @@ impl Description {
     }
 }
 
-/// Headers down to IP. The addresses of this node are not looked at by the program, so they are those for documentation.
+/// The first address, unless it is the sender's.
+fn other_than<A: PartialEq>([first, second]: [A; 2], from: A) -> A {
+    if first == from { second } else { first }
+}
+
+/// Headers down to IP. Which of its addresses a node is called by does not matter to the program, as long as it is not the sender's.
 fn addressed(from: IpAddr) -> PacketBuilderStep<etherparse::IpHeaders> {
     let link: PacketBuilderStep<Ethernet2Header> =
         PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
     match from.to_canonical() {
-        IpAddr::V4(from) => link.ipv4(from.octets(), NODE4.octets(), 64),
-        IpAddr::V6(from) => link.ipv6(from.octets(), NODE6.octets(), 64),
+        IpAddr::V4(from) => link.ipv4(from.octets(), other_than(NODE4, from).octets(), 64),
+        IpAddr::V6(from) => link.ipv6(from.octets(), other_than(NODE6, from).octets(), 64),
     }
 }
 
@@ -96,8 +101,12 @@ const INITIAL: [u8; 26] = [
 const PAYLOAD_MAX: u16 = 9_000;
 const HEADERS_MAX: usize = 14 + 40 + 20;
 const WINDOW: u16 = 64_000;
-const NODE4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
-const NODE6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+/// Addresses for documentation.
+const NODE4: [Ipv4Addr; 2] = [Ipv4Addr::new(192, 0, 2, 1), Ipv4Addr::new(192, 0, 2, 2)];
+const NODE6: [Ipv6Addr; 2] = [
+    Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1),
+    Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 2),
+];
 
 #[cfg(test)]
 mod tests {
