@@ -176,7 +176,7 @@ pub struct EdgeControl {
     pub lease_until_ns: u64,
     /// 0, 1 or 2.
     pub stress: u32,
-    /// Counts that another run of the daemon wrote do not hold.
+    /// Counts that another run of the node wrote do not hold.
     pub run: u32,
     /// Wall time less CLOCK_MONOTONIC, in nanoseconds.
     pub wall_offset_ns: u64,
@@ -202,7 +202,7 @@ pub struct EdgeControl {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct EdgeCount {
-    /// Run of the daemon that wrote it.
+    /// Run of the node that wrote it.
     pub run: u32,
     /// Established connections.
     pub connections: u32,

@@ -295,7 +295,7 @@ pub struct EdgeSection {
     pub sources_max: u64,
     /// Registry peers with a proof.
     pub peers_max: u64,
-    /// How long counts and stress hold after the daemon wrote them last.
+    /// How long counts and stress hold after the node wrote them last.
     pub lease: Period,
     /// Every Nth drop of a core is reported as an event; 0: none.
     pub sample_every: u64,

@@ -71,7 +71,7 @@ pub struct Flow {
     pub protocol: Protocol,
 }
 
-/// QUIC connections of a source, as a run of the daemon counted them (`struct edge_count`).
+/// QUIC connections of a source, as a run of the node counted them (`struct edge_count`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Count {
     /// The run.
@@ -93,7 +93,7 @@ pub struct Model {
     pub lease_until_ns: u64,
     /// 0, 1 or 2.
     pub stress: u32,
-    /// Run of the daemon whose counts hold.
+    /// Run of the node whose counts hold.
     pub run: u32,
     /// What wall time is ahead of the monotonic clock; wraps.
     pub wall_offset_ns: u64,

@@ -144,7 +144,7 @@ struct edge_control {
 	__u64 revert_at_ns; /* 0, or from when the other generation is in force again */
 	__u64 lease_until_ns; /* stress and QUIC counts hold until then */
 	__u32 stress;
-	__u32 run; /* counts written by another run of the daemon do not hold */
+	__u32 run; /* counts written by another run of the node do not hold */
 	__u64 wall_offset_ns;
 	struct edge_key seed[EDGE_GENERATIONS]; /* of the sketch */
 	__u32 limiter_active;

@@ -1,6 +1,6 @@
 /* TCP connections that each source holds, in the kernel's own truth.
  *
- * 1. Only passive sockets on local ports that are declared as TCP, in the daemon's network namespace; a socket is
+ * 1. Only passive sockets on local ports that are declared as TCP, in the node's network namespace; a socket is
  *    counted once, when it is established, and given back once, when it closes: its storage says which. So two of
  *    these programs, as at a reload, count like one. Sockets that were established before their port was declared, or
  *    before this was attached, are counted by a walk over all files (`conn_walk`), as often as one likes.

@@ -256,7 +256,7 @@ EDGE_INLINE bool proof_check(struct edge_view *view, const struct edge_packet *p
 	return key && siphash24(key, words, 5) == load64(id + 12);
 }
 
-/* Whether the source has as many connections as it may, by the word of a daemon that lives. */
+/* Whether the source has as many connections as it may, by the word of a node that lives. */
 EDGE_INLINE bool quic_source_full(struct edge_view *view, const struct edge_packet *packet, const enum edge_world world)
 {
 	struct edge_source source = source_cap_key(packet->source, packet->ipv4);

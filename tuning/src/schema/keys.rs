@@ -577,7 +577,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "udp_ports",
                 edge.udp_ports,
                 Kind::Ports,
-                "UDP ports of this node besides the transport's; only the firewall applies to them."
+                "UDP ports of this node besides the transport's; only the firewall applies to them, and only unicast gets in."
             ),
             field!(
                 NodeConfig,
@@ -647,7 +647,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "syn_per_second",
                 edge.syn_per_second,
                 integer(1, 10_000_000),
-                "SYNs of all sources; more are answered by SYN cookies, or dropped where net.ipv4.tcp_syncookies is 0."
+                "SYNs of all sources; more go to the listener until its queue is full (net.ipv4.tcp_syncookies 1), are answered by SYN cookies (then, and with 2), or dropped (0)."
             ),
             field!(
                 NodeConfig,
