@@ -251,7 +251,7 @@ fn reasons(before: &Counters, after: &Counters) -> Vec<(Reason, u64)> {
 #[derive(Debug, Default)]
 struct Served {
     completed: u32,
-    /// Handshakes of which a packet had to be sent again.
+    /// Of these, those of which a packet had to be sent again: the ring was full, or the host busy. Late, and not lost.
     repeated: u32,
 }
 
