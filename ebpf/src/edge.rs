@@ -119,6 +119,12 @@ impl Edge {
             let opened = opened.map_err(|source| EdgeError::Incomplete { path, source })?;
             programs.insert(program, opened);
         }
+        // Without it, TCP is charged and never counted.
+        let path = tracepoint_path(pins);
+        if !path.exists() {
+            let source = io::ErrorKind::NotFound.into();
+            return Err(EdgeError::Incomplete { path, source });
+        }
         let maps = Maps::open(|name| MapHandle::from_pinned_path(pins.path(Kind::Map, name)))?;
         let layout: u32 = maps.control.load_part(0, offset_of!(EdgeControl, layout));
         if layout != LAYOUT {
@@ -452,10 +458,7 @@ impl Edge {
 
     fn rename(&self, new: &BTreeMap<Program, OwnedFd>) -> Result<(), EdgeError> {
         let tracepoint = link_tracepoint(new[&Program::ConnState].as_fd())?;
-        replace_pin(
-            tracepoint.as_fd(),
-            self.pins.path(Kind::Link, Program::ConnState.name()),
-        )?;
+        replace_pin(tracepoint.as_fd(), tracepoint_path(&self.pins))?;
         new.iter().try_for_each(|(program, new)| {
             replace_pin(new.as_fd(), self.pins.path(Kind::Program, program.name()))
         })
@@ -519,10 +522,7 @@ fn attach_new(
     }
     pins.set_build(&build())?;
     let tracepoint = link_tracepoint(programs[&Program::ConnState].as_fd())?;
-    pin(
-        tracepoint.as_fd(),
-        pins.path(Kind::Link, Program::ConnState.name()),
-    )?;
+    pin(tracepoint.as_fd(), tracepoint_path(pins))?;
     State::default().write(pins, lock)?;
     let edge = Edge::adopt(pins)?;
     for interface in &options.interfaces {
@@ -543,6 +543,11 @@ fn handles(loaded: &Loaded) -> Result<BTreeMap<Program, OwnedFd>, EdgeError> {
         ))
     };
     PINNED.into_iter().map(handle).collect()
+}
+
+/// The one link of no interface.
+fn tracepoint_path(pins: &Pins) -> PathBuf {
+    pins.path(Kind::Link, Program::ConnState.name())
 }
 
 fn link_tracepoint(program: BorrowedFd<'_>) -> Result<OwnedFd, EdgeError> {
@@ -571,8 +576,11 @@ fn on_interface(link: &Path) -> bool {
 fn clear_unfinished(pins: &Pins) -> Result<(), EdgeError> {
     let maps = Maps::NAMES.map(|name| pins.path(Kind::Map, name));
     let programs = PINNED.map(|program| pins.path(Kind::Program, program.name()));
-    let missing = maps.into_iter().chain(programs).find(|pin| !pin.exists());
-    let Some(path) = missing else {
+    let mut pinned = maps
+        .into_iter()
+        .chain(programs)
+        .chain([tracepoint_path(pins)]);
+    let Some(path) = pinned.find(|pin| !pin.exists()) else {
         let root = pins.root().to_owned();
         return Err(EdgeError::Present { root });
     };

@@ -5,7 +5,7 @@ mod common;
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command};
 
 use common::edge::{Ends, Home, attached, options, set};
 use common::{Namespace, Pair, ok, privileged, until};
@@ -63,11 +63,12 @@ fn what_a_killed_attempt_left_is_cleared_by_the_next() {
         pair.node
             .enter(|| Edge::attach(&home.pins, &options(AttachMode::Auto)))
     };
-    // Folders alone; some maps; all maps and some programs.
+    // Folders alone; some maps; all maps and some programs; all but the link by which TCP is counted.
     let cuts = [
         (Kind::Map, "control"),
         (Kind::Map, "budgets"),
         (Kind::Program, Program::Stamp.name()),
+        (Kind::Link, Program::ConnState.name()),
     ];
     for (kind, missing) in cuts {
         attach().unwrap();
