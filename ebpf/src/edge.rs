@@ -87,10 +87,9 @@ impl Edge {
         }
         selftest::run()?;
         let loaded = Loaded::load(&options.sizes)?;
-        let edge = pins
-            .create()
-            .map_err(EdgeError::from)
-            .and_then(|()| attach_new(pins, &loaded, options, &lock));
+        // Where this is refused, the pins of an edge that runs may be out of sight: nothing is cleared away then.
+        pins.create()?;
+        let edge = attach_new(pins, &loaded, options, &lock);
         if edge.is_err() {
             // The first error is the one to tell.
             let _ = pins.remove_own();
@@ -153,8 +152,14 @@ impl Edge {
     ///
     /// # Errors
     ///
-    /// [`EdgeError::Elsewhere`].
+    /// [`EdgeError::Elsewhere`]; [`EdgeError::OutOfSight`] where a running edge would lose all but its pins.
     pub fn may_detach(pins: &Pins) -> Result<Option<NetworkNamespace>, EdgeError> {
+        if pins.are_out_of_sight()?
+            && State::read(pins).is_ok_and(|state| !state.interfaces.is_empty())
+        {
+            let root = pins.root().to_owned();
+            return Err(EdgeError::OutOfSight { root });
+        }
         let Some(namespace) = pins.namespace() else {
             return Ok(None);
         };

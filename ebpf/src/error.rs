@@ -159,6 +159,12 @@ pub enum EdgeError {
         /// Where it is.
         namespace: NetworkNamespace,
     },
+    /// Its pins are in a mount namespace that is not the caller's.
+    #[error("the pins of the edge at {} are out of sight here; give the command in the mount namespace of process 1 (nsenter --mount=/proc/1/ns/mnt)", .root.display())]
+    OutOfSight {
+        /// The folder of pins.
+        root: PathBuf,
+    },
     /// There is no such interface.
     #[error("no interface {name}: {source}; `ip link` shows those that there are")]
     Interface {
@@ -228,6 +234,7 @@ impl EdgeError {
             Self::Layout { .. } => "layout",
             Self::Incomplete { .. } => "incomplete",
             Self::Elsewhere { .. } => "elsewhere",
+            Self::OutOfSight { .. } => "out_of_sight",
             Self::Interface { .. } => "interface",
             Self::NotAttached { .. } => "not_attached",
             Self::Attach { .. } => "attach",

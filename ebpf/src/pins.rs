@@ -267,6 +267,15 @@ impl Pins {
         Ok(names)
     }
 
+    /// Whether process 1 has a bpffs here that the caller has not, so that whatever is pinned cannot be seen.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::Read`] if the folder is there and cannot be read.
+    pub(crate) fn are_out_of_sight(&self) -> Result<bool, PinError> {
+        Ok(self.layouts()?.is_empty() && place::is_hidden(&self.canonical_root()))
+    }
+
     /// Takes the mount away that [`Self::create`] made; one that the host set up stays.
     fn unmount(&self) {
         if place::is_mounted_as(&self.root, SOURCE) {

@@ -1,11 +1,13 @@
 //! Where a process stands: in which network namespace, and whether what it mounts outlives it.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, BufRead as _, BufReader};
 use std::os::fd::AsFd as _;
+use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{major, minor};
 use rustix::net::{AddressFamily, SocketType, socket};
@@ -85,6 +87,20 @@ pub(crate) fn lasts(path: &Path) -> bool {
     mounts("/proc/1/mountinfo").is_none_or(|mounts| mounts.iter().any(|m| m.device == device))
 }
 
+/// Whether process 1 has a bpffs at this path, or above it, that the calling one does not have. Where nobody can tell, it is taken to have none.
+pub(crate) fn is_hidden(path: &Path) -> bool {
+    let (Some(first), Some(own)) = (
+        mounts("/proc/1/mountinfo"),
+        mounts("/proc/thread-self/mountinfo"),
+    ) else {
+        return false;
+    };
+    let is_seen = |device: &str| own.iter().any(|mount| mount.device == device);
+    first
+        .iter()
+        .any(|mount| path.starts_with(&mount.point) && !is_seen(&mount.device))
+}
+
 /// Whether the file system of this path was mounted under this name.
 pub(crate) fn is_mounted_as(path: &Path, source: &str) -> bool {
     let (Ok(device), Some(mounts)) = (device(path), mounts("/proc/thread-self/mountinfo")) else {
@@ -105,6 +121,7 @@ fn device(path: &Path) -> io::Result<String> {
 #[derive(Debug, PartialEq, Eq)]
 struct Mount {
     device: String,
+    point: PathBuf,
     source: String,
 }
 
@@ -119,13 +136,35 @@ fn mounts(file: &str) -> Option<Vec<Mount>> {
 /// `36 35 98:0 /root /mount/point options [more ...] - type source options`.
 fn bpffs(line: &str) -> Option<Mount> {
     let (place, what) = line.split_once(" - ")?;
-    let device = place.split(' ').nth(2)?;
+    let mut place = place.split(' ').skip(2);
+    let device = place.next()?;
+    let point = place.nth(1)?;
     let mut what = what.split(' ');
     (what.next()? == "bpf").then_some(())?;
     Some(Mount {
         device: device.to_owned(),
+        point: unescaped(point),
         source: what.next()?.to_owned(),
     })
+}
+
+/// The kernel writes white space and backslashes as `\` and three octal digits.
+fn unescaped(point: &str) -> PathBuf {
+    let mut parts = point.split('\\');
+    let mut bytes = parts.next().unwrap_or_default().as_bytes().to_vec();
+    for part in parts {
+        let octal = part
+            .get(..3)
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match octal {
+            Some(byte) => {
+                bytes.push(byte);
+                bytes.extend(part.bytes().skip(3));
+            }
+            None => bytes.extend([b"\\", part.as_bytes()].concat()),
+        }
+    }
+    OsString::from_vec(bytes).into()
 }
 
 #[cfg(test)]
@@ -149,6 +188,9 @@ mod tests {
             (found.device.as_str(), found.source.as_str()),
             ("0:41", "millrace")
         );
+        assert_eq!(found.point, Path::new("/run/millrace/edge"));
+        let escaped = bpffs(&line.replace("/edge", r"/an\040edge\134x\9")).unwrap();
+        assert_eq!(escaped.point, Path::new(r"/run/millrace/an edge\x\9"));
         for other in ["22 27 0:21 / /proc rw,relatime - proc proc rw", "", "22 27"] {
             assert_eq!(bpffs(other), None);
         }
