@@ -278,16 +278,18 @@ impl Edge {
         Ok(State::read(&self.pins)?.interfaces)
     }
 
-    /// Whether the program is on the interface now. It is not once the interface was removed, as by its driver or with its network
-    /// namespace, even if there is one of the same name again.
+    /// Whether all programs of an interface are on it now. None is once the interface was removed, as by its driver or with its network
+    /// namespace, even if there is one of the same name again; and somebody may have detached one of them.
     #[must_use]
     pub fn is_live(&self, interface: &Interface) -> bool {
-        let link = Link::open(self.link_path(Program::Edge, interface.index));
-        let info = link.and_then(|link| link.info());
-        matches!(info.map(|info| info.info), Ok(LinkTypeInfo::Xdp(xdp)) if xdp.ifindex == interface.index)
+        OF_INTERFACE.into_iter().all(|program| {
+            let link = self.link_path(program, interface.index);
+            interface_of(&link) == Some(interface.index)
+        })
     }
 
-    /// Attaches to one more interface of the calling thread's network namespace, or again to one that was removed and made anew.
+    /// Attaches to one more interface of the calling thread's network namespace, or again to one that was removed and made anew, or that one
+    /// of the programs was detached from.
     ///
     /// # Errors
     ///
@@ -335,7 +337,7 @@ impl Edge {
     ///
     /// # Errors
     ///
-    /// [`EdgeError::Interface`] if it is not attached to one of this name.
+    /// [`EdgeError::NotAttached`] if it is not attached to one of this name.
     pub fn detach_interface(&mut self, name: &str) -> Result<(), EdgeError> {
         let lock = self.pins.lock_waiting()?;
         let mut state = State::read(&self.pins)?;
@@ -569,8 +571,19 @@ fn here() -> Result<NetworkNamespace, EdgeError> {
 
 /// Whether a link is on an interface that is there.
 fn on_interface(link: &Path) -> bool {
-    let info = Link::open(link).and_then(|link| link.info());
-    matches!(info.map(|info| info.info), Ok(LinkTypeInfo::Xdp(xdp)) if xdp.ifindex != 0)
+    interface_of(link).is_some()
+}
+
+/// The interface that a link is on: none if it was detached, the interface is gone, or it is no link of one.
+fn interface_of(link: &Path) -> Option<u32> {
+    let info = Link::open(link).and_then(|link| link.info()).ok()?;
+    let index = match info.info {
+        LinkTypeInfo::Xdp(xdp) => xdp.ifindex,
+        LinkTypeInfo::Tcx(tcx) => tcx.ifindex,
+        _ => return None,
+    };
+    // The kernel says 0 of a link that is on none.
+    (index != 0).then_some(index)
 }
 
 /// Removes what somebody who died while attaching has left, as long as it is on no interface.

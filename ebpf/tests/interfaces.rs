@@ -290,3 +290,38 @@ fn without_a_self_test_nothing_is_replaced() {
     assert_eq!((site.programs(), site.state()), (programs, state));
     site.assert_denies();
 }
+
+// Protects a node that somebody detached a companion from: without the stamp, its table drops what the program passes. Such an interface is
+// not live, whichever program is missing, and attaching again gives it all three.
+#[test]
+fn an_interface_that_lost_one_program_is_attached_again() {
+    let Some(mut site) = Site::new("an_interface_that_lost_one_program_is_attached_again") else {
+        return;
+    };
+    site.edge
+        .publish(&from_both(RuleAction::Deny), 1, None)
+        .unwrap();
+    for program in ["stamp", "learn", "edge"] {
+        let [first, second] = site.edge.interfaces().unwrap().try_into().unwrap();
+        assert!(site.edge.is_live(&first) && site.edge.is_live(&second));
+        let lost = Link::open(site.link(program, 0)).unwrap();
+        lost.detach().unwrap();
+        assert!(!site.edge.is_live(&first), "without {program}");
+        assert!(site.edge.is_live(&second), "without {program}");
+        let attach = || site.edge.attach_interface(&first.name, AttachMode::Native);
+        site.pair.node.enter(attach).unwrap();
+        let again = site.edge.interfaces().unwrap();
+        assert!(
+            again.len() == 2 && again.iter().all(|i| site.edge.is_live(i)),
+            "{again:?}"
+        );
+        // By its own index: it is the last in the list now.
+        let of_link = Link::open(
+            site.home
+                .pins
+                .path(Kind::Link, &format!("{program}-{}", first.index)),
+        );
+        assert_ne!(of_link.unwrap().info().unwrap().id, lost.info().unwrap().id);
+        site.assert_denies();
+    }
+}
