@@ -8,21 +8,25 @@
 //! 5. `nft` runs in the network namespace of the calling thread.
 //! 6. Every folder of pins has a table of its own, [`TableName`]: edges of one network namespace leave each other's alone. Marks are the same for all.
 //! 7. A [`Fingerprint`] changes when anybody changes the table, and not by what packets do.
+//! 8. `nft` is killed when its time is over, [`Nft::within`]: whoever waits for it has a lock that others wait for.
 
 use std::collections::BTreeSet;
 use std::fmt::{self, Write as _};
 use std::hash::{DefaultHasher, Hasher as _};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read, Write as _};
 use std::ops::RangeInclusive;
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use millrace_edge_policy::packet::Protocol;
 use millrace_edge_policy::rules::{Compiled, Provenance, Rule, RuleAction, Sources, User};
 use millrace_edge_policy::settings::Mode;
 use millrace_edge_policy::siphash::{Key, siphash24};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use serde::{Deserialize, Serialize};
 
 use crate::pins::Pins;
@@ -69,7 +73,7 @@ impl Table {
     }
 }
 
-/// Why the table could not be replaced or removed. The one before stays in force.
+/// Why the table could not be replaced or removed. The one before stays in force; where `nft` was killed, it is the one or the other.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NftError {
@@ -81,7 +85,7 @@ pub enum NftError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// It was fed, and stopped reading or answering.
+    /// It was fed, and stopped reading or answering, or did not end in time.
     #[error("cannot talk to nft: {0}")]
     Talk(#[source] io::Error),
     /// It refused the table.
@@ -165,6 +169,8 @@ pub struct Nft {
     pub program: PathBuf,
     /// The table that it replaces, removes and looks at.
     pub table: TableName,
+    /// How long one call of [`Self::apply`] and the others may take before `nft` is killed.
+    pub within: Duration,
 }
 
 impl Default for Nft {
@@ -172,6 +178,7 @@ impl Default for Nft {
         Self {
             program: "nft".into(),
             table: TableName::default(),
+            within: WITHIN,
         }
     }
 }
@@ -192,18 +199,20 @@ impl Nft {
     ///
     /// See [`NftError`].
     pub fn check(&self, table: &Table) -> Result<(), NftError> {
-        self.run(&["-c", "-f", "-"], &Script::replace(&self.table, table))
+        let script = Script::replace(&self.table, table);
+        self.run(&["-c", "-f", "-"], &script, self.until())
     }
 
     /// Checks the table, then replaces the one in force in one transaction.
     ///
     /// # Errors
     ///
-    /// See [`NftError`]; the table in force stays.
+    /// See [`NftError`]; the table in force stays, or `nft` was killed and it is the one or the other.
     pub fn apply(&self, table: &Table) -> Result<(), NftError> {
         let script = Script::replace(&self.table, table);
-        self.run(&["-c", "-f", "-"], &script)?;
-        self.run(&["-f", "-"], &script)
+        let until = self.until();
+        self.run(&["-c", "-f", "-"], &script, until)?;
+        self.run(&["-f", "-"], &script, until)
     }
 
     /// Removes the table; nothing happens if there is none.
@@ -212,7 +221,8 @@ impl Nft {
     ///
     /// See [`NftError`].
     pub fn remove(&self) -> Result<(), NftError> {
-        self.run(&["-f", "-"], &Script::remove(&self.table))
+        let script = Script::remove(&self.table);
+        self.run(&["-f", "-"], &script, self.until())
     }
 
     /// Of the table in force; none if there is no table.
@@ -222,28 +232,15 @@ impl Nft {
     /// See [`NftError`].
     pub fn fingerprint(&self) -> Result<Option<Fingerprint>, NftError> {
         // Stateless: without what the counters say.
-        let mut child = self.spawn(
+        let child = self.spawn(
             &["-s", "list", "table", "inet", &self.table.0],
             Stdio::null(),
             Stdio::piped(),
         )?;
         // Its keys are fixed: the same text has the same number in every process.
         let mut hasher = DefaultHasher::new();
-        let mut listed = Ok(());
-        if let Some(mut text) = child.stdout.take() {
-            // As long as the table: hashed as it comes, and never held.
-            let mut part = vec![0; LISTED_AT_ONCE_BYTES];
-            listed = loop {
-                match text.read(&mut part) {
-                    Ok(0) => break Ok(()),
-                    Ok(bytes) => hasher.write(&part[..bytes]),
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(error) => break Err(error),
-                }
-            };
-        }
-        let output = child.wait_with_output().map_err(NftError::Talk)?;
-        listed.map_err(NftError::Talk)?;
+        // As long as the table: hashed as it comes, and never held.
+        let (output, _) = talk(child, &[], self.until(), |text| hasher.write(text))?;
         if output.status.success() {
             return Ok(Some(Fingerprint(hasher.finish())));
         }
@@ -269,19 +266,126 @@ impl Nft {
             })
     }
 
-    fn run(&self, arguments: &[&str], script: &Script) -> Result<(), NftError> {
-        let mut child = self.spawn(arguments, Stdio::piped(), Stdio::null())?;
-        let fed = match child.stdin.take() {
-            Some(mut stdin) => stdin.write_all(script.text.as_bytes()),
-            None => Ok(()),
-        };
-        let output = child.wait_with_output().map_err(NftError::Talk)?;
+    fn until(&self) -> Instant {
+        Instant::now() + self.within
+    }
+
+    fn run(&self, arguments: &[&str], script: &Script, until: Instant) -> Result<(), NftError> {
+        let child = self.spawn(arguments, Stdio::piped(), Stdio::null())?;
+        let (output, fed) = talk(child, script.text.as_bytes(), until, |_| {})?;
         if !output.status.success() {
             // Before a failure to feed it: it stops reading because it refuses.
             return Err(script.refused(&output));
         }
         fed.map_err(NftError::Talk)
     }
+}
+
+/// Feeds it and hears it until it ends, or kills it when its time is over. Also, whether it took all that it was fed.
+fn talk(
+    mut child: Child,
+    text: &[u8],
+    until: Instant,
+    heard: impl FnMut(&[u8]),
+) -> Result<(Output, io::Result<()>), NftError> {
+    let ended = exchange(&mut child, text, until, heard);
+    if ended.is_err() {
+        // The first error is the one to tell.
+        let _ = child.kill().and_then(|()| child.wait());
+    }
+    ended.map_err(NftError::Talk)
+}
+
+fn exchange(
+    child: &mut Child,
+    mut text: &[u8],
+    until: Instant,
+    mut heard: impl FnMut(&[u8]),
+) -> io::Result<(Output, io::Result<()>)> {
+    let mut stdin = unblocked(child.stdin.take())?;
+    let mut stdout = unblocked(child.stdout.take())?;
+    let mut stderr = unblocked(child.stderr.take())?;
+    let (mut fed, mut said) = (Ok(()), Vec::new());
+    let mut part = vec![0; AT_ONCE_BYTES];
+    loop {
+        // Before it is heard: what it said until then is heard to the end.
+        let status = child.try_wait()?;
+        let mut moves = false;
+        if let Some(pipe) = &mut stdin {
+            match pipe.write(text) {
+                Ok(bytes) => {
+                    text = &text[bytes..];
+                    moves = true;
+                }
+                Err(error) if is_for_now(&error) => {}
+                Err(error) => {
+                    fed = Err(error);
+                    text = &[];
+                }
+            }
+            if text.is_empty() {
+                // Closed, which ends what it reads.
+                stdin = None;
+            }
+        }
+        moves |= hear(&mut stdout, &mut part, &mut heard)?;
+        moves |= hear(&mut stderr, &mut part, |text| {
+            let room = SAID_BYTES_MAX - said.len();
+            said.extend_from_slice(&text[..text.len().min(room)]);
+        })?;
+        if let Some(status) = status.filter(|_| !moves) {
+            let output = Output {
+                status,
+                stdout: Vec::new(),
+                stderr: said,
+            };
+            return Ok((output, fed));
+        }
+        if Instant::now() >= until {
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                "it did not end in time, and was killed",
+            ));
+        }
+        if !moves {
+            std::thread::sleep(LOOK);
+        }
+    }
+}
+
+/// One read of what is there; whether something was.
+fn hear(
+    pipe: &mut Option<impl Read>,
+    part: &mut [u8],
+    mut heard: impl FnMut(&[u8]),
+) -> io::Result<bool> {
+    let Some(open) = pipe else {
+        return Ok(false);
+    };
+    match open.read(part) {
+        Ok(0) => *pipe = None,
+        Ok(bytes) => {
+            heard(&part[..bytes]);
+            return Ok(true);
+        }
+        Err(error) if is_for_now(&error) => {}
+        Err(error) => return Err(error),
+    }
+    Ok(false)
+}
+
+fn is_for_now(error: &io::Error) -> bool {
+    let kinds = [io::ErrorKind::WouldBlock, io::ErrorKind::Interrupted];
+    kinds.contains(&error.kind())
+}
+
+/// Our end of a pipe; the other is as it was.
+fn unblocked<P: AsFd>(pipe: Option<P>) -> io::Result<Option<P>> {
+    if let Some(pipe) = &pipe {
+        let flags = fcntl_getfl(pipe)?;
+        fcntl_setfl(pipe, flags | OFlags::NONBLOCK)?;
+    }
+    Ok(pipe)
 }
 
 /// What `nft` reads, and which line belongs to which rule.
@@ -507,7 +611,16 @@ fn set(elements: impl IntoIterator<Item = impl fmt::Display>) -> String {
 const NO_TABLE: &str = "No such file or directory";
 
 /// Read from `nft` at once.
-const LISTED_AT_ONCE_BYTES: usize = 64 << 10;
+const AT_ONCE_BYTES: usize = 64 << 10;
+
+/// What it complains of is kept up to here.
+const SAID_BYTES_MAX: usize = 64 << 10;
+
+/// A table of 65,534 rules takes it a few seconds.
+pub(crate) const WITHIN: Duration = Duration::from_secs(20);
+
+/// Between two looks at whether it has ended, while it neither reads nor says anything.
+const LOOK: Duration = Duration::from_millis(1);
 
 /// Enough for people who try a refused port, and too little to be worth provoking: the default budget of the program.
 const REJECTS_PER_SECOND: u32 = 100;

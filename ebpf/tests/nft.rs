@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::UdpSocket;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use common::{NODE, Namespace, PATIENCE, Pair, WORLD, ok, privileged, until};
 use millrace_edge::nft::{Nft, NftError, Table};
@@ -347,6 +348,49 @@ fn a_refused_table_names_the_rule_and_changes_nothing() {
         );
         assert_eq!(ruleset("inet millrace"), before);
     });
+}
+
+// Protects whoever waits for the turn of one that waits for `nft`: it is killed, and nothing of it is left.
+#[test]
+fn an_nft_that_hangs_is_killed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (program, pid) = (folder.path().join("nft"), folder.path().join("pid"));
+    let script =
+        "printf '#!/bin/sh\\necho $$ > %s\\nexec sleep 60\\n' \"$2\" > \"$1\" && chmod +x \"$1\"";
+    // By another process: a file that is open for writing here cannot be run.
+    ok(Command::new("sh")
+        .args(["-c", script, "sh"])
+        .args([&program, &pid]));
+    let calls: [fn(&Nft) -> Result<(), NftError>; 4] = [
+        |nft| nft.check(&table(true)),
+        |nft| nft.apply(&table(true)),
+        |nft| nft.remove(),
+        |nft| nft.fingerprint().map(drop),
+    ];
+    for call in calls {
+        let mut within = Duration::from_millis(50);
+        let _ = std::fs::remove_file(&pid);
+        let pid = loop {
+            let nft = Nft {
+                program: program.clone(),
+                within,
+                ..Nft::default()
+            };
+            let error = call(&nft).unwrap_err();
+            let NftError::Talk(talk) = &error else {
+                panic!("{error}")
+            };
+            assert_eq!(talk.kind(), io::ErrorKind::TimedOut, "{error}");
+            let written = std::fs::read_to_string(&pid).unwrap_or_default();
+            if written.ends_with('\n') {
+                break written;
+            }
+            // Killed before it could say who it is.
+            within *= 2;
+        };
+        let process = format!("/proc/{}", pid.trim());
+        assert!(!std::path::Path::new(&process).exists(), "{process}");
+    }
 }
 
 #[test]
