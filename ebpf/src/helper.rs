@@ -2,7 +2,8 @@
 //!
 //! 1. It is started before capabilities are dropped, and told then, once, where the pins are and which `nft` to run: the
 //!    node cannot point it elsewhere later.
-//! 2. It takes typed requests of a bounded size from one socket, its standard input, and nothing from anywhere else.
+//! 2. It takes typed requests of a bounded size from one socket, its standard input, and nothing from anywhere else. They are those that the
+//!    node makes: none takes a program, an interface or the table away, and what is none of them ends the conversation.
 //! 3. It ends when the other end closes, which the node's death does.
 //! 4. Requests are answered one by one, in order. After an answer that did not come in time there is no other: it could be the one before.
 
@@ -19,8 +20,8 @@ use caps::Capability;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::edge::{self, Edge};
-use crate::nft::{Fingerprint, Nft, NftError, Table};
+use crate::edge::Edge;
+use crate::nft::{self, Fingerprint, Nft, NftError, Table};
 use crate::pins::Pins;
 use crate::privileges::drop_capabilities;
 use crate::state::AttachMode;
@@ -30,6 +31,9 @@ pub const MESSAGE_BYTES_MAX: usize = 32 << 20;
 
 /// How long a request may take before the helper counts as dead: loading a program takes a second or two.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
+
+// What `nft` does not do in time is answered, and the helper goes on.
+const _: () = assert!(nft::WITHIN.as_secs() < ANSWER_WITHIN.as_secs());
 
 /// How long it may take to end when nobody asks any more; and between two looks.
 const END_WITHIN: Duration = Duration::from_secs(5);
@@ -61,21 +65,12 @@ pub enum Request {
     ApplyNft(Table),
     /// Say what it is now.
     LookAtNft,
-    /// Remove it.
-    RemoveNft,
-    /// Load the programs of this binary, test them, and put them in the place of those that run.
-    Reload,
-    /// Attach to one more interface.
+    /// Attach to one more interface, or again to one that was made anew.
     Attach {
         /// Its name.
         interface: String,
         /// Where in the kernel.
         mode: AttachMode,
-    },
-    /// Detach from an interface.
-    Detach {
-        /// Its name.
-        interface: String,
     },
 }
 
@@ -274,22 +269,14 @@ pub fn serve(mut socket: UnixStream) -> io::Result<()> {
 fn perform(setup: &Setup, request: &Request) -> Answer {
     let of_nft = |error: NftError| (error.reason().to_owned(), error.to_string());
     let nft = |result: Result<(), NftError>| result.map(|()| Answer::Done).map_err(of_nft);
-    let edge = |act: &dyn Fn(&mut Edge) -> Result<(), edge::EdgeError>| {
-        Edge::adopt(&setup.pins)
-            .and_then(|mut edge| act(&mut edge))
-            .map(|()| Answer::Done)
-            .map_err(|error| (error.reason().to_owned(), error.to_string()))
-    };
     let result = match request {
         Request::CheckNft(table) => nft(setup.nft.check(table)),
         Request::ApplyNft(table) => nft(setup.nft.apply(table)),
         Request::LookAtNft => setup.nft.fingerprint().map(Answer::Nft).map_err(of_nft),
-        Request::RemoveNft => nft(setup.nft.remove()),
-        Request::Reload => edge(&|edge| edge.reload()),
-        Request::Attach { interface, mode } => {
-            edge(&|edge| edge.attach_interface(interface, *mode))
-        }
-        Request::Detach { interface } => edge(&|edge| edge.detach_interface(interface)),
+        Request::Attach { interface, mode } => Edge::adopt(&setup.pins)
+            .and_then(|mut edge| edge.attach_interface(interface, *mode))
+            .map(|()| Answer::Done)
+            .map_err(|error| (error.reason().to_owned(), error.to_string())),
     };
     result.unwrap_or_else(|(reason, message)| Answer::Failed { reason, message })
 }
@@ -338,9 +325,9 @@ mod tests {
     #[test]
     fn messages_are_bounded_and_whole() {
         let mut wire = Vec::new();
-        send(&mut wire, &serde_json::to_vec(&Request::Reload).unwrap()).unwrap();
+        send(&mut wire, &serde_json::to_vec(&Request::LookAtNft).unwrap()).unwrap();
         let request: Option<Request> = receive(&mut wire.as_slice()).unwrap();
-        assert_eq!(request, Some(Request::Reload));
+        assert_eq!(request, Some(Request::LookAtNft));
         assert_eq!(receive::<Request>(&mut [].as_slice()).unwrap(), None);
 
         let cut = &wire[..wire.len() - 1];
@@ -368,10 +355,10 @@ mod tests {
     #[test]
     fn an_interruption_ends_no_conversation() {
         let mut wire = Vec::new();
-        send(&mut wire, &serde_json::to_vec(&Request::Reload).unwrap()).unwrap();
+        send(&mut wire, &serde_json::to_vec(&Request::LookAtNft).unwrap()).unwrap();
         let mut wire = Interrupted(wire.as_slice(), false);
         let request: Option<Request> = receive(&mut wire).unwrap();
-        assert_eq!(request, Some(Request::Reload));
+        assert_eq!(request, Some(Request::LookAtNft));
         assert_eq!(receive::<Request>(&mut wire).unwrap(), None);
     }
 

@@ -3,9 +3,11 @@
 
 mod common;
 
-use std::io;
+use std::io::{Read as _, Write as _};
 use std::net::IpAddr;
-use std::process::{Command, Stdio};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use caps::CapSet;
@@ -55,7 +57,7 @@ fn without_capabilities_the_node_goes_on() {
         .unwrap();
     assert!(child.wait().unwrap().success());
 
-    // What the child left: its last set, the helper's table, the helper's programs.
+    // What the child left: its last set and programs, the helper's table, the interface that the helper attached to.
     let edge = Edge::adopt(&home.pins).unwrap();
     assert_eq!(Publisher::new(edge.maps()).config().set, 3);
     assert!(ends.arrives());
@@ -65,7 +67,7 @@ fn without_capabilities_the_node_goes_on() {
     edge.publish(&set(Mode::Enforce, RuleAction::Deny), 4, None)
         .unwrap();
     ends.send();
-    until("the programs that the helper loaded refuse", || {
+    until("the programs that the child put in refuse", || {
         denied(&edge) == 1
     });
     assert_eq!(ends.arrived(), 0);
@@ -81,8 +83,10 @@ fn child_node() {
 }
 
 fn node(pins: Pins) {
-    let edge = Edge::attach(&pins, &options(AttachMode::Native)).unwrap();
+    let mut edge = Edge::attach(&pins, &options(AttachMode::Native)).unwrap();
     let loaded = edge.load_beside().unwrap();
+    // The helper attaches it again.
+    edge.detach_interface("mr0").unwrap();
     let setup = Setup {
         pins: pins.clone(),
         nft: Nft::default(),
@@ -169,29 +173,19 @@ fn table() -> nft::Table {
 
 fn asks_its_helper(helper: &Helper, pins: &Pins) {
     helper.request(&Request::ApplyNft(table())).unwrap();
-    helper.request(&Request::Reload).unwrap();
-    let interface = "mr0".to_owned();
-    helper
-        .request(&Request::Detach {
-            interface: interface.clone(),
-        })
-        .unwrap();
-    let error = helper
-        .request(&Request::Detach {
-            interface: interface.clone(),
-        })
-        .unwrap_err();
-    let HelperError::Refused { reason, message } = &error else {
-        panic!("{error}")
-    };
-    assert_eq!(reason, "not_attached");
-    assert!(message.contains("mr0"), "{message}");
-    helper
-        .request(&Request::Attach {
-            interface,
+    assert!(helper.nft_fingerprint().unwrap().is_some());
+    let attach = |interface: &str| {
+        helper.request(&Request::Attach {
+            interface: interface.into(),
             mode: AttachMode::Native,
         })
-        .unwrap();
+    };
+    let error = attach("nowhere").unwrap_err();
+    let HelperError::Refused { message, .. } = &error else {
+        panic!("{error}")
+    };
+    assert!(message.contains("nowhere"), "{message}");
+    attach("mr0").unwrap();
 
     // The pins are for whoever owns the folder.
     let edge = Edge::adopt(pins).unwrap();
@@ -210,7 +204,6 @@ fn child_helper() {
 // Protects the helper's privileges: it ends with the node, and takes nothing from who speaks otherwise.
 #[test]
 fn the_helper_ends_with_the_conversation() {
-    use std::io::Write as _;
     let mut helper = this_binary("child_helper")
         .env(HELPER, "1")
         .stdin(Stdio::null())
@@ -221,19 +214,66 @@ fn the_helper_ends_with_the_conversation() {
     // Standard input is no socket: nothing is read.
     let _ = helper.wait().unwrap();
 
-    let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let (mut ours, mut helper) = talked_to();
+    ours.write_all(&u32::MAX.to_le_bytes()).unwrap();
+    assert!(!helper.wait().unwrap().success());
+    assert_eq!(heard(&mut ours), None);
+}
+
+/// A helper that has been told nothing yet, and our end of its socket.
+fn talked_to() -> (UnixStream, Child) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
     let mut command = this_binary("child_helper");
     command
         .env(HELPER, "1")
-        .stdin(Stdio::from(std::os::fd::OwnedFd::from(theirs)));
-    let mut helper = command
+        .stdin(Stdio::from(OwnedFd::from(theirs)));
+    let helper = command
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    drop(command);
-    ours.write_all(&u32::MAX.to_le_bytes()).unwrap();
-    assert!(!helper.wait().unwrap().success());
-    let closed = io::Read::read(&mut ours, &mut [0; 4]);
-    assert!(closed.is_ok_and(|bytes| bytes == 0));
+    (ours, helper)
+}
+
+fn say(socket: &mut UnixStream, message: &str) {
+    let length = u32::try_from(message.len()).unwrap();
+    socket.write_all(&length.to_le_bytes()).unwrap();
+    socket.write_all(message.as_bytes()).unwrap();
+}
+
+/// None if the other end has closed.
+fn heard(socket: &mut UnixStream) -> Option<String> {
+    let mut length = [0; 4];
+    socket.read_exact(&mut length).ok()?;
+    let mut message = vec![0; u32::from_le_bytes(length) as usize];
+    socket.read_exact(&mut message).unwrap();
+    Some(String::from_utf8(message).unwrap())
+}
+
+// Protects the firewall from a node that somebody else speaks for: the helper takes nothing away, and does not listen to who asks for it.
+#[test]
+fn who_asks_for_what_the_node_never_asks_is_not_heard_again() {
+    let setup = Setup {
+        pins: Pins::at("/nonexistent/edge"),
+        nft: Nft {
+            program: "/nonexistent/nft".into(),
+            ..Nft::default()
+        },
+    };
+    let setup = serde_json::to_string(&setup).unwrap();
+    for request in [
+        r#"{"detach":{"interface":"mr0"}}"#,
+        r#""remove_nft""#,
+        r#""reload""#,
+    ] {
+        let (mut ours, mut helper) = talked_to();
+        say(&mut ours, &setup);
+        assert_eq!(heard(&mut ours).unwrap(), r#""done""#);
+        // What a node asks for is tried and answered.
+        say(&mut ours, r#""look_at_nft""#);
+        assert!(heard(&mut ours).unwrap().contains("nft_run"));
+        say(&mut ours, request);
+        assert_eq!(heard(&mut ours), None, "{request}");
+        assert!(!helper.wait().unwrap().success(), "{request}");
+    }
 }
