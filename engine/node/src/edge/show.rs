@@ -94,7 +94,7 @@ struct LapsedStatus {
 struct InterfaceStatus {
     name: String,
     xdp: &'static str,
-    /// It was removed since, and the program with it, even if there is one of this name again.
+    /// It was removed since, and the programs with it, even if there is one of this name again; or somebody detached one of them.
     gone: bool,
     /// VLAN devices on it whose tags the card hides from the program: its answers there leave without one.
     untagged_answers: Vec<String>,
@@ -138,7 +138,7 @@ pub(crate) fn status(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
         .iter()
         .map(|interface| {
             let gone = if interface.gone {
-                ", gone: a running node attaches again when it is back"
+                ", gone, or a program of it detached: a running node attaches again"
             } else {
                 ""
             };
