@@ -141,6 +141,37 @@ fn what_has_lapsed_stays_out_while_a_node_runs() {
     follows(&site, newer);
 }
 
+// Protects a version that nobody tried: whoever is killed before the kernel has a set on probation leaves nothing that lapses.
+#[test]
+fn what_never_was_in_force_does_not_lapse() {
+    if !privileged("what_never_was_in_force_does_not_lapse") {
+        return;
+    }
+    let mut site = Site::new("never", "mode = \"enforce\"");
+    let _server = site.serve(PORT);
+    site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
+    site.json("attach", &[]);
+    site.json("apply", &["--mode", "enforce"]);
+    let path = site.pinned.pins().state_path();
+    let path = path.with_extension("pending.json");
+    site.json("apply", &["--mode", "enforce", "--confirm", "60s"]);
+    let mut pending: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    site.json("confirm", &[]);
+
+    // As a command leaves it that is killed while it waits to publish.
+    let version = site.registry.set_firewall(&allow_all_but_the_stranger());
+    let number = pending["set"].as_u64().unwrap() + 1;
+    pending["set"] = number.into();
+    pending["on_probation"]["set"] = number.into();
+    pending["on_probation"]["registry_version"] = version.into();
+    std::fs::write(&path, pending.to_string()).unwrap();
+    site.start_node();
+    follows(&site, version);
+    site.assert_denied(STRANGER);
+    let status = site.status();
+    assert!(status["lapsed"].is_null(), "{status}");
+}
+
 // Protects what an operator applied: the node goes on from it, with the next version and at its own socket.
 #[test]
 fn a_running_node_goes_on_from_what_was_applied() {

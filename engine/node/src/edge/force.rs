@@ -20,7 +20,8 @@
 //! settled     the kernel's set is the state's
 //! probation   the kernel says so; what is pending has its number
 //! half done   what is pending has the number of the kernel's set, which is for good
-//! lapsed      what is pending was on probation, and the kernel has another set: it is written down as lapsed, and pending no more
+//! lapsed      what is pending was on probation, and the kernel has another set: it is written down as lapsed, if the kernel ever had it, and
+//!             pending no more
 //! ```
 //!
 //! 1. Everything is checked first, also by nftables. Then: the words of its rules, what is pending, the kernel, nftables, the state, in this
@@ -38,6 +39,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
+use millrace_edge::abi::GENERATIONS;
 use millrace_edge::edge::{Edge, EdgeError};
 use millrace_edge::nft::{Nft, Table};
 use millrace_edge::pins::Pins;
@@ -330,10 +332,11 @@ pub(crate) fn put(
         write_state(pins, &state)?;
     }
     let in_force = Publisher::new(edge.maps()).config().set;
-    // What waits, or has lapsed, keeps its number for itself.
+    // What waits, has lapsed, or is still in the idle generation keeps its number for itself.
+    let in_kernel = numbers(edge).into_iter().max().unwrap_or(in_force);
     let waits = read_pending(pins).map_or(0, |pending| pending.set);
     let lapsed = state.lapsed.as_ref().map_or(0, |lapsed| lapsed.set);
-    let number = state.set.max(in_force).max(waits).max(lapsed) + 1;
+    let number = state.set.max(in_kernel).max(waits).max(lapsed) + 1;
     let Planned {
         set,
         origin,
@@ -425,12 +428,19 @@ pub(crate) fn note_lapsed(edge: &Edge, _turn: &Turn) -> Result<(), Failure> {
     if waits || pending.set == publisher.config().set {
         return Ok(());
     }
-    if let Some(lapsed) = pending.on_probation {
+    // Whoever was killed before the kernel had it has left no set that could lapse.
+    let was_in_force = numbers(edge).contains(&pending.set);
+    if let Some(lapsed) = pending.on_probation.filter(|_| was_in_force) {
         let mut state = read_state(pins)?;
         state.lapsed = Some(lapsed);
         write_state(pins, &state)?;
     }
     forget_pending(pins)
+}
+
+/// Of the sets that the kernel has, in force and before: a set that lapsed is there until the next is published.
+fn numbers(edge: &Edge) -> [u32; GENERATIONS] {
+    std::array::from_fn(|generation| edge.maps().load_config(generation).set)
 }
 
 /// What follows a confirmation; the number of the set.
