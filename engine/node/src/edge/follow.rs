@@ -28,7 +28,7 @@ use super::keeper::{EdgeView, held};
 use super::plan::Firewall;
 use super::sets::{self, Origin};
 use super::start::Kernel;
-use super::table::{self, LeftAlone, Nftables};
+use super::table::{self, LeftAlone, Nftables, Restored};
 use crate::exit::{Exit, Failure};
 use crate::running::Running;
 
@@ -341,11 +341,19 @@ impl Following {
         match table::restore(kernel.edge.pins(), turn, helper) {
             Ok(restored) => {
                 self.said.remove(&Topic::Table);
-                if restored {
-                    self.view.tables_restored.fetch_add(1, Ordering::Relaxed);
-                    tracing::warn!(
-                        "somebody changed or removed the edge's table of nftables: it is back"
-                    );
+                match restored {
+                    Some(Restored::Changed) => {
+                        self.view.tables_restored.fetch_add(1, Ordering::Relaxed);
+                        tracing::warn!(
+                            "somebody changed or removed the edge's table of nftables: it is back"
+                        );
+                    }
+                    Some(Restored::Missing) => {
+                        tracing::info!(
+                            "the edge's table of nftables, which could not be put in force before, is"
+                        );
+                    }
+                    None => {}
                 }
             }
             Err(failure) => {

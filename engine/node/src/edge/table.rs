@@ -125,19 +125,35 @@ pub(crate) fn replace(
     write(pins, table, fingerprint)
 }
 
-/// Puts the table back if it is not what was put in force last; whether it was not.
-pub(crate) fn restore(pins: &Pins, _turn: &Turn, nftables: &dyn Nftables) -> Result<bool, Failure> {
+/// Why a table was put in force again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Restored {
+    /// It could not be before: nobody else is to blame.
+    Missing,
+    /// Others changed or removed it.
+    Changed,
+}
+
+/// Puts the table in force if it is not what it should be; none if it is.
+pub(crate) fn restore(
+    pins: &Pins,
+    _turn: &Turn,
+    nftables: &dyn Nftables,
+) -> Result<Option<Restored>, Failure> {
     let Some(written) = read(pins)? else {
         // Nothing was put in force yet.
-        return Ok(false);
+        return Ok(None);
     };
     let now = nftables.fingerprint()?;
     if now.is_some() && now == written.fingerprint {
-        return Ok(false);
+        return Ok(None);
     }
     nftables.apply(&written.table)?;
     write(pins, &written.table, nftables.fingerprint()?)?;
-    Ok(true)
+    Ok(Some(match written.fingerprint {
+        None => Restored::Missing,
+        Some(_) => Restored::Changed,
+    }))
 }
 
 /// Whether the table could not be put in force, or nobody could look: somebody has to try again.
