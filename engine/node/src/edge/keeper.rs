@@ -1,7 +1,8 @@
 //! Keeps the edge true while the node runs: a thread that wakes several times in each lease, and one that follows what others change
 //! ([`Following`]).
 //!
-//! 1. A lease is renewed whatever else fails, and in time: the thread that renews it waits for nobody, neither for `nft` nor for a lock.
+//! 1. A lease is renewed whatever else fails, and in time: the thread that renews it waits neither for `nft` nor
+//!    for a lock of files.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};

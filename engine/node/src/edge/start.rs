@@ -259,7 +259,16 @@ fn claimed(
     firewall: &Firewall,
 ) -> Result<Kernel, Failure> {
     // Until everything of it is open: what is attached here in the meantime would be another edge.
-    let turn = Turn::wait(pins)?;
+    let turn = match Turn::now(pins)? {
+        Some(turn) => turn,
+        None => {
+            output::message(format_args!(
+                "waiting for a command that changes the edge at {}",
+                pins.root().display()
+            ));
+            Turn::wait(pins)?
+        }
+    };
     let edge = adopt_or_attach(pins, &turn, config, listens, firewall)?;
     note_start(&edge, &turn, config);
     super::show::warn_of_offloads(&edge);
