@@ -353,6 +353,7 @@ fn a_refused_table_names_the_rule_and_changes_nothing() {
 // Protects whoever waits for the turn of one that waits for `nft`: it is killed, and nothing of it is left.
 #[test]
 fn an_nft_that_hangs_is_killed() {
+    type Call = fn(&Nft) -> Result<(), NftError>;
     let folder = tempfile::tempdir().unwrap();
     let (program, pid) = (folder.path().join("nft"), folder.path().join("pid"));
     let script =
@@ -361,7 +362,7 @@ fn an_nft_that_hangs_is_killed() {
     ok(Command::new("sh")
         .args(["-c", script, "sh"])
         .args([&program, &pid]));
-    let calls: [fn(&Nft) -> Result<(), NftError>; 4] = [
+    let calls: [Call; 4] = [
         |nft| nft.check(&table(true)),
         |nft| nft.apply(&table(true)),
         |nft| nft.remove(),
