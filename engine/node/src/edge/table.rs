@@ -208,3 +208,74 @@ fn exit_of(reason: &str) -> Exit {
         _ => Exit::Failed,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    /// Stands in for nftables: the fingerprint of its table, and whether it takes another.
+    struct Host {
+        now: Cell<Option<u64>>,
+        takes: Cell<bool>,
+    }
+
+    const OURS: u64 = 7;
+
+    impl Nftables for Host {
+        fn check(&self, _table: &Table) -> Result<(), Failure> {
+            Ok(())
+        }
+
+        fn apply(&self, _table: &Table) -> Result<(), Failure> {
+            if !self.takes.get() {
+                return Err(Failure::new(Exit::Failed, "no nft"));
+            }
+            self.now.set(Some(OURS));
+            Ok(())
+        }
+
+        fn fingerprint(&self) -> Result<Option<Fingerprint>, Failure> {
+            let of = |number: u64| serde_json::from_value(number.into()).unwrap();
+            Ok(self.now.get().map(of))
+        }
+
+        fn is_tried_again(&self) -> bool {
+            true
+        }
+    }
+
+    // Protects everybody else from blame for a table that could not be put in force.
+    #[test]
+    fn others_are_to_blame_only_for_what_was_in_force() {
+        let folder = tempfile::tempdir().unwrap();
+        let pins = Pins::at(folder.path().join("edge"));
+        let turn = Turn::wait(&pins).unwrap();
+        let host = Host {
+            now: Cell::new(None),
+            takes: Cell::new(false),
+        };
+        let table = Table {
+            enforce: true,
+            udp: [4100].into(),
+            tcp: [].into(),
+            rejects_per_second: 1,
+            outbound: Vec::new(),
+        };
+        let restored = || restore(&pins, &turn, &host).unwrap();
+        assert_eq!(restored(), None, "nothing was to be in force");
+        replace(&pins, &turn, &host, &table).unwrap();
+        assert!(is_missing(&pins));
+        assert!(restore(&pins, &turn, &host).is_err());
+        host.takes.set(true);
+        assert_eq!(restored(), Some(Restored::Missing));
+        assert!(!is_missing(&pins));
+        assert_eq!(restored(), None);
+        for by_others in [None, Some(OURS + 1)] {
+            host.now.set(by_others);
+            assert_eq!(restored(), Some(Restored::Changed), "{by_others:?}");
+            assert_eq!(restored(), None);
+        }
+    }
+}
