@@ -616,7 +616,7 @@ const AT_ONCE_BYTES: usize = 64 << 10;
 /// What it complains of is kept up to here.
 const SAID_BYTES_MAX: usize = 64 << 10;
 
-/// A table of 65,534 rules takes it a few seconds.
+/// Below what the node waits for its helper, which then lives on.
 pub(crate) const WITHIN: Duration = Duration::from_secs(20);
 
 /// Between two looks at whether it has ended, while it neither reads nor says anything.
