@@ -366,7 +366,7 @@ impl Following {
         }
     }
 
-    /// Attaches again to interfaces that were made anew.
+    /// Attaches again to interfaces that were made anew, or have lost a program.
     fn follow_interfaces(&mut self, kernel: &Kernel) {
         let now = Instant::now();
         if now < self.interfaces_at {
@@ -414,7 +414,7 @@ impl Following {
                 self.view.reattached.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(
                     interface = name,
-                    "an interface was made anew: the edge is on it again"
+                    "an interface was made anew, or had lost a program: the edge is on it again"
                 );
             }
             Err(error) => {
@@ -424,7 +424,7 @@ impl Following {
                     tracing::error!(
                         interface = name,
                         error,
-                        "an interface was made anew, and the edge cannot be attached to it: closed in mode enforce"
+                        "an interface was made anew, or has lost a program, and the edge cannot be attached to it: closed in mode enforce"
                     );
                 }
             }
