@@ -310,7 +310,6 @@ impl Flow {
 
 impl Case<'_> {
     fn of_service(&mut self, packet: &Packet<'_>, service: usize) -> Result<Reason, Reason> {
-        packet.refuse_martians()?;
         packet.refuse_fragments_and_options()?;
         let transport = packet.transport()?;
         let kind = self.compiled.settings.services[service].kind;
@@ -323,7 +322,7 @@ impl Case<'_> {
             }
             (Kind::Tcp, Transport::Tcp(flags)) => {
                 self.firewall(packet.source, roots)?;
-                self.admit_tcp(packet.source, flags)
+                self.admit_tcp(packet, flags)
             }
             (Kind::Udp, Transport::Udp(_)) => {
                 self.firewall(packet.source, roots)?;

@@ -154,7 +154,7 @@ impl<'f> Packet<'f> {
         })
     }
 
-    /// Refuses what the host would never answer: answers swap the addresses, link and network.
+    /// Refuses to answer what the host would never answer: answers swap the addresses, link and network.
     pub fn refuse_martians(&self) -> Result<(), Reason> {
         let group = |mac: usize| self.link.get(mac).is_none_or(|first| first & 1 != 0);
         let addresses = [self.source, self.destination];

@@ -52,7 +52,7 @@ reasons! {
     TxSynCookie = "tx_syn_cookie", "Answered by a SYN cookie.";
     MalformedIp = "malformed_ip", "IP header or lengths are wrong.";
     MalformedL4 = "malformed_l4", "UDP or TCP header or lengths are wrong.";
-    Martian = "martian", "An address that no neighbour has or answers to: multicast, broadcast, loopback, none, or our own as the sender.";
+    Martian = "martian", "An answer was due, to or from an address that nobody has: a group, broadcast, loopback, none, or our own.";
     Fragment = "fragment", "First fragment for a declared port, or one without ports.";
     Options = "options", "IPv4 options, or an IPv6 routing header of type 0.";
     TcpFlags = "tcp_flags", "No TCP sends this combination of flags.";

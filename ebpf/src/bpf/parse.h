@@ -300,8 +300,6 @@ EDGE_INLINE int parse_transport(struct xdp_md *ctx, struct edge_packet *packet)
 	const __u8 *transport;
 
 	held_bytes = packet->end - packet->transport;
-	if (packet_is_martian(ctx, packet))
-		return R_MARTIAN;
 	if (packet->fragment)
 		return R_FRAGMENT;
 	if (packet->options || packet->transport > TRANSPORT_MAX)

@@ -359,13 +359,14 @@ EDGE_INLINE int quic_admit_initial(struct xdp_md *ctx, struct edge_view *view, c
 	sketch_ask_source(&ask, view, packet->source, packet->ipv4, EDGE_PURPOSE_QUIC);
 	if (!sketch_look_source(&ask, view, world))
 		return R_QUIC_SOURCE_RATE;
+	/* Who gets a Retry is asked for its cap when it comes back. */
+	if (!token_bytes && (stress != EDGE_STRESS_NORMAL || !budget_charge(view, EDGE_BUDGET_UNVALIDATED)))
+		return packet_is_martian(ctx, packet) ? R_MARTIAN : R_TX_RETRY;
 	if (quic_source_full(view, packet, world))
 		return R_QUIC_SOURCE_CAP;
-	if (token_bytes)
-		return sketch_take_source(&ask, view) ? R_PASS_QUIC_TOKEN : R_QUIC_SOURCE_RATE;
-	if (stress == EDGE_STRESS_NORMAL && budget_charge(view, EDGE_BUDGET_UNVALIDATED))
+	if (!token_bytes)
 		return R_PASS_QUIC_INITIAL;
-	return R_TX_RETRY;
+	return sketch_take_source(&ask, view) ? R_PASS_QUIC_TOKEN : R_QUIC_SOURCE_RATE;
 }
 
 /* Section 4. */

@@ -194,6 +194,8 @@ EDGE_INLINE int tcp_admit(struct xdp_md *ctx, struct edge_view *view, const stru
 	if (within && view_stress(view, world) == EDGE_STRESS_NORMAL)
 		return R_PASS_TCP_SYN;
 	*without = within ? R_PASS_TCP_SYN : R_TCP_SYN_BUDGET;
+	if (packet_is_martian(ctx, packet))
+		return R_MARTIAN;
 	*cookie = cookie_ask(ctx, view, packet, world);
 	if (*cookie == COOKIE_ROOM)
 		return R_PASS_TCP_SYN;

@@ -577,7 +577,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "udp_ports",
                 edge.udp_ports,
                 Kind::Ports,
-                "UDP ports of this node besides the transport's; only the firewall applies to them, and only unicast gets in."
+                "UDP ports of this node besides the transport's; only the firewall applies to them."
             ),
             field!(
                 NodeConfig,

@@ -75,13 +75,16 @@ impl Case<'_> {
         if !token.is_empty() {
             self.check_token(token, initial.destination_id, client)?;
         }
-        self.check_source(packet.source)?;
+        self.check_rate(packet.source)?;
         if !token.is_empty() {
+            self.check_cap(packet.source)?;
             return self.admit_validated(packet.source);
         }
         if self.stress() == 0 && self.charge_budget(Budget::Unvalidated) {
+            self.check_cap(packet.source)?;
             return Ok(Reason::PassQuicInitial);
         }
+        packet.refuse_martians()?;
         self.answer_by_retry(packet, client, initial)
     }
 
@@ -116,8 +119,8 @@ impl Case<'_> {
         }
     }
 
-    /// Rate and cap of a source whose address may be spoofed: nothing is charged.
-    fn check_source(&self, source: IpAddr) -> Result<(), Reason> {
+    /// Rate of a source whose address may be spoofed: nothing is charged.
+    fn check_rate(&self, source: IpAddr) -> Result<(), Reason> {
         let settings = &self.compiled.settings;
         let source = Source::of(source);
         let limits = levels(settings.limits.source_quic);
@@ -125,7 +128,12 @@ impl Case<'_> {
         if !sketch.look_source(source, Purpose::Quic, &limits, self.world.now_ns) {
             return Err(Reason::QuicSourceRate);
         }
-        let cap = settings.caps.quic;
+        Ok(())
+    }
+
+    fn check_cap(&self, source: IpAddr) -> Result<(), Reason> {
+        let source = Source::of(source);
+        let cap = self.compiled.settings.caps.quic;
         let held = self.world.now_ns < self.model.lease_until_ns;
         let count = self.model.quic_sources.get(&source.cap_key());
         let full =
@@ -164,7 +172,8 @@ impl Case<'_> {
     }
 
     /// Section 5.
-    pub(super) fn admit_tcp(&self, source: IpAddr, flags: TcpFlags) -> Result<Reason, Reason> {
+    pub(super) fn admit_tcp(&self, packet: &Packet<'_>, flags: TcpFlags) -> Result<Reason, Reason> {
+        let source = packet.source;
         if !flags.opens() {
             let is_watched = self.world.now_ns < self.model.cookies_watched_until_ns;
             if flags.goes_on() && is_watched && self.world.meets_listener {
@@ -174,8 +183,11 @@ impl Case<'_> {
         }
         self.look_tcp(source)?;
         let within = self.charge_budget(Budget::Syn);
+        if within && self.stress() == 0 {
+            return Ok(Reason::PassTcpSyn);
+        }
+        packet.refuse_martians()?;
         match self.world.cookie {
-            _ if within && self.stress() == 0 => Ok(Reason::PassTcpSyn),
             Cookie::Given(_) => Ok(Reason::TxSynCookie),
             Cookie::Room => Ok(Reason::PassTcpSyn),
             Cookie::None if within => Ok(Reason::PassTcpSyn),

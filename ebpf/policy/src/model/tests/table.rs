@@ -83,12 +83,6 @@ fn packets_and_rules() -> Vec<Case> {
             with(first(CLIENT), 38, 0xff),
             Reason::MalformedL4,
         ),
-        case(
-            "from loopback",
-            tcp("127.0.0.1:1", TCP, SYN),
-            Reason::Martian,
-        ),
-        case("to a group", with(first(CLIENT), 0, 1), Reason::Martian),
         case("fragment", fragment, Reason::Fragment),
         case("options", options(), Reason::Options),
         case("SYN and FIN", tcp(CLIENT, TCP, SYN | 1), Reason::TcpFlags),
@@ -468,6 +462,12 @@ fn quic_first_packets() -> Vec<Case> {
             );
             model.lease_until_ns = NOW_NS;
         }),
+        case(
+            "a group, stress",
+            with(first(CLIENT), 0, 1),
+            Reason::Martian,
+        )
+        .when(stress(1)),
         case("lapsed stress", first(CLIENT), Reason::PassQuicInitial).when(|model| {
             model.stress = STRESS_PEERS;
             model.lease_until_ns = NOW_NS;
