@@ -569,9 +569,10 @@ fn here() -> Result<NetworkNamespace, EdgeError> {
     NetworkNamespace::current().map_err(|source| EdgeError::Namespace { source })
 }
 
-/// Whether a link is on an interface that is there.
+/// Whether a link is that of XDP, on an interface that is there: packets are decided on, whatever else is missing.
 fn on_interface(link: &Path) -> bool {
-    interface_of(link).is_some()
+    let info = Link::open(link).and_then(|link| link.info());
+    matches!(info.map(|info| info.info), Ok(LinkTypeInfo::Xdp(xdp)) if xdp.ifindex != 0)
 }
 
 /// The interface that a link is on: none if it was detached, the interface is gone, or it is no link of one.
