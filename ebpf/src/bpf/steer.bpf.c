@@ -2,7 +2,7 @@
  * shards.
  *
  * The rule is that of the classic program in `shards/src/socket.rs`, under the same tests
- * (`engine/node/tests/steering.rs`). It never drops: without a socket in the table, the kernel's own hash chooses.
+ * (`engine/cli/tests/steering.rs`). It never drops: without a socket in the table, the kernel's own hash chooses.
  */
 #include "kernel.h"
 #include <bpf/bpf_helpers.h>

@@ -11,10 +11,22 @@ use serde_json::Value;
 const EDGES: &[(&str, &[&str])] = &[
     ("millrace-protocol", &[]),
     ("millrace-tuning", &[]),
-    ("millrace-sim", &["millrace-protocol"]),
+    (
+        "millrace-sim",
+        &["millrace-protocol", "millrace-shards", "millrace-transport"],
+    ),
     ("millrace-shards", &[]),
     ("millrace-edge-policy", &[]),
     ("millrace-edge", &["millrace-edge-policy"]),
+    (
+        "millrace-edge-control",
+        &[
+            "millrace-edge",
+            "millrace-edge-policy",
+            "millrace-protocol",
+            "millrace-tuning",
+        ],
+    ),
     (
         "millrace-transport",
         &[
@@ -25,11 +37,31 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "millrace-registry",
+        &["millrace-protocol", "millrace-transport"],
+    ),
+    (
+        "millrace-node",
+        &[
+            "millrace-edge",
+            "millrace-edge-control",
+            "millrace-edge-policy",
+            "millrace-protocol",
+            "millrace-registry",
+            "millrace-shards",
+            "millrace-transport",
+            "millrace-tuning",
+        ],
+    ),
+    (
         "millrace",
         &[
             "millrace-edge",
+            "millrace-edge-control",
             "millrace-edge-policy",
+            "millrace-node",
             "millrace-protocol",
+            "millrace-registry",
             "millrace-shards",
             "millrace-transport",
             "millrace-tuning",
