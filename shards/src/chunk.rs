@@ -10,7 +10,8 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-pub use crate::buf::{CHUNK_BYTES, Chunk, ChunkMut, ChunkPool, ChunkSlice, PageKind, PoolError};
+pub use crate::buf::{Chunk, ChunkMut, ChunkPool, ChunkSlice, PageKind, PoolError};
+pub use crate::memory::CHUNK_BYTES;
 
 /// A body that is complete: a list of chunks, cheap to clone.
 #[derive(Clone)]
@@ -319,7 +320,7 @@ mod tests {
     use std::io::Read;
 
     use super::*;
-    use crate::config::HugePages;
+    use crate::memory::HugePages;
 
     fn pool(chunks: u64) -> ChunkPool {
         ChunkPool::new(chunks << 20, HugePages::Never).unwrap()

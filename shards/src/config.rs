@@ -7,7 +7,8 @@
 
 use std::time::Duration;
 
-use crate::chunk::CHUNK_BYTES;
+use crate::memory::CHUNK_BYTES;
+pub use crate::memory::HugePages;
 
 /// Bytes of one receive slot: the largest GRO message (65,535) behind the kernel's header, the
 /// peer's address and the control data, rounded up to a page.
@@ -19,18 +20,6 @@ pub(crate) const TX_SLOT_BYTES: usize = 64 * 1024;
 /// Bytes glommio registers with its rings for file buffers, and takes from the heap beyond: its
 /// least, because it locks them three times over and an ordinary user may lock 8 MiB.
 pub(crate) const GLOMMIO_IO_BYTES: usize = 64 * 1024;
-
-/// Whether chunk memory may, must or must not come from huge pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum HugePages {
-    /// Reserved huge pages, else transparent ones, else ordinary pages: whatever there is.
-    #[default]
-    Auto,
-    /// Ordinary pages only.
-    Never,
-    /// Reserved huge pages or a start error.
-    Require,
-}
 
 /// The configuration of one shard.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,7 +53,7 @@ pub struct ShardConfig {
     pub chunk_pool_bytes: u64,
     /// Where the chunk pool's pages come from.
     pub huge_pages: HugePages,
-    /// The longest park in the shard's own ring: a belt against a wake-up nobody foresaw.
+    /// The longest park in the shard's own ring: the fallback when a wake-up was lost.
     pub direct_park_max: Duration,
     /// glommio's preempt timer. Long on purpose: see `runtime` for what a short one loses.
     pub preempt_timer: Duration,

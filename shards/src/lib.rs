@@ -18,6 +18,7 @@ pub mod config;
 pub mod datapath;
 mod local;
 pub mod mailbox;
+mod memory;
 mod park;
 mod ring;
 pub mod runtime;
@@ -29,7 +30,7 @@ mod watchdog;
 pub use chunk::{Body, BodyMut, CHUNK_BYTES, Chunk, ChunkMut, ChunkPool, ChunkSlice, PageKind};
 pub use config::{HugePages, ShardConfig};
 pub use datapath::{Datagrams, Datapath, Trains, Transmit};
-pub use local::{Queue, Spawner, outside, sleep, yield_now};
+pub use local::{Queue, Spawner, in_executor, sleep, yield_now};
 pub use mailbox::{MailError, MailReceiver, MailSender, mailbox};
 pub use runtime::{ShardContext, ShardHandle, StartError, spawn, spawn_with_mailbox};
 pub use socket::{

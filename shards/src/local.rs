@@ -76,8 +76,8 @@ impl Spawner {
 
 /// Awaits something that glommio must finish: a timer or socket or file of its own, or
 /// `spawn_blocking`. While any such wait is open the shard parks in glommio, not in its own ring.
-pub async fn outside<F: Future>(future: F) -> F::Output {
-    let _wait = OutsideWait::new();
+pub async fn in_executor<F: Future>(future: F) -> F::Output {
+    let _wait = ExecutorWait::new();
     future.await
 }
 
@@ -105,7 +105,7 @@ pub(crate) struct Local {
     parker: Arc<Parker>,
     stats: Arc<ShardStats>,
     queues: Queues,
-    outside: Cell<usize>,
+    executor_waits: Cell<usize>,
     live: RefCell<Live>,
     /// The loop has ended: tasks drop what they run.
     ending: Cell<bool>,
@@ -144,7 +144,7 @@ impl Local {
             parker,
             stats,
             queues,
-            outside: Cell::new(0),
+            executor_waits: Cell::new(0),
             live: RefCell::default(),
             ending: Cell::new(false),
             asleep: Cell::new(false),
@@ -182,8 +182,8 @@ impl Local {
     }
 
     /// Whether glommio has something to finish.
-    pub(crate) fn outside(&self) -> bool {
-        self.outside.get() > 0
+    pub(crate) fn waits_in_executor(&self) -> bool {
+        self.executor_waits.get() > 0
     }
 
     pub(crate) fn signal(&self) {
@@ -287,21 +287,23 @@ impl Drop for Timer {
     }
 }
 
-struct OutsideWait {
+struct ExecutorWait {
     local: Rc<Local>,
 }
 
-impl OutsideWait {
+impl ExecutorWait {
     fn new() -> Self {
         let local = current();
-        local.outside.set(local.outside.get() + 1);
+        local.executor_waits.set(local.executor_waits.get() + 1);
         Self { local }
     }
 }
 
-impl Drop for OutsideWait {
+impl Drop for ExecutorWait {
     fn drop(&mut self) {
-        self.local.outside.set(self.local.outside.get() - 1);
+        self.local
+            .executor_waits
+            .set(self.local.executor_waits.get() - 1);
     }
 }
 
@@ -360,7 +362,7 @@ struct LocalTask<F> {
 struct Registered {
     state: Arc<TaskWaker>,
     waker: Waker,
-    place: usize,
+    index: usize,
 }
 
 impl<F> LocalTask<F> {
@@ -388,12 +390,12 @@ impl<F> LocalTask<F> {
             parker: Arc::clone(&self.local.parker),
             inner: cx.waker().clone(),
         });
-        let place = self.local.live.borrow_mut().insert(Arc::clone(&state));
+        let index = self.local.live.borrow_mut().insert(Arc::clone(&state));
         let waker = Waker::from(Arc::clone(&state));
         self.waker = Some(Registered {
             state,
             waker: waker.clone(),
-            place,
+            index,
         });
         waker
     }
@@ -426,7 +428,7 @@ impl<F> Drop for LocalTask<F> {
         match &self.waker {
             Some(registered) => {
                 registered.state.settle(DONE);
-                self.local.live.borrow_mut().remove(registered.place);
+                self.local.live.borrow_mut().remove(registered.index);
             }
             None => self.local.parker.task_ran(self.class),
         }

@@ -1,4 +1,4 @@
-//! A belt: one thread per process that wakes a shard asleep with work to do.
+//! The fallback for lost wake-ups: one thread per process that wakes a shard asleep with work to do.
 //!
 //! glommio can fall asleep with runnable tasks when its preempt timer fires at the wrong moment (see
 //! `runtime`). The loop's recipe keeps that from happening; should it happen all the same, the loss

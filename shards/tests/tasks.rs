@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use millrace_shards::{
     Datagrams, Datapath, HugePages, Queue, ShardConfig, ShardContext, ShardHandle, ShardStats,
-    Trains, Transmit, UdpGroupConfig, bind_group, outside, sleep, spawn, yield_now,
+    Trains, Transmit, UdpGroupConfig, bind_group, in_executor, sleep, spawn, yield_now,
 };
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -66,7 +66,7 @@ impl Datapath for Idle {
 }
 
 fn config() -> ShardConfig {
-    // The belts are out of reach: only real wake-ups move a shard.
+    // The fallbacks are out of reach: only real wake-ups move a shard.
     ShardConfig {
         chunk_pool_bytes: 0,
         huge_pages: HugePages::Never,
@@ -137,8 +137,8 @@ fn a_busy_loop_starves_nobody() {
                 for _ in 0..100 {
                     yield_now().await;
                 }
-                outside(glommio::timer::sleep(Duration::from_millis(1))).await;
-                let seven = outside(glommio::executor().spawn_blocking(|| 7)).await;
+                in_executor(glommio::timer::sleep(Duration::from_millis(1))).await;
+                let seven = in_executor(glommio::executor().spawn_blocking(|| 7)).await;
                 sleep(Duration::from_millis(1)).await;
                 sender.send((queue, seven)).unwrap();
             });
@@ -207,7 +207,7 @@ fn stop_drops_all_tasks() {
                     0 => std::future::pending().await,
                     1 => sleep(Duration::from_secs(3600)).await,
                     2 => {
-                        outside(glommio::timer::sleep(Duration::from_secs(3600))).await;
+                        in_executor(glommio::timer::sleep(Duration::from_secs(3600))).await;
                     }
                     _ => loop {
                         yield_now().await;

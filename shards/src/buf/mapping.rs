@@ -9,7 +9,7 @@
 use std::io;
 use std::ptr::NonNull;
 
-use crate::config::HugePages;
+use crate::memory::HugePages;
 
 /// Where a mapping's pages came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -14,5 +14,5 @@ mod slice;
 
 pub(crate) use mapping::Mapping;
 pub use mapping::{PageKind, PoolError};
-pub use pool::{CHUNK_BYTES, Chunk, ChunkMut, ChunkPool};
+pub use pool::{Chunk, ChunkMut, ChunkPool};
 pub use slice::ChunkSlice;

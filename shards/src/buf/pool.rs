@@ -19,10 +19,7 @@ use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence};
 use crossbeam::queue::ArrayQueue;
 
 use super::mapping::{Mapping, PageKind, PoolError};
-use crate::config::HugePages;
-
-/// Bytes of one chunk.
-pub const CHUNK_BYTES: usize = 1 << 20;
+use crate::memory::{CHUNK_BYTES, HugePages};
 
 /// A pool of chunks: a handle that any thread may hold.
 #[derive(Clone)]

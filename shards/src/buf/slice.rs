@@ -149,7 +149,7 @@ fn prefetch_line(_address: *const u8) {}
 mod tests {
     use super::*;
     use crate::buf::ChunkPool;
-    use crate::config::HugePages;
+    use crate::memory::HugePages;
 
     fn chunk(bytes: &[u8]) -> Chunk {
         let pool = ChunkPool::new(1 << 20, HugePages::Never).unwrap();

@@ -18,9 +18,9 @@
 //! 3. No eventfd, nor anything signalled by one, is ever polled in the ring.
 //! 4. The ring's own eventfd is silent but during a park in glommio.
 
-mod enter;
-mod rx;
-mod tx;
+mod submitter;
+mod udp_rx;
+mod udp_tx;
 
 use std::collections::VecDeque;
 use std::io;
@@ -38,9 +38,9 @@ use crate::park::{self, Parker};
 use crate::socket::ShardSocket;
 use crate::stats::ShardStats;
 
-use enter::Entrance;
-use rx::Rx;
-use tx::Tx;
+use submitter::Submitter;
+use udp_rx::UdpRx;
+use udp_tx::UdpTx;
 
 /// Requests by kind, in the high byte of `user_data`; the low bytes hold a train's index.
 mod token {
@@ -58,9 +58,9 @@ const SOCKET: types::Fixed = types::Fixed(0);
 
 pub(crate) struct Ring {
     uring: ManuallyDrop<IoUring>,
-    entrance: Entrance,
-    rx: ManuallyDrop<Option<Rx>>,
-    tx: ManuallyDrop<Tx>,
+    submitter: Submitter,
+    rx: ManuallyDrop<Option<UdpRx>>,
+    tx: ManuallyDrop<UdpTx>,
     /// Receive completions not handed over yet.
     backlog: VecDeque<Received>,
     socket: Option<ShardSocket>,
@@ -101,21 +101,21 @@ impl Ring {
         let entries = config.ring_entries.max(64).next_power_of_two();
         let uring = build(entries)?;
         uring.submitter().register_eventfd(eventfd.as_raw_fd())?;
-        let entrance = Entrance::new(&uring);
-        let tx = Tx::new(config, entries, socket.as_ref())?;
+        let submitter = Submitter::new(&uring);
+        let tx = UdpTx::new(config, entries, socket.as_ref())?;
         let rx = match &socket {
             Some(socket) => {
                 uring
                     .submitter()
                     .register_files(&[socket.fd().as_raw_fd()])?;
-                Some(Rx::new(config, socket, &uring)?)
+                Some(UdpRx::new(config, socket, &uring)?)
             }
             None => None,
         };
-        let slots = rx.as_ref().map_or(0, Rx::slots_max);
+        let slots = rx.as_ref().map_or(0, UdpRx::slots_max);
         let mut ring = Self {
             uring: ManuallyDrop::new(uring),
-            entrance,
+            submitter,
             rx: ManuallyDrop::new(rx),
             tx: ManuallyDrop::new(tx),
             backlog: VecDeque::with_capacity(usize::from(slots)),
@@ -428,7 +428,7 @@ impl Ring {
     fn enter(&mut self, want: u32, timeout: Option<&types::Timespec>) -> bool {
         self.stats.enters.add(1);
         let to_submit = self.uring.submission().len() as u32;
-        let result = self.entrance.enter(to_submit, want, timeout);
+        let result = self.submitter.enter(to_submit, want, timeout);
         let Err(error) = result else { return false };
         match error.raw_os_error() {
             Some(libc::ETIME) => return true,

@@ -40,7 +40,7 @@ pub(super) struct Shard<D: Datapath> {
 }
 
 /// What the loop remembers from turn to turn.
-struct Pace {
+struct TurnState {
     /// When this turn began.
     now: Instant,
     /// When the datapath's timer is due.
@@ -58,18 +58,18 @@ impl<D: Datapath> Shard<D> {
     /// Runs the shard until its datapath has stopped.
     pub(super) async fn run(mut self) {
         self.show_executor().await;
-        let mut pace = Pace::new(&self.config);
-        pace.deadline = self.datapath.next_timeout();
+        let mut state = TurnState::new(&self.config);
+        state.deadline = self.datapath.next_timeout();
         loop {
             self.parker.beat();
             self.stats.turns.add(1);
 
             // 1. Messages, up to a budget.
-            let mut worked = self.take_messages(pace.now);
-            if self.parker.stop_requested() && !pace.stopping {
-                pace.stopping = true;
+            let mut worked = self.take_messages(state.now);
+            if self.parker.stop_requested() && !state.stopping {
+                state.stopping = true;
                 worked = true;
-                self.datapath.on_stop(pace.now);
+                self.datapath.on_stop(state.now);
             }
 
             // 2. Completions. The submit that ended the turn before ran what was deferred, so a busy
@@ -77,49 +77,49 @@ impl<D: Datapath> Shard<D> {
             worked |= self.ring.reap() || (self.ring.poll() && self.ring.reap());
 
             // 3. Datagrams, up to a budget, then the end of their batch.
-            worked |= self.take_datagrams(pace.now);
+            worked |= self.take_datagrams(state.now);
 
             // 4. Timers.
-            worked |= self.local.fire_timers(pace.now);
-            if pace.deadline.is_some_and(|deadline| deadline <= pace.now) {
-                self.datapath.on_timeout(pace.now);
+            worked |= self.local.fire_timers(state.now);
+            if state.deadline.is_some_and(|deadline| deadline <= state.now) {
+                self.datapath.on_timeout(state.now);
                 worked = true;
             }
 
             // 5. Local tasks that any of this woke, so that what they send leaves in this turn.
             if self.run_tasks().await {
-                pace.now = Instant::now();
+                state.now = Instant::now();
                 worked = true;
             }
 
             // 6. Packets to send, up to a budget, and one submit for all.
-            if worked || pace.more || self.datapath.has_pending() {
+            if worked || state.more || self.datapath.has_pending() {
                 worked = true;
                 self.ring.begin_transmit();
                 let sent = self.datapath.transmit(
                     &mut Trains {
                         ring: &mut self.ring,
                     },
-                    pace.now,
+                    state.now,
                 );
                 self.ring.end_transmit();
-                pace.more = sent == Transmit::More;
-                pace.deadline = self.datapath.next_timeout();
+                state.more = sent == Transmit::More;
+                state.deadline = self.datapath.next_timeout();
             }
             self.ring.submit();
 
             // 7. Now and then: counters, glommio's turn, the end.
-            if pace.now >= pace.housekeeping_at {
-                pace.housekeeping_at = pace.now + self.config.housekeeping;
-                self.datapath.on_housekeeping(pace.now, &self.stats);
+            if state.now >= state.housekeeping_at {
+                state.housekeeping_at = state.now + self.config.housekeeping;
+                self.datapath.on_housekeeping(state.now, &self.stats);
             }
-            if pace.stopping && self.datapath.is_stopped(pace.now) {
+            if state.stopping && self.datapath.is_stopped(state.now) {
                 break;
             }
-            self.give_glommio_a_turn(&mut pace).await;
+            self.give_glommio_a_turn(&mut state).await;
 
             // 8. Spin a little, then park.
-            self.rest(&mut pace, worked).await;
+            self.idle(&mut state, worked).await;
         }
         self.end().await;
     }
@@ -130,8 +130,8 @@ impl<D: Datapath> Shard<D> {
         while self.parker.any_runnable() {
             // A task woken from another thread is known to glommio's notifier only.
             self.local.signal();
-            let mut pace = Pace::new(&self.config);
-            self.sleep_in_glommio(&mut pace).await;
+            let mut state = TurnState::new(&self.config);
+            self.sleep_in_glommio(&mut state).await;
         }
         // What drops from here on cannot wait for a submit of ours.
         park::set_drives_a_ring(false);
@@ -192,68 +192,69 @@ impl<D: Datapath> Shard<D> {
     }
 
     /// Lets glommio look at its rings and its notifier, when the loop is too busy to park there.
-    async fn give_glommio_a_turn(&mut self, pace: &mut Pace) {
+    async fn give_glommio_a_turn(&mut self, state: &mut TurnState) {
         let foreign = self.parker.take_foreign();
-        let due = self.local.outside() && pace.now - pace.glommio_at >= self.config.glommio_turn;
+        let due = self.local.waits_in_executor()
+            && state.now - state.glommio_at >= self.config.glommio_turn;
         if foreign || due {
             self.stats.glommio_turns.add(1);
             // Signalled beforehand: the park ends as soon as glommio has been through its rings.
             self.local.signal();
-            self.sleep_in_glommio(pace).await;
+            self.sleep_in_glommio(state).await;
         }
     }
 
     /// Ends a turn: at once after work, by spinning within the budget, by parking after it.
-    async fn rest(&mut self, pace: &mut Pace, worked: bool) {
-        let before = pace.now;
-        pace.now = Instant::now();
-        if worked || pace.more {
+    async fn idle(&mut self, state: &mut TurnState, worked: bool) {
+        let before = state.now;
+        state.now = Instant::now();
+        if worked || state.more {
             self.stats
                 .busy_ns
-                .add((pace.now - before).as_nanos() as u64);
-            if pace.idle_since.take().is_some() {
+                .add((state.now - before).as_nanos() as u64);
+            if state.idle_since.take().is_some() {
                 self.stats.spins_won.add(1);
             }
             return;
         }
-        let Some(since) = pace.idle_since else {
+        let Some(since) = state.idle_since else {
             // Look once more before anything else.
-            pace.idle_since = Some(pace.now);
+            state.idle_since = Some(state.now);
             return;
         };
-        if pace.now - since < self.config.spin {
+        if state.now - since < self.config.spin {
             std::hint::spin_loop();
             return;
         }
-        self.park(pace).await;
-        pace.idle_since = None;
-        pace.now = Instant::now();
+        self.park(state).await;
+        state.idle_since = None;
+        state.now = Instant::now();
     }
 
     /// Sleeps until there is something to do.
-    async fn park(&mut self, pace: &mut Pace) {
-        let in_glommio = self.local.outside() || self.parker.any_runnable();
-        let until = pace.next_deadline(&self.config, self.local.next_timer());
+    async fn park(&mut self, state: &mut TurnState) {
+        let in_glommio = self.local.waits_in_executor() || self.parker.any_runnable();
+        let until = state.next_deadline(&self.config, self.local.next_timer());
         let Some(timeout) = until
-            .checked_duration_since(pace.now)
-            .filter(|rest| !rest.is_zero())
+            .checked_duration_since(state.now)
+            .filter(|left| !left.is_zero())
         else {
             return;
         };
         if in_glommio {
-            self.ring.arm_timer(until, pace.now);
+            self.ring.arm_timer(until, state.now);
             self.ring.submit();
             self.ring.enable_eventfd();
         }
         self.parker.announce_park();
-        let stop = self.parker.stop_requested() && !pace.stopping;
+        let stop = self.parker.stop_requested() && !state.stopping;
         let woken = self.parker.has_foreign() || (!in_glommio && self.parker.any_runnable());
         let pending = self.datapath.has_pending();
         if stop || woken || pending || !self.mailbox.is_empty() || self.ring.has_work() {
             // Something came between the last look and the announcement.
         } else if in_glommio {
             self.stats.eventfd_parks.add(1);
-            self.sleep_in_glommio(pace).await;
+            self.sleep_in_glommio(state).await;
         } else {
             self.stats.direct_parks.add(1);
             self.ring.park(timeout);
@@ -265,7 +266,7 @@ impl<D: Datapath> Shard<D> {
     }
 
     /// Awaits the eventfd, which makes glommio go through its rings, and sleep if nothing is there.
-    async fn sleep_in_glommio(&mut self, pace: &mut Pace) {
+    async fn sleep_in_glommio(&mut self, state: &mut TurnState) {
         self.local.set_asleep(true);
         // Wake-ups that tasks send meanwhile cannot wait for this loop's submit.
         park::set_drives_a_ring(false);
@@ -275,8 +276,8 @@ impl<D: Datapath> Shard<D> {
         }
         park::set_drives_a_ring(true);
         self.local.set_asleep(false);
-        pace.now = Instant::now();
-        pace.glommio_at = pace.now;
+        state.now = Instant::now();
+        state.glommio_at = state.now;
     }
 
     /// Gives the watchdog a waker of this executor.
@@ -286,7 +287,7 @@ impl<D: Datapath> Shard<D> {
     }
 }
 
-impl Pace {
+impl TurnState {
     fn new(config: &ShardConfig) -> Self {
         let now = Instant::now();
         Self {

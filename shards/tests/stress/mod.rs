@@ -5,7 +5,7 @@
 //! foreign thread) after a random gap of at most 10 us, and goes on when all were answered by
 //! messages. Every fiftieth cycle starts local tasks on the second that use glommio's timers, files
 //! and blocking threads and end soon, so that its parks change between its own ring and glommio.
-//! Burners keep both cores busy. The belts (longest park, housekeeping) are out of reach: nothing but
+//! Burners keep both cores busy. The fallbacks (longest park, housekeeping) are out of reach: nothing but
 //! the wake-ups themselves, and the watchdog where one is asked for, moves the program.
 
 use std::cell::Cell;
@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use millrace_shards::{
     Datagrams, Datapath, HugePages, MailSender, Queue, ShardConfig, ShardStats, ShardStatsSnapshot,
-    Spawner, Trains, Transmit, UdpGroupConfig, bind_group, mailbox, outside, sleep,
+    Spawner, Trains, Transmit, UdpGroupConfig, bind_group, in_executor, mailbox, sleep,
     spawn_with_mailbox,
 };
 
@@ -290,10 +290,10 @@ async fn use_glommio(seed: u64, answer: MailSender<Answer>) {
     let some_time = |random: &mut Random| Duration::from_nanos(random.next() % 500_000);
     match random.next() % 4 {
         0 => {
-            outside(glommio::timer::sleep(some_time(&mut random))).await;
+            in_executor(glommio::timer::sleep(some_time(&mut random))).await;
         }
         1 => {
-            outside(async {
+            in_executor(async {
                 let file = glommio::io::BufferedFile::open("/proc/self/exe")
                     .await
                     .unwrap();
@@ -305,7 +305,7 @@ async fn use_glommio(seed: u64, answer: MailSender<Answer>) {
         2 => {
             let pause = some_time(&mut random);
             let blocking = move || std::thread::sleep(pause);
-            outside(glommio::executor().spawn_blocking(blocking)).await;
+            in_executor(glommio::executor().spawn_blocking(blocking)).await;
         }
         _ => sleep(some_time(&mut random)).await,
     }

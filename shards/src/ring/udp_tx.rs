@@ -76,7 +76,7 @@ struct Open {
     to: SocketAddr,
 }
 
-pub(super) struct Tx {
+pub(super) struct UdpTx {
     slots: Mapping,
     holds: Vec<u16>,
     free_slots: Vec<u16>,
@@ -93,7 +93,7 @@ pub(super) struct Tx {
     zero_copy: ZeroCopy,
 }
 
-impl Tx {
+impl UdpTx {
     pub(super) fn new(
         config: &ShardConfig,
         records: u32,

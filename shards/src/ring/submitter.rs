@@ -33,14 +33,14 @@ struct WaitArgument {
     timeout: u64,
 }
 
-/// The way into one ring.
+/// Enters one ring.
 #[derive(Debug)]
-pub(super) struct Entrance {
+pub(super) struct Submitter {
     fd: i32,
     registered: bool,
 }
 
-impl Entrance {
+impl Submitter {
     /// Registers the ring's descriptor with this thread, where the kernel can (5.18).
     pub(super) fn new(uring: &IoUring) -> Self {
         let fd = uring.as_raw_fd();

@@ -31,7 +31,7 @@ const CONTROL_BYTES: usize = 32;
 /// `struct cmsghdr`: a length of a word, level, type.
 const CMSG_HEADER_BYTES: usize = 16;
 
-pub(super) struct Rx {
+pub(super) struct UdpRx {
     slots: Mapping,
     entries: Mapping,
     mask: u16,
@@ -49,7 +49,7 @@ pub(super) struct Rx {
     window_bytes: u64,
 }
 
-impl Rx {
+impl UdpRx {
     pub(super) fn new(
         config: &ShardConfig,
         socket: &ShardSocket,
