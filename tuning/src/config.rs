@@ -5,7 +5,141 @@
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 
+use serde::{Deserialize, Serialize};
+
 use crate::units::{ByteSize, Period};
+
+/// A key whose value is one of a few words.
+pub trait Choice: Copy + Sized + 'static {
+    /// The words, in the order of the documentation.
+    const WORDS: &'static [&'static str];
+
+    /// The choice that a word names; none if no choice has this word.
+    fn from_word(word: &str) -> Option<Self>;
+
+    /// The word in configs and on the command line.
+    fn word(self) -> &'static str;
+}
+
+/// A choice: an enum, and the word of each of its values. The first one is the default.
+macro_rules! choice {
+    (
+        $(#[$doc:meta])*
+        $name:ident { $(#[$first_doc:meta])* $first:ident = $first_word:literal,
+            $($(#[$variant_doc:meta])* $variant:ident = $word:literal,)* }
+    ) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+        pub enum $name {
+            $(#[$first_doc])*
+            #[default]
+            #[serde(rename = $first_word)]
+            $first,
+            $($(#[$variant_doc])*
+            #[serde(rename = $word)]
+            $variant,)*
+        }
+
+        impl Choice for $name {
+            const WORDS: &'static [&'static str] = &[$first_word, $($word),*];
+
+            fn from_word(word: &str) -> Option<Self> {
+                match word {
+                    $first_word => Some(Self::$first),
+                    $($word => Some(Self::$variant),)*
+                    _ => None,
+                }
+            }
+
+            fn word(self) -> &'static str {
+                match self {
+                    Self::$first => $first_word,
+                    $(Self::$variant => $word,)*
+                }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.word())
+            }
+        }
+    };
+}
+
+choice! {
+    /// Use of 2 MiB pages for the chunk pool.
+    HugePages {
+        /// Where there are some, else ordinary pages.
+        Auto = "auto",
+        /// Ordinary pages.
+        Never = "never",
+        /// 2 MiB pages, or the node does not start.
+        Require = "require",
+    }
+}
+
+choice! {
+    /// How the size of packets is found.
+    Mtu {
+        /// By probes, up to `udp_payload_bytes_max`.
+        Discover = "discover",
+        /// All packets have `udp_payload_bytes_max` from the start.
+        Fixed = "fixed",
+    }
+}
+
+choice! {
+    /// Congestion control of QUIC connections.
+    CongestionControl {
+        /// For a LAN.
+        Cubic = "cubic",
+        /// Paced, for long paths.
+        Bbr2 = "bbr2",
+    }
+}
+
+choice! {
+    /// Where in the kernel the edge's program runs.
+    XdpMode {
+        /// In the driver where it can, else in the kernel's generic code.
+        Auto = "auto",
+        /// In the driver, or not at all.
+        Native = "native",
+        /// In the kernel's generic code.
+        Generic = "generic",
+    }
+}
+
+choice! {
+    /// Whether the edge refuses.
+    EdgeMode {
+        /// It counts what it would refuse.
+        Count = "count",
+        /// It refuses.
+        Enforce = "enforce",
+    }
+}
+
+choice! {
+    /// Which ports the edge decides about.
+    EdgeScope {
+        /// Those of this node.
+        Ports = "ports",
+        /// All ports of the host.
+        Host = "host",
+    }
+}
+
+choice! {
+    /// What becomes of sources that no rule names.
+    DefaultAction {
+        /// Their packets are dropped.
+        Deny = "deny",
+        /// Their packets pass.
+        Allow = "allow",
+    }
+}
 
 /// A whole config file.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -131,8 +265,8 @@ pub struct ShardProfile {
     pub mailbox_capacity: u64,
     /// Memory for bodies.
     pub chunk_pool_bytes: ByteSize,
-    /// Use of 2 MiB pages for the pool: `auto`, `never`, `require`.
-    pub huge_pages: String,
+    /// Use of 2 MiB pages for the pool.
+    pub huge_pages: HugePages,
 }
 
 /// QUIC connections, RPC and bodies.
@@ -142,8 +276,8 @@ pub struct TransportSection {
     pub udp_payload_bytes_max: ByteSize,
     /// A PING is sent when a connection was silent this long.
     pub keep_alive: Period,
-    /// `discover` or `fixed`.
-    pub mtu: String,
+    /// How the size of packets is found.
+    pub mtu: Mtu,
     /// Silence after which a connection is lost.
     pub idle_timeout: Period,
     /// Time a handshake and the peer's hello may take, on both sides.
@@ -156,8 +290,8 @@ pub struct TransportSection {
     pub drain_timeout: Period,
     /// Connections to each peer, spread over the shards.
     pub connections_per_peer: u64,
-    /// Congestion control: `cubic` for a LAN, `bbr2` (paced) for long paths.
-    pub congestion_control: String,
+    /// Congestion control.
+    pub congestion_control: CongestionControl,
     /// Initial congestion window, in packets.
     pub initial_window_packets: u64,
     /// Round trip assumed before the first sample.
@@ -245,16 +379,16 @@ pub struct ArtifactsSection {
 pub struct EdgeSection {
     /// Interfaces that carry the program; none: user space enforces the limits alone.
     pub interfaces: Vec<String>,
-    /// `auto`, `native` or `generic`.
-    pub xdp: String,
-    /// `count` or `enforce`.
-    pub mode: String,
-    /// `ports` or `host`.
-    pub scope: String,
+    /// Where in the kernel the program runs.
+    pub xdp: XdpMode,
+    /// Whether the program refuses.
+    pub mode: EdgeMode,
+    /// Which ports the program decides about.
+    pub scope: EdgeScope,
     /// Folder of pinned programs, maps and links.
     pub pins: String,
-    /// What becomes of sources that no rule names: `deny` or `allow`.
-    pub default_action: String,
+    /// What becomes of sources that no rule names.
+    pub default_action: DefaultAction,
     /// Roles of this node, for rules of the scope `role:NAME`.
     pub roles: Vec<String>,
     /// TCP ports of this node.
@@ -305,11 +439,11 @@ impl Default for EdgeSection {
     fn default() -> Self {
         Self {
             interfaces: Vec::new(),
-            xdp: "auto".into(),
-            mode: "count".into(),
-            scope: "ports".into(),
+            xdp: XdpMode::Auto,
+            mode: EdgeMode::Count,
+            scope: EdgeScope::Ports,
             pins: "/run/millrace/edge".into(),
-            default_action: "deny".into(),
+            default_action: DefaultAction::Deny,
             roles: Vec::new(),
             tcp_ports: Vec::new(),
             udp_ports: Vec::new(),
@@ -383,7 +517,7 @@ impl Default for ShardProfile {
             receive_batch: 8,
             mailbox_capacity: 4096,
             chunk_pool_bytes: ByteSize::mib(768),
-            huge_pages: "auto".into(),
+            huge_pages: HugePages::Auto,
         }
     }
 }
@@ -392,7 +526,7 @@ impl Default for TransportSection {
     fn default() -> Self {
         Self {
             udp_payload_bytes_max: ByteSize(1452),
-            mtu: "discover".to_owned(),
+            mtu: Mtu::Discover,
             keep_alive: Period::secs(1),
             idle_timeout: Period::secs(3),
             connect_timeout: Period::secs(10),
@@ -400,7 +534,7 @@ impl Default for TransportSection {
             redial_delay_max: Period::secs(10),
             drain_timeout: Period::secs(2),
             connections_per_peer: 1,
-            congestion_control: "cubic".into(),
+            congestion_control: CongestionControl::Cubic,
             initial_window_packets: 128,
             initial_rtt: Period::millis(2),
             connection_window_bytes: ByteSize::mib(4),

@@ -1,7 +1,7 @@
 //! Whether this host can run the config. The facts are probed by the caller; the judgement is here.
 
 use crate::budget::MemoryBudget;
-use crate::config::{Cores, NodeConfig};
+use crate::config::{Cores, HugePages, NodeConfig};
 use crate::parse::Parsed;
 use crate::problem::{Problem, ProblemKind, Severity};
 use crate::units::ByteSize;
@@ -116,7 +116,7 @@ fn memory(config: &NodeConfig, facts: &HostFacts, budget: &MemoryBudget, found: 
         );
     }
     if let Some(free) = facts.huge_pages_free
-        && config.shards.defaults.huge_pages == "require"
+        && config.shards.defaults.huge_pages == HugePages::Require
     {
         let shards = config.shards.cpus(&facts.cpus).len() as u64;
         let needed = config.shards.defaults.chunk_pool_bytes.0.div_ceil(2 << 20) * shards;

@@ -424,8 +424,8 @@ fn read(kind: Kind, value: &DeValue<'_>) -> Result<Value, Refusal> {
         (Kind::Address, DeValue::String(text)) => address(text).map(Value::Address),
         (Kind::Seeds, DeValue::Array(list)) => seeds(list),
         (Kind::Choice(words), DeValue::String(text)) => {
-            if words.contains(&text.as_ref()) {
-                return Ok(Value::Text(text.to_string()));
+            if let Some(word) = words.iter().find(|word| **word == text.as_ref()) {
+                return Ok(Value::Word(word));
             }
             let reason = format!("\"{text}\" is not {}", kind.expected());
             Err(Refusal::Value {

@@ -3,8 +3,10 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use millrace_tuning::ByteSize;
+use millrace_tuning::config::{Choice, EdgeMode};
 
 use crate::exit::{Exit, Failure};
 use crate::{artifacts_cmd, check, config_cmd, keys, registry_cmd, status};
@@ -304,6 +306,12 @@ pub(crate) enum XdpCommand {
     Detach(XdpPlaceArgs),
 }
 
+/// Takes the words of a choice of the config.
+fn choice<C: Choice + Send + Sync>() -> impl TypedValueParser<Value = C> {
+    PossibleValuesParser::new(C::WORDS.iter().copied())
+        .try_map(|word| C::from_word(&word).ok_or("it is no choice of this key"))
+}
+
 /// Where the edge is pinned.
 #[derive(Debug, Args)]
 pub(crate) struct XdpPlace {
@@ -346,8 +354,8 @@ pub(crate) struct XdpApplyArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) config: PathBuf,
     /// Count or enforce, instead of the config's mode.
-    #[arg(long, value_name = "MODE", value_parser = ["count", "enforce"])]
-    pub(crate) mode: Option<String>,
+    #[arg(long, value_name = "MODE", value_parser = choice::<EdgeMode>())]
+    pub(crate) mode: Option<EdgeMode>,
     /// Go back to what was in force unless `millrace xdp confirm` comes within this time. The kernel keeps the time.
     #[arg(long, value_name = "DURATION")]
     pub(crate) confirm: Option<millrace_tuning::Period>,

@@ -4,7 +4,7 @@ use millrace_protocol::frame::Limits;
 use millrace_shards::config::{HugePages, ShardConfig};
 use millrace_transport::config::{CongestionControl, PerClass, TransportConfig};
 use millrace_tuning::NodeConfig;
-use millrace_tuning::config::ShardProfile;
+use millrace_tuning::config::{self, ShardProfile};
 
 /// One shard per core.
 pub(crate) fn shards(config: &NodeConfig, cpus: &[u64]) -> Vec<ShardConfig> {
@@ -27,10 +27,10 @@ pub(crate) fn shard(profile: &ShardProfile, cpu: Option<u64>) -> ShardConfig {
         mailbox_capacity: to_usize(profile.mailbox_capacity),
         receive_batch: to_usize(profile.receive_batch),
         chunk_pool_bytes: profile.chunk_pool_bytes.bytes(),
-        huge_pages: match profile.huge_pages.as_str() {
-            "never" => HugePages::Never,
-            "require" => HugePages::Require,
-            _ => HugePages::Auto,
+        huge_pages: match profile.huge_pages {
+            config::HugePages::Auto => HugePages::Auto,
+            config::HugePages::Never => HugePages::Never,
+            config::HugePages::Require => HugePages::Require,
         },
         ..ShardConfig::default()
     }
@@ -40,7 +40,7 @@ pub(crate) fn transport(config: &NodeConfig) -> TransportConfig {
     let from = &config.transport;
     TransportConfig {
         udp_payload_bytes_max: to_usize(from.udp_payload_bytes_max.bytes()),
-        discover_mtu: from.mtu == "discover",
+        discover_mtu: from.mtu == config::Mtu::Discover,
         keep_alive: from.keep_alive.get(),
         idle_timeout: from.idle_timeout.get(),
         connect_timeout: from.connect_timeout.get(),
@@ -48,9 +48,9 @@ pub(crate) fn transport(config: &NodeConfig) -> TransportConfig {
         redial_delay_max: from.redial_delay_max.get(),
         drain_timeout: from.drain_timeout.get(),
         connections_per_peer: u8::try_from(from.connections_per_peer).unwrap_or(u8::MAX),
-        congestion_control: match from.congestion_control.as_str() {
-            "bbr2" => CongestionControl::Bbr2,
-            _ => CongestionControl::Cubic,
+        congestion_control: match from.congestion_control {
+            config::CongestionControl::Cubic => CongestionControl::Cubic,
+            config::CongestionControl::Bbr2 => CongestionControl::Bbr2,
         },
         initial_window_packets: to_usize(from.initial_window_packets),
         initial_rtt: from.initial_rtt.get(),

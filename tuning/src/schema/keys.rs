@@ -2,7 +2,10 @@
 
 use super::value::Setting;
 use super::{Field, Kind, Presence, SHARDS_NAME, Section};
-use crate::config::{CoreProfile, NodeConfig};
+use crate::config::{
+    Choice as _, CongestionControl, CoreProfile, DefaultAction, EdgeMode, EdgeScope, HugePages,
+    Mtu, NodeConfig, XdpMode,
+};
 use crate::units::{ByteSize, Period};
 
 /// A row: `field!(NodeConfig, "name", path.to.the.field, kind, "doc")`, with `required` or `optional` and
@@ -56,7 +59,7 @@ macro_rules! with_profile {
                 "Messages from other threads that may wait for the shard."),
             field!($config, "chunk_pool_bytes", $($profile).+.chunk_pool_bytes, bytes(ByteSize::mib(2), ByteSize::gib(512)),
                 "Memory for bodies, taken at start and never given back."),
-            field!($config, "huge_pages", $($profile).+.huge_pages, Kind::Choice(&["auto", "never", "require"]),
+            field!($config, "huge_pages", $($profile).+.huge_pages, Kind::Choice(HugePages::WORDS),
                 "2 MiB pages for the chunk pool. \"auto\" takes ordinary pages when there are none, \"require\" refuses to start."),
         ]
     };
@@ -196,7 +199,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 NodeConfig,
                 "mtu",
                 transport.mtu,
-                Kind::Choice(&["discover", "fixed"]),
+                Kind::Choice(Mtu::WORDS),
                 "Whether a path's MTU is discovered from 1200 up to udp_payload_bytes_max (RFC 8899), or taken as given."
             ),
             field!(
@@ -252,7 +255,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 NodeConfig,
                 "congestion_control",
                 transport.congestion_control,
-                Kind::Choice(&["cubic", "bbr2"]),
+                Kind::Choice(CongestionControl::WORDS),
                 "Congestion control: \"cubic\" for a LAN, \"bbr2\" (paced) for long paths."
             ),
             field!(
@@ -527,21 +530,21 @@ pub(super) static SECTIONS: &[Section] = &[
                 NodeConfig,
                 "xdp",
                 edge.xdp,
-                Kind::Choice(&["auto", "native", "generic"]),
+                Kind::Choice(XdpMode::WORDS),
                 "Where the program runs: in the driver (\"native\"), behind it (\"generic\"), or \"auto\": native where the driver can."
             ),
             field!(
                 NodeConfig,
                 "mode",
                 edge.mode,
-                Kind::Choice(&["count", "enforce"]),
+                Kind::Choice(EdgeMode::WORDS),
                 "\"count\" passes everything and counts what would have been refused, while the node itself holds caps and rates, as without a program; \"enforce\" refuses it."
             ),
             field!(
                 NodeConfig,
                 "scope",
                 edge.scope,
-                Kind::Choice(&["ports", "host"]),
+                Kind::Choice(EdgeScope::WORDS),
                 "\"ports\" owns this node's ports and leaves all other traffic to the host; \"host\" owns all of it, but for answers to what the host sent."
             ),
             field!(
@@ -555,7 +558,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 NodeConfig,
                 "default_action",
                 edge.default_action,
-                Kind::Choice(&["deny", "allow"]),
+                Kind::Choice(DefaultAction::WORDS),
                 "What becomes of sources that no rule of the registry names. Registry members are allowed by a rule of their own."
             ),
             field!(

@@ -7,7 +7,7 @@ fn sample(kind: Kind) -> Value {
         Kind::Bytes { min, .. } => Value::Bytes(min),
         Kind::Duration { min, .. } => Value::Duration(min),
         Kind::Path | Kind::Name | Kind::PublicKey => Value::Text("x".into()),
-        Kind::Choice(words) => Value::Text(words[0].into()),
+        Kind::Choice(words) => Value::Word(words[words.len() - 1]),
         Kind::Address => Value::Address(([127, 0, 0, 1], 1).into()),
         Kind::Seeds => Value::Seeds(vec![crate::config::Seed {
             public_key: "ab".repeat(32),
@@ -57,7 +57,7 @@ fn default_is_in_bounds<C: Default>(fields: &[Field<C>]) {
             (Kind::Integer { min, max }, Value::Integer(v)) => (min..=max).contains(&v),
             (Kind::Bytes { min, max }, Value::Bytes(v)) => (min..=max).contains(&v),
             (Kind::Duration { min, max }, Value::Duration(v)) => (min..=max).contains(&v),
-            (Kind::Choice(words), Value::Text(v)) => words.contains(&v.as_str()),
+            (Kind::Choice(words), Value::Word(v)) => words.contains(&v),
             (Kind::Integer { .. } | Kind::Bytes { .. } | Kind::Duration { .. }, _) => false,
             _ => true,
         };

@@ -3,7 +3,10 @@
 use std::fmt;
 use std::net::SocketAddr;
 
-use crate::config::{Cores, Seed};
+use crate::config::{
+    Choice, CongestionControl, Cores, DefaultAction, EdgeMode, EdgeScope, HugePages, Mtu, Seed,
+    XdpMode,
+};
 use crate::units::{ByteSize, Period};
 
 /// A value of some [`super::Kind`]; displays as TOML.
@@ -17,8 +20,10 @@ pub enum Value {
     Bytes(ByteSize),
     /// A duration.
     Duration(Period),
-    /// A path, name, key or word.
+    /// A path, name or key.
     Text(String),
+    /// One of the words of a [`super::Kind::Choice`].
+    Word(&'static str),
     /// IP address and port.
     Address(SocketAddr),
     /// Nodes with their keys.
@@ -40,6 +45,7 @@ impl fmt::Display for Value {
             Self::Duration(period) => write!(f, "\"{period}\""),
             // The toml crate knows how to quote what an operator may put into a path.
             Self::Text(text) => write!(f, "{}", toml::Value::String(text.clone())),
+            Self::Word(word) => write!(f, "\"{word}\""),
             Self::Address(address) => write!(f, "\"{address}\""),
             Self::Seeds(list) => {
                 let items: Vec<String> = list.iter().map(|seed| format!("\"{seed}\"")).collect();
@@ -92,6 +98,34 @@ setting!(Vec<Seed>, Seeds);
 setting!(Cores, Cores);
 setting!(Vec<String>, Names);
 setting!(Vec<u64>, Ports);
+
+/// A word that the row's own kind has checked.
+macro_rules! choice_setting {
+    ($($type:ty),*) => {
+        $(impl Setting for $type {
+            fn from_value(value: Value) -> Result<Self, Value> {
+                match &value {
+                    Value::Word(word) => Self::from_word(word).ok_or(value),
+                    _ => Err(value),
+                }
+            }
+
+            fn to_value(&self) -> Value {
+                Value::Word(self.word())
+            }
+        })*
+    };
+}
+
+choice_setting!(
+    HugePages,
+    Mtu,
+    CongestionControl,
+    XdpMode,
+    EdgeMode,
+    EdgeScope,
+    DefaultAction
+);
 
 impl Setting for Option<String> {
     fn from_value(value: Value) -> Result<Self, Value> {

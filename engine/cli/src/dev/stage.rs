@@ -20,6 +20,7 @@ use millrace_edge::privileges;
 use millrace_edge::state::AttachMode;
 use millrace_edge_policy::reason::Reason;
 use millrace_tuning::NodeConfig;
+use millrace_tuning::config::EdgeMode;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::edge::{sets, table};
@@ -146,7 +147,7 @@ impl Stage {
         config.listen.address = Self::address(0);
         config.edge.interfaces = vec![Side::Inside.name().into()];
         config.edge.pins = self.pins.display().to_string();
-        config.edge.mode = "enforce".into();
+        config.edge.mode = EdgeMode::Enforce;
         // All other nodes have one address here.
         config.edge.quic_connections_max = CONNECTIONS_MAX;
         config.edge.quic_burst = CONNECTIONS_MAX;

@@ -14,6 +14,7 @@ use millrace_edge::state::AttachMode;
 use millrace_edge_policy::rules::{RuleAction, Temporary};
 use millrace_edge_policy::settings::Mode;
 use millrace_protocol::registry::RegistryConfig;
+use millrace_tuning::config::XdpMode;
 use millrace_tuning::{NodeConfig, Period};
 use serde::Serialize;
 
@@ -161,7 +162,7 @@ fn apply(args: &XdpApplyArgs) -> Result<Exit, Failure> {
     let turn = Turn::wait(&pins)?;
     let edge = adopt(&pins)?;
     let how = How {
-        mode: plan::mode(args.mode.as_ref().unwrap_or(&config.edge.mode)),
+        mode: plan::mode(args.mode.unwrap_or(config.edge.mode)),
         probation: args.confirm.map(Period::get),
         or_last_good: args.last_good,
     };
@@ -410,10 +411,10 @@ pub(crate) fn attach_options(config: &NodeConfig) -> AttachOptions {
     let edge = &config.edge;
     AttachOptions {
         interfaces: edge.interfaces.clone(),
-        mode: match edge.xdp.as_str() {
-            "native" => AttachMode::Native,
-            "generic" => AttachMode::Generic,
-            _ => AttachMode::Auto,
+        mode: match edge.xdp {
+            XdpMode::Auto => AttachMode::Auto,
+            XdpMode::Native => AttachMode::Native,
+            XdpMode::Generic => AttachMode::Generic,
         },
         sizes: LoadOptions {
             trie_nodes4: plan::to_u32(edge.trie_nodes_max),

@@ -14,6 +14,7 @@ use millrace_edge_policy::settings::{
     Caps, DefaultAction, Kind, Limits, Mode, Scope, Service, Settings,
 };
 use millrace_tuning::NodeConfig;
+use millrace_tuning::config::{self, EdgeMode, EdgeScope};
 
 const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
@@ -31,20 +32,20 @@ pub(crate) struct Firewall {
     pub(crate) locality: Locality,
 }
 
-/// The mode of a config's or a command line's word.
-pub(crate) fn mode(word: &str) -> Mode {
-    match word {
-        "enforce" => Mode::Enforce,
-        _ => Mode::Count,
+/// The mode of a config or a command line.
+pub(crate) fn mode(mode: EdgeMode) -> Mode {
+    match mode {
+        EdgeMode::Count => Mode::Count,
+        EdgeMode::Enforce => Mode::Enforce,
     }
 }
 
 /// What the operator says, for a transport that listens on `port`.
 pub(crate) fn settings(config: &NodeConfig, port: u16, mode: Mode) -> Settings {
     let edge = &config.edge;
-    let default_action = match edge.default_action.as_str() {
-        "allow" => DefaultAction::Allow,
-        _ => DefaultAction::Deny,
+    let default_action = match edge.default_action {
+        config::DefaultAction::Allow => DefaultAction::Allow,
+        config::DefaultAction::Deny => DefaultAction::Deny,
     };
     let service = |port, kind| Service {
         port,
@@ -62,9 +63,9 @@ pub(crate) fn settings(config: &NodeConfig, port: u16, mode: Mode) -> Settings {
         .collect();
     Settings {
         mode,
-        scope: match edge.scope.as_str() {
-            "host" => Scope::Host,
-            _ => Scope::Ports,
+        scope: match edge.scope {
+            EdgeScope::Host => Scope::Host,
+            EdgeScope::Ports => Scope::Ports,
         },
         services,
         host_default: default_action,

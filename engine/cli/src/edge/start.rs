@@ -147,7 +147,7 @@ pub(crate) fn prepare(
     let mode = match &kernel {
         // That of the set in force: a restart changes nothing.
         Some(kernel) => Publisher::new(kernel.edge.maps()).mode(),
-        None => plan::mode(&config.edge.mode),
+        None => plan::mode(config.edge.mode),
     };
     let settings = plan::settings(config, listens.port(), mode);
     settings
@@ -385,7 +385,7 @@ fn attach(
         config,
         port: listens.port(),
         firewall,
-        mode: plan::mode(&config.edge.mode),
+        mode: plan::mode(config.edge.mode),
         probation: None::<Duration>,
         or_last_good: false,
         anew: true,
