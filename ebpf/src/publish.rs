@@ -208,12 +208,12 @@ impl<'m> Publisher<'m> {
     #[must_use]
     pub fn limits(&self) -> Option<(Limits, Caps)> {
         let config = self.config();
-        let [unvalidated, syn, version, knock, reject] = config.budget.map(Limit::from);
+        let [unvalidated, syn, version, dial_request, reject] = config.budget.map(Limit::from);
         let limits = Limits {
             unvalidated,
             syn,
             version,
-            knock,
+            dial_request,
             reject,
             source_quic: config.source_quic[0].into(),
             source_tcp: config.source_tcp[0].into(),

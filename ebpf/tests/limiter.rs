@@ -79,14 +79,14 @@ fn probes() -> Vec<Probe> {
             Budget::Unvalidated => "budget unvalidated",
             Budget::Syn => "budget syn",
             Budget::Version => "budget version",
-            Budget::Knock => "budget knock",
+            Budget::DialRequest => "budget dial request",
             Budget::Reject => "budget reject",
         },
         place: match budget {
             Budget::Unvalidated => |config| &mut config.budget[Budget::Unvalidated as usize],
             Budget::Syn => |config| &mut config.budget[Budget::Syn as usize],
             Budget::Version => |config| &mut config.budget[Budget::Version as usize],
-            Budget::Knock => |config| &mut config.budget[Budget::Knock as usize],
+            Budget::DialRequest => |config| &mut config.budget[Budget::DialRequest as usize],
             Budget::Reject => |config| &mut config.budget[Budget::Reject as usize],
         },
         ..PROBE
@@ -171,13 +171,15 @@ fn probes() -> Vec<Probe> {
             ..budget(Budget::Version)
         },
         Probe {
-            frame: |number, _| mocked::knock(v6(number as u16, number)),
-            admitted: Reason::PassKnock,
-            refused: Reason::QuicKnockBudget,
-            ..budget(Budget::Knock)
+            frame: |number, _| mocked::dial_request(v6(number as u16, number)),
+            admitted: Reason::PassDialRequest,
+            refused: Reason::QuicDialRequestBudget,
+            ..budget(Budget::DialRequest)
         },
         Probe {
-            frame: |number, _| mocked::knock(Ipv4Addr::new(203, 0, 113, number as u8).into()),
+            frame: |number, _| {
+                mocked::dial_request(Ipv4Addr::new(203, 0, 113, number as u8).into())
+            },
             admitted: Reason::PassReject,
             refused: Reason::FirewallRejectBudget,
             ..budget(Budget::Reject)
@@ -337,7 +339,11 @@ fn two_cpus_get_no_more_than_one() {
         [
             (token, Reason::PassQuicToken, 1 << 34),
             (proof, Reason::PassQuicPeer, 1 << 36),
-            (mocked::knock(v4(7)), Reason::PassKnock, u64::MAX),
+            (
+                mocked::dial_request(v4(7)),
+                Reason::PassDialRequest,
+                u64::MAX,
+            ),
         ]
     };
     let second = |count| Limit::per(count, SECOND, 1);
@@ -352,7 +358,7 @@ fn two_cpus_get_no_more_than_one() {
         mocked.configure(|config| {
             config.source_quic[0] = limit.into();
             config.peer = limit.into();
-            config.budget[Budget::Knock as usize] = limit.into();
+            config.budget[Budget::DialRequest as usize] = limit.into();
         });
         for (frame, reason, valid_ns) in packets() {
             mocked.forget();

@@ -172,7 +172,10 @@ fn seeds() -> Vec<(&'static str, Frame)> {
         ),
         ("options", Frame::udp(v4, 4_100, &first).with(optional)),
         ("short header", Frame::udp(v4, 4_100, &frames::short(&id))),
-        ("knock", Frame::udp(v6, 4_100, &frames::knock())),
+        (
+            "dial request",
+            Frame::udp(v6, 4_100, &frames::dial_request()),
+        ),
         ("SYN", Frame::tcp(v4, 8_080, frames::SYN)),
         ("SYN, IPv6", Frame::tcp(v6, 8_080, frames::SYN)),
         ("UDP", Frame::udp(v4, 9_000, b"plain")),

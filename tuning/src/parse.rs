@@ -5,14 +5,13 @@
 //! 2. A key with a mistake keeps its default and has no origin.
 //! 3. Problems come out in the order of the text.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 
 use toml::Spanned;
 use toml::de::{DeArray, DeString, DeTable, DeValue};
 
 use crate::config::{CoreProfile, Cores, NodeConfig, Seed};
-use crate::problem::{Position, Problem, ProblemKind, Severity};
+use crate::problem::{Origins, Position, Problem, ProblemKind, Severity};
 use crate::schema::{self, CORE_NAME, Field, Kind, Presence, SHARDS_NAME, Section, Value};
 use crate::semantics;
 use crate::units::{ByteSize, Period, UnitError};
@@ -34,31 +33,6 @@ impl Parsed {
         self.problems
             .iter()
             .all(|problem| problem.severity == Severity::Warning)
-    }
-}
-
-/// Positions of what is written.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Origins(BTreeMap<String, Position>);
-
-impl Origins {
-    /// Where the key is written; `None` for a default.
-    pub fn of(&self, key: &str) -> Option<Position> {
-        self.0.get(key).copied()
-    }
-
-    /// Where to point for a key: at itself, else at its section, else at the start.
-    pub fn nearest(&self, key: &str) -> Position {
-        let mut name = key;
-        loop {
-            if let Some(position) = self.of(name) {
-                return position;
-            }
-            match name.rsplit_once('.') {
-                Some((parent, _)) => name = parent,
-                None => return Position::START,
-            }
-        }
     }
 }
 
@@ -361,7 +335,6 @@ impl Walk<'_> {
 
     fn origin(&mut self, key: &str, at: usize) {
         self.origins
-            .0
             .insert(key.to_owned(), Position::of(self.text, at));
     }
 }

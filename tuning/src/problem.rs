@@ -1,5 +1,7 @@
-//! One mistake in a config or one obstacle on the host: where, why, and what to do about it.
+//! One mistake in a config or one obstacle on the host: where, why, and what to do about it;
+//! and where the keys of a config stand.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// A place in the config text; both count from one.
@@ -33,6 +35,36 @@ impl Position {
 impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.line, self.column)
+    }
+}
+
+/// Where each written key of a config stands.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Origins(BTreeMap<String, Position>);
+
+impl Origins {
+    /// Notes where `key` is written.
+    pub(crate) fn insert(&mut self, key: String, position: Position) {
+        self.0.insert(key, position);
+    }
+
+    /// Where the key is written; `None` for a default.
+    pub fn of(&self, key: &str) -> Option<Position> {
+        self.0.get(key).copied()
+    }
+
+    /// Where to point for a key: at itself, else at its section, else at the start.
+    pub fn nearest(&self, key: &str) -> Position {
+        let mut name = key;
+        loop {
+            if let Some(position) = self.of(name) {
+                return position;
+            }
+            match name.rsplit_once('.') {
+                Some((parent, _)) => name = parent,
+                None => return Position::START,
+            }
+        }
     }
 }
 

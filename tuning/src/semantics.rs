@@ -1,8 +1,7 @@
 //! Contradictions between keys that are each fine by themselves.
 
 use crate::config::NodeConfig;
-use crate::parse::Origins;
-use crate::problem::{Problem, ProblemKind, Severity};
+use crate::problem::{Origins, Problem, ProblemKind, Severity};
 use crate::units::ByteSize;
 
 /// All contradictions of a config.

@@ -40,7 +40,7 @@ reasons! {
     PassHost = "pass_host", "`scope = host`: allowed by the rules of the host.";
     PassUdp = "pass_udp", "Allowed, to a service of plain UDP.";
     PassReject = "pass_reject", "Refused by a rule, passed on for an answer.";
-    PassKnock = "pass_knock", "A listener asks its dialler to dial.";
+    PassDialRequest = "pass_dial_request", "A listener asks its dialler to dial.";
     PassQuic = "pass_quic", "Carries a connection ID of ours.";
     PassQuicPeer = "pass_quic_peer", "First packet of a registry peer that proved itself.";
     PassQuicToken = "pass_quic_token", "First packet with a valid token.";
@@ -64,7 +64,7 @@ reasons! {
     FirewallDeny = "firewall_deny", "Denied by a rule.";
     FirewallDefault = "firewall_default", "No rule allows it.";
     FirewallRejectBudget = "firewall_reject_budget", "Refused by a rule, beyond the budget of answers.";
-    QuicKnockBudget = "quic_knock_budget", "A knock beyond the budget.";
+    QuicDialRequestBudget = "quic_dial_request_budget", "A dial request beyond the budget.";
     QuicVersionBudget = "quic_version_budget", "A foreign version beyond the budget.";
     QuicUnknownId = "quic_unknown_id", "A connection ID that we did not give out to this address.";
     QuicExpiredId = "quic_expired_id", "A connection ID whose time is over.";

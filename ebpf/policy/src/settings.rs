@@ -25,8 +25,8 @@ pub enum Budget {
     Syn = 1,
     /// [`Limits::version`].
     Version = 2,
-    /// [`Limits::knock`].
-    Knock = 3,
+    /// [`Limits::dial_request`].
+    DialRequest = 3,
     /// [`Limits::reject`].
     Reject = 4,
 }
@@ -109,8 +109,8 @@ pub struct Limits {
     pub syn: Limit,
     /// Packets of versions that we do not speak, of all sources.
     pub version: Limit,
-    /// Knocks, of all sources.
-    pub knock: Limit,
+    /// Dial requests, of all sources.
+    pub dial_request: Limit,
     /// Answers to rejected packets, to all sources.
     pub reject: Limit,
     /// QUIC connections that one source opens.
@@ -230,7 +230,7 @@ impl Limits {
             self.unvalidated,
             self.syn,
             self.version,
-            self.knock,
+            self.dial_request,
             self.reject,
         ]
     }
@@ -273,7 +273,7 @@ impl Default for Limits {
             unvalidated: second(2_000, 2_000),
             syn: second(2_000, 2_000),
             version: second(100, 100),
-            knock: second(1_000, 1_000),
+            dial_request: second(1_000, 1_000),
             reject: second(100, 100),
             source_quic: source,
             source_tcp: source,

@@ -10,7 +10,7 @@
 #define QUIC_INITIAL_BYTES_MIN 1200
 #define QUIC_ID_BYTES_MAX 20
 #define QUIC_ID_BYTES_MIN 8 /* that a client may choose for its first packet */
-#define KNOCK_BYTES 65
+#define DIAL_REQUEST_BYTES 65
 #define LOCAL_ID_BYTES 16
 #define PROOF_BYTES 20
 #define TOKEN_BYTES 32
@@ -35,7 +35,7 @@ struct {
 	__type(value, struct edge_count);
 } quic_sources SEC(".maps");
 
-enum quic_class { QUIC_KNOCK, QUIC_KNOWN, QUIC_VERSION, QUIC_INITIAL };
+enum quic_class { QUIC_DIAL_REQUEST, QUIC_KNOWN, QUIC_VERSION, QUIC_INITIAL };
 
 /* Offsets count from the payload's start. */
 struct quic_header {
@@ -102,17 +102,17 @@ EDGE_INLINE int quic_classify_long(struct xdp_md *ctx, const struct edge_packet 
 
 EDGE_INLINE int quic_classify(struct xdp_md *ctx, const struct edge_packet *packet, struct quic_header *header)
 {
-	const __u8 *payload = quic_at(ctx, packet, 0, 1), *knock;
+	const __u8 *payload = quic_at(ctx, packet, 0, 1), *dial_request;
 	__u32 bytes = packet->payload_bytes;
 
 	if (!bytes || !payload)
 		return R_QUIC_MALFORMED;
 	if (payload[0] == 0x0d) {
-		header->class = QUIC_KNOCK;
-		knock = quic_at(ctx, packet, 2, 4);
-		if (bytes != KNOCK_BYTES || !knock)
+		header->class = QUIC_DIAL_REQUEST;
+		dial_request = quic_at(ctx, packet, 2, 4);
+		if (bytes != DIAL_REQUEST_BYTES || !dial_request)
 			return R_QUIC_FIXED_BIT;
-		return load32(knock) == bpf_htonl(0x6b6e636b) ? GO_ON : R_QUIC_FIXED_BIT; /* "knck" */
+		return load32(dial_request) == bpf_htonl(0x6469616c) ? GO_ON : R_QUIC_FIXED_BIT; /* "dial" */
 	}
 	if (payload[0] & 0x80)
 		return quic_classify_long(ctx, packet, header);
@@ -378,8 +378,8 @@ EDGE_INLINE int quic_admit(struct xdp_md *ctx, struct edge_view *view, const str
 	const __u8 *at;
 	__u32 stress = view_stress(view, world);
 
-	if (header->class == QUIC_KNOCK)
-		return budget_charge(view, EDGE_BUDGET_KNOCK) ? R_PASS_KNOCK : R_QUIC_KNOCK_BUDGET;
+	if (header->class == QUIC_DIAL_REQUEST)
+		return budget_charge(view, EDGE_BUDGET_DIAL_REQUEST) ? R_PASS_DIAL_REQUEST : R_QUIC_DIAL_REQUEST_BUDGET;
 	if (header->class == QUIC_VERSION)
 		return budget_charge(view, EDGE_BUDGET_VERSION) ? R_PASS_QUIC_VERSION : R_QUIC_VERSION_BUDGET;
 	if (header->id_bytes == LOCAL_ID_BYTES) {

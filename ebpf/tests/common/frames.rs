@@ -333,10 +333,10 @@ pub fn short(id: &[u8]) -> Vec<u8> {
     bytes
 }
 
-pub fn knock() -> Vec<u8> {
-    let mut knock = vec![0x0d; 65];
-    knock[2..6].copy_from_slice(b"knck");
-    knock
+pub fn dial_request() -> Vec<u8> {
+    let mut dial_request = vec![0x0d; 65];
+    dial_request[2..6].copy_from_slice(b"dial");
+    dial_request
 }
 
 /// A number in 1, 2, 4 or 8 bytes (RFC 9000, section 16); what does not fit is cut.

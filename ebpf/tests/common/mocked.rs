@@ -135,7 +135,7 @@ pub fn settings_in_force() -> millrace_edge_policy::rules::Compiled {
             unvalidated: none,
             syn: none,
             version: none,
-            knock: none,
+            dial_request: none,
             reject: none,
             source_quic: none,
             source_tcp: none,
@@ -257,9 +257,9 @@ pub fn initial_of_another_version(source: IpAddr) -> Vec<u8> {
     frame(source, Some(&long_header(2, &[7; 8], &[])))
 }
 
-pub fn knock(source: IpAddr) -> Vec<u8> {
+pub fn dial_request(source: IpAddr) -> Vec<u8> {
     let mut payload = vec![0x0d, 0];
-    payload.extend(b"knck");
+    payload.extend(b"dial");
     payload.resize(65, 0);
     frame(source, Some(&payload))
 }

@@ -354,15 +354,15 @@ impl Generator {
     fn quic(&mut self, model: &Model, source: SocketAddr, now_ns: u64) -> Vec<u8> {
         match self.below(24) {
             0 => {
-                let mut knock = frames::knock();
+                let mut dial_request = frames::dial_request();
                 if self.once_in(3) {
                     let at = self.below(6) as usize;
-                    knock[at] ^= 1;
+                    dial_request[at] ^= 1;
                 }
                 if self.once_in(3) {
-                    knock.resize(self.one_of(&[1, 2, 5, 6, 7, 64, 66]), 0);
+                    dial_request.resize(self.one_of(&[1, 2, 5, 6, 7, 64, 66]), 0);
                 }
-                knock
+                dial_request
             }
             1..=6 => {
                 let mut packet = frames::short(&self.own_id(model, source, now_ns));

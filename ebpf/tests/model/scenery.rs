@@ -58,7 +58,7 @@ fn settings(generator: &mut Generator) -> Settings {
             unvalidated: limit(generator),
             syn: limit(generator),
             version: limit(generator),
-            knock: limit(generator),
+            dial_request: limit(generator),
             reject: limit(generator),
             source_quic: limit(generator),
             source_tcp: limit(generator),

@@ -148,7 +148,7 @@ impl Versions {
     pub(crate) fn topology(&self) -> Topology {
         let follower = self.lock();
         match self.subnet_in(&follower) {
-            Some(subnet) => follower.registry.topology(&subnet),
+            Some(subnet) => Topology::union(&subnet, follower.registry.versions_in_use()),
             None if follower.registry.newest().is_none() => {
                 Topology::from_members(self.first.iter().cloned(), 0)
             }

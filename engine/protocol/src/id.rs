@@ -4,7 +4,6 @@
 //!    gives a node its name, so a key proves the name and the name pins the key.
 //! 2. The text form is canonical: what parses prints back as the same characters.
 
-use crate::identity::PublicKey;
 use data_encoding::{BASE32_NOPAD, HEXLOWER};
 use sha2::{Digest, Sha224};
 use std::{fmt, str::FromStr};
@@ -55,9 +54,9 @@ impl IdError {
 pub struct NodeId([u8; PRINCIPAL_BYTES]);
 
 impl NodeId {
-    /// The name that belongs to `key`.
-    pub fn from_public_key(key: &PublicKey) -> Self {
-        Self(self_authenticating(&key.to_spki_der()))
+    /// The name of the node whose public key has this DER form (SubjectPublicKeyInfo).
+    pub fn from_public_key_der(der: &[u8]) -> Self {
+        Self(self_authenticating(der))
     }
 
     /// Shard of a node with `shards` shards that owns connection `index` to this peer.

@@ -58,7 +58,7 @@ impl PublicKey {
 
     /// The node that this key makes.
     pub fn node_id(&self) -> NodeId {
-        NodeId::from_public_key(self)
+        NodeId::from_public_key_der(&self.to_spki_der())
     }
 
     /// Checks `signature` over `message`.

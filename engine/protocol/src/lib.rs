@@ -12,11 +12,11 @@
 
 pub mod backoff;
 pub mod budget;
+pub mod dial_request;
 pub mod frame;
 pub mod health;
 pub mod id;
 pub mod identity;
-pub mod knock;
 pub mod pair;
 pub mod peers;
 pub mod registry;

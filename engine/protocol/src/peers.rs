@@ -13,7 +13,7 @@
 //!    no connection and no attempt, a redial is scheduled.
 //! 5. Redials back off from `base` to `cap`; only a connection that was up for `stable_after`
 //!    resets that, so a peer that accepts and closes at once is not dialled in a loop.
-//! 6. A knock can bring a dial forward and nothing else: see [`crate::knock`].
+//! 6. A dial request can bring a dial forward and nothing else: see [`crate::dial_request`].
 
 mod api;
 mod connection;
@@ -56,7 +56,6 @@ pub struct Peers {
     numbers_base: u64,
     numbers_given: u64,
     attempts: u64,
-    stopping: bool,
     counters: PeersCounters,
 }
 
@@ -69,10 +68,10 @@ struct Peer {
     draining: Option<ConnKey>,
     dial: Dial,
     last_dial: Option<Instant>,
-    /// Attempts that knocks cut short since the last connection: each grants the next more time.
-    knock_restarts: u32,
+    /// Attempts that dial requests cut short since the last connection: each grants the next more time.
+    dial_request_restarts: u32,
     backoff: Backoff,
-    /// Next dial, deadline of the attempt, or next knock.
+    /// Next dial, deadline of the attempt, or next dial request.
     timer: Option<TimerId>,
 }
 
@@ -104,7 +103,6 @@ impl Peers {
             numbers_base,
             numbers_given: 0,
             attempts: 0,
-            stopping: false,
             counters: PeersCounters::default(),
         }
     }
@@ -176,9 +174,9 @@ impl Peers {
         self.invariants();
     }
 
-    /// A knock of this peer has come, addressed to us.
-    pub fn knocked(&mut self, peer: NodeId, now: Instant) {
-        self.heed_knock(peer, now);
+    /// A dial request of `peer`, addressed to this node, has arrived.
+    pub fn dial_requested(&mut self, peer: NodeId, now: Instant) {
+        self.heed_dial_request(peer, now);
         self.invariants();
     }
 
@@ -190,15 +188,6 @@ impl Peers {
             connection.verifying = false;
             self.stop_connection_timer(conn);
         }
-    }
-
-    /// Closes everything; nothing is dialled or accepted afterwards.
-    pub fn shut_down(&mut self) {
-        self.stopping = true;
-        while let Some((peer, _)) = self.peers.first_key_value() {
-            self.remove_peer(*peer);
-        }
-        self.invariants();
     }
 
     /// Does what is due at `now`.
@@ -258,8 +247,7 @@ impl Peers {
             index,
             ..
         } = self.config;
-        !self.stopping
-            && *peer != self.id
+        *peer != self.id
             && peer.owner_shard(index, shards) == shard
             && self.topology.member(&self.id).is_some()
             && self.topology.member(peer).is_some()
@@ -272,9 +260,6 @@ impl Peers {
             index,
             ..
         } = self.config;
-        if self.stopping {
-            return Err(Refusal::ShuttingDown);
-        }
         if id == self.id {
             return Err(Refusal::SelfConnection);
         }
@@ -313,9 +298,13 @@ impl Peers {
             self.counters.members_left_out += 1;
             return;
         }
-        let knocks = BackoffConfig {
-            base: self.config.backoff.base.min(self.config.knock_interval),
-            cap: self.config.knock_interval,
+        let dial_requests = BackoffConfig {
+            base: self
+                .config
+                .backoff
+                .base
+                .min(self.config.dial_request_interval),
+            cap: self.config.dial_request_interval,
         };
         let dials = self.id < id;
         let peer = Peer {
@@ -326,8 +315,12 @@ impl Peers {
             draining: None,
             dial: if dials { Dial::Idle } else { Dial::Listening },
             last_dial: None,
-            knock_restarts: 0,
-            backoff: Backoff::new(if dials { self.config.backoff } else { knocks }),
+            dial_request_restarts: 0,
+            backoff: Backoff::new(if dials {
+                self.config.backoff
+            } else {
+                dial_requests
+            }),
             timer: None,
         };
         self.peers.insert(id, peer);
@@ -344,11 +337,7 @@ impl Peers {
         if let (Some(attempt), None) = (peer.dial.attempt(), peer.pending) {
             self.actions.push_back(Action::Abandon { attempt });
         }
-        let reason = if self.stopping {
-            CloseReason::ShuttingDown
-        } else {
-            CloseReason::NotAMember
-        };
+        let reason = CloseReason::NotAMember;
         for conn in [peer.pending, peer.draining, peer.current]
             .into_iter()
             .flatten()

@@ -12,7 +12,6 @@
 use crate::{
     id::{NodeId, SubnetId},
     identity::{BadSignature, PublicKey, SIGNATURE_BYTES, SigningKey},
-    topology::Topology,
 };
 use data_encoding::HEXLOWER;
 use std::{collections::BTreeMap, net::SocketAddr};
@@ -310,6 +309,9 @@ impl Registry {
     }
 
     /// Says from which version on members count; it never goes back.
+    ///
+    /// The layer above calls it: a replica's unfinished heights refer to older versions, and the
+    /// members of those must stay connected. Without a call only the newest version counts.
     pub fn set_oldest_in_use(&mut self, number: u64) {
         let number = self.oldest_in_use.map_or(number, |old| old.max(number));
         self.oldest_in_use = Some(number);
@@ -347,10 +349,10 @@ impl Registry {
         self.dropped_in_use
     }
 
-    /// The members of `subnet` that count now.
-    pub fn topology(&self, subnet: &SubnetId) -> Topology {
+    /// The versions whose members count now, oldest first: what `Topology::union` takes.
+    pub fn versions_in_use(&self) -> impl Iterator<Item = &RegistryVersion> {
         let in_use = self.held.range(self.oldest_counted()..);
-        Topology::union(subnet, in_use.map(|(_, (_, version))| version))
+        in_use.map(|(_, (_, version))| version)
     }
 
     /// The held version that was in force at `oldest_in_use`: with numbers missing, an older one.

@@ -189,11 +189,11 @@ mod tests {
     // Protects a subnet that still relies on a node which the newest version removed.
     #[test]
     fn union_keeps_removed_and_takes_newest_address() {
-        let mut stranger = node(9, 9);
-        stranger.subnet = SubnetId::from_public_key_der(b"another");
+        let mut elsewhere = node(9, 9);
+        elsewhere.subnet = SubnetId::from_public_key_der(b"another");
         let versions = [
             version(4, vec![node(1, 10), node(2, 20)]),
-            version(5, vec![node(1, 11), node(3, 30), stranger]),
+            version(5, vec![node(1, 11), node(3, 30), elsewhere]),
         ];
         let both = Topology::union(&subnet(), &versions);
         assert_eq!(

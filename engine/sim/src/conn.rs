@@ -2,9 +2,9 @@
 
 use crate::memnet::Endpoint;
 use millrace_protocol::{
+    dial_request::DialRequest,
     health::{Health, HealthAction},
     id::NodeId,
-    knock::Knock,
     peers::{Attempt, ConnKey},
 };
 use std::time::{Duration, Instant};
@@ -37,8 +37,8 @@ pub(crate) enum Packet {
     Reset {
         to: ConnKey,
     },
-    Knock {
-        datagram: [u8; Knock::BYTES],
+    DialRequest {
+        datagram: [u8; DialRequest::BYTES],
     },
 }
 

@@ -9,9 +9,9 @@ use crate::{
     memnet::Endpoint,
 };
 use millrace_protocol::{
+    dial_request::DialRequest,
     health::{Health, HealthConfig},
     id::{ConnectionNumber, NodeId},
-    knock::Knock,
     peers::{
         Action, Attempt, CloseKind, CloseReason, ConnKey, Direction, Peers, PeersConfig, Refusal,
     },
@@ -170,11 +170,12 @@ impl Node {
                 self.end(to, kind, now);
             }
             Packet::Reset { to } => self.end(to, CloseKind::Reset, now),
-            Packet::Knock { datagram } => {
-                if let (Some(knock), Some(peers)) = (Knock::decode(&datagram), &mut self.peers)
-                    && knock.target == self.id
+            Packet::DialRequest { datagram } => {
+                if let (Some(dial_request), Some(peers)) =
+                    (DialRequest::decode(&datagram), &mut self.peers)
+                    && dial_request.target == self.id
                 {
-                    peers.knocked(knock.sender, now);
+                    peers.dial_requested(dial_request.sender, now);
                 }
             }
         }
@@ -290,14 +291,14 @@ impl Node {
                 Action::Abandon { attempt } => {
                     self.conns.retain(|_, conn| conn.attempt != Some(attempt));
                 }
-                Action::Knock { peer, address } => {
-                    let datagram = Knock {
+                Action::RequestDial { peer, address } => {
+                    let datagram = DialRequest {
                         sender: self.id,
                         target: peer,
                     }
                     .encode(0);
                     self.out
-                        .push((endpoint_of(address), Packet::Knock { datagram }));
+                        .push((endpoint_of(address), Packet::DialRequest { datagram }));
                 }
                 Action::Verify { conn: key } => {
                     if let Some(conn) = self.conns.get_mut(&key) {

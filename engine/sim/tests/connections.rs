@@ -7,6 +7,7 @@ use millrace_protocol::{
     identity::SigningKey,
     registry::{Registry, RegistryConfig, RegistryVersion, SignedVersion},
     rng::Rng,
+    topology::Topology,
 };
 use millrace_sim::{Sim, SimConfig, memnet::LinkConfig};
 use std::{
@@ -139,7 +140,7 @@ fn membership_walk() {
             let signed = SignedVersion::sign(version.to_document(), &key);
             registry.offer(signed).unwrap();
             registry.set_oldest_in_use(oldest);
-            let topology = Arc::new(registry.topology(&subnet));
+            let topology = Arc::new(Topology::union(&subnet, registry.versions_in_use()));
             for node in 0..sim.len() {
                 // Nodes hear of it one after the other.
                 sim.set_topology(node, Arc::clone(&topology));
@@ -243,7 +244,7 @@ fn any_schedule_of_faults_ends_connected() {
     });
 }
 
-// A handshake that takes longer than a knock's patience must get through all the same.
+// A handshake that takes longer than a dial request's patience must get through all the same.
 #[test]
 fn long_round_trips_connect() {
     for_seeds(20, |seed| {

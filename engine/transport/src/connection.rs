@@ -56,7 +56,7 @@ pub(crate) enum Phase {
     Closing,
 }
 
-/// How long a connection may stay silent after its peer knocked.
+/// How long a connection may stay silent after its peer requested a dial.
 pub(crate) const VERIFY_TIMEOUT: Duration = Duration::from_millis(400);
 
 /// The part of a stream's window that is acknowledged together while a body streams in: three trains of 1 MiB.

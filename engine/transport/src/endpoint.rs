@@ -130,7 +130,7 @@ pub(crate) struct Endpoint<H> {
     due: Vec<Timer>,
     scratch: Box<[u8]>,
     topology: Arc<Topology>,
-    /// Datagrams outside connections (version negotiation, Retry, knocks), sent with the next turn.
+    /// Datagrams outside connections (version negotiation, Retry, dial requests), sent with the next turn.
     replies: Vec<(Vec<u8>, SocketAddr)>,
     stop_at: Option<Instant>,
     admission_tick_at: Instant,

@@ -31,7 +31,7 @@ impl CloseCode {
         match refusal {
             Refusal::NotAMember => Self::NotAMember,
             Refusal::WrongDirection | Refusal::SelfConnection => Self::WrongDirection,
-            Refusal::StaleAttempt | Refusal::ShuttingDown => Self::Done,
+            Refusal::StaleAttempt => Self::Done,
             _ => Self::NoRoom,
         }
     }

@@ -23,8 +23,10 @@ impl Case<'_> {
     ) -> Result<Reason, Reason> {
         let client = SocketAddr::new(packet.source, packet.source_port);
         match quic {
-            Quic::Knock if self.charge_budget(Budget::Knock) => Ok(Reason::PassKnock),
-            Quic::Knock => Err(Reason::QuicKnockBudget),
+            Quic::DialRequest if self.charge_budget(Budget::DialRequest) => {
+                Ok(Reason::PassDialRequest)
+            }
+            Quic::DialRequest => Err(Reason::QuicDialRequestBudget),
             Quic::Version if self.charge_budget(Budget::Version) => Ok(Reason::PassQuicVersion),
             Quic::Version => Err(Reason::QuicVersionBudget),
             Quic::Known(id) => match self.check_id(id, client) {

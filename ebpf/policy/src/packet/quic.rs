@@ -9,8 +9,8 @@ pub const OUR_ID_BYTES: usize = 16;
 /// Shortest datagram that may open a connection (RFC 9000, 14.1).
 pub const INITIAL_BYTES_MIN: usize = 1_200;
 
-const KNOCK_FIRST: u8 = 0x0d;
-const KNOCK_BYTES: usize = 65;
+const DIAL_REQUEST_FIRST: u8 = 0x0d;
+const DIAL_REQUEST_BYTES: usize = 65;
 const LONG_HEADER: u8 = 0x80;
 const FIXED_BIT: u8 = 0x40;
 const VERSION_1: u32 = 1;
@@ -21,7 +21,7 @@ const LONG_FIXED_BYTES: usize = 6;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quic<'p> {
     /// A listener asks its dialler to dial.
-    Knock,
+    DialRequest,
     /// Belongs to a connection, if its destination ID is one of ours.
     Known(&'p [u8]),
     /// A version that we do not speak, long enough for an answer.
@@ -47,8 +47,8 @@ impl<'p> Quic<'p> {
     /// Reads the payload of a UDP datagram.
     pub fn parse(payload: &'p [u8]) -> Result<Self, Reason> {
         let first = *payload.first().ok_or(Reason::QuicMalformed)?;
-        if first == KNOCK_FIRST {
-            return knock(payload);
+        if first == DIAL_REQUEST_FIRST {
+            return dial_request(payload);
         }
         if first & LONG_HEADER != 0 {
             return long(first, payload);
@@ -72,9 +72,9 @@ impl<'p> Initial<'p> {
     }
 }
 
-fn knock(payload: &[u8]) -> Result<Quic<'_>, Reason> {
-    if payload.len() == KNOCK_BYTES && payload[2..6] == *b"knck" {
-        Ok(Quic::Knock)
+fn dial_request(payload: &[u8]) -> Result<Quic<'_>, Reason> {
+    if payload.len() == DIAL_REQUEST_BYTES && payload[2..6] == *b"dial" {
+        Ok(Quic::DialRequest)
     } else {
         Err(Reason::QuicFixedBit)
     }

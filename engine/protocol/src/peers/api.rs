@@ -34,9 +34,9 @@ pub struct PeersConfig {
     pub drain_timeout: Duration,
     /// Up for so long, a connection counts as good: see invariant 5.
     pub stable_after: Duration,
-    /// Longest time between two knocks at a dialler that is not connected.
-    pub knock_interval: Duration,
-    /// How long a connection may stay silent after its peer knocked: above any round trip.
+    /// Longest time between two dial requests at a dialler that is not connected.
+    pub dial_request_interval: Duration,
+    /// How long a connection may stay silent after its peer requested a dial: above any round trip.
     pub verify_timeout: Duration,
 }
 
@@ -51,7 +51,7 @@ impl Default for PeersConfig {
             connect_timeout: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(5),
             stable_after: Duration::from_secs(1),
-            knock_interval: Duration::from_millis(500),
+            dial_request_interval: Duration::from_millis(500),
             verify_timeout: Duration::from_millis(600),
         }
     }
@@ -101,9 +101,6 @@ pub enum Refusal {
     /// The dial was given up, or is of another peer.
     #[error("the dial was given up")]
     StaleAttempt,
-    /// This node goes away.
-    #[error("this node is shutting down")]
-    ShuttingDown,
 }
 
 impl Refusal {
@@ -116,7 +113,6 @@ impl Refusal {
             Self::WrongShard => "wrong_shard",
             Self::TooMany => "too_many_peers",
             Self::StaleAttempt => "stale_attempt",
-            Self::ShuttingDown => "shutting_down",
         }
     }
 }
@@ -133,10 +129,8 @@ pub enum CloseReason {
     Drained,
     /// The peer did not say hello in time.
     HelloTimeout,
-    /// The peer knocked and the connection stayed silent.
+    /// The peer requested a dial and the connection stayed silent.
     Unresponsive,
-    /// This node goes away.
-    ShuttingDown,
 }
 
 impl CloseReason {
@@ -148,7 +142,6 @@ impl CloseReason {
             Self::Drained => "drained",
             Self::HelloTimeout => "hello_timeout",
             Self::Unresponsive => "unresponsive",
-            Self::ShuttingDown => "shutting_down",
         }
     }
 }
@@ -170,8 +163,8 @@ pub enum Action {
         /// Names the dial.
         attempt: Attempt,
     },
-    /// Send a [`crate::knock::Knock`].
-    Knock {
+    /// Send a [`crate::dial_request::DialRequest`].
+    RequestDial {
         /// To whom.
         peer: NodeId,
         /// Where.
@@ -227,10 +220,10 @@ pub struct PeersCounters {
     pub downs: u64,
     /// Handshakes refused.
     pub refused: u64,
-    /// Knocks sent.
-    pub knocks_sent: u64,
-    /// Knocks received that changed something.
-    pub knocks_heeded: u64,
+    /// Dial requests sent.
+    pub dial_requests_sent: u64,
+    /// Dial requests received that changed something.
+    pub dial_requests_heeded: u64,
     /// Members left out because of `peers_max`, at the last topology.
     pub members_left_out: u64,
 }

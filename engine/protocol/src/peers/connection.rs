@@ -84,7 +84,7 @@ impl Peers {
             return;
         };
         peer.pending = None;
-        peer.knock_restarts = 0;
+        peer.dial_request_restarts = 0;
         match direction {
             Direction::Inbound => peer.backoff.reset(),
             Direction::Outbound(_) => peer.dial = Dial::Idle,

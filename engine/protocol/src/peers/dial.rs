@@ -1,11 +1,11 @@
-//! When to dial, when to knock, and when to give up.
+//! When to dial, when to request a dial, and when to give up.
 
 use super::{Action, Attempt, CloseReason, NodeId, Peers, State, Timer};
 use std::time::{Duration, Instant};
 
-/// Knocks bring dials forward, but not to less than this after the last one.
+/// Dial requests bring dials forward, but not to less than this after the last one.
 const DIAL_INTERVAL_MIN: Duration = Duration::from_millis(100);
-/// An attempt this old, whose peer knocks, has lost its packets: begin again rather than wait for
+/// An attempt this old, whose peer requests a dial, has lost its packets: begin again rather than wait for
 /// QUIC's retransmission, which comes after 1, 3 and 7 s. Doubles, so that a path with a longer
 /// round trip gets its handshake through.
 const ATTEMPT_PATIENCE: Duration = Duration::from_millis(250);
@@ -33,7 +33,7 @@ impl Dial {
 }
 
 impl Peers {
-    /// A peer without a connection: dial it, or wait for it and knock.
+    /// A peer without a connection: dial it, or wait for it and request a dial.
     pub(super) fn seek(&mut self, id: NodeId, now: Instant) {
         let Some(peer) = self.peers.get_mut(&id) else {
             return;
@@ -107,14 +107,15 @@ impl Peers {
             (Dial::Listening, _) => {
                 let address = peer.addresses[peer.next_address % peer.addresses.len()];
                 peer.next_address = (peer.next_address + 1) % peer.addresses.len();
-                self.counters.knocks_sent += 1;
-                self.actions.push_back(Action::Knock { peer: id, address });
+                self.counters.dial_requests_sent += 1;
+                self.actions
+                    .push_back(Action::RequestDial { peer: id, address });
                 self.seek(id, now);
             }
         }
     }
 
-    pub(super) fn heed_knock(&mut self, id: NodeId, now: Instant) {
+    pub(super) fn heed_dial_request(&mut self, id: NodeId, now: Instant) {
         let Some(peer) = self.peers.get_mut(&id) else {
             return;
         };
@@ -122,7 +123,7 @@ impl Peers {
             Dial::Listening => {}
             Dial::Idle => self.verify_current(id, now),
             Dial::Waiting => {
-                self.counters.knocks_heeded += 1;
+                self.counters.dial_requests_heeded += 1;
                 match peer.last_dial {
                     Some(last) if now < last + DIAL_INTERVAL_MIN => {
                         self.set_peer_timer(id, last + DIAL_INTERVAL_MIN);
@@ -131,12 +132,13 @@ impl Peers {
                 }
             }
             Dial::Under { attempt, started } => {
-                let patience = ATTEMPT_PATIENCE.saturating_mul(1 << peer.knock_restarts.min(10));
+                let patience =
+                    ATTEMPT_PATIENCE.saturating_mul(1 << peer.dial_request_restarts.min(10));
                 if peer.pending.is_some() || now < started + patience {
                     return;
                 }
-                peer.knock_restarts += 1;
-                self.counters.knocks_heeded += 1;
+                peer.dial_request_restarts += 1;
+                self.counters.dial_requests_heeded += 1;
                 self.counters.dials_failed += 1;
                 self.actions.push_back(Action::Abandon { attempt });
                 self.dial(id, now);
@@ -154,12 +156,12 @@ impl Peers {
         let State::Up { since, .. } = connection.state else {
             return;
         };
-        // A knock that the connection has overtaken says nothing about it.
+        // A dial request that the connection has overtaken says nothing about it.
         if connection.verifying || now < since + DIAL_INTERVAL_MIN {
             return;
         }
         connection.verifying = true;
-        self.counters.knocks_heeded += 1;
+        self.counters.dial_requests_heeded += 1;
         self.actions.push_back(Action::Verify { conn });
         self.set_connection_timer(conn, now + self.config.verify_timeout);
     }

@@ -31,14 +31,14 @@ fn topology(members: &[(NodeId, Member)]) -> Arc<Topology> {
     ))
 }
 
-struct Bench {
+struct Testbed {
     peers: Peers,
     now: Instant,
     ids: Vec<NodeId>,
     all: Vec<(NodeId, Member)>,
 }
 
-impl Bench {
+impl Testbed {
     /// Node `me` of `count`; its first dials are drained.
     fn new(me: usize, count: u8) -> Self {
         let (all, now) = (members(count), Instant::now());
@@ -87,16 +87,16 @@ impl Bench {
 
 #[test]
 fn lower_id_dials_and_others_are_refused() {
-    let mut bench = Bench::new(1, 3);
-    let dialled: Vec<_> = bench.actions();
-    assert!(matches!(dialled[..], [Action::Dial { peer, .. }] if peer == bench.ids[2]));
-    let stranger = SigningKey::from_seed([99; 32]).node_id();
-    let (ids, now) = (bench.ids.clone(), bench.now);
+    let mut testbed = Testbed::new(1, 3);
+    let dialled: Vec<_> = testbed.actions();
+    assert!(matches!(dialled[..], [Action::Dial { peer, .. }] if peer == testbed.ids[2]));
+    let non_member = SigningKey::from_seed([99; 32]).node_id();
+    let (ids, now) = (testbed.ids.clone(), testbed.now);
     let outbound = |n| Direction::Outbound(Attempt(n));
     let cases = [
         (ids[2], Direction::Inbound, Err(Refusal::WrongDirection)),
         (ids[1], Direction::Inbound, Err(Refusal::SelfConnection)),
-        (stranger, Direction::Inbound, Err(Refusal::NotAMember)),
+        (non_member, Direction::Inbound, Err(Refusal::NotAMember)),
         (ids[2], outbound(77), Err(Refusal::StaleAttempt)),
         (ids[0], outbound(1), Err(Refusal::StaleAttempt)),
         (ids[2], outbound(1), Ok(())),
@@ -104,145 +104,151 @@ fn lower_id_dials_and_others_are_refused() {
         (ids[0], Direction::Inbound, Ok(())),
     ];
     for (conn, (peer, direction, want)) in cases.into_iter().enumerate() {
-        let got = bench
+        let got = testbed
             .peers
             .handshake_done(ConnKey(conn as u64), peer, direction, now);
         assert_eq!(got, want, "{peer:?} {direction:?}");
     }
-    assert_eq!(bench.peers.counters().refused, 6);
+    assert_eq!(testbed.peers.counters().refused, 6);
 }
 
 // Protects against counting a connection that the server has not yet judged.
 #[test]
 fn up_at_hello_and_newer_replaces_older() {
-    let mut bench = Bench::new(1, 2);
-    let peer = bench.ids[0];
-    bench
+    let mut testbed = Testbed::new(1, 2);
+    let peer = testbed.ids[0];
+    testbed
         .peers
-        .handshake_done(ConnKey(1), peer, Direction::Inbound, bench.now)
+        .handshake_done(ConnKey(1), peer, Direction::Inbound, testbed.now)
         .unwrap();
-    assert_eq!(bench.peers.current(&peer), None);
-    bench.peers.hello_received(ConnKey(1), bench.now);
-    let first = bench.peers.current(&peer).unwrap().1;
+    assert_eq!(testbed.peers.current(&peer), None);
+    testbed.peers.hello_received(ConnKey(1), testbed.now);
+    let first = testbed.peers.current(&peer).unwrap().1;
     assert_eq!(
-        bench.actions(),
+        testbed.actions(),
         [Action::Up {
             peer,
             conn: ConnKey(1),
             number: first
         }]
     );
-    let second = bench.up(2, 0, Direction::Inbound);
+    let second = testbed.up(2, 0, Direction::Inbound);
     assert!(second > first);
     let up = Action::Up {
         peer,
         conn: ConnKey(2),
         number: second,
     };
-    assert_eq!(bench.actions(), [Action::Drain { conn: ConnKey(1) }, up]);
+    assert_eq!(testbed.actions(), [Action::Drain { conn: ConnKey(1) }, up]);
     // A third before the first has drained: the first has had its time.
-    bench.up(3, 0, Direction::Inbound);
+    testbed.up(3, 0, Direction::Inbound);
     let closed = Action::Close {
         conn: ConnKey(1),
         reason: CloseReason::Drained,
     };
-    assert!(bench.actions().contains(&closed));
-    bench.next_timeout();
+    assert!(testbed.actions().contains(&closed));
+    testbed.next_timeout();
     let closed = Action::Close {
         conn: ConnKey(2),
         reason: CloseReason::Drained,
     };
-    assert_eq!(bench.actions(), [closed]);
+    assert_eq!(testbed.actions(), [closed]);
     // The hello of a connection that is gone changes nothing.
-    bench.peers.hello_received(ConnKey(1), bench.now);
-    assert_eq!(bench.actions(), []);
+    testbed.peers.hello_received(ConnKey(1), testbed.now);
+    assert_eq!(testbed.actions(), []);
 }
 
 #[test]
 fn redial_backs_off_and_a_stable_connection_resets_it() {
-    let mut bench = Bench::new(0, 2);
-    let mut attempt = bench.dial();
+    let mut testbed = Testbed::new(0, 2);
+    let mut attempt = testbed.dial();
     let mut step = 50 * MS;
     for _ in 0..12 {
-        bench.peers.dial_failed(attempt, bench.now);
-        let waited = bench.next_timeout();
+        testbed.peers.dial_failed(attempt, testbed.now);
+        let waited = testbed.next_timeout();
         assert!(
             waited >= step / 2 && waited <= step + 2 * MS,
             "{waited:?} at {step:?}"
         );
         step = (step * 2).min(Duration::from_secs(10));
-        attempt = bench.dial();
+        attempt = testbed.dial();
     }
     // Up, but closed before it was stable: no dial at once, although it ended cleanly.
-    bench.up(1, 1, Direction::Outbound(attempt));
-    bench.peers.closed(ConnKey(1), CloseKind::Clean, bench.now);
+    testbed.up(1, 1, Direction::Outbound(attempt));
+    testbed
+        .peers
+        .closed(ConnKey(1), CloseKind::Clean, testbed.now);
     assert!(
-        !bench
+        !testbed
             .actions()
             .iter()
             .any(|a| matches!(a, Action::Dial { .. }))
     );
-    assert!(bench.next_timeout() >= Duration::from_secs(5));
-    attempt = bench.dial();
-    bench.up(2, 1, Direction::Outbound(attempt));
-    bench.actions();
-    bench.now += Duration::from_secs(2);
-    bench.peers.closed(ConnKey(2), CloseKind::Clean, bench.now);
-    attempt = bench.dial();
-    bench.up(3, 1, Direction::Outbound(attempt));
-    bench.actions();
-    bench.now += Duration::from_secs(2);
-    bench.peers.closed(ConnKey(3), CloseKind::Lost, bench.now);
-    bench.actions();
-    assert!(bench.next_timeout() <= 51 * MS);
+    assert!(testbed.next_timeout() >= Duration::from_secs(5));
+    attempt = testbed.dial();
+    testbed.up(2, 1, Direction::Outbound(attempt));
+    testbed.actions();
+    testbed.now += Duration::from_secs(2);
+    testbed
+        .peers
+        .closed(ConnKey(2), CloseKind::Clean, testbed.now);
+    attempt = testbed.dial();
+    testbed.up(3, 1, Direction::Outbound(attempt));
+    testbed.actions();
+    testbed.now += Duration::from_secs(2);
+    testbed
+        .peers
+        .closed(ConnKey(3), CloseKind::Lost, testbed.now);
+    testbed.actions();
+    assert!(testbed.next_timeout() <= 51 * MS);
 }
 
 #[test]
 fn attempt_and_hello_have_deadlines() {
-    let mut bench = Bench::new(0, 2);
-    let attempt = bench.dial();
-    assert_eq!(bench.next_timeout(), Duration::from_secs(10));
-    assert_eq!(bench.actions(), [Action::Abandon { attempt }]);
-    let peer = bench.ids[1];
+    let mut testbed = Testbed::new(0, 2);
+    let attempt = testbed.dial();
+    assert_eq!(testbed.next_timeout(), Duration::from_secs(10));
+    assert_eq!(testbed.actions(), [Action::Abandon { attempt }]);
+    let peer = testbed.ids[1];
     let late = Direction::Outbound(attempt);
-    let judged = bench
+    let judged = testbed
         .peers
-        .handshake_done(ConnKey(1), peer, late, bench.now);
+        .handshake_done(ConnKey(1), peer, late, testbed.now);
     assert_eq!(judged, Err(Refusal::StaleAttempt));
-    bench.next_timeout();
-    let attempt = Direction::Outbound(bench.dial());
-    bench
+    testbed.next_timeout();
+    let attempt = Direction::Outbound(testbed.dial());
+    testbed
         .peers
-        .handshake_done(ConnKey(2), peer, attempt, bench.now)
+        .handshake_done(ConnKey(2), peer, attempt, testbed.now)
         .unwrap();
-    bench.next_timeout();
+    testbed.next_timeout();
     let closed = Action::Close {
         conn: ConnKey(2),
         reason: CloseReason::HelloTimeout,
     };
-    assert_eq!(bench.actions(), [closed]);
-    bench.next_timeout();
-    bench.dial();
+    assert_eq!(testbed.actions(), [closed]);
+    testbed.next_timeout();
+    testbed.dial();
 }
 
 #[test]
 fn removed_peer_is_cut_and_added_one_dialled() {
-    let mut bench = Bench::new(0, 3);
-    let dials = bench.actions();
+    let mut testbed = Testbed::new(0, 3);
+    let dials = testbed.actions();
     let Action::Dial { peer, attempt, .. } = dials[0] else {
         panic!("{dials:?}")
     };
-    bench
+    testbed
         .peers
-        .handshake_done(ConnKey(1), peer, Direction::Outbound(attempt), bench.now)
+        .handshake_done(ConnKey(1), peer, Direction::Outbound(attempt), testbed.now)
         .unwrap();
-    bench.peers.hello_received(ConnKey(1), bench.now);
-    let number = bench.peers.current(&peer).unwrap().1;
-    bench.actions();
-    bench
+    testbed.peers.hello_received(ConnKey(1), testbed.now);
+    let number = testbed.peers.current(&peer).unwrap().1;
+    testbed.actions();
+    testbed
         .peers
-        .set_topology(topology(&bench.all[..1]), bench.now);
-    let actions = bench.actions();
+        .set_topology(topology(&testbed.all[..1]), testbed.now);
+    let actions = testbed.actions();
     let reason = CloseReason::NotAMember;
     assert!(actions.contains(&Action::Close {
         conn: ConnKey(1),
@@ -256,31 +262,37 @@ fn removed_peer_is_cut_and_added_one_dialled() {
             .count(),
         1
     );
-    assert_eq!(bench.peers.poll_timeout(), None);
-    bench.peers.closed(ConnKey(1), CloseKind::Clean, bench.now);
-    assert_eq!(bench.actions(), []);
-    bench.peers.set_topology(topology(&bench.all), bench.now);
-    assert_eq!(bench.actions().len(), 2);
-    // This node itself is removed: it leaves everyone alone.
-    bench
+    assert_eq!(testbed.peers.poll_timeout(), None);
+    testbed
         .peers
-        .set_topology(topology(&bench.all[1..]), bench.now);
+        .closed(ConnKey(1), CloseKind::Clean, testbed.now);
+    assert_eq!(testbed.actions(), []);
+    testbed
+        .peers
+        .set_topology(topology(&testbed.all), testbed.now);
+    assert_eq!(testbed.actions().len(), 2);
+    // This node itself is removed: it leaves everyone alone.
+    testbed
+        .peers
+        .set_topology(topology(&testbed.all[1..]), testbed.now);
     assert!(
-        bench
+        testbed
             .actions()
             .iter()
             .all(|a| matches!(a, Action::Abandon { .. }))
     );
-    assert_eq!(bench.peers.iter().count(), 0);
+    assert_eq!(testbed.peers.iter().count(), 0);
 }
 
 #[test]
 fn new_address_is_dialled_at_once() {
-    let mut bench = Bench::new(0, 2);
-    let old = bench.dial();
-    bench.all[1].1.addresses[0].set_port(9);
-    bench.peers.set_topology(topology(&bench.all), bench.now);
-    let actions = bench.actions();
+    let mut testbed = Testbed::new(0, 2);
+    let old = testbed.dial();
+    testbed.all[1].1.addresses[0].set_port(9);
+    testbed
+        .peers
+        .set_topology(topology(&testbed.all), testbed.now);
+    let actions = testbed.actions();
     assert!(
         matches!(actions[..], [Action::Abandon { attempt }, Action::Dial { address, .. }]
         if attempt == old && address.port() == 9)
@@ -289,31 +301,31 @@ fn new_address_is_dialled_at_once() {
 
 // Protects the second after a repair: a listener need not wait for the dialler's backoff.
 #[test]
-fn knocks_bring_a_dial_forward() {
-    let mut bench = Bench::new(0, 2);
-    let peer = bench.ids[1];
-    let mut attempt = bench.dial();
+fn dial_requests_bring_a_dial_forward() {
+    let mut testbed = Testbed::new(0, 2);
+    let peer = testbed.ids[1];
+    let mut attempt = testbed.dial();
     for _ in 0..10 {
-        bench.peers.dial_failed(attempt, bench.now);
-        bench.next_timeout();
-        attempt = bench.dial();
+        testbed.peers.dial_failed(attempt, testbed.now);
+        testbed.next_timeout();
+        attempt = testbed.dial();
     }
-    bench.peers.dial_failed(attempt, bench.now);
-    bench.peers.knocked(peer, bench.now);
+    testbed.peers.dial_failed(attempt, testbed.now);
+    testbed.peers.dial_requested(peer, testbed.now);
     assert!(
-        bench.next_timeout() <= 101 * MS,
+        testbed.next_timeout() <= 101 * MS,
         "brought forward, but not at once"
     );
-    attempt = bench.dial();
-    bench.now += 200 * MS;
-    bench.peers.knocked(peer, bench.now);
-    assert_eq!(bench.actions(), [], "the attempt is young");
+    attempt = testbed.dial();
+    testbed.now += 200 * MS;
+    testbed.peers.dial_requested(peer, testbed.now);
+    assert_eq!(testbed.actions(), [], "the attempt is young");
     // Each restart grants the next attempt twice the time: a slow handshake gets through.
     for patience in [250 * MS, 500 * MS, 1000 * MS, 2000 * MS] {
-        bench.now += patience;
-        bench.peers.knocked(peer, bench.now);
+        testbed.now += patience;
+        testbed.peers.dial_requested(peer, testbed.now);
         let abandoned = Action::Abandon { attempt };
-        let actions = bench.actions();
+        let actions = testbed.actions();
         assert!(
             actions.contains(&abandoned),
             "{actions:?} after {patience:?}"
@@ -322,33 +334,33 @@ fn knocks_bring_a_dial_forward() {
             panic!("{actions:?}")
         };
         attempt = next;
-        bench.peers.knocked(peer, bench.now + patience);
-        assert_eq!(bench.actions(), []);
+        testbed.peers.dial_requested(peer, testbed.now + patience);
+        assert_eq!(testbed.actions(), []);
     }
 }
 
 #[test]
-fn knock_on_a_live_connection_asks_for_proof() {
-    let mut bench = Bench::new(0, 2);
-    let peer = bench.ids[1];
-    let attempt = bench.dial();
-    bench.up(1, 1, Direction::Outbound(attempt));
-    bench.actions();
-    bench.peers.knocked(peer, bench.now);
-    assert_eq!(bench.actions(), [], "overtaken by the connection");
-    bench.now += Duration::from_secs(3);
+fn dial_request_on_a_live_connection_asks_for_proof() {
+    let mut testbed = Testbed::new(0, 2);
+    let peer = testbed.ids[1];
+    let attempt = testbed.dial();
+    testbed.up(1, 1, Direction::Outbound(attempt));
+    testbed.actions();
+    testbed.peers.dial_requested(peer, testbed.now);
+    assert_eq!(testbed.actions(), [], "overtaken by the connection");
+    testbed.now += Duration::from_secs(3);
     for _ in 0..2 {
-        bench.peers.knocked(peer, bench.now);
-        assert_eq!(bench.actions(), [Action::Verify { conn: ConnKey(1) }]);
-        bench.peers.knocked(peer, bench.now);
-        assert_eq!(bench.actions(), []);
-        bench.peers.verified(ConnKey(1));
-        assert_eq!(bench.peers.poll_timeout(), None);
+        testbed.peers.dial_requested(peer, testbed.now);
+        assert_eq!(testbed.actions(), [Action::Verify { conn: ConnKey(1) }]);
+        testbed.peers.dial_requested(peer, testbed.now);
+        assert_eq!(testbed.actions(), []);
+        testbed.peers.verified(ConnKey(1));
+        assert_eq!(testbed.peers.poll_timeout(), None);
     }
-    bench.peers.knocked(peer, bench.now);
-    bench.actions();
-    bench.next_timeout();
-    let actions = bench.actions();
+    testbed.peers.dial_requested(peer, testbed.now);
+    testbed.actions();
+    testbed.next_timeout();
+    let actions = testbed.actions();
     let closed = Action::Close {
         conn: ConnKey(1),
         reason: CloseReason::Unresponsive,
@@ -361,47 +373,26 @@ fn knock_on_a_live_connection_asks_for_proof() {
 }
 
 #[test]
-fn listener_knocks_until_connected() {
-    let mut bench = Bench::new(1, 2);
-    let peer = bench.ids[0];
+fn listener_requests_dials_until_connected() {
+    let mut testbed = Testbed::new(1, 2);
+    let peer = testbed.ids[0];
     let mut last = Duration::ZERO;
     for _ in 0..10 {
-        last = bench.next_timeout();
-        assert!(matches!(bench.actions()[..], [Action::Knock { peer: p, .. }] if p == peer));
+        last = testbed.next_timeout();
+        assert!(
+            matches!(testbed.actions()[..], [Action::RequestDial { peer: p, .. }] if p == peer)
+        );
         assert!(last <= 502 * MS);
     }
     assert!(last >= 250 * MS);
-    bench.up(1, 0, Direction::Inbound);
-    bench.actions();
-    assert_eq!(bench.peers.poll_timeout(), None);
-    bench.peers.closed(ConnKey(1), CloseKind::Lost, bench.now);
-    bench.actions();
-    assert!(bench.next_timeout() <= 52 * MS);
-}
-
-#[test]
-fn shutting_down_closes_all_and_refuses() {
-    let mut bench = Bench::new(0, 3);
-    let dials = bench.actions();
-    let Action::Dial { peer, attempt, .. } = dials[0] else {
-        panic!("{dials:?}")
-    };
-    let direction = Direction::Outbound(attempt);
-    bench
+    testbed.up(1, 0, Direction::Inbound);
+    testbed.actions();
+    assert_eq!(testbed.peers.poll_timeout(), None);
+    testbed
         .peers
-        .handshake_done(ConnKey(1), peer, direction, bench.now)
-        .unwrap();
-    bench.peers.shut_down();
-    let reason = CloseReason::ShuttingDown;
-    assert!(bench.actions().contains(&Action::Close {
-        conn: ConnKey(1),
-        reason
-    }));
-    assert_eq!(bench.peers.poll_timeout(), None);
-    let judged = bench
-        .peers
-        .handshake_done(ConnKey(2), peer, Direction::Inbound, bench.now);
-    assert_eq!(judged, Err(Refusal::ShuttingDown));
+        .closed(ConnKey(1), CloseKind::Lost, testbed.now);
+    testbed.actions();
+    assert!(testbed.next_timeout() <= 52 * MS);
 }
 
 // Protects shards from sharing a peer: each peer is dialled by exactly one of them.
@@ -476,43 +467,43 @@ proptest! {
         me in 0usize..4,
         steps in proptest::collection::vec((0u8..9, 0usize..5, 0u64..12, 0u64..3000), 1..150),
     ) {
-        let mut bench = Bench::new(me, 4);
+        let mut testbed = Testbed::new(me, 4);
         let mut up: BTreeMap<NodeId, ConnectionNumber> = BTreeMap::new();
         let mut highest = BTreeMap::new();
         let mut attempts = vec![Attempt(0)];
         let (mut open, mut fresh) = (vec![ConnKey(0)], 0);
         for (kind, peer, pick, ms) in steps {
-            let id = bench.ids.get(peer).copied().unwrap_or_else(|| NodeId::from_bytes([0; 29]));
+            let id = testbed.ids.get(peer).copied().unwrap_or_else(|| NodeId::from_bytes([0; 29]));
             let conn = open[pick as usize % open.len()];
-            let now = bench.now;
+            let now = testbed.now;
             match kind {
                 0 | 1 => {
                     let attempt = attempts[attempts.len() - 1 - pick as usize % attempts.len()];
                     let outbound = Direction::Outbound(attempt);
                     let direction = if kind == 0 { Direction::Inbound } else { outbound };
                     fresh += 1;
-                    if bench.peers.handshake_done(ConnKey(fresh), id, direction, now).is_ok() {
+                    if testbed.peers.handshake_done(ConnKey(fresh), id, direction, now).is_ok() {
                         open.push(ConnKey(fresh));
                     }
                 }
-                2 => bench.peers.hello_received(conn, now),
-                3 => bench.peers.closed(conn, CloseKind::Clean, now),
-                4 => bench.peers.closed(conn, CloseKind::Lost, now),
-                5 => bench.peers.knocked(id, now),
-                6 => bench.peers.dial_failed(attempts[pick as usize % attempts.len()], now),
+                2 => testbed.peers.hello_received(conn, now),
+                3 => testbed.peers.closed(conn, CloseKind::Clean, now),
+                4 => testbed.peers.closed(conn, CloseKind::Lost, now),
+                5 => testbed.peers.dial_requested(id, now),
+                6 => testbed.peers.dial_failed(attempts[pick as usize % attempts.len()], now),
                 7 => {
-                    let members = &bench.all[usize::from(ms % 2 == 0)..peer.max(1)];
-                    bench.peers.set_topology(topology(members), now);
+                    let members = &testbed.all[usize::from(ms % 2 == 0)..peer.max(1)];
+                    testbed.peers.set_topology(topology(members), now);
                 }
                 _ => {
-                    bench.now += Duration::from_millis(ms);
-                    bench.peers.handle_timeout(bench.now);
+                    testbed.now += Duration::from_millis(ms);
+                    testbed.peers.handle_timeout(testbed.now);
                 }
             }
-            for action in bench.actions() {
+            for action in testbed.actions() {
                 match action {
                     Action::Dial { attempt, peer, .. } => {
-                        prop_assert!(bench.ids[me] < peer);
+                        prop_assert!(testbed.ids[me] < peer);
                         attempts.push(attempt);
                     }
                     Action::Up { peer, number, .. } => {
@@ -525,7 +516,7 @@ proptest! {
                 }
             }
             let current: BTreeMap<_, _> =
-                bench.peers.iter().filter_map(|(id, conn)| Some((id, conn?.1))).collect();
+                testbed.peers.iter().filter_map(|(id, conn)| Some((id, conn?.1))).collect();
             prop_assert_eq!(&current, &up);
         }
     }

@@ -7,9 +7,9 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
+use millrace_protocol::dial_request::DialRequest;
 use millrace_protocol::health::Health;
 use millrace_protocol::id::{ConnectionNumber, NodeId};
-use millrace_protocol::knock::Knock;
 use millrace_protocol::peers::{Action, CloseKind, ConnKey};
 
 use super::{
@@ -57,18 +57,18 @@ impl<H: Handler> Endpoint<H> {
                     self.close(slot, CloseCode::Done);
                 }
             }
-            Action::Knock { peer, address } => {
-                let knock = Knock {
+            Action::RequestDial { peer, address } => {
+                let dial_request = DialRequest {
                     sender: self.parts.me,
                     target: peer,
                 };
-                self.reply(knock.encode(index as u8).to_vec(), address);
+                self.reply(dial_request.encode(index as u8).to_vec(), address);
             }
             Action::Verify { conn } => {
                 if let Some(slot) = self.slot_of(conn)
                     && let Some(Some(connection)) = self.connections.get_mut(slot)
                 {
-                    // A knock is not signed: it must not end a connection whose answer merely takes long. The idle timeout does.
+                    // A dial request is not signed: it must not end a connection whose answer merely takes long. The idle timeout does.
                     if connection.ask_for_life() {
                         self.mark_dirty(slot);
                     } else if let Some(peers) = self.parts.peers.get_mut(index) {

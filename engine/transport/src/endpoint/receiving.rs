@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use millrace_edge_policy::cid::dcid_of;
-use millrace_protocol::knock::Knock;
+use millrace_protocol::dial_request::DialRequest;
 use millrace_shards::datapath::Datagrams;
 
 use super::{Endpoint, PeerRoom};
@@ -33,8 +33,8 @@ impl<H: Handler> Endpoint<H> {
         let from = datagrams.from();
         let mut touched: Option<Touched> = None;
         for datagram in datagrams.into_segments() {
-            if let Some(knock) = Knock::decode(datagram) {
-                self.on_knock(&knock, now);
+            if let Some(dial_request) = DialRequest::decode(datagram) {
+                self.on_dial_request(&dial_request, now);
                 continue;
             }
             let is_next = |touched: &Touched| {
@@ -168,7 +168,7 @@ impl<H: Handler> Endpoint<H> {
     }
 
     /// Brings a connection up when the peer's first bytes are there, before they are read; and takes a packet for the sign of life
-    /// that a knock made us ask for.
+    /// that a dial request made us ask for.
     pub(super) fn notice_life(&mut self, slot: usize, now: Instant) {
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;
@@ -193,10 +193,10 @@ impl<H: Handler> Endpoint<H> {
         }
     }
 
-    pub(super) fn on_knock(&mut self, knock: &Knock, now: Instant) {
-        if knock.target == self.parts.me {
+    pub(super) fn on_dial_request(&mut self, dial_request: &DialRequest, now: Instant) {
+        if dial_request.target == self.parts.me {
             for peers in &mut self.parts.peers {
-                peers.knocked(knock.sender, now);
+                peers.dial_requested(dial_request.sender, now);
             }
             self.run_actions(now);
         }

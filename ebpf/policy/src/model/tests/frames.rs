@@ -63,7 +63,7 @@ pub(super) fn settings(mode: Mode, scope: Scope) -> Settings {
             unvalidated: hourly(1),
             syn: hourly(1),
             version: hourly(1),
-            knock: hourly(1),
+            dial_request: hourly(1),
             reject: hourly(1),
             source_quic: hourly(2),
             source_tcp: hourly(2),
@@ -160,10 +160,10 @@ pub(super) fn tcp(from: &str, port: u16, flags: u8) -> Vec<u8> {
     frame
 }
 
-pub(super) fn knock() -> Vec<u8> {
-    let mut knock = vec![0x0d; 65];
-    knock[2..6].copy_from_slice(b"knck");
-    knock
+pub(super) fn dial_request() -> Vec<u8> {
+    let mut dial_request = vec![0x0d; 65];
+    dial_request[2..6].copy_from_slice(b"dial");
+    dial_request
 }
 
 /// A long header of 1,200 bytes or more, with a source ID of five bytes.

@@ -4,7 +4,8 @@
 
 use super::frames::{
     self, ACK, CLIENT, CLIENT6, HANDSHAKE_EPOCH_NS, NOW_NS, QUIC, ROAMING_EPOCH_NS, RUN, SYN, TCP,
-    UDP, address, handshake_id, initial, keys, knock, long, proof_of, roaming_id, short, tcp, udp,
+    UDP, address, dial_request, handshake_id, initial, keys, long, proof_of, roaming_id, short,
+    tcp, udp,
 };
 use super::{Case, case};
 use crate::limiter::Purpose;
@@ -190,7 +191,11 @@ fn quic_without_keys() -> Vec<Case> {
     vec![
         case("empty", quic(&[]), Reason::QuicMalformed),
         case("fixed bit", quic(&[0x3f; 30]), Reason::QuicFixedBit),
-        case("no knock", quic(&knock()[..64]), Reason::QuicFixedBit),
+        case(
+            "no dial request",
+            quic(&dial_request()[..64]),
+            Reason::QuicFixedBit,
+        ),
         case(
             "ID of 21",
             quic(&long(0xc0, 1, &[1; 21], &[])),
@@ -218,10 +223,19 @@ fn quic_without_keys() -> Vec<Case> {
             quic(&long(0xd0, 1, &[1; 8], &[])),
             Reason::QuicZeroRtt,
         ),
-        case("knock", quic(&knock()), Reason::PassKnock).by_rule(3),
-        case("second knock", quic(&knock()), Reason::QuicKnockBudget)
-            .after([quic(&knock())])
-            .by_rule(3),
+        case(
+            "dial request",
+            quic(&dial_request()),
+            Reason::PassDialRequest,
+        )
+        .by_rule(3),
+        case(
+            "second dial request",
+            quic(&dial_request()),
+            Reason::QuicDialRequestBudget,
+        )
+        .after([quic(&dial_request())])
+        .by_rule(3),
         case(
             "version 2",
             quic(&long(0x80, 2, &[1; 8], &[])),

@@ -1,8 +1,8 @@
 //! What time, generations, leases and answers do; and that no frame breaks anything.
 
 use super::frames::{
-    CLIENT, CLIENT6, HANDSHAKE_EPOCH_NS, NOW_NS, QUIC, TCP, UDP, address, compiled, handshake_id,
-    initial, keys, knock, model, proof_of, short, tcp, udp,
+    CLIENT, CLIENT6, HANDSHAKE_EPOCH_NS, NOW_NS, QUIC, TCP, UDP, address, compiled, dial_request,
+    handshake_id, initial, keys, model, proof_of, short, tcp, udp,
 };
 use super::table::{first, with_token};
 use crate::model::{Cookie, Model, World};
@@ -136,7 +136,11 @@ fn read_only_charges_nothing() {
     let id = handshake_id(CLIENT, NOW_NS);
     let looked_at = [
         (0, first(CLIENT), Reason::PassQuicInitial),
-        (0, udp(CLIENT, QUIC, &knock()), Reason::PassKnock),
+        (
+            0,
+            udp(CLIENT, QUIC, &dial_request()),
+            Reason::PassDialRequest,
+        ),
         (0, first("203.0.113.9:5"), Reason::PassReject),
         (0, tcp(CLIENT, TCP, 2), Reason::PassTcpSyn),
         (1, with_token(CLIENT, CLIENT, NOW_NS), Reason::PassQuicToken),

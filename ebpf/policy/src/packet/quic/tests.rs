@@ -24,24 +24,24 @@ pub(in crate::packet) fn long(
 
 #[test]
 fn quic_classes() {
-    let knock = {
-        let mut knock = vec![0x0d; 65];
-        knock[2..6].copy_from_slice(b"knck");
-        knock
+    let dial_request = {
+        let mut dial_request = vec![0x0d; 65];
+        dial_request[2..6].copy_from_slice(b"dial");
+        dial_request
     };
     let body = [0; 1_200];
     let id = [0xdd; 16];
     let cases: &[(&str, Vec<u8>, Result<Quic<'_>, Reason>)] = &[
         ("nothing", vec![], Err(Reason::QuicMalformed)),
-        ("knock", knock.clone(), Ok(Quic::Knock)),
+        ("dial request", dial_request.clone(), Ok(Quic::DialRequest)),
         (
-            "knock of 64 bytes",
-            knock[..64].to_vec(),
+            "dial request of 64 bytes",
+            dial_request[..64].to_vec(),
             Err(Reason::QuicFixedBit),
         ),
         (
-            "knock without its mark",
-            with(knock, 2, b"knok"),
+            "dial request without its mark",
+            with(dial_request, 2, b"dill"),
             Err(Reason::QuicFixedBit),
         ),
         (

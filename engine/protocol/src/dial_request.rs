@@ -1,34 +1,35 @@
 //! The datagram by which a listener asks its dialler to dial now.
 //!
-//! The lower id dials, so a listener that came back, or whose network did, would have to wait for
-//! the dialler's backoff, up to 10 s. It knocks instead. A knock is not signed: all that it can
-//! cause is a dial that was due anyway, or one probe of a live connection, at a bounded rate.
+//! The node with the lower id dials. A listener that restarts, or whose network comes back, would
+//! wait for the dialler's backoff, up to 10 s; it sends a dial request instead. A dial request is
+//! not signed. It can cause a dial that was due anyway, or one probe of a live connection, at a
+//! bounded rate, and nothing else.
 //!
 //! ```text
 //! 0       1       2        6          7        36       65
-//! | 0x0d  | steer | "knck" | version  | sender | target  |
+//! | 0x0d  | steer | "dial" | version  | sender | target  |
 //! ```
 //!
 //! 1. No QUIC packet starts with 0x0d: QUIC has one of the two top bits set (RFC 9443).
-//! 2. Byte 1 steers like the first byte of a connection ID, so a knock reaches the shard that owns
-//!    the connection.
+//! 2. Byte 1 steers like the first byte of a connection ID, so a dial request reaches the shard
+//!    that owns the connection.
 
 use crate::id::NodeId;
 
 const FIRST: u8 = 0x0d;
-const MAGIC: [u8; 4] = *b"knck";
+const MAGIC: [u8; 4] = *b"dial";
 const VERSION: u8 = 1;
 
-/// A knock, as sent and received.
+/// A dial request, as sent and received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Knock {
-    /// Who waits for a connection.
+pub struct DialRequest {
+    /// The listener, which has no connection.
     pub sender: NodeId,
-    /// Who should dial.
+    /// The peer that should dial.
     pub target: NodeId,
 }
 
-impl Knock {
+impl DialRequest {
     /// Bytes of the datagram.
     pub const BYTES: usize = 65;
 
@@ -67,16 +68,16 @@ mod tests {
     proptest! {
         #[test]
         fn round_trips(sender: [u8; 29], target: [u8; 29], index: u8, at in 0usize..65, flip in 1u8..) {
-            let knock =
-                Knock { sender: NodeId::from_bytes(sender), target: NodeId::from_bytes(target) };
-            let mut bytes = knock.encode(index);
-            prop_assert_eq!(Knock::decode(&bytes), Some(knock));
-            prop_assert_eq!(bytes[1] % 7, knock.sender.owner_shard(index, 7));
+            let dial_request =
+                DialRequest { sender: NodeId::from_bytes(sender), target: NodeId::from_bytes(target) };
+            let mut bytes = dial_request.encode(index);
+            prop_assert_eq!(DialRequest::decode(&bytes), Some(dial_request));
+            prop_assert_eq!(bytes[1] % 7, dial_request.sender.owner_shard(index, 7));
             prop_assert_eq!(bytes[0] & 0xc0, 0, "could be a QUIC packet");
-            prop_assert_eq!(Knock::decode(&bytes[..64]), None);
+            prop_assert_eq!(DialRequest::decode(&bytes[..64]), None);
             bytes[at] ^= flip;
-            prop_assert!(at == 1 || Knock::decode(&bytes) != Some(knock));
-            prop_assert!(at == 0 || at >= 7 || at == 1 || Knock::decode(&bytes).is_none());
+            prop_assert!(at == 1 || DialRequest::decode(&bytes) != Some(dial_request));
+            prop_assert!(at == 0 || at >= 7 || at == 1 || DialRequest::decode(&bytes).is_none());
         }
     }
 }
