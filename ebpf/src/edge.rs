@@ -28,7 +28,7 @@ use crate::error::PinError;
 use crate::load::{LoadOptions, Loaded, Program, build};
 use crate::maps::Maps;
 use crate::pins::{Kind, Lock, Pins, remove_link};
-use crate::place::NetworkNamespace;
+use crate::netns::NetworkNamespace;
 use crate::presence::make_secrets;
 use crate::publish::Publisher;
 use crate::selftest;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use crate::abi::LAYOUT;
 use crate::load::LoadError;
 use crate::maps::MapError;
-use crate::place::NetworkNamespace;
+use crate::netns::NetworkNamespace;
 use crate::publish::PublishError;
 use crate::selftest::SelfTestError;
 use crate::state::StateError;

@@ -19,7 +19,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde::{Deserialize, Serialize};
 
 use crate::error::PinError;
-use crate::place::{self, NetworkNamespace};
+use crate::netns::{self, NetworkNamespace};
 use crate::sys;
 
 /// Layout of the maps that this binary knows: `EDGE_LAYOUT`.
@@ -192,7 +192,7 @@ impl Pins {
                 }
             })?;
         }
-        if !place::lasts(&self.root) {
+        if !netns::lasts(&self.root) {
             self.unmount();
             return Err(PinError::Private {
                 path: self.root.clone(),
@@ -273,12 +273,12 @@ impl Pins {
     ///
     /// [`PinError::Read`] if the folder is there and cannot be read.
     pub(crate) fn are_out_of_sight(&self) -> Result<bool, PinError> {
-        Ok(self.layouts()?.is_empty() && place::is_hidden(&self.canonical_root()))
+        Ok(self.layouts()?.is_empty() && netns::is_hidden(&self.canonical_root()))
     }
 
     /// Takes the mount away that [`Self::create`] made; one that the host set up stays.
     fn unmount(&self) {
-        if place::is_mounted_as(&self.root, SOURCE) {
+        if netns::is_mounted_as(&self.root, SOURCE) {
             // Fails where somebody has a file of it open, or the folder belongs to a larger bpffs: harmless.
             let _ = unmount(&self.root, UnmountFlags::empty());
         }

@@ -143,7 +143,7 @@ fn an_edge_belongs_to_one_network_namespace() {
     let elsewhere = other.enter(|| Edge::may_detach(&home.pins)).unwrap();
     let there = pair
         .node
-        .enter(|| millrace_edge::place::NetworkNamespace::current().unwrap());
+        .enter(|| millrace_edge::netns::NetworkNamespace::current().unwrap());
     assert_eq!(elsewhere, Some(there));
 }
 

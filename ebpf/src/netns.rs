@@ -135,10 +135,10 @@ fn mounts(file: &str) -> Option<Vec<Mount>> {
 
 /// `36 35 98:0 /root /mount/point options [more ...] - type source options`.
 fn bpffs(line: &str) -> Option<Mount> {
-    let (place, what) = line.split_once(" - ")?;
-    let mut place = place.split(' ').skip(2);
-    let device = place.next()?;
-    let point = place.nth(1)?;
+    let (mount, what) = line.split_once(" - ")?;
+    let mut mount = mount.split(' ').skip(2);
+    let device = mount.next()?;
+    let point = mount.nth(1)?;
     let mut what = what.split(' ');
     (what.next()? == "bpf").then_some(())?;
     Some(Mount {
