@@ -41,7 +41,7 @@ impl Level {
 
 /// Measures of pressure, or marks to compare them with. A mark of `u64::MAX` is never reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pressure {
+pub struct LoadPercent {
     /// Half-open handshakes, in percent of their bound.
     pub half_open_percent: u64,
     /// Packets that a budget refused, in percent of its rate; of the budget that is pressed harder.
@@ -50,7 +50,7 @@ pub struct Pressure {
     pub unvalidated_percent: u64,
 }
 
-impl Pressure {
+impl LoadPercent {
     fn reaches_any(&self, marks: &Self) -> bool {
         self.half_open_percent >= marks.half_open_percent
             || self.refused_percent >= marks.refused_percent
@@ -62,9 +62,9 @@ impl Pressure {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Marks {
     /// Entered when any measure reaches its mark here.
-    pub enter: Pressure,
+    pub enter: LoadPercent,
     /// Left when all measures have stayed below their marks here, and below those of `enter`, for `hold_ns`.
-    pub leave: Pressure,
+    pub leave: LoadPercent,
     /// In nanoseconds.
     pub hold_ns: u64,
 }
@@ -85,12 +85,12 @@ impl Default for StressConfig {
     fn default() -> Self {
         const NEVER: u64 = u64::MAX;
         let retry = Marks {
-            enter: Pressure {
+            enter: LoadPercent {
                 half_open_percent: 50,
                 refused_percent: 5,
                 unvalidated_percent: NEVER,
             },
-            leave: Pressure {
+            leave: LoadPercent {
                 half_open_percent: 25,
                 refused_percent: 5,
                 // With twice that, the budget would refuse again.
@@ -99,12 +99,12 @@ impl Default for StressConfig {
             hold_ns: 10_000_000_000,
         };
         let peers = Marks {
-            enter: Pressure {
+            enter: LoadPercent {
                 half_open_percent: 90,
                 refused_percent: NEVER,
                 unvalidated_percent: NEVER,
             },
-            leave: Pressure {
+            leave: LoadPercent {
                 half_open_percent: 50,
                 refused_percent: NEVER,
                 unvalidated_percent: NEVER,
@@ -117,20 +117,20 @@ impl Default for StressConfig {
 
 /// What happened since the last tick.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Sample {
+pub struct LoadSample {
     /// Handshakes begun and not completed, now.
     pub half_open: usize,
     /// The most that there may be; 0 counts as 1.
     pub half_open_max: usize,
     /// First packets of QUIC.
-    pub quic: Asked,
+    pub quic: BudgetLoad,
     /// SYNs.
-    pub syn: Asked,
+    pub syn: BudgetLoad,
 }
 
 /// What was asked of a budget since the last tick.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Asked {
+pub struct BudgetLoad {
     /// Packets that it refused.
     pub refused: u64,
     /// Packets whose address nobody has shown, whatever became of them.
@@ -139,7 +139,7 @@ pub struct Asked {
     pub per_second: u64,
 }
 
-impl Asked {
+impl BudgetLoad {
     /// A count since the last tick, in percent of the rate.
     fn percent(&self, count: u64, elapsed_ns: u64) -> u64 {
         let in_time = u128::from(self.per_second) * u128::from(elapsed_ns.max(1));
@@ -176,15 +176,15 @@ impl Stress {
     }
 
     /// Takes in what happened since the last tick, and says which level holds now.
-    pub fn tick(&mut self, sample: Sample, now_ns: u64) -> Level {
+    pub fn tick(&mut self, sample: LoadSample, now_ns: u64) -> Level {
         let elapsed_ns = now_ns.saturating_sub(self.sampled_at_ns);
         self.sampled_at_ns = now_ns;
-        let pressure = sample.pressure(elapsed_ns);
-        let entered = self.entered(&pressure);
+        let load = sample.load(elapsed_ns);
+        let entered = self.entered(&load);
         if entered > self.level {
             self.level = entered;
             self.calm_since_ns = None;
-        } else if self.is_calm(&pressure, entered) {
+        } else if self.is_calm(&load, entered) {
             self.descend(now_ns);
         } else {
             self.calm_since_ns = None;
@@ -193,21 +193,21 @@ impl Stress {
     }
 
     /// The highest level that this pressure enters.
-    fn entered(&self, pressure: &Pressure) -> Level {
-        if pressure.reaches_any(&self.config.peers.enter) {
+    fn entered(&self, load: &LoadPercent) -> Level {
+        if load.reaches_any(&self.config.peers.enter) {
             Level::Peers
-        } else if pressure.reaches_any(&self.config.retry.enter) {
+        } else if load.reaches_any(&self.config.retry.enter) {
             Level::Retry
         } else {
             Level::Normal
         }
     }
 
-    fn is_calm(&self, pressure: &Pressure, entered: Level) -> bool {
+    fn is_calm(&self, load: &LoadPercent, entered: Level) -> bool {
         entered < self.level
             && self
                 .marks()
-                .is_some_and(|marks| !pressure.reaches_any(&marks.leave))
+                .is_some_and(|marks| !load.reaches_any(&marks.leave))
     }
 
     fn descend(&mut self, now_ns: u64) {
@@ -229,18 +229,18 @@ impl Stress {
     }
 }
 
-impl Sample {
-    fn pressure(&self, elapsed_ns: u64) -> Pressure {
-        let asked = [self.quic, self.syn];
-        let highest = |count: fn(&Asked) -> u64| {
-            let percents = asked.iter().map(|a| a.percent(count(a), elapsed_ns));
+impl LoadSample {
+    fn load(&self, elapsed_ns: u64) -> LoadPercent {
+        let budgets = [self.quic, self.syn];
+        let highest = |count: fn(&BudgetLoad) -> u64| {
+            let percents = budgets.iter().map(|b| b.percent(count(b), elapsed_ns));
             percents.max().unwrap_or(0)
         };
         let half_open_max = self.half_open_max.max(1) as u64;
-        Pressure {
+        LoadPercent {
             half_open_percent: (self.half_open as u64).saturating_mul(100) / half_open_max,
-            refused_percent: highest(|asked| asked.refused),
-            unvalidated_percent: highest(|asked| asked.unvalidated),
+            refused_percent: highest(|budget| budget.refused),
+            unvalidated_percent: highest(|budget| budget.unvalidated),
         }
     }
 }

@@ -16,7 +16,7 @@ use millrace_edge_policy::admission::AdmissionConfig;
 use millrace_edge_policy::cid::initial_dcid;
 use millrace_edge_policy::proof::node_tag_of;
 use millrace_edge_policy::source::Source;
-use millrace_edge_policy::stress::{Level, Sample, Stress, StressConfig};
+use millrace_edge_policy::stress::{Level, LoadSample, Stress, StressConfig};
 use millrace_transport::TransportConfig;
 use millrace_transport::counters::{Counter, Family};
 use raw::{Raw, RawOptions};
@@ -114,10 +114,10 @@ fn one_address_holds_its_bound_and_shuts_nobody_else_out() {
         handshakes(&scene) == BOUND as usize
     });
     let mut stress = Stress::new(StressConfig::default(), 0);
-    let sample = Sample {
+    let sample = LoadSample {
         half_open: handshakes(&scene),
         half_open_max: SHARDS * HANDSHAKES_MAX,
-        ..Sample::default()
+        ..LoadSample::default()
     };
     assert_eq!(stress.tick(sample, 1_000_000_000), Level::Normal);
 

@@ -11,21 +11,21 @@ fn config() -> StressConfig {
 }
 
 /// One second with this many percent half open, refused and unvalidated packets, of a budget of 2,000 each second.
-fn sample(half_open_percent: usize, refused: u64, unvalidated: u64) -> Sample {
-    Sample {
+fn sample(half_open_percent: usize, refused: u64, unvalidated: u64) -> LoadSample {
+    LoadSample {
         half_open: half_open_percent * 2,
         half_open_max: 200,
-        quic: Asked {
+        quic: BudgetLoad {
             refused,
             unvalidated,
             per_second: 2_000,
         },
-        ..Sample::default()
+        ..LoadSample::default()
     }
 }
 
 /// Feeds each sample for a number of seconds; the level must be as said after the last of them.
-fn run(steps: &[(u64, Sample, Level)]) {
+fn run(steps: &[(u64, LoadSample, Level)]) {
     let mut stress = Stress::new(config(), 0);
     let mut now_ns = 0;
     for (index, &(seconds, sample, expected)) in steps.iter().enumerate() {
@@ -95,25 +95,25 @@ fn a_flood_that_goes_on_holds_its_level() {
 // Protects small and large budgets alike: what flaps under a mark of one size, or is held up by honest packets under it.
 #[test]
 fn marks_are_the_budgets_own() {
-    let of = |per_second: u64, refused, unvalidated| Asked {
+    let of = |per_second: u64, refused, unvalidated| BudgetLoad {
         refused,
         unvalidated,
         per_second,
     };
-    let levels = |asked: Asked, then: Asked| {
-        let under = |quic, syn| Sample {
+    let levels = |load: BudgetLoad, then: BudgetLoad| {
+        let under = |quic, syn| LoadSample {
             half_open_max: 200,
             quic,
             syn,
-            ..Sample::default()
+            ..LoadSample::default()
         };
         for swapped in [false, true] {
-            let both = |asked: Asked| match swapped {
-                false => under(asked, of(1_000_000, 0, 500)),
-                true => under(of(1_000_000, 0, 500), asked),
+            let both = |load: BudgetLoad| match swapped {
+                false => under(load, of(1_000_000, 0, 500)),
+                true => under(of(1_000_000, 0, 500), load),
             };
             let mut stress = Stress::new(config(), 0);
-            assert_eq!(stress.tick(both(asked), SECOND), Level::Retry);
+            assert_eq!(stress.tick(both(load), SECOND), Level::Retry);
             for second in 2..20 {
                 stress.tick(both(then), second * SECOND);
             }
@@ -132,10 +132,10 @@ fn marks_are_the_budgets_own() {
     levels(of(100_000, 5_000, 105_000), of(100_000, 0, 40_000));
     // Without a budget, nothing presses.
     let mut stress = Stress::new(config(), 0);
-    let none = Sample {
+    let none = LoadSample {
         half_open_max: 200,
         syn: of(0, 1_000, 1_000),
-        ..Sample::default()
+        ..LoadSample::default()
     };
     assert_eq!(stress.tick(none, SECOND), Level::Normal);
 }
@@ -158,7 +158,7 @@ fn rates_are_for_each_second() {
 #[test]
 fn a_mark_for_leaving_above_the_one_for_entering_does_no_harm() {
     let mut config = config();
-    config.retry.leave = Pressure {
+    config.retry.leave = LoadPercent {
         half_open_percent: 100,
         refused_percent: u64::MAX,
         unvalidated_percent: u64::MAX,
@@ -172,9 +172,9 @@ fn a_mark_for_leaving_above_the_one_for_entering_does_no_harm() {
 #[test]
 fn no_bound_is_a_bound_of_one() {
     let mut stress = Stress::new(config(), 0);
-    let sample = Sample {
+    let sample = LoadSample {
         half_open: 1,
-        ..Sample::default()
+        ..LoadSample::default()
     };
     assert_eq!(stress.tick(sample, SECOND), Level::Peers);
 }

@@ -19,7 +19,7 @@ use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::settings::{Caps, Limits, Mode};
 use millrace_edge_policy::siphash::Key;
-use millrace_edge_policy::stress::{Asked, Level, Sample, Stress, StressConfig};
+use millrace_edge_policy::stress::{BudgetLoad, Level, LoadSample, Stress, StressConfig};
 use millrace_tuning::NodeConfig;
 
 use super::follow::Following;
@@ -186,7 +186,7 @@ impl Drop for Ticker {
 
 /// Packets so far whose address nobody has shown, of one kind.
 #[derive(Debug, Clone, Copy, Default)]
-struct Pressed {
+struct BudgetCounters {
     /// By a Retry or a SYN cookie.
     answered: u64,
     /// Within a budget.
@@ -195,13 +195,13 @@ struct Pressed {
     dropped: u64,
 }
 
-impl Pressed {
+impl BudgetCounters {
     /// What was asked of a budget since then.
-    fn asked_since(self, before: Self, level: Level, budget: Limit) -> Asked {
+    fn load_since(self, before: Self, level: Level, budget: Limit) -> BudgetLoad {
         let answered = self.answered.saturating_sub(before.answered);
         let admitted = self.admitted.saturating_sub(before.admitted);
         let dropped = self.dropped.saturating_sub(before.dropped);
-        Asked {
+        BudgetLoad {
             refused: match level {
                 Level::Normal => answered + dropped,
                 // Everybody is answered, which no budget asked for.
@@ -223,7 +223,7 @@ struct Keeping<'k> {
     presence: Option<Presence<'k>>,
     stress: Stress,
     /// Of QUIC, and of TCP.
-    seen: Option<[Pressed; 2]>,
+    seen: Option<[BudgetCounters; 2]>,
     peers: Option<BTreeMap<u32, Key>>,
     /// Of the set that was in force at the last wake.
     limits: Option<(Limits, Caps)>,
@@ -295,8 +295,8 @@ impl<'k> Keeping<'k> {
 
     fn judge_stress(&mut self) {
         let shards = self.node.transport.status().shards();
-        let [quic, syn] = self.asked();
-        let sample = Sample {
+        let [quic, syn] = self.budget_loads();
+        let sample = LoadSample {
             half_open: shards.iter().map(|shard| shard.handshakes).sum(),
             half_open_max: shards.len()
                 * super::plan::to_usize(self.config.transport.handshakes_max),
@@ -316,20 +316,20 @@ impl<'k> Keeping<'k> {
     }
 
     /// What was asked of the budgets of QUIC and of SYNs since the last time.
-    fn asked(&mut self) -> [Asked; 2] {
+    fn budget_loads(&mut self) -> [BudgetLoad; 2] {
         let (Some(kernel), Some((limits, _))) = (&self.kept.kernel, &self.limits) else {
-            return [Asked::default(); 2];
+            return [BudgetLoad::default(); 2];
         };
         let Ok(counters) = Counters::read(kernel.edge.maps().counters()) else {
-            return [Asked::default(); 2];
+            return [BudgetLoad::default(); 2];
         };
         let both = |reason| counters.acted_on(reason) + counters.counted_as(reason);
-        let quic = Pressed {
+        let quic = BudgetCounters {
             answered: both(Reason::TxRetry),
             admitted: both(Reason::PassQuicInitial),
             dropped: 0,
         };
-        let tcp = Pressed {
+        let tcp = BudgetCounters {
             answered: both(Reason::TxSynCookie),
             admitted: both(Reason::PassTcpSyn),
             dropped: both(Reason::TcpSynBudget),
@@ -337,8 +337,8 @@ impl<'k> Keeping<'k> {
         let before = self.seen.replace([quic, tcp]).unwrap_or([quic, tcp]);
         let level = self.stress.level();
         [
-            quic.asked_since(before[0], level, limits.unvalidated),
-            tcp.asked_since(before[1], level, limits.syn),
+            quic.load_since(before[0], level, limits.unvalidated),
+            tcp.load_since(before[1], level, limits.syn),
         ]
     }
 
