@@ -22,7 +22,7 @@ use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::packet::Protocol;
 use millrace_edge_policy::rules::{Compiled, Roots};
 use millrace_edge_policy::settings::{Caps, Limits, Mode, Service, levels};
-use millrace_edge_policy::trie::{Base, Forest};
+use millrace_edge_policy::trie::{Base, TrieSet};
 
 use crate::abi::{
     EdgeConfig, EdgeControl, EdgeLimit, EdgeNode, EdgeService, EdgeSparse, GENERATIONS,
@@ -363,21 +363,21 @@ fn nanoseconds(period: Duration) -> u64 {
     u64::try_from(period.as_nanos()).unwrap_or(u64::MAX / 2)
 }
 
-/// Writes a forest to its place in a generation; says where that begins.
+/// Writes a set of tries to its place in a generation; returns where that begins.
 fn write_trie(
     nodes: &Table<EdgeNode>,
     sparse: &Table<EdgeSparse>,
     generation: usize,
-    forest: &Forest,
+    tries: &TrieSet,
 ) -> Base {
     let base = Base {
         nodes: base(nodes, generation),
         sparse: base(sparse, generation),
     };
-    for (index, node) in (base.sparse as usize..).zip(forest.sparse_at(base)) {
+    for (index, node) in (base.sparse as usize..).zip(tries.sparse_at(base)) {
         sparse.store(index, &node.into());
     }
-    for (index, entry) in (base.nodes as usize..).zip(forest.nodes_at(base)) {
+    for (index, entry) in (base.nodes as usize..).zip(tries.nodes_at(base)) {
         nodes.store(index, &EdgeNode { entry });
     }
     base

@@ -1,7 +1,7 @@
 //! Firewall rules, and what they compile to.
 //!
 //! ```text
-//! registry tables -> RuleSet -> for one node, in order -> compile -> tries, lines, outbound rules
+//! registry tables -> RuleSet -> for one node, in order -> compile -> tries, inbound rules, outbound rules
 //! ```
 //!
 //! 1. The first rule that fits decides. Order: temporary rules (the newest first), the members of the registry, then the
@@ -24,7 +24,7 @@ mod read;
 #[cfg(test)]
 mod tests;
 
-pub use compile::{Bounds, Compiled, Line, Roots, compile};
+pub use compile::{Bounds, Compiled, CompiledRule, Roots, compile};
 
 /// Rules that the kernel can tell apart (`EDGE_RULE_DEFAULT` is none of them).
 pub const RULES_MAX: usize = 65_534;
@@ -192,7 +192,7 @@ pub enum RulesError {
         family: u8,
         /// Which nodes.
         kind: NodeKind,
-        /// That the prefixes take for the services looked at so far; of [`NodeKind::Painted`] those of one service, if no prefix
+        /// That the prefixes take for the services looked at so far; of [`NodeKind::Building`] those of one service, if no prefix
         /// hides another.
         nodes: usize,
         /// Allowed.

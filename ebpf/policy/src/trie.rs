@@ -4,14 +4,14 @@
 //! takes 1 KiB, of which a packet touches one cache line; a sparse node is one cache line as a whole ([`Sparse`]), so that what
 //! scattered prefixes take stays in the cache.
 //!
-//! 1. Roots are dense: a tree begins with an index, not with an entry.
+//! 1. Roots are dense: a trie begins with an index, not with an entry.
 //! 2. Every node that can be is sparse, roots apart, and no two sparse nodes are alike.
-//! 3. No entry is blank: trees are packed once their default was painted over everything.
+//! 3. No entry is blank: a trie is packed once its default was inserted over everything.
 
-mod paint;
+mod builder;
 mod sparse;
 
-pub use paint::{Full, NodeKind, Painter, SPARSE_PER_NODE};
+pub use builder::{Full, NodeKind, SPARSE_PER_NODE, TrieBuilder};
 pub use sparse::{RUNS, Sparse};
 
 use crate::rules::RuleAction;
@@ -59,7 +59,7 @@ impl Leaf {
     }
 }
 
-/// Where a forest's nodes begin in the arrays that hold them.
+/// Where the nodes of a set begin in the arrays that hold them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Base {
     /// Index of its first dense node.
@@ -82,12 +82,12 @@ impl Base {
 
 /// Several tries over one array of dense and one of sparse nodes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Forest {
+pub struct TrieSet {
     nodes: Vec<Node>,
     sparse: Vec<Sparse>,
 }
 
-impl Forest {
+impl TrieSet {
     /// The dense nodes; indices count from the first of them.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
@@ -98,13 +98,13 @@ impl Forest {
         &self.sparse
     }
 
-    /// The dense nodes as they stand in arrays where the forest begins at `base`.
+    /// The dense nodes as they stand in arrays where the set begins at `base`.
     pub fn nodes_at(&self, base: Base) -> impl Iterator<Item = Node> {
         let nodes = self.nodes.iter();
         nodes.map(move |node| node.map(|entry| base.relocate(entry)))
     }
 
-    /// The sparse nodes as they stand in arrays where the forest begins at `base`.
+    /// The sparse nodes as they stand in arrays where the set begins at `base`.
     pub fn sparse_at(&self, base: Base) -> impl Iterator<Item = Sparse> {
         self.sparse.iter().map(move |node| Sparse {
             entries: node.entries.map(|entry| base.relocate(entry)),
@@ -112,7 +112,7 @@ impl Forest {
         })
     }
 
-    /// What the tree says of an address; none for what no forest holds: an index past the nodes, a blank entry.
+    /// What the trie at `root` says of an address; none for an index past the nodes, or a blank entry.
     pub fn lookup(&self, root: u32, address: &[u8]) -> Option<Leaf> {
         let mut entry = root;
         for &byte in address {

@@ -1,12 +1,12 @@
 //! From ordered rules to the tables that the kernel walks.
 //!
 //! 1. The same settings and rules compile to the same tables.
-//! 2. Services for which the same rules and the same default speak share one tree.
+//! 2. Services for which the same rules and the same default speak share one trie.
 //! 3. The bounds hold for the whole set, each family by itself.
 
 use super::{Direction, RULES_MAX, Rule, RuleAction, RulesError, Sources};
 use crate::settings::{DefaultAction, Settings};
-use crate::trie::{Forest, Full, Leaf, NodeKind, Painter, RULE_DEFAULT};
+use crate::trie::{Full, Leaf, NodeKind, RULE_DEFAULT, TrieBuilder, TrieSet};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,13 +15,13 @@ use std::collections::{BTreeMap, BTreeSet};
 pub struct Bounds {
     /// Inbound rules.
     pub rules_max: usize,
-    /// Dense trie nodes of 1 KiB, IPv4; see [`Painter::new`] for what follows from them.
+    /// Dense trie nodes of 1 KiB, IPv4; see [`TrieBuilder::new`] for what follows from them.
     pub nodes4_max: usize,
     /// Dense trie nodes of 1 KiB, IPv6.
     pub nodes6_max: usize,
 }
 
-/// Where the trees of a service begin: indices of nodes, from the first of their family.
+/// Where the tries of a service begin: indices of nodes, from the first of their family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Roots {
     /// In [`Compiled::trie4`].
@@ -32,7 +32,7 @@ pub struct Roots {
 
 /// An inbound rule as people see it; its index is its number in the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Line {
+pub struct CompiledRule {
     /// The rule.
     pub rule: Rule,
     /// Numbers of the services that it speaks for; with scope `host`, see [`Rule::covers_host`].
@@ -45,11 +45,11 @@ pub struct Compiled {
     /// What the operator says.
     pub settings: Settings,
     /// Inbound rules, in order.
-    pub rules: Vec<Line>,
-    /// Trees over the four bytes of IPv4 addresses.
-    pub trie4: Forest,
-    /// Trees over the sixteen bytes of IPv6 addresses.
-    pub trie6: Forest,
+    pub rules: Vec<CompiledRule>,
+    /// Tries over the four bytes of IPv4 addresses.
+    pub trie4: TrieSet,
+    /// Tries over the sixteen bytes of IPv6 addresses.
+    pub trie6: TrieSet,
     /// For each service, in the order of the settings.
     pub services: Vec<Roots>,
     /// For ports that are not declared, with scope `host`.
@@ -89,8 +89,8 @@ pub fn compile(
     let distinct = columns.iter().chain([&host]).collect();
     let ipv4 = Family::ipv4(&inbound);
     let ipv6 = Family::ipv6(&inbound);
-    let (trie4, roots4) = ipv4.trees(&inbound, &distinct, bounds.nodes4_max)?;
-    let (trie6, roots6) = ipv6.trees(&inbound, &distinct, bounds.nodes6_max)?;
+    let (trie4, roots4) = ipv4.tries(&inbound, &distinct, bounds.nodes4_max)?;
+    let (trie6, roots6) = ipv6.tries(&inbound, &distinct, bounds.nodes6_max)?;
     let roots = |column: &Column| Roots {
         root4: roots4[column],
         root6: roots6[column],
@@ -99,14 +99,14 @@ pub fn compile(
         settings: settings.clone(),
         services: columns.iter().map(roots).collect(),
         host: roots(&host),
-        rules: lines(inbound, &columns),
+        rules: compiled_rules(inbound, &columns),
         trie4,
         trie6,
         outbound,
     })
 }
 
-fn lines(rules: Vec<Rule>, columns: &[Column]) -> Vec<Line> {
+fn compiled_rules(rules: Vec<Rule>, columns: &[Column]) -> Vec<CompiledRule> {
     let speaks = |number: u16| {
         let services = columns.iter().zip(0..);
         services
@@ -116,14 +116,14 @@ fn lines(rules: Vec<Rule>, columns: &[Column]) -> Vec<Line> {
     };
     let numbered = rules.into_iter().zip(0..);
     numbered
-        .map(|(rule, number)| Line {
+        .map(|(rule, number)| CompiledRule {
             services: speaks(number),
             rule,
         })
         .collect()
 }
 
-/// What a tree is made from: numbers of the rules that speak for a service, and its default.
+/// What a trie is made from: numbers of the rules that speak for a service, and its default.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Column {
     rules: Vec<u16>,
@@ -151,7 +151,7 @@ impl Column {
     }
 }
 
-/// The trees of one family of addresses.
+/// The tries of one family of addresses.
 struct Family {
     number: u8,
     address_bytes: usize,
@@ -206,28 +206,28 @@ impl Family {
         }
     }
 
-    /// One tree for each column: the forest, and the root of each.
-    fn trees<'c>(
+    /// One trie for each column: the set, and the root of each.
+    fn tries<'c>(
         &self,
         rules: &[Rule],
         columns: &BTreeSet<&'c Column>,
         nodes_max: usize,
-    ) -> Result<(Forest, BTreeMap<&'c Column, u32>), RulesError> {
-        let mut painter = Painter::new(nodes_max);
+    ) -> Result<(TrieSet, BTreeMap<&'c Column, u32>), RulesError> {
+        let mut builder = TrieBuilder::new(nodes_max);
         let mut roots = BTreeMap::new();
         for column in columns {
-            let root = self.tree(&mut painter, rules, column);
+            let root = self.trie(&mut builder, rules, column);
             let root = root.map_err(|full| self.too_many(full, column))?;
             roots.insert(*column, root);
         }
-        let forest = painter.finish().map_err(|full| self.error(full))?;
-        Ok((forest, roots))
+        let tries = builder.finish().map_err(|full| self.error(full))?;
+        Ok((tries, roots))
     }
 
-    /// The painter stops at the first node that does not fit: all are counted for people.
+    /// The builder stops at the first node that does not fit; the message counts all of them.
     fn too_many(&self, full: Full, column: &Column) -> RulesError {
         let nodes = match full.kind {
-            NodeKind::Painted => self.nodes_of(column),
+            NodeKind::Building => self.nodes_of(column),
             NodeKind::Dense | NodeKind::Sparse => full.nodes,
         };
         self.error(Full { nodes, ..full })
@@ -242,22 +242,27 @@ impl Family {
         }
     }
 
-    fn tree(&self, painter: &mut Painter, rules: &[Rule], column: &Column) -> Result<u32, Full> {
-        let root = painter.plant()?;
+    fn trie(
+        &self,
+        builder: &mut TrieBuilder,
+        rules: &[Rule],
+        column: &Column,
+    ) -> Result<u32, Full> {
+        let root = builder.begin_trie()?;
         for &rule in &column.rules {
             let number = usize::from(rule);
             let action = rules[number].action;
             for Prefix { address, bits } in &self.prefixes[number] {
                 let address = &address[..self.address_bytes];
-                painter.paint(address, *bits, Leaf { action, rule })?;
+                builder.insert(address, *bits, Leaf { action, rule })?;
             }
         }
         let everything = &[0; 16][..self.address_bytes];
-        painter.paint(everything, 0, column.default_leaf())?;
+        builder.insert(everything, 0, column.default_leaf())?;
         Ok(root)
     }
 
-    /// Nodes of a column's tree if no rule hides a part of another.
+    /// Nodes of a column's trie if no rule hides a part of another.
     fn nodes_of(&self, column: &Column) -> usize {
         let mut below_root = BTreeSet::new();
         let prefixes = column
@@ -265,7 +270,7 @@ impl Family {
             .iter()
             .flat_map(|&number| &self.prefixes[usize::from(number)]);
         for Prefix { address, bits } in prefixes {
-            // A prefix of 17 bits is painted in the node under its first two bytes.
+            // A prefix of 17 bits stands in the node under its first two bytes.
             for depth in 1..usize::from(*bits).div_ceil(8) {
                 below_root.insert((depth, first_bytes(&address[..depth])));
             }

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::packet::Protocol;
 use crate::settings::{DefaultAction, Kind, Service, Settings, SettingsError};
-use crate::trie::{Forest, Leaf, NodeKind, RULE_DEFAULT};
+use crate::trie::{Leaf, NodeKind, RULE_DEFAULT, TrieSet};
 use ipnet::IpNet;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -228,7 +228,7 @@ fn no_members_are_nobody() {
 }
 
 #[test]
-fn services_with_the_same_rules_share_a_tree() {
+fn services_with_the_same_rules_share_a_trie() {
     let quic = Rule {
         protocol: Some(Protocol::Udp),
         ..rule("10.0.0.0/8", RuleAction::Allow)
@@ -249,7 +249,7 @@ fn services_with_the_same_rules_share_a_tree() {
     let services: Vec<_> = compiled
         .rules
         .iter()
-        .map(|line| &line.services[..])
+        .map(|rule| &rule.services[..])
         .collect();
     assert_eq!(services, [&[0, 3][..], &[1, 2], &[0, 1, 2, 3]]);
     assert_eq!(decides(&compiled, 1, "192.0.2.5").rule, 1);
@@ -263,8 +263,8 @@ fn services_with_the_same_rules_share_a_tree() {
 }
 
 /// Dense nodes, and sparse ones.
-fn sizes(forest: &Forest) -> (usize, usize) {
-    (forest.nodes().len(), forest.sparse().len())
+fn sizes(tries: &TrieSet) -> (usize, usize) {
+    (tries.nodes().len(), tries.sparse().len())
 }
 
 // Protects the maps in the kernel: what does not fit is refused as a whole, with both numbers.

@@ -1,9 +1,9 @@
-//! Forests against a scan of the list that they were painted from.
+//! Sets of tries against a scan of the list that they were built from.
 
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 use super::{
-    Base, Forest, Full, Leaf, NodeKind, Painter, RULE_DEFAULT, RUNS, SPARSE_PER_NODE, Sparse,
+    Base, Full, Leaf, NodeKind, RULE_DEFAULT, RUNS, SPARSE_PER_NODE, Sparse, TrieBuilder, TrieSet,
 };
 use crate::rules::RuleAction;
 use proptest::collection::vec;
@@ -32,12 +32,12 @@ fn scan<const N: usize>(list: &[([u8; N], u8)], address: &[u8; N]) -> Leaf {
     first.map_or(DEFAULT, |index| leaf(index as u16))
 }
 
-fn paint<const N: usize>(painter: &mut Painter, list: &[([u8; N], u8)]) -> u32 {
-    let root = painter.plant().unwrap();
+fn build<const N: usize>(builder: &mut TrieBuilder, list: &[([u8; N], u8)]) -> u32 {
+    let root = builder.begin_trie().unwrap();
     for (index, (prefix, bits)) in list.iter().enumerate() {
-        painter.paint(prefix, *bits, leaf(index as u16)).unwrap();
+        builder.insert(prefix, *bits, leaf(index as u16)).unwrap();
     }
-    painter.paint(&[0; N], 0, DEFAULT).unwrap();
+    builder.insert(&[0; N], 0, DEFAULT).unwrap();
     root
 }
 
@@ -86,33 +86,33 @@ fn with_borders<const N: usize>(
 fn agrees_with_scan<const N: usize>(
     list: &[([u8; N], u8)],
     addresses: Vec<[u8; N]>,
-) -> Result<Forest, TestCaseError> {
-    let mut painter = Painter::new(1_000);
-    // A tree in front: indices must not be taken for those of the first.
-    paint(&mut painter, &list[list.len() / 2..]);
-    let root = paint(&mut painter, list);
-    let forest = painter.finish().unwrap();
+) -> Result<TrieSet, TestCaseError> {
+    let mut builder = TrieBuilder::new(1_000);
+    // A trie in front: indices must not be taken for those of the first.
+    build(&mut builder, &list[list.len() / 2..]);
+    let root = build(&mut builder, list);
+    let tries = builder.finish().unwrap();
     let base = Base {
         nodes: 3,
         sparse: 5,
     };
     let nothing = Sparse::of(&[0; 256]).unwrap();
-    let relocated = Forest {
+    let relocated = TrieSet {
         nodes: [[0; 256]; 3]
             .into_iter()
-            .chain(forest.nodes_at(base))
+            .chain(tries.nodes_at(base))
             .collect(),
         sparse: [nothing; 5]
             .into_iter()
-            .chain(forest.sparse_at(base))
+            .chain(tries.sparse_at(base))
             .collect(),
     };
     for address in with_borders(list, addresses) {
         let expected = Some(scan(list, &address));
-        prop_assert_eq!(forest.lookup(root, &address), expected);
+        prop_assert_eq!(tries.lookup(root, &address), expected);
         prop_assert_eq!(relocated.lookup(root + base.nodes, &address), expected);
     }
-    Ok(forest)
+    Ok(tries)
 }
 
 proptest! {
@@ -167,10 +167,10 @@ proptest! {
 #[test]
 fn both_kinds_of_nodes_are_walked() {
     let list: Vec<_> = (0..48).map(|n| ([1, n * 5, n % 3, 7], 32)).collect();
-    let forest = agrees_with_scan(&list, Vec::new()).unwrap();
+    let tries = agrees_with_scan(&list, Vec::new()).unwrap();
     // Two roots; the node of 24 prefixes, and the one of 48.
-    assert_eq!(forest.nodes().len(), 4);
-    assert!(!forest.sparse().is_empty());
+    assert_eq!(tries.nodes().len(), 4);
+    assert!(!tries.sparse().is_empty());
 }
 
 #[test]
@@ -207,25 +207,25 @@ fn entries_are_laid_out_as_the_kernel_reads_them() {
 // Protects the bounds of memory: what is hidden or done costs no node, and what does not fit says so.
 #[test]
 fn nodes_are_bounded_and_never_in_vain() {
-    let mut painter = Painter::new(1);
-    painter.plant().unwrap();
-    painter.paint(&[10, 0, 0, 0], 8, leaf(0)).unwrap();
-    painter.paint(&[10, 1, 2, 3], 32, leaf(1)).unwrap();
-    painter.paint(&[11, 1, 2, 3], 32, leaf(2)).unwrap();
+    let mut builder = TrieBuilder::new(1);
+    builder.begin_trie().unwrap();
+    builder.insert(&[10, 0, 0, 0], 8, leaf(0)).unwrap();
+    builder.insert(&[10, 1, 2, 3], 32, leaf(1)).unwrap();
+    builder.insert(&[11, 1, 2, 3], 32, leaf(2)).unwrap();
     // Four of five: the root, 11, 11.1, 11.1.2.
     assert_eq!(
-        painter.paint(&[12, 1, 2, 3], 32, leaf(3)),
+        builder.insert(&[12, 1, 2, 3], 32, leaf(3)),
         Err(Full {
-            kind: NodeKind::Painted,
+            kind: NodeKind::Building,
             nodes: 6,
             nodes_max: 5,
         })
     );
 
-    let mut all = Painter::new(1);
-    all.plant().unwrap();
-    all.paint(&[0; 4], 0, DEFAULT).unwrap();
-    all.paint(&[9, 9, 9, 9], 32, leaf(1)).unwrap();
+    let mut all = TrieBuilder::new(1);
+    all.begin_trie().unwrap();
+    all.insert(&[0; 4], 0, DEFAULT).unwrap();
+    all.insert(&[9, 9, 9, 9], 32, leaf(1)).unwrap();
     let all = all.finish().unwrap();
     assert_eq!(all.nodes(), [[DEFAULT.entry(); 256]]);
     assert!(all.sparse().is_empty());
@@ -235,10 +235,10 @@ fn nodes_are_bounded_and_never_in_vain() {
 #[test]
 fn either_kind_of_node_has_its_bound() {
     let crowd: Vec<_> = (0..20).map(|n| ([1, n * 2, 0, 0], 16)).collect();
-    let mut painter = Painter::new(1);
-    paint(&mut painter, &crowd);
+    let mut builder = TrieBuilder::new(1);
+    build(&mut builder, &crowd);
     assert_eq!(
-        painter.finish(),
+        builder.finish(),
         Err(Full {
             kind: NodeKind::Dense,
             nodes: 2,
@@ -247,15 +247,15 @@ fn either_kind_of_node_has_its_bound() {
     );
     // No two alike, each with a child of its own.
     let apart: Vec<_> = (0..4).map(|n| ([n, n, n, 0], 24)).collect();
-    let mut painter = Painter::new(2);
-    paint(&mut painter, &apart);
-    let nodes = painter.finish().unwrap().sparse().len();
+    let mut builder = TrieBuilder::new(2);
+    build(&mut builder, &apart);
+    let nodes = builder.finish().unwrap().sparse().len();
     assert_eq!(nodes, 2 * SPARSE_PER_NODE);
     let one_more = [&apart[..], &[([4, 4, 0, 0], 16)]].concat();
-    let mut painter = Painter::new(2);
-    paint(&mut painter, &one_more);
+    let mut builder = TrieBuilder::new(2);
+    build(&mut builder, &one_more);
     assert_eq!(
-        painter.finish(),
+        builder.finish(),
         Err(Full {
             kind: NodeKind::Sparse,
             nodes: 9,
@@ -267,38 +267,38 @@ fn either_kind_of_node_has_its_bound() {
 // Protects the cache: what is alike is kept once, also if it hangs below different nodes.
 #[test]
 fn sparse_nodes_that_are_alike_are_one() {
-    let mut painter = Painter::new(1_000);
-    let root = painter.plant().unwrap();
+    let mut builder = TrieBuilder::new(1_000);
+    let root = builder.begin_trie().unwrap();
     for high in 0..=0xff {
-        painter.paint(&[high, 2, 3, 0], 24, leaf(0)).unwrap();
+        builder.insert(&[high, 2, 3, 0], 24, leaf(0)).unwrap();
     }
-    painter.paint(&[0; 4], 0, DEFAULT).unwrap();
-    let forest = painter.finish().unwrap();
-    assert_eq!((forest.nodes().len(), forest.sparse().len()), (1, 2));
-    assert_eq!(forest.lookup(root, &[200, 2, 3, 9]), Some(leaf(0)));
-    assert_eq!(forest.lookup(root, &[200, 2, 4, 9]), Some(DEFAULT));
+    builder.insert(&[0; 4], 0, DEFAULT).unwrap();
+    let tries = builder.finish().unwrap();
+    assert_eq!((tries.nodes().len(), tries.sparse().len()), (1, 2));
+    assert_eq!(tries.lookup(root, &[200, 2, 3, 9]), Some(leaf(0)));
+    assert_eq!(tries.lookup(root, &[200, 2, 4, 9]), Some(DEFAULT));
 }
 
-// Protects the time to compile: a thousand broad rules over many nodes repaint none of them.
+// Protects the time to compile: a thousand broad rules over many nodes visit no node twice.
 #[test]
 fn broad_rules_over_many_nodes_are_cheap() {
-    let mut painter = Painter::new(1_000);
-    let root = painter.plant().unwrap();
+    let mut builder = TrieBuilder::new(1_000);
+    let root = builder.begin_trie().unwrap();
     for high in 0..=255 {
         for low in 0..16 {
-            painter
-                .paint(&[10, high, low, 0], 25, leaf(u16::from(high)))
+            builder
+                .insert(&[10, high, low, 0], 25, leaf(u16::from(high)))
                 .unwrap();
         }
     }
     for rule in 0..60_000 {
-        painter
-            .paint(&[10, 0, 0, 0], 7 + (rule % 2) as u8, leaf(rule))
+        builder
+            .insert(&[10, 0, 0, 0], 7 + (rule % 2) as u8, leaf(rule))
             .unwrap();
     }
-    painter.paint(&[0; 4], 0, DEFAULT).unwrap();
-    let forest = painter.finish().unwrap();
-    assert_eq!(forest.lookup(root, &[10, 3, 4, 200]), Some(leaf(0)));
-    assert_eq!(forest.lookup(root, &[11, 3, 4, 200]), Some(leaf(0)));
-    assert_eq!(forest.lookup(root, &[12, 3, 4, 200]), Some(DEFAULT));
+    builder.insert(&[0; 4], 0, DEFAULT).unwrap();
+    let tries = builder.finish().unwrap();
+    assert_eq!(tries.lookup(root, &[10, 3, 4, 200]), Some(leaf(0)));
+    assert_eq!(tries.lookup(root, &[11, 3, 4, 200]), Some(leaf(0)));
+    assert_eq!(tries.lookup(root, &[12, 3, 4, 200]), Some(DEFAULT));
 }

@@ -1,22 +1,23 @@
-//! Paints prefixes onto trees of dense nodes, and packs the trees into a forest.
+//! Inserts prefixes into tries of dense nodes, and packs the tries into a [`TrieSet`].
 //!
-//! 1. Prefixes are painted from the first to the last, and only what is still blank takes colour: the first that fits decides, and
-//!    no node is ever made in vain.
-//! 2. A painted tree has no blank entry: the default is painted last, over everything.
-//! 3. A tree is packed before the next one is planted. So the bound on dense nodes bounds all memory: of the forest (a quarter more
-//!    for sparse nodes), and of the one tree that is being painted.
+//! 1. An insertion fills only what is still blank: the first prefix that holds an address decides,
+//!    and no node is made that no address reaches.
+//! 2. A finished trie has no blank entry: the caller inserts the default last, over everything.
+//! 3. A trie is packed before the next one begins. So the bound on dense nodes bounds all memory:
+//!    that of the set (a quarter more for sparse nodes), and that of the trie in progress.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fmt;
 
-use super::{BLANK, Forest, LEAF, Leaf, Node, SPARSE, Sparse};
+use super::{BLANK, LEAF, Leaf, Node, SPARSE, Sparse, TrieSet};
 use thiserror::Error;
 
 /// Sparse nodes that are kept for each dense one: 64 bytes each, a quarter of its memory.
 pub const SPARSE_PER_NODE: usize = 4;
-/// All nodes of a tree are dense while it is painted, and as many as both kinds may be afterwards.
-const PAINTED_PER_NODE: usize = 1 + SPARSE_PER_NODE;
+/// All nodes of a trie are dense while it is built; it may take as many as both kinds together may
+/// take once it is packed.
+const BUILDING_PER_NODE: usize = 1 + SPARSE_PER_NODE;
 
 /// What there are too many of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,8 +26,8 @@ pub enum NodeKind {
     Dense,
     /// Of 64 bytes, in the kernel.
     Sparse,
-    /// Of 1 KiB, while one tree is compiled.
-    Painted,
+    /// Of 1 KiB, while one trie is built.
+    Building,
 }
 
 impl fmt::Display for NodeKind {
@@ -34,7 +35,7 @@ impl fmt::Display for NodeKind {
         f.write_str(match self {
             Self::Dense => "dense trie nodes (1 KiB each)",
             Self::Sparse => "sparse trie nodes (64 bytes each)",
-            Self::Painted => "trie nodes at a time (1 KiB each) to compile",
+            Self::Building => "trie nodes at a time (1 KiB each) to compile",
         })
     }
 }
@@ -45,7 +46,8 @@ impl fmt::Display for NodeKind {
 pub struct Full {
     /// Which.
     pub kind: NodeKind,
-    /// Needed, up to the tree that did not fit; for [`NodeKind::Painted`], up to the first node that did not.
+    /// Needed, up to the trie that did not fit; for [`NodeKind::Building`], up to the first node
+    /// that did not.
     pub nodes: usize,
     /// Allowed.
     pub nodes_max: usize,
@@ -62,47 +64,49 @@ impl Full {
     }
 }
 
-/// Paints trees, one after the other.
+/// Builds tries, one after the other.
 #[derive(Clone, Debug)]
-pub struct Painter {
-    /// Of the tree planted last; its root is the first.
+pub struct TrieBuilder {
+    /// Of the trie in progress; its root is the first.
     nodes: Vec<Node>,
     /// Whether a node, and all below it, has no blank entry.
-    painted: Vec<bool>,
+    complete: Vec<bool>,
     packed: Packing,
     nodes_max: usize,
 }
 
-impl Painter {
-    /// No trees; they may take so many dense nodes, [`SPARSE_PER_NODE`] times as many sparse ones, and each while it is painted as
-    /// many dense nodes as both together.
+impl TrieBuilder {
+    /// A builder without tries. The set may take `nodes_max` dense nodes and [`SPARSE_PER_NODE`]
+    /// times as many sparse ones; a trie in progress may take as many dense nodes as both together.
     pub fn new(nodes_max: usize) -> Self {
         Self {
             nodes: Vec::new(),
-            painted: Vec::new(),
+            complete: Vec::new(),
             packed: Packing::default(),
             // An index leaves room for both generations.
             nodes_max: nodes_max.min(SPARSE as usize / 2 / SPARSE_PER_NODE),
         }
     }
 
-    /// Plants a blank tree, once the one before is painted all over; returns its root's index in the forest.
-    pub fn plant(&mut self) -> Result<u32, Full> {
+    /// Begins a blank trie, and packs the one before, which must be complete. Returns the index
+    /// of its root in the set.
+    pub fn begin_trie(&mut self) -> Result<u32, Full> {
         self.pack()?;
         self.push()?;
         Ok(self.packed.nodes.len() as u32)
     }
 
-    /// Paints the blank parts of a prefix, `bits` of `address`, in the tree planted last.
+    /// Gives the leaf to the blank parts of a prefix, `bits` of `address`, in the trie in progress.
     ///
-    /// An address has 4 or 16 bytes, all alike in one tree; `bits` is at most their number times eight.
-    pub fn paint(&mut self, address: &[u8], bits: u8, leaf: Leaf) -> Result<(), Full> {
+    /// An address has 4 or 16 bytes, the same number in the whole trie; `bits` is at most eight
+    /// times that.
+    pub fn insert(&mut self, address: &[u8], bits: u8, leaf: Leaf) -> Result<(), Full> {
         debug_assert!(usize::from(bits) <= address.len() * 8);
         let mut path = Vec::with_capacity(address.len());
         let mut node = 0;
         let mut bits = u32::from(bits);
         for &byte in address {
-            if self.painted[node as usize] {
+            if self.complete[node as usize] {
                 return Ok(());
             }
             if bits <= 8 {
@@ -125,71 +129,72 @@ impl Painter {
             }
             bits -= 8;
         }
-        // From the lowest up: a parent is painted once its last child is.
-        self.note_painted(node);
+        // From the lowest up: a parent is complete once its last child is.
+        self.note_complete(node);
         while let Some(parent) = path.pop() {
-            self.note_painted(parent);
+            self.note_complete(parent);
         }
         Ok(())
     }
 
-    /// The forest of all trees that were planted.
-    pub fn finish(mut self) -> Result<Forest, Full> {
+    /// The set of all tries that were begun.
+    pub fn finish(mut self) -> Result<TrieSet, Full> {
         self.pack()?;
         let Packing { nodes, sparse, .. } = self.packed;
-        Ok(Forest { nodes, sparse })
+        Ok(TrieSet { nodes, sparse })
     }
 
-    /// Packs the tree planted last, if there is one.
+    /// Packs the trie in progress, if there is one.
     fn pack(&mut self) -> Result<(), Full> {
         if self.nodes.is_empty() {
             return Ok(());
         }
-        debug_assert!(self.painted[0]);
+        debug_assert!(self.complete[0]);
         self.packed.add(&self.nodes);
         self.nodes.clear();
-        self.painted.clear();
+        self.complete.clear();
         let (nodes, sparse) = (self.packed.nodes.len(), self.packed.sparse.len());
         Full::check(NodeKind::Dense, nodes, self.nodes_max)?;
         let sparse_max = self.nodes_max * SPARSE_PER_NODE;
         Full::check(NodeKind::Sparse, sparse, sparse_max)
     }
 
-    /// Fills what is blank in an entry and below it. Each node is painted once, so this is cheap over a whole forest.
+    /// Fills what is blank in an entry and below it. It enters each node once until the node is
+    /// complete, so broad prefixes over many nodes are cheap.
     fn fill(&mut self, node: u32, slot: usize, leaf: u32) {
         match self.nodes[node as usize][slot] {
             BLANK => self.nodes[node as usize][slot] = leaf,
             entry if entry & LEAF != 0 => {}
-            child if self.painted[child as usize] => {}
+            child if self.complete[child as usize] => {}
             child => {
                 // At most 16 deep: a level for each byte of an address.
                 for slot in 0..256 {
                     self.fill(child, slot, leaf);
                 }
-                self.painted[child as usize] = true;
+                self.complete[child as usize] = true;
             }
         }
     }
 
-    fn note_painted(&mut self, node: u32) {
-        let painted = self.nodes[node as usize].iter().all(|&entry| match entry {
+    fn note_complete(&mut self, node: u32) {
+        let complete = self.nodes[node as usize].iter().all(|&entry| match entry {
             BLANK => false,
-            entry => entry & LEAF != 0 || self.painted[entry as usize],
+            entry => entry & LEAF != 0 || self.complete[entry as usize],
         });
-        self.painted[node as usize] = painted;
+        self.complete[node as usize] = complete;
     }
 
     fn push(&mut self) -> Result<u32, Full> {
         let index = self.nodes.len();
-        let painted_max = self.nodes_max * PAINTED_PER_NODE;
-        Full::check(NodeKind::Painted, index + 1, painted_max)?;
+        let building_max = self.nodes_max * BUILDING_PER_NODE;
+        Full::check(NodeKind::Building, index + 1, building_max)?;
         self.nodes.push([BLANK; 256]);
-        self.painted.push(false);
+        self.complete.push(false);
         Ok(index as u32)
     }
 }
 
-/// Trees that are packed: what has few runs is sparse, and sparse nodes that are alike are one.
+/// Packed tries: a node with few runs is sparse, and sparse nodes that are alike are one.
 #[derive(Clone, Debug, Default)]
 struct Packing {
     nodes: Vec<Node>,
@@ -199,25 +204,25 @@ struct Packing {
 }
 
 impl Packing {
-    /// Adds a tree from the leaves up; its root comes first.
-    fn add(&mut self, painted: &[Node]) {
+    /// Adds a trie from the leaves up; its root comes first.
+    fn add(&mut self, built: &[Node]) {
         let root = self.nodes.len();
         self.nodes.push([BLANK; 256]);
-        self.nodes[root] = self.node(painted, 0);
+        self.nodes[root] = self.node(built, 0);
     }
 
     /// A node whose children are packed. At most 16 deep.
-    fn node(&mut self, painted: &[Node], node: u32) -> Node {
-        painted[node as usize].map(|entry| match entry {
+    fn node(&mut self, built: &[Node], node: u32) -> Node {
+        built[node as usize].map(|entry| match entry {
             BLANK => BLANK,
             entry if entry & LEAF != 0 => entry,
-            child => self.child(painted, child),
+            child => self.child(built, child),
         })
     }
 
     /// Packs a node and all below it; returns its parent's entry for it.
-    fn child(&mut self, painted: &[Node], node: u32) -> u32 {
-        let node = self.node(painted, node);
+    fn child(&mut self, built: &[Node], node: u32) -> u32 {
+        let node = self.node(built, node);
         let Some(sparse) = Sparse::of(&node) else {
             self.nodes.push(node);
             return self.nodes.len() as u32 - 1;
