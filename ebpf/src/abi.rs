@@ -212,8 +212,8 @@ pub struct EdgeCount {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct EdgeSizes {
-    /// Lines of one generation of the sketch.
-    pub limiter_lines: u32,
+    /// Buckets of one generation of the sketch.
+    pub limiter_buckets: u32,
     /// Rules of one generation.
     pub rules_max: u32,
     /// Sockets of a reuseport group.
@@ -322,10 +322,10 @@ pub struct EdgeEvent {
     pub length: u32,
 }
 
-/// `edge_line`: eight words of the sketch, or one global budget in the first.
+/// `edge_bucket`: eight words of the sketch, or one global budget in the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
-pub struct EdgeLine {
+pub struct EdgeBucket {
     /// The words.
     pub word: [u64; 8],
 }

@@ -54,8 +54,8 @@ pub struct LoadOptions {
     pub trie_nodes4: u32,
     /// Dense nodes of the IPv6 tries of one generation.
     pub trie_nodes6: u32,
-    /// Lines of one generation of the sketch, rounded up to a power of two: 64 bytes each, twice.
-    pub limiter_lines: u32,
+    /// Buckets of one generation of the sketch, rounded up to a power of two: 64 bytes each, twice.
+    pub limiter_buckets: u32,
     /// Rules of one generation: 8 bytes each for each CPU, twice.
     pub rules_max: u32,
     /// Registry peers that can prove themselves.
@@ -73,7 +73,7 @@ impl Default for LoadOptions {
         Self {
             trie_nodes4: 4_096,
             trie_nodes6: 8_192,
-            limiter_lines: 1 << 16,
+            limiter_buckets: 1 << 16,
             rules_max: 4_096,
             peers_max: 4_096,
             sources_max: 1 << 16,
@@ -360,8 +360,8 @@ fn load_edge(options: &LoadOptions) -> Result<Object, LoadError> {
     let mut object = open(OBJECT, edge_object())?;
     let generations = |each: u32| each.saturating_mul(GENERATIONS as u32);
     let sparse = |nodes: u32| nodes.saturating_mul(SPARSE_PER_NODE as u32);
-    let lines = options
-        .limiter_lines
+    let buckets = options
+        .limiter_buckets
         .max(1)
         .checked_next_power_of_two()
         .unwrap_or(1 << 24);
@@ -370,7 +370,7 @@ fn load_edge(options: &LoadOptions) -> Result<Object, LoadError> {
         ("trie6", generations(options.trie_nodes6)),
         ("sparse4", generations(sparse(options.trie_nodes4))),
         ("sparse6", generations(sparse(options.trie_nodes6))),
-        ("limiter", generations(lines)),
+        ("limiter", generations(buckets)),
         ("hits", generations(options.rules_max)),
         ("peers", options.peers_max),
         ("quic_sources", options.sources_max),
@@ -382,7 +382,7 @@ fn load_edge(options: &LoadOptions) -> Result<Object, LoadError> {
     }
     take_over(OBJECT, &mut object, &options.reuse)?;
     let sizes = EdgeSizes {
-        limiter_lines: entries_of(&object, "limiter") / GENERATIONS as u32,
+        limiter_buckets: entries_of(&object, "limiter") / GENERATIONS as u32,
         rules_max: entries_of(&object, "hits") / GENERATIONS as u32,
         ..EdgeSizes::default()
     };
@@ -414,15 +414,15 @@ fn load_companion(
             source,
         })?;
     }
-    let lines = handle_of(edge, "limiter").and_then(|found| found.ok_or_else(not_there));
-    let lines = lines
+    let buckets = handle_of(edge, "limiter").and_then(|found| found.ok_or_else(not_there));
+    let buckets = buckets
         .map_err(|source| LoadError::Open {
             object: name,
             source,
         })?
         .max_entries();
     let sizes = EdgeSizes {
-        limiter_lines: lines / GENERATIONS as u32,
+        limiter_buckets: buckets / GENERATIONS as u32,
         ..EdgeSizes::default()
     };
     set_sizes(name, &mut object, &sizes)?;
@@ -505,7 +505,7 @@ pub(crate) fn set_sizes(
         return Ok(());
     };
     let words = [
-        sizes.limiter_lines,
+        sizes.limiter_buckets,
         sizes.rules_max,
         sizes.shards,
         sizes.pad,

@@ -17,11 +17,11 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use libbpf_rs::{MapCore as _, MapHandle};
-use millrace_edge_policy::limiter::Lines;
+use millrace_edge_policy::limiter::Buckets;
 use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::abi::{
-    EdgeConfig, EdgeControl, EdgeCounters, EdgeDecision, EdgeKey, EdgeLimit, EdgeLine, EdgeMock,
+    EdgeBucket, EdgeConfig, EdgeControl, EdgeCounters, EdgeDecision, EdgeKey, EdgeLimit, EdgeMock,
     EdgeNode, EdgePorts, EdgeSampling, EdgeService, EdgeSparse, GENERATIONS, PORTS,
 };
 
@@ -56,7 +56,7 @@ plain!(
 plain!(
     EdgeDecision,
     EdgeMock,
-    EdgeLine,
+    EdgeBucket,
     EdgeNode,
     EdgeSparse,
     EdgePorts,
@@ -317,13 +317,13 @@ unsafe fn store_word(to: *mut u8, from: *const u8, width: usize) {
     }
 }
 
-impl Lines for Table<EdgeLine> {
+impl Buckets for Table<EdgeBucket> {
     fn count(&self) -> usize {
         self.len
     }
 
-    fn line(&self, index: usize) -> &[AtomicU64; 8] {
-        let place = self.place::<EdgeLine>(index, 0);
+    fn bucket(&self, index: usize) -> &[AtomicU64; 8] {
+        let place = self.place::<EdgeBucket>(index, 0);
         // SAFETY: in bounds, aligned to 8, and only ever used by atomics; it lives as long as `self`.
         unsafe { place.cast().as_ref() }
     }
@@ -345,10 +345,10 @@ pub struct Maps {
     pub sparse4: Table<EdgeSparse>,
     /// Sparse nodes of the IPv6 tries, of both generations.
     pub sparse6: Table<EdgeSparse>,
-    /// Lines of the sketch, of both generations.
-    pub limiter: Table<EdgeLine>,
-    /// Global budgets: one line each, of which the first word is in use.
-    pub budgets: Table<EdgeLine>,
+    /// Buckets of the sketch, of both generations.
+    pub limiter: Table<EdgeBucket>,
+    /// Global budgets: one bucket each, of which the first word is in use.
+    pub budgets: Table<EdgeBucket>,
     /// How many drops become events: one value.
     pub sampling: Table<EdgeSampling>,
     /// What `edge_trace` and `edge_test` decided last: one value.

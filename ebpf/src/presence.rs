@@ -17,7 +17,7 @@ use millrace_edge_policy::source::Source;
 use millrace_edge_policy::stress::Level;
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use crate::abi::{EdgeControl, EdgeKey, EdgeLine, GENERATIONS};
+use crate::abi::{EdgeBucket, EdgeControl, EdgeKey, GENERATIONS};
 use crate::clock::{now_ns, wall_offset_ns};
 use crate::maps::{Maps, Plain, Table};
 
@@ -161,16 +161,16 @@ impl<'m> Presence<'m> {
         );
     }
 
-    fn sketch(&self) -> Sketch<'m, Table<EdgeLine>> {
+    fn sketch(&self) -> Sketch<'m, Table<EdgeBucket>> {
         sketch(self.maps)
     }
 }
 
 /// The kernel's sketch, as it is to be read now.
-pub fn sketch(maps: &Maps) -> Sketch<'_, Table<EdgeLine>> {
+pub fn sketch(maps: &Maps) -> Sketch<'_, Table<EdgeBucket>> {
     let control: EdgeControl = maps.control.load(0);
     Sketch {
-        lines: &maps.limiter,
+        buckets: &maps.limiter,
         seed: control.seed.map(|seed| Key {
             k0: seed.k0,
             k1: seed.k1,

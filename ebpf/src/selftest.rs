@@ -67,7 +67,7 @@ fn sizes() -> LoadOptions {
     LoadOptions {
         trie_nodes4: NODES,
         trie_nodes6: NODES,
-        limiter_lines: 64,
+        limiter_buckets: 64,
         rules_max: RULES,
         peers_max: 1,
         sources_max: 1,

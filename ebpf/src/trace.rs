@@ -61,8 +61,8 @@ impl Decider {
         match self {
             Self::Default => None,
             Self::Rule(index) => {
-                let line = set.rules.get(usize::from(index))?;
-                Some(format!("{} ({})", line.rule, line.rule.provenance))
+                let decided = set.rules.get(usize::from(index))?;
+                Some(format!("{} ({})", decided.rule, decided.rule.provenance))
             }
         }
     }

@@ -126,7 +126,7 @@ fn can_use_what_it_holds(mut edge: Edge, loaded: &Loaded) {
     let counts = Counts::new(map, 9).unwrap();
     counts.opened(source);
     assert_eq!((counts.sources(), counts.missed()), (1, 0));
-    assert!(Table::<millrace_edge::abi::EdgeLine>::map(edge.maps().handle("limiter")).is_ok());
+    assert!(Table::<millrace_edge::abi::EdgeBucket>::map(edge.maps().handle("limiter")).is_ok());
 
     let from = (source, 1_024).into();
     let packet = Description {

@@ -40,7 +40,7 @@ const ALLOWED: &str = "10.1.2.3";
 const ALLOWED6: &str = "2001:db8:1:2::7";
 const LOCAL: &str = "192.0.2.1";
 const LOCAL6: &str = "2001:db8:ffff::1";
-const LINES: u32 = 1 << 10;
+const BUCKETS: u32 = 1 << 10;
 
 const KIND_QUIC: u8 = 1;
 const KIND_TCP: u8 = 2;
@@ -99,7 +99,7 @@ impl Edge {
             return None;
         }
         let options = LoadOptions {
-            limiter_lines: LINES,
+            limiter_buckets: BUCKETS,
             ..LoadOptions::default()
         };
         let loaded = match Loaded::load(&options) {
@@ -478,7 +478,7 @@ fn a_source_has_its_burst_within_a_tick() {
     limited.source_tcp = [hourly.into(); 3];
     edge.publish(&limited);
     let sketch = Sketch {
-        lines: &edge.loaded.maps().limiter,
+        buckets: &edge.loaded.maps().limiter,
         seed: [Key { k0: 1, k1: 2 }, Key { k0: 3, k1: 4 }],
         active: 0,
         old_until_ns: 0,

@@ -423,8 +423,8 @@ pub struct EdgeSection {
     pub rules_max: u64,
     /// Dense trie nodes (1 KiB, and a quarter of that for sparse ones) of one set, for each family.
     pub trie_nodes_max: u64,
-    /// Lines (64 bytes, eight sources) of one generation of the limiter.
-    pub limiter_lines: u64,
+    /// Buckets (64 bytes, eight sources) of one generation of the limiter.
+    pub limiter_buckets: u64,
     /// Sources with connections.
     pub sources_max: u64,
     /// Registry peers with a proof.
@@ -463,7 +463,7 @@ impl Default for EdgeSection {
             id_packets_per_second: 2_000_000,
             rules_max: 4_096,
             trie_nodes_max: 16_384,
-            limiter_lines: 65_536,
+            limiter_buckets: 65_536,
             sources_max: 65_536,
             peers_max: 4_096,
             lease: Period::secs(2),

@@ -139,11 +139,11 @@ fn memory(config: &NodeConfig, found: &mut Found<'_>) {
 
 fn edge(config: &NodeConfig, found: &mut Found<'_>) {
     let edge = &config.edge;
-    if !edge.limiter_lines.is_power_of_two() {
+    if !edge.limiter_buckets.is_power_of_two() {
         found.error(
-            "edge.limiter_lines",
-            format!("limiter_lines {} is no power of two", edge.limiter_lines),
-            format!("write {}", edge.limiter_lines.next_power_of_two()),
+            "edge.limiter_buckets",
+            format!("limiter_buckets {} is no power of two", edge.limiter_buckets),
+            format!("write {}", edge.limiter_buckets.next_power_of_two()),
         );
     }
     if edge

@@ -9,7 +9,7 @@
 //! 3. The count of a source's connections is exact: every `opened` that was granted is closed once. So is that of its half-open
 //!    handshakes: every one that was accepted is over once.
 //! 4. Half-open handshakes are bounded alike whether the kernel charges or not: it does not see how they end.
-//! 5. Memory is bounded: the sketch by its lines, connections by `sources_max`, handshakes by those that the shards hold.
+//! 5. Memory is bounded: the sketch by its buckets, connections by `sources_max`, handshakes by those that the shards hold.
 
 mod counts;
 mod half_open;
@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::cid::{KeySchedule, Keys, LocalCid};
-use crate::limiter::{Limit, OwnedLines, Purpose, Rotation, Sketch, charge_word};
+use crate::limiter::{Limit, OwnedBuckets, Purpose, Rotation, Sketch, charge_word};
 use crate::proof;
 use crate::reason::Reason;
 use crate::settings::{self, Caps, Limits};
@@ -50,8 +50,8 @@ pub struct AdmissionConfig {
     pub half_open_source_max: u32,
     /// Handshakes of one registry peer that proved itself that may be half open. 0: no bound.
     pub half_open_peer_max: u32,
-    /// Lines of each generation of the sketch: 128 bytes of memory for each.
-    pub sketch_lines: usize,
+    /// Buckets of each generation of the sketch: 128 bytes of memory for each.
+    pub sketch_buckets: usize,
 }
 
 impl Default for AdmissionConfig {
@@ -65,7 +65,7 @@ impl Default for AdmissionConfig {
             half_open_strangers_max: 0,
             half_open_source_max: 16,
             half_open_peer_max: 16,
-            sketch_lines: 1 << 14,
+            sketch_buckets: 1 << 14,
         }
         .with_handshakes(1_024)
     }
@@ -136,7 +136,7 @@ pub enum First {
 pub struct Admission {
     half_open_retry: usize,
     half_open_strangers_max: usize,
-    lines: OwnedLines,
+    buckets: OwnedBuckets,
     unvalidated: AtomicU64,
     stress: AtomicU32,
     kernel_charges: AtomicBool,
@@ -189,7 +189,7 @@ impl Admission {
         Self {
             half_open_retry: config.half_open_retry,
             half_open_strangers_max: config.half_open_strangers_max,
-            lines: OwnedLines::new(config.sketch_lines),
+            buckets: OwnedBuckets::new(config.sketch_buckets),
             unvalidated: AtomicU64::new(0),
             stress: AtomicU32::new(Level::Normal as u32),
             kernel_charges: AtomicBool::new(false),
@@ -427,9 +427,9 @@ impl Admission {
         self.kernel_charges.load(Ordering::Relaxed)
     }
 
-    fn sketch(&self, present: &Present) -> Sketch<'_, OwnedLines> {
+    fn sketch(&self, present: &Present) -> Sketch<'_, OwnedBuckets> {
         Sketch {
-            lines: &self.lines,
+            buckets: &self.buckets,
             seed: present.seed,
             active: present.active,
             old_until_ns: present.old_until_ns,

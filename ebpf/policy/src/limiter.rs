@@ -1,7 +1,7 @@
 //! Limits, the budgets they are spent from, and the sketch that holds a budget for every source.
 //!
 //! Each limit is a GCRA: one word holds the time up to which what was admitted is paid for. A packet costs one compare-and-swap
-//! for a global budget, one line of 64 bytes for a place in the sketch. `docs/reference/edge.md` has the arithmetic, bit by bit.
+//! for a global budget, one bucket of 64 bytes for a place in the sketch. `docs/reference/edge.md` has the arithmetic, bit by bit.
 //!
 //! 1. What is admitted never exceeds burst + rate * time, whatever the number of threads; a lost race refuses.
 //! 2. Memory is fixed when a sketch is made: sources that fill it are refused, not forgotten.
@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 pub use rotation::{PERIOD_MIN_NS, Rotation, Switch};
-pub use sketch::{Line, Lines, OwnedLines, Purpose, SLOTS, Sketch};
+pub use sketch::{Bucket, Buckets, OwnedBuckets, Purpose, SLOTS, Sketch};
 
 /// Longest interval, and longest tolerance, of a limit that a sketch can keep: 9.8 hours.
 pub const TOLERANCE_MAX_NS: u64 = 1 << 45;

@@ -8,7 +8,7 @@
 //! 3. A generation that was never published owns no port.
 
 use crate::cid::Keys;
-use crate::limiter::{Lines, OwnedLines, Sketch, charge_word};
+use crate::limiter::{Buckets, OwnedBuckets, Sketch, charge_word};
 use crate::packet::{Packet, Protocol, Quic, Transport};
 use crate::reason::Reason;
 use crate::rules::{Compiled, Roots, RuleAction};
@@ -105,8 +105,8 @@ pub struct Model {
     pub limiter_active: usize,
     /// Until when the other one counts as well.
     pub limiter_old_until_ns: u64,
-    /// Lines of the sketch, both generations.
-    pub lines: OwnedLines,
+    /// Buckets of the sketch, both generations.
+    pub buckets: OwnedBuckets,
     /// Global budgets, by [`Budget`].
     pub budgets: [AtomicU64; BUDGETS],
     /// Keys of registry peers, by node tag.
@@ -144,8 +144,8 @@ struct Verdict {
 }
 
 impl Model {
-    /// A world in which nothing was published yet, with so many lines in each generation of the sketch.
-    pub fn new(limiter_lines: usize) -> Self {
+    /// A world in which nothing was published yet, with so many buckets in each generation of the sketch.
+    pub fn new(limiter_buckets: usize) -> Self {
         Self {
             config: [None, None],
             active: 0,
@@ -161,7 +161,7 @@ impl Model {
             seed: [Key::default(); 2],
             limiter_active: 0,
             limiter_old_until_ns: 0,
-            lines: OwnedLines::new(limiter_lines),
+            buckets: OwnedBuckets::new(limiter_buckets),
             budgets: Default::default(),
             peers: BTreeMap::new(),
             quic_sources: BTreeMap::new(),
@@ -286,9 +286,9 @@ impl Model {
         }
     }
 
-    fn sketch(&self) -> Sketch<'_, impl Lines + use<>> {
+    fn sketch(&self) -> Sketch<'_, impl Buckets + use<>> {
         Sketch {
-            lines: &self.lines,
+            buckets: &self.buckets,
             seed: self.seed,
             active: self.limiter_active,
             old_until_ns: self.limiter_old_until_ns,

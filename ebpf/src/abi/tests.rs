@@ -105,7 +105,7 @@ fn layouts_are_those_of_the_programs() {
         &btf,
         "edge_sizes",
         EdgeSizes {
-            limiter_lines,
+            limiter_buckets,
             rules_max,
             shards,
             pad
@@ -172,7 +172,7 @@ fn layouts_are_those_of_the_programs() {
             length,
         }
     );
-    same!(&btf, "edge_line", EdgeLine { word });
+    same!(&btf, "edge_bucket", EdgeBucket { word });
     same!(&btf, "edge_node", EdgeNode { entry });
     same!(&btf, "edge_sparse", EdgeSparse { entry, start, pad });
     same!(&btf, "edge_ports", EdgePorts { service });

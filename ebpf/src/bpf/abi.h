@@ -156,7 +156,7 @@ struct edge_control {
 	struct edge_config config[EDGE_GENERATIONS];
 };
 
-struct edge_line {
+struct edge_bucket {
 	__u64 word[8];
 };
 
@@ -188,7 +188,7 @@ struct edge_count {
 
 /* Sizes that the loader knows and the programs take for constants: section `.rodata.sizes` of each object. */
 struct edge_sizes {
-	__u32 limiter_lines; /* of one generation, a power of two */
+	__u32 limiter_buckets; /* of one generation, a power of two */
 	__u32 rules_max; /* of one generation */
 	__u32 shards;
 	__u32 pad;

@@ -11,7 +11,7 @@
 #include "world.h"
 
 #define LIMIT_TRIES 4
-#define LINE_SLOTS 8
+#define BUCKET_SLOTS 8
 #define TIME_BITS 48
 #define TIME_MASK ((1ull << TIME_BITS) - 1)
 #define AHEAD_BITS 46 /* a time more than 2^46 ahead lies in the past */
@@ -27,16 +27,16 @@ struct {
 	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(max_entries, EDGE_GENERATIONS);
 	__type(key, __u32);
-	__type(value, struct edge_line);
+	__type(value, struct edge_bucket);
 } limiter SEC(".maps");
 
-/* One line each, so that CPUs do not fight over neighbours. */
+/* One bucket each, so that CPUs do not fight over neighbours. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(max_entries, EDGE_BUDGETS);
 	__type(key, __u32);
-	__type(value, struct edge_line);
+	__type(value, struct edge_bucket);
 } budgets SEC(".maps");
 
 EDGE_INLINE __u64 read_once(const __u64 *word)
@@ -62,20 +62,20 @@ EDGE_INLINE __u64 limit_ahead(const struct edge_limit *limit, __u64 ahead)
 EDGE_INLINE bool budget_charge(const struct edge_view *view, __u32 budget)
 {
 	const struct edge_limit limit = view->config->budget[budget];
-	struct edge_line *line;
+	struct edge_bucket *bucket;
 
 	if (!limit.interval_ns)
 		return true;
-	line = bpf_map_lookup_elem(&budgets, &budget);
-	if (!line)
+	bucket = bpf_map_lookup_elem(&budgets, &budget);
+	if (!bucket)
 		return false;
 	for (int try = 0; try < LIMIT_TRIES; try++) {
-		__u64 old = read_once(&line->word[0]);
+		__u64 old = read_once(&bucket->word[0]);
 		__u64 ahead = limit_ahead(&limit, old > view->now_ns ? old - view->now_ns : 0);
 
 		if (ahead > limit.tolerance_ns)
 			return false;
-		if (view->read_only || swap_once(&line->word[0], old, view->now_ns + ahead + limit.interval_ns))
+		if (view->read_only || swap_once(&bucket->word[0], old, view->now_ns + ahead + limit.interval_ns))
 			return true;
 	}
 	return false;
@@ -86,9 +86,9 @@ EDGE_INLINE __u64 sketch_tag(__u64 hash)
 	return hash >> TIME_BITS ? hash >> TIME_BITS : 1;
 }
 
-EDGE_INLINE struct edge_line *sketch_line(__u64 hash, __u32 generation)
+EDGE_INLINE struct edge_bucket *sketch_bucket(__u64 hash, __u32 generation)
 {
-	__u32 index = (generation & 1) * sizes.limiter_lines + (hash & (sizes.limiter_lines - 1));
+	__u32 index = (generation & 1) * sizes.limiter_buckets + (hash & (sizes.limiter_buckets - 1));
 
 	return bpf_map_lookup_elem(&limiter, &index);
 }
@@ -101,7 +101,7 @@ EDGE_INLINE __u64 sketch_ahead(__u64 word, __u64 now_ns)
 	return word && ahead <= 1ull << AHEAD_BITS ? ahead : 0;
 }
 
-/* Eight bits, one for each slot of a line. */
+/* Eight bits, one for each slot of a bucket. */
 typedef __u32 sketch_slots;
 
 /* 1 if the value is zero, else 0; it is below 2^63. Without branches: sources at random would have them all
@@ -111,23 +111,23 @@ EDGE_INLINE __u32 is_zero(__u64 value)
 	return (value - 1) >> 63;
 }
 
-EDGE_INLINE sketch_slots sketch_tagged(const struct edge_line *line, __u64 tag)
+EDGE_INLINE sketch_slots sketch_tagged(const struct edge_bucket *bucket, __u64 tag)
 {
 	sketch_slots tagged = 0;
 
 #pragma unroll
-	for (int slot = 0; slot < LINE_SLOTS; slot++)
-		tagged |= is_zero(read_once(&line->word[slot]) >> TIME_BITS ^ tag) << slot;
+	for (int slot = 0; slot < BUCKET_SLOTS; slot++)
+		tagged |= is_zero(read_once(&bucket->word[slot]) >> TIME_BITS ^ tag) << slot;
 	return tagged;
 }
 
-EDGE_INLINE sketch_slots sketch_idle(const struct edge_line *line, __u64 now_ns)
+EDGE_INLINE sketch_slots sketch_idle(const struct edge_bucket *bucket, __u64 now_ns)
 {
 	sketch_slots idle = 0;
 
 #pragma unroll
-	for (int slot = 0; slot < LINE_SLOTS; slot++) {
-		__u64 word = read_once(&line->word[slot]), time = word & TIME_MASK, ahead = (word - now_ns) & TIME_MASK;
+	for (int slot = 0; slot < BUCKET_SLOTS; slot++) {
+		__u64 word = read_once(&bucket->word[slot]), time = word & TIME_MASK, ahead = (word - now_ns) & TIME_MASK;
 		__u32 past = is_zero((ahead - 1) >> AHEAD_BITS) ^ 1; /* 0 included */
 
 		idle |= (past | is_zero(word >> TIME_BITS | time)) << slot;
@@ -139,7 +139,7 @@ EDGE_INLINE sketch_slots sketch_idle(const struct edge_line *line, __u64 now_ns)
 EDGE_INLINE __u32 sketch_first(sketch_slots slots, __u64 hash)
 {
 	__u32 start = hash >> 40 & SLOT_INDEX;
-	__u32 visited = (slots | slots << LINE_SLOTS) >> start & 0xff;
+	__u32 visited = (slots | slots << BUCKET_SLOTS) >> start & 0xff;
 	__u32 lowest = visited & -visited;
 	/* Number of a single bit of eight, by a de Bruijn sequence: its nibbles say which. */
 	__u32 steps = 0x34572610u >> (((lowest * 0x1d & 0xff) >> 5) * 4) & SLOT_INDEX;
@@ -195,7 +195,7 @@ EDGE_INLINE __u64 sketch_old_ahead(const struct edge_control *world, const struc
 				   bool *known)
 {
 	__u32 generation = (world->limiter_active & 1) ^ 1;
-	const struct edge_line *line;
+	const struct edge_bucket *bucket;
 	sketch_slots tagged;
 	__u64 hash, word;
 
@@ -203,33 +203,33 @@ EDGE_INLINE __u64 sketch_old_ahead(const struct edge_control *world, const struc
 	if (ask->now_ns >= world->limiter_old_until_ns)
 		return 0;
 	hash = sketch_hash(world, ask, generation, level);
-	line = sketch_line(hash, generation);
-	if (!line)
+	bucket = sketch_bucket(hash, generation);
+	if (!bucket)
 		return 0;
-	tagged = sketch_tagged(line, sketch_tag(hash));
+	tagged = sketch_tagged(bucket, sketch_tag(hash));
 	if (!tagged)
 		return 0;
-	word = read_once(&line->word[sketch_first(tagged, hash)]);
+	word = read_once(&bucket->word[sketch_first(tagged, hash)]);
 	*known = word >> TIME_BITS == sketch_tag(hash);
 	return *known ? sketch_ahead(word, ask->now_ns) : 0;
 }
 
 /* Looks at one level. A word that changed hands between two reads counts as admitted: nothing is taken here. */
 EDGE_INLINE bool sketch_admits(const struct edge_control *world, struct sketch_ask *ask, __u32 level,
-			       const struct edge_limit *limit, const struct edge_line *line, __u64 hash)
+			       const struct edge_limit *limit, const struct edge_bucket *bucket, __u64 hash)
 {
 	__u64 tag = sketch_tag(hash), word, ahead;
-	sketch_slots tagged = sketch_tagged(line, tag);
+	sketch_slots tagged = sketch_tagged(bucket, tag);
 	bool known;
 
 	if (tagged) {
-		word = read_once(&line->word[sketch_first(tagged, hash)]);
+		word = read_once(&bucket->word[sketch_first(tagged, hash)]);
 		if (word >> TIME_BITS != tag)
 			return true;
 		ahead = sketch_ahead(word, ask->now_ns);
 	} else {
 		ahead = sketch_old_ahead(world, ask, level, &known);
-		if (!known && !sketch_idle(line, ask->now_ns)) {
+		if (!known && !sketch_idle(bucket, ask->now_ns)) {
 			ask->beyond_ns = ~0ull;
 			return false;
 		}
@@ -245,16 +245,16 @@ enum sketch_step { STEP_REFUSED, STEP_ADMITTED, STEP_AGAIN };
 
 /* Takes one at one level; STEP_AGAIN after a lost race. */
 EDGE_INLINE enum sketch_step sketch_step(const struct edge_control *world, const struct sketch_ask *ask, __u32 level,
-					 const struct edge_limit *limit, struct edge_line *line, __u64 hash)
+					 const struct edge_limit *limit, struct edge_bucket *bucket, __u64 hash)
 {
 	__u64 now_ns = ask->now_ns, tag = sketch_tag(hash), ahead, old, new;
-	sketch_slots tagged = sketch_tagged(line, tag), slots = tagged ? tagged : sketch_idle(line, now_ns);
+	sketch_slots tagged = sketch_tagged(bucket, tag), slots = tagged ? tagged : sketch_idle(bucket, now_ns);
 	bool known;
 	__u64 *word;
 
 	if (!slots)
 		return STEP_REFUSED;
-	word = &line->word[sketch_first(slots, hash)];
+	word = &bucket->word[sketch_first(slots, hash)];
 	old = read_once(word);
 	if (tagged) {
 		if (old >> TIME_BITS != tag)
@@ -273,10 +273,10 @@ EDGE_INLINE enum sketch_step sketch_step(const struct edge_control *world, const
 		return STEP_AGAIN;
 	if (tagged)
 		return STEP_ADMITTED;
-	tagged = sketch_tagged(line, tag);
+	tagged = sketch_tagged(bucket, tag);
 	if (!(tagged & (tagged - 1)))
 		return STEP_ADMITTED;
-	/* Another CPU began the same key elsewhere in the line: one of the two slots must not count. */
+	/* Another CPU began the same key elsewhere in the bucket: one of the two slots must not count. */
 	swap_once(word, new, 0);
 	return STEP_AGAIN;
 }
@@ -298,12 +298,12 @@ EDGE_INLINE const struct edge_limit *sketch_limit(const struct edge_config *conf
 	}
 }
 
-/* Whether the limits would admit the key at all its levels. Their lines are all touched first, so that they come from
+/* Whether the limits would admit the key at all its levels. Their buckets are all touched first, so that they come from
  * memory at the same time and not one after the other: with sources at random that is the greater part of the cost. */
 __noinline int sketch_look(struct sketch_ask *ask)
 {
 	const struct edge_control *world = edge_control_value();
-	struct edge_line *line[EDGE_LEVELS_MAX] = {};
+	struct edge_bucket *bucket[EDGE_LEVELS_MAX] = {};
 	__u64 hash[EDGE_LEVELS_MAX] = {};
 	const struct edge_config *config;
 	const struct edge_limit *limit;
@@ -318,17 +318,17 @@ __noinline int sketch_look(struct sketch_ask *ask)
 		if (level >= levels)
 			break;
 		hash[level] = sketch_hash(world, ask, world->limiter_active, level);
-		line[level] = sketch_line(hash[level], world->limiter_active);
-		if (!line[level])
+		bucket[level] = sketch_bucket(hash[level], world->limiter_active);
+		if (!bucket[level])
 			return false;
-		read_once(&line[level]->word[0]);
+		read_once(&bucket[level]->word[0]);
 	}
 #pragma unroll
 	for (__u32 level = 0; level < EDGE_LEVELS_MAX; level++) {
-		if (level >= levels || !line[level])
+		if (level >= levels || !bucket[level])
 			break;
 		limit = sketch_limit(config, ask->purpose, level);
-		if (limit->interval_ns && !sketch_admits(world, ask, level, limit, line[level], hash[level]))
+		if (limit->interval_ns && !sketch_admits(world, ask, level, limit, bucket[level], hash[level]))
 			return false;
 	}
 	return true;
@@ -339,7 +339,7 @@ __noinline int sketch_charge(struct sketch_ask *ask, __u32 level)
 {
 	const struct edge_control *world = edge_control_value();
 	const struct edge_limit *limit;
-	struct edge_line *line;
+	struct edge_bucket *bucket;
 	__u64 hash;
 
 	if (!ask || !world || level >= EDGE_LEVELS_MAX)
@@ -348,11 +348,11 @@ __noinline int sketch_charge(struct sketch_ask *ask, __u32 level)
 	if (!limit->interval_ns)
 		return true;
 	hash = sketch_hash(world, ask, world->limiter_active, level);
-	line = sketch_line(hash, world->limiter_active);
-	if (!line)
+	bucket = sketch_bucket(hash, world->limiter_active);
+	if (!bucket)
 		return false;
 	for (int try = 0; try < LIMIT_TRIES; try++) {
-		enum sketch_step step = sketch_step(world, ask, level, limit, line, hash);
+		enum sketch_step step = sketch_step(world, ask, level, limit, bucket, hash);
 
 		if (step != STEP_AGAIN)
 			return step == STEP_ADMITTED;

@@ -22,7 +22,7 @@
 /* Bytes 8 to 12 of a v4-mapped address, as they are loaded. */
 #define V4_MAPPED 0xffff0000u
 
-const volatile struct edge_sizes sizes SEC(".rodata.sizes") = { .limiter_lines = 1, .rules_max = 1, .shards = 1 };
+const volatile struct edge_sizes sizes SEC(".rodata.sizes") = { .limiter_buckets = 1, .rules_max = 1, .shards = 1 };
 
 enum edge_world { EDGE_LIVE, EDGE_TRACE, EDGE_TEST, EDGE_TRACEPOINT };
 

@@ -22,7 +22,7 @@ pub fn sizes() -> LoadOptions {
     LoadOptions {
         trie_nodes4: 128,
         trie_nodes6: 128,
-        limiter_lines: 256,
+        limiter_buckets: 256,
         rules_max: 64,
         peers_max: 16,
         sources_max: 64,

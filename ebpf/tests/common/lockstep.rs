@@ -7,11 +7,11 @@
 
 use etherparse::{NetSlice, SlicedPacket, TcpOptionElement, TransportSlice};
 use libbpf_rs::{MapCore as _, MapFlags};
-use millrace_edge::abi::{self, EdgeControl, EdgeDecision, EdgeFlow, EdgeLine, EdgeMock};
+use millrace_edge::abi::{self, EdgeControl, EdgeDecision, EdgeFlow, EdgeBucket, EdgeMock};
 use millrace_edge::load::{LoadOptions, Loaded, Program, Run};
 use millrace_edge::metrics::{self, Counters};
 use millrace_edge::publish::Publisher;
-use millrace_edge_policy::limiter::{Lines, Purpose, Sketch};
+use millrace_edge_policy::limiter::{Buckets, Purpose, Sketch};
 use millrace_edge_policy::model::{Cookie, Count, Flow, Model, World};
 use millrace_edge_policy::packet::Packet;
 use millrace_edge_policy::reason::Reason;
@@ -25,8 +25,8 @@ use std::sync::atomic::Ordering;
 use super::frames::{SEQUENCE, hex};
 use super::skip;
 
-/// Lines of one generation of the sketch: few, so that they fill up.
-const LINES: usize = 64;
+/// Buckets of one generation of the sketch: few, so that they fill up.
+const BUCKETS: usize = 64;
 const NODES: u32 = 512;
 const RULES: u32 = 64;
 
@@ -55,7 +55,7 @@ impl Lockstep {
         let options = LoadOptions {
             trie_nodes4: NODES,
             trie_nodes6: NODES,
-            limiter_lines: LINES as u32,
+            limiter_buckets: BUCKETS as u32,
             rules_max: RULES,
             ..LoadOptions::default()
         };
@@ -67,7 +67,7 @@ impl Lockstep {
         }
         Some(Self {
             loaded,
-            model: Model::new(LINES),
+            model: Model::new(BUCKETS),
             packets: 0,
             splits,
         })
@@ -138,9 +138,9 @@ impl Lockstep {
             return;
         };
         let limits = levels(set.settings.limits.source_tcp);
-        let charge = |lines: &dyn Lines| {
+        let charge = |buckets: &dyn Buckets| {
             let sketch = Sketch {
-                lines,
+                buckets,
                 seed: model.seed,
                 active: model.limiter_active,
                 old_until_ns: model.limiter_old_until_ns,
@@ -148,7 +148,7 @@ impl Lockstep {
             sketch.charge_source(source, Purpose::Tcp, &limits, now_ns)
         };
         let charged = charge(&self.loaded.maps().limiter);
-        assert_eq!(charged, charge(&model.lines), "a connection of {source}");
+        assert_eq!(charged, charge(&model.buckets), "a connection of {source}");
     }
 
     /// This host has sent, and may be answered.
@@ -253,14 +253,14 @@ impl Lockstep {
         self.audit_counters();
         self.audit_hits();
         let maps = self.loaded.maps();
-        for index in 0..self.model.lines.count() {
-            let words = |line: &[std::sync::atomic::AtomicU64; 8]| {
-                line.each_ref().map(|word| word.load(Ordering::Relaxed))
+        for index in 0..self.model.buckets.count() {
+            let words = |bucket: &[std::sync::atomic::AtomicU64; 8]| {
+                bucket.each_ref().map(|word| word.load(Ordering::Relaxed))
             };
             assert_eq!(
-                words(maps.limiter.line(index)),
-                words(self.model.lines.line(index)),
-                "line {index} of the sketch"
+                words(maps.limiter.bucket(index)),
+                words(self.model.buckets.bucket(index)),
+                "bucket {index} of the sketch"
             );
         }
         for (index, word) in self.model.budgets.iter().enumerate() {
@@ -290,15 +290,15 @@ impl Lockstep {
     /// Forgets everything that packets have left, but for counters and hits.
     pub fn renew(&mut self) {
         let maps = self.loaded.maps();
-        for index in 0..self.model.lines.count() {
-            let lines = [maps.limiter.line(index), self.model.lines.line(index)];
-            for word in lines.into_iter().flatten() {
+        for index in 0..self.model.buckets.count() {
+            let buckets = [maps.limiter.bucket(index), self.model.buckets.bucket(index)];
+            for word in buckets.into_iter().flatten() {
                 word.store(0, Ordering::Relaxed);
             }
         }
         for (index, word) in self.model.budgets.iter().enumerate() {
             word.store(0, Ordering::Relaxed);
-            maps.budgets.store(index, &EdgeLine::default());
+            maps.budgets.store(index, &EdgeBucket::default());
         }
         for source in std::mem::take(&mut self.model.quic_sources).into_keys() {
             maps.quic_sources().delete(source.bytes()).unwrap();
@@ -314,13 +314,13 @@ impl Lockstep {
     /// Both generations of the sketch are emptied but for the one in use; it changes to the other one, with a new seed.
     pub fn turn_sketch(&mut self, seed: Key, old_until_ns: u64) {
         let idle = self.model.limiter_active ^ 1;
-        let half = self.model.lines.count() / 2;
+        let half = self.model.buckets.count() / 2;
         for index in idle * half..(idle + 1) * half {
-            let lines = [
-                self.loaded.maps().limiter.line(index),
-                self.model.lines.line(index),
+            let buckets = [
+                self.loaded.maps().limiter.bucket(index),
+                self.model.buckets.bucket(index),
             ];
-            for word in lines.into_iter().flatten() {
+            for word in buckets.into_iter().flatten() {
                 word.store(0, Ordering::Relaxed);
             }
         }

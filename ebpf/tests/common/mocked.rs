@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use etherparse::PacketBuilder;
 use libbpf_rs::{MapCore as _, MapFlags};
-use millrace_edge::abi::{EdgeConfig, EdgeControl, EdgeLine, EdgeMock};
+use millrace_edge::abi::{EdgeConfig, EdgeControl, EdgeBucket, EdgeMock};
 use millrace_edge::load::{LoadOptions, Loaded, Program, Run};
 use millrace_edge::metrics::Counters;
 use millrace_edge::publish::Publisher;
@@ -97,7 +97,7 @@ impl Mocked {
         let maps = self.loaded.maps();
         for table in [&maps.limiter, &maps.budgets] {
             for index in 0..table.len() {
-                table.store(index, &EdgeLine { word: [0; 8] });
+                table.store(index, &EdgeBucket { word: [0; 8] });
             }
         }
     }

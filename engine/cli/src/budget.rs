@@ -15,8 +15,8 @@ const PROCESS_BYTES: ByteSize = ByteSize::mib(32);
 /// An admin client: hyper's buffers and the socket's.
 const ADMIN_BYTES: ByteSize = ByteSize::kib(768);
 
-/// A line of the limiter: eight sources.
-const LINE_BYTES: ByteSize = ByteSize(64);
+/// A bucket of the limiter: eight sources.
+const BUCKET_BYTES: ByteSize = ByteSize(64);
 
 /// A dense node of a trie, and the four sparse ones (64 bytes each) that there is room for with it.
 const TRIE_NODE_BYTES: ByteSize = ByteSize(1_024 + 4 * 64);
@@ -72,9 +72,9 @@ pub(crate) fn of(config: &NodeConfig, cpus: &[u64]) -> MemoryBudget {
 fn edge(config: &NodeConfig, budget: &mut MemoryBudget) {
     let edge = &config.edge;
     budget.add(
-        "admission: limiter lines",
-        LINE_BYTES,
-        edge.limiter_lines * 2,
+        "admission: limiter buckets",
+        BUCKET_BYTES,
+        edge.limiter_buckets * 2,
     );
     budget.add("admission: sources", SOURCE_BYTES, edge.sources_max);
     if edge.interfaces.is_empty() {
@@ -82,7 +82,7 @@ fn edge(config: &NodeConfig, budget: &mut MemoryBudget) {
     }
     // IPv4 and IPv6.
     budget.add("edge: trie nodes", TRIE_NODE_BYTES, edge.trie_nodes_max * 4);
-    budget.add("edge: limiter lines", LINE_BYTES, edge.limiter_lines * 2);
+    budget.add("edge: limiter buckets", BUCKET_BYTES, edge.limiter_buckets * 2);
     // QUIC and TCP, and the answers that scope `host` waits for.
     budget.add(
         "edge: sources and flows",

@@ -193,12 +193,12 @@ fn a_running_node_goes_on_from_what_was_applied() {
         &format!("tcp_ports = [{PORT}]"),
         &format!("tcp_ports = [{PORT}, 8443]"),
     );
-    edit(&site, "limiter_lines = 1024", "limiter_lines = 2048");
+    edit(&site, "limiter_buckets = 1024", "limiter_buckets = 2048");
     edit(&site, "lease = \"500ms\"", "lease = \"600ms\"");
     let applied = site.json("apply", &["--mode", "enforce"]);
     assert_eq!(
         applied["left_alone"],
-        serde_json::json!(["limiter_lines", "lease"])
+        serde_json::json!(["limiter_buckets", "lease"])
     );
     let in_force = |site: &Site| {
         let status = site.status();

@@ -483,7 +483,7 @@ fn default_admission(config: &TransportConfig, clock: &Clock) -> Admission {
         caps: Caps { quic: 0, tcp: 0 },
         half_open_source_max: 0,
         half_open_peer_max: 0,
-        sketch_lines: 1 << 12,
+        sketch_buckets: 1 << 12,
         ..AdmissionConfig::default()
     }
     .with_handshakes(config.handshakes_max);

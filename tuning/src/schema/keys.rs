@@ -682,10 +682,10 @@ pub(super) static SECTIONS: &[Section] = &[
             ),
             field!(
                 NodeConfig,
-                "limiter_lines",
-                edge.limiter_lines,
+                "limiter_buckets",
+                edge.limiter_buckets,
                 integer(1_024, 1 << 20),
-                "Lines of one generation of the limiter: 64 bytes for eight sources, two generations. A power of two."
+                "Buckets of one generation of the limiter: 64 bytes for eight sources, two generations. A power of two."
             ),
             field!(
                 NodeConfig,

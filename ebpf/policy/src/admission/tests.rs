@@ -30,7 +30,7 @@ fn config() -> AdmissionConfig {
         // Bounds of their own are tested in a place of their own.
         half_open_source_max: 0,
         half_open_peer_max: 0,
-        sketch_lines: 1 << 8,
+        sketch_buckets: 1 << 8,
     }
 }
 

@@ -1,6 +1,6 @@
 //! When a sketch changes its generation, and to what.
 //!
-//! A new seed now and then keeps a sender who found sources that share a line from profiting for long. Whoever owns the sketch
+//! A new seed now and then keeps a sender who found sources that share a bucket from profiting for long. Whoever owns the sketch
 //! asks on every tick; a turn costs one pass over the idle generation.
 //!
 //! 1. The generation that is left counts until everything in it is past.

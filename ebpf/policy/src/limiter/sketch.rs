@@ -1,11 +1,11 @@
 //! A budget for every source, in memory of a fixed size.
 //!
-//! A key has one line of eight words, found by a keyed hash that no sender can predict; a word carries 16 bits of that hash
-//! beside its time. Lines come in two generations: a charge goes to the active one, and the other one still counts until all that it
+//! A key has one bucket of eight words, found by a keyed hash that no sender can predict; a word carries 16 bits of that hash
+//! beside its time. Buckets come in two generations: a charge goes to the active one, and the other one still counts until all that it
 //! holds is past, so that new seeds forget nobody.
 //!
 //! 1. A key has at most one word in a generation: of two that were placed in one moment, one is given back.
-//! 2. A line with eight busy words refuses new keys.
+//! 2. A bucket with eight busy words refuses new keys.
 //! 3. Nothing is read or written for [`Limit::NONE`].
 //! 4. A `now_ns` may be a little late, as it is with several threads; after 9 hours a word's time would seem past.
 
@@ -17,7 +17,7 @@ use super::{Limit, REACH_MAX_NS, TRIES};
 use crate::siphash::Key;
 use crate::source::{LEVELS_MAX, Source};
 
-/// Words of a line.
+/// Words of a bucket.
 pub const SLOTS: usize = 8;
 
 const TAG_SHIFT: u32 = 48;
@@ -39,51 +39,51 @@ pub enum Purpose {
     ConnectionId = 5,
 }
 
-/// Where the lines of a sketch are: in this process, or in a map that the kernel shares.
-pub trait Lines {
-    /// Lines of both generations together: twice a power of two.
+/// Where the buckets of a sketch are: in this process, or in a map that the kernel shares.
+pub trait Buckets {
+    /// Buckets of both generations together: twice a power of two.
     fn count(&self) -> usize;
-    /// One line. Panics past the last.
-    fn line(&self, index: usize) -> &[AtomicU64; SLOTS];
+    /// One bucket. Panics past the last.
+    fn bucket(&self, index: usize) -> &[AtomicU64; SLOTS];
 }
 
-/// One line, on a cache line of its own. Laid out as `struct edge_line`.
+/// One bucket, on a cache line of its own. Laid out as `struct edge_bucket`.
 #[derive(Debug, Default)]
 #[repr(C, align(64))]
-pub struct Line([AtomicU64; SLOTS]);
+pub struct Bucket([AtomicU64; SLOTS]);
 
-/// Lines in this process's own memory.
-pub struct OwnedLines(Box<[Line]>);
+/// Buckets in this process's own memory.
+pub struct OwnedBuckets(Box<[Bucket]>);
 
-impl OwnedLines {
-    /// Two generations of `lines` empty lines each, rounded up to a power of two: 128 bytes for each.
-    pub fn new(lines: usize) -> Self {
-        let count = lines.max(1).next_power_of_two() * 2;
-        Self((0..count).map(|_| Line::default()).collect())
+impl OwnedBuckets {
+    /// Two generations of `buckets` empty buckets each, rounded up to a power of two: 128 bytes for each.
+    pub fn new(buckets: usize) -> Self {
+        let count = buckets.max(1).next_power_of_two() * 2;
+        Self((0..count).map(|_| Bucket::default()).collect())
     }
 }
 
-impl fmt::Debug for OwnedLines {
+impl fmt::Debug for OwnedBuckets {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "OwnedLines({})", self.0.len())
+        write!(f, "OwnedBuckets({})", self.0.len())
     }
 }
 
-impl Lines for OwnedLines {
+impl Buckets for OwnedBuckets {
     fn count(&self) -> usize {
         self.0.len()
     }
 
-    fn line(&self, index: usize) -> &[AtomicU64; SLOTS] {
+    fn bucket(&self, index: usize) -> &[AtomicU64; SLOTS] {
         &self.0[index].0
     }
 }
 
-/// The lines, and how they are to be read at the moment. Cheap to make for every use.
+/// The buckets, and how they are to be read at the moment. Cheap to make for every use.
 #[derive(Debug)]
-pub struct Sketch<'l, L: Lines + ?Sized> {
+pub struct Sketch<'l, L: Buckets + ?Sized> {
     /// Both generations.
-    pub lines: &'l L,
+    pub buckets: &'l L,
     /// Seed of each generation.
     pub seed: [Key; 2],
     /// Generation that is charged: 0 or 1.
@@ -94,14 +94,14 @@ pub struct Sketch<'l, L: Lines + ?Sized> {
 
 /// Where a key belongs in one generation.
 struct Place<'l> {
-    line: &'l [AtomicU64; SLOTS],
+    bucket: &'l [AtomicU64; SLOTS],
     /// 1 to 65,535.
     tag: u64,
     /// Slot that is visited first.
     first: usize,
 }
 
-/// What a line says of a key.
+/// What a bucket says of a key.
 struct Sight {
     /// Slot and word with the key's tag.
     own: Option<(usize, u64)>,
@@ -112,13 +112,13 @@ struct Sight {
 /// A look that did not refuse: how far ahead the key is, and which slot its word goes to.
 struct Standing {
     ahead_ns: u64,
-    /// Slot and present word; none if the line has no room.
+    /// Slot and present word; none if the bucket has no room.
     slot: Option<(usize, u64)>,
     /// The slot was another key's, or empty.
     fresh: bool,
 }
 
-impl<L: Lines + ?Sized> Sketch<'_, L> {
+impl<L: Buckets + ?Sized> Sketch<'_, L> {
     /// Whether `words` have something left of `limit`; takes nothing.
     pub fn look(
         &self,
@@ -210,22 +210,22 @@ impl<L: Lines + ?Sized> Sketch<'_, L> {
 
     /// Empties the generation that is not charged: needed before it becomes the active one.
     pub fn clear_idle(&self) {
-        let half = self.lines.count() / 2;
+        let half = self.buckets.count() / 2;
         let idle = self.active ^ 1;
         for index in idle * half..(idle + 1) * half {
-            for word in self.lines.line(index) {
+            for word in self.buckets.bucket(index) {
                 word.store(0, Ordering::Relaxed);
             }
         }
     }
 
     fn place(&self, generation: usize, key: &[u64; 3]) -> Place<'_> {
-        let half = self.lines.count() / 2;
+        let half = self.buckets.count() / 2;
         let [a, b, kind] = *key;
         let hash = mix(self.seed[generation], a, b, kind);
         let index = generation * half + (hash as usize & (half - 1));
         Place {
-            line: self.lines.line(index),
+            bucket: self.buckets.bucket(index),
             tag: (hash >> TAG_SHIFT).max(1),
             first: (hash >> 40) as usize % SLOTS,
         }
@@ -276,7 +276,7 @@ impl Place<'_> {
     fn see(&self, now_ns: u64) -> Sight {
         let mut idle = None;
         for slot in self.visit() {
-            let word = self.line[slot].load(Ordering::SeqCst);
+            let word = self.bucket[slot].load(Ordering::SeqCst);
             if word >> TAG_SHIFT == self.tag {
                 return Sight {
                     own: Some((slot, word)),
@@ -297,7 +297,7 @@ impl Place<'_> {
 
     fn replace(&self, slot: usize, present: u64, next: u64) -> bool {
         // Sequentially consistent, like the kernel's: of two that place the same key in two slots, at least one must see the other.
-        self.line[slot]
+        self.bucket[slot]
             .compare_exchange(present, next, Ordering::SeqCst, Ordering::SeqCst)
             .is_ok()
     }
@@ -305,7 +305,7 @@ impl Place<'_> {
     /// Gives a fresh slot back if the key got a second one at the same time; true: it is the only one.
     fn keep_only_one(&self, slot: usize, word: u64) -> bool {
         let alone = self.visit().all(|other| {
-            other == slot || self.line[other].load(Ordering::SeqCst) >> TAG_SHIFT != self.tag
+            other == slot || self.bucket[other].load(Ordering::SeqCst) >> TAG_SHIFT != self.tag
         });
         if !alone {
             // Fails if somebody charged it meanwhile: then the charge that is not admitted here stays paid.

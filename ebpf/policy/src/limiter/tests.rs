@@ -36,10 +36,10 @@ fn allowance(limit: Limit, elapsed_ns: u64) -> u64 {
     limit.burst() + elapsed_ns / limit.interval_ns
 }
 
-fn sketch(lines: &OwnedLines) -> Sketch<'_, OwnedLines> {
+fn sketch(buckets: &OwnedBuckets) -> Sketch<'_, OwnedBuckets> {
     let seed = [Key { k0: 11, k1: 12 }, Key { k0: 13, k1: 14 }];
     Sketch {
-        lines,
+        buckets,
         seed,
         active: 0,
         old_until_ns: 0,

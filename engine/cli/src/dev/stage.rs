@@ -172,7 +172,7 @@ impl Stage {
             sizes: LoadOptions {
                 trie_nodes4: 64,
                 trie_nodes6: 64,
-                limiter_lines: 64,
+                limiter_buckets: 64,
                 rules_max: 1,
                 peers_max: 1,
                 sources_max: 1,

@@ -35,7 +35,7 @@ const OF_SETS: [&str; 16] = [
 const OF_PROGRAMS: [&str; 6] = [
     "xdp",
     "trie_nodes_max",
-    "limiter_lines",
+    "limiter_buckets",
     "rules_max",
     "peers_max",
     "sources_max",
@@ -194,7 +194,7 @@ mod tests {
         );
         assert_eq!(both.edge.roles, ["a\"b", "c"]);
         assert_eq!(both.edge.tcp_ports, [80, 443]);
-        assert_eq!((both.edge.quic_burst, both.edge.limiter_lines), (7, 2048));
+        assert_eq!((both.edge.quic_burst, both.edge.limiter_buckets), (7, 2048));
         assert_eq!(both.edge.lease, two.edge.lease);
         assert_eq!(Applied::of(&both, 4100), applied);
         let differs = applied.differs_in(&Applied::of(&two, 4100));
@@ -216,6 +216,6 @@ mod tests {
             .into_iter()
             .map(|(key, _)| key)
             .collect();
-        assert_eq!(named, ["interfaces", "limiter_lines", "lease"]);
+        assert_eq!(named, ["interfaces", "limiter_buckets", "lease"]);
     }
 }

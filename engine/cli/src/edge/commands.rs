@@ -419,7 +419,7 @@ pub(crate) fn attach_options(config: &NodeConfig) -> AttachOptions {
         sizes: LoadOptions {
             trie_nodes4: plan::to_u32(edge.trie_nodes_max),
             trie_nodes6: plan::to_u32(edge.trie_nodes_max),
-            limiter_lines: plan::to_u32(edge.limiter_lines),
+            limiter_buckets: plan::to_u32(edge.limiter_buckets),
             rules_max: plan::to_u32(edge.rules_max),
             peers_max: plan::to_u32(edge.peers_max),
             sources_max: plan::to_u32(edge.sources_max),

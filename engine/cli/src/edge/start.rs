@@ -174,7 +174,7 @@ fn admission(config: &NodeConfig, settings: &Settings) -> Result<Admission, Fail
         sources_max: plan::to_usize(config.edge.sources_max),
         half_open_source_max: plan::to_u32(config.edge.quic_half_open_max),
         half_open_peer_max: plan::to_u32(config.edge.peer_half_open_max),
-        sketch_lines: plan::to_usize(config.edge.limiter_lines),
+        sketch_buckets: plan::to_usize(config.edge.limiter_buckets),
         ..AdmissionConfig::default()
     }
     .with_handshakes(plan::to_usize(config.transport.handshakes_max));

@@ -122,7 +122,7 @@ pub fn sizes() -> LoadOptions {
     LoadOptions {
         trie_nodes4: 64,
         trie_nodes6: 64,
-        limiter_lines: 1_024,
+        limiter_buckets: 1_024,
         rules_max: 16,
         peers_max: 16,
         sources_max: 64,

@@ -180,7 +180,7 @@ fn admission(limits: Limits) -> Admission {
         limits,
         half_open_source_max: 4,
         half_open_peer_max: 3,
-        sketch_lines: 1 << 8,
+        sketch_buckets: 1 << 8,
         ..AdmissionConfig::default()
     };
     let mut number = 0u128;

@@ -48,7 +48,7 @@ fn worst_share(keys: &[[u64; 2]], bits: impl Iterator<Item = usize>) -> f64 {
     worst
 }
 
-// Protects the lines from senders who try neighbours of an address: each is as good as any.
+// Protects the buckets from senders who try neighbours of an address: each is as good as any.
 #[test]
 fn every_bit_of_an_address_changes_half_of_the_hash() {
     const KEYS: u32 = 4_096;
@@ -65,23 +65,23 @@ fn every_bit_of_an_address_changes_half_of_the_hash() {
     assert!(worst < 0.1, "IPv6: {worst}");
 }
 
-/// Keys on each of 1,024 lines against an even spread: chi squared over its degrees of freedom; 1 for keys at random.
+/// Keys on each of 1,024 buckets against an even spread: chi squared over its degrees of freedom; 1 for keys at random.
 fn unevenness(hashes: impl Iterator<Item = u64>) -> f64 {
-    const LINES: usize = 1_024;
-    let mut lines = [0_u32; LINES];
+    const BUCKETS: usize = 1_024;
+    let mut buckets = [0_u32; BUCKETS];
     let mut keys = 0;
     for hash in hashes {
-        lines[hash as usize % LINES] += 1;
+        buckets[hash as usize % BUCKETS] += 1;
         keys += 1;
     }
-    let even = f64::from(keys) / LINES as f64;
-    let squares = lines
+    let even = f64::from(keys) / BUCKETS as f64;
+    let squares = buckets
         .iter()
         .map(|&count| (f64::from(count) - even).powi(2) / even);
-    squares.sum::<f64>() / (LINES - 1) as f64
+    squares.sum::<f64>() / (BUCKETS - 1) as f64
 }
 
-// Protects innocents beside a botnet of neighbours: a walk through a prefix fills all lines alike.
+// Protects innocents beside a botnet of neighbours: a walk through a prefix fills all buckets alike.
 #[test]
 fn addresses_in_a_row_spread_over_the_lines() {
     const KEYS: u32 = 1 << 16;
@@ -110,7 +110,7 @@ fn addresses_in_a_row_spread_over_the_lines() {
         for (name, level, address) in walks {
             let hashes = || (0..KEYS).map(|number| hash_of(seed, address(number), level));
             // Six standard deviations of keys at random are 0.27 here.
-            for (part, shift) in [("lines", 0), ("slots", 32), ("tags", 48)] {
+            for (part, shift) in [("buckets", 0), ("slots", 32), ("tags", 48)] {
                 let spread = unevenness(hashes().map(|hash| hash >> shift));
                 assert!(spread < 1.27, "{name}, {part}: {spread}");
             }
@@ -119,7 +119,7 @@ fn addresses_in_a_row_spread_over_the_lines() {
 }
 
 proptest! {
-    // Protects the promise that only the bits which are kept, line and tag, make keys share a word.
+    // Protects the promise that only the bits which are kept, bucket and tag, make keys share a word.
     #[test]
     fn keys_that_differ_in_one_word_differ(k0: u64, k1: u64, a: u64, b: u64, other: u64) {
         let seed = Key { k0, k1 };

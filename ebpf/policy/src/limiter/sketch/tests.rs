@@ -11,9 +11,9 @@ const LIMIT: Limit = Limit {
 };
 const NOW: u64 = 1_000_000;
 
-fn sketch(lines: &OwnedLines) -> Sketch<'_, OwnedLines> {
+fn sketch(buckets: &OwnedBuckets) -> Sketch<'_, OwnedBuckets> {
     Sketch {
-        lines,
+        buckets,
         seed: SEED,
         active: 0,
         old_until_ns: 0,
@@ -29,30 +29,30 @@ fn busy_word(tag: u64, until_ns: u64) -> u64 {
     tag << 48 | until_ns & TIME_MASK
 }
 
-/// Fills every slot of a line with busy words of other keys.
-fn fill(line: &[AtomicU64; SLOTS], but: u64) {
-    for (slot, word) in line.iter().enumerate() {
+/// Fills every slot of a bucket with busy words of other keys.
+fn fill(bucket: &[AtomicU64; SLOTS], but: u64) {
+    for (slot, word) in bucket.iter().enumerate() {
         let tag = (but + 1 + slot as u64) % 0xffff + 1;
         word.store(busy_word(tag, NOW + 100), Ordering::Relaxed);
     }
 }
 
-fn words(line: &[AtomicU64; SLOTS]) -> [u64; SLOTS] {
-    std::array::from_fn(|slot| line[slot].load(Ordering::Relaxed))
+fn words(bucket: &[AtomicU64; SLOTS]) -> [u64; SLOTS] {
+    std::array::from_fn(|slot| bucket[slot].load(Ordering::Relaxed))
 }
 
 #[test]
 fn a_charge_writes_the_specified_word() {
-    let lines = OwnedLines::new(1 << 6);
-    assert_eq!(lines.count(), 1 << 7);
-    let sketch = sketch(&lines);
+    let buckets = OwnedBuckets::new(1 << 6);
+    assert_eq!(buckets.count(), 1 << 7);
+    let sketch = sketch(&buckets);
     for (purpose, level) in [
         (Purpose::Quic, 0),
         (Purpose::Tcp, 2),
         (Purpose::ConnectionId, 0),
     ] {
         let hash = hash(0, KEY, purpose, level as u64);
-        let word = &lines.line(hash as usize % 64)[(hash >> 40) as usize & 7];
+        let word = &buckets.bucket(hash as usize % 64)[(hash >> 40) as usize & 7];
         assert!(sketch.charge(KEY, purpose, level, LIMIT, NOW));
         assert_eq!(
             word.load(Ordering::Relaxed),
@@ -68,29 +68,29 @@ fn a_charge_writes_the_specified_word() {
 
 #[test]
 fn a_look_writes_nothing() {
-    let lines = OwnedLines::new(1);
-    let sketch = sketch(&lines);
+    let buckets = OwnedBuckets::new(1);
+    let sketch = sketch(&buckets);
     assert!(sketch.look(KEY, Purpose::Quic, 0, LIMIT, NOW));
-    assert_eq!(words(lines.line(0)), [0; SLOTS]);
+    assert_eq!(words(buckets.bucket(0)), [0; SLOTS]);
 }
 
 #[test]
 fn no_limit_touches_nothing() {
-    let lines = OwnedLines::new(1);
-    let sketch = sketch(&lines);
-    fill(lines.line(0), 0);
-    let before = words(lines.line(0));
+    let buckets = OwnedBuckets::new(1);
+    let sketch = sketch(&buckets);
+    fill(buckets.bucket(0), 0);
+    let before = words(buckets.bucket(0));
     assert!(sketch.look(KEY, Purpose::Quic, 0, Limit::NONE, NOW));
     assert!(sketch.charge(KEY, Purpose::Quic, 0, Limit::NONE, NOW));
-    assert_eq!(words(lines.line(0)), before);
+    assert_eq!(words(buckets.bucket(0)), before);
 }
 
 // Protects against failing open: the reference's set lets everybody pass when it is full.
 #[test]
 fn a_full_line_refuses_new_keys() {
-    let lines = OwnedLines::new(1);
-    let sketch = sketch(&lines);
-    fill(lines.line(0), hash(0, KEY, Purpose::Quic, 0) >> 48);
+    let buckets = OwnedBuckets::new(1);
+    let sketch = sketch(&buckets);
+    fill(buckets.bucket(0), hash(0, KEY, Purpose::Quic, 0) >> 48);
     assert!(!sketch.look(KEY, Purpose::Quic, 0, LIMIT, NOW));
     assert!(!sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW));
     // Once its keys are idle, their slots are anybody's.
@@ -100,17 +100,17 @@ fn a_full_line_refuses_new_keys() {
 
 #[test]
 fn slots_are_visited_from_the_hash_on() {
-    let lines = OwnedLines::new(1);
-    let sketch = sketch(&lines);
+    let buckets = OwnedBuckets::new(1);
+    let sketch = sketch(&buckets);
     let hash = hash(0, KEY, Purpose::Quic, 0);
     let (tag, first) = (hash >> 48, (hash >> 40) as usize & 7);
-    fill(lines.line(0), tag);
-    let last = &lines.line(0)[(first + 7) % 8];
+    fill(buckets.bucket(0), tag);
+    let last = &buckets.bucket(0)[(first + 7) % 8];
     last.store(0, Ordering::Relaxed);
     assert!(sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW));
     assert_eq!(last.load(Ordering::Relaxed), busy_word(tag, NOW + 10));
     // An idle slot before it does not draw the key away from the word that it has.
-    lines.line(0)[first].store(0, Ordering::Relaxed);
+    buckets.bucket(0)[first].store(0, Ordering::Relaxed);
     assert!(sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW));
     assert_eq!(last.load(Ordering::Relaxed), busy_word(tag, NOW + 20));
 }
@@ -118,8 +118,8 @@ fn slots_are_visited_from_the_hash_on() {
 #[test]
 fn time_wraps_at_48_bits() {
     for now_ns in [(1 << 48) - 5, (1 << 48) - 1, 3 << 48, (9 << 48) - 10] {
-        let lines = OwnedLines::new(1);
-        let sketch = sketch(&lines);
+        let buckets = OwnedBuckets::new(1);
+        let sketch = sketch(&buckets);
         for expected in [true, true, true, false] {
             assert_eq!(
                 sketch.charge(KEY, Purpose::Quic, 0, LIMIT, now_ns),
@@ -142,11 +142,11 @@ fn a_word_that_its_limit_cannot_have_written_counts_as_a_spent_burst() {
     let now_ns = 1 << 50;
     let reach_ns = LIMIT.reach_ns() + CLOCK_SLACK_NS;
     for (ahead_ns, admits) in [(reach_ns, false), (reach_ns + 1, true), (1 << 46, true)] {
-        let lines = OwnedLines::new(1);
-        let sketch = sketch(&lines);
+        let buckets = OwnedBuckets::new(1);
+        let sketch = sketch(&buckets);
         assert!(sketch.charge(KEY, Purpose::Quic, 0, FOREVER, now_ns));
-        let word = lines
-            .line(0)
+        let word = buckets
+            .bucket(0)
             .iter()
             .find(|word| word.load(Ordering::Relaxed) != 0);
         let tag = word.unwrap().load(Ordering::Relaxed) >> TAG_SHIFT;
@@ -205,8 +205,8 @@ fn words_are_busy_within_their_reach() {
 
 #[test]
 fn the_generation_that_is_left_counts_for_a_while() {
-    let lines = OwnedLines::new(1);
-    let mut sketch = sketch(&lines);
+    let buckets = OwnedBuckets::new(1);
+    let mut sketch = sketch(&buckets);
     while sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW) {}
     sketch.active = 1;
     assert!(
@@ -219,45 +219,49 @@ fn the_generation_that_is_left_counts_for_a_while() {
     // The first charge carries what the key still owes into the active generation.
     assert!(sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW + 10));
     let hash = hash(1, KEY, Purpose::Quic, 0);
-    let word = lines.line(1)[(hash >> 40) as usize & 7].load(Ordering::Relaxed);
+    let word = buckets.bucket(1)[(hash >> 40) as usize & 7].load(Ordering::Relaxed);
     assert_eq!(word, busy_word(hash >> 48, NOW + 40));
     assert!(!sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW + 10));
 }
 
 #[test]
 fn only_the_idle_generation_is_cleared() {
-    let lines = OwnedLines::new(4);
-    let mut sketch = sketch(&lines);
-    (0..lines.count()).for_each(|index| fill(lines.line(index), 0));
+    let buckets = OwnedBuckets::new(4);
+    let mut sketch = sketch(&buckets);
+    (0..buckets.count()).for_each(|index| fill(buckets.bucket(index), 0));
     sketch.active = 1;
     sketch.clear_idle();
     for index in 0..4 {
-        assert_eq!(words(lines.line(index)), [0; SLOTS]);
-        assert!(words(lines.line(4 + index)).iter().all(|&word| word != 0));
+        assert_eq!(words(buckets.bucket(index)), [0; SLOTS]);
+        assert!(
+            words(buckets.bucket(4 + index))
+                .iter()
+                .all(|&word| word != 0)
+        );
     }
 }
 
 // The interleaving step by step: two threads see no word of the key; they place it in different slots.
 #[test]
 fn a_key_placed_twice_is_given_back() {
-    let lines = OwnedLines::new(1);
-    let sketch = sketch(&lines);
+    let buckets = OwnedBuckets::new(1);
+    let sketch = sketch(&buckets);
     let place = sketch.place(0, &key_words(KEY, Purpose::Quic, 0));
     let (slot, present) = place.see(NOW).idle.unwrap();
     let theirs = busy_word(place.tag, NOW + 10);
-    let other = &lines.line(0)[(slot + 3) % SLOTS];
+    let other = &buckets.bucket(0)[(slot + 3) % SLOTS];
     other.store(theirs, Ordering::Relaxed);
 
     assert!(place.replace(slot, present, theirs + 1));
     assert!(!place.keep_only_one(slot, theirs + 1));
-    assert_eq!(lines.line(0)[slot].load(Ordering::Relaxed), 0);
+    assert_eq!(buckets.bucket(0)[slot].load(Ordering::Relaxed), 0);
     assert_eq!(other.load(Ordering::Relaxed), theirs);
 }
 
 #[test]
 fn a_source_pays_at_all_its_levels() {
-    let lines = OwnedLines::new(1 << 8);
-    let sketch = sketch(&lines);
+    let buckets = OwnedBuckets::new(1 << 8);
+    let sketch = sketch(&buckets);
     let limits = [LIMIT, LIMIT.scaled(2), LIMIT.scaled(4)];
     let source = |last: u16| Source::of(format!("2001:db8:0:{last:x}::1").parse().unwrap());
     let admitted = |source| {

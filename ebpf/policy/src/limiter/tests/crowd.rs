@@ -18,8 +18,8 @@ fn busy_sources_hardly_ever_limit_innocent_ones() {
     const BUSY: u32 = 16_000;
     const INNOCENT: u32 = 1_000_000;
     let now_ns = 1_000_000_000_000;
-    let lines = OwnedLines::new(1 << 16);
-    let sketch = sketch(&lines);
+    let buckets = OwnedBuckets::new(1 << 16);
+    let sketch = sketch(&buckets);
     let limit = Limit::per(1_000, MINUTE, 10);
     let limits = [limit, limit.scaled(4), limit.scaled(16)];
     for number in 0..BUSY {

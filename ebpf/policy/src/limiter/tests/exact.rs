@@ -26,8 +26,8 @@ fn admits_burst_and_rate() {
         });
         assert_eq!(by_word, allowance(limit, elapsed_ns), "{limit:?}");
 
-        let lines = OwnedLines::new(16);
-        let sketch = sketch(&lines);
+        let buckets = OwnedBuckets::new(16);
+        let sketch = sketch(&buckets);
         let by_sketch = admitted(limit, elapsed_ns, |now_ns| {
             let look = sketch.look([1, 2], Purpose::Quic, 0, limit, now_ns);
             let charge = sketch.charge([1, 2], Purpose::Quic, 0, limit, now_ns);

@@ -60,9 +60,9 @@ proptest! {
     ) {
         let limits: Vec<_> = limits().collect();
         let limit = limits[choice % limits.len()];
-        let lines = OwnedLines::new(1 << 10);
+        let buckets = OwnedBuckets::new(1 << 10);
         let seed = seeds.map(Key::from_bytes);
-        let mut sketch = Sketch { lines: &lines, seed, active: 0, old_until_ns: 0 };
+        let mut sketch = Sketch { buckets: &buckets, seed, active: 0, old_until_ns: 0 };
         let mut rotation = Rotation::new(0, [limit], start_ns);
         let mut oracle = Oracle::default();
         let mut now_ns = start_ns;
@@ -86,7 +86,7 @@ proptest! {
 }
 
 /// What the owner of a sketch does as soon as a turn is due.
-fn turn(sketch: &mut Sketch<'_, OwnedLines>, rotation: &mut Rotation, random: [u8; 16]) {
+fn turn(sketch: &mut Sketch<'_, OwnedBuckets>, rotation: &mut Rotation, random: [u8; 16]) {
     sketch.clear_idle();
     let switch = rotation.turn(rotation.due_at_ns(), random).unwrap();
     sketch.seed[switch.active] = switch.seed;

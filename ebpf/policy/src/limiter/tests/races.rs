@@ -83,8 +83,8 @@ fn two_threads_get_no_more_than_one() {
             "word, {limit:?}: {admitted}"
         );
 
-        let lines = OwnedLines::new(1);
-        let sketch = sketch(&lines);
+        let buckets = OwnedBuckets::new(1);
+        let sketch = sketch(&buckets);
         let (admitted, elapsed_ns) = running_free(limit, |now_ns| {
             sketch.charge([1, 2], Purpose::Quic, 0, limit, now_ns)
         });
@@ -105,8 +105,8 @@ fn two_threads_in_step_get_what_one_would() {
         });
         assert_eq!(admitted, allowed_in_step(limit), "word, {limit:?}");
 
-        let lines = OwnedLines::new(1);
-        let sketch = sketch(&lines);
+        let buckets = OwnedBuckets::new(1);
+        let sketch = sketch(&buckets);
         let admitted = in_step(limit, |_, now_ns, barrier| {
             barrier.wait();
             sketch.charge([1, 2], Purpose::Quic, 0, limit, now_ns)
@@ -119,8 +119,8 @@ fn two_threads_in_step_get_what_one_would() {
 #[test]
 fn two_threads_place_a_key_once() {
     let limit = Limit::per(1, HOUR, 1);
-    let lines = OwnedLines::new(1 << 12);
-    let sketch = sketch(&lines);
+    let buckets = OwnedBuckets::new(1 << 12);
+    let sketch = sketch(&buckets);
     let barrier = Barrier::new(2);
     let offer = || -> Vec<bool> {
         (0..2_000)
