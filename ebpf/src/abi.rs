@@ -280,7 +280,7 @@ pub struct EdgeDecision {
     pub now_ns: u64,
 }
 
-/// `edge_mock`: what `edge_test` takes for the world.
+/// `edge_mock`: what `edge_test` takes for its environment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct EdgeMock {

@@ -127,7 +127,7 @@ pub enum Program {
     Edge,
     /// XDP: says what `Edge` would do and changes nothing.
     EdgeTrace,
-    /// XDP: does what `Edge` does, in a world that the caller makes up.
+    /// XDP: does what `Edge` does, in an environment that the caller makes up.
     EdgeTest,
     /// tcx ingress: turns stamps into marks.
     Stamp,

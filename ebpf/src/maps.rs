@@ -353,7 +353,7 @@ pub struct Maps {
     pub sampling: Table<EdgeSampling>,
     /// What `edge_trace` and `edge_test` decided last: one value.
     pub decision: Table<EdgeDecision>,
-    /// The world of `edge_test`: one value.
+    /// The environment of `edge_test`: one value.
     pub mock: Table<EdgeMock>,
 }
 

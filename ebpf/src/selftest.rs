@@ -362,14 +362,14 @@ mod tests {
     use crate::load::EDGE_HERE;
     use crate::pins::{Kind as Pinned, Pins};
     use libbpf_rs::ProgramHandle;
-    use millrace_edge_policy::model::{Cookie, Model, World};
+    use millrace_edge_policy::model::{Cookie, Environment, Model};
 
     // Protects the fixtures: what they expect is what the specification says.
     #[test]
     fn the_model_decides_the_same() {
         let mut model = Model::new(64);
         model.publish(set().unwrap());
-        let world = World {
+        let environment = Environment {
             now_ns: MOCK.now_ns,
             cookie: Cookie::None,
             meets_listener: false,
@@ -378,7 +378,7 @@ mod tests {
         for (stress, fixtures) in [(0, FIXTURES.as_slice()), (STRESS, &UNDER_STRESS)] {
             (model.stress, model.lease_until_ns) = (stress, u64::MAX);
             for fixture in fixtures {
-                let decision = model.decide(&fixture.frame(), world);
+                let decision = model.decide(&fixture.frame(), environment);
                 assert_eq!(decision.reason, fixture.expected, "{}", fixture.name);
                 assert_eq!(
                     decision.action,

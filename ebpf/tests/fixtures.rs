@@ -29,16 +29,16 @@ mod quic;
 mod skip;
 #[path = "fixtures/tcp.rs"]
 mod tcp;
+#[path = "fixtures/testbed.rs"]
+mod testbed;
 #[path = "fixtures/tokens.rs"]
 mod tokens;
 #[path = "fixtures/transport.rs"]
 mod transport;
-#[path = "fixtures/world.rs"]
-mod world;
 
 use lockstep::Lockstep;
 use std::collections::BTreeSet;
-use world::{Fixture, Set};
+use testbed::{Fixture, Set};
 
 fn fixtures() -> Vec<Fixture> {
     [

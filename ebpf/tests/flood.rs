@@ -191,7 +191,7 @@ impl Wire {
 /// The flood by itself: its bursts are spent, each of its packets is in one counter, and no byte is spent on one.
 fn flood_alone(node: &Node) {
     let generate = |packets| {
-        node.pair.world.enter(|| {
+        node.pair.remote.enter(|| {
             cpu::pin(1);
             far(node).send(packets);
         });
@@ -274,14 +274,14 @@ fn clients_during_flood(node: &Node) -> [Served; 2] {
         }
     };
     let client = |client: fn() -> Served| {
-        node.pair.world.enter(|| {
+        node.pair.remote.enter(|| {
             cpu::pin(0);
             client()
         })
     };
     thread::scope(|scope| {
         let _ends = Ends(&over);
-        scope.spawn(|| node.pair.world.enter(flood));
+        scope.spawn(|| node.pair.remote.enter(flood));
         let clients = [tcp_client, quic_client].map(|act| scope.spawn(move || client(act)));
         let served = clients.map(|client| client.join().unwrap());
         for served in &served {

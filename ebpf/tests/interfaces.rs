@@ -18,11 +18,11 @@ use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::rules::{Compiled, RuleAction};
 use millrace_edge_policy::settings::Mode;
 
-/// Behind each cable, what the node and the world have there.
+/// Behind each cable, what the node and the remote host have there.
 const CABLES: [(&str, &str); 2] = [("10.77.0.1", "10.77.0.2"), ("10.78.0.1", "10.78.0.2")];
 
 /// An edge on `mr0` and `mr2` of a node, and what sends and receives over each.
-struct Site {
+struct Testbed {
     edge: Edge,
     ends: [Ends; 2],
     home: Home,
@@ -35,9 +35,9 @@ struct Ends {
 }
 
 impl Ends {
-    fn new(pair: &Pair, (node, world): (&str, &str)) -> Self {
+    fn new(pair: &Pair, (node, remote): (&str, &str)) -> Self {
         let server = pair.node.enter(|| UdpSocket::bind((node, PORT)).unwrap());
-        let client = pair.world.enter(|| UdpSocket::bind((world, 0)).unwrap());
+        let client = pair.remote.enter(|| UdpSocket::bind((remote, 0)).unwrap());
         client.connect((node, PORT)).unwrap();
         server.set_read_timeout(Some(PATIENCE)).unwrap();
         let ends = Self { server, client };
@@ -62,18 +62,18 @@ impl Ends {
     }
 }
 
-impl Site {
+impl Testbed {
     /// None, said aloud, without the rights.
     fn new(test: &str) -> Option<Self> {
         if !privileged(test) {
             return None;
         }
         let (pair, home) = (Pair::new("two"), Home::new());
-        let world = &pair.world.name;
+        let remote = &pair.remote.name;
         pair.node.ip(&format!(
-            "link add mr2 type veth peer name mr3 netns {world}"
+            "link add mr2 type veth peer name mr3 netns {remote}"
         ));
-        for (namespace, interface, host) in [(&pair.node, "mr2", 1), (&pair.world, "mr3", 2)] {
+        for (namespace, interface, host) in [(&pair.node, "mr2", 1), (&pair.remote, "mr3", 2)] {
             namespace.ip(&format!("addr add 10.78.0.{host}/24 dev {interface}"));
             namespace.ip(&format!("link set {interface} up"));
         }
@@ -136,37 +136,39 @@ fn from_both(action: RuleAction) -> Compiled {
 // Protects a node with several ways in: rules hold on each, whatever is changed on one, and none is left when it is detached.
 #[test]
 fn rules_hold_on_every_interface() {
-    let Some(mut site) = Site::new("rules_hold_on_every_interface") else {
+    let Some(mut testbed) = Testbed::new("rules_hold_on_every_interface") else {
         return;
     };
-    site.edge
+    testbed
+        .edge
         .publish(&from_both(RuleAction::Deny), 1, None)
         .unwrap();
-    site.assert_denies();
+    testbed.assert_denies();
     let second = set_of(Mode::Enforce, &["10.78.0.0/24"], RuleAction::Allow);
-    site.edge.publish(&second, 2, None).unwrap();
-    site.ends[0].send();
+    testbed.edge.publish(&second, 2, None).unwrap();
+    testbed.ends[0].send();
     until("the other is a stranger", || {
-        counters(&site.edge).acted_on(Reason::FirewallDefault) == 1
+        counters(&testbed.edge).acted_on(Reason::FirewallDefault) == 1
     });
-    assert!(site.ends[0].is_empty() && site.ends[1].arrives());
+    assert!(testbed.ends[0].is_empty() && testbed.ends[1].arrives());
 
-    site.edge
+    testbed
+        .edge
         .publish(&from_both(RuleAction::Deny), 3, None)
         .unwrap();
-    site.edge.detach_interface("mr0").unwrap();
-    assert!(!site.pair.node.ip("link show mr0").contains(" xdp"));
-    assert!(site.ends[0].arrives());
-    let before = denied(&site.edge);
-    site.ends[1].send();
-    until("the other goes on", || denied(&site.edge) == before + 1);
-    let attach = || site.edge.attach_interface("mr0", AttachMode::Native);
-    site.pair.node.enter(attach).unwrap();
-    site.assert_denies();
+    testbed.edge.detach_interface("mr0").unwrap();
+    assert!(!testbed.pair.node.ip("link show mr0").contains(" xdp"));
+    assert!(testbed.ends[0].arrives());
+    let before = denied(&testbed.edge);
+    testbed.ends[1].send();
+    until("the other goes on", || denied(&testbed.edge) == before + 1);
+    let attach = || testbed.edge.attach_interface("mr0", AttachMode::Native);
+    testbed.pair.node.enter(attach).unwrap();
+    testbed.assert_denies();
 
-    Edge::detach(&site.home.pins).unwrap();
-    for (interface, ends) in ["mr0", "mr2"].iter().zip(&site.ends) {
-        let shown = site.pair.node.ip(&format!("link show {interface}"));
+    Edge::detach(&testbed.home.pins).unwrap();
+    for (interface, ends) in ["mr0", "mr2"].iter().zip(&testbed.ends) {
+        let shown = testbed.pair.node.ip(&format!("link show {interface}"));
         assert!(!shown.contains(" xdp"), "{shown}");
         assert!(ends.arrives());
     }
@@ -175,153 +177,168 @@ fn rules_hold_on_every_interface() {
 // Protects an edge whose new program does not get everywhere: all links have the old one again, whichever refuses.
 #[test]
 fn a_link_that_refuses_leaves_every_program_as_it_was() {
-    let Some(mut site) = Site::new("a_link_that_refuses_leaves_every_program_as_it_was") else {
+    let Some(mut testbed) = Testbed::new("a_link_that_refuses_leaves_every_program_as_it_was")
+    else {
         return;
     };
-    site.edge
+    testbed
+        .edge
         .publish(&from_both(RuleAction::Deny), 1, None)
         .unwrap();
-    let (programs, state) = (site.programs(), site.state());
-    let loaded = site.edge.load_beside().unwrap();
+    let (programs, state) = (testbed.programs(), testbed.state());
+    let loaded = testbed.edge.load_beside().unwrap();
     // A link of XDP by the name of another program's: the kernel refuses that program there. In order of names they come after
     // the first links, and after all.
     for name in ["learn-0", "stamp-a"] {
-        let planted = site.home.pins.path(Kind::Link, name);
-        std::fs::hard_link(site.link("edge", 0), &planted).unwrap();
-        let error = site.edge.replace(&loaded).unwrap_err();
+        let planted = testbed.home.pins.path(Kind::Link, name);
+        std::fs::hard_link(testbed.link("edge", 0), &planted).unwrap();
+        let error = testbed.edge.replace(&loaded).unwrap_err();
         std::fs::remove_file(&planted).unwrap();
         let EdgeError::Update { path, .. } = &error else {
             panic!("{error}")
         };
         assert_eq!(*path, planted, "{error}");
         assert_eq!(
-            (site.programs(), site.state()),
+            (testbed.programs(), testbed.state()),
             (programs.clone(), state.clone())
         );
-        site.assert_denies();
+        testbed.assert_denies();
     }
 
-    site.edge.replace(&loaded).unwrap();
-    let new = site.programs();
+    testbed.edge.replace(&loaded).unwrap();
+    let new = testbed.programs();
     assert!(
         programs.iter().all(|(name, id)| new[name] != *id),
         "{new:?}"
     );
-    assert_eq!(site.state(), state);
-    site.assert_denies();
+    assert_eq!(testbed.state(), state);
+    testbed.assert_denies();
 }
 
 // Protects whoever adopts an edge after a failed reload: programs that run, and the names by which others find them, are of one version.
 #[test]
 fn a_name_that_cannot_be_given_leaves_every_program_as_it_was() {
-    let Some(mut site) = Site::new("a_name_that_cannot_be_given_leaves_every_program_as_it_was")
+    let Some(mut testbed) =
+        Testbed::new("a_name_that_cannot_be_given_leaves_every_program_as_it_was")
     else {
         return;
     };
-    site.edge
+    testbed
+        .edge
         .publish(&from_both(RuleAction::Deny), 1, None)
         .unwrap();
-    let (programs, state) = (site.programs(), site.state());
-    let loaded = site.edge.load_beside().unwrap();
-    let pins = site.home.pins.clone();
+    let (programs, state) = (testbed.programs(), testbed.state());
+    let loaded = testbed.edge.load_beside().unwrap();
+    let pins = testbed.home.pins.clone();
     let names = pins.names(Kind::Program).unwrap();
     let names = names.iter().map(|name| (Kind::Program, name.as_str()));
     for (kind, name) in names.chain([(Kind::Link, "conn_state")]) {
         // A folder in the place of what is pinned first, and renamed then.
         let in_the_way = pins.path(kind, &format!("{name}-new"));
         std::fs::create_dir(&in_the_way).unwrap();
-        let error = site.edge.replace(&loaded).unwrap_err();
+        let error = testbed.edge.replace(&loaded).unwrap_err();
         std::fs::remove_dir(&in_the_way).unwrap();
         assert!(matches!(error, EdgeError::Pins(_)), "{error}");
         assert_eq!(
-            (site.programs(), site.state()),
+            (testbed.programs(), testbed.state()),
             (programs.clone(), state.clone()),
             "{name}"
         );
     }
-    site.assert_denies();
+    testbed.assert_denies();
     drop(Edge::adopt(&pins).unwrap());
 }
 
 // Protects a node one of whose interfaces disappears: what is left of it gets the new program, and the edge goes on.
 #[test]
 fn an_interface_that_is_gone_does_not_keep_the_others_back() {
-    let Some(mut site) = Site::new("an_interface_that_is_gone_does_not_keep_the_others_back")
+    let Some(mut testbed) = Testbed::new("an_interface_that_is_gone_does_not_keep_the_others_back")
     else {
         return;
     };
-    site.edge
+    testbed
+        .edge
         .publish(&from_both(RuleAction::Deny), 1, None)
         .unwrap();
-    let path = site.link("edge", 0);
+    let path = testbed.link("edge", 0);
     let running = || Link::open(&path).unwrap().info().unwrap();
     let before = running();
-    site.pair.node.ip("link del mr2");
-    site.edge.reload().unwrap();
+    testbed.pair.node.ip("link del mr2");
+    testbed.edge.reload().unwrap();
     let after = running();
     assert_eq!(before.id, after.id);
     assert_ne!(before.prog_id, after.prog_id);
-    let seen = denied(&site.edge);
-    site.ends[0].send();
-    until("the new program denies", || denied(&site.edge) == seen + 1);
-    site.pair.node.ip("link del mr0");
-    site.edge.reload().unwrap();
+    let seen = denied(&testbed.edge);
+    testbed.ends[0].send();
+    until("the new program denies", || {
+        denied(&testbed.edge) == seen + 1
+    });
+    testbed.pair.node.ip("link del mr0");
+    testbed.edge.reload().unwrap();
 }
 
 // Protects what runs: the self-test comes first, and where it cannot be passed nothing is touched.
 #[test]
 fn without_a_self_test_nothing_is_replaced() {
-    let Some(mut site) = Site::new("without_a_self_test_nothing_is_replaced") else {
+    let Some(mut testbed) = Testbed::new("without_a_self_test_nothing_is_replaced") else {
         return;
     };
-    site.edge
+    testbed
+        .edge
         .publish(&from_both(RuleAction::Deny), 1, None)
         .unwrap();
-    let (programs, state) = (site.programs(), site.state());
+    let (programs, state) = (testbed.programs(), testbed.state());
     // Capabilities belong to a thread; without them nothing can be loaded, to be tested or otherwise.
     let error = std::thread::scope(|scope| {
         let powerless = scope.spawn(|| {
             drop_capabilities(&[]).unwrap();
-            site.edge.reload().unwrap_err()
+            testbed.edge.reload().unwrap_err()
         });
         powerless.join().unwrap()
     });
     assert!(matches!(error, EdgeError::SelfTest(_)), "{error}");
-    assert_eq!((site.programs(), site.state()), (programs, state));
-    site.assert_denies();
+    assert_eq!((testbed.programs(), testbed.state()), (programs, state));
+    testbed.assert_denies();
 }
 
 // Protects a node that somebody detached a companion from: without the stamp, its table drops what the program passes. Such an interface is
 // not live, whichever program is missing, and attaching again gives it all three.
 #[test]
 fn an_interface_that_lost_one_program_is_attached_again() {
-    let Some(mut site) = Site::new("an_interface_that_lost_one_program_is_attached_again") else {
+    let Some(mut testbed) = Testbed::new("an_interface_that_lost_one_program_is_attached_again")
+    else {
         return;
     };
-    site.edge
+    testbed
+        .edge
         .publish(&from_both(RuleAction::Deny), 1, None)
         .unwrap();
     for program in ["stamp", "learn", "edge"] {
-        let [first, second] = site.edge.interfaces().unwrap().try_into().unwrap();
-        assert!(site.edge.is_live(&first) && site.edge.is_live(&second));
-        let lost = Link::open(site.link(program, 0)).unwrap();
+        let [first, second] = testbed.edge.interfaces().unwrap().try_into().unwrap();
+        assert!(testbed.edge.is_live(&first) && testbed.edge.is_live(&second));
+        let lost = Link::open(testbed.link(program, 0)).unwrap();
         lost.detach().unwrap();
-        assert!(!site.edge.is_live(&first), "without {program}");
-        assert!(site.edge.is_live(&second), "without {program}");
-        let attach = || site.edge.attach_interface(&first.name, AttachMode::Native);
-        site.pair.node.enter(attach).unwrap();
-        let again = site.edge.interfaces().unwrap();
+        assert!(!testbed.edge.is_live(&first), "without {program}");
+        assert!(testbed.edge.is_live(&second), "without {program}");
+        let attach = || {
+            testbed
+                .edge
+                .attach_interface(&first.name, AttachMode::Native)
+        };
+        testbed.pair.node.enter(attach).unwrap();
+        let again = testbed.edge.interfaces().unwrap();
         assert!(
-            again.len() == 2 && again.iter().all(|i| site.edge.is_live(i)),
+            again.len() == 2 && again.iter().all(|i| testbed.edge.is_live(i)),
             "{again:?}"
         );
         // By its own index: it is the last in the list now.
         let of_link = Link::open(
-            site.home
+            testbed
+                .home
                 .pins
                 .path(Kind::Link, &format!("{program}-{}", first.index)),
         );
         assert_ne!(of_link.unwrap().info().unwrap().id, lost.info().unwrap().id);
-        site.assert_denies();
+        testbed.assert_denies();
     }
 }

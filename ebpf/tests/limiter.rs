@@ -526,7 +526,7 @@ fn busy_sources_hardly_ever_limit_innocent_ones() {
         // All have spent their bursts.
         assert!(refused >= beyond * u64::from(BUSY), "{family}: {refused}");
 
-        mocked.set_world(START_NS, true);
+        mocked.set_environment(START_NS, true);
         let before = refusals();
         let mut frame = mocked::initial(somebody(0));
         for number in BUSY..BUSY + INNOCENT {

@@ -9,15 +9,15 @@ mod frames;
 mod generator;
 #[path = "common/lockstep.rs"]
 mod lockstep;
-#[path = "model/scenery.rs"]
-mod scenery;
 #[path = "common/skip.rs"]
 mod skip;
+#[path = "model/testbed.rs"]
+mod testbed;
 
 use frames::{Body, Frame, Long, client};
 use generator::Generator;
 use lockstep::Lockstep;
-use millrace_edge_policy::model::{Cookie, World};
+use millrace_edge_policy::model::{Cookie, Environment};
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::settings::{DefaultAction, Mode};
 use millrace_edge_policy::verdict::Action;
@@ -28,7 +28,7 @@ const PACKETS: u64 = 1_000_000;
 const PACKETS_OF_A_SET: u64 = 4_096;
 /// Packets between two looks at the counters.
 const PACKETS_OF_AN_AUDIT: u64 = 512;
-/// Changes of the world come once in so many packets.
+/// Changes of the state come once in so many packets.
 const PACKETS_OF_A_CHANGE: u64 = 48;
 /// One packet of so many comes in several buffers.
 const PACKETS_OF_A_SPLIT: u64 = 8;
@@ -54,12 +54,12 @@ fn kernel_and_model_agree_on_a_million_packets() {
     let mut now_ns = START_NS;
     for packet in 0..packets {
         if packet % PACKETS_OF_A_SET == 0 {
-            both.publish(scenery::set(&mut generator));
+            both.publish(testbed::set(&mut generator));
         }
         if generator.once_in(PACKETS_OF_A_CHANGE) {
-            scenery::change(&mut generator, &mut both, &mut now_ns);
+            testbed::change(&mut generator, &mut both, &mut now_ns);
         }
-        let world = World {
+        let environment = Environment {
             now_ns,
             cookie: generator.cookie(),
             meets_listener: generator.once_in(2),
@@ -71,8 +71,8 @@ fn kernel_and_model_agree_on_a_million_packets() {
             .once_in(PACKETS_OF_A_SPLIT)
             .then(|| 14 + generator.below(200) as usize);
         let decided = match linear {
-            Some(linear) => both.decide_split(&frame, linear, world),
-            None => both.decide(&frame, world),
+            Some(linear) => both.decide_split(&frame, linear, environment),
+            None => both.decide(&frame, environment),
         };
         let decision = decided.unwrap_or_else(|difference| {
             panic!("MILLRACE_SEED={seed}, packet {packet}, linear {linear:?}: {difference}")
@@ -116,7 +116,7 @@ fn kernel_and_model_agree_at_the_ends_of_time() {
     };
     let mut generator = Generator::new(1);
     for round in 0..24 {
-        both.publish(scenery::set(&mut generator));
+        both.publish(testbed::set(&mut generator));
         both.change(|model| {
             model.lease_until_ns = u64::MAX;
             model.stress = round % 3;
@@ -125,12 +125,12 @@ fn kernel_and_model_agree_at_the_ends_of_time() {
             // 0 is what a clock that was not read yet holds.
             let now_ns =
                 generator.one_of(&[0, 1, 1 << 46, 1 << 47, (1 << 48) - 1, 1 << 63, u64::MAX]);
-            let world = World {
+            let environment = Environment {
                 now_ns,
-                ..World::default()
+                ..Environment::default()
             };
             let frame = generator.frame(&both.model, now_ns);
-            let decided = both.decide(&frame, world);
+            let decided = both.decide(&frame, environment);
             decided.unwrap_or_else(|difference| panic!("{round}, {packet}: {difference}"));
         }
     }
@@ -192,11 +192,11 @@ fn seeds() -> Vec<(&'static str, Frame)> {
     seeds
 }
 
-fn open_world(test: &str) -> Option<Lockstep> {
+fn open_testbed(test: &str) -> Option<Lockstep> {
     let mut both = Lockstep::load(test)?;
     let mut generator = Generator::new(3);
     let set = loop {
-        let set = scenery::set(&mut generator);
+        let set = testbed::set(&mut generator);
         let settings = &set.settings;
         let open = set.rules.is_empty()
             && settings.services.len() == 6
@@ -216,17 +216,17 @@ fn open_world(test: &str) -> Option<Lockstep> {
 // Protects the reader: there is no byte at which a packet may end and surprise it.
 #[test]
 fn frames_end_at_every_byte() {
-    let Some(mut both) = open_world("frames_end_at_every_byte") else {
+    let Some(mut both) = open_testbed("frames_end_at_every_byte") else {
         return;
     };
-    let world = World {
+    let environment = Environment {
         now_ns: START_NS,
-        ..World::default()
+        ..Environment::default()
     };
     for (name, seed) in seeds() {
         let whole = seed.bytes();
         for end in 14..=whole.len() {
-            let decided = both.decide(&whole[..end], world);
+            let decided = both.decide(&whole[..end], environment);
             decided.unwrap_or_else(|difference| panic!("{name} of {end} bytes: {difference}"));
         }
     }
@@ -236,12 +236,12 @@ fn frames_end_at_every_byte() {
 // The same with right lengths in every header, so that what ends is the innermost of them.
 #[test]
 fn packets_end_at_every_byte() {
-    let Some(mut both) = open_world("packets_end_at_every_byte") else {
+    let Some(mut both) = open_testbed("packets_end_at_every_byte") else {
         return;
     };
-    let world = World {
+    let environment = Environment {
         now_ns: START_NS,
-        ..World::default()
+        ..Environment::default()
     };
     for (name, seed) in seeds() {
         let whole = seed.bytes();
@@ -252,7 +252,7 @@ fn packets_end_at_every_byte() {
             let length = (end - network - header) as u16;
             let at = network + if header == 0 { 2 } else { 4 };
             frame[at..at + 2].copy_from_slice(&length.to_be_bytes());
-            let decided = both.decide(&frame, world);
+            let decided = both.decide(&frame, environment);
             decided.unwrap_or_else(|difference| panic!("{name} of {end} bytes: {difference}"));
             if let Body::Udp { payload, .. } = &seed.body {
                 let transport = whole.len() - payload.len() - 8;
@@ -261,7 +261,7 @@ fn packets_end_at_every_byte() {
                 };
                 let length = (datagram as u16).to_be_bytes();
                 frame[transport + 4..transport + 6].copy_from_slice(&length);
-                let decided = both.decide(&frame, world);
+                let decided = both.decide(&frame, environment);
                 decided.unwrap_or_else(|difference| {
                     panic!("{name}, datagram of {datagram} bytes: {difference}")
                 });
@@ -274,18 +274,18 @@ fn packets_end_at_every_byte() {
 // Protects drivers with small buffers and large frames: where a frame is split changes nothing.
 #[test]
 fn frames_in_pieces_are_decided_like_whole_ones() {
-    let Some(mut both) = open_world("frames_in_pieces_are_decided_like_whole_ones") else {
+    let Some(mut both) = open_testbed("frames_in_pieces_are_decided_like_whole_ones") else {
         return;
     };
-    let world = World {
+    let environment = Environment {
         now_ns: START_NS,
         cookie: Cookie::Given(77),
-        ..World::default()
+        ..Environment::default()
     };
     for (name, seed) in seeds() {
         let whole = seed.clone().with(|frame| frame.trailer = 6_000).bytes();
         for linear in (14..300).chain([1_500, 3_000]) {
-            let decided = both.decide_split(&whole, linear, world);
+            let decided = both.decide_split(&whole, linear, environment);
             decided.unwrap_or_else(|difference| panic!("{name} split at {linear}: {difference}"));
         }
     }

@@ -9,7 +9,7 @@ use std::net::UdpSocket;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{NODE, Namespace, PATIENCE, Pair, WORLD, ok, privileged, until};
+use common::{NODE, Namespace, PATIENCE, Pair, REMOTE, ok, privileged, until};
 use millrace_edge::nft::{Nft, NftError, Table};
 use millrace_edge::pins::Pins;
 use millrace_edge::ruleset::Watch;
@@ -92,7 +92,7 @@ struct Ends {
 impl Ends {
     fn new(pair: &Pair) -> Self {
         let server = pair.node.enter(|| UdpSocket::bind((NODE, PORT)).unwrap());
-        let client = pair.world.enter(|| UdpSocket::bind((WORLD, 0)).unwrap());
+        let client = pair.remote.enter(|| UdpSocket::bind((REMOTE, 0)).unwrap());
         client.connect((NODE, PORT)).unwrap();
         server.set_read_timeout(Some(PATIENCE)).unwrap();
         client.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -212,7 +212,7 @@ fn packets_marked_reject_are_answered() {
         assert!(ends.nothing_arrived());
 
         let refused = pair
-            .world
+            .remote
             .enter(|| std::net::TcpStream::connect((NODE, 8080)).unwrap_err());
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
         pair.node.enter(|| assert_eq!(counted("refused"), 2));

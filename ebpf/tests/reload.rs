@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use common::edge::{Ends, Home, TCP_PORT, attached, counters, denied, options, set};
 use common::node::QUIC_PORT;
-use common::{NODE, Namespace, PATIENCE, Pair, WORLD, mocked, node, ok, privileged, until};
+use common::{NODE, Namespace, PATIENCE, Pair, REMOTE, mocked, node, ok, privileged, until};
 use libbpf_rs::Link;
 use millrace_edge::clock::now_ns;
 use millrace_edge::edge::{AttachOptions, Edge, EdgeError};
@@ -125,15 +125,15 @@ fn killed_it_leaves_rates_in_force() {
     let mut child = start_child(&pair.node, &home.pins, "child_limits_and_waits");
     let to = (node::NODE4, node::TCP_PORT).into();
     let open: Vec<TcpStream> = (0..BURST)
-        .map(|_| pair.world.enter(|| node::connect(to).unwrap()))
+        .map(|_| pair.remote.enter(|| node::connect(to).unwrap()))
         .collect();
     let refuses = |edge: &Edge| {
         let reasons = [Reason::TcpSourceRate, Reason::QuicSourceRate];
         let acted_on = || reasons.map(|reason| counters(edge).acted_on(reason));
         let before = acted_on();
         let dial = || TcpStream::connect_timeout(&to, node::REFUSED);
-        assert!(pair.world.enter(dial).is_err());
-        let client = pair.world.enter(|| UdpSocket::bind((WORLD, 0)).unwrap());
+        assert!(pair.remote.enter(dial).is_err());
+        let client = pair.remote.enter(|| UdpSocket::bind((REMOTE, 0)).unwrap());
         let initial = mocked::long_header(1, &[7; 8], &[]);
         client.send_to(&initial, (NODE, QUIC_PORT)).unwrap();
         until("both are refused by their rates", || {
@@ -371,7 +371,7 @@ fn connections_that_open_during_a_swap_are_counted_once() {
         .enter(|| TcpListener::bind((NODE, TCP_PORT)).unwrap());
     let connect = || {
         let client = pair
-            .world
+            .remote
             .enter(|| TcpStream::connect((NODE, TCP_PORT)).unwrap());
         (client, listener.accept().unwrap().0)
     };
@@ -391,9 +391,9 @@ fn connections_that_open_during_a_swap_are_counted_once() {
     until("all are gone", || tcp_connections(&edge) == 0);
 }
 
-/// Of the world.
+/// Of the remote host.
 fn tcp_connections(edge: &Edge) -> u32 {
-    let from = (WORLD.parse::<IpAddr>().unwrap(), 1_024).into();
+    let from = (REMOTE.parse::<IpAddr>().unwrap(), 1_024).into();
     let shape = Shape::TcpAck;
     let packet = Description {
         from,

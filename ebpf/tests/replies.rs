@@ -9,7 +9,7 @@ use std::net::{SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::OwnedFd;
 
 use common::edge::{Home, TCP_PORT, attached, counters, denied, set_of};
-use common::{NODE, PATIENCE, Pair, WORLD, privileged, until};
+use common::{NODE, PATIENCE, Pair, REMOTE, privileged, until};
 use libbpf_rs::{MapCore as _, MapFlags};
 use millrace_edge::edge::Edge;
 use millrace_edge::nft::{Nft, Table};
@@ -25,7 +25,7 @@ const HOST_PORT: u16 = 9_000;
 /// Of a sender who tries again.
 const SOURCE_PORT: u16 = 40_000;
 
-/// Puts a set with scope `host` in force, in kernel and table. Its rules speak for the world.
+/// Puts a set with scope `host` in force, in kernel and table. Its rules speak for the remote host.
 fn enforce(pair: &Pair, edge: &Edge, action: RuleAction, number: u32) {
     enforce_for(pair, edge, &["10.77.0.0/24", "fd77::/64"], action, number);
 }
@@ -45,7 +45,7 @@ fn address(host: &str, port: u16) -> SocketAddrV4 {
 
 fn connect_from(port: u16, to: SocketAddrV4) -> io::Result<OwnedFd> {
     let socket = socket(AddressFamily::INET, SocketType::STREAM, None)?;
-    bind(&socket, &address(WORLD, port))?;
+    bind(&socket, &address(REMOTE, port))?;
     connect(&socket, &to)?;
     Ok(socket)
 }
@@ -71,7 +71,7 @@ fn who_was_refused_is_refused_again() {
         .enter(|| TcpListener::bind((NODE, HOST_PORT)).unwrap());
     for _ in 0..3 {
         let refused = pair
-            .world
+            .remote
             .enter(|| connect_from(SOURCE_PORT, address(NODE, HOST_PORT)).unwrap_err());
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
     }
@@ -83,10 +83,10 @@ fn who_was_refused_is_refused_again() {
 /// A prefix that nobody here is in: what the default says holds for all.
 const NOBODY: &[&str] = &["203.0.113.0/24"];
 
-/// A socket of the node on a port of its own, and one of the world that it talks to.
+/// A socket of the node on a port of its own, and one of the remote host that it talks to.
 struct Talk {
     node: UdpSocket,
-    world: UdpSocket,
+    remote: UdpSocket,
 }
 
 impl Talk {
@@ -94,24 +94,24 @@ impl Talk {
         let node = pair
             .node
             .enter(|| UdpSocket::bind((NODE, HOST_PORT)).unwrap());
-        let world = pair
-            .world
-            .enter(|| UdpSocket::bind((WORLD, SOURCE_PORT)).unwrap());
-        node.connect((WORLD, SOURCE_PORT)).unwrap();
-        world.connect((NODE, HOST_PORT)).unwrap();
-        for socket in [&node, &world] {
+        let remote = pair
+            .remote
+            .enter(|| UdpSocket::bind((REMOTE, SOURCE_PORT)).unwrap());
+        node.connect((REMOTE, SOURCE_PORT)).unwrap();
+        remote.connect((NODE, HOST_PORT)).unwrap();
+        for socket in [&node, &remote] {
             socket.set_read_timeout(Some(PATIENCE)).unwrap();
         }
-        Self { node, world }
+        Self { node, remote }
     }
 
     fn ask(&self) {
         self.node.send(b"asks").unwrap();
-        self.world.recv(&mut [0; 16]).unwrap();
+        self.remote.recv(&mut [0; 16]).unwrap();
     }
 
     fn answer(&self) {
-        self.world.send(b"answers").unwrap();
+        self.remote.send(b"answers").unwrap();
     }
 
     fn is_answered(&self) -> bool {
@@ -197,13 +197,13 @@ fn connections_of_others_are_not_remembered() {
     let (pair, home) = (Pair::new("replies"), Home::new());
     let edge = attached(&pair, &home, AttachMode::Native);
     enforce(&pair, &edge, RuleAction::Allow, 1);
-    for (node, world) in [(NODE, WORLD), ("fd77::1", "fd77::2")] {
+    for (node, remote) in [(NODE, REMOTE), ("fd77::1", "fd77::2")] {
         let listener = pair
             .node
             .enter(|| TcpListener::bind((node, HOST_PORT)).unwrap());
-        let mut client = pair.world.enter(|| {
+        let mut client = pair.remote.enter(|| {
             let client = TcpStream::connect((node, HOST_PORT));
-            client.unwrap_or_else(|error| panic!("{world}: {error}"))
+            client.unwrap_or_else(|error| panic!("{remote}: {error}"))
         });
         let (mut served, _) = listener.accept().unwrap();
         client.write_all(b"asks").unwrap();
@@ -223,11 +223,11 @@ fn connections_of_before_are_learned() {
     let (pair, home) = (Pair::new("replies"), Home::new());
     let edge = attached(&pair, &home, AttachMode::Native);
     let listener = pair
-        .world
-        .enter(|| TcpListener::bind((WORLD, HOST_PORT)).unwrap());
+        .remote
+        .enter(|| TcpListener::bind((REMOTE, HOST_PORT)).unwrap());
     let mut opened = pair
         .node
-        .enter(|| TcpStream::connect((WORLD, HOST_PORT)).unwrap());
+        .enter(|| TcpStream::connect((REMOTE, HOST_PORT)).unwrap());
     let (mut served, _) = listener.accept().unwrap();
     assert!(remembered(&edge).is_empty());
     enforce_for(&pair, &edge, NOBODY, RuleAction::Deny, 1);
@@ -255,18 +255,18 @@ fn only_what_the_host_opens_is_remembered() {
         .node
         .enter(|| TcpListener::bind((NODE, TCP_PORT)).unwrap());
     let _client = pair
-        .world
+        .remote
         .enter(|| connect_from(SOURCE_PORT, address(NODE, TCP_PORT)).unwrap());
     listener.accept().unwrap();
     assert!(remembered(&edge).is_empty());
 
     enforce_for(&pair, &edge, NOBODY, RuleAction::Deny, 2);
     let _listener = pair
-        .world
-        .enter(|| TcpListener::bind((WORLD, HOST_PORT)).unwrap());
+        .remote
+        .enter(|| TcpListener::bind((REMOTE, HOST_PORT)).unwrap());
     let opened = pair
         .node
-        .enter(|| TcpStream::connect((WORLD, HOST_PORT)).unwrap());
+        .enter(|| TcpStream::connect((REMOTE, HOST_PORT)).unwrap());
     assert_eq!(remembered(&edge), [opened.local_addr().unwrap().port()]);
     assert!(counters(&edge).acted_on(Reason::PassReply) > 0);
 }

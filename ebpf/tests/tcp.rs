@@ -140,10 +140,10 @@ fn counts_are_exact_on_two_cpus() {
     }
     let node = Node::new("tcp", AttachMode::Native, generous(), NO_CAP);
     let echo = Echo::serve(node.listen(ANY6, DUAL_PORT), TcpCap::new(0));
-    let world = &node.pair.world;
+    let remote = &node.pair.remote;
     let held_open: Vec<Vec<TcpStream>> = thread::scope(|scope| {
         let threads: Vec<_> = (0..THREADS)
-            .map(|thread| scope.spawn(move || world.enter(|| busy_client(thread, ROUNDS))))
+            .map(|thread| scope.spawn(move || remote.enter(|| busy_client(thread, ROUNDS))))
             .collect();
         threads
             .into_iter()
@@ -191,7 +191,7 @@ fn other_connections_are_not_counted() {
     // Another namespace has a service on the same port, and the node is its client.
     let theirs = node
         .pair
-        .world
+        .remote
         .enter(|| TcpListener::bind((ANY4, TCP_PORT)).unwrap());
     let outgoing = node
         .pair
@@ -294,7 +294,7 @@ fn the_application_never_holds_more_than_the_cap() {
 fn burst(node: &Node, connections: usize) -> Vec<TcpStream> {
     const SERVED_WITHIN: Duration = Duration::from_secs(2);
     let attempt = || {
-        node.pair.world.enter(|| {
+        node.pair.remote.enter(|| {
             let to = SocketAddr::from((NODE4, TCP_PORT));
             let stream = TcpStream::connect_timeout(&to, SERVED_WITHIN).ok()?;
             // Who is not served hears of it.
@@ -352,7 +352,7 @@ fn a_prefix_has_a_limit_of_its_own() {
         source_tcp: Limit::per(1, Duration::from_secs(3_600), BURST),
         ..generous()
     };
-    // Generic: the far end of the native one knows one address of the world only.
+    // Generic: the far end of the native one knows one remote address only.
     let node = Node::new("tcp", AttachMode::Generic, limits, NO_CAP);
     let listener = node.listen(ANY6, DUAL_PORT);
     node.pair.node.ip("-6 route add fd77::/48 dev mr0");
@@ -377,10 +377,13 @@ fn prefix_is_limited(
             (32, "")
         };
         let command = format!("addr add {source}/{length} dev mr1 {flags}");
-        node.pair.world.ip(&command);
+        node.pair.remote.ip(&command);
     }
     let open = |source, patience| {
-        let stream = node.pair.world.enter(|| connect_from(source, to, patience));
+        let stream = node
+            .pair
+            .remote
+            .enter(|| connect_from(source, to, patience));
         stream.map(|client| Both {
             client,
             server: listener.accept().unwrap().0,
@@ -503,7 +506,7 @@ impl<'a> Flooding<'a> {
         const PACKETS: u32 = 1 << 12;
         let far = node.far.as_ref().unwrap();
         scope.spawn(move || {
-            node.pair.world.enter(|| {
+            node.pair.remote.enter(|| {
                 while !over.load(Ordering::Relaxed) {
                     far.send(PACKETS);
                 }
@@ -660,8 +663,8 @@ impl Forger {
     const TTL: u32 = 7;
 
     fn new(node: &Node, port: u16) -> Self {
-        let world = &node.pair.world;
-        world.enter(|| {
+        let remote = &node.pair.remote;
+        remote.enter(|| {
             for line in [
                 "add table inet forger",
                 "add chain inet forger output { type filter hook output priority 0; }",
@@ -679,7 +682,7 @@ impl Forger {
 
     fn say(&self, acknowledged: Option<u32>, flag: impl FnOnce(&mut TcpHeader)) {
         let (IpAddr::V4(from), IpAddr::V4(to)) = (WORLD4, NODE4) else {
-            panic!("the world is IPv4")
+            panic!("the remote is IPv4")
         };
         let sequence = Self::SEQUENCE + u32::from(acknowledged.is_some());
         let mut header = TcpHeader::new(self.port, TCP_PORT, sequence, 60_000);

@@ -72,15 +72,15 @@ fn listen(pair: &Pair, address: IpAddr, port: u16) -> TcpListener {
         .enter(|| TcpListener::bind((address, port)).unwrap())
 }
 
-/// Both ends of a connection from the world: the client's, the server's.
+/// Both ends of a connection from the remote host: the client's, the server's.
 fn open(pair: &Pair, listener: &TcpListener, to: IpAddr) -> (TcpStream, TcpStream) {
-    let client = dial(&pair.world, to, listener);
+    let client = dial(&pair.remote, to, listener);
     (client, listener.accept().unwrap().0)
 }
 
-fn dial(world: &Namespace, to: IpAddr, listener: &TcpListener) -> TcpStream {
+fn dial(remote: &Namespace, to: IpAddr, listener: &TcpListener) -> TcpStream {
     let port = listener.local_addr().unwrap().port();
-    world.enter(|| connect((to, port).into()).unwrap())
+    remote.enter(|| connect((to, port).into()).unwrap())
 }
 
 fn ended(mut stream: &TcpStream) -> bool {
@@ -129,12 +129,12 @@ fn connections_that_are_older_than_the_program_are_counted() {
     let other = listen(&pair, ANY4, OTHER_PORT);
     let elsewhere = open(&pair, &other, NODE4);
     let theirs = pair
-        .world
+        .remote
         .enter(|| TcpListener::bind((ANY4, OTHER_PORT)).unwrap());
     let outwards = dial(&pair.node, WORLD4, &theirs);
     let from_service = dial_from(&pair.node, SILENT_PORT, (WORLD4, OTHER_PORT).into());
     // Established, and nobody has accepted it yet.
-    let waiting = dial(&pair.world, NODE4, &only4);
+    let waiting = dial(&pair.remote, NODE4, &only4);
 
     let home = Home::new();
     let edge = attach(&pair, &home);
@@ -324,7 +324,7 @@ fn beside_churn<T>(pair: &Pair, act: impl FnOnce() -> T) -> (T, Vec<TcpStream>) 
         let over = Over(&done);
         let churn = &churn;
         let threads: Vec<_> = (0..THREADS)
-            .map(|thread| scope.spawn(move || pair.world.enter(|| churn(thread))))
+            .map(|thread| scope.spawn(move || pair.remote.enter(|| churn(thread))))
             .collect();
         scope.spawn(|| pair.node.enter(|| close_listeners(&done)));
         let result = act();

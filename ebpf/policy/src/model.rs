@@ -1,10 +1,10 @@
-//! The whole program of the kernel, in plain Rust: the same packets, the same world, the same decisions.
+//! The whole program of the kernel, in plain Rust: the same packets, the same state, the same decisions.
 //!
 //! It is the specification that runs: a test sends what it decides on through the program as well, and no one may
 //! differ. It is not made to be fast.
 //!
 //! 1. Whatever a frame holds, nothing panics, and exactly one counter goes up by one.
-//! 2. Time and the cookies of the kernel are arguments; all else of the world is in the fields.
+//! 2. Time and the cookies of the kernel are arguments; all other state is in the fields.
 //! 3. A generation that was never published owns no port.
 
 use crate::cid::Keys;
@@ -35,7 +35,7 @@ pub const REPLY_TCP_NS: u64 = 7_440_000_000_000;
 
 /// What a packet meets besides the model's own state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct World {
+pub struct Environment {
     /// CLOCK_MONOTONIC, in nanoseconds.
     pub now_ns: u64,
     /// What the kernel would say to a SYN.
@@ -129,7 +129,7 @@ pub struct Model {
 struct Case<'m> {
     model: &'m Model,
     compiled: &'m Compiled,
-    world: World,
+    environment: Environment,
     rule: Option<u16>,
     answer: Option<Vec<u8>>,
 }
@@ -144,7 +144,7 @@ struct Verdict {
 }
 
 impl Model {
-    /// A world in which nothing was published yet, with so many buckets in each generation of the sketch.
+    /// A model in which nothing was published yet, with so many buckets in each generation of the sketch.
     pub fn new(limiter_buckets: usize) -> Self {
         Self {
             config: [None, None],
@@ -183,9 +183,9 @@ impl Model {
     }
 
     /// Decides on a frame, charges its limits and counts it.
-    pub fn decide(&mut self, frame: &[u8], world: World) -> Decision {
-        let generation = self.generation(world.now_ns);
-        let verdict = self.verdict(frame, generation, world);
+    pub fn decide(&mut self, frame: &[u8], environment: Environment) -> Decision {
+        let generation = self.generation(environment.now_ns);
+        let verdict = self.verdict(frame, generation, environment);
         let Verdict {
             reason,
             ours,
@@ -217,7 +217,7 @@ impl Model {
             service,
             stamp: (ours && action == Action::Pass).then_some(stamp),
             frame: answer,
-            stress: self.stress(world.now_ns),
+            stress: self.stress(environment.now_ns),
             generation,
         }
     }
@@ -242,7 +242,7 @@ impl Model {
     }
 
     /// Up to the service, and on if there is one.
-    fn verdict(&self, frame: &[u8], generation: usize, world: World) -> Verdict {
+    fn verdict(&self, frame: &[u8], generation: usize, environment: Environment) -> Verdict {
         let not_ours = |reason| Verdict {
             reason,
             ours: false,
@@ -265,7 +265,7 @@ impl Model {
         let mut case = Case {
             model: self,
             compiled,
-            world,
+            environment,
             rule: None,
             answer: None,
         };
@@ -352,7 +352,7 @@ impl Case<'_> {
         };
         let sent_ns = self.model.replies.get(&Flow::answered_by(packet));
         sent_ns.is_some_and(|sent_ns| {
-            self.world.now_ns.wrapping_sub(*sent_ns) as i64 <= lives_ns as i64
+            self.environment.now_ns.wrapping_sub(*sent_ns) as i64 <= lives_ns as i64
         })
     }
 
@@ -376,14 +376,14 @@ impl Case<'_> {
     fn charge_budget(&self, budget: Budget) -> bool {
         let limit = self.compiled.settings.limits.budgets()[budget as usize];
         let word = &self.model.budgets[budget as usize];
-        if self.world.read_only {
+        if self.environment.read_only {
             let copy = AtomicU64::new(word.load(Ordering::Relaxed));
-            return charge_word(&copy, limit, self.world.now_ns);
+            return charge_word(&copy, limit, self.environment.now_ns);
         }
-        charge_word(word, limit, self.world.now_ns)
+        charge_word(word, limit, self.environment.now_ns)
     }
 
     fn stress(&self) -> u32 {
-        self.model.stress(self.world.now_ns)
+        self.model.stress(self.environment.now_ns)
     }
 }

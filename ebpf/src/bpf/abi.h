@@ -237,7 +237,7 @@ struct edge_decision {
 	__u64 now_ns;
 };
 
-/* What `edge_test` takes for the world. */
+/* What `edge_test` takes for its environment. */
 struct edge_mock {
 	__u64 now_ns;
 	__u32 cookie; /* 0: the kernel gives none; else the sequence number of a cookie */

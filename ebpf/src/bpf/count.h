@@ -61,14 +61,14 @@ EDGE_INLINE void count_hit(const struct edge_view *view, __u32 rule)
 }
 
 EDGE_INLINE void count_event(struct xdp_md *ctx, struct edge_view *view, const struct edge_packet *packet, int reason,
-			     __u32 rule, const enum edge_world world)
+			     __u32 rule, const enum edge_program program)
 {
 	struct edge_event *event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
 
 	if (!event)
 		return; /* nobody reads fast enough: an event is lost, never a packet */
 	__builtin_memset(event, 0, sizeof(*event));
-	event->now_ns = view_now(view, world);
+	event->now_ns = view_now(view, program);
 	event->reason = reason;
 	event->rule = rule;
 	store64(event->source.address, packet->source[0]);
@@ -82,7 +82,7 @@ EDGE_INLINE void count_event(struct xdp_md *ctx, struct edge_view *view, const s
 }
 
 EDGE_INLINE void count_packet(struct xdp_md *ctx, struct edge_view *view, const struct edge_packet *packet, __u32 reason,
-			      __u32 rule, bool acted, const enum edge_world world)
+			      __u32 rule, bool acted, const enum edge_program program)
 {
 	__u32 zero = 0;
 	struct edge_counters *mine = bpf_map_lookup_elem(&counters, &zero);
@@ -99,7 +99,7 @@ EDGE_INLINE void count_packet(struct xdp_md *ctx, struct edge_view *view, const 
 	sample = bpf_map_lookup_elem(&sampling, &zero);
 	if (sample && sample->every && ++mine->sampled >= sample->every) {
 		mine->sampled = 0;
-		count_event(ctx, view, packet, reason, rule, world);
+		count_event(ctx, view, packet, reason, rule, program);
 	}
 }
 

@@ -52,7 +52,7 @@ EDGE_INLINE const struct edge_service *find_service(const struct edge_view *view
 /* Section 3. GO_ON: allowed. */
 EDGE_INLINE int pass_firewall(struct edge_view *view, const struct edge_packet *packet,
 			      const struct edge_service *service, struct edge_verdict *verdict,
-			      const enum edge_world world)
+			      const enum edge_program program)
 {
 	__u32 entry = rules_find(service, packet->source, packet->ipv4);
 
@@ -63,7 +63,7 @@ EDGE_INLINE int pass_firewall(struct edge_view *view, const struct edge_packet *
 	case EDGE_ALLOW:
 		return GO_ON;
 	case EDGE_REJECT:
-		view_now(view, world);
+		view_now(view, program);
 		return budget_charge(view, EDGE_BUDGET_REJECT) ? R_PASS_REJECT : R_FIREWALL_REJECT_BUDGET;
 	default:
 		return verdict->rule == EDGE_RULE_DEFAULT ? R_FIREWALL_DEFAULT : R_FIREWALL_DENY;
@@ -73,16 +73,16 @@ EDGE_INLINE int pass_firewall(struct edge_view *view, const struct edge_packet *
 /* A packet of ours, to `service`. Transmits if that is due. */
 EDGE_INLINE int decide_ours(struct xdp_md *ctx, struct edge_view *view, struct edge_packet *packet,
 			    const struct edge_service *service, struct edge_verdict *verdict,
-			    const enum edge_world world)
+			    const enum edge_program program)
 {
-	bool transmit = world != EDGE_TRACE && view->config->mode == EDGE_ENFORCE;
+	bool transmit = program != EDGE_TRACE && view->config->mode == EDGE_ENFORCE;
 	struct quic_header header = {};
 	__u32 kind = service->kind;
 	int reason, without = R_PASS_TCP_SYN;
 	__s64 cookie = COOKIE_NONE;
 
 	if (kind == EDGE_KIND_HOST) {
-		if ((packet->fragment || packet->options) && !reply_known(packet, view_now(view, world)))
+		if ((packet->fragment || packet->options) && !reply_known(packet, view_now(view, program)))
 			return packet->fragment ? R_FRAGMENT : R_OPTIONS;
 	} else {
 		reason = parse_transport(ctx, packet);
@@ -94,9 +94,9 @@ EDGE_INLINE int decide_ours(struct xdp_md *ctx, struct edge_view *view, struct e
 		if (reason != GO_ON)
 			return reason;
 	}
-	reason = pass_firewall(view, packet, service, verdict, world);
+	reason = pass_firewall(view, packet, service, verdict, program);
 	/* A rule that refuses stops what is under way; only the default lets answers in. */
-	if (reason == R_FIREWALL_DEFAULT && kind == EDGE_KIND_HOST && reply_known(packet, view_now(view, world))) {
+	if (reason == R_FIREWALL_DEFAULT && kind == EDGE_KIND_HOST && reply_known(packet, view_now(view, program))) {
 		verdict->ours = false;
 		return R_PASS_REPLY;
 	}
@@ -104,12 +104,12 @@ EDGE_INLINE int decide_ours(struct xdp_md *ctx, struct edge_view *view, struct e
 		return reason;
 	switch (kind) {
 	case EDGE_KIND_QUIC:
-		reason = quic_admit(ctx, view, packet, &header, world);
+		reason = quic_admit(ctx, view, packet, &header, program);
 		if (reason == R_TX_RETRY && transmit && !retry_send(ctx, packet, &header, view->now_ns))
 			return R_QUIC_RETRY_FAILED;
 		return reason;
 	case EDGE_KIND_TCP:
-		reason = tcp_admit(ctx, view, packet, world, &cookie, &without);
+		reason = tcp_admit(ctx, view, packet, program, &cookie, &without);
 		if (reason == R_TX_SYN_COOKIE && transmit && !cookie_send(ctx, packet, cookie))
 			return without;
 		return reason;
@@ -121,7 +121,7 @@ EDGE_INLINE int decide_ours(struct xdp_md *ctx, struct edge_view *view, struct e
 }
 
 EDGE_INLINE void decide(struct xdp_md *ctx, struct edge_view *view, struct edge_packet *packet,
-			struct edge_verdict *verdict, const enum edge_world world)
+			struct edge_verdict *verdict, const enum edge_program program)
 {
 	const struct edge_service *service;
 
@@ -135,7 +135,7 @@ EDGE_INLINE void decide(struct xdp_md *ctx, struct edge_view *view, struct edge_
 	if (!service)
 		return;
 	verdict->ours = true;
-	verdict->reason = decide_ours(ctx, view, packet, service, verdict, world);
+	verdict->reason = decide_ours(ctx, view, packet, service, verdict, program);
 }
 
 EDGE_INLINE enum xdp_action action_of(int reason)
@@ -146,7 +146,7 @@ EDGE_INLINE enum xdp_action action_of(int reason)
 }
 
 /* `edge_trace` and `edge_test` leave what they found. */
-EDGE_INLINE void leave_decision(struct edge_view *view, const struct edge_verdict *verdict, const enum edge_world world)
+EDGE_INLINE void leave_decision(struct edge_view *view, const struct edge_verdict *verdict, const enum edge_program program)
 {
 	__u32 zero = 0;
 	struct edge_decision *left = bpf_map_lookup_elem(&decision, &zero);
@@ -157,23 +157,23 @@ EDGE_INLINE void leave_decision(struct edge_view *view, const struct edge_verdic
 	left->action = action_of(verdict->reason);
 	left->rule = verdict->rule;
 	left->service = verdict->service;
-	left->stress = view_stress(view, world);
+	left->stress = view_stress(view, program);
 	left->generation = view->generation;
 	left->now_ns = view->now_ns;
 }
 
 /* Section 6. */
 EDGE_INLINE int act(struct xdp_md *ctx, struct edge_view *view, const struct edge_packet *packet,
-		    struct edge_verdict *verdict, const enum edge_world world)
+		    struct edge_verdict *verdict, const enum edge_program program)
 {
 	bool enforce = view->config->mode == EDGE_ENFORCE;
 	bool acted = enforce || (reason_passes(verdict->reason) && verdict->reason != R_PASS_REJECT);
 	enum xdp_action action = enforce ? action_of(verdict->reason) : XDP_PASS;
 	__u32 stamp = enforce && verdict->reason == R_PASS_REJECT ? EDGE_STAMP_REJECT : EDGE_STAMP_PASS;
 
-	if (world != EDGE_LIVE)
-		leave_decision(view, verdict, world);
-	if (world == EDGE_TRACE)
+	if (program != EDGE_LIVE)
+		leave_decision(view, verdict, program);
+	if (program == EDGE_TRACE)
 		return action;
 	if (action == XDP_PASS && verdict->ours && !stamp_write(ctx, stamp)) {
 		verdict->reason = R_INTERNAL; /* unstamped, the packet will not get past the table below */
@@ -181,13 +181,13 @@ EDGE_INLINE int act(struct xdp_md *ctx, struct edge_view *view, const struct edg
 	}
 	if (verdict->rule != EDGE_RULE_DEFAULT)
 		count_hit(view, verdict->rule);
-	count_packet(ctx, view, packet, verdict->reason, verdict->rule, acted, world);
+	count_packet(ctx, view, packet, verdict->reason, verdict->rule, acted, program);
 	return action;
 }
 
-EDGE_INLINE int run(struct xdp_md *ctx, const enum edge_world world)
+EDGE_INLINE int run(struct xdp_md *ctx, const enum edge_program program)
 {
-	struct edge_view view = { .read_only = world == EDGE_TRACE };
+	struct edge_view view = { .read_only = program == EDGE_TRACE };
 	struct edge_scratch *room = reply_scratch();
 	struct edge_verdict verdict;
 	__u32 zero = 0;
@@ -195,16 +195,16 @@ EDGE_INLINE int run(struct xdp_md *ctx, const enum edge_world world)
 	view.control = edge_control_value();
 	if (!view.control || !room)
 		return XDP_PASS;
-	if (world == EDGE_TEST) {
+	if (program == EDGE_TEST) {
 		view.mock = bpf_map_lookup_elem(&mock, &zero);
 		if (!view.mock)
 			return XDP_PASS;
 		view.read_only = view.mock->read_only;
 	}
-	view_choose_generation(&view, world);
+	view_choose_generation(&view, program);
 	room->packet = (struct edge_packet){};
-	decide(ctx, &view, &room->packet, &verdict, world);
-	return act(ctx, &view, &room->packet, &verdict, world);
+	decide(ctx, &view, &room->packet, &verdict, program);
+	return act(ctx, &view, &room->packet, &verdict, program);
 }
 
 /* The one that is attached. */

@@ -8,7 +8,7 @@
 #ifndef MILLRACE_LIMIT_H
 #define MILLRACE_LIMIT_H
 
-#include "world.h"
+#include "view.h"
 
 #define LIMIT_TRIES 4
 #define BUCKET_SLOTS 8
@@ -180,29 +180,29 @@ EDGE_INLINE __u64 sketch_mix(const struct edge_key *seed, __u64 a, __u64 b, __u6
 }
 
 /* Hash of one level. Words of addresses are in network order: their first bytes are the low ones. */
-EDGE_INLINE __u64 sketch_hash(const struct edge_control *world, const struct sketch_ask *ask, __u32 generation,
+EDGE_INLINE __u64 sketch_hash(const struct edge_control *control, const struct sketch_ask *ask, __u32 generation,
 			      __u32 level)
 {
 	bool ipv6 = sketch_levels(ask) == EDGE_LEVELS_MAX;
 	__u64 kept = ~0ull >> (8 * level);
 
-	return sketch_mix(&world->seed[generation & 1], ipv6 ? ask->words[0] & kept : ask->words[0],
+	return sketch_mix(&control->seed[generation & 1], ipv6 ? ask->words[0] & kept : ask->words[0],
 			  ipv6 ? 0 : ask->words[1] & kept, ask->purpose << 8 | level);
 }
 
 /* What the generation before says of the key; 0 when it is retired or does not know the key. `known`: it does. */
-EDGE_INLINE __u64 sketch_old_ahead(const struct edge_control *world, const struct sketch_ask *ask, __u32 level,
+EDGE_INLINE __u64 sketch_old_ahead(const struct edge_control *control, const struct sketch_ask *ask, __u32 level,
 				   bool *known)
 {
-	__u32 generation = (world->limiter_active & 1) ^ 1;
+	__u32 generation = (control->limiter_active & 1) ^ 1;
 	const struct edge_bucket *bucket;
 	sketch_slots tagged;
 	__u64 hash, word;
 
 	*known = false;
-	if (ask->now_ns >= world->limiter_old_until_ns)
+	if (ask->now_ns >= control->limiter_old_until_ns)
 		return 0;
-	hash = sketch_hash(world, ask, generation, level);
+	hash = sketch_hash(control, ask, generation, level);
 	bucket = sketch_bucket(hash, generation);
 	if (!bucket)
 		return 0;
@@ -215,7 +215,7 @@ EDGE_INLINE __u64 sketch_old_ahead(const struct edge_control *world, const struc
 }
 
 /* Looks at one level. A word that changed hands between two reads counts as admitted: nothing is taken here. */
-EDGE_INLINE bool sketch_admits(const struct edge_control *world, struct sketch_ask *ask, __u32 level,
+EDGE_INLINE bool sketch_admits(const struct edge_control *control, struct sketch_ask *ask, __u32 level,
 			       const struct edge_limit *limit, const struct edge_bucket *bucket, __u64 hash)
 {
 	__u64 tag = sketch_tag(hash), word, ahead;
@@ -228,7 +228,7 @@ EDGE_INLINE bool sketch_admits(const struct edge_control *world, struct sketch_a
 			return true;
 		ahead = sketch_ahead(word, ask->now_ns);
 	} else {
-		ahead = sketch_old_ahead(world, ask, level, &known);
+		ahead = sketch_old_ahead(control, ask, level, &known);
 		if (!known && !sketch_idle(bucket, ask->now_ns)) {
 			ask->beyond_ns = ~0ull;
 			return false;
@@ -244,7 +244,7 @@ EDGE_INLINE bool sketch_admits(const struct edge_control *world, struct sketch_a
 enum sketch_step { STEP_REFUSED, STEP_ADMITTED, STEP_AGAIN };
 
 /* Takes one at one level; STEP_AGAIN after a lost race. */
-EDGE_INLINE enum sketch_step sketch_step(const struct edge_control *world, const struct sketch_ask *ask, __u32 level,
+EDGE_INLINE enum sketch_step sketch_step(const struct edge_control *control, const struct sketch_ask *ask, __u32 level,
 					 const struct edge_limit *limit, struct edge_bucket *bucket, __u64 hash)
 {
 	__u64 now_ns = ask->now_ns, tag = sketch_tag(hash), ahead, old, new;
@@ -263,7 +263,7 @@ EDGE_INLINE enum sketch_step sketch_step(const struct edge_control *world, const
 	} else {
 		if (sketch_ahead(old, now_ns))
 			return STEP_AGAIN;
-		ahead = sketch_old_ahead(world, ask, level, &known);
+		ahead = sketch_old_ahead(control, ask, level, &known);
 	}
 	ahead = limit_ahead(limit, ahead);
 	if (ahead > limit->tolerance_ns)
@@ -302,23 +302,23 @@ EDGE_INLINE const struct edge_limit *sketch_limit(const struct edge_config *conf
  * memory at the same time and not one after the other: with sources at random that is the greater part of the cost. */
 __noinline int sketch_look(struct sketch_ask *ask)
 {
-	const struct edge_control *world = edge_control_value();
+	const struct edge_control *control = edge_control_value();
 	struct edge_bucket *bucket[EDGE_LEVELS_MAX] = {};
 	__u64 hash[EDGE_LEVELS_MAX] = {};
 	const struct edge_config *config;
 	const struct edge_limit *limit;
 	__u32 levels;
 
-	if (!ask || !world)
+	if (!ask || !control)
 		return false;
-	config = &world->config[ask->generation & 1];
+	config = &control->config[ask->generation & 1];
 	levels = sketch_levels(ask);
 #pragma unroll
 	for (__u32 level = 0; level < EDGE_LEVELS_MAX; level++) {
 		if (level >= levels)
 			break;
-		hash[level] = sketch_hash(world, ask, world->limiter_active, level);
-		bucket[level] = sketch_bucket(hash[level], world->limiter_active);
+		hash[level] = sketch_hash(control, ask, control->limiter_active, level);
+		bucket[level] = sketch_bucket(hash[level], control->limiter_active);
 		if (!bucket[level])
 			return false;
 		read_once(&bucket[level]->word[0]);
@@ -328,7 +328,7 @@ __noinline int sketch_look(struct sketch_ask *ask)
 		if (level >= levels || !bucket[level])
 			break;
 		limit = sketch_limit(config, ask->purpose, level);
-		if (limit->interval_ns && !sketch_admits(world, ask, level, limit, bucket[level], hash[level]))
+		if (limit->interval_ns && !sketch_admits(control, ask, level, limit, bucket[level], hash[level]))
 			return false;
 	}
 	return true;
@@ -337,22 +337,22 @@ __noinline int sketch_look(struct sketch_ask *ask)
 /* Takes one from the limit of one level. */
 __noinline int sketch_charge(struct sketch_ask *ask, __u32 level)
 {
-	const struct edge_control *world = edge_control_value();
+	const struct edge_control *control = edge_control_value();
 	const struct edge_limit *limit;
 	struct edge_bucket *bucket;
 	__u64 hash;
 
-	if (!ask || !world || level >= EDGE_LEVELS_MAX)
+	if (!ask || !control || level >= EDGE_LEVELS_MAX)
 		return false;
-	limit = sketch_limit(&world->config[ask->generation & 1], ask->purpose, level);
+	limit = sketch_limit(&control->config[ask->generation & 1], ask->purpose, level);
 	if (!limit->interval_ns)
 		return true;
-	hash = sketch_hash(world, ask, world->limiter_active, level);
-	bucket = sketch_bucket(hash, world->limiter_active);
+	hash = sketch_hash(control, ask, control->limiter_active, level);
+	bucket = sketch_bucket(hash, control->limiter_active);
 	if (!bucket)
 		return false;
 	for (int try = 0; try < LIMIT_TRIES; try++) {
-		enum sketch_step step = sketch_step(world, ask, level, limit, bucket, hash);
+		enum sketch_step step = sketch_step(control, ask, level, limit, bucket, hash);
 
 		if (step != STEP_AGAIN)
 			return step == STEP_ADMITTED;
@@ -389,13 +389,13 @@ EDGE_INLINE void sketch_ask_source(struct sketch_ask *ask, const struct edge_vie
 /* Looks at all levels of a source. Connections are charged by the exact clock, of which the coarse one is behind: the last
  * of a burst within a tick would seem to come before the first, and be refused. So whoever is refused by less than a
  * tick is looked at by the exact clock; to refuse all others costs one comparison. */
-EDGE_INLINE bool sketch_look_source(struct sketch_ask *ask, const struct edge_view *view, const enum edge_world world)
+EDGE_INLINE bool sketch_look_source(struct sketch_ask *ask, const struct edge_view *view, const enum edge_program program)
 {
 	if (sketch_look(ask))
 		return true;
 	if (ask->beyond_ns > TICK_NS_MAX)
 		return false;
-	ask->now_ns = view_now_exact(view, world);
+	ask->now_ns = view_now_exact(view, program);
 	return sketch_look(ask);
 }
 

@@ -11,7 +11,7 @@
 #ifndef MILLRACE_PARSE_H
 #define MILLRACE_PARSE_H
 
-#include "world.h"
+#include "view.h"
 
 #define GO_ON (-1) /* no reason yet */
 

@@ -135,13 +135,13 @@ struct quic_made {
 /* User space issues by the exact clock, up to a tick ahead of the coarse one: what seems to be of the next epoch is
  * looked at with that. */
 EDGE_INLINE struct quic_made quic_made_when(struct edge_view *view, const __u32 shift, __u32 low_bits,
-					    const enum edge_world world)
+					    const enum edge_program program)
 {
-	__u64 present = view_now(view, world) >> shift;
+	__u64 present = view_now(view, program) >> shift;
 	struct quic_made made;
 
 	if (((low_bits - present) & 31) == 1)
-		present = view_now_exact(view, world) >> shift;
+		present = view_now_exact(view, program) >> shift;
 	made.age = (present - low_bits) & 31;
 	made.epoch = present - made.age;
 	return made;
@@ -149,13 +149,13 @@ EDGE_INLINE struct quic_made quic_made_when(struct edge_view *view, const __u32 
 
 /* An ID of 16 bytes, as words: did we give it out, to this address, and does it hold? */
 EDGE_INLINE enum id_state id_check(struct edge_view *view, const struct edge_packet *packet, const __u64 id[2],
-				   const enum edge_world world)
+				   const enum edge_program program)
 {
 	__u32 form = id[0] >> 40 & 0xff;
 	const struct edge_key *key = &view->control->keys[form >> 5 & 3];
 	bool roaming = form >> 7;
 	__u32 shift = roaming ? ROAMING_EPOCH_SHIFT : HANDSHAKE_EPOCH_SHIFT;
-	struct quic_made made = quic_made_when(view, shift, form & 31, world);
+	struct quic_made made = quic_made_when(view, shift, form & 31, program);
 	__u64 tag;
 
 	if (roaming) {
@@ -178,20 +178,20 @@ struct quic_token {
 	__u64 words[4];
 };
 
-EDGE_INLINE __u64 token_tag(const struct edge_control *world, const struct edge_packet *packet,
+EDGE_INLINE __u64 token_tag(const struct edge_control *control, const struct edge_packet *packet,
 			    const struct quic_token *token, __u64 epoch)
 {
 	const __u64 words[7] = { token->words[0],   token->words[1],	 token->words[2], packet->source[0],
 				 packet->source[1], packet->source_port, epoch };
 
-	return siphash24(&world->keys[token->words[0] >> 13 & 3], words, 7);
+	return siphash24(&control->keys[token->words[0] >> 13 & 3], words, 7);
 }
 
 /* Whether its tag is right. A function of its own: the stack of the program has no room for its rounds. */
-static __noinline bool token_signed(const struct edge_control *world, const struct edge_packet *packet,
+static __noinline bool token_signed(const struct edge_control *control, const struct edge_packet *packet,
 				    const struct quic_token *token, __u64 epoch)
 {
-	return token_tag(world, packet, token, epoch) == token->words[3];
+	return token_tag(control, packet, token, epoch) == token->words[3];
 }
 
 EDGE_INLINE __u32 token_epoch(const struct quic_token *token)
@@ -220,7 +220,7 @@ EDGE_INLINE void token_retry_id(const struct quic_token *token, __u64 id[2])
 
 /* GO_ON if the token is ours, for this client and this destination ID, and holds. */
 EDGE_INLINE int token_check(struct edge_view *view, const struct edge_packet *packet, const struct quic_token *token,
-			    const __u64 id[2], __u32 id_bytes, const enum edge_world world)
+			    const __u64 id[2], __u32 id_bytes, const enum edge_program program)
 {
 	__u32 original_bytes = token->words[0] >> 16 & 0xff;
 	struct quic_made made;
@@ -229,7 +229,7 @@ EDGE_INLINE int token_check(struct edge_view *view, const struct edge_packet *pa
 	if ((token->words[0] & 0xff) != TOKEN_FIRST || original_bytes < QUIC_ID_BYTES_MIN ||
 	    original_bytes > QUIC_ID_BYTES_MAX || !token_padded(token, original_bytes))
 		return R_QUIC_BAD_TOKEN;
-	made = quic_made_when(view, HANDSHAKE_EPOCH_SHIFT, token_epoch(token), world);
+	made = quic_made_when(view, HANDSHAKE_EPOCH_SHIFT, token_epoch(token), program);
 	if (!token_signed(view->control, packet, token, made.epoch))
 		return R_QUIC_BAD_TOKEN;
 	token_retry_id(token, expected);
@@ -241,10 +241,10 @@ EDGE_INLINE int token_check(struct edge_view *view, const struct edge_packet *pa
 /* A destination ID of 20 bytes: the proof of a registry peer, made for this address, in these minutes? Then its node's
  * tag. */
 EDGE_INLINE bool proof_check(struct edge_view *view, const struct edge_packet *packet, const __u8 *id,
-			     const enum edge_world world, __u32 *node)
+			     const enum edge_program program, __u32 *node)
 {
 	__u64 words[5] = { load64(id), load32(id + 8), packet->source[0], packet->source[1] };
-	__u64 next = ((view_now(view, world) + view->control->wall_offset_ns) >> PROOF_EPOCH_SHIFT) + 1;
+	__u64 next = ((view_now(view, program) + view->control->wall_offset_ns) >> PROOF_EPOCH_SHIFT) + 1;
 	__u64 age = (next - (words[0] >> 8)) & 0xff; /* before the next epoch */
 	const struct edge_key *key;
 
@@ -257,13 +257,13 @@ EDGE_INLINE bool proof_check(struct edge_view *view, const struct edge_packet *p
 }
 
 /* Whether the source has as many connections as it may, by the word of a node that lives. */
-EDGE_INLINE bool quic_source_full(struct edge_view *view, const struct edge_packet *packet, const enum edge_world world)
+EDGE_INLINE bool quic_source_full(struct edge_view *view, const struct edge_packet *packet, const enum edge_program program)
 {
 	struct edge_source source = source_cap_key(packet->source, packet->ipv4);
 	__u32 cap = view->config->quic_connections_max;
 	const struct edge_count *count;
 
-	if (!cap || view_now(view, world) >= view->control->lease_until_ns)
+	if (!cap || view_now(view, program) >= view->control->lease_until_ns)
 		return false;
 	count = bpf_map_lookup_elem(&quic_sources, &source);
 	return count && count->run == view->control->run && count->connections >= cap;
@@ -302,7 +302,7 @@ EDGE_INLINE int quic_find_token(struct xdp_md *ctx, const struct edge_packet *pa
 
 /* A destination ID of 20 bytes that is a proof. GO_ON: it is none. */
 EDGE_INLINE int quic_admit_peer(struct xdp_md *ctx, struct edge_view *view, const struct edge_packet *packet,
-				const enum edge_world world)
+				const enum edge_program program)
 {
 	const __u8 *id = quic_at(ctx, packet, 6, PROOF_BYTES);
 	__u64 words[2];
@@ -312,7 +312,7 @@ EDGE_INLINE int quic_admit_peer(struct xdp_md *ctx, struct edge_view *view, cons
 		return R_QUIC_MALFORMED;
 	words[0] = load64(id);
 	words[1] = load64(id + 8);
-	if (!proof_check(view, packet, id, world, &node))
+	if (!proof_check(view, packet, id, program, &node))
 		return GO_ON;
 	if (!sketch_take(view, words[0], words[1], EDGE_PURPOSE_PROOF))
 		return R_QUIC_PROOF_REPLAYED;
@@ -324,7 +324,7 @@ EDGE_INLINE int quic_admit_peer(struct xdp_md *ctx, struct edge_view *view, cons
 /* An Initial that carries no ID of ours. R_TX_RETRY: a Retry is due. */
 EDGE_INLINE int quic_admit_initial(struct xdp_md *ctx, struct edge_view *view, const struct edge_packet *packet,
 				   const struct quic_header *header, const __u64 id[2], __u32 stress,
-				   const enum edge_world world)
+				   const enum edge_program program)
 {
 	const struct quic_token *token;
 	struct sketch_ask ask;
@@ -340,7 +340,7 @@ EDGE_INLINE int quic_admit_initial(struct xdp_md *ctx, struct edge_view *view, c
 	if (reason != GO_ON)
 		return reason;
 	if (header->id_bytes == PROOF_BYTES) {
-		reason = quic_admit_peer(ctx, view, packet, world);
+		reason = quic_admit_peer(ctx, view, packet, program);
 		if (reason != GO_ON)
 			return reason;
 	}
@@ -352,17 +352,17 @@ EDGE_INLINE int quic_admit_initial(struct xdp_md *ctx, struct edge_view *view, c
 		token = (const void *)quic_at(ctx, packet, token_at, TOKEN_BYTES);
 		if (!token)
 			return R_QUIC_MALFORMED;
-		reason = token_check(view, packet, token, id, header->id_bytes, world);
+		reason = token_check(view, packet, token, id, header->id_bytes, program);
 		if (reason != GO_ON)
 			return reason;
 	}
 	sketch_ask_source(&ask, view, packet->source, packet->ipv4, EDGE_PURPOSE_QUIC);
-	if (!sketch_look_source(&ask, view, world))
+	if (!sketch_look_source(&ask, view, program))
 		return R_QUIC_SOURCE_RATE;
 	/* Who gets a Retry is asked for its cap when it comes back. */
 	if (!token_bytes && (stress != EDGE_STRESS_NORMAL || !budget_charge(view, EDGE_BUDGET_UNVALIDATED)))
 		return packet_is_martian(ctx, packet) ? R_MARTIAN : R_TX_RETRY;
-	if (quic_source_full(view, packet, world))
+	if (quic_source_full(view, packet, program))
 		return R_QUIC_SOURCE_CAP;
 	if (!token_bytes)
 		return R_PASS_QUIC_INITIAL;
@@ -371,12 +371,12 @@ EDGE_INLINE int quic_admit_initial(struct xdp_md *ctx, struct edge_view *view, c
 
 /* Section 4. */
 EDGE_INLINE int quic_admit(struct xdp_md *ctx, struct edge_view *view, const struct edge_packet *packet,
-			   const struct quic_header *header, const enum edge_world world)
+			   const struct quic_header *header, const enum edge_program program)
 {
 	enum id_state state = ID_UNKNOWN;
 	__u64 id[2] = {};
 	const __u8 *at;
-	__u32 stress = view_stress(view, world);
+	__u32 stress = view_stress(view, program);
 
 	if (header->class == QUIC_DIAL_REQUEST)
 		return budget_charge(view, EDGE_BUDGET_DIAL_REQUEST) ? R_PASS_DIAL_REQUEST : R_QUIC_DIAL_REQUEST_BUDGET;
@@ -388,7 +388,7 @@ EDGE_INLINE int quic_admit(struct xdp_md *ctx, struct edge_view *view, const str
 			return R_QUIC_MALFORMED;
 		id[0] = load64(at);
 		id[1] = load64(at + 8);
-		state = id_check(view, packet, id, world);
+		state = id_check(view, packet, id, program);
 	}
 	if (state == ID_VALID) {
 		if (stress != EDGE_STRESS_NORMAL && !sketch_take(view, id[0], id[1], EDGE_PURPOSE_ID))
@@ -397,7 +397,7 @@ EDGE_INLINE int quic_admit(struct xdp_md *ctx, struct edge_view *view, const str
 	}
 	if (header->class == QUIC_KNOWN)
 		return state == ID_EXPIRED ? R_QUIC_EXPIRED_ID : R_QUIC_UNKNOWN_ID;
-	return quic_admit_initial(ctx, view, packet, header, id, stress, world);
+	return quic_admit_initial(ctx, view, packet, header, id, stress, program);
 }
 
 #endif

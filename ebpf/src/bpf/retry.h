@@ -68,23 +68,23 @@ EDGE_INLINE bool retry_sign(__u32 start, __u32 bytes)
 	return true;
 }
 
-EDGE_INLINE void retry_mint(const struct edge_control *world, const struct edge_packet *packet, const __u64 id[3],
+EDGE_INLINE void retry_mint(const struct edge_control *control, const struct edge_packet *packet, const __u64 id[3],
 			    __u32 id_bytes, __u64 now_ns, struct quic_token *token)
 {
-	__u32 key = world->key_active & 3;
+	__u32 key = control->key_active & 3;
 	__u64 epoch = now_ns >> HANDSHAKE_EPOCH_SHIFT;
 
 	token->words[0] = TOKEN_FIRST | (key << 5 | (epoch & 31)) << 8 | id_bytes << 16 | id[0] << 24;
 	token->words[1] = id[0] >> 40 | id[1] << 24;
 	token->words[2] = id[1] >> 40 | id[2] << 24;
-	token->words[3] = token_tag(world, packet, token, epoch);
+	token->words[3] = token_tag(control, packet, token, epoch);
 }
 
 /* Puts the Retry into the scratch, at RETRY_AT; 0, or its length. */
 EDGE_INLINE __u32 retry_make(struct xdp_md *ctx, const struct edge_packet *packet, const struct quic_header *header,
 			     __u64 now_ns)
 {
-	const struct edge_control *world = edge_control_value();
+	const struct edge_control *control = edge_control_value();
 	__u32 id_bytes = header->id_bytes, source_id_bytes = header->source_id_bytes, start;
 	struct edge_scratch *room = reply_scratch();
 	const __u8 *original = quic_at(ctx, packet, 6, QUIC_ID_BYTES_MAX);
@@ -93,7 +93,7 @@ EDGE_INLINE __u32 retry_make(struct xdp_md *ctx, const struct edge_packet *packe
 	__u64 id[3], retry_id[2];
 	__u8 *at;
 
-	if (!world || !room || !original || !source_id || id_bytes < QUIC_ID_BYTES_MIN || id_bytes > QUIC_ID_BYTES_MAX ||
+	if (!control || !room || !original || !source_id || id_bytes < QUIC_ID_BYTES_MIN || id_bytes > QUIC_ID_BYTES_MAX ||
 	    source_id_bytes > QUIC_ID_BYTES_MAX)
 		return 0;
 #pragma unroll
@@ -125,7 +125,7 @@ EDGE_INLINE __u32 retry_make(struct xdp_md *ctx, const struct edge_packet *packe
 	} else {
 		id[2] &= (1ull << (8 * (id_bytes - 16))) - 1;
 	}
-	retry_mint(world, packet, id, id_bytes, now_ns, &token);
+	retry_mint(control, packet, id, id_bytes, now_ns, &token);
 	token_retry_id(&token, retry_id);
 	at += 6 + source_id_bytes;
 	at[0] = LOCAL_ID_BYTES;

@@ -3,7 +3,7 @@
 #ifndef MILLRACE_RULES_H
 #define MILLRACE_RULES_H
 
-#include "world.h"
+#include "view.h"
 
 #define ENTRY_NONE (EDGE_LEAF | EDGE_SPARSE) /* ends a walk as a leaf does, but is none */
 

@@ -2,7 +2,7 @@
 #ifndef MILLRACE_SIPHASH_H
 #define MILLRACE_SIPHASH_H
 
-#include "world.h"
+#include "view.h"
 
 struct siphash {
 	__u64 v0, v1, v2, v3;

@@ -13,14 +13,14 @@
 #define SYN_ACK_WINDOW 29200
 
 /* GO_ON: the source is within its rates and its cap. */
-EDGE_INLINE int tcp_source_refused(struct edge_view *view, const struct edge_packet *packet, const enum edge_world world)
+EDGE_INLINE int tcp_source_refused(struct edge_view *view, const struct edge_packet *packet, const enum edge_program program)
 {
 	__u32 cap = view->config->tcp_connections_max;
 	struct sketch_ask ask;
 
-	view_now(view, world);
+	view_now(view, program);
 	sketch_ask_source(&ask, view, packet->source, packet->ipv4, EDGE_PURPOSE_TCP);
-	if (!sketch_look_source(&ask, view, world))
+	if (!sketch_look_source(&ask, view, program))
 		return R_TCP_SOURCE_RATE;
 	return cap && source_connections(packet->source, packet->ipv4) >= cap ? R_TCP_SOURCE_CAP : GO_ON;
 }
@@ -93,9 +93,9 @@ __noinline __s64 cookie_ask_kernel(struct xdp_md *ctx, const struct edge_packet 
 }
 
 EDGE_INLINE __s64 cookie_ask(struct xdp_md *ctx, const struct edge_view *view, const struct edge_packet *packet,
-			     const enum edge_world world)
+			     const enum edge_program program)
 {
-	if (world != EDGE_TEST)
+	if (program != EDGE_TEST)
 		return cookie_ask_kernel(ctx, packet);
 	if (view->mock->cookie)
 		return (__u64)EDGE_MOCK_MSS << 32 | view->mock->cookie;
@@ -159,44 +159,44 @@ __noinline int meets_listener_kernel(struct xdp_md *ctx, const struct edge_packe
 }
 
 EDGE_INLINE bool meets_listener(struct xdp_md *ctx, const struct edge_view *view, const struct edge_packet *packet,
-				const enum edge_world world)
+				const enum edge_program program)
 {
-	return world == EDGE_TEST ? view->mock->meets_listener : meets_listener_kernel(ctx, packet);
+	return program == EDGE_TEST ? view->mock->meets_listener : meets_listener_kernel(ctx, packet);
 }
 
 /* Section 5, step 1. A cookie can be taken up without a SYN, and again and again while it lasts. Segments of established
  * connections pay for that only while somebody does. */
 EDGE_INLINE int tcp_go_on(struct xdp_md *ctx, struct edge_view *view, const struct edge_packet *packet,
-			  const enum edge_world world)
+			  const enum edge_program program)
 {
 	__u64 until_ns = view->control->cookies_watched_until_ns;
 	int reason;
 
-	if (!until_ns || (packet->tcp_flags & (TCP_SYN | TCP_RST | TCP_ACK)) != TCP_ACK || view_now(view, world) >= until_ns)
+	if (!until_ns || (packet->tcp_flags & (TCP_SYN | TCP_RST | TCP_ACK)) != TCP_ACK || view_now(view, program) >= until_ns)
 		return R_PASS_TCP;
-	reason = tcp_source_refused(view, packet, world);
-	return reason != GO_ON && meets_listener(ctx, view, packet, world) ? reason : R_PASS_TCP;
+	reason = tcp_source_refused(view, packet, program);
+	return reason != GO_ON && meets_listener(ctx, view, packet, program) ? reason : R_PASS_TCP;
 }
 
 /* Section 5. With R_TX_SYN_COOKIE, `cookie` is what to send; `without`: what becomes of the SYN if it cannot be sent. */
 EDGE_INLINE int tcp_admit(struct xdp_md *ctx, struct edge_view *view, const struct edge_packet *packet,
-			  const enum edge_world world, __s64 *cookie, int *without)
+			  const enum edge_program program, __s64 *cookie, int *without)
 {
 	bool within;
 	int reason;
 
 	if ((packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
-		return tcp_go_on(ctx, view, packet, world);
-	reason = tcp_source_refused(view, packet, world);
+		return tcp_go_on(ctx, view, packet, program);
+	reason = tcp_source_refused(view, packet, program);
 	if (reason != GO_ON)
 		return reason;
 	within = budget_charge(view, EDGE_BUDGET_SYN);
-	if (within && view_stress(view, world) == EDGE_STRESS_NORMAL)
+	if (within && view_stress(view, program) == EDGE_STRESS_NORMAL)
 		return R_PASS_TCP_SYN;
 	*without = within ? R_PASS_TCP_SYN : R_TCP_SYN_BUDGET;
 	if (packet_is_martian(ctx, packet))
 		return R_MARTIAN;
-	*cookie = cookie_ask(ctx, view, packet, world);
+	*cookie = cookie_ask(ctx, view, packet, program);
 	if (*cookie == COOKIE_ROOM)
 		return R_PASS_TCP_SYN;
 	return *cookie == COOKIE_NONE ? *without : R_TX_SYN_COOKIE;

@@ -11,7 +11,7 @@ use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::rules::{Bounds, Compiled, Rule, RuleAction, Temporary, compile};
 use millrace_edge_policy::settings::{DefaultAction, Kind, Mode, Service, Settings};
 
-use super::{NODE, PATIENCE, Pair, WORLD};
+use super::{NODE, PATIENCE, Pair, REMOTE};
 
 /// Where the service of UDP listens.
 pub const PORT: u16 = 4200;
@@ -39,7 +39,7 @@ pub fn options(mode: AttachMode) -> AttachOptions {
     }
 }
 
-/// UDP to [`PORT`] is allowed or denied from everywhere in the world, by a rule.
+/// UDP to [`PORT`] is allowed or denied from every remote address, by a rule.
 pub fn set(mode: Mode, action: RuleAction) -> Compiled {
     set_of(mode, &["10.77.0.0/24"], action)
 }
@@ -101,7 +101,7 @@ impl Drop for Home {
     }
 }
 
-/// A socket of the node on [`PORT`], and one of the world that sends there.
+/// A socket of the node on [`PORT`], and one of the remote host that sends there.
 pub struct Ends {
     pub server: UdpSocket,
     pub client: UdpSocket,
@@ -110,7 +110,7 @@ pub struct Ends {
 impl Ends {
     pub fn new(pair: &Pair) -> Self {
         let server = pair.node.enter(|| UdpSocket::bind((NODE, PORT)).unwrap());
-        let client = pair.world.enter(|| UdpSocket::bind((WORLD, 0)).unwrap());
+        let client = pair.remote.enter(|| UdpSocket::bind((REMOTE, 0)).unwrap());
         client.connect((NODE, PORT)).unwrap();
         server.set_read_timeout(Some(PATIENCE)).unwrap();
         let ends = Self { server, client };

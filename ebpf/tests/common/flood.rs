@@ -7,7 +7,7 @@ use etherparse::PacketBuilder;
 use libbpf_rs::{Link, Map, MapCore as _, MapFlags, Object, ObjectBuilder, ProgramInput};
 use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 
-use super::{NODE, Pair, WORLD};
+use super::{NODE, Pair, REMOTE};
 
 const OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flood.bpf.o"));
 /// `BPF_F_TEST_XDP_LIVE_FRAMES`: what the program says is done, instead of being returned.
@@ -22,7 +22,7 @@ const WORLD_MAC: [u8; 6] = [2, 0x77, 0, 0, 0, 2];
 /// Any seed but zero.
 const SEED: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// The world's end of a pair's wire: native XDP, which answers that the node's program transmits need to arrive; and a generator.
+/// The remote end of a pair's wire: native XDP, which answers that the node's program transmits need to arrive; and a generator.
 pub struct FarEnd {
     object: Object,
     /// What packets are cut from.
@@ -35,10 +35,10 @@ impl FarEnd {
     pub fn attach(pair: &Pair, quic_port: u16, tcp_port: u16) -> Self {
         pair.node
             .ip(&format!("link set mr0 address {}", mac(NODE_MAC)));
-        pair.world
+        pair.remote
             .ip(&format!("link set mr1 address {}", mac(WORLD_MAC)));
         let (initial, syn) = (initial(quic_port), syn(tcp_port));
-        pair.world.enter(|| {
+        pair.remote.enter(|| {
             let any = socket(AddressFamily::INET, SocketType::DGRAM, None).unwrap();
             let interface = netdevice::name_to_index(any, "mr1").unwrap();
             let mut setup = Vec::new();
@@ -51,7 +51,7 @@ impl FarEnd {
                 setup.extend((frame.len() as u32).to_ne_bytes());
             }
             setup.extend(interface.to_ne_bytes());
-            setup.extend(WORLD.parse::<Ipv4Addr>().unwrap().octets());
+            setup.extend(REMOTE.parse::<Ipv4Addr>().unwrap().octets());
             let object = load(&setup);
             let program = object
                 .progs_mut()
@@ -68,7 +68,7 @@ impl FarEnd {
         })
     }
 
-    /// Sends so many packets, as fast as they go, from the calling thread and its CPU; it must be in the world's namespace.
+    /// Sends so many packets, as fast as they go, from the calling thread and its CPU; it must be in the remote namespace.
     pub fn send(&self, packets: u32) {
         let program = self
             .object

@@ -1,18 +1,18 @@
-//! The kernel's program and its model in lockstep: one world, one packet at a time, not one difference.
+//! The kernel's program and its model in lockstep: one state, one packet at a time, not one difference.
 //!
-//! 1. What the world is stands in the model; [`Lockstep::change`] writes it to the program's maps as well.
+//! 1. The state stands in the model; [`Lockstep::change`] writes it to the program's maps as well.
 //! 2. Each packet is compared by itself: what was decided, why, by which rule, and the frame that is left.
 //! 3. [`Lockstep::audit`] compares what has added up: every counter, every hit, every word of the limits.
 #![allow(dead_code, unreachable_pub, reason = "each test takes what it needs")]
 
 use etherparse::{NetSlice, SlicedPacket, TcpOptionElement, TransportSlice};
 use libbpf_rs::{MapCore as _, MapFlags};
-use millrace_edge::abi::{self, EdgeControl, EdgeDecision, EdgeFlow, EdgeBucket, EdgeMock};
+use millrace_edge::abi::{self, EdgeBucket, EdgeControl, EdgeDecision, EdgeFlow, EdgeMock};
 use millrace_edge::load::{LoadOptions, Loaded, Program, Run};
 use millrace_edge::metrics::{self, Counters};
 use millrace_edge::publish::Publisher;
 use millrace_edge_policy::limiter::{Buckets, Purpose, Sketch};
-use millrace_edge_policy::model::{Cookie, Count, Flow, Model, World};
+use millrace_edge_policy::model::{Cookie, Count, Environment, Flow, Model};
 use millrace_edge_policy::packet::Packet;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::rules::{Bounds, Compiled};
@@ -39,7 +39,7 @@ pub const BOUNDS: Bounds = Bounds {
 
 pub struct Lockstep {
     loaded: Loaded,
-    /// The world. Written by [`Lockstep::change`] and its like alone.
+    /// The state. Written by [`Lockstep::change`] and its like alone.
     pub model: Model,
     /// Packets so far.
     pub packets: u64,
@@ -73,7 +73,7 @@ impl Lockstep {
         })
     }
 
-    /// Changes the world for both.
+    /// Changes the state of both.
     pub fn change<T>(&mut self, change: impl FnOnce(&mut Model) -> T) -> T {
         let changed = change(&mut self.model);
         self.write_control();
@@ -168,8 +168,8 @@ impl Lockstep {
     }
 
     /// Decides on a frame both ways; says how they differ.
-    pub fn decide(&mut self, frame: &[u8], world: World) -> Result<Decision, String> {
-        self.decide_by(frame, world, |loaded| {
+    pub fn decide(&mut self, frame: &[u8], environment: Environment) -> Result<Decision, String> {
+        self.decide_by(frame, environment, |loaded| {
             loaded.run(Program::EdgeTest, frame, 1)
         })
     }
@@ -179,12 +179,12 @@ impl Lockstep {
         &mut self,
         frame: &[u8],
         linear: usize,
-        world: World,
+        environment: Environment,
     ) -> Result<Decision, String> {
         if !self.splits {
-            return self.decide(frame, world);
+            return self.decide(frame, environment);
         }
-        self.decide_by(frame, world, |loaded| {
+        self.decide_by(frame, environment, |loaded| {
             loaded.run_split(Program::EdgeTest, frame, linear)
         })
     }
@@ -192,7 +192,7 @@ impl Lockstep {
     fn decide_by(
         &mut self,
         frame: &[u8],
-        world: World,
+        environment: Environment,
         run: impl FnOnce(&Loaded) -> Result<Run, libbpf_rs::Error>,
     ) -> Result<Decision, String> {
         let maps = self.loaded.maps();
@@ -202,22 +202,22 @@ impl Lockstep {
         };
         maps.decision.store(0, &nothing);
         let mock = EdgeMock {
-            now_ns: world.now_ns,
-            cookie: sequence_of_cookie(world.cookie),
-            read_only: u32::from(world.read_only),
-            listener_room: u32::from(world.cookie == Cookie::Room),
-            meets_listener: u32::from(world.meets_listener),
+            now_ns: environment.now_ns,
+            cookie: sequence_of_cookie(environment.cookie),
+            read_only: u32::from(environment.read_only),
+            listener_room: u32::from(environment.cookie == Cookie::Room),
+            meets_listener: u32::from(environment.meets_listener),
         };
         maps.mock.store(0, &mock);
         let run = run(&self.loaded).map_err(|error| format!("{error} for {}", hex(frame)))?;
         let left = maps.decision.load(0);
-        let decision = self.model.decide(frame, world);
+        let decision = self.model.decide(frame, environment);
         self.packets += 1;
-        let difference = compare(frame, world, &run, &left, &decision).err();
+        let difference = compare(frame, environment, &run, &left, &decision).err();
         match difference {
             None => Ok(decision),
             Some(what) => Err(format!(
-                "{what} differs\nkernel: {left:?}, reason {:?}, action {}, stamp {:?}\n  frame {}\nmodel: {decision:?}\nworld: {world:?}\nframe: {}",
+                "{what} differs\nkernel: {left:?}, reason {:?}, action {}, stamp {:?}\n  frame {}\nmodel: {decision:?}\nenvironment: {environment:?}\nframe: {}",
                 Reason::from_index(left.reason),
                 run.action,
                 run.stamp,
@@ -382,7 +382,7 @@ fn xdp_action(action: Action) -> u32 {
 /// Says what differs.
 fn compare(
     frame: &[u8],
-    world: World,
+    environment: Environment,
     run: &Run,
     left: &EdgeDecision,
     decision: &Decision,
@@ -404,14 +404,16 @@ fn compare(
         left.generation as usize == decision.generation,
         "generation",
     )?;
-    same(left.now_ns == world.now_ns, "clock")?;
+    same(left.now_ns == environment.now_ns, "clock")?;
     same(
         run.stamp == decision.stamp.map(|stamp| stamp as u32),
         "stamp",
     )?;
     match (decision.action, &decision.frame) {
         (Action::Transmit, Some(answer)) => same(run.frame == *answer, "Retry"),
-        (Action::Transmit, None) => syn_ack(frame, &run.frame, sequence_of_cookie(world.cookie)),
+        (Action::Transmit, None) => {
+            syn_ack(frame, &run.frame, sequence_of_cookie(environment.cookie))
+        }
         _ => same(run.frame == frame, "frame"),
     }
 }

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use etherparse::PacketBuilder;
 use libbpf_rs::{MapCore as _, MapFlags};
-use millrace_edge::abi::{EdgeConfig, EdgeControl, EdgeBucket, EdgeMock};
+use millrace_edge::abi::{EdgeBucket, EdgeConfig, EdgeControl, EdgeMock};
 use millrace_edge::load::{LoadOptions, Loaded, Program, Run};
 use millrace_edge::metrics::Counters;
 use millrace_edge::publish::Publisher;
@@ -78,11 +78,11 @@ impl Mocked {
     }
 
     pub fn set_clock(&self, now_ns: u64) {
-        self.set_world(now_ns, false);
+        self.set_environment(now_ns, false);
     }
 
     /// With `read_only`, packets are decided on and charge nothing.
-    pub fn set_world(&self, now_ns: u64, read_only: bool) {
+    pub fn set_environment(&self, now_ns: u64, read_only: bool) {
         let mock = EdgeMock {
             now_ns,
             cookie: 1,

@@ -92,30 +92,30 @@ impl Drop for Namespace {
 pub struct Pair {
     /// The node: interface `mr0`, 10.77.0.1 and fd77::1.
     pub node: Namespace,
-    /// Everybody else: interface `mr1`, 10.77.0.2 and fd77::2.
-    pub world: Namespace,
+    /// The remote host: interface `mr1`, 10.77.0.2 and fd77::2.
+    pub remote: Namespace,
 }
 
 pub const NODE: &str = "10.77.0.1";
-pub const WORLD: &str = "10.77.0.2";
+pub const REMOTE: &str = "10.77.0.2";
 
 impl Pair {
     pub fn new(label: &str) -> Self {
         let pair = Self {
             node: Namespace::new(label),
-            world: Namespace::new(label),
+            remote: Namespace::new(label),
         };
-        let world = &pair.world.name;
+        let remote = &pair.remote.name;
         pair.node.ip(&format!(
-            "link add mr0 type veth peer name mr1 netns {world}"
+            "link add mr0 type veth peer name mr1 netns {remote}"
         ));
-        for (namespace, interface, host) in [(&pair.node, "mr0", 1), (&pair.world, "mr1", 2)] {
+        for (namespace, interface, host) in [(&pair.node, "mr0", 1), (&pair.remote, "mr1", 2)] {
             namespace.ip(&format!("addr add 10.77.0.{host}/24 dev {interface}"));
             namespace.ip(&format!("addr add fd77::{host}/64 dev {interface} nodad"));
             namespace.ip(&format!("link set {interface} up"));
         }
         // The kernel lets packets out some time after that: what is sent before is lost, and said again after a second.
-        for (namespace, interface) in [(&pair.node, "mr0"), (&pair.world, "mr1")] {
+        for (namespace, interface) in [(&pair.node, "mr0"), (&pair.remote, "mr1")] {
             until("the cable carries packets", || {
                 let shown = namespace.ip(&format!("link show dev {interface}"));
                 shown.contains("state UP")

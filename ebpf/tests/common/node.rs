@@ -1,4 +1,4 @@
-//! A node with real sockets behind the edge, and the world in front of it.
+//! A node with real sockets behind the edge, and remote hosts in front of it.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -123,16 +123,16 @@ impl Node {
             .enter(|| TcpListener::bind((address, port)).unwrap())
     }
 
-    /// A connection from the world.
+    /// A connection from the remote host.
     pub fn connect(&self, address: IpAddr, port: u16) -> std::io::Result<TcpStream> {
-        self.pair.world.enter(|| connect((address, port).into()))
+        self.pair.remote.enter(|| connect((address, port).into()))
     }
 
-    /// Whether the world is refused a connection.
+    /// Whether the remote host is refused a connection.
     pub fn refuses(&self, address: IpAddr, port: u16) -> bool {
         let to = SocketAddr::from((address, port));
         self.pair
-            .world
+            .remote
             .enter(|| TcpStream::connect_timeout(&to, REFUSED))
             .is_err()
     }

@@ -43,7 +43,7 @@ impl Case<'_> {
     }
 
     fn check_id(&self, id: &[u8], client: SocketAddr) -> Result<(), BadId> {
-        LocalCid::check(id, &self.model.keys, client, self.world.now_ns).map(|_| ())
+        LocalCid::check(id, &self.model.keys, client, self.environment.now_ns).map(|_| ())
     }
 
     fn admit_known(&self, id: &[u8]) -> Result<Reason, Reason> {
@@ -91,7 +91,10 @@ impl Case<'_> {
     }
 
     fn proven_peer(&self, id: &[u8], source: IpAddr) -> Option<u32> {
-        let wall_ns = self.world.now_ns.wrapping_add(self.model.wall_offset_ns);
+        let wall_ns = self
+            .environment
+            .now_ns
+            .wrapping_add(self.model.wall_offset_ns);
         let key_of = |node| self.model.peers.get(&node).copied();
         proof::check(id, source, wall_ns, key_of)
     }
@@ -114,7 +117,7 @@ impl Case<'_> {
         client: SocketAddr,
     ) -> Result<(), Reason> {
         let keys = &self.model.keys;
-        match token::open(token, destination_id, client, keys, self.world.now_ns) {
+        match token::open(token, destination_id, client, keys, self.environment.now_ns) {
             Ok(_) => Ok(()),
             Err(BadToken::Forged) => Err(Reason::QuicBadToken),
             Err(BadToken::Expired) => Err(Reason::QuicExpiredToken),
@@ -127,7 +130,7 @@ impl Case<'_> {
         let source = Source::of(source);
         let limits = levels(settings.limits.source_quic);
         let sketch = self.model.sketch();
-        if !sketch.look_source(source, Purpose::Quic, &limits, self.world.now_ns) {
+        if !sketch.look_source(source, Purpose::Quic, &limits, self.environment.now_ns) {
             return Err(Reason::QuicSourceRate);
         }
         Ok(())
@@ -136,7 +139,7 @@ impl Case<'_> {
     fn check_cap(&self, source: IpAddr) -> Result<(), Reason> {
         let source = Source::of(source);
         let cap = self.compiled.settings.caps.quic;
-        let held = self.world.now_ns < self.model.lease_until_ns;
+        let held = self.environment.now_ns < self.model.lease_until_ns;
         let count = self.model.quic_sources.get(&source.cap_key());
         let full =
             count.is_some_and(|count| count.run == self.model.run && count.connections >= cap);
@@ -149,8 +152,8 @@ impl Case<'_> {
     fn admit_validated(&self, source: IpAddr) -> Result<Reason, Reason> {
         let limits = levels(self.compiled.settings.limits.source_quic);
         let (sketch, source) = (self.model.sketch(), Source::of(source));
-        if !self.world.read_only
-            && !sketch.charge_source(source, Purpose::Quic, &limits, self.world.now_ns)
+        if !self.environment.read_only
+            && !sketch.charge_source(source, Purpose::Quic, &limits, self.environment.now_ns)
         {
             return Err(Reason::QuicSourceRate);
         }
@@ -165,8 +168,13 @@ impl Case<'_> {
     ) -> Result<Reason, Reason> {
         if self.compiled.settings.mode == Mode::Enforce {
             let original_id = initial.destination_id;
-            let minted = token::mint(original_id, client, &self.model.keys, self.world.now_ns)
-                .ok_or(Reason::QuicRetryFailed)?;
+            let minted = token::mint(
+                original_id,
+                client,
+                &self.model.keys,
+                self.environment.now_ns,
+            )
+            .ok_or(Reason::QuicRetryFailed)?;
             let answer = retry::packet(initial.source_id, original_id, &minted);
             self.answer = Some(retry::frame(packet, &answer));
         }
@@ -177,8 +185,8 @@ impl Case<'_> {
     pub(super) fn admit_tcp(&self, packet: &Packet<'_>, flags: TcpFlags) -> Result<Reason, Reason> {
         let source = packet.source;
         if !flags.opens() {
-            let is_watched = self.world.now_ns < self.model.cookies_watched_until_ns;
-            if flags.goes_on() && is_watched && self.world.meets_listener {
+            let is_watched = self.environment.now_ns < self.model.cookies_watched_until_ns;
+            if flags.goes_on() && is_watched && self.environment.meets_listener {
                 self.look_tcp(source)?;
             }
             return Ok(Reason::PassTcp);
@@ -189,7 +197,7 @@ impl Case<'_> {
             return Ok(Reason::PassTcpSyn);
         }
         packet.refuse_martians()?;
-        match self.world.cookie {
+        match self.environment.cookie {
             Cookie::Given(_) => Ok(Reason::TxSynCookie),
             Cookie::Room => Ok(Reason::PassTcpSyn),
             Cookie::None if within => Ok(Reason::PassTcpSyn),
@@ -203,7 +211,7 @@ impl Case<'_> {
         let source = Source::of(source);
         let limits = levels(settings.limits.source_tcp);
         let sketch = self.model.sketch();
-        if !sketch.look_source(source, Purpose::Tcp, &limits, self.world.now_ns) {
+        if !sketch.look_source(source, Purpose::Tcp, &limits, self.environment.now_ns) {
             return Err(Reason::TcpSourceRate);
         }
         let cap = u64::from(settings.caps.tcp);
@@ -215,8 +223,8 @@ impl Case<'_> {
     }
 
     fn charge(&self, words: [u64; 2], purpose: Purpose, limit: Limit) -> bool {
-        let (sketch, now_ns) = (self.model.sketch(), self.world.now_ns);
-        if self.world.read_only {
+        let (sketch, now_ns) = (self.model.sketch(), self.environment.now_ns);
+        if self.environment.read_only {
             return sketch.look(words, purpose, 0, limit, now_ns);
         }
         sketch.charge(words, purpose, 0, limit, now_ns)

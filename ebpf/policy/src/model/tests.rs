@@ -3,10 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod frames;
+mod state;
 mod table;
-mod world;
 
-use super::{Cookie, Model, World};
+use super::{Cookie, Environment, Model};
 use crate::reason::Reason;
 use crate::settings::{Mode, Scope};
 use crate::verdict::{Action, Stamp};
@@ -81,17 +81,17 @@ fn decisions() {
 
 fn check(mode: Mode, case: &Case) {
     let mut model = model(mode, case.scope);
-    let world = World {
+    let environment = Environment {
         now_ns: NOW_NS,
         cookie: case.cookie,
-        ..World::default()
+        ..Environment::default()
     };
     (case.change)(&mut model);
     for frame in &case.before {
-        model.decide(frame, world);
+        model.decide(frame, environment);
     }
     let counted_before = model.counters;
-    let decision = model.decide(&case.frame, world);
+    let decision = model.decide(&case.frame, environment);
 
     let name = format!("{} in mode {mode:?}", case.name);
     assert_eq!(decision.reason, case.reason, "{name}");

@@ -1,4 +1,4 @@
-//! Frames of the table, and a world with room for one of everything.
+//! Frames of the table, and a model with room for one of everything.
 
 #![allow(clippy::unwrap_used, reason = "test code")]
 

@@ -9,7 +9,7 @@ use super::frames::{
 };
 use super::{Case, case};
 use crate::limiter::Purpose;
-use crate::model::{Count, Flow, Model, REPLY_UDP_NS, STRESS_PEERS, World};
+use crate::model::{Count, Environment, Flow, Model, REPLY_UDP_NS, STRESS_PEERS};
 use crate::packet::Protocol;
 use crate::reason::Reason;
 use crate::settings::{Mode, Scope, levels};
@@ -493,11 +493,11 @@ fn quic_first_packets() -> Vec<Case> {
 fn tcp_packets() -> Vec<Case> {
     let syn = |from| tcp(from, TCP, SYN);
     let spend = |model: &mut Model| {
-        let world = World {
+        let environment = Environment {
             now_ns: NOW_NS,
-            ..World::default()
+            ..Environment::default()
         };
-        model.decide(&tcp("192.0.2.200:1", TCP, SYN), world);
+        model.decide(&tcp("192.0.2.200:1", TCP, SYN), environment);
     };
     let cases = vec![
         case("no SYN", tcp(CLIENT, TCP, ACK), Reason::PassTcp),

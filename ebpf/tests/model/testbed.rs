@@ -168,7 +168,7 @@ fn prefix(generator: &mut Generator) -> IpNet {
     IpNet::new(address, bits as u8).unwrap().trunc()
 }
 
-/// One change of the world, and of the clock.
+/// One change of the state, or of the clock.
 pub(crate) fn change(generator: &mut Generator, both: &mut Lockstep, now_ns: &mut u64) {
     match generator.below(20) {
         0 | 1 => *now_ns += generator.below(10_000_000),

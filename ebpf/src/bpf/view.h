@@ -1,11 +1,11 @@
-/* The world of one packet: what user space has set, the clock, and which of the three entry points is running.
+/* What one packet meets: what user space has set, the clock, and which of the three entry points is running.
  *
- * `edge` lives in the real world. `edge_trace` looks at it and changes nothing. `edge_test` takes clock and cookie
- * from the map `mock`. The argument `world` is a constant after inlining: each entry point carries only its own
+ * `edge` acts on real packets. `edge_trace` looks at it and changes nothing. `edge_test` takes clock and cookie
+ * from the map `mock`. The argument `program` is a constant after inlining: each entry point carries only its own
  * branches.
  */
-#ifndef MILLRACE_WORLD_H
-#define MILLRACE_WORLD_H
+#ifndef MILLRACE_VIEW_H
+#define MILLRACE_VIEW_H
 
 #include "kernel.h"
 #include <bpf/bpf_endian.h>
@@ -24,7 +24,7 @@
 
 const volatile struct edge_sizes sizes SEC(".rodata.sizes") = { .limiter_buckets = 1, .rules_max = 1, .shards = 1 };
 
-enum edge_world { EDGE_LIVE, EDGE_TRACE, EDGE_TEST, EDGE_TRACEPOINT };
+enum edge_program { EDGE_LIVE, EDGE_TRACE, EDGE_TEST, EDGE_TRACEPOINT };
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -86,36 +86,36 @@ EDGE_INLINE void store16be(void *at, __u16 value)
 /* A step of the coarse clock is a tick (4 ms at 250 Hz). It costs 14 ns, the exact one 33 ns. Limits lose nothing by
  * it: time that stands still refuses too much, never too little, and their bursts hold many ticks. Only the IDs that
  * user space has just issued need the exact one (`quic.h`). */
-EDGE_INLINE __u64 view_now(struct edge_view *view, const enum edge_world world)
+EDGE_INLINE __u64 view_now(struct edge_view *view, const enum edge_program program)
 {
 	if (view->now_ns)
 		return view->now_ns;
-	if (world == EDGE_TEST)
+	if (program == EDGE_TEST)
 		view->now_ns = view->mock->now_ns;
-	else if (world == EDGE_TRACEPOINT)
+	else if (program == EDGE_TRACEPOINT)
 		view->now_ns = bpf_ktime_get_ns(); /* tracepoints have no other */
 	else
 		view->now_ns = bpf_ktime_get_coarse_ns();
 	return view->now_ns;
 }
 
-EDGE_INLINE __u64 view_now_exact(const struct edge_view *view, const enum edge_world world)
+EDGE_INLINE __u64 view_now_exact(const struct edge_view *view, const enum edge_program program)
 {
-	return world == EDGE_TEST ? view->mock->now_ns : bpf_ktime_get_ns();
+	return program == EDGE_TEST ? view->mock->now_ns : bpf_ktime_get_ns();
 }
 
-EDGE_INLINE __u32 view_stress(struct edge_view *view, const enum edge_world world)
+EDGE_INLINE __u32 view_stress(struct edge_view *view, const enum edge_program program)
 {
-	return view_now(view, world) < view->control->lease_until_ns ? view->control->stress : EDGE_STRESS_NORMAL;
+	return view_now(view, program) < view->control->lease_until_ns ? view->control->stress : EDGE_STRESS_NORMAL;
 }
 
 /* An active set that nobody confirmed gives way by the clock, whether or not anybody lives to take it back. */
-EDGE_INLINE void view_choose_generation(struct edge_view *view, const enum edge_world world)
+EDGE_INLINE void view_choose_generation(struct edge_view *view, const enum edge_program program)
 {
 	__u64 revert_at_ns = view->control->revert_at_ns;
 	__u32 generation = view->control->active & 1;
 
-	if (revert_at_ns && view_now(view, world) >= revert_at_ns)
+	if (revert_at_ns && view_now(view, program) >= revert_at_ns)
 		generation ^= 1;
 	view->generation = generation;
 	view->config = &view->control->config[generation];

@@ -5,7 +5,7 @@ use super::frames::{
     handshake_id, initial, keys, model, proof_of, short, tcp, udp,
 };
 use super::table::{first, with_token};
-use crate::model::{Cookie, Model, World};
+use crate::model::{Cookie, Environment, Model};
 use crate::packet::{Packet, Transport};
 use crate::reason::Reason;
 use crate::retry;
@@ -14,10 +14,10 @@ use crate::token;
 use crate::verdict::{Action, Stamp};
 use proptest::prelude::*;
 
-fn at(now_ns: u64) -> World {
-    World {
+fn at(now_ns: u64) -> Environment {
+    Environment {
         now_ns,
-        ..World::default()
+        ..Environment::default()
     }
 }
 
@@ -81,7 +81,7 @@ fn an_unconfirmed_set_reverts() {
 }
 
 #[test]
-fn a_world_without_config_owns_nothing() {
+fn a_model_without_config_owns_nothing() {
     let mut model = Model::new(1);
     for frame in [first(CLIENT), tcp(CLIENT, TCP, 2), udp(CLIENT6, UDP, b"")] {
         let decision = model.decide(&frame, at(0));
@@ -153,12 +153,12 @@ fn read_only_charges_nothing() {
     ];
     for (stress, frame, reason) in looked_at {
         model.stress = stress;
-        let world = World {
+        let environment = Environment {
             read_only: true,
             ..at(NOW_NS)
         };
         for _ in 0..5 {
-            assert_eq!(model.decide(&frame, world).reason, reason);
+            assert_eq!(model.decide(&frame, environment).reason, reason);
         }
     }
 }
@@ -205,7 +205,7 @@ proptest! {
         let mut model = model(mode, scope);
         model.stress = stress;
         for round in 1..=3_u64 {
-            let decision = model.decide(&frame, World { now_ns, cookie, meets_listener, read_only: false });
+            let decision = model.decide(&frame, Environment { now_ns, cookie, meets_listener, read_only: false });
             let counted: u64 = model.counters.as_flattened().iter().sum();
             prop_assert_eq!(counted, round);
             prop_assert_ne!(decision.reason, Reason::Internal);
