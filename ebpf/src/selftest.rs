@@ -225,7 +225,7 @@ const FIXTURES: [Fixture; 14] = [
     ),
     fixture(
         "SYN to another port",
-        STRANGER,
+        NON_MEMBER,
         OTHER,
         Shape::TcpSyn,
         Reason::PassOther,
@@ -259,15 +259,15 @@ const FIXTURES: [Fixture; 14] = [
         Reason::FirewallDeny,
     ),
     fixture(
-        "from a stranger",
-        STRANGER,
+        "from a non-member",
+        NON_MEMBER,
         QUIC,
         Shape::QuicInitial,
         Reason::FirewallDefault,
     ),
     fixture(
-        "from a stranger, IPv6",
-        STRANGER_V6,
+        "from a non-member, IPv6",
+        NON_MEMBER_V6,
         UDP,
         Shape::Udp,
         Reason::FirewallDefault,
@@ -282,15 +282,15 @@ const FIXTURES: [Fixture; 14] = [
     fixture("not QUIC", ALLOWED, QUIC, Shape::Udp, Reason::QuicMalformed),
     fixture("plain UDP", ALLOWED_V6, UDP, Shape::Udp, Reason::PassUdp),
     fixture(
-        "SYN from a stranger",
-        STRANGER,
+        "SYN from a non-member",
+        NON_MEMBER,
         TCP,
         Shape::TcpSyn,
         Reason::PassTcpSyn,
     ),
     fixture(
-        "TCP from a stranger, IPv6",
-        STRANGER_V6,
+        "TCP from a non-member, IPv6",
+        NON_MEMBER_V6,
         TCP,
         Shape::TcpAck,
         Reason::PassTcp,
@@ -348,8 +348,8 @@ const ALLOWED: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 7));
 const ALLOWED_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 1, 0, 0, 0, 7));
 const DENIED: IpAddr = IpAddr::V4(DENIED4);
 const DENIED_V6: IpAddr = IpAddr::V6(DENIED6);
-const STRANGER: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 9));
-const STRANGER_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 2, 0, 0, 0, 9));
+const NON_MEMBER: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 9));
+const NON_MEMBER_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 2, 0, 0, 0, 9));
 
 #[cfg(test)]
 #[path = "../tests/common/skip.rs"]

@@ -147,7 +147,7 @@ fn rules_hold_on_every_interface() {
     let second = set_of(Mode::Enforce, &["10.78.0.0/24"], RuleAction::Allow);
     testbed.edge.publish(&second, 2, None).unwrap();
     testbed.ends[0].send();
-    until("the other is a stranger", || {
+    until("no rule names the other end", || {
         counters(&testbed.edge).acted_on(Reason::FirewallDefault) == 1
     });
     assert!(testbed.ends[0].is_empty() && testbed.ends[1].arrives());

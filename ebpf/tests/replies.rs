@@ -146,7 +146,7 @@ fn a_deny_stops_what_is_under_way() {
     assert!(talk.is_answered());
 }
 
-// Protects ports that once asked: who was asked long ago is a stranger again, until he is asked anew.
+// Protects ports that once asked: a remote host that was asked long ago is refused again, until it is asked anew.
 #[test]
 fn an_answer_that_is_too_late_is_none() {
     if !privileged("an_answer_that_is_too_late_is_none") {

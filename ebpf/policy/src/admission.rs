@@ -12,7 +12,7 @@
 //! 5. Memory is bounded: the sketch by its buckets, connections by `sources_max`, handshakes by those that the shards hold.
 
 mod counts;
-mod half_open;
+mod handshakes;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -30,7 +30,7 @@ use crate::stress::Level;
 use crate::token::{self, BadToken, Minted, OriginalId};
 
 use counts::Counts;
-use half_open::HalfOpen;
+use handshakes::HandshakeCounts;
 
 /// What may be admitted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,7 +44,7 @@ pub struct AdmissionConfig {
     /// With this many handshakes half open on a shard, who has not shown an address gets a Retry.
     pub half_open_retry: usize,
     /// With this many handshakes half open on a shard, only registry peers that prove themselves may begin another.
-    pub half_open_strangers_max: usize,
+    pub half_open_non_members_max: usize,
     /// Handshakes of one source that may be half open, proven peers not counted; twice that for its IPv4 /24 or IPv6 /56, four times for its
     /// /48. At most half of each without a token. 0: no bound.
     pub half_open_source_max: u32,
@@ -62,7 +62,7 @@ impl Default for AdmissionConfig {
             caps: Caps::default(),
             sources_max: 65_536,
             half_open_retry: 0,
-            half_open_strangers_max: 0,
+            half_open_non_members_max: 0,
             half_open_source_max: 16,
             half_open_peer_max: 16,
             sketch_buckets: 1 << 14,
@@ -73,13 +73,13 @@ impl Default for AdmissionConfig {
 
 impl AdmissionConfig {
     /// The bounds of a shard that holds `handshakes_max` handshakes: half of them without asking for an address, all but a sixteenth
-    /// without a proof. A sixteenth, because [`stress`](crate::stress) is to rise to peers only, at nine tenths, before strangers find the
+    /// without a proof. A sixteenth, because [`stress`](crate::stress) is to rise to peers only, at nine tenths, before non-members find the
     /// shard full.
     #[must_use]
     pub fn with_handshakes(self, handshakes_max: usize) -> Self {
         Self {
             half_open_retry: handshakes_max / 2,
-            half_open_strangers_max: handshakes_max - handshakes_max / 16,
+            half_open_non_members_max: handshakes_max - handshakes_max / 16,
             ..self
         }
     }
@@ -99,7 +99,7 @@ pub enum Entitlement {
 /// Which bound of half-open handshakes is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Full {
-    /// What a shard holds for strangers.
+    /// What a shard holds for non-members.
     Shard,
     /// That of the source, or of its prefix.
     Source,
@@ -135,7 +135,7 @@ pub enum First {
 #[derive(Debug)]
 pub struct Admission {
     half_open_retry: usize,
-    half_open_strangers_max: usize,
+    half_open_non_members_max: usize,
     buckets: OwnedBuckets,
     unvalidated: AtomicU64,
     stress: AtomicU32,
@@ -143,7 +143,7 @@ pub struct Admission {
     present: RwLock<Present>,
     housekeeping: Mutex<Housekeeping>,
     counts: Counts,
-    half_open: HalfOpen,
+    handshakes: HandshakeCounts,
 }
 
 /// What holds now.
@@ -188,7 +188,7 @@ impl Admission {
         };
         Self {
             half_open_retry: config.half_open_retry,
-            half_open_strangers_max: config.half_open_strangers_max,
+            half_open_non_members_max: config.half_open_non_members_max,
             buckets: OwnedBuckets::new(config.sketch_buckets),
             unvalidated: AtomicU64::new(0),
             stress: AtomicU32::new(Level::Normal as u32),
@@ -196,7 +196,10 @@ impl Admission {
             present: RwLock::new(present),
             housekeeping: Mutex::new(Housekeeping { schedule, rotation }),
             counts: Counts::new(config.caps.quic, config.sources_max),
-            half_open: HalfOpen::new(config.half_open_source_max, config.half_open_peer_max),
+            handshakes: HandshakeCounts::new(
+                config.half_open_source_max,
+                config.half_open_peer_max,
+            ),
         }
     }
 
@@ -230,24 +233,24 @@ impl Admission {
         });
         let decided = match peer {
             Some(tag) => self.proven(&present, &packet, tag),
-            None => self.stranger(&present, &packet),
+            None => self.non_member(&present, &packet),
         };
         decided.unwrap_or_else(First::Drop)
     }
 
     /// A handshake that [`First::Accept`] let begin is over, well or badly.
     pub fn handshake_over(&self, from: SocketAddr, by: Entitlement) {
-        self.half_open.end(Source::of(from.ip()), by);
+        self.handshakes.end(Source::of(from.ip()), by);
     }
 
     /// Half-open handshakes of this source, those of proven peers not counted.
     pub fn half_open(&self, source: Source) -> u32 {
-        self.half_open.of_source(source)
+        self.handshakes.of_source(source)
     }
 
     /// Half-open handshakes of the registry peer with this node tag.
     pub fn half_open_of_peer(&self, tag: u32) -> u32 {
-        self.half_open.of_peer(tag)
+        self.handshakes.of_peer(tag)
     }
 
     /// A handshake completed without a token: its source has now shown its address, and is charged.
@@ -352,7 +355,7 @@ impl Admission {
     }
 
     /// Anybody else.
-    fn stranger(&self, present: &Present, packet: &Packet<'_>) -> Result<First, Reason> {
+    fn non_member(&self, present: &Present, packet: &Packet<'_>) -> Result<First, Reason> {
         if OriginalId::new(packet.dcid).is_none() {
             return Err(Reason::QuicIdLength);
         }
@@ -372,7 +375,7 @@ impl Admission {
             return Err(Reason::QuicSourceRate);
         }
         if let Some(original) = original {
-            if packet.half_open >= self.half_open_strangers_max {
+            if packet.half_open >= self.half_open_non_members_max {
                 return Ok(First::Full(Full::Shard));
             }
             return self.begin(packet, Entitlement::Token(original), || {
@@ -402,23 +405,23 @@ impl Admission {
         by: Entitlement,
         charge: impl FnOnce() -> Result<(), Reason>,
     ) -> Result<First, Reason> {
-        if let Err(full) = self.half_open.begin(packet.source(), by) {
+        if let Err(full) = self.handshakes.begin(packet.source(), by) {
             return Ok(First::Full(full));
         }
-        charge().inspect_err(|_| self.half_open.end(packet.source(), by))?;
+        charge().inspect_err(|_| self.handshakes.end(packet.source(), by))?;
         Ok(First::Accept(by))
     }
 
     /// False: it shows its address first, which costs the owner of a forged address nothing.
     fn begin_unvalidated(&self, present: &Present, packet: &Packet<'_>) -> bool {
         let (source, by) = (packet.source(), Entitlement::Unvalidated);
-        if self.half_open.begin(source, by).is_err() {
+        if self.handshakes.begin(source, by).is_err() {
             return false;
         }
         let limit = present.limits.unvalidated;
         let within = self.kernel_charges() || charge_word(&self.unvalidated, limit, packet.now_ns);
         if !within {
-            self.half_open.end(source, by);
+            self.handshakes.end(source, by);
         }
         within
     }

@@ -475,8 +475,8 @@ impl Generator {
 
     fn proof(&mut self, model: &Model, source: SocketAddr, now_ns: u64) -> Vec<u8> {
         let node = self.one_of(&NODES);
-        let stranger = self.key();
-        let key = model.peers.get(&node).copied().unwrap_or(stranger);
+        let non_member = self.key();
+        let key = model.peers.get(&node).copied().unwrap_or(non_member);
         // Few, so that proofs are repeated.
         let nonce = [self.below(3) as u8; 6];
         let wall_ns = now_ns.wrapping_add(model.wall_offset_ns);

@@ -26,7 +26,7 @@ fn config() -> AdmissionConfig {
         caps: Caps { quic: 2, tcp: 0 },
         sources_max: 3,
         half_open_retry: 10,
-        half_open_strangers_max: 15,
+        half_open_non_members_max: 15,
         // Bounds of their own are tested in a place of their own.
         half_open_source_max: 0,
         half_open_peer_max: 0,
@@ -95,7 +95,7 @@ fn assert_retry(admission: &Admission, first: First, from: SocketAddr) {
 }
 
 #[test]
-fn strangers_share_a_budget_and_then_get_a_retry() {
+fn non_members_share_a_budget_and_then_get_a_retry() {
     let admission = admission();
     for host in 0..4 {
         assert_eq!(admission.plain(from(host)), accepted());
@@ -118,7 +118,7 @@ fn many_half_open_handshakes_and_stress_ask_for_an_address() {
     assert_retry(&admission, admission.plain(from(3)), from(3));
 }
 
-// Protects peers: strangers with any number of addresses leave them room.
+// Protects peers: non-members with any number of addresses leave them room.
 #[test]
 fn what_a_shard_holds_last_is_for_proven_peers() {
     let admission = admission();
@@ -143,16 +143,16 @@ fn what_a_shard_holds_last_is_for_proven_peers() {
     );
 }
 
-// Else strangers would fill a shard for good before stress shuts them out.
+// Else non-members would fill a shard for good before stress shuts them out.
 #[test]
-fn stress_rises_to_peers_before_strangers_find_a_shard_full() {
+fn stress_rises_to_peers_before_non_members_find_a_shard_full() {
     let percent = StressConfig::default().peers.enter.half_open_percent;
     for handshakes_max in [1, 10, 16, 100, 1_024, 65_535] {
         let config = config().with_handshakes(handshakes_max);
-        let strangers = config.half_open_strangers_max;
-        assert!(strangers as u64 * 100 >= percent * handshakes_max as u64);
-        assert_eq!(strangers < handshakes_max, handshakes_max >= 16);
-        assert!(config.half_open_retry <= strangers);
+        let non_members = config.half_open_non_members_max;
+        assert!(non_members as u64 * 100 >= percent * handshakes_max as u64);
+        assert_eq!(non_members < handshakes_max, handshakes_max >= 16);
+        assert!(config.half_open_retry <= non_members);
     }
 }
 

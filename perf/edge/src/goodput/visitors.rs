@@ -1,6 +1,6 @@
 //! Honest clients that come while the attack goes on: each opens a connection, is served once, leaves, and comes back.
 //!
-//! 1. None has a token, a proof, or a connection from before: it gets in as a stranger does, by Retry or cookie where there are such.
+//! 1. None has a token, a proof, or a connection from before: it gets in as a non-member does, by Retry or cookie where there are such.
 //! 2. Each has an address and a /24 of its own, and keeps to half of the rate that edge and reference grant a source: what it is
 //!    refused, the attack took.
 //! 3. A visit counts when the node has served it: a hello over QUIC, which comes after the node has checked the certificate; an

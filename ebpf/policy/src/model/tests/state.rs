@@ -72,10 +72,10 @@ fn an_unconfirmed_set_reverts() {
     let mut model = model(Mode::Count, Scope::Ports);
     model.publish(compiled(Mode::Enforce, Scope::Ports));
     model.revert_at_ns = NOW_NS + 1;
-    let stranger = first("100.64.0.1:5");
-    let before = model.decide(&stranger, at(NOW_NS));
+    let non_member = first("100.64.0.1:5");
+    let before = model.decide(&non_member, at(NOW_NS));
     assert_eq!((before.generation, before.action), (0, Action::Drop));
-    let after = model.decide(&stranger, at(NOW_NS + 1));
+    let after = model.decide(&non_member, at(NOW_NS + 1));
     assert_eq!((after.generation, after.action), (1, Action::Pass));
     assert_eq!(after.reason, Reason::FirewallDefault);
 }

@@ -65,7 +65,7 @@ fn with(mut frame: Vec<u8>, at: usize, byte: u8) -> Vec<u8> {
 
 /// Rules: 0 members, 1 reject 203.0.113.0/24, 2 deny 198.18.0.0/15, 3 allow 192.0.2.0/24 and 2001:db8::/32.
 fn packets_and_rules() -> Vec<Case> {
-    let stranger = "100.64.0.1:5";
+    let non_member = "100.64.0.1:5";
     let rejected = "203.0.113.9:5";
     let denied = "198.18.0.1:5";
     let fragment = with(first(CLIENT), 20, 0x20);
@@ -87,19 +87,19 @@ fn packets_and_rules() -> Vec<Case> {
         case("fragment", fragment, Reason::Fragment),
         case("options", options(), Reason::Options),
         case("SYN and FIN", tcp(CLIENT, TCP, SYN | 1), Reason::TcpFlags),
-        case("reply", udp(stranger, 53, b"answer"), Reason::PassReply)
+        case("reply", udp(non_member, 53, b"answer"), Reason::PassReply)
             .of_host()
             .when(|model| sent(model, "100.64.0.1:5", NOW_NS)),
         case(
             "reply, in the last moment",
-            udp(stranger, 53, b"answer"),
+            udp(non_member, 53, b"answer"),
             Reason::PassReply,
         )
         .of_host()
         .when(|model| sent(model, "100.64.0.1:5", NOW_NS - REPLY_UDP_NS)),
         case(
             "reply, too late",
-            udp(stranger, 53, b"answer"),
+            udp(non_member, 53, b"answer"),
             Reason::FirewallDefault,
         )
         .of_host()
@@ -124,8 +124,8 @@ fn packets_and_rules() -> Vec<Case> {
             .of_host()
             .by_rule(3),
         case(
-            "host, stranger",
-            tcp(stranger, 22, SYN),
+            "host, non-member",
+            tcp(non_member, 22, SYN),
             Reason::FirewallDefault,
         )
         .of_host(),
@@ -145,7 +145,7 @@ fn packets_and_rules() -> Vec<Case> {
         .by_rule(3),
         case(
             "plain UDP, by default",
-            udp(stranger, UDP, b"hi"),
+            udp(non_member, UDP, b"hi"),
             Reason::PassUdp,
         ),
         case(
@@ -157,7 +157,7 @@ fn packets_and_rules() -> Vec<Case> {
         case("denied by rule", first(denied), Reason::FirewallDeny).by_rule(2),
         case(
             "denied by default",
-            first(stranger),
+            first(non_member),
             Reason::FirewallDefault,
         ),
         case("denied, TCP", tcp(denied, TCP, SYN), Reason::FirewallDeny).by_rule(2),

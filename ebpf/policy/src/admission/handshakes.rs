@@ -17,7 +17,7 @@ use crate::source::{LEVELS_MAX, Source};
 pub(super) const LEVEL_FACTORS: [u32; LEVELS_MAX] = [1, 2, 4];
 
 #[derive(Debug)]
-pub(super) struct HalfOpen {
+pub(super) struct HandshakeCounts {
     /// 0: no bound.
     source_max: u32,
     /// 0: no bound.
@@ -39,7 +39,7 @@ struct Tally {
     unvalidated: u32,
 }
 
-impl HalfOpen {
+impl HandshakeCounts {
     pub(super) fn new(source_max: u32, peer_max: u32) -> Self {
         Self {
             source_max,
@@ -104,7 +104,7 @@ impl HalfOpen {
         }
     }
 
-    /// Of strangers at this source.
+    /// Of non-members at this source.
     pub(super) fn of_source(&self, source: Source) -> u32 {
         let held = self.lock();
         let tally = held.levels[0].get(&source.cap_key());

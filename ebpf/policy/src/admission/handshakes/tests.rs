@@ -135,7 +135,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 proptest! {
     #[test]
     fn agrees_with_a_list_of_all(steps in steps(), source_max in 0..6u32, peer_max in 0..4u32) {
-        let machine = HalfOpen::new(source_max, peer_max);
+        let machine = HandshakeCounts::new(source_max, peer_max);
         let mut oracle = Oracle {
             source_max: source_max as usize,
             peer_max: peer_max as usize,
