@@ -57,7 +57,7 @@ bench: setup
 peers: setup
 	$(CARGO) run --profile dist -p millrace-peers -- $(ARGS)
 
-# What a hostile packet costs: the edge, nftables, xdp-filter on one rig. Needs root. ARGS=--quick for a look of under 50 s.
+# What a hostile packet costs: the edge, nftables, xdp-filter on one testbed. Needs root. ARGS=--quick for a look of under 50 s.
 bench-edge: setup
 	$(CARGO) build --profile dist -p millrace-bench-edge
 	target/dist/bench-edge $(ARGS)

@@ -1,4 +1,4 @@
-//! Compiles the rig's own programs and generates their skeletons.
+//! Compiles the testbed's own programs and generates their skeletons.
 
 use std::env;
 use std::error::Error;

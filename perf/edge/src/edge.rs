@@ -32,7 +32,7 @@ use crate::filters::Tally;
 use crate::frames::{OPEN_PORT, Shape, TCP_PORT, in_ipv6};
 use crate::generator::Sources;
 use crate::reference::node_addresses;
-use crate::{Result, rig};
+use crate::{Result, testbed};
 
 /// Prefixes of [`Case::Prefixes`].
 const PREFIXES: u32 = 100_000;
@@ -180,7 +180,7 @@ impl Case {
     /// The nodes and the honest clients that the reference's rules list as well; or many prefixes.
     fn rule(self) -> Rule {
         let of = |address, bits| Ipv4Net::new(address, bits).map(IpNet::from);
-        let honest = [Ok(IpNet::from(rig::HONEST))];
+        let honest = [Ok(IpNet::from(testbed::HONEST))];
         let prefixes: std::result::Result<Vec<_>, _> = match self {
             // One in 168 networks of 256 addresses, all over the address space.
             Self::Prefixes => (0..PREFIXES)

@@ -9,7 +9,7 @@ use crate::generator::Sources;
 use crate::namespace::run;
 use crate::receiver::Receiver;
 use crate::reference::{self, Attacker};
-use crate::rig::Rig;
+use crate::testbed::Testbed;
 
 /// One way to refuse hostile packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -47,7 +47,7 @@ pub(crate) struct Tally {
 /// Everything that filters are made of.
 #[derive(Debug)]
 pub(crate) struct Parts<'a> {
-    pub(crate) rig: &'a Rig,
+    pub(crate) testbed: &'a Testbed,
     pub(crate) receiver: &'a Receiver<'a>,
     pub(crate) edges: &'a Edges,
 }
@@ -89,9 +89,9 @@ impl Filter {
 
     /// Puts it in force at the node's end, against packets of so many sources.
     pub(crate) fn stand<'a>(self, parts: &'a Parts<'a>, sources: Sources) -> Result<Standing<'a>> {
-        let _node = parts.rig.enter_node()?;
-        let device = parts.rig.node_device();
-        let index = i32::try_from(parts.rig.node_index())?;
+        let _node = parts.testbed.enter_node()?;
+        let device = parts.testbed.node_device();
+        let index = i32::try_from(parts.testbed.node_index())?;
         let held = match self {
             Self::Floor => Some(Held::Link {
                 _link: parts.receiver.drop_all().attach_xdp(index)?,
@@ -125,7 +125,7 @@ impl Standing<'_> {
         if self.filter != Filter::ReferenceListed {
             return Ok(());
         }
-        let _node = self.parts.rig.enter_node()?;
+        let _node = self.parts.testbed.enter_node()?;
         let limited = reference::limited_sources()?;
         if (limited == reference::SET_SIZE) == self.sources.fill_reference() {
             return Ok(());
@@ -137,9 +137,9 @@ impl Standing<'_> {
         .into())
     }
 
-    /// What it has seen since the rig was built, or since it was put in force.
+    /// What it has seen since the testbed was built, or since it was put in force.
     pub(crate) fn tally(&self) -> Result<Tally> {
-        let _node = self.parts.rig.enter_node()?;
+        let _node = self.parts.testbed.enter_node()?;
         match self.filter {
             Filter::Floor => {
                 let seen = self.parts.receiver.counts()?.dropped;
@@ -161,7 +161,7 @@ impl Standing<'_> {
             }
             Filter::Edge(case) => self.parts.edges.of(case, self.sources)?.tally(),
             Filter::XdpTools => {
-                let seen = self.parts.rig.received()?.packets;
+                let seen = self.parts.testbed.received()?.packets;
                 let passed = stack()?.received;
                 Ok(Tally {
                     seen,
@@ -203,11 +203,11 @@ impl Standing<'_> {
 
 impl Drop for Standing<'_> {
     fn drop(&mut self) {
-        let gone = self.parts.rig.enter_node().and_then(|_node| {
+        let gone = self.parts.testbed.enter_node().and_then(|_node| {
             // While the thread is in the namespace that the device's number means something in.
             self.held = None;
             match self.filter {
-                Filter::XdpTools => reference::unload_xdp_filter(self.parts.rig.node_device()),
+                Filter::XdpTools => reference::unload_xdp_filter(self.parts.testbed.node_device()),
                 Filter::NftIngress | Filter::Reference | Filter::ReferenceListed => {
                     reference::flush()
                 }

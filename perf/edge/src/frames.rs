@@ -6,7 +6,7 @@ use etherparse::PacketBuilder;
 use serde::Serialize;
 
 use crate::Result;
-use crate::rig::{CLIENT_MAC, NODE, NODE_MAC};
+use crate::testbed::{CLIENT_MAC, NODE, NODE_MAC};
 
 /// The port of the node that is open in every row, as the reference's transport has it.
 pub(crate) const OPEN_PORT: u16 = 4100;

@@ -7,9 +7,9 @@
 //! [`Series`].
 
 mod client;
+mod connect_probe;
 mod load;
 mod node;
-mod visitors;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -33,7 +33,7 @@ use crate::frames::Shape;
 use crate::generator::{Generator, Sources, Traffic};
 use crate::host::Host;
 use crate::receiver::Receiver;
-use crate::rig::{self, Rig};
+use crate::testbed::{self, Testbed};
 use crate::{Result, cpu, namespace, plot, write_json};
 
 /// Unless told otherwise.
@@ -154,7 +154,7 @@ pub(crate) struct RoleArgs {
     kernel_charges: bool,
     /// Clients open new connections, instead of asking over those that they have.
     #[arg(long)]
-    visitors: bool,
+    probes: bool,
 }
 
 /// Measures every series, filter and rate, prints, and plots.
@@ -165,10 +165,10 @@ pub(crate) fn run(run: &Run) -> Result<()> {
     cpu::go_first(None)?;
     let lasts = Duration::from_secs_f64(run.seconds);
     let mut object = MaybeUninit::uninit();
-    let receiver = Receiver::load(&mut object, rig::HONEST)?;
-    let rig = Rig::build(&receiver)?;
-    rig.settle(visitors::addresses())?;
-    rig.receive_on(run.host_cpu)?;
+    let receiver = Receiver::load(&mut object, testbed::HONEST)?;
+    let testbed = Testbed::build(&receiver)?;
+    testbed.settle(connect_probe::addresses())?;
+    testbed.receive_on(run.host_cpu)?;
     let mut compared: Vec<_> = Series::ALL
         .into_iter()
         .flat_map(|series| series.filters().map(|filter| (series, filter)))
@@ -184,7 +184,7 @@ pub(crate) fn run(run: &Run) -> Result<()> {
         }
     }
     let parts = Parts {
-        rig: &rig,
+        testbed: &testbed,
         receiver: &receiver,
         edges: &edges,
     };
@@ -267,16 +267,16 @@ pub(crate) fn measure(
 ) -> Result<Point> {
     let standing = filter.stand(parts, Sources::MILLION)?;
     let _node = {
-        let _inside = parts.rig.enter_node()?;
+        let _inside = parts.testbed.enter_node()?;
         let charges = matches!(filter, Filter::Edge(_)).then_some("--kernel-charges");
         Role::start("serve", cpu, lasts, charges)?
     };
     let mut client = {
-        let _inside = parts.rig.enter_client()?;
-        let visitors = (series != Series::Connected).then_some("--visitors");
-        Role::start("drive", cpu, lasts, visitors)?
+        let _inside = parts.testbed.enter_client()?;
+        let probes = (series != Series::Connected).then_some("--probes");
+        Role::start("drive", cpu, lasts, probes)?
     };
-    let (before, seen_before) = (parts.rig.received()?, standing.tally()?);
+    let (before, seen_before) = (parts.testbed.received()?, standing.tally()?);
     let from_ns = now_ns() + LEAD.as_nanos() as u64;
     client.go(from_ns, from_ns + lasts.as_nanos() as u64)?;
     if let Some(rate) = NonZeroU32::new(rate) {
@@ -285,12 +285,12 @@ pub(crate) fn measure(
         let traffic = Traffic {
             shape: series.shape(),
             sources: Sources::MILLION,
-            interface: parts.rig.client_index(),
+            interface: parts.testbed.client_index(),
             packets_per_second: Some(rate),
             is_answered: filter == Filter::Edge(Case::Open),
         };
         let generator = Generator::load(&mut object, traffic)?;
-        let _inside = parts.rig.enter_client()?;
+        let _inside = parts.testbed.enter_client()?;
         generator.send(attack as u32)?;
         let kept_up = generator.rate()?;
         if kept_up < f64::from(rate.get()) * KEPT_UP {
@@ -300,7 +300,7 @@ pub(crate) fn measure(
         }
     }
     let [quic, tcp] = serde_json::from_str(&client.line()?)?;
-    let after = parts.rig.received()?;
+    let after = parts.testbed.received()?;
     let full = (after.dropped - before.dropped) as f64;
     let ring_full = full / (full + (after.packets - before.packets) as f64);
     let tally = standing.tally()?;

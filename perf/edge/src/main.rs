@@ -1,4 +1,4 @@
-//! The edge against nftables and xdp-filter on one rig: what a hostile packet costs, and what honest clients still get.
+//! The edge against nftables and xdp-filter on one testbed: what a hostile packet costs, and what honest clients still get.
 //!
 //! Two namespaces and a veth pair; a generator that writes every packet anew; filters take turns round by round, so that a
 //! slow minute of the host hits all alike. Every packet is accounted for, or the row is an error. `README.md` says how to
@@ -19,8 +19,8 @@ mod plot;
 mod receiver;
 mod reference;
 mod report;
-mod rig;
 mod rows;
+mod testbed;
 
 use std::fs;
 use std::mem::MaybeUninit;
@@ -37,7 +37,7 @@ use crate::filters::{Filter, Parts};
 use crate::host::Host;
 use crate::receiver::Receiver;
 use crate::report::{Report, Results};
-use crate::rig::Rig;
+use crate::testbed::Testbed;
 
 /// A fault of the bench itself, or a packet that is not accounted for; it ends the run.
 pub(crate) type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -126,8 +126,8 @@ fn run(cli: &Run) -> Result<()> {
     let packets = if cli.quick { 200_000 } else { 1_000_000 };
 
     let mut object = MaybeUninit::uninit();
-    let receiver = Receiver::load(&mut object, rig::CLIENT.into())?;
-    let rig = Rig::build(&receiver)?;
+    let receiver = Receiver::load(&mut object, testbed::CLIENT.into())?;
+    let testbed = Testbed::build(&receiver)?;
     let mut results = Results::default();
     let mut rows = rows::all();
     let is_wanted = |name: &str| {
@@ -153,7 +153,7 @@ fn run(cli: &Run) -> Result<()> {
         edges.prepare(subject.case, subject.sources)?;
     }
     let parts = Parts {
-        rig: &rig,
+        testbed: &testbed,
         receiver: &receiver,
         edges: &edges,
     };

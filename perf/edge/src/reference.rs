@@ -1,7 +1,7 @@
 //! What the edge is compared with: rules of nftables, and xdp-filter.
 //!
 //! The reference's rules are those that its orchestrator writes for an assigned replica (`INPUT` of
-//! `nftables_assigned_replica.conf.golden` in dfinity/ic), IPv4 part, with this rig's addresses: a source's new connections
+//! `nftables_assigned_replica.conf.golden` in dfinity/ic), IPv4 part, with this testbed's addresses: a source's new connections
 //! are limited by a dynamic set, then counted by conntrack, then looked up in the lists. Left out in its favour: the final
 //! `log` of every packet that no rule took. Added: counters, so that every packet is accounted for.
 
@@ -16,7 +16,7 @@ use serde::Deserialize;
 use crate::Result;
 use crate::frames::{OPEN_PORT, TCP_PORT};
 use crate::namespace::run;
-use crate::rig::HONEST;
+use crate::testbed::HONEST;
 
 const TABLE: &str = "bench";
 /// Counter of what the rules let through.

@@ -104,7 +104,7 @@ impl Row {
         let traffic = Traffic {
             shape: self.shape,
             sources: self.sources,
-            interface: parts.rig.client_index(),
+            interface: parts.testbed.client_index(),
             packets_per_second: None,
             is_answered: self.filter == Filter::Edge(Case::Retry),
         };
@@ -165,7 +165,7 @@ fn timed_send(
     generator: &Generator<'_>,
     packets: u32,
 ) -> Result<Duration> {
-    let _client = parts.rig.enter_client()?;
+    let _client = parts.testbed.enter_client()?;
     let before = clock.now()?;
     generator.send(packets)?;
     Ok(clock.now()?.saturating_sub(before))
@@ -210,7 +210,7 @@ impl Snapshot {
     }
 
     fn read(parts: &Parts<'_>, standing: &Standing<'_>, generator: &Generator<'_>) -> Result<Self> {
-        let received = parts.rig.received()?;
+        let received = parts.testbed.received()?;
         if received.dropped > 0 {
             return Err(format!("the veth's ring dropped {} packets", received.dropped).into());
         }

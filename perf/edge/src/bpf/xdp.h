@@ -1,4 +1,4 @@
-/* The little of the kernel's interface that the rig's programs use; no dump of the kernel's types. */
+/* The little of the kernel's interface that the testbed's programs use; no dump of the kernel's types. */
 #ifndef BENCH_XDP_H
 #define BENCH_XDP_H
 

@@ -17,11 +17,11 @@ use millrace_transport::{
 };
 
 use super::RoleArgs;
+use super::connect_probe::ConnectProbes;
 use super::load::{BYTES, CALLERS, Latencies, Load, PATIENCE, THINK};
 use super::node::{BODY, Identities, RPC, client_address, start};
-use super::visitors::Visitors;
 use crate::frames::TCP_PORT;
-use crate::rig::NODE;
+use crate::testbed::NODE;
 use crate::{Result, cpu};
 use millrace_edge::clock::now_ns;
 
@@ -31,9 +31,9 @@ const CONNECT: Duration = Duration::from_secs(10);
 /// Gets ready, says so, waits for a line, asks as long as told, prints what it got.
 pub(crate) fn drive(role: RoleArgs) -> Result<()> {
     cpu::pin_to(role.cpu)?;
-    let got = if role.visitors {
-        let visitors = Visitors::new()?;
-        visitors.visit(ready()?)?
+    let got = if role.probes {
+        let probes = ConnectProbes::new()?;
+        probes.run(ready()?)?
     } else {
         ask()?
     };

@@ -18,11 +18,11 @@ use millrace_transport::{
 };
 
 use super::RoleArgs;
+use super::connect_probe::{PROBES, addresses};
 use super::load::{BYTES, PATIENCE};
-use super::visitors::{VISITORS, addresses};
 use crate::edge::known_bytes;
 use crate::frames::{OPEN_PORT, TCP_PORT};
-use crate::rig::{CLIENT, NODE};
+use crate::testbed::{CLIENT, NODE};
 use crate::{Result, cpu};
 
 pub(super) const RPC: Method = Method(1);
@@ -33,19 +33,19 @@ const CLIENT_PORT: u16 = 4200;
 /// Who is who. The lower ID dials, and clients have to.
 pub(super) struct Identities {
     pub(super) client: SigningKey,
-    pub(super) visitors: Vec<SigningKey>,
+    pub(super) probes: Vec<SigningKey>,
     pub(super) node: SigningKey,
 }
 
 impl Identities {
     pub(super) fn new() -> Self {
-        let mut keys: [_; VISITORS as usize + 2] =
+        let mut keys: [_; PROBES as usize + 2] =
             std::array::from_fn(|seed| SigningKey::from_seed([seed as u8 + 1; 32]));
         keys.sort_by_key(SigningKey::node_id);
-        let [client, visitors @ .., node] = keys;
+        let [client, probes @ .., node] = keys;
         Self {
             client,
-            visitors: visitors.into(),
+            probes: probes.into(),
             node,
         }
     }
@@ -55,22 +55,19 @@ impl Identities {
             public_key: key.public_key(),
             addresses: vec![address.into()],
         };
-        let visitors = self.visitors.iter().zip(addresses());
+        let probes = self.probes.iter().zip(addresses());
         let members = [
             member(&self.client, (CLIENT, CLIENT_PORT)),
             member(&self.node, (NODE, OPEN_PORT)),
         ];
-        let visitors = visitors.map(|(key, address)| member(key, (address, CLIENT_PORT)));
-        Arc::new(Topology::from_members(
-            members.into_iter().chain(visitors),
-            1,
-        ))
+        let probes = probes.map(|(key, address)| member(key, (address, CLIENT_PORT)));
+        Arc::new(Topology::from_members(members.into_iter().chain(probes), 1))
     }
 
-    /// Those of the client's transport, which dials all that it knows of: not the visitors.
+    /// Those of the client's transport, which dials all that it knows of: not the probes.
     pub(super) fn of_client() -> Arc<Topology> {
         Self {
-            visitors: Vec::new(),
+            probes: Vec::new(),
             ..Self::new()
         }
         .topology()

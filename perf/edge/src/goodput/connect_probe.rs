@@ -3,7 +3,7 @@
 //! 1. None has a token, a proof, or a connection from before: it gets in as a non-member does, by Retry or cookie where there are such.
 //! 2. Each has an address and a /24 of its own, and keeps to half of the rate that edge and reference grant a source: what it is
 //!    refused, the attack took.
-//! 3. A visit counts when the node has served it: a hello over QUIC, which comes after the node has checked the certificate; an
+//! 3. A probe counts when the node has served it: a hello over QUIC, which comes after the node has checked the certificate; an
 //!    echo over TCP.
 
 use std::io::{ErrorKind, Read, Write};
@@ -28,94 +28,94 @@ use super::load::{BYTES, Latencies, PATIENCE};
 use super::node::{BODY, Identities};
 use crate::Result;
 use crate::frames::{OPEN_PORT, TCP_PORT};
-use crate::rig::NODE;
+use crate::testbed::NODE;
 
-/// Visitors of each protocol.
-pub(super) const VISITORS: u8 = 16;
-/// From the begin of a visit to that of the next; half of the 1,000 a minute that a source may open.
+/// Probes of each protocol.
+pub(super) const PROBES: u8 = 16;
+/// From the start of one probe to the start of the next; half of the 1,000 a minute that a source may open.
 const EVERY: Duration = Duration::from_millis(120);
 /// What quiche sends at most in a packet.
 const PACKET_BYTES: usize = 1_452;
 
-/// Addresses of all visitors; those that come by QUIC first.
+/// Addresses of all probes; those that come by QUIC first.
 pub(crate) fn addresses() -> impl Iterator<Item = Ipv4Addr> {
-    (0..VISITORS).flat_map(|visitor| [by_quic(visitor), by_tcp(visitor)])
+    (0..PROBES).flat_map(|probe| [by_quic(probe), by_tcp(probe)])
 }
 
-fn by_quic(visitor: u8) -> Ipv4Addr {
-    Ipv4Addr::new(198, 18, 1 + visitor, 1)
+fn by_quic(probe: u8) -> Ipv4Addr {
+    Ipv4Addr::new(198, 18, 1 + probe, 1)
 }
 
-fn by_tcp(visitor: u8) -> Ipv4Addr {
-    Ipv4Addr::new(198, 19, 1 + visitor, 1)
+fn by_tcp(probe: u8) -> Ipv4Addr {
+    Ipv4Addr::new(198, 19, 1 + probe, 1)
 }
 
-/// Everybody who is going to visit.
+/// All probes of a run.
 #[derive(Debug)]
-pub(super) struct Visitors {
-    quic: Vec<Visitor>,
+pub(super) struct ConnectProbes {
+    quic: Vec<QuicProbe>,
 }
 
-impl Visitors {
-    /// Makes them, and lets one of each protocol visit once: without an attack that must succeed.
+impl ConnectProbes {
+    /// Makes them, and runs one of each protocol once: without an attack that must succeed.
     pub(super) fn new() -> Result<Self> {
         let identities = Identities::new();
         let node_key = *identities.node.public_key().as_bytes();
-        let visitor = |(index, key): (u8, &SigningKey)| -> Result<_> {
-            Ok(Visitor {
+        let probe = |(index, key): (u8, &SigningKey)| -> Result<_> {
+            Ok(QuicProbe {
                 config: quic_config(key, node_key)?,
                 spread: key.node_id().spread(),
                 address: by_quic(index),
             })
         };
-        let mut quic: Vec<_> = (0..VISITORS)
-            .zip(&identities.visitors)
-            .map(visitor)
+        let mut quic: Vec<_> = (0..PROBES)
+            .zip(&identities.probes)
+            .map(probe)
             .collect::<Result<_>>()?;
-        let first = quic.first_mut().ok_or("there are no visitors")?;
+        let first = quic.first_mut().ok_or("there are no probes")?;
         first
-            .visit()
-            .map_err(|error| format!("a visit by QUIC, before the attack: {error}"))?;
-        visit_by_tcp(by_tcp(0))
-            .map_err(|error| format!("a visit by TCP, before the attack: {error}"))?;
+            .run()
+            .map_err(|error| format!("a probe by QUIC, before the attack: {error}"))?;
+        probe_by_tcp(by_tcp(0))
+            .map_err(|error| format!("a probe by TCP, before the attack: {error}"))?;
         Ok(Self { quic })
     }
 
-    /// Visits until the window closes: what QUIC got, then TCP.
-    pub(super) fn visit(self, window: Window) -> Result<[Latencies; 2]> {
-        let quic = self.quic.into_iter().map(|mut visitor| {
-            let index = visitor.address.octets()[2];
-            thread::spawn(move || come_again(index, window, || visitor.visit()))
+    /// Runs until the window closes. Returns the latencies over QUIC, then those over TCP.
+    pub(super) fn run(self, window: Window) -> Result<[Latencies; 2]> {
+        let quic = self.quic.into_iter().map(|mut probe| {
+            let index = probe.address.octets()[2];
+            thread::spawn(move || repeat(index, window, || probe.run()))
         });
-        let tcp = (0..VISITORS).map(|index| {
-            thread::spawn(move || come_again(index, window, || visit_by_tcp(by_tcp(index))))
+        let tcp = (0..PROBES).map(|index| {
+            thread::spawn(move || repeat(index, window, || probe_by_tcp(by_tcp(index))))
         });
         let (quic, tcp): (Vec<_>, Vec<_>) = (quic.collect(), tcp.collect());
         let mut got = [Latencies::default(), Latencies::default()];
         for (all, threads) in got.iter_mut().zip([quic, tcp]) {
             for thread in threads {
-                all.merge(&thread.join().map_err(|_| "a visitor panicked")?);
+                all.merge(&thread.join().map_err(|_| "a probe panicked")?);
             }
         }
         Ok(got)
     }
 }
 
-/// One visit after the other, spread over [`EVERY`].
-fn come_again(
+/// One probe after the other, spread over [`EVERY`].
+fn repeat(
     index: u8,
     window: Window,
-    mut visit: impl FnMut() -> std::result::Result<(), Failure>,
+    mut probe: impl FnMut() -> std::result::Result<(), Failure>,
 ) -> Latencies {
     let mut latencies = Latencies::default();
-    let mut next = window.from + EVERY * u32::from(index % VISITORS) / u32::from(VISITORS);
+    let mut next = window.from + EVERY * u32::from(index % PROBES) / u32::from(PROBES);
     loop {
         thread::sleep(next.saturating_duration_since(Instant::now()));
         let started = Instant::now();
         if started >= window.until {
             return latencies;
         }
-        match visit() {
+        match probe() {
             Ok(()) => latencies.complete(started.elapsed()),
             Err(_) => latencies.fail(),
         }
@@ -124,20 +124,20 @@ fn come_again(
     }
 }
 
-/// Why a visit was not served.
+/// Why a probe was not served.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// Somebody who comes by QUIC.
-struct Visitor {
+/// A probe over QUIC.
+struct QuicProbe {
     config: quiche::Config,
     /// First byte of the first connection ID.
     spread: u8,
     address: Ipv4Addr,
 }
 
-impl Visitor {
+impl QuicProbe {
     /// Opens a connection, from a port of its own, waits for the node's hello, closes.
-    fn visit(&mut self) -> Result<()> {
+    fn run(&mut self) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         let socket = UdpSocket::bind((self.address, 0))?;
         let local = socket.local_addr()?;
@@ -180,9 +180,9 @@ impl Visitor {
     }
 }
 
-impl std::fmt::Debug for Visitor {
+impl std::fmt::Debug for QuicProbe {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Visitor({})", self.address)
+        write!(f, "QuicProbe({})", self.address)
     }
 }
 
@@ -202,7 +202,7 @@ fn send(quic: &mut quiche::Connection, socket: &UdpSocket) -> Result<()> {
 }
 
 /// Connects from `address`, has one message echoed, closes.
-fn visit_by_tcp(address: Ipv4Addr) -> Result<()> {
+fn probe_by_tcp(address: Ipv4Addr) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     let socket = socket(AddressFamily::INET, SocketType::STREAM, None)?;
     bind(&socket, &SocketAddr::from((address, 0)))?;
@@ -269,17 +269,17 @@ mod tests {
     use millrace_edge_policy::settings::Limits;
 
     use super::*;
-    use crate::rig::HONEST;
+    use crate::testbed::HONEST;
 
-    // Protects the figures: a visitor that its own rate refuses would be counted as the attack's doing.
+    // Protects the figures: a probe that its own rate refuses would be counted as the attack's doing.
     #[test]
-    fn visitors_keep_to_half_of_what_a_source_may() {
+    fn probes_keep_to_half_of_what_a_source_may() {
         let limits = Limits::default();
         for limit in [limits.source_quic, limits.source_tcp] {
             assert!(EVERY >= 2 * Duration::from_nanos(limit.interval_ns));
         }
         let networks: BTreeSet<_> = addresses().map(|address| address.to_bits() >> 8).collect();
-        assert_eq!(networks.len(), 2 * usize::from(VISITORS));
+        assert_eq!(networks.len(), 2 * usize::from(PROBES));
         assert!(addresses().all(|address| HONEST.contains(&address)));
     }
 }

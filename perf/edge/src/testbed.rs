@@ -33,7 +33,7 @@ const MTU: &str = "1500";
 
 /// Both ends and what stands at the attacker's.
 #[derive(Debug)]
-pub(crate) struct Rig {
+pub(crate) struct Testbed {
     client: Namespace,
     node: Namespace,
     client_index: u32,
@@ -48,7 +48,7 @@ pub(crate) struct Received {
     pub(crate) dropped: u64,
 }
 
-impl Rig {
+impl Testbed {
     /// Makes namespaces, devices, addresses and neighbours.
     pub(crate) fn build(receiver: &Receiver<'_>) -> Result<Self> {
         let client = Namespace::make("client")?;
@@ -70,14 +70,14 @@ impl Rig {
         run("ip", &add)?;
         let client_index = set_up(&client, CLIENT_DEVICE, CLIENT_MAC, CLIENT, (NODE, NODE_MAC))?;
         let node_index = set_up(&node, NODE_DEVICE, NODE_MAC, NODE, (CLIENT, CLIENT_MAC))?;
-        let rig = Self {
+        let testbed = Self {
             client,
             node,
             client_index,
             node_index,
         };
         {
-            let _client = rig.client.enter()?;
+            let _client = testbed.client.enter()?;
             Xdp::new(receiver.attacker().as_fd())
                 .attach(i32::try_from(client_index)?, XdpFlags::DRV_MODE)?;
             // As a native program at the node's end does. With these on and no such program, the client's packets would go
@@ -87,7 +87,7 @@ impl Rig {
             }
         }
         {
-            let _node = rig.node.enter()?;
+            let _node = testbed.node.enter()?;
             // Answers to made-up sources leave by the attacker; no source is refused for its route.
             run(
                 "ip",
@@ -101,7 +101,7 @@ impl Rig {
             }
             run("ethtool", &["-K", NODE_DEVICE, "gro", "on"])?;
         }
-        Ok(rig)
+        Ok(testbed)
     }
 
     pub(crate) fn enter_client(&self) -> Result<Inside> {
@@ -184,7 +184,7 @@ impl Rig {
     }
 }
 
-/// Brings one end up and gives it the other's MAC: nothing on the rig waits for ARP. Returns the device's index.
+/// Brings one end up and gives it the other's MAC: nothing on the testbed waits for ARP. Returns the device's index.
 fn set_up(
     namespace: &Namespace,
     device: &str,
