@@ -39,11 +39,11 @@ fn source(number: u8) -> IpAddr {
 }
 
 /// The program, and the sketch as its owner turns it. The program's clock is the test's; the owner has begun by the host's.
-struct Site {
+struct Testbed {
     mocked: Mocked,
 }
 
-impl Site {
+impl Testbed {
     fn new(test: &str) -> Option<Self> {
         let mocked = Mocked::load(test)?;
         mocked.configure(|config| config.source_quic[0] = hourly().into());
@@ -73,35 +73,35 @@ impl Site {
 // Protects the limits from their own upkeep: whoever is at the limit when the sketch turns still is, and no longer than without a turn.
 #[test]
 fn a_tick_that_turns_the_sketch_forgets_nobody() {
-    let Some(site) = Site::new("a_tick_that_turns_the_sketch_forgets_nobody") else {
+    let Some(testbed) = Testbed::new("a_tick_that_turns_the_sketch_forgets_nobody") else {
         return;
     };
-    let mut presence = site.begin(&limits(hourly()));
+    let mut presence = testbed.begin(&limits(hourly()));
     let mut now_ns = now_ns();
     let mut seeds = BTreeSet::new();
     for turn in 0..3_u8 {
-        let before = site.control();
+        let before = testbed.control();
         // The limit reaches over hours, far beyond the shortest period: no turn yet.
         presence.tick_at(now_ns + PERIOD_MIN_NS, || [1; 16]);
-        assert_eq!(site.control().limiter_active, before.limiter_active);
+        assert_eq!(testbed.control().limiter_active, before.limiter_active);
 
         // The turn comes when it is due; who has spent the burst just before it is refused behind it.
         now_ns += hourly().reach_ns() + PERIOD_MIN_NS;
-        assert_eq!(site.admitted(source(turn), now_ns, 9), BURST);
-        assert_eq!(site.admitted(source(100 + turn), now_ns, 1), 1);
+        assert_eq!(testbed.admitted(source(turn), now_ns, 9), BURST);
+        assert_eq!(testbed.admitted(source(100 + turn), now_ns, 1), 1);
         presence.tick_at(now_ns, || [7 + turn; 16]);
-        let after = site.control();
+        let after = testbed.control();
         assert_eq!(after.limiter_active, before.limiter_active ^ 1);
         let seed = after.seed[after.limiter_active as usize];
         assert!(seeds.insert((seed.k0, seed.k1)), "turn {turn}: an old seed");
-        assert_eq!(site.admitted(source(turn), now_ns, 9), 0, "turn {turn}");
-        assert_eq!(site.admitted(source(100 + turn), now_ns, 9), BURST - 1);
+        assert_eq!(testbed.admitted(source(turn), now_ns, 9), 0, "turn {turn}");
+        assert_eq!(testbed.admitted(source(100 + turn), now_ns, 9), BURST - 1);
         // At a time, one for each hour; all of it after a while.
         let later_ns = now_ns + hourly().interval_ns;
-        assert_eq!(site.admitted(source(turn), later_ns, 9), 1, "turn {turn}");
+        assert_eq!(testbed.admitted(source(turn), later_ns, 9), 1, "turn {turn}");
         // Until the next turn there is none.
         presence.tick_at(later_ns, || [1; 16]);
-        assert_eq!(site.control().limiter_active, after.limiter_active);
+        assert_eq!(testbed.control().limiter_active, after.limiter_active);
         now_ns = later_ns;
     }
 }
@@ -109,25 +109,25 @@ fn a_tick_that_turns_the_sketch_forgets_nobody() {
 // Protects the limits of a set that was published later: the sketch's next turn waits for the slowest of them.
 #[test]
 fn slower_limits_put_the_turn_off() {
-    let Some(site) = Site::new("slower_limits_put_the_turn_off") else {
+    let Some(testbed) = Testbed::new("slower_limits_put_the_turn_off") else {
         return;
     };
     let fast = limits(Limit::per(10, Duration::from_secs(1), 10));
     let turns_after_a_minute = |published: Option<&Limits>| {
-        let mut presence = site.begin(&fast);
+        let mut presence = testbed.begin(&fast);
         if let Some(limits) = published {
             presence.set_limits(limits);
         }
-        let before = site.control().limiter_active;
+        let before = testbed.control().limiter_active;
         presence.tick_at(now_ns() + PERIOD_MIN_NS, || [3; 16]);
-        site.control().limiter_active != before
+        testbed.control().limiter_active != before
     };
     assert!(turns_after_a_minute(None));
     let now_ns = now_ns();
-    assert_eq!(site.admitted(source(1), now_ns, 9), BURST);
+    assert_eq!(testbed.admitted(source(1), now_ns, 9), BURST);
     assert!(!turns_after_a_minute(Some(&limits(hourly()))));
     let minute_later_ns = now_ns + PERIOD_MIN_NS + hourly().interval_ns / 2;
-    assert_eq!(site.admitted(source(1), minute_later_ns, 9), 0);
+    assert_eq!(testbed.admitted(source(1), minute_later_ns, 9), 0);
 }
 
 // Protects packets on their way: what they began under is not written while they may still read it.
