@@ -24,11 +24,10 @@ use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 
 use crate::abi::{EdgeControl, LAYOUT};
 pub use crate::error::EdgeError;
-use crate::error::PinError;
 use crate::load::{LoadOptions, Loaded, Program, build};
 use crate::maps::Maps;
 use crate::netns::NetworkNamespace;
-use crate::pins::{Kind, Lock, Pins, remove_link};
+use crate::pins::{Kind, Lock, PinError, Pins, remove_link};
 use crate::presence::make_secrets;
 use crate::publish::Publisher;
 use crate::selftest;

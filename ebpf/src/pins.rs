@@ -18,7 +18,6 @@ use rustix::fs::{FlockOperation, flock, statfs};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde::{Deserialize, Serialize};
 
-use crate::error::PinError;
 use crate::netns::{self, NetworkNamespace};
 use crate::sys;
 
@@ -49,6 +48,112 @@ impl Kind {
             Self::Program => "programs",
             Self::Link => "links",
         }
+    }
+}
+
+/// Why pins could not be read, made or removed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PinError {
+    /// The folder is no bpffs, and none could be mounted there.
+    #[error("cannot mount a bpffs at {}: {source}; it takes CAP_SYS_ADMIN, or mount one there before", .path.display())]
+    Mount {
+        /// The folder.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The bpffs there is seen in this mount namespace alone, and would end with it.
+    #[error(
+        "the bpffs at {} would end with this process's mount namespace, and the edge with it; mount one for all before, from outside: \
+         `mount -t bpf -o mode=0700 bpf {}`; `nsenter --net=` enters a network namespace without other mounts, `ip netns exec` does not",
+        .path.display(), .path.display()
+    )]
+    Private {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A folder could not be made.
+    #[error("cannot make {}: {source}{}", .path.display(), way_out(.source))]
+    Create {
+        /// The folder.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A folder or a pin could not be read.
+    #[error("cannot read {}: {source}{}", .path.display(), way_out(.source))]
+    Read {
+        /// The folder or the pin.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// An object could not be pinned.
+    #[error("cannot pin {}: {source}{}", .path.display(), way_out(.source))]
+    Pin {
+        /// The name that it should have.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A pin could not be removed, or its link not detached.
+    #[error("cannot remove {}: {source}{}", .path.display(), way_out(.source))]
+    Remove {
+        /// The pin.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The file that guards the pins could not be made.
+    #[error("cannot lock {}: {source}{}", .path.display(), way_out(.source))]
+    Lock {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Another process changes the pins.
+    #[error("another process holds {}; try again when it is done", .path.display())]
+    Busy {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+impl PinError {
+    /// The error as a metric label.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Mount { .. } => "pin_mount",
+            Self::Private { .. } => "pin_private",
+            Self::Create { .. } => "pin_create",
+            Self::Read { .. } => "pin_read",
+            Self::Pin { .. } => "pin_pin",
+            Self::Remove { .. } => "pin_remove",
+            Self::Lock { .. } => "pin_lock",
+            Self::Busy { .. } => "pin_busy",
+        }
+    }
+}
+
+/// What an operator can do about a file or a pin.
+fn way_out(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::PermissionDenied => {
+            "; it belongs to whoever attached: run the command as that user (as a rule root), with CAP_BPF and CAP_NET_ADMIN"
+        }
+        io::ErrorKind::StorageFull | io::ErrorKind::ReadOnlyFilesystem => {
+            "; the file system there is full or read-only: free it, or choose another folder for pins in [edge]"
+        }
+        io::ErrorKind::NotFound => {
+            "; somebody removed it meanwhile: `millrace xdp detach` clears away what is left"
+        }
+        io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
+            "; something else is in its place: remove that, or choose another folder for pins in [edge]"
+        }
+        _ => "; `millrace xdp detach` takes away what is there",
     }
 }
 
@@ -440,3 +545,66 @@ const BUILD: &str = "build";
 
 /// `BPF_FS_MAGIC` of linux/magic.h.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Protects an operator from guessing: each of them says what to do.
+    #[test]
+    fn errors_of_pins_have_a_way_out() {
+        let path = || PathBuf::from("/run/millrace/edge");
+        let source = |kind: io::ErrorKind| io::Error::from(kind);
+        let errors = [
+            (
+                PinError::Create {
+                    path: path(),
+                    source: source(io::ErrorKind::ReadOnlyFilesystem),
+                },
+                "choose another folder",
+            ),
+            (
+                PinError::Read {
+                    path: path(),
+                    source: source(io::ErrorKind::PermissionDenied),
+                },
+                "as that user",
+            ),
+            (
+                PinError::Pin {
+                    path: path(),
+                    source: source(io::ErrorKind::AlreadyExists),
+                },
+                "remove that",
+            ),
+            (
+                PinError::Remove {
+                    path: path(),
+                    source: source(io::ErrorKind::NotFound),
+                },
+                "millrace xdp detach",
+            ),
+            (
+                PinError::Lock {
+                    path: path(),
+                    source: source(io::ErrorKind::StorageFull),
+                },
+                "free it",
+            ),
+            (
+                PinError::Create {
+                    path: path(),
+                    source: io::Error::from_raw_os_error(libc::EBUSY),
+                },
+                "millrace xdp detach",
+            ),
+        ];
+        for (error, way_out) in errors {
+            let text = error.to_string();
+            assert!(
+                text.contains("/run/millrace/edge") && text.contains(way_out),
+                "{text}"
+            );
+        }
+    }
+}

@@ -357,7 +357,7 @@ mod tests {
         let lock = pins.lock().unwrap();
         assert!(matches!(
             pins.lock().unwrap_err(),
-            crate::error::PinError::Busy { .. }
+            crate::pins::PinError::Busy { .. }
         ));
         drop(lock);
         pins.lock().unwrap();

@@ -98,7 +98,11 @@ fn a_tick_that_turns_the_sketch_forgets_nobody() {
         assert_eq!(testbed.admitted(source(100 + turn), now_ns, 9), BURST - 1);
         // At a time, one for each hour; all of it after a while.
         let later_ns = now_ns + hourly().interval_ns;
-        assert_eq!(testbed.admitted(source(turn), later_ns, 9), 1, "turn {turn}");
+        assert_eq!(
+            testbed.admitted(source(turn), later_ns, 9),
+            1,
+            "turn {turn}"
+        );
         // Until the next turn there is none.
         presence.tick_at(later_ns, || [1; 16]);
         assert_eq!(testbed.control().limiter_active, after.limiter_active);

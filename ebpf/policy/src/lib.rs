@@ -6,6 +6,7 @@
 //! 3. The kernel's programs and this crate agree bit by bit; `ebpf/tests/model.rs` compares them.
 #![forbid(unsafe_code)]
 
+pub mod action;
 pub mod admission;
 pub mod cid;
 pub mod limiter;

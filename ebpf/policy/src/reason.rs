@@ -2,7 +2,7 @@
 //!
 //! The order is the index of the counter in the kernel (`enum edge_reason` in `ebpf/src/bpf/abi.h`); a test compares them.
 
-use crate::verdict::Action;
+use crate::action::Action;
 
 macro_rules! reasons {
     ($($(#[$attribute:meta])* $name:ident = $label:literal, $doc:literal;)*) => {

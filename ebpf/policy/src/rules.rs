@@ -24,23 +24,11 @@ mod read;
 #[cfg(test)]
 mod tests;
 
+pub use crate::action::RuleAction;
 pub use compile::{Bounds, Compiled, CompiledRule, Roots, compile};
 
 /// Rules that the kernel can tell apart (`EDGE_RULE_DEFAULT` is none of them).
 pub const RULES_MAX: usize = 65_534;
-
-/// What a rule does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[repr(u32)]
-pub enum RuleAction {
-    /// Lets the packet go on.
-    Allow = 0,
-    /// Drops it.
-    Deny = 1,
-    /// Drops it, and says so to the sender within a budget.
-    Reject = 2,
-}
 
 /// Whose packets a rule is about.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -345,16 +333,6 @@ impl TryFrom<String> for User {
 impl From<User> for String {
     fn from(user: User) -> Self {
         user.0
-    }
-}
-
-impl fmt::Display for RuleAction {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Allow => "allow",
-            Self::Deny => "deny",
-            Self::Reject => "reject",
-        })
     }
 }
 

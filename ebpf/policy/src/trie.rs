@@ -14,7 +14,7 @@ mod sparse;
 pub use builder::{Full, NodeKind, SPARSE_PER_NODE, TrieBuilder};
 pub use sparse::{RUNS, Sparse};
 
-use crate::rules::RuleAction;
+use crate::action::RuleAction;
 
 /// One table: an entry for each value of a byte.
 pub type Node = [u32; 256];

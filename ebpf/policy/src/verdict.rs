@@ -1,28 +1,7 @@
 //! What becomes of a packet.
 
+pub use crate::action::Action;
 use crate::reason::Reason;
-
-/// What becomes of a packet in mode `enforce`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Action {
-    /// Goes on to the host.
-    Pass,
-    /// Is answered from here: a Retry or a SYN cookie.
-    Transmit,
-    /// Ends here.
-    Drop,
-}
-
-impl Action {
-    /// The word for it in metrics and on the command line.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Pass => "pass",
-            Self::Transmit => "transmit",
-            Self::Drop => "drop",
-        }
-    }
-}
 
 /// What a packet that passes says to the table below (`enum edge_stamp`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

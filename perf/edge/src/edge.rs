@@ -28,10 +28,10 @@ use millrace_edge_policy::source::Source;
 use millrace_edge_policy::stress::Level;
 use serde::Serialize;
 
-use crate::filters::Tally;
 use crate::frames::{OPEN_PORT, Shape, TCP_PORT, in_ipv6};
 use crate::generator::Sources;
 use crate::reference::node_addresses;
+use crate::tally::Tally;
 use crate::{Result, testbed};
 
 /// Prefixes of [`Case::Prefixes`].

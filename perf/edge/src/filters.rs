@@ -9,6 +9,7 @@ use crate::generator::Sources;
 use crate::namespace::run;
 use crate::receiver::Receiver;
 use crate::reference::{self, Attacker};
+use crate::tally::Tally;
 use crate::testbed::Testbed;
 
 /// One way to refuse hostile packets.
@@ -30,18 +31,6 @@ pub(crate) enum Filter {
     ReferenceListed,
     /// No filter: an XDP program that passes all, and a closed port.
     Pass,
-}
-
-/// What a filter says of the packets that it has seen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Tally {
-    pub(crate) seen: u64,
-    /// Let through to the stack.
-    pub(crate) passed: u64,
-    /// Answered by the filter itself.
-    pub(crate) answered: u64,
-    /// Went the way that the row is about.
-    pub(crate) expected: u64,
 }
 
 /// Everything that filters are made of.

@@ -10,6 +10,7 @@ mod client;
 mod connect_probe;
 mod load;
 mod node;
+mod plot;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -34,7 +35,7 @@ use crate::generator::{Generator, Sources, Traffic};
 use crate::host::Host;
 use crate::receiver::Receiver;
 use crate::testbed::{self, Testbed};
-use crate::{Result, cpu, namespace, plot, write_json};
+use crate::{Result, cpu, namespace, write_json};
 
 /// Unless told otherwise.
 const RATES: [u32; 4] = [0, 500_000, 1_000_000, 2_000_000];
@@ -167,7 +168,7 @@ pub(crate) fn run(run: &Run) -> Result<()> {
     let mut object = MaybeUninit::uninit();
     let receiver = Receiver::load(&mut object, testbed::HONEST)?;
     let testbed = Testbed::build(&receiver)?;
-    testbed.settle(connect_probe::addresses())?;
+    testbed.settle(node::probe_addresses())?;
     testbed.receive_on(run.host_cpu)?;
     let mut compared: Vec<_> = Series::ALL
         .into_iter()

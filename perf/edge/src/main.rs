@@ -14,12 +14,11 @@ mod generator;
 mod goodput;
 mod host;
 mod namespace;
-#[cfg(feature = "goodput")]
-mod plot;
 mod receiver;
 mod reference;
 mod report;
 mod rows;
+mod tally;
 mod testbed;
 
 use std::fs;

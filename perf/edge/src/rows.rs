@@ -11,9 +11,10 @@ use serde::Serialize;
 use crate::Result;
 use crate::cpu::Clock;
 use crate::edge::Case;
-use crate::filters::{Filter, Parts, Standing, Tally};
+use crate::filters::{Filter, Parts, Standing};
 use crate::frames::Shape;
 use crate::generator::{Generator, Sources, Traffic};
+use crate::tally::Tally;
 
 /// Before the clock starts: sets fill up (65,535 entries), bursts are spent, caches and branch predictors settle.
 const WARM_UP: u32 = 100_000;

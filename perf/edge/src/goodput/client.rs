@@ -18,7 +18,7 @@ use millrace_transport::{
 
 use super::RoleArgs;
 use super::connect_probe::ConnectProbes;
-use super::load::{BYTES, CALLERS, Latencies, Load, PATIENCE, THINK};
+use super::load::{BYTES, CALLERS, Latencies, Load, PATIENCE, THINK, Window};
 use super::node::{BODY, Identities, RPC, client_address, start};
 use crate::frames::TCP_PORT;
 use crate::testbed::NODE;
@@ -124,13 +124,6 @@ struct Rpc {
     /// When to record.
     window: Arc<OnceLock<Window>>,
     results: Receiver<Latencies>,
-}
-
-/// What is asked in it counts.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Window {
-    pub(super) from: Instant,
-    pub(super) until: Instant,
 }
 
 impl Rpc {

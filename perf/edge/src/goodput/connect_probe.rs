@@ -23,32 +23,16 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use super::client::Window;
-use super::load::{BYTES, Latencies, PATIENCE};
-use super::node::{BODY, Identities};
+use super::load::{BYTES, Latencies, PATIENCE, Window};
+use super::node::{BODY, Identities, PROBES, by_quic, by_tcp};
 use crate::Result;
 use crate::frames::{OPEN_PORT, TCP_PORT};
 use crate::testbed::NODE;
 
-/// Probes of each protocol.
-pub(super) const PROBES: u8 = 16;
 /// From the start of one probe to the start of the next; half of the 1,000 a minute that a source may open.
 const EVERY: Duration = Duration::from_millis(120);
 /// What quiche sends at most in a packet.
 const PACKET_BYTES: usize = 1_452;
-
-/// Addresses of all probes; those that come by QUIC first.
-pub(crate) fn addresses() -> impl Iterator<Item = Ipv4Addr> {
-    (0..PROBES).flat_map(|probe| [by_quic(probe), by_tcp(probe)])
-}
-
-fn by_quic(probe: u8) -> Ipv4Addr {
-    Ipv4Addr::new(198, 18, 1 + probe, 1)
-}
-
-fn by_tcp(probe: u8) -> Ipv4Addr {
-    Ipv4Addr::new(198, 19, 1 + probe, 1)
-}
 
 /// All probes of a run.
 #[derive(Debug)]
@@ -268,6 +252,7 @@ mod tests {
 
     use millrace_edge_policy::settings::Limits;
 
+    use super::super::node::probe_addresses;
     use super::*;
     use crate::testbed::HONEST;
 
@@ -278,8 +263,10 @@ mod tests {
         for limit in [limits.source_quic, limits.source_tcp] {
             assert!(EVERY >= 2 * Duration::from_nanos(limit.interval_ns));
         }
-        let networks: BTreeSet<_> = addresses().map(|address| address.to_bits() >> 8).collect();
+        let networks: BTreeSet<_> = probe_addresses()
+            .map(|address| address.to_bits() >> 8)
+            .collect();
         assert_eq!(networks.len(), 2 * usize::from(PROBES));
-        assert!(addresses().all(|address| HONEST.contains(&address)));
+        assert!(probe_addresses().all(|address| HONEST.contains(&address)));
     }
 }

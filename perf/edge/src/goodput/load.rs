@@ -1,6 +1,6 @@
 //! What clients ask for, and what they got.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +21,13 @@ pub(crate) struct Load {
     pub(crate) p50_us: f64,
     /// Of those that completed; failed ones count as the patience of a caller.
     pub(crate) p99_us: f64,
+}
+
+/// What is asked in it counts.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Window {
+    pub(super) from: Instant,
+    pub(super) until: Instant,
 }
 
 /// Latencies of one caller.

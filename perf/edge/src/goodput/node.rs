@@ -18,7 +18,6 @@ use millrace_transport::{
 };
 
 use super::RoleArgs;
-use super::connect_probe::{PROBES, addresses};
 use super::load::{BYTES, PATIENCE};
 use crate::edge::known_bytes;
 use crate::frames::{OPEN_PORT, TCP_PORT};
@@ -29,6 +28,21 @@ pub(super) const RPC: Method = Method(1);
 pub(super) static BODY: [u8; BYTES] = [7; BYTES];
 /// Port of the client's transport; nobody dials it.
 const CLIENT_PORT: u16 = 4200;
+
+/// Probes of each protocol.
+pub(super) const PROBES: u8 = 16;
+/// Addresses of all probes; those that come by QUIC first.
+pub(crate) fn probe_addresses() -> impl Iterator<Item = Ipv4Addr> {
+    (0..PROBES).flat_map(|probe| [by_quic(probe), by_tcp(probe)])
+}
+
+pub(super) fn by_quic(probe: u8) -> Ipv4Addr {
+    Ipv4Addr::new(198, 18, 1 + probe, 1)
+}
+
+pub(super) fn by_tcp(probe: u8) -> Ipv4Addr {
+    Ipv4Addr::new(198, 19, 1 + probe, 1)
+}
 
 /// Who is who. The lower ID dials, and clients have to.
 pub(super) struct Identities {
@@ -55,7 +69,7 @@ impl Identities {
             public_key: key.public_key(),
             addresses: vec![address.into()],
         };
-        let probes = self.probes.iter().zip(addresses());
+        let probes = self.probes.iter().zip(probe_addresses());
         let members = [
             member(&self.client, (CLIENT, CLIENT_PORT)),
             member(&self.node, (NODE, OPEN_PORT)),

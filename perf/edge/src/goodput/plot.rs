@@ -5,9 +5,9 @@ use std::path::Path;
 
 use plotters::prelude::*;
 
+use super::{Load, Point, Series};
 use crate::Result;
 use crate::filters::Filter;
-use crate::goodput::{Load, Point, Series};
 
 const SIZE: (u32, u32) = (640, 360);
 /// Legible on white and on near-black alike.
