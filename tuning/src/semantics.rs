@@ -142,7 +142,10 @@ fn edge(config: &NodeConfig, found: &mut Found<'_>) {
     if !edge.limiter_buckets.is_power_of_two() {
         found.error(
             "edge.limiter_buckets",
-            format!("limiter_buckets {} is no power of two", edge.limiter_buckets),
+            format!(
+                "limiter_buckets {} is no power of two",
+                edge.limiter_buckets
+            ),
             format!("write {}", edge.limiter_buckets.next_power_of_two()),
         );
     }

@@ -82,7 +82,11 @@ fn edge(config: &NodeConfig, budget: &mut MemoryBudget) {
     }
     // IPv4 and IPv6.
     budget.add("edge: trie nodes", TRIE_NODE_BYTES, edge.trie_nodes_max * 4);
-    budget.add("edge: limiter buckets", BUCKET_BYTES, edge.limiter_buckets * 2);
+    budget.add(
+        "edge: limiter buckets",
+        BUCKET_BYTES,
+        edge.limiter_buckets * 2,
+    );
     // QUIC and TCP, and the answers that scope `host` waits for.
     budget.add(
         "edge: sources and flows",
