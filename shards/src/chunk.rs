@@ -1,17 +1,30 @@
 //! Bodies in chunks: what an artifact or a file in flight is made of.
 //!
+//! A body takes from its pool what its length is, rounded up to units of 64 KiB. It may be charged
+//! to an [`Account`]: each chunk gives its part of the charge back when its last handle is dropped,
+//! be that the body, a clone of it, the chunk alone or a slice of it, on whatever thread.
+//!
 //! Invariants:
 //!
 //! 1. Every chunk of a body but the last is full, so that a byte's chunk is a division.
-//! 2. A body being received owns all its chunks before its first byte arrives.
+//! 2. A body being received owns the chunks of all bytes that are still to arrive.
 //! 3. A length from a peer is checked against the pool before anything is allocated for it.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-pub use crate::buf::{Chunk, ChunkMut, ChunkPool, ChunkSlice, PageKind, PoolError};
-pub use crate::memory::CHUNK_BYTES;
+pub use crate::buf::{
+    Account, Charge, Chunk, ChunkMut, ChunkPool, ChunkSlice, PageKind, PoolError,
+};
+pub use crate::memory::{CHUNK_BYTES, UNIT_BYTES};
+
+/// What a body of `len` bytes takes from its pool: whole chunks, and units for the rest.
+#[must_use]
+pub fn taken_bytes(len: u64) -> u64 {
+    len.next_multiple_of(UNIT_BYTES as u64)
+}
 
 /// A body that is complete: a list of chunks, cheap to clone.
 #[derive(Clone)]
@@ -166,10 +179,16 @@ impl io::BufRead for BodyReader {
     }
 }
 
-/// A body being received: all its chunks are reserved, its bytes arrive.
+/// A body being received: the chunks of all bytes to come are reserved, the bytes arrive.
+///
+/// The owner keeps it until it is whole and freezes it, or takes chunk by chunk from its front as
+/// they fill up.
 #[derive(Debug)]
 pub struct BodyMut {
-    chunks: Vec<ChunkMut>,
+    /// Without those that were taken from the front.
+    chunks: VecDeque<ChunkMut>,
+    /// Chunks that were taken.
+    gone: usize,
     len: usize,
     filled: usize,
 }
@@ -198,30 +217,36 @@ impl BodyMut {
     /// Reserves the chunks for `len` bytes, all or none.
     #[must_use]
     pub fn with_len(pool: &ChunkPool, len: usize) -> Option<Self> {
-        let count = len.div_ceil(CHUNK_BYTES);
+        let (full, rest) = (len / CHUNK_BYTES, len % CHUNK_BYTES);
         // Checked before the list is allocated: the length comes from a peer.
-        if count > pool.free_chunks() {
+        if full > pool.free_chunks() {
             return None;
         }
-        let mut chunks = Vec::with_capacity(count);
-        for _ in 0..count {
-            chunks.push(pool.take()?);
+        let mut chunks = VecDeque::with_capacity(full + 1);
+        for _ in 0..full {
+            chunks.push_back(pool.take()?);
+        }
+        if rest > 0 {
+            chunks.push_back(pool.take_bytes(rest)?);
         }
         Some(Self {
             chunks,
+            gone: 0,
             len,
             filled: 0,
         })
     }
 
+    /// Charges what the body takes, [`taken_bytes`] of its length, to `account`.
+    pub fn charge(&mut self, account: &Arc<Account>) {
+        for chunk in &mut self.chunks {
+            chunk.charge(account);
+        }
+    }
+
     /// The contiguous free space behind the bytes so far, up to the chunk's end; empty when full.
     pub fn spare(&mut self) -> &mut [u8] {
-        let start = self.filled % CHUNK_BYTES;
-        let left = self.len - self.filled;
-        match self.chunks.get_mut(self.filled / CHUNK_BYTES) {
-            Some(chunk) => &mut chunk[start..CHUNK_BYTES.min(start + left)],
-            None => &mut [],
-        }
+        self.space_at(self.filled)
     }
 
     /// Takes the first `bytes` of [`Self::spare`] as received.
@@ -233,14 +258,28 @@ impl BodyMut {
         self.filled += bytes;
     }
 
+    /// Takes the first chunk that is still here, and where its bytes begin, when it is filled: up to
+    /// its end, or to the end of the body.
+    pub fn take_filled(&mut self) -> Option<(usize, Chunk)> {
+        let offset = self.gone * CHUNK_BYTES;
+        let end = self.len.min(offset + CHUNK_BYTES);
+        if self.filled < end {
+            return None;
+        }
+        let chunk = self.chunks.pop_front()?;
+        self.gone += 1;
+        Some((offset, chunk.freeze(end - offset)))
+    }
+
     /// Writes at an offset, for a carrier that tracks ranges itself; does not move `filled`.
     ///
     /// # Errors
-    /// When the bytes exceed the announced length; nothing is written then.
+    /// When the bytes exceed the announced length, or lie in a chunk that was taken; nothing is
+    /// written then.
     pub fn write_at(&mut self, offset: usize, bytes: &[u8]) -> Result<(), OutOfBody> {
         let fits = offset
             .checked_add(bytes.len())
-            .is_some_and(|end| end <= self.len);
+            .is_some_and(|end| end <= self.len && offset >= self.gone * CHUNK_BYTES);
         if !fits {
             return Err(OutOfBody {
                 offset,
@@ -251,9 +290,9 @@ impl BodyMut {
         let mut at = offset;
         let mut rest = bytes;
         while !rest.is_empty() {
-            let start = at % CHUNK_BYTES;
-            let (now, later) = rest.split_at(rest.len().min(CHUNK_BYTES - start));
-            self.chunks[at / CHUNK_BYTES][start..start + now.len()].copy_from_slice(now);
+            let space = self.space_at(at);
+            let (now, later) = rest.split_at(rest.len().min(space.len()));
+            space[..now.len()].copy_from_slice(now);
             at += now.len();
             rest = later;
         }
@@ -261,11 +300,12 @@ impl BodyMut {
     }
 
     /// The free space from `offset` to its chunk's end or the body's, for a carrier that opens
-    /// packets straight into place; empty past the end.
+    /// packets straight into place; empty past the end, and in a chunk that was taken.
     pub fn space_at(&mut self, offset: usize) -> &mut [u8] {
         let start = offset % CHUNK_BYTES;
         let left = self.len.saturating_sub(offset);
-        match self.chunks.get_mut(offset / CHUNK_BYTES) {
+        let chunk = (offset / CHUNK_BYTES).checked_sub(self.gone);
+        match chunk.and_then(|chunk| self.chunks.get_mut(chunk)) {
             Some(chunk) => &mut chunk[start..CHUNK_BYTES.min(start + left)],
             None => &mut [],
         }
@@ -296,8 +336,12 @@ impl BodyMut {
     }
 
     /// Ends receiving. The body has the announced length: the caller checked that all of it came.
+    ///
+    /// # Panics
+    /// When a chunk was taken.
     #[must_use]
     pub fn freeze(self) -> Body {
+        assert_eq!(self.gone, 0, "the body's first chunks were taken");
         let mut left = self.len;
         let chunks: Arc<[Chunk]> = self
             .chunks
@@ -383,6 +427,52 @@ mod tests {
         let body = body.freeze();
         assert_eq!(&body.chunks()[0][CHUNK_BYTES - 2..], b"ab");
         assert_eq!(&body.chunks()[1][..2], b"cd");
+    }
+
+    /// A body takes what its length is in units, and an account hears of each chunk that is gone.
+    #[test]
+    fn a_body_is_charged_for_what_it_takes() {
+        let pool = pool(3);
+        let account = Account::new();
+        for len in [1, UNIT_BYTES, UNIT_BYTES + 1, CHUNK_BYTES, CHUNK_BYTES + 1] {
+            let free_bytes = pool.free_bytes();
+            let mut body = BodyMut::with_len(&pool, len).unwrap();
+            body.charge(&account);
+            assert_eq!(free_bytes - pool.free_bytes(), taken_bytes(len as u64));
+            let chunks = body.freeze().chunks().to_vec();
+            assert_eq!(account.settle(), 0);
+            let credited = chunks.into_iter().map(|chunk| {
+                drop(chunk);
+                account.settle()
+            });
+            assert_eq!(credited.sum::<u64>(), taken_bytes(len as u64));
+            assert_eq!(pool.free_bytes(), free_bytes);
+        }
+    }
+
+    /// Chunks leave a body in order, each when it is full, the last with what the body has left; what
+    /// was taken cannot be written any more.
+    #[test]
+    fn filled_chunks_can_be_taken_one_by_one() {
+        let pool = pool(3);
+        let bytes = pattern(2 * CHUNK_BYTES + 10);
+        let mut body = BodyMut::with_len(&pool, bytes.len()).unwrap();
+        let mut taken = Vec::new();
+        while !body.is_full() {
+            let (at, spare) = (body.filled(), body.spare());
+            let now = spare.len().min(300_000);
+            spare[..now].copy_from_slice(&bytes[at..at + now]);
+            assert_eq!(body.take_filled().map(|(offset, _)| offset), None);
+            body.advance(now);
+            if let Some((offset, chunk)) = body.take_filled() {
+                assert_eq!(offset, taken.len());
+                assert!(offset + chunk.len() == body.filled());
+                assert!(body.write_at(offset, b"a").is_err());
+                taken.extend_from_slice(&chunk);
+            }
+        }
+        assert!(taken == bytes && body.take_filled().is_none());
+        assert_eq!(pool.free_chunks(), 3);
     }
 
     /// A list with a short chunk in the middle is not a body.

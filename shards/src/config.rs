@@ -105,7 +105,9 @@ impl ShardConfig {
         // 64 B per submission entry, four completions of 16 B each, and a train's record of 192 B.
         let ring = u64::from(self.ring_entries) * (64 + 4 * 16 + 192);
         let mailbox = self.mailbox_capacity as u64 * 64;
+        // With 64 B for each unit of 64 KiB.
         let chunks = self.chunk_pool_bytes.next_multiple_of(CHUNK_BYTES as u64);
+        let chunks = chunks + chunks / 1024;
         rx + tx + ring + mailbox + chunks + GLOMMIO_IO_BYTES as u64
     }
 }

@@ -27,7 +27,10 @@ pub mod stats;
 mod sys;
 mod watchdog;
 
-pub use chunk::{Body, BodyMut, CHUNK_BYTES, Chunk, ChunkMut, ChunkPool, ChunkSlice, PageKind};
+pub use chunk::{
+    Account, Body, BodyMut, CHUNK_BYTES, Charge, Chunk, ChunkMut, ChunkPool, ChunkSlice, PageKind,
+    UNIT_BYTES,
+};
 pub use config::{HugePages, ShardConfig};
 pub use datapath::{Datagrams, Datapath, Trains, Transmit};
 pub use local::{Queue, Spawner, in_executor, sleep, yield_now};

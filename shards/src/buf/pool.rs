@@ -1,14 +1,18 @@
 //! The chunk pool: a fixed number of 1 MiB chunks, refcounted across shards.
 //!
-//! Cost: `take` and the last drop are one push or pop of a lock-free queue each; a clone is one
-//! relaxed add.
+//! A chunk that is not to be full takes only the units of 64 KiB that it needs: several share the
+//! 1 MiB of one whole chunk. How many bytes a body keeps from others is therefore its length,
+//! rounded up to [`UNIT_BYTES`].
+//!
+//! Cost: `take` and the last drop are a push or pop of a lock-free queue for a whole chunk, a short
+//! scan and a compare-and-swap for a smaller one (`units`); a clone is one relaxed add.
 //!
 //! Invariants:
 //!
-//! 1. An index is in `free` exactly when no handle to its chunk exists.
+//! 1. The units of a chunk are free in `units` exactly when no handle to the chunk exists.
 //! 2. Every `ChunkMut` and every group of `Chunk`s sharing one header owns one strong count of
-//!    the pool.
-//! 3. `free` has room for every index, so returning a chunk cannot fail.
+//!    the pool, and one of its account if it is charged to one.
+//! 3. A chunk that is charged is credited after its units are free again.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -16,10 +20,10 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence};
 
-use crossbeam::queue::ArrayQueue;
-
+use super::account::Account;
 use super::mapping::{Mapping, PageKind, PoolError};
-use crate::memory::{CHUNK_BYTES, HugePages};
+use super::units::{Run, UNITS_PER_CHUNK, UnitMap};
+use crate::memory::{CHUNK_BYTES, HugePages, UNIT_BYTES};
 
 /// A pool of chunks: a handle that any thread may hold.
 #[derive(Clone)]
@@ -29,8 +33,9 @@ pub struct ChunkPool {
 
 struct PoolInner {
     mapping: Mapping,
+    /// One for each unit; a chunk uses that of its first unit.
     headers: Box<[Header]>,
-    free: ArrayQueue<u32>,
+    units: UnitMap,
 }
 
 /// What a chunk's handles share. One cache line, so that counting one chunk disturbs no other.
@@ -38,9 +43,15 @@ struct PoolInner {
 struct Header {
     refs: AtomicUsize,
     data: NonNull<u8>,
+    /// Bytes that are frozen.
     len: AtomicU32,
+    /// Units that the chunk has.
+    units: AtomicU32,
+    /// Index of the first unit.
     index: u32,
     pool: AtomicPtr<PoolInner>,
+    /// A strong count of who is charged for the chunk, or null.
+    account: AtomicPtr<Account>,
 }
 
 const _: () = assert!(size_of::<Header>() == 64);
@@ -59,48 +70,65 @@ impl ChunkPool {
     /// When the system has no such memory, or no huge pages although required.
     pub fn new(bytes: u64, huge: HugePages) -> Result<Self, PoolError> {
         let count = bytes.div_ceil(CHUNK_BYTES as u64);
-        let (Ok(chunks), Ok(indices)) = (usize::try_from(count), u32::try_from(count)) else {
+        let chunks = u32::try_from(count).ok();
+        let Some((chunks, units)) = chunks.and_then(|chunks| {
+            let units = chunks.checked_mul(UNITS_PER_CHUNK)?;
+            Some((chunks, units))
+        }) else {
             let source = std::io::Error::from_raw_os_error(libc::ENOMEM);
             return Err(PoolError::Map { bytes, source });
         };
-        let mapping = Mapping::for_chunks(chunks * CHUNK_BYTES, huge)?;
+        let mapping = Mapping::for_chunks(chunks as usize * CHUNK_BYTES, huge)?;
         let base = mapping.as_ptr();
-        let free = ArrayQueue::new(chunks.max(1));
-        let headers = (0..indices)
+        let headers = (0..units)
             .map(|index| {
-                // SAFETY: index * CHUNK_BYTES lies within the mapping, which has a chunk for each
+                // SAFETY: index * UNIT_BYTES lies within the mapping, which has a unit for each
                 // index.
-                let data = unsafe { base.add(index as usize * CHUNK_BYTES) };
+                let data = unsafe { base.add(index as usize * UNIT_BYTES) };
                 Header {
                     refs: AtomicUsize::new(0),
                     data,
                     len: AtomicU32::new(0),
+                    units: AtomicU32::new(0),
                     index,
                     pool: AtomicPtr::new(std::ptr::null_mut()),
+                    account: AtomicPtr::new(std::ptr::null_mut()),
                 }
             })
             .collect();
         let inner = Arc::new(PoolInner {
             mapping,
             headers,
-            free,
+            units: UnitMap::new(chunks),
         });
         for header in &inner.headers {
-            header
-                .pool
-                .store(Arc::as_ptr(&inner).cast_mut(), Ordering::Relaxed);
-            // Cannot be full: it has room for every index.
-            let _ = inner.free.push(header.index);
+            let pool = Arc::as_ptr(&inner).cast_mut();
+            header.pool.store(pool, Ordering::Relaxed);
         }
         Ok(Self { inner })
     }
 
-    /// A free chunk, or `None` when all are out.
+    /// A free chunk of [`CHUNK_BYTES`], or `None` when no whole one is left.
     #[must_use]
     pub fn take(&self) -> Option<ChunkMut> {
-        let index = self.inner.free.pop()?;
-        let header = &self.inner.headers[index as usize];
+        self.take_units(UNITS_PER_CHUNK)
+    }
+
+    /// A chunk of at least `bytes`, rounded up to [`UNIT_BYTES`]; `None` when the pool has no such
+    /// space in one piece, or when `bytes` exceeds [`CHUNK_BYTES`].
+    #[must_use]
+    pub fn take_bytes(&self, bytes: usize) -> Option<ChunkMut> {
+        if bytes > CHUNK_BYTES {
+            return None;
+        }
+        self.take_units(bytes.div_ceil(UNIT_BYTES).max(1) as u32)
+    }
+
+    fn take_units(&self, units: u32) -> Option<ChunkMut> {
+        let run = self.inner.units.take(units)?;
+        let header = &self.inner.headers[run.first as usize];
         header.refs.store(1, Ordering::Relaxed);
+        header.units.store(run.units, Ordering::Relaxed);
         let pool = header.pool.load(Ordering::Relaxed);
         // SAFETY: `pool` is the address of this pool's inner value, which `self` keeps alive.
         unsafe { Arc::increment_strong_count(pool) };
@@ -109,16 +137,29 @@ impl ChunkPool {
         })
     }
 
-    /// Chunks that `take` would give now.
+    /// Whole chunks that `take` would give now. Space in chunks that smaller ones share is not
+    /// among them: see [`Self::free_bytes`].
     #[must_use]
     pub fn free_chunks(&self) -> usize {
-        self.inner.free.len()
+        self.inner.units.whole_chunks()
     }
 
     /// Chunks of the pool.
     #[must_use]
     pub fn total_chunks(&self) -> usize {
-        self.inner.headers.len()
+        self.inner.units.chunks()
+    }
+
+    /// Bytes that are not taken, in whole chunks and beside smaller ones. Looks at every chunk.
+    #[must_use]
+    pub fn free_bytes(&self) -> u64 {
+        (self.inner.units.free_units() * UNIT_BYTES) as u64
+    }
+
+    /// Bytes of the pool.
+    #[must_use]
+    pub fn total_bytes(&self) -> u64 {
+        (self.total_chunks() * CHUNK_BYTES) as u64
     }
 
     /// Where the pool's pages came from.
@@ -131,15 +172,15 @@ impl ChunkPool {
 impl fmt::Debug for ChunkPool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ChunkPool")
-            .field("free", &self.free_chunks())
-            .field("total", &self.total_chunks())
+            .field("free_chunks", &self.free_chunks())
+            .field("total_chunks", &self.total_chunks())
             .field("pages", &self.page_kind())
             .finish()
     }
 }
 
-/// A chunk with one owner, who may write all of it. Its memory is always initialised; what an
-/// earlier owner left in it is still there.
+/// A chunk with one owner, who may write all of it: [`CHUNK_BYTES`], or the units that it was taken
+/// with. Its memory is always initialised; what an earlier owner left in it is still there.
 pub struct ChunkMut {
     header: NonNull<Header>,
 }
@@ -153,12 +194,13 @@ impl ChunkMut {
     /// Ends writing: the first `len` bytes become a shared chunk.
     ///
     /// # Panics
-    /// When `len` exceeds [`CHUNK_BYTES`].
+    /// When `len` exceeds the chunk.
     #[must_use]
     pub fn freeze(self, len: usize) -> Chunk {
         assert!(
-            len <= CHUNK_BYTES,
-            "a chunk holds {CHUNK_BYTES} bytes, not {len}"
+            len <= self.len(),
+            "the chunk holds {} bytes, not {len}",
+            self.len()
         );
         let header = self.header;
         // The count of one moves to the chunk: the handle must not give it back.
@@ -169,9 +211,25 @@ impl ChunkMut {
         Chunk { header }
     }
 
-    fn data(&self) -> NonNull<u8> {
+    /// Charges what the chunk takes from the pool to `account`, which is credited when the last
+    /// handle to the chunk is gone. A chunk is charged to one account: an earlier one is credited
+    /// now.
+    pub fn charge(&mut self, account: &Arc<Account>) {
+        let account = Arc::into_raw(Arc::clone(account)).cast_mut();
+        let earlier = self.header().account.swap(account, Ordering::Relaxed);
+        // SAFETY: the pointer was in the header, and is not any more.
+        unsafe { credit(earlier, self.len()) };
+    }
+
+    fn header(&self) -> &Header {
         // SAFETY: the header lives as long as this handle.
-        unsafe { self.header.as_ref() }.data
+        unsafe { self.header.as_ref() }
+    }
+
+    fn bytes(&self) -> (NonNull<u8>, usize) {
+        let header = self.header();
+        let units = header.units.load(Ordering::Relaxed) as usize;
+        (header.data, units * UNIT_BYTES)
     }
 }
 
@@ -179,15 +237,17 @@ impl Deref for ChunkMut {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: the chunk's CHUNK_BYTES are initialised and written by nobody but through `self`.
-        unsafe { std::slice::from_raw_parts(self.data().as_ptr(), CHUNK_BYTES) }
+        let (data, len) = self.bytes();
+        // SAFETY: the chunk's units are initialised and written by nobody but through `self`.
+        unsafe { std::slice::from_raw_parts(data.as_ptr(), len) }
     }
 }
 
 impl DerefMut for ChunkMut {
     fn deref_mut(&mut self) -> &mut [u8] {
+        let (data, len) = self.bytes();
         // SAFETY: as in `deref`; the handle is unique and borrowed mutably.
-        unsafe { std::slice::from_raw_parts_mut(self.data().as_ptr(), CHUNK_BYTES) }
+        unsafe { std::slice::from_raw_parts_mut(data.as_ptr(), len) }
     }
 }
 
@@ -232,7 +292,7 @@ impl Deref for Chunk {
     fn deref(&self) -> &[u8] {
         let header = self.header();
         let len = header.len.load(Ordering::Relaxed) as usize;
-        // SAFETY: len <= CHUNK_BYTES initialised bytes that nobody writes while a Chunk lives.
+        // SAFETY: len <= the chunk's initialised bytes, which nobody writes while a Chunk lives.
         unsafe { std::slice::from_raw_parts(header.data.as_ptr(), len) }
     }
 }
@@ -276,7 +336,7 @@ impl fmt::Debug for Chunk {
     }
 }
 
-/// Returns a chunk to its pool and drops the pool's count it held.
+/// Returns a chunk to its pool, credits its account and drops the pool's count it held.
 ///
 /// # Safety
 /// The caller held the last handle to the chunk and uses it no more.
@@ -284,18 +344,38 @@ unsafe fn give_back(header: NonNull<Header>) {
     // SAFETY: the handle's count of the pool keeps the header alive until the decrement below.
     let header = unsafe { header.as_ref() };
     let pool = header.pool.load(Ordering::Relaxed);
-    let index = header.index;
+    let units = header.units.load(Ordering::Relaxed);
+    // Read before the units are free: from then on the header is another chunk's.
+    let account = header.account.swap(std::ptr::null_mut(), Ordering::Relaxed);
+    let run = Run {
+        first: header.index,
+        units,
+    };
     // SAFETY: the same count keeps the pool alive.
     let inner = unsafe { &*pool };
-    // Cannot be full: it has room for every index, and this one was out.
-    let _ = inner.free.push(index);
+    inner.units.give_back(run);
+    // SAFETY: the pointer was in the header, and is not any more.
+    unsafe { credit(account, units as usize * UNIT_BYTES) };
     // SAFETY: gives back the count that `take` added; nothing of the pool is used after this.
     unsafe { Arc::decrement_strong_count(pool) };
+}
+
+/// Credits `bytes` to what a header had for an account.
+///
+/// # Safety
+/// The pointer is null, or was taken out of a header's `account`, whose strong count it brings.
+unsafe fn credit(account: *mut Account, bytes: usize) {
+    if !account.is_null() {
+        // SAFETY: `ChunkMut::charge` made the pointer by `Arc::into_raw`; each is taken out once.
+        let account = unsafe { Arc::from_raw(account.cast_const()) };
+        account.credit(bytes as u64);
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::buf::ChunkSlice;
 
     fn pool(chunks: u64) -> ChunkPool {
         ChunkPool::new(chunks << 20, HugePages::Auto).unwrap()
@@ -328,6 +408,66 @@ mod tests {
         assert!(pool.take().is_some());
         let none = ChunkPool::new(0, HugePages::Auto).unwrap();
         assert!(none.take().is_none());
+    }
+
+    /// A chunk takes what it needs, rounded up to units, and neighbours in one chunk do not see each
+    /// other's bytes.
+    #[test]
+    fn small_chunks_share_a_whole_one() {
+        let pool = pool(2);
+        assert!(pool.take_bytes(CHUNK_BYTES + 1).is_none());
+        let lens = [0, 1, UNIT_BYTES, UNIT_BYTES + 1, 3 * UNIT_BYTES];
+        let chunks: Vec<_> = (1u8..)
+            .zip(lens)
+            .map(|(n, len)| {
+                let mut chunk = pool.take_bytes(len).unwrap();
+                assert_eq!(chunk.len(), len.max(1).next_multiple_of(UNIT_BYTES));
+                chunk.fill(n);
+                chunk.freeze(len)
+            })
+            .collect();
+        assert_eq!(pool.free_chunks(), 1);
+        assert_eq!(pool.free_bytes(), (32 - 8) * UNIT_BYTES as u64);
+        for ((n, len), chunk) in (1u8..).zip(lens).zip(&chunks) {
+            assert!(chunk.len() == len && chunk.iter().all(|byte| *byte == n));
+        }
+        drop(chunks);
+        assert_eq!((pool.free_chunks(), pool.free_bytes()), (2, pool.total_bytes()));
+    }
+
+    /// An account hears of a chunk at its last drop, be that of a clone or of a slice, on any thread,
+    /// after the pool and the account's other handles are gone.
+    #[test]
+    fn a_charge_ends_with_the_last_handle() {
+        let pool = pool(2);
+        let account = Account::new();
+        let mut chunk = pool.take_bytes(100_000).unwrap();
+        chunk.charge(&account);
+        let bytes = chunk.len() as u64;
+        let chunk = chunk.freeze(100_000);
+        let slice = ChunkSlice::new(chunk.clone(), 5..10);
+        drop(chunk);
+        assert_eq!(account.settle(), 0);
+        drop(pool);
+        std::thread::scope(|scope| scope.spawn(move || drop(slice)).join()).unwrap();
+        assert_eq!(account.settle(), bytes);
+        assert_eq!(Arc::strong_count(&account), 1);
+    }
+
+    /// A chunk is charged to one account at a time, and never written chunks count too.
+    #[test]
+    fn a_charge_moves() {
+        let pool = pool(1);
+        let (first, second) = (Account::new(), Account::new());
+        let mut chunk = pool.take().unwrap();
+        chunk.charge(&first);
+        chunk.charge(&second);
+        assert_eq!((first.settle(), second.settle()), (CHUNK_BYTES as u64, 0));
+        drop(chunk);
+        assert_eq!((first.settle(), second.settle()), (0, CHUNK_BYTES as u64));
+        // The next owner of the same memory is charged to nobody.
+        drop(pool.take());
+        assert_eq!((first.settle(), second.settle()), (0, 0));
     }
 
     /// Chunks outlive every handle of their pool.
