@@ -15,8 +15,8 @@ mod pool;
 mod slice;
 mod units;
 
+pub use account::{Account, Charge};
 pub(crate) use mapping::Mapping;
 pub use mapping::{PageKind, PoolError};
-pub use account::{Account, Charge};
 pub use pool::{Chunk, ChunkMut, ChunkPool};
 pub use slice::ChunkSlice;

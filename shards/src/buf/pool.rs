@@ -432,7 +432,10 @@ mod tests {
             assert!(chunk.len() == len && chunk.iter().all(|byte| *byte == n));
         }
         drop(chunks);
-        assert_eq!((pool.free_chunks(), pool.free_bytes()), (2, pool.total_bytes()));
+        assert_eq!(
+            (pool.free_chunks(), pool.free_bytes()),
+            (2, pool.total_bytes())
+        );
     }
 
     /// An account hears of a chunk at its last drop, be that of a clone or of a slice, on any thread,

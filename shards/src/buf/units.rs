@@ -165,9 +165,8 @@ impl UnitMap {
                 let chunk = word * 64 + bits.trailing_zeros() as usize;
                 bits &= bits - 1;
                 let used = self.used[chunk].load(Ordering::Relaxed);
-                let is_fuller = best.is_none_or(|(_, of_best, _)| {
-                    used.count_ones() > of_best.count_ones()
-                });
+                let is_fuller =
+                    best.is_none_or(|(_, of_best, _)| used.count_ones() > of_best.count_ones());
                 if is_fuller && let Some(at) = place(used, units) {
                     best = Some((chunk, used, at));
                 }

@@ -1,14 +1,14 @@
 //! Artifacts that this node holds: bodies in chunks, bounded, the oldest dropped for new ones.
 //!
 //! Invariants
-//! 1. The chunks of all bodies are at most `bytes_max`; a body counts in whole chunks, as the pool does.
+//! 1. What all bodies take is at most `bytes_max`; a body counts in units of 64 KiB, as in the pool.
 //! 2. `order` lists exactly the ids of `bodies`, oldest first.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use millrace_protocol::id::ArtifactId;
-use millrace_shards::chunk::{Body, CHUNK_BYTES};
+use millrace_shards::chunk::{Body, taken_bytes};
 
 /// The body is larger than the whole store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -51,12 +51,12 @@ impl Store {
 
     /// Whether a body of this length could be held at all.
     pub(crate) fn fits(&self, length: u64) -> bool {
-        in_chunks(length) <= self.bytes_max
+        in_units(length) <= self.bytes_max
     }
 
     /// Holds a body under the id that its bytes have; the caller computed it.
     pub(crate) fn insert(&self, id: ArtifactId, body: Body) -> Result<(), TooLarge> {
-        let needed_bytes = in_chunks(body.len() as u64);
+        let needed_bytes = in_units(body.len() as u64);
         if needed_bytes > self.bytes_max {
             return Err(TooLarge {
                 needed_bytes,
@@ -72,7 +72,7 @@ impl Store {
                 break;
             };
             if let Some(body) = held.bodies.remove(&oldest) {
-                held.bytes -= in_chunks(body.len() as u64);
+                held.bytes -= in_units(body.len() as u64);
                 held.dropped += 1;
             }
         }
@@ -105,14 +105,15 @@ impl Store {
     }
 }
 
-fn in_chunks(length: u64) -> u64 {
-    // An empty body has no chunk, and yet an entry: it counts as one, so that entries are bounded.
-    length.max(1).next_multiple_of(CHUNK_BYTES as u64)
+fn in_units(length: u64) -> u64 {
+    // An empty body takes nothing, and yet an entry: it counts as one unit, so that entries are
+    // bounded.
+    taken_bytes(length.max(1))
 }
 
 #[cfg(test)]
 mod tests {
-    use millrace_shards::chunk::ChunkPool;
+    use millrace_shards::chunk::{ChunkPool, UNIT_BYTES};
     use millrace_shards::config::HugePages;
 
     use super::*;
@@ -121,11 +122,11 @@ mod tests {
         ArtifactId::from_bytes([n; 32])
     }
 
-    /// The oldest goes first, its chunks return to the pool, and the bound counts whole chunks.
+    /// The oldest goes first, what it took returns to the pool, and the bound counts units.
     #[test]
     fn the_oldest_bodies_make_room_and_give_their_chunks_back() {
         let pool = ChunkPool::new(4 << 20, HugePages::Never).unwrap();
-        let store = Store::new(2 << 20);
+        let store = Store::new(2 * UNIT_BYTES as u64);
         for n in 1..=3 {
             store
                 .insert(id(n), Body::copy_from_slice(&pool, &[n; 10]).unwrap())
@@ -133,11 +134,14 @@ mod tests {
         }
         assert!(!store.contains(&id(1)) && store.contains(&id(2)) && store.contains(&id(3)));
         assert_eq!(store.get(&id(3)).unwrap().chunks()[0][..], [3; 10]);
-        assert_eq!(pool.free_chunks(), 2);
+        assert_eq!(
+            pool.total_bytes() - pool.free_bytes(),
+            2 * UNIT_BYTES as u64
+        );
         let usage = Usage {
             artifacts: 2,
-            bytes: 2 << 20,
-            bytes_max: 2 << 20,
+            bytes: 2 * UNIT_BYTES as u64,
+            bytes_max: 2 * UNIT_BYTES as u64,
             dropped: 1,
         };
         assert_eq!(store.usage(), usage);
@@ -154,7 +158,7 @@ mod tests {
         let large = Body::copy_from_slice(&pool, &vec![0; (1 << 20) + 1]).unwrap();
         assert_eq!(
             store.insert(id(2), large).unwrap_err().needed_bytes,
-            2 << 20
+            (1 << 20) + UNIT_BYTES as u64
         );
         assert!(store.contains(&id(1)), "what is refused drops nothing");
         assert!(!store.fits((1 << 20) + 1) && store.fits(1 << 20));
