@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput};
 use millrace_shards::{
-    Datagrams, Datapath, HugePages, MailReceiver, MailSender, ShardConfig, ShardHandle, ShardStats,
-    Trains, Transmit, UdpGroupConfig, bind_group, mailbox, spawn,
+    Datagrams, Datapath, HugePages, MailReceiver, MailSender, ShardConfig, ShardHandle, Trains,
+    Transmit, UdpGroupConfig, bind_group, mailbox, spawn,
 };
 
 /// What a turn may fill by default: 16 slots, each one train of 45 packets.
@@ -212,20 +212,4 @@ impl Datapath for Builder {
     }
 
     fn on_datagrams(&mut self, _: Datagrams<'_>, _: Instant) {}
-
-    fn on_receive_batch_end(&mut self, _: Instant) {}
-
-    fn on_timeout(&mut self, _: Instant) {}
-
-    fn next_timeout(&mut self) -> Option<Instant> {
-        None
-    }
-
-    fn on_housekeeping(&mut self, _: Instant, _: &ShardStats) {}
-
-    fn on_stop(&mut self, _: Instant) {}
-
-    fn is_stopped(&self, _: Instant) -> bool {
-        true
-    }
 }

@@ -11,7 +11,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use millrace_shards::{
-    Datagrams, Datapath, HugePages, ShardConfig, ShardStats, ShardStatsSnapshot, Trains, Transmit,
+    Datagrams, Datapath, HugePages, ShardConfig, ShardStatsSnapshot, Trains, Transmit,
     UdpGroupConfig, bind_group, spawn,
 };
 
@@ -65,14 +65,6 @@ impl Datapath for Echo {
         }
     }
 
-    fn on_receive_batch_end(&mut self, _: Instant) {}
-
-    fn on_timeout(&mut self, _: Instant) {}
-
-    fn next_timeout(&mut self) -> Option<Instant> {
-        None
-    }
-
     fn transmit(&mut self, trains: &mut Trains<'_>, _: Instant) -> Transmit {
         for (to, bytes) in self.queue.drain(..) {
             let Some(buffer) = trains.packet(BYTES) else {
@@ -88,17 +80,11 @@ impl Datapath for Echo {
         false
     }
 
-    fn on_housekeeping(&mut self, _: Instant, _: &ShardStats) {}
-
     fn on_stop(&mut self, _: Instant) {
         if let Some(times) = self.times.take() {
             // The receiver waits for it.
             let _ = times.send(std::mem::take(&mut self.samples));
         }
-    }
-
-    fn is_stopped(&self, _: Instant) -> bool {
-        true
     }
 }
 

@@ -10,6 +10,9 @@ use std::time::Duration;
 use crate::memory::CHUNK_BYTES;
 pub use crate::memory::HugePages;
 
+/// The most shards of a node: their number fits the byte of a connection ID that steers a packet.
+pub const SHARDS_MAX: usize = 255;
+
 /// Bytes of one receive slot: the largest GRO message (65,535) behind the kernel's header, the
 /// peer's address and the control data, rounded up to a page.
 pub(crate) const RX_SLOT_BYTES: usize = 68 * 1024;

@@ -1,9 +1,9 @@
 //! Thread-per-core shard runtime: io_uring ring, buffers, sockets, mailboxes, chunk pool.
 //!
-//! A shard is one pinned thread with one glommio executor, one ring of its own, one UDP socket of a
-//! reuseport group, one mailbox and one chunk pool. A protocol plugs into its loop by implementing
-//! [`Datapath`]; this crate knows no protocol. See [`runtime`] for the loop, [`datapath`] for what
-//! the loop calls and when, [`chunk`] for the memory that bodies live in.
+//! A shard is one pinned thread with one glommio executor, one ring of its own, its UDP sockets
+//! (each of a reuseport group), one mailbox and one chunk pool. A protocol plugs into its loop by
+//! implementing [`Datapath`]; this crate knows no protocol. See [`runtime`] for the loop,
+//! [`datapath`] for what the loop calls and when, [`chunk`] for the memory that bodies live in.
 //!
 //! Invariants of the crate:
 //!
@@ -31,13 +31,13 @@ pub use chunk::{
     Account, Body, BodyMut, CHUNK_BYTES, Charge, Chunk, ChunkMut, ChunkPool, ChunkSlice, PageKind,
     UNIT_BYTES,
 };
-pub use config::{HugePages, ShardConfig};
-pub use datapath::{Datagrams, Datapath, Trains, Transmit};
+pub use config::{HugePages, SHARDS_MAX, ShardConfig};
+pub use datapath::{Datagrams, Datapath, Slot, Train, TrainBuffer, Trains, Transmit};
 pub use local::{Queue, Spawner, in_executor, sleep, yield_now};
 pub use mailbox::{MailError, MailReceiver, MailSender, mailbox};
-pub use runtime::{ShardContext, ShardHandle, StartError, spawn, spawn_with_mailbox};
+pub use runtime::{BoundSocket, ShardContext, ShardHandle, StartError, spawn, spawn_with_mailbox};
 pub use socket::{
-    ShardSocket, SocketError, UdpGroupConfig, attach_classic_steering, attach_steering, bind_group,
-    bind_unsteered, source_address,
+    SOCKETS_MAX, ShardSocket, SocketError, SocketId, UdpGroupConfig, attach_classic_steering,
+    attach_steering, bind_group, bind_unsteered, source_address,
 };
 pub use stats::{ShardStats, ShardStatsSnapshot};

@@ -12,14 +12,44 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use crate::config::SHARDS_MAX;
 use crate::sys;
+
+/// The most UDP sockets of one shard: what a mask of 16 bits names.
+pub const SOCKETS_MAX: usize = 16;
+
+/// A UDP socket of a shard, by its place among the sockets that `spawn` was given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SocketId(u8);
+
+impl SocketId {
+    /// The first socket; the only one of most shards.
+    pub const FIRST: Self = Self(0);
+
+    /// The socket at `index`, from 0. That a shard owns it is not checked here.
+    #[must_use]
+    pub const fn new(index: u8) -> Self {
+        Self(index)
+    }
+
+    /// Its place, from 0.
+    #[must_use]
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+
+    /// Whether its bit is set in a mask of sockets.
+    pub(crate) fn is_in(self, mask: u16) -> bool {
+        mask.checked_shr(u32::from(self.0)).unwrap_or(0) & 1 == 1
+    }
+}
 
 /// What a reuseport group of UDP sockets is made of.
 #[derive(Debug, Clone)]
 pub struct UdpGroupConfig {
     /// The address all sockets bind; port zero takes a free one.
     pub local: SocketAddr,
-    /// Sockets to bind, one per shard.
+    /// Sockets to bind, one per shard: 1 to [`SHARDS_MAX`].
     pub shards: usize,
     /// Receive buffer asked for per socket.
     pub recv_buffer_bytes: usize,
@@ -45,8 +75,8 @@ impl Default for UdpGroupConfig {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SocketError {
-    /// A group of no sockets, or of more than a connection ID's byte can name.
-    #[error("a group has 1 to 256 shards, not {shards}")]
+    /// A group of no sockets, or of more than [`SHARDS_MAX`].
+    #[error("a group has 1 to {SHARDS_MAX} sockets, one for each shard, not {shards}")]
     Shards {
         /// Shards asked for.
         shards: usize,
@@ -150,7 +180,7 @@ pub fn bind_group(config: &UdpGroupConfig) -> Result<Vec<ShardSocket>, SocketErr
 /// # Errors
 /// When the address is taken or an option that the datapath relies on is refused.
 pub fn bind_unsteered(config: &UdpGroupConfig) -> Result<Vec<ShardSocket>, SocketError> {
-    if config.shards == 0 || config.shards > 256 {
+    if config.shards == 0 || config.shards > SHARDS_MAX {
         return Err(SocketError::Shards {
             shards: config.shards,
         });

@@ -6,6 +6,8 @@
     reason = "an allocator that counts can only be written with it"
 )]
 
+mod common;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::net::SocketAddr;
@@ -13,8 +15,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use millrace_shards::{
-    Datagrams, Datapath, HugePages, MailSender, ShardConfig, ShardStats, Trains, Transmit,
-    UdpGroupConfig, bind_group, mailbox, spawn_with_mailbox,
+    Datagrams, Datapath, MailSender, Trains, Transmit, mailbox, spawn_with_mailbox,
 };
 
 thread_local! {
@@ -79,14 +80,6 @@ impl Datapath for Echo {
         }
     }
 
-    fn on_receive_batch_end(&mut self, _: Instant) {}
-
-    fn on_timeout(&mut self, _: Instant) {}
-
-    fn next_timeout(&mut self) -> Option<Instant> {
-        None
-    }
-
     fn transmit(&mut self, trains: &mut Trains<'_>, _: Instant) -> Transmit {
         while self.due > 0 {
             let Some(buffer) = trains.packet(1200) else {
@@ -102,36 +95,14 @@ impl Datapath for Echo {
     fn has_pending(&self) -> bool {
         self.due > 0
     }
-
-    fn on_housekeeping(&mut self, _: Instant, _: &ShardStats) {}
-
-    fn on_stop(&mut self, _: Instant) {}
-
-    fn is_stopped(&self, _: Instant) -> bool {
-        true
-    }
 }
 
 /// Two shards echo each other's trains and wake each other by messages; after a warm-up neither
 /// thread allocates.
 #[test]
 fn steady_state_allocates_nothing() {
-    let config = ShardConfig {
-        chunk_pool_bytes: 0,
-        huge_pages: HugePages::Never,
-        ..ShardConfig::default()
-    };
-    let local = "127.0.0.1:0".parse().unwrap();
-    let sockets: Vec<_> = (0..2)
-        .map(|_| {
-            bind_group(&UdpGroupConfig {
-                local,
-                ..Default::default()
-            })
-            .unwrap()
-            .remove(0)
-        })
-        .collect();
+    let config = common::config();
+    let sockets: Vec<_> = (0..2).map(|_| common::socket("127.0.0.1:0")).collect();
     let addrs: Vec<_> = sockets.iter().map(|socket| socket.local_addr()).collect();
     let mails: Vec<_> = (0..2)
         .map(|_| mailbox(config.mailbox_capacity).unwrap())

@@ -5,13 +5,15 @@
 #[path = "../../ebpf/tests/common/skip.rs"]
 mod skip;
 
+mod common;
+
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use common::{config, socket};
 use millrace_shards::{
-    Datagrams, Datapath, HugePages, ShardConfig, ShardHandle, ShardSocket, ShardStats, Trains,
-    Transmit, UdpGroupConfig, bind_group, spawn,
+    Datagrams, Datapath, ShardConfig, ShardHandle, ShardSocket, SocketId, Trains, Transmit, spawn,
 };
 use proptest::prelude::{ProptestConfig, Strategy, any, prop, prop_assert_eq, proptest};
 
@@ -55,14 +57,6 @@ impl Datapath for Relay {
         }
     }
 
-    fn on_receive_batch_end(&mut self, _: Instant) {}
-
-    fn on_timeout(&mut self, _: Instant) {}
-
-    fn next_timeout(&mut self) -> Option<Instant> {
-        None
-    }
-
     fn transmit(&mut self, trains: &mut Trains<'_>, _: Instant) -> Transmit {
         while let Some(packet) = self.queue.front() {
             let Some(buffer) = trains.packet(self.offer) else {
@@ -82,30 +76,6 @@ impl Datapath for Relay {
     fn has_pending(&self) -> bool {
         !self.queue.is_empty()
     }
-
-    fn on_housekeeping(&mut self, _: Instant, _: &ShardStats) {}
-
-    fn on_stop(&mut self, _: Instant) {}
-
-    fn is_stopped(&self, _: Instant) -> bool {
-        true
-    }
-}
-
-fn config() -> ShardConfig {
-    ShardConfig {
-        chunk_pool_bytes: 0,
-        huge_pages: HugePages::Never,
-        ..ShardConfig::default()
-    }
-}
-
-fn socket(local: &str) -> ShardSocket {
-    let group = UdpGroupConfig {
-        local: local.parse().unwrap(),
-        ..UdpGroupConfig::default()
-    };
-    bind_group(&group).unwrap().remove(0)
 }
 
 struct Peer {
@@ -320,6 +290,134 @@ fn zero_copy_probe_on_loopback() {
     }
     assert_eq!(sender.handle.stats().snapshot().trains_sent_zc, 1);
     sender.stop();
+    peer.stop();
+}
+
+/// Sends every datagram back, from the socket that it came to.
+struct Mirror {
+    answers: Vec<(SocketId, SocketAddr, Vec<u8>)>,
+    hold: Duration,
+}
+
+impl Datapath for Mirror {
+    type Message = ();
+
+    fn on_message(&mut self, (): (), _: Instant) {}
+
+    fn on_datagrams(&mut self, mut datagrams: Datagrams<'_>, _: Instant) {
+        std::thread::sleep(self.hold);
+        let (socket, from) = (datagrams.socket(), datagrams.from());
+        let answer = |segment: &mut [u8]| (socket, from, segment.to_vec());
+        self.answers.extend(datagrams.segments().map(answer));
+    }
+
+    fn transmit(&mut self, trains: &mut Trains<'_>, _: Instant) -> Transmit {
+        while let Some((socket, to, bytes)) = self.answers.first() {
+            trains.select(*socket);
+            let Some(buffer) = trains.packet(1452) else {
+                return Transmit::More;
+            };
+            buffer[..bytes.len()].copy_from_slice(bytes);
+            trains.push(bytes.len(), *to);
+            self.answers.remove(0);
+        }
+        Transmit::Done
+    }
+
+    fn has_pending(&self) -> bool {
+        !self.answers.is_empty()
+    }
+}
+
+/// A shard with several UDP sockets receives on all and answers from the one that was asked, also
+/// when all of them have to share fewer slots than there are datagrams.
+#[test]
+fn several_sockets_of_one_shard() {
+    let mut locals = vec!["127.0.0.1:0", "127.0.0.1:0"];
+    if UdpSocket::bind("[::1]:0").is_ok() {
+        locals.push("[::1]:0");
+    } else {
+        skip::skip("several_sockets_of_one_shard, its third socket", "IPv6");
+    }
+    let sockets: Vec<_> = locals.iter().map(|local| socket(local)).collect();
+    let addrs: Vec<_> = sockets.iter().map(ShardSocket::local_addr).collect();
+    let bound = addrs.clone();
+    let starved = ShardConfig {
+        rx_slots: 2,
+        rx_slots_max: 2,
+        ..config()
+    };
+    let handle = spawn(starved, 0, 1, sockets, move |shard| {
+        let told: Vec<_> = shard
+            .sockets
+            .iter()
+            .map(|socket| socket.local_addr)
+            .collect();
+        assert_eq!(told, bound);
+        assert_eq!(shard.local_addr, bound[0]);
+        Mirror {
+            answers: Vec::new(),
+            hold: Duration::from_micros(100),
+        }
+    })
+    .unwrap();
+    // A connected socket takes nothing but what comes from the address that it asked.
+    let clients: Vec<_> = locals
+        .iter()
+        .zip(&addrs)
+        .map(|(local, addr)| {
+            let client = UdpSocket::bind(local).unwrap();
+            client.connect(addr).unwrap();
+            client
+                .set_read_timeout(Some(Duration::from_secs(20)))
+                .unwrap();
+            client
+        })
+        .collect();
+    const ROUNDS: u8 = 100;
+    for round in 0..ROUNDS {
+        for (index, client) in clients.iter().enumerate() {
+            client.send(&[index as u8, round]).unwrap();
+        }
+    }
+    for (index, client) in clients.iter().enumerate() {
+        for round in 0..ROUNDS {
+            let mut answer = [0; 16];
+            let len = client.recv(&mut answer).unwrap();
+            assert_eq!(answer[..len], [index as u8, round]);
+        }
+    }
+    let stats = handle.stats().snapshot();
+    assert!(stats.enobufs_rearms > 0, "{stats:?}");
+    assert_eq!(stats.send_errors, 0);
+    handle.stop();
+    handle.join().unwrap();
+    // Every socket was closed with its shard.
+    for addr in addrs {
+        UdpSocket::bind(addr).unwrap();
+    }
+}
+
+/// A packet for a socket that the shard does not own is dropped and counted; those around it leave.
+#[test]
+fn a_socket_of_no_shard_is_an_error_of_sending() {
+    let peer = Peer::start(config(), "127.0.0.1:0", Duration::ZERO, 1452);
+    let to = peer.addr;
+    let handle = spawn(config(), 0, 1, Some(socket("127.0.0.1:0")), move |_| {
+        Mirror {
+            answers: [0, 1, 255, 0]
+                .into_iter()
+                .map(|index| (SocketId::new(index), to, vec![index]))
+                .collect(),
+            hold: Duration::ZERO,
+        }
+    })
+    .unwrap();
+    let seen: Vec<_> = peer.expect(2).into_iter().map(|(_, bytes)| bytes).collect();
+    assert_eq!(seen, [[0], [0]]);
+    assert_eq!(handle.stats().snapshot().send_errors, 2);
+    handle.stop();
+    handle.join().unwrap();
     peer.stop();
 }
 

@@ -5,6 +5,8 @@
 #[path = "../../ebpf/tests/common/skip.rs"]
 mod skip;
 
+mod common;
+
 use std::io::ErrorKind;
 use std::net::UdpSocket;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -12,9 +14,10 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use common::{config, socket};
 use millrace_shards::{
-    ChunkPool, Datagrams, Datapath, HugePages, ShardConfig, ShardStats, Trains, Transmit,
-    UdpGroupConfig, bind_group, spawn,
+    ChunkPool, Datagrams, Datapath, HugePages, SHARDS_MAX, SOCKETS_MAX, ShardConfig, Trains,
+    Transmit, UdpGroupConfig, bind_group, bind_unsteered, spawn,
 };
 
 struct Nothing;
@@ -26,28 +29,12 @@ impl Datapath for Nothing {
 
     fn on_datagrams(&mut self, _: Datagrams<'_>, _: Instant) {}
 
-    fn on_receive_batch_end(&mut self, _: Instant) {}
-
-    fn on_timeout(&mut self, _: Instant) {}
-
-    fn next_timeout(&mut self) -> Option<Instant> {
-        None
-    }
-
     fn transmit(&mut self, _: &mut Trains<'_>, _: Instant) -> Transmit {
         Transmit::Done
     }
 
     fn has_pending(&self) -> bool {
         false
-    }
-
-    fn on_housekeeping(&mut self, _: Instant, _: &ShardStats) {}
-
-    fn on_stop(&mut self, _: Instant) {}
-
-    fn is_stopped(&self, _: Instant) -> bool {
-        true
     }
 }
 
@@ -142,6 +129,44 @@ fn who_starts_shards_is_not_interrupted() {
         });
         assert_eq!(waits.recv(&mut [0; 8]).unwrap(), 4);
     });
+}
+
+/// More shards than a connection ID's byte counts, and more sockets than a shard owns, are refused
+/// before anything starts.
+#[test]
+fn bounds_are_checked_at_the_start() {
+    let group = |shards| {
+        let local = "127.0.0.1:0".parse().unwrap();
+        bind_unsteered(&UdpGroupConfig {
+            local,
+            shards,
+            ..UdpGroupConfig::default()
+        })
+    };
+    for shards in [0, SHARDS_MAX + 1] {
+        let error = group(shards).unwrap_err();
+        assert_eq!(error.reason(), "shards");
+        assert!(error.to_string().contains("1 to 255"), "{error}");
+    }
+    assert_eq!(group(SHARDS_MAX).unwrap().len(), SHARDS_MAX);
+
+    let start = |index, shards, sockets: Vec<_>| {
+        spawn(config(), index, shards, sockets, |_| Nothing).map(|handle| {
+            handle.stop();
+            handle.join().unwrap();
+        })
+    };
+    let too_many = start(0, SHARDS_MAX + 1, Vec::new()).unwrap_err();
+    assert!(
+        too_many.to_string().contains("shard 0 of 256"),
+        "{too_many}"
+    );
+    start(SHARDS_MAX - 1, SHARDS_MAX, Vec::new()).unwrap();
+    let sockets = |count| (0..count).map(|_| socket("127.0.0.1:0")).collect();
+    start(0, 1, sockets(SOCKETS_MAX)).unwrap();
+    let too_many = start(0, 1, sockets(SOCKETS_MAX + 1)).unwrap_err();
+    assert_eq!(too_many.reason(), "sockets");
+    assert!(too_many.to_string().contains("at most 16"), "{too_many}");
 }
 
 /// Huge pages that are required and missing are an error that says what to set.

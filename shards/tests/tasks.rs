@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
 
+mod common;
+
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::net::{SocketAddr, UdpSocket};
@@ -11,8 +13,8 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use millrace_shards::{
-    Datagrams, Datapath, HugePages, Queue, ShardConfig, ShardContext, ShardHandle, ShardStats,
-    Trains, Transmit, UdpGroupConfig, bind_group, in_executor, sleep, spawn, yield_now,
+    Datagrams, Datapath, Queue, ShardConfig, ShardContext, ShardHandle, ShardStats, Trains,
+    Transmit, in_executor, sleep, spawn, yield_now,
 };
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -36,14 +38,6 @@ impl Datapath for Idle {
 
     fn on_datagrams(&mut self, _: Datagrams<'_>, _: Instant) {}
 
-    fn on_receive_batch_end(&mut self, _: Instant) {}
-
-    fn on_timeout(&mut self, _: Instant) {}
-
-    fn next_timeout(&mut self) -> Option<Instant> {
-        None
-    }
-
     fn transmit(&mut self, _: &mut Trains<'_>, _: Instant) -> Transmit {
         if self.busy {
             Transmit::More
@@ -55,25 +49,15 @@ impl Datapath for Idle {
     fn has_pending(&self) -> bool {
         self.busy
     }
-
-    fn on_housekeeping(&mut self, _: Instant, _: &ShardStats) {}
-
-    fn on_stop(&mut self, _: Instant) {}
-
-    fn is_stopped(&self, _: Instant) -> bool {
-        true
-    }
 }
 
 fn config() -> ShardConfig {
     // The fallbacks are out of reach: only real wake-ups move a shard.
     ShardConfig {
-        chunk_pool_bytes: 0,
-        huge_pages: HugePages::Never,
         direct_park_max: Duration::from_secs(3600),
         housekeeping: Duration::from_secs(3600),
         watchdog: Duration::ZERO,
-        ..ShardConfig::default()
+        ..common::config()
     }
 }
 
@@ -263,13 +247,7 @@ struct Block {
 /// A task woken by a datagram answers in the same turn, so that the answer leaves with its submit.
 #[test]
 fn answer_in_the_same_turn() {
-    let local = "127.0.0.1:0".parse().unwrap();
-    let socket = bind_group(&UdpGroupConfig {
-        local,
-        ..Default::default()
-    })
-    .unwrap()
-    .remove(0);
+    let socket = common::socket("127.0.0.1:0");
     let to = socket.local_addr();
     let handle = spawn(config(), 0, 1, Some(socket), |context| {
         let desk = Rc::new(Desk::default());
@@ -337,14 +315,6 @@ impl Datapath for Office {
         }
     }
 
-    fn on_receive_batch_end(&mut self, _: Instant) {}
-
-    fn on_timeout(&mut self, _: Instant) {}
-
-    fn next_timeout(&mut self) -> Option<Instant> {
-        None
-    }
-
     fn transmit(&mut self, trains: &mut Trains<'_>, _: Instant) -> Transmit {
         let same = self.stats.snapshot().turns == self.turn;
         let text: &[u8] = if same { b"same turn" } else { b"late" };
@@ -358,13 +328,5 @@ impl Datapath for Office {
 
     fn has_pending(&self) -> bool {
         !self.desk.answers.borrow().is_empty()
-    }
-
-    fn on_housekeeping(&mut self, _: Instant, _: &ShardStats) {}
-
-    fn on_stop(&mut self, _: Instant) {}
-
-    fn is_stopped(&self, _: Instant) -> bool {
-        true
     }
 }

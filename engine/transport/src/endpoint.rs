@@ -28,7 +28,6 @@ use millrace_protocol::timer::{TimerId, Wheel};
 use millrace_protocol::topology::Topology;
 use millrace_shards::chunk::ChunkPool;
 use millrace_shards::datapath::{Datagrams, Datapath, Trains, Transmit};
-use millrace_shards::stats::ShardStats;
 
 use crate::clock::Clock;
 use crate::config::TransportConfig;
@@ -344,8 +343,6 @@ impl<H: Handler> Datapath for Endpoint<H> {
         self.receive(datagrams, now);
     }
 
-    fn on_receive_batch_end(&mut self, _now: Instant) {}
-
     fn wants_to_send(&self) -> bool {
         self.parts.shared.exchanged.get() >= EXCHANGE_PACKETS
     }
@@ -407,7 +404,7 @@ impl<H: Handler> Datapath for Endpoint<H> {
         !self.parts.shared.dirty.borrow().is_empty()
     }
 
-    fn on_housekeeping(&mut self, now: Instant, _stats: &ShardStats) {
+    fn on_housekeeping(&mut self, now: Instant) {
         self.parts.shared.now.set(now);
         for connection in self.connections.iter_mut().flatten() {
             let lossy = connection.has_lost_packets();

@@ -25,7 +25,6 @@ mod udp_tx;
 use std::collections::VecDeque;
 use std::io;
 use std::mem::ManuallyDrop;
-use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -33,16 +32,17 @@ use std::time::{Duration, Instant};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use crate::config::ShardConfig;
-use crate::datapath::Datagrams;
+use crate::datapath::{Datagrams, Slot, Train, TrainBuffer, Trains};
 use crate::park::{self, Parker};
-use crate::socket::ShardSocket;
+use crate::socket::{ShardSocket, SocketId};
 use crate::stats::ShardStats;
 
 use submitter::Submitter;
 use udp_rx::UdpRx;
 use udp_tx::UdpTx;
 
-/// Requests by kind, in the high byte of `user_data`; the low bytes hold a train's index.
+/// Requests by kind, in the high byte of `user_data`. The low bytes hold the index of what the
+/// completion belongs to: a socket for `RECV`, a train's record for `SEND`.
 mod token {
     pub(super) const RECV: u64 = 1 << 56;
     pub(super) const SEND: u64 = 2 << 56;
@@ -53,9 +53,6 @@ mod token {
     pub(super) const KIND: u64 = 0xff << 56;
 }
 
-/// The socket's place in the ring's table of registered files.
-const SOCKET: types::Fixed = types::Fixed(0);
-
 pub(crate) struct Ring {
     uring: ManuallyDrop<IoUring>,
     submitter: Submitter,
@@ -63,10 +60,12 @@ pub(crate) struct Ring {
     tx: ManuallyDrop<UdpTx>,
     /// Receive completions not handed over yet.
     backlog: VecDeque<Received>,
-    socket: Option<ShardSocket>,
+    /// Room for the trains of a turn, empty between turns; as long as there are records.
+    finished: Vec<Train>,
+    /// Open for as long as the ring has them registered.
+    _sockets: Vec<ShardSocket>,
     parker: Arc<Parker>,
     stats: Arc<ShardStats>,
-    recv_armed: bool,
     pipe_armed: bool,
     timer: Option<Instant>,
     timer_spec: Box<types::Timespec>,
@@ -78,6 +77,7 @@ pub(crate) struct Ring {
 #[derive(Debug, Clone, Copy)]
 struct Received {
     slot: u16,
+    socket: SocketId,
     bytes: u32,
 }
 
@@ -93,7 +93,7 @@ impl Ring {
     /// Creates the ring on the shard's thread and arms its requests.
     pub(crate) fn new(
         config: &ShardConfig,
-        socket: Option<ShardSocket>,
+        sockets: Vec<ShardSocket>,
         parker: Arc<Parker>,
         stats: Arc<ShardStats>,
         eventfd: BorrowedFd<'_>,
@@ -102,15 +102,16 @@ impl Ring {
         let uring = build(entries)?;
         uring.submitter().register_eventfd(eventfd.as_raw_fd())?;
         let submitter = Submitter::new(&uring);
-        let tx = UdpTx::new(config, entries, socket.as_ref())?;
-        let rx = match &socket {
-            Some(socket) => {
-                uring
-                    .submitter()
-                    .register_files(&[socket.fd().as_raw_fd()])?;
-                Some(UdpRx::new(config, socket, &uring)?)
-            }
-            None => None,
+        let tx = UdpTx::new(config, entries, sockets.len())?;
+        let rx = if sockets.is_empty() {
+            None
+        } else {
+            let descriptors: Vec<_> = sockets
+                .iter()
+                .map(|socket| socket.fd().as_raw_fd())
+                .collect();
+            uring.submitter().register_files(&descriptors)?;
+            Some(UdpRx::new(config, &sockets, &uring)?)
         };
         let slots = rx.as_ref().map_or(0, UdpRx::slots_max);
         let mut ring = Self {
@@ -119,10 +120,10 @@ impl Ring {
             rx: ManuallyDrop::new(rx),
             tx: ManuallyDrop::new(tx),
             backlog: VecDeque::with_capacity(usize::from(slots)),
-            socket,
+            finished: Vec::with_capacity(entries as usize),
+            _sockets: sockets,
             parker,
             stats,
-            recv_armed: false,
             pipe_armed: false,
             timer: None,
             timer_spec: Box::new(types::Timespec::new()),
@@ -139,10 +140,6 @@ impl Ring {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         Ok(ring)
-    }
-
-    pub(crate) fn local_addr(&self) -> Option<SocketAddr> {
-        self.socket.as_ref().map(ShardSocket::local_addr)
     }
 
     /// Whether anything waits: a completion, deferred work, an overflow, a submission, a wake-up.
@@ -204,14 +201,16 @@ impl Ring {
                 any |= kind != token::SEND;
                 match kind {
                     token::RECV => {
-                        if !cqueue::more(cqe.flags()) {
-                            self.recv_armed = false;
+                        let socket = SocketId::new(cqe.user_data() as u8);
+                        if let (false, Some(rx)) = (cqueue::more(cqe.flags()), rx.as_mut()) {
+                            rx.ended(socket);
                         }
                         match (cqueue::buffer_select(cqe.flags()), rx.as_mut()) {
                             (Some(slot), Some(rx)) if cqe.result() >= 0 => {
                                 rx.taken(cqe.result() as usize);
                                 backlog.push_back(Received {
                                     slot,
+                                    socket,
                                     bytes: cqe.result() as u32,
                                 });
                             }
@@ -251,14 +250,10 @@ impl Ring {
     /// Hands the oldest receive completion to `handle`, then its slot back to the kernel. Returns
     /// whether there was one.
     pub(crate) fn receive(&mut self, handle: impl FnOnce(Datagrams<'_>)) -> bool {
-        let (Some(received), Some(rx), Some(socket)) = (
-            self.backlog.pop_front(),
-            self.rx.as_mut(),
-            self.socket.as_ref(),
-        ) else {
+        let (Some(received), Some(rx)) = (self.backlog.pop_front(), self.rx.as_mut()) else {
             return false;
         };
-        match rx.message(received.slot, received.bytes, socket.local_addr()) {
+        match rx.message(received) {
             Some(datagrams) => {
                 self.stats.receives.add(1);
                 self.stats.datagrams_received.add(datagrams.count() as u64);
@@ -271,52 +266,34 @@ impl Ring {
         true
     }
 
-    /// Opens this turn's transmit budget.
-    pub(crate) fn begin_transmit(&mut self) {
+    /// Lets `build` fill trains within this turn's budget, and queues them for the next submit.
+    pub(crate) fn transmit<R>(&mut self, build: impl FnOnce(&mut Trains<'_>) -> R) -> R {
         self.tx.begin_turn();
-    }
-
-    /// Closes the open train and seals its slot.
-    pub(crate) fn end_transmit(&mut self) {
-        self.finish();
+        let list = std::mem::take(&mut self.finished);
+        let mut lender = Lender { ring: self };
+        let mut trains = Trains::new(&mut lender, list);
+        let result = build(&mut trains);
+        let mut finished = trains.end();
+        self.send_trains(&mut finished);
         self.tx.seal();
+        self.finished = finished;
+        result
     }
 
-    /// See [`crate::Trains::packet`].
-    #[inline]
-    pub(crate) fn packet(&mut self, max_bytes: usize) -> Option<&mut [u8]> {
-        if !self.tx.has_room(max_bytes) {
-            self.make_room()?;
-        }
-        Some(self.tx.offer(max_bytes))
-    }
-
-    /// See [`crate::Trains::push`].
-    #[inline]
-    pub(crate) fn push(&mut self, len: usize, to: SocketAddr) {
-        if !self.tx.extends(len, to) {
-            self.finish();
-            self.tx.open_train(len, to);
-        } else if self.tx.extend(len) {
-            self.finish();
+    fn send_trains(&mut self, finished: &mut Vec<Train>) {
+        for train in finished.drain(..) {
+            if let Some(entry) = self.tx.send(&train, &self.stats) {
+                self.push_entry(&entry);
+            }
         }
     }
 
-    /// See [`crate::Trains::finish`].
-    #[inline]
-    pub(crate) fn finish(&mut self) {
-        if let Some(entry) = self.tx.close_train(&self.stats) {
-            self.push_entry(&entry);
-        }
-    }
-
-    /// Finds a slot and a train record for the next packet, by reaping and then by growing.
-    #[cold]
-    fn make_room(&mut self) -> Option<()> {
-        self.finish();
+    /// Sends what is finished, then takes a slot for more, by reaping and then by growing.
+    fn next_tx_slot(&mut self, finished: &mut Vec<Train>) -> Option<u16> {
+        self.send_trains(finished);
         self.tx.seal();
-        if self.tx.next_slot() {
-            return Some(());
+        if let Some(slot) = self.tx.next_slot() {
+            return Some(slot);
         }
         if self.tx.turn_is_over() {
             return None;
@@ -325,11 +302,13 @@ impl Ring {
         // show up go to the backlog.
         self.enter(0, None);
         self.reap();
-        if self.tx.next_slot() {
-            return Some(());
+        if let Some(slot) = self.tx.next_slot() {
+            return Some(slot);
         }
-        if self.tx.grow(&self.stats) && self.tx.next_slot() {
-            return Some(());
+        if self.tx.grow(&self.stats)
+            && let Some(slot) = self.tx.next_slot()
+        {
+            return Some(slot);
         }
         self.stats.tx_starved.add(1);
         None
@@ -371,7 +350,7 @@ impl Ring {
         self.push_entry(&entry);
     }
 
-    /// Arms the receive and the pipe's poll where they are not.
+    /// Arms the receives and the pipe's poll where they are not.
     fn arm(&mut self) {
         if !self.pipe_armed {
             let fd = types::Fd(self.parker.pipe_read().as_raw_fd());
@@ -381,15 +360,16 @@ impl Ring {
             self.push_entry(&entry.user_data(token::PIPE));
             self.pipe_armed = true;
         }
-        if self.recv_armed {
+        let may_arm = match self.rx.as_mut() {
+            Some(rx) => rx.is_unarmed() && rx.may_arm(&self.stats),
+            None => false,
+        };
+        if !may_arm {
             return;
         }
-        if let Some(rx) = self.rx.as_mut()
-            && rx.may_arm(&self.stats)
-        {
-            let entry = rx.recv_entry(SOCKET).user_data(token::RECV);
-            self.push_entry(&entry);
-            self.recv_armed = true;
+        while let Some((socket, entry)) = self.rx.as_mut().and_then(UdpRx::arm) {
+            let index = socket.index() as u64;
+            self.push_entry(&entry.user_data(token::RECV | index));
         }
     }
 
@@ -442,9 +422,9 @@ impl Ring {
 
     /// Cancels and reaps every request. Returns whether the kernel holds none of our memory.
     fn quiesce(&mut self) -> bool {
-        self.finish();
         for _ in 0..1000 {
-            let armed = self.recv_armed || self.pipe_armed || self.timer.is_some();
+            let receiving = self.rx.as_ref().is_some_and(UdpRx::is_armed);
+            let armed = receiving || self.pipe_armed || self.timer.is_some();
             if !armed && self.tx.in_flight() == 0 {
                 return true;
             }
@@ -462,10 +442,24 @@ impl Ring {
     }
 }
 
+/// The ring as the buffer of one turn's trains.
+struct Lender<'a> {
+    ring: &'a mut Ring,
+}
+
+impl<'a> TrainBuffer<'a> for Lender<'a> {
+    fn next_slot(&mut self, finished: &mut Vec<Train>) -> Option<Slot<'a>> {
+        let index = self.ring.next_tx_slot(finished)?;
+        // SAFETY: the slot was just taken. `Trains`, the only caller, gave up the slot lent before,
+        // and uses this one until it asks again or ends, which is within the borrow of the ring.
+        Some(unsafe { self.ring.tx.lend(index) })
+    }
+}
+
 impl Drop for Ring {
     fn drop(&mut self) {
         let quiet = self.quiesce();
-        // The parker keeps a descriptor of the ring: without this the socket would live with it.
+        // The parker keeps a descriptor of the ring: without this the sockets would live with it.
         let _ = self.uring.submitter().unregister_files();
         let _ = self.uring.submitter().unregister_eventfd();
         if let Some(rx) = self.rx.as_ref() {

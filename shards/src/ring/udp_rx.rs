@@ -1,4 +1,8 @@
-//! Receive slots: memory the kernel fills with GRO messages through a ring of provided buffers.
+//! UDP in: one multishot receive per socket, into slots that all sockets of the shard share.
+//!
+//! The kernel takes a slot from a ring of provided buffers and fills it with a GRO message. A socket
+//! whose receive ended for want of a slot is armed again once one came back; until then its
+//! datagrams wait in its own buffer, so that a flood to one socket cannot lose those of another.
 //!
 //! Cost per message: a parse of fixed offsets and one entry written back.
 //!
@@ -15,10 +19,11 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use io_uring::{IoUring, opcode, squeue, types};
 
+use super::Received;
 use crate::buf::Mapping;
 use crate::config::{RX_SLOT_BYTES, ShardConfig};
 use crate::datapath::Datagrams;
-use crate::socket::ShardSocket;
+use crate::socket::{SOCKETS_MAX, ShardSocket, SocketId};
 use crate::stats::ShardStats;
 use crate::sys;
 
@@ -31,6 +36,15 @@ const CONTROL_BYTES: usize = 32;
 /// `struct cmsghdr`: a length of a word, level, type.
 const CMSG_HEADER_BYTES: usize = 16;
 
+/// A socket that is received from.
+struct Receiver {
+    local: SocketAddr,
+    /// Bytes of a peer's address in a slot: 16 or 28, by the socket's family.
+    name_bytes: usize,
+    /// Copied by the kernel when a receive is armed; says how a slot is laid out.
+    template: Box<libc::msghdr>,
+}
+
 pub(super) struct UdpRx {
     slots: Mapping,
     entries: Mapping,
@@ -41,9 +55,10 @@ pub(super) struct UdpRx {
     count_max: u16,
     /// Slots in the kernel's hands.
     offered: u16,
-    name_bytes: usize,
-    /// Copied by the kernel when a receive is armed; says how a slot is laid out.
-    template: Box<libc::msghdr>,
+    /// By their id.
+    sockets: Vec<Receiver>,
+    /// Sockets without a receive in the kernel, bit `n` for the socket with index `n`.
+    unarmed: u16,
     starved: bool,
     window_messages: u64,
     window_bytes: u64,
@@ -52,7 +67,7 @@ pub(super) struct UdpRx {
 impl UdpRx {
     pub(super) fn new(
         config: &ShardConfig,
-        socket: &ShardSocket,
+        sockets: &[ShardSocket],
         uring: &IoUring,
     ) -> io::Result<Self> {
         let count = config.rx_slots.max(1);
@@ -73,15 +88,6 @@ impl UdpRx {
                 0,
             )
         }?;
-        let name_bytes = if socket.local_addr().is_ipv4() {
-            16
-        } else {
-            28
-        };
-        // SAFETY: a message header of zeros is valid: no name, no buffers, no control data.
-        let mut template: Box<libc::msghdr> = Box::new(unsafe { std::mem::zeroed() });
-        template.msg_namelen = name_bytes as libc::socklen_t;
-        template.msg_controllen = CONTROL_BYTES;
         let mut rx = Self {
             slots,
             entries,
@@ -90,8 +96,9 @@ impl UdpRx {
             count: 0,
             count_max,
             offered: 0,
-            name_bytes,
-            template,
+            sockets: sockets.iter().map(Receiver::new).collect(),
+            // As many low bits as there are sockets; `spawn` lets no more than 16 pass.
+            unarmed: u16::MAX >> (SOCKETS_MAX - sockets.len().min(SOCKETS_MAX)),
             starved: false,
             window_messages: 0,
             window_bytes: 0,
@@ -109,9 +116,29 @@ impl UdpRx {
         self.count_max
     }
 
-    /// The multishot receive into the slots.
-    pub(super) fn recv_entry(&self, socket: types::Fixed) -> squeue::Entry {
-        opcode::RecvMsgMulti::new(socket, &raw const *self.template, GROUP).build()
+    /// Whether a socket has no receive in the kernel.
+    pub(super) fn is_unarmed(&self) -> bool {
+        self.unarmed != 0
+    }
+
+    /// Whether a socket has a receive in the kernel.
+    pub(super) fn is_armed(&self) -> bool {
+        self.unarmed.count_ones() as usize != self.sockets.len()
+    }
+
+    /// The multishot receive of a socket that has none, which now has one.
+    pub(super) fn arm(&mut self) -> Option<(SocketId, squeue::Entry)> {
+        let index = self.unarmed.trailing_zeros();
+        let socket = self.sockets.get(index as usize)?;
+        self.unarmed &= self.unarmed - 1;
+        let file = types::Fixed(index);
+        let entry = opcode::RecvMsgMulti::new(file, &raw const *socket.template, GROUP).build();
+        Some((SocketId::new(index as u8), entry))
+    }
+
+    /// The receive of a socket ended.
+    pub(super) fn ended(&mut self, socket: SocketId) {
+        self.unarmed |= 1 << socket.index();
     }
 
     /// Whether a receive may be armed: a slot is offered. Grows first where that helps.
@@ -142,20 +169,16 @@ impl UdpRx {
     }
 
     /// The datagrams in a slot, or `None` when they are cut or their sender has no address.
-    pub(super) fn message(
-        &mut self,
-        slot: u16,
-        bytes: u32,
-        local: SocketAddr,
-    ) -> Option<Datagrams<'_>> {
-        let payload_at = HEADER_BYTES + self.name_bytes + CONTROL_BYTES;
-        let bytes = (bytes as usize).min(RX_SLOT_BYTES);
-        if slot >= self.count || bytes < payload_at {
+    pub(super) fn message(&mut self, received: Received) -> Option<Datagrams<'_>> {
+        let socket = self.sockets.get(received.socket.index())?;
+        let payload_at = HEADER_BYTES + socket.name_bytes + CONTROL_BYTES;
+        let bytes = (received.bytes as usize).min(RX_SLOT_BYTES);
+        if received.slot >= self.count || bytes < payload_at {
             return None;
         }
-        // SAFETY: the slot's completion was reaped and it was not given back, so nobody else
-        // touches its bytes (invariant 2), which are mapped and initialised.
-        let slot = unsafe { std::slice::from_raw_parts_mut(self.slot_ptr(slot), bytes) };
+        // SAFETY: the slot's completion was reaped and it was not given back, so neither the kernel
+        // nor other code touches its bytes (invariant 2), which are mapped and initialised.
+        let slot = unsafe { std::slice::from_raw_parts_mut(self.slot_ptr(received.slot), bytes) };
         let (head, payload) = slot.split_at_mut(payload_at);
         let word =
             |at: usize| u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
@@ -164,17 +187,17 @@ impl UdpRx {
         if flags & (libc::MSG_TRUNC as u32) != 0 || payload_len != payload.len() {
             return None;
         }
-        let name = &head[HEADER_BYTES..HEADER_BYTES + self.name_bytes];
-        let from = sys::decode_addr(&name[..name_len.min(self.name_bytes)])?;
-        let control = &head[HEADER_BYTES + self.name_bytes..];
+        let (name, control) = head[HEADER_BYTES..].split_at(socket.name_bytes);
+        let from = sys::decode_addr(&name[..name_len.min(socket.name_bytes)])?;
         let segment_bytes =
             gro_segment(&control[..control_len.min(CONTROL_BYTES)]).unwrap_or(payload.len());
-        Some(Datagrams {
+        Some(Datagrams::new(
+            received.socket,
             from,
-            local,
+            socket.local,
             segment_bytes,
             payload,
-        })
+        ))
     }
 
     /// Offers a slot to the kernel again.
@@ -218,6 +241,22 @@ impl UdpRx {
                 .as_ptr()
                 .as_ptr()
                 .add(usize::from(slot) * RX_SLOT_BYTES)
+        }
+    }
+}
+
+impl Receiver {
+    fn new(socket: &ShardSocket) -> Self {
+        let local = socket.local_addr();
+        let name_bytes = if local.is_ipv4() { 16 } else { 28 };
+        // SAFETY: a message header of zeros is valid: no name, no buffers, no control data.
+        let mut template: Box<libc::msghdr> = Box::new(unsafe { std::mem::zeroed() });
+        template.msg_namelen = name_bytes as libc::socklen_t;
+        template.msg_controllen = CONTROL_BYTES;
+        Self {
+            local,
+            name_bytes,
+            template,
         }
     }
 }

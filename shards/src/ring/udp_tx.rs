@@ -1,32 +1,27 @@
-//! Transmit slots: 64 KiB each, filled with packets that leave as GSO trains.
+//! UDP out: transmit slots of 64 KiB, and the GSO trains that leave from them.
 //!
-//! Cost per packet: a compare of size and address, and two additions. Per train: one record filled
-//! in and one submission.
+//! Cost per train: one record filled in and one submission.
 //!
 //! Invariants:
 //!
-//! 1. A slot is free, or the one being filled, or held by trains in flight, or the latter two;
+//! 1. A slot is free, or lent to be filled, or held by trains in flight, or the latter two;
 //!    `holds` counts its holders.
-//! 2. Bytes of a submitted train are not written until its last completion.
-//! 3. A train's record stays as it is until that completion: the kernel may read it again.
+//! 2. A slot that is lent has no train in flight: its trains are sent after it came back.
+//! 3. A train's record stays as it is until its last completion: the kernel may read it again.
 //! 4. Free slots are reused last in, first out, so that a quiet shard stays on one cached slot.
 
 use std::io;
-use std::net::SocketAddr;
 
-use io_uring::{cqueue, opcode, squeue};
+use io_uring::{cqueue, opcode, squeue, types};
 
-use super::{SOCKET, token};
+use super::token;
 use crate::buf::Mapping;
 use crate::config::{ShardConfig, TX_SLOT_BYTES};
-use crate::socket::ShardSocket;
+use crate::datapath::{Slot, Train};
+use crate::socket::SocketId;
 use crate::stats::ShardStats;
 use crate::sys::{self, AddrBytes};
 
-/// The most UDP payload one train may carry: 65,535 less the IPv4 and UDP headers.
-const TRAIN_BYTES_MAX: usize = 65_507;
-/// Kernels before 6.9 take no more segments.
-const SEGMENTS_MAX: u16 = 64;
 /// The smallest train worth the extra completion of a send without copy.
 const ZC_BYTES_MIN: usize = 16 * 1024;
 /// `IORING_SEND_ZC_REPORT_USAGE`: the notification says whether the kernel copied.
@@ -45,7 +40,16 @@ struct Record {
     addr: AddrBytes,
     slot: u16,
     segments: u16,
+    socket: SocketId,
     zero_copy: bool,
+}
+
+/// What was learnt of the device behind a socket.
+#[derive(Debug, Clone, Copy)]
+struct Device {
+    zero_copy: ZeroCopy,
+    /// Cleared when the device turns out not to segment.
+    gso: bool,
 }
 
 /// Whether trains are sent without a copy. Loopback and veth copy all the same, and then the second
@@ -59,23 +63,6 @@ enum ZeroCopy {
     Works,
 }
 
-/// The slot being filled.
-#[derive(Debug, Clone, Copy)]
-struct Filling {
-    slot: u16,
-    /// Bytes used from the slot's start.
-    used: usize,
-}
-
-/// The train being built, at the end of the slot being filled.
-#[derive(Debug, Clone, Copy)]
-struct Open {
-    start: usize,
-    segment_bytes: usize,
-    segments: u16,
-    to: SocketAddr,
-}
-
 pub(super) struct UdpTx {
     slots: Mapping,
     holds: Vec<u16>,
@@ -83,31 +70,29 @@ pub(super) struct UdpTx {
     slots_max: u16,
     records: Box<[Record]>,
     free_records: Vec<u32>,
-    filling: Option<Filling>,
-    open: Option<Open>,
-    offered: usize,
+    /// The slot that is lent.
+    lent: Option<u16>,
     per_turn: u16,
     left: u16,
-    /// Cleared when the device turns out not to segment.
-    gso: bool,
-    zero_copy: ZeroCopy,
+    /// By the index of their socket.
+    devices: Vec<Device>,
 }
 
 impl UdpTx {
-    pub(super) fn new(
-        config: &ShardConfig,
-        records: u32,
-        socket: Option<&ShardSocket>,
-    ) -> io::Result<Self> {
-        let count = if socket.is_some() {
-            config.tx_slots.max(1)
+    pub(super) fn new(config: &ShardConfig, records: u32, sockets: usize) -> io::Result<Self> {
+        let (count, slots_max) = if sockets == 0 {
+            (0, 0)
         } else {
-            0
+            let count = config.tx_slots.max(1);
+            (count, config.tx_slots_max.max(count))
         };
-        let slots_max = if socket.is_some() {
-            config.tx_slots_max.max(count)
-        } else {
-            0
+        let device = Device {
+            zero_copy: if config.zero_copy {
+                ZeroCopy::Unknown
+            } else {
+                ZeroCopy::Never
+            },
+            gso: true,
         };
         let slots = Mapping::for_slots(usize::from(slots_max) * TX_SLOT_BYTES)?;
         let records: Box<[Record]> = (0..records).map(|_| Record::empty()).collect();
@@ -118,17 +103,10 @@ impl UdpTx {
             slots_max,
             free_records: (0..records.len() as u32).rev().collect(),
             records,
-            filling: None,
-            open: None,
-            offered: 0,
+            lent: None,
             per_turn: config.tx_slots_per_turn.max(1),
             left: 0,
-            gso: true,
-            zero_copy: if config.zero_copy {
-                ZeroCopy::Unknown
-            } else {
-                ZeroCopy::Never
-            },
+            devices: vec![device; sockets],
         };
         tx.add_slots(count);
         Ok(tx)
@@ -147,134 +125,86 @@ impl UdpTx {
         self.records.len() - self.free_records.len()
     }
 
-    /// Whether the next packet fits the slot being filled and a train may be started.
-    #[inline]
-    pub(super) fn has_room(&self, max_bytes: usize) -> bool {
-        assert!(
-            max_bytes <= TRAIN_BYTES_MAX,
-            "no datagram has {max_bytes} bytes"
-        );
-        let fits = self
-            .filling
-            .is_some_and(|slot| slot.used + max_bytes <= TRAIN_BYTES_MAX);
-        // One record for the open train, one for a train this packet may start.
-        fits && self.free_records.len() > usize::from(self.open.is_some())
-    }
-
-    /// The place of the next packet; only after `has_room`.
-    #[inline]
-    pub(super) fn offer(&mut self, max_bytes: usize) -> &mut [u8] {
-        self.offered = max_bytes;
-        let Some(Filling { slot, used }) = self.filling else {
-            return &mut [];
+    /// A train's submission. `None` when the shard has no such socket, or no record: then the
+    /// train is dropped and counted.
+    pub(super) fn send(&mut self, train: &Train, stats: &ShardStats) -> Option<squeue::Entry> {
+        let Some(device) = self.devices.get_mut(train.socket.index()) else {
+            stats.send_errors.add(1);
+            return None;
         };
-        // SAFETY: `used` is within the slot.
-        let start = unsafe { self.slot_ptr(slot).add(used) };
-        // SAFETY: `used + max_bytes` is within the slot (`has_room`); trains of this slot in flight
-        // end at or before `used` (invariant 2); the borrow ends before the next call.
-        unsafe { std::slice::from_raw_parts_mut(start, max_bytes) }
-    }
-
-    /// Whether a packet of `len` bytes to `to` extends the open train.
-    #[inline]
-    pub(super) fn extends(&self, len: usize, to: SocketAddr) -> bool {
-        self.gso
-            && self
-                .open
-                .is_some_and(|open| len <= open.segment_bytes && open.to == to)
-    }
-
-    /// Adds the offered packet to the open train; true when that closes it.
-    #[inline]
-    pub(super) fn extend(&mut self, len: usize) -> bool {
-        self.take_offered(len);
-        let Some(open) = self.open.as_mut() else {
-            return false;
+        // Never empty: `lend` said how many trains there may be.
+        let Some(index) = self.free_records.pop() else {
+            stats.send_errors.add(1);
+            return None;
         };
-        open.segments += 1;
-        len < open.segment_bytes || open.segments == SEGMENTS_MAX
-    }
-
-    /// Starts a train with the offered packet; the previous one must have been closed.
-    #[inline]
-    pub(super) fn open_train(&mut self, len: usize, to: SocketAddr) {
-        let start = self.filling.map_or(0, |slot| slot.used);
-        self.take_offered(len);
-        self.open = Some(Open {
-            start,
-            segment_bytes: len,
-            segments: 1,
-            to,
-        });
-    }
-
-    fn take_offered(&mut self, len: usize) {
-        assert!(
-            len <= self.offered,
-            "pushed {len} bytes of {} offered",
-            self.offered
-        );
-        self.offered = 0;
-        if let Some(slot) = self.filling.as_mut() {
-            slot.used += len;
-        }
-    }
-
-    /// Ends the open train: its submission, if there is one.
-    pub(super) fn close_train(&mut self, stats: &ShardStats) -> Option<squeue::Entry> {
-        let open = self.open.take()?;
-        let filling = self.filling?;
-        // Cannot be empty: `has_room` was asked before the train's first packet, and one packet
-        // opens one train.
-        let index = self.free_records.pop()?;
-        let bytes = filling.used - open.start;
-        // SAFETY: `start` is within the slot.
-        let start = unsafe { self.slot_ptr(filling.slot).add(open.start) };
-        self.holds[usize::from(filling.slot)] += 1;
-        let record = &mut self.records[index as usize];
-        record.slot = filling.slot;
-        record.segments = open.segments;
-        let header = record.fill(start, bytes, &open);
+        // SAFETY: the train lies within its slot, which this module lent.
+        let start = unsafe { slot_ptr(&self.slots, train.slot).add(train.start_bytes) };
+        self.holds[usize::from(train.slot)] += 1;
         stats.trains_sent.add(1);
-        stats.packets_sent.add(u64::from(open.segments));
-        stats.bytes_sent.add(bytes as u64);
-        let zero_copy =
-            bytes >= ZC_BYTES_MIN && matches!(self.zero_copy, ZeroCopy::Unknown | ZeroCopy::Works);
-        self.records[index as usize].zero_copy = zero_copy;
+        stats.packets_sent.add(u64::from(train.segments));
+        stats.bytes_sent.add(train.len_bytes as u64);
+        let zero_copy = train.len_bytes >= ZC_BYTES_MIN
+            && matches!(device.zero_copy, ZeroCopy::Unknown | ZeroCopy::Works);
+        let record = &mut self.records[index as usize];
+        record.zero_copy = zero_copy;
+        let header = record.fill(start, train);
+        let socket = types::Fixed(train.socket.index() as u32);
         let entry = if zero_copy {
             stats.trains_sent_zc.add(1);
-            if self.zero_copy == ZeroCopy::Unknown {
-                self.zero_copy = ZeroCopy::Probing;
+            if device.zero_copy == ZeroCopy::Unknown {
+                device.zero_copy = ZeroCopy::Probing;
             }
-            opcode::SendMsgZc::new(SOCKET, header)
+            opcode::SendMsgZc::new(socket, header)
                 .ioprio(REPORT_USAGE)
                 .build()
         } else {
-            opcode::SendMsg::new(SOCKET, header).build()
+            opcode::SendMsg::new(socket, header).build()
         };
         Some(entry.user_data(token::SEND | u64::from(index)))
     }
 
-    /// Stops filling the current slot.
+    /// Takes the slot back that is lent.
     pub(super) fn seal(&mut self) {
-        self.offered = 0;
-        if let Some(filling) = self.filling.take() {
-            self.release(filling.slot);
+        if let Some(slot) = self.lent.take() {
+            self.release(slot);
         }
     }
 
-    /// Starts filling a free slot, within the turn's budget.
-    pub(super) fn next_slot(&mut self) -> bool {
+    /// Takes a free slot, within the turn's budget.
+    pub(super) fn next_slot(&mut self) -> Option<u16> {
         if self.left == 0 || self.free_records.is_empty() {
-            return false;
+            return None;
         }
-        let Some(slot) = self.free_slots.pop() else {
-            return false;
-        };
+        let slot = self.free_slots.pop()?;
         self.left -= 1;
         self.holds[usize::from(slot)] += 1;
-        self.filling = Some(Filling { slot, used: 0 });
-        true
+        self.lent = Some(slot);
+        Some(slot)
+    }
+
+    /// Lends the memory of a slot that [`Self::next_slot`] took.
+    ///
+    /// # Safety
+    /// The memory is used no more when the slot is sealed or another one taken, and not beyond the
+    /// life of `self`.
+    pub(super) unsafe fn lend<'a>(&mut self, slot: u16) -> Slot<'a> {
+        let start = slot_ptr(&self.slots, slot);
+        // SAFETY: a slot has TX_SLOT_BYTES mapped and initialised bytes; it was free, so that no
+        // train in flight lies in it (invariant 2), and the caller keeps it to one borrow.
+        let memory = unsafe { std::slice::from_raw_parts_mut(start, TX_SLOT_BYTES) };
+        let unsegmented = self
+            .devices
+            .iter()
+            .enumerate()
+            .fold(0, |mask, (index, device)| {
+                mask | u16::from(!device.gso) << index
+            });
+        Slot {
+            index: slot,
+            memory,
+            trains_max: self.free_records.len(),
+            unsegmented,
+        }
     }
 
     /// Doubles the slots, up to the config's bound.
@@ -291,10 +221,13 @@ impl UdpTx {
         let Some(record) = self.records.get(index) else {
             return;
         };
+        let Some(device) = self.devices.get_mut(record.socket.index()) else {
+            return;
+        };
         if cqueue::notif(flags) {
             // Also later, when the route to the peers has changed.
             let copied = result as u32 & USAGE_COPIED != 0;
-            self.zero_copy = if copied {
+            device.zero_copy = if copied {
                 ZeroCopy::Never
             } else {
                 ZeroCopy::Works
@@ -302,11 +235,11 @@ impl UdpTx {
         } else if result < 0 {
             stats.send_errors.add(1);
             if record.zero_copy {
-                self.zero_copy = ZeroCopy::Never;
+                device.zero_copy = ZeroCopy::Never;
             }
             // A device that cannot checksum cannot segment: from now on packet by packet.
             if result == -libc::EIO && record.segments > 1 {
-                self.gso = false;
+                device.gso = false;
             }
         }
         // A send without copy completes twice; its bytes are the kernel's until the second.
@@ -336,15 +269,16 @@ impl UdpTx {
             self.free_slots.push(slot);
         }
     }
+}
 
-    fn slot_ptr(&self, slot: u16) -> *mut u8 {
-        // SAFETY: slots are numbered below `holds.len()`, and the mapping has room for `slots_max`.
-        unsafe {
-            self.slots
-                .as_ptr()
-                .as_ptr()
-                .add(usize::from(slot) * TX_SLOT_BYTES)
-        }
+/// Where a slot begins. Slots are numbered below `slots_max`, for which the mapping has room.
+fn slot_ptr(slots: &Mapping, slot: u16) -> *mut u8 {
+    // SAFETY: see above; the caller's slot is one of them.
+    unsafe {
+        slots
+            .as_ptr()
+            .as_ptr()
+            .add(usize::from(slot) * TX_SLOT_BYTES)
     }
 }
 
@@ -361,17 +295,21 @@ impl Record {
             addr: AddrBytes::default(),
             slot: 0,
             segments: 0,
+            socket: SocketId::FIRST,
             zero_copy: false,
         }
     }
 
     /// Describes a train; the record does not move while the kernel may read it.
-    fn fill(&mut self, start: *mut u8, bytes: usize, train: &Open) -> *const libc::msghdr {
+    fn fill(&mut self, start: *mut u8, train: &Train) -> *const libc::msghdr {
+        self.slot = train.slot;
+        self.segments = train.segments;
+        self.socket = train.socket;
         let (addr, addr_bytes) = sys::encode_addr(train.to);
         self.addr = addr;
         self.iov = libc::iovec {
             iov_base: start.cast(),
-            iov_len: bytes,
+            iov_len: train.len_bytes,
         };
         self.header.msg_name = (&raw mut self.addr).cast();
         self.header.msg_namelen = addr_bytes as libc::socklen_t;

@@ -27,7 +27,7 @@ use crate::datapath::Datapath;
 use crate::local::{Queue, Spawner};
 use crate::mailbox::{MailReceiver, MailSender, mailbox};
 use crate::park::Parker;
-use crate::socket::ShardSocket;
+use crate::socket::{ShardSocket, SocketId};
 use crate::stats::ShardStats;
 
 pub use start::StartError;
@@ -41,12 +41,24 @@ pub struct ShardContext {
     pub shards: usize,
     /// The shard's chunks.
     pub pool: ChunkPool,
-    /// The address of the shard's socket; `0.0.0.0:0` without one.
+    /// The address of the shard's first UDP socket; `0.0.0.0:0` without one.
     pub local_addr: SocketAddr,
+    /// The shard's UDP sockets, in the order in which `spawn` was given them.
+    pub sockets: Vec<BoundSocket>,
     /// The shard's counters.
     pub stats: Arc<ShardStats>,
     /// Starts local tasks.
     pub spawner: Spawner,
+}
+
+/// A UDP socket of a shard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BoundSocket {
+    /// What [`Datagrams::socket`](crate::Datagrams::socket) and
+    /// [`Trains::select`](crate::Trains::select) call it.
+    pub id: SocketId,
+    /// The address it is bound to.
+    pub local_addr: SocketAddr,
 }
 
 impl ShardContext {
@@ -113,12 +125,12 @@ impl<M: Send> ShardHandle<M> {
 /// Starts a shard with a mailbox of its own; see [`spawn_with_mailbox`].
 ///
 /// # Errors
-/// When this system cannot run a shard of this config; the error names the likely cause.
+/// As [`spawn_with_mailbox`], and [`StartError::Files`] when the mailbox's pipe cannot be made.
 pub fn spawn<D, F>(
     config: ShardConfig,
     index: usize,
     shards: usize,
-    socket: Option<ShardSocket>,
+    sockets: impl IntoIterator<Item = ShardSocket>,
     init: F,
 ) -> Result<ShardHandle<D::Message>, StartError>
 where
@@ -127,19 +139,24 @@ where
 {
     let (_, receiver) =
         mailbox(config.mailbox_capacity).map_err(|source| StartError::Files { source })?;
-    spawn_with_mailbox(config, index, shards, socket, receiver, init)
+    spawn_with_mailbox(config, index, shards, sockets, receiver, init)
 }
 
-/// Starts a shard on a mailbox made before, so that shards can know each other's senders. Returns
-/// after `init` ran on the shard's thread.
+/// Starts the shard at `index`, from 0, of `shards`, on a mailbox made before, so that shards can
+/// know each other's senders. Returns after `init` ran on the shard's thread.
+///
+/// `sockets` are the shard's UDP sockets, at most [`SOCKETS_MAX`](crate::SOCKETS_MAX): `None`, `Some(socket)` or several;
+/// their order gives their [`SocketId`]s.
 ///
 /// # Errors
-/// When this system cannot run a shard of this config; the error names the likely cause.
+/// [`StartError::Shards`] when `shards` exceeds [`SHARDS_MAX`](crate::SHARDS_MAX) or `index` is not below it,
+/// [`StartError::Sockets`] when there are too many; else when this system cannot run a shard of
+/// this config: the error names the likely cause.
 pub fn spawn_with_mailbox<D, F>(
     config: ShardConfig,
     index: usize,
     shards: usize,
-    socket: Option<ShardSocket>,
+    sockets: impl IntoIterator<Item = ShardSocket>,
     receiver: MailReceiver<D::Message>,
     init: F,
 ) -> Result<ShardHandle<D::Message>, StartError>
@@ -147,6 +164,8 @@ where
     D: Datapath,
     F: FnOnce(&ShardContext) -> D + Send + 'static,
 {
+    start::check_index(index, shards)?;
+    let sockets = start::collect(sockets)?;
     start::check(&config)?;
     let pool = ChunkPool::new(config.chunk_pool_bytes, config.huge_pages)?;
     let stats = Arc::new(ShardStats::default());
@@ -156,7 +175,7 @@ where
         config,
         index,
         shards,
-        socket,
+        sockets,
         receiver,
         pool: pool.clone(),
         stats: Arc::clone(&stats),

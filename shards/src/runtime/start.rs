@@ -7,16 +7,16 @@ use std::sync::{Arc, mpsc};
 
 use glommio::{Latency, LocalExecutorBuilder, Placement, Shares, executor};
 
-use super::ShardContext;
 use super::turn::Shard;
+use super::{BoundSocket, ShardContext};
 use crate::buf::PoolError;
 use crate::chunk::{ChunkPool, PageKind};
-use crate::config::{GLOMMIO_IO_BYTES, HugePages, ShardConfig};
+use crate::config::{GLOMMIO_IO_BYTES, HugePages, SHARDS_MAX, ShardConfig};
 use crate::datapath::Datapath;
 use crate::local::{Local, Queues, Spawner};
 use crate::mailbox::MailReceiver;
 use crate::ring::{self, Ring};
-use crate::socket::ShardSocket;
+use crate::socket::{SOCKETS_MAX, ShardSocket, SocketId};
 use crate::stats::ShardStats;
 use crate::{park, sys, watchdog};
 
@@ -27,6 +27,17 @@ const MEMLOCK_BYTES: u64 = 512 * 1024;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
+    /// No such shard can be, or more than a connection ID's byte can count.
+    #[error("a node has 1 to {SHARDS_MAX} shards: shard {index} of {shards} is not one of them")]
+    Shards {
+        /// The shard's index, from 0.
+        index: usize,
+        /// Shards of the node.
+        shards: usize,
+    },
+    /// More UDP sockets than a shard can own.
+    #[error("a shard owns at most {SOCKETS_MAX} UDP sockets")]
+    Sockets,
     /// The system forbids io_uring by sysctl.
     #[error(
         "io_uring is switched off (kernel.io_uring_disabled={value}): set it to 0 with \
@@ -110,6 +121,8 @@ impl StartError {
     #[must_use]
     pub fn reason(&self) -> &'static str {
         match self {
+            Self::Shards { .. } => "shards",
+            Self::Sockets => "sockets",
             Self::IoUringDisabled { .. } => "io_uring_disabled",
             Self::IoUringRefused { .. } => "io_uring_refused",
             Self::KernelTooOld { .. } => "kernel_too_old",
@@ -123,6 +136,25 @@ impl StartError {
             Self::Ended => "ended",
         }
     }
+}
+
+/// Checks that the shard is one of a node's.
+pub(super) fn check_index(index: usize, shards: usize) -> Result<(), StartError> {
+    if shards > SHARDS_MAX || index >= shards {
+        return Err(StartError::Shards { index, shards });
+    }
+    Ok(())
+}
+
+/// The shard's sockets, when there are not too many.
+pub(super) fn collect(
+    sockets: impl IntoIterator<Item = ShardSocket>,
+) -> Result<Vec<ShardSocket>, StartError> {
+    let sockets: Vec<_> = sockets.into_iter().take(SOCKETS_MAX + 1).collect();
+    if sockets.len() > SOCKETS_MAX {
+        return Err(StartError::Sockets);
+    }
+    Ok(sockets)
 }
 
 /// Checks what would otherwise fail as a riddle, or as a panic inside glommio.
@@ -140,7 +172,8 @@ pub(super) fn check(config: &ShardConfig) -> Result<(), StartError> {
             needed_bytes: MEMLOCK_BYTES,
         });
     }
-    // Some time after a ring is closed the kernel interrupts whatever the thread that made it waits for. The caller's waits are its own.
+    // Some time after a ring is closed, the kernel interrupts a wait of the thread that made it. So
+    // that it is no wait of the caller's, a thread of its own makes the ring.
     let probe = std::thread::Builder::new()
         .name("millrace-probe".into())
         .spawn(ring::probe)
@@ -178,7 +211,7 @@ pub(super) struct Parts<M: Send> {
     pub(super) config: ShardConfig,
     pub(super) index: usize,
     pub(super) shards: usize,
-    pub(super) socket: Option<ShardSocket>,
+    pub(super) sockets: Vec<ShardSocket>,
     pub(super) receiver: MailReceiver<M>,
     pub(super) pool: ChunkPool,
     pub(super) stats: Arc<ShardStats>,
@@ -193,7 +226,7 @@ where
     F: FnOnce(&ShardContext) -> D + 'static,
 {
     let report = |error| {
-        // The spawner waits for this; if it is gone there is nobody to tell.
+        // The spawner waits for this; if it is gone, no thread wants to know.
         let _ = started.send(Err(error));
     };
     let parker = parts.receiver.parker();
@@ -243,11 +276,18 @@ where
         config,
         index,
         shards,
-        socket,
+        sockets,
         receiver,
         pool,
         stats,
     } = parts;
+    let bound: Vec<_> = (0u8..)
+        .zip(&sockets)
+        .map(|(index, socket)| BoundSocket {
+            id: SocketId::new(index),
+            local_addr: socket.local_addr(),
+        })
+        .collect();
     note_pages(&config, index, &pool);
     let parker = receiver.parker();
     parker.set_thread();
@@ -266,7 +306,7 @@ where
         .map_err(|source| StartError::Files { source })?;
     let ring = Ring::new(
         &config,
-        socket,
+        sockets,
         Arc::clone(&parker),
         Arc::clone(&stats),
         eventfd.as_fd(),
@@ -279,7 +319,10 @@ where
         index,
         shards,
         pool,
-        local_addr: ring.local_addr().unwrap_or(sys::NO_ADDR),
+        local_addr: bound
+            .first()
+            .map_or(sys::NO_ADDR, |socket| socket.local_addr),
+        sockets: bound,
         stats: Arc::clone(&stats),
         spawner: Spawner::new(Rc::clone(&local)),
     };
@@ -330,6 +373,18 @@ mod tests {
         assert_eq!(from(libc::ENOMEM, 0), "memlock");
         assert_eq!(from(libc::EMFILE, 0), "files");
         assert_eq!(from(libc::EIO, 0), "ring");
+    }
+
+    /// More shards than a byte counts, and a shard beyond its node's, are refused with the bound.
+    #[test]
+    fn shards_fit_a_byte() {
+        assert!(check_index(0, 1).is_ok());
+        assert!(check_index(SHARDS_MAX - 1, SHARDS_MAX).is_ok());
+        for (index, shards) in [(0, 0), (1, 1), (0, SHARDS_MAX + 1), (SHARDS_MAX, 256)] {
+            let error = check_index(index, shards).unwrap_err();
+            assert_eq!(error.reason(), "shards");
+            assert!(error.to_string().contains("1 to 255"), "{error}");
+        }
     }
 
     /// A core that no machine has is refused with the cores there are.

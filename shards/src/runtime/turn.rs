@@ -17,7 +17,7 @@ use std::time::Instant;
 use glommio::io::BufferedFile;
 
 use crate::config::ShardConfig;
-use crate::datapath::{Datapath, Trains, Transmit};
+use crate::datapath::{Datapath, Transmit};
 use crate::local::Local;
 use crate::mailbox::MailReceiver;
 use crate::park::{self, Class, Parker};
@@ -76,7 +76,7 @@ impl<D: Datapath> Shard<D> {
             //    shard finds some here without entering the kernel.
             worked |= self.ring.reap() || (self.ring.poll() && self.ring.reap());
 
-            // 3. Datagrams, up to a budget, then the end of their batch.
+            // 3. Datagrams, up to a budget.
             worked |= self.take_datagrams(state.now);
 
             // 4. Timers.
@@ -95,14 +95,8 @@ impl<D: Datapath> Shard<D> {
             // 6. Packets to send, up to a budget, and one submit for all.
             if worked || state.more || self.datapath.has_pending() {
                 worked = true;
-                self.ring.begin_transmit();
-                let sent = self.datapath.transmit(
-                    &mut Trains {
-                        ring: &mut self.ring,
-                    },
-                    state.now,
-                );
-                self.ring.end_transmit();
+                let Self { ring, datapath, .. } = &mut self;
+                let sent = ring.transmit(|trains| datapath.transmit(trains, state.now));
                 state.more = sent == Transmit::More;
                 state.deadline = self.datapath.next_timeout();
             }
@@ -111,7 +105,7 @@ impl<D: Datapath> Shard<D> {
             // 7. Now and then: counters, glommio's turn, the end.
             if state.now >= state.housekeeping_at {
                 state.housekeeping_at = state.now + self.config.housekeeping;
-                self.datapath.on_housekeeping(state.now, &self.stats);
+                self.datapath.on_housekeeping(state.now);
             }
             if state.stopping && self.datapath.is_stopped(state.now) {
                 break;
@@ -165,9 +159,6 @@ impl<D: Datapath> Shard<D> {
             if self.datapath.wants_to_send() {
                 break;
             }
-        }
-        if any {
-            self.datapath.on_receive_batch_end(now);
         }
         any
     }

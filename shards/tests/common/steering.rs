@@ -5,8 +5,8 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use millrace_shards::{
-    Datagrams, Datapath, HugePages, ShardConfig, ShardSocket, ShardStats, Trains, Transmit,
-    UdpGroupConfig, bind_unsteered, spawn,
+    Datagrams, Datapath, HugePages, ShardConfig, ShardSocket, Trains, Transmit, UdpGroupConfig,
+    bind_unsteered, spawn,
 };
 
 /// Binds a group of `shards`, lets `attach` steer it, and checks for both headers that datagrams reach the shard that the first
@@ -95,27 +95,11 @@ impl Datapath for Steered {
         }
     }
 
-    fn on_receive_batch_end(&mut self, _: Instant) {}
-
-    fn on_timeout(&mut self, _: Instant) {}
-
-    fn next_timeout(&mut self) -> Option<Instant> {
-        None
-    }
-
     fn transmit(&mut self, _: &mut Trains<'_>, _: Instant) -> Transmit {
         Transmit::Done
     }
 
     fn has_pending(&self) -> bool {
         false
-    }
-
-    fn on_housekeeping(&mut self, _: Instant, _: &ShardStats) {}
-
-    fn on_stop(&mut self, _: Instant) {}
-
-    fn is_stopped(&self, _: Instant) -> bool {
-        true
     }
 }

@@ -17,9 +17,8 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use millrace_shards::{
-    Datagrams, Datapath, HugePages, MailSender, Queue, ShardConfig, ShardStats, ShardStatsSnapshot,
-    Spawner, Trains, Transmit, UdpGroupConfig, bind_group, in_executor, mailbox, sleep,
-    spawn_with_mailbox,
+    Datagrams, Datapath, HugePages, MailSender, Queue, ShardConfig, ShardStatsSnapshot, Spawner,
+    Trains, Transmit, UdpGroupConfig, bind_group, in_executor, mailbox, sleep, spawn_with_mailbox,
 };
 
 /// How to run the program.
@@ -259,28 +258,12 @@ impl Datapath for Woken {
         }
     }
 
-    fn on_receive_batch_end(&mut self, _: Instant) {}
-
-    fn on_timeout(&mut self, _: Instant) {}
-
-    fn next_timeout(&mut self) -> Option<Instant> {
-        None
-    }
-
     fn transmit(&mut self, _: &mut Trains<'_>, _: Instant) -> Transmit {
         Transmit::Done
     }
 
     fn has_pending(&self) -> bool {
         false
-    }
-
-    fn on_housekeeping(&mut self, _: Instant, _: &ShardStats) {}
-
-    fn on_stop(&mut self, _: Instant) {}
-
-    fn is_stopped(&self, _: Instant) -> bool {
-        true
     }
 }
 
@@ -367,8 +350,6 @@ impl Datapath for Waking {
 
     fn on_datagrams(&mut self, _: Datagrams<'_>, _: Instant) {}
 
-    fn on_receive_batch_end(&mut self, _: Instant) {}
-
     fn on_timeout(&mut self, _: Instant) {
         if self.next_at.take().is_some() {
             self.begin_cycle();
@@ -395,15 +376,9 @@ impl Datapath for Waking {
         false
     }
 
-    fn on_housekeeping(&mut self, _: Instant, _: &ShardStats) {}
-
     fn on_stop(&mut self, _: Instant) {
         self.outsider = None;
         self.next_at = None;
-    }
-
-    fn is_stopped(&self, _: Instant) -> bool {
-        true
     }
 }
 

@@ -19,7 +19,6 @@ use boring::ssl::{
 use boring::x509::X509;
 use millrace_edge_policy::cid::initial_dcid;
 use millrace_protocol::identity::SigningKey;
-use millrace_shards::stats::ShardStats;
 use millrace_shards::{
     Datagrams, Datapath, ShardSocket, Trains, Transmit, UdpGroupConfig, bind_group, spawn,
 };
@@ -231,15 +230,6 @@ impl Datapath for Generator {
         }
     }
 
-    fn on_receive_batch_end(&mut self, now: Instant) {
-        if now >= self.window.end
-            && let Some(latencies) = self.latencies.take()
-        {
-            // The measurement was given up when nobody listens.
-            self.finished.send(latencies).ok();
-        }
-    }
-
     fn on_timeout(&mut self, now: Instant) {
         for (index, dialer) in self.dialers.iter_mut().enumerate() {
             if let Some(quic) = &mut dialer.quic
@@ -259,6 +249,12 @@ impl Datapath for Generator {
     }
 
     fn transmit(&mut self, trains: &mut Trains<'_>, now: Instant) -> Transmit {
+        if now >= self.window.end
+            && let Some(latencies) = self.latencies.take()
+        {
+            // The measurement was given up when its receiver is gone.
+            self.finished.send(latencies).ok();
+        }
         while let Some(index) = self.dirty.pop_front() {
             let Some(quic) = &mut self.dialers[index].quic else {
                 continue;
@@ -285,8 +281,6 @@ impl Datapath for Generator {
     fn has_pending(&self) -> bool {
         !self.dirty.is_empty()
     }
-
-    fn on_housekeeping(&mut self, _now: Instant, _stats: &ShardStats) {}
 
     fn on_stop(&mut self, _now: Instant) {
         self.stopping = true;
