@@ -6,7 +6,7 @@
 
 use millrace_protocol::frame::{Class, Header};
 
-use crate::message::Payload;
+use crate::service::message::Payload;
 
 /// A message on its way out.
 #[derive(Debug)]

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Invariants
-//! 1. There is a link from `AwaitHello` on, and nothing of the code above runs for this connection before its identity is proven.
+//! 1. There is a handle from `AwaitHello` on, and nothing of the code above runs for this connection before its identity is proven.
 //! 2. A connection is `Up` from the peer's first frame on, not from the end of the handshake, which a client sees before the server judged it.
 //! 3. `timer` is armed at the earliest thing this connection waits for.
 
@@ -24,17 +24,17 @@ use millrace_protocol::timer::TimerId;
 use millrace_shards::datapath::Trains;
 
 use crate::address::PeerAddress;
+use crate::admission::{ConnectionPermit, HandshakePermit};
 use crate::buffers::QuicConnection;
 use crate::carrier::Pumped;
+use crate::close_sender::CloseSender;
 use crate::config::TransportConfig;
 use crate::counters::{Counter, Counters, Family};
-use crate::farewell::Farewell;
-use crate::gate::{Counted, HalfOpen};
 use crate::ids::{IdBytes, LiveIds};
 use crate::inbox::{Arrived, Inbox, Room, StreamFault, wants_answer};
-use crate::link::Link;
-use crate::message::{Answer, Defer, Handler, Inbound, InboundBody};
 use crate::quic::CloseCode;
+use crate::service::handle::ConnectionHandle;
+use crate::service::message::{Answer, Defer, Handler, Inbound, InboundBody};
 
 /// How far a connection has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,9 +102,9 @@ pub(crate) struct Connection {
     /// The source of an inbound connection is still to be charged for it: it brought no token and no proof.
     pub(crate) is_uncharged: bool,
     /// Until the handshake of an inbound connection is over.
-    pub(crate) held: Option<HalfOpen>,
+    pub(crate) handshake_permit: Option<HandshakePermit>,
     /// From when the handshake of an inbound connection has completed.
-    pub(crate) counted: Option<Counted>,
+    pub(crate) connection_permit: Option<ConnectionPermit>,
     /// The dial that this is, until its handshake is done.
     pub(crate) attempt: Option<Attempt>,
     /// Which of the connections of a pair of nodes this is.
@@ -112,14 +112,14 @@ pub(crate) struct Connection {
     /// A sign of life was asked for when this many packets had been received.
     pub(crate) verify_from: Option<usize>,
     /// Bytes received since the last time that something was sent, and when the first of them came.
-    pub(crate) unanswered_bytes: usize,
-    unanswered_since: Option<Instant>,
+    pub(crate) unacked_bytes: usize,
+    unacked_since: Option<Instant>,
     /// Something else than an acknowledgement is to be sent.
     pub(crate) must_send: bool,
-    /// Counted among the shard's handshakes.
+    /// ConnectionPermit among the shard's handshakes.
     pub(crate) is_handshaking: bool,
     pub(crate) phase: Phase,
-    pub(crate) link: Option<Rc<Link>>,
+    pub(crate) handle: Option<Rc<ConnectionHandle>>,
     pub(crate) inbox: Inbox,
     pub(crate) health: Option<Health>,
     pub(crate) timer: Option<TimerId>,
@@ -130,7 +130,7 @@ pub(crate) struct Connection {
     keep_alive: Option<(Instant, usize)>,
     lost_seen: usize,
     /// What it may still send once it closes.
-    pub(crate) farewell: Farewell,
+    pub(crate) close_sender: CloseSender,
 }
 
 impl Connection {
@@ -151,19 +151,19 @@ impl Connection {
             initial: None,
             is_server,
             is_uncharged: false,
-            held: None,
-            counted: None,
+            handshake_permit: None,
+            connection_permit: None,
             attempt: None,
             index: 0,
             verify_from: None,
-            unanswered_bytes: 0,
-            unanswered_since: None,
+            unacked_bytes: 0,
+            unacked_since: None,
             must_send: true,
             is_handshaking: true,
             phase: Phase::Handshake {
                 until: now + config.connect_timeout,
             },
-            link: None,
+            handle: None,
             inbox: Inbox::new(config.limits, config.streams_max),
             health: None,
             timer: None,
@@ -171,13 +171,13 @@ impl Connection {
             judge_at: None,
             keep_alive: None,
             lost_seen: 0,
-            farewell: Farewell::default(),
+            close_sender: CloseSender::default(),
         }
     }
 
     /// The proven peer.
     pub(crate) fn peer(&self) -> Option<NodeId> {
-        self.link.as_ref().map(|link| link.peer)
+        self.handle.as_ref().map(|handle| handle.peer)
     }
 
     /// Closes the connection; the peer hears `code`.
@@ -201,21 +201,21 @@ impl Connection {
         now: Instant,
         events: &mut Events,
     ) {
-        let Some(link) = self.link.clone() else {
+        let Some(handle) = self.handle.clone() else {
             return;
         };
         while let Some(stream) = self.quic.stream_readable_next() {
             let result = self
                 .inbox
                 .read(&mut self.quic, stream, scratch, room, &mut |arrived| {
-                    on_arrived(&link, handler, arrived, now, events);
+                    on_arrived(&handle, handler, arrived, now, events);
                 });
             if let Err((fault, header)) = result {
-                on_fault(&link, fault, header, events);
+                on_fault(&handle, fault, header, events);
             }
         }
         while let Ok(datagram) = self.quic.dgram_recv_buf() {
-            on_datagram(&link, handler, &datagram, now, events);
+            on_datagram(&handle, handler, &datagram, now, events);
         }
     }
 
@@ -226,7 +226,7 @@ impl Connection {
         now: Instant,
         config: &TransportConfig,
     ) {
-        let Some(link) = self.link.clone() else {
+        let Some(handle) = self.handle.clone() else {
             return;
         };
         let mut events = Events::default();
@@ -234,7 +234,7 @@ impl Connection {
             &mut self.quic,
             config.stream_progress_bytes,
             room,
-            &mut |fault, header| on_fault(&link, fault, header, &mut events),
+            &mut |fault, header| on_fault(&handle, fault, header, &mut events),
         );
         if events.fault.is_some() {
             self.close(CloseCode::Violation);
@@ -246,19 +246,19 @@ impl Connection {
     /// Whether the acknowledgements that are due may wait for more packets: while a body streams in, nothing else is to be said and
     /// less than a part of its window came. quiche acknowledges whenever it is asked to send, and every acknowledgement costs both sides
     /// about as much as three packets of data.
-    pub(crate) fn may_wait(&mut self, now: Instant) -> bool {
+    pub(crate) fn may_delay_ack(&mut self, now: Instant) -> bool {
         let in_body = self.inbox.take_in_body();
-        let Some(link) = self.link.as_ref().filter(|_| self.phase == Phase::Up) else {
+        let Some(handle) = self.handle.as_ref().filter(|_| self.phase == Phase::Up) else {
             return false;
         };
-        let together = link.shared.config.stream_window_bytes / ACK_WINDOW_PART;
-        if self.must_send || !in_body || self.unanswered_bytes as u64 >= together {
+        let together = handle.state.config.stream_window_bytes / ACK_WINDOW_PART;
+        if self.must_send || !in_body || self.unacked_bytes as u64 >= together {
             return false;
         }
-        if link.is_dirty() || !link.out.borrow().is_idle() {
+        if handle.is_dirty() || !handle.out.borrow().is_idle() {
             return false;
         }
-        let since = *self.unanswered_since.get_or_insert(now);
+        let since = *self.unacked_since.get_or_insert(now);
         now < since + ACK_DELAY
     }
 
@@ -269,16 +269,16 @@ impl Connection {
         config: &TransportConfig,
         counters: &Counters,
     ) -> Sent {
-        self.unanswered_bytes = 0;
-        self.unanswered_since = None;
+        self.unacked_bytes = 0;
+        self.unacked_since = None;
         self.must_send = false;
         let mut more = Sent::All;
         let mut in_short_trains = false;
         let mut failed = false;
-        if let Some(link) = &self.link
+        if let Some(handle) = &self.handle
             && !matches!(self.phase, Phase::Closing)
         {
-            let mut out = link.out.borrow_mut();
+            let mut out = handle.out.borrow_mut();
             if out.feed(&mut self.quic) == Pumped::More {
                 more = Sent::Budget;
             }
@@ -293,7 +293,7 @@ impl Connection {
         }
         let (to, allowed_bytes) = self.address.target();
         let (mut packets, mut sent_bytes) = (0, 0);
-        let mut out = self.link.as_ref().map(|link| link.out.borrow_mut());
+        let mut out = self.handle.as_ref().map(|handle| handle.out.borrow_mut());
         let more = loop {
             if packets == config.packets_per_turn {
                 break Sent::Budget;
@@ -306,7 +306,7 @@ impl Connection {
                 break Sent::NoSlot;
             };
             let built = if self.phase == Phase::Closing {
-                self.farewell.send(&mut self.quic, buffer)
+                self.close_sender.send(&mut self.quic, buffer)
             } else {
                 self.quic.send(buffer).map(|(len, _)| len)
             };
@@ -345,10 +345,13 @@ impl Connection {
             Phase::Draining { until, .. } => until,
             Phase::AwaitHello | Phase::Up | Phase::Closing => None,
         };
-        let calls = self.link.as_ref().and_then(|link| link.next_deadline());
+        let calls = self
+            .handle
+            .as_ref()
+            .and_then(|handle| handle.next_deadline());
         let health = self.health.as_ref().and_then(Health::poll_timeout);
         let keep_alive = self.keep_alive.map(|(at, _)| at);
-        let acknowledge = self.unanswered_since.map(|since| since + ACK_DELAY);
+        let acknowledge = self.unacked_since.map(|since| since + ACK_DELAY);
         [
             self.quic.timeout_instant(),
             phase,
@@ -377,7 +380,7 @@ impl Connection {
     }
 
     /// Asks the peer for a sign of life. False when an answer cannot be expected within [`VERIFY_TIMEOUT`].
-    pub(crate) fn ask_for_life(&mut self) -> bool {
+    pub(crate) fn probe_liveness(&mut self) -> bool {
         let rtt = self.path().map_or(Duration::ZERO, |path| path.rtt);
         // Room for a loss and its repeat.
         if rtt * 6 > VERIFY_TIMEOUT {
@@ -407,12 +410,12 @@ impl Connection {
 
     /// Sends the probes that are due. True when the peer has missed too many.
     pub(crate) fn probe(&mut self, now: Instant) -> bool {
-        let (Some(health), Some(link)) = (&mut self.health, &self.link) else {
+        let (Some(health), Some(handle)) = (&mut self.health, &self.handle) else {
             return false;
         };
         while let Some(action) = health.poll_action(now) {
             match action {
-                HealthAction::Probe { sequence } => link.datagram(Kind::Probe, sequence),
+                HealthAction::Probe { sequence } => handle.datagram(Kind::Probe, sequence),
                 HealthAction::CloseAndRedial => return true,
             }
         }
@@ -434,7 +437,7 @@ impl Connection {
 }
 
 pub(crate) fn on_arrived<H: Handler>(
-    link: &Rc<Link>,
+    handle: &Rc<ConnectionHandle>,
     handler: &mut H,
     arrived: Arrived<'_>,
     now: Instant,
@@ -442,11 +445,18 @@ pub(crate) fn on_arrived<H: Handler>(
 ) {
     match arrived {
         Arrived::Frame(header, body) => {
-            on_message(link, handler, header, InboundBody::Slice(body), now, events);
+            on_message(
+                handle,
+                handler,
+                header,
+                InboundBody::Slice(body),
+                now,
+                events,
+            );
         }
         Arrived::Message(header, body, reservation) => {
             on_message(
-                link,
+                handle,
                 handler,
                 header,
                 InboundBody::Chunks(body),
@@ -460,13 +470,13 @@ pub(crate) fn on_arrived<H: Handler>(
 
 /// Datagrams carry probes, and one-way messages whose sender repeats them.
 fn on_datagram<H: Handler>(
-    link: &Rc<Link>,
+    handle: &Rc<ConnectionHandle>,
     handler: &mut H,
     datagram: &[u8],
     now: Instant,
     events: &mut Events,
 ) {
-    let limits = &link.shared.config.limits;
+    let limits = &handle.state.config.limits;
     let parsed = datagram
         .split_first_chunk()
         .map(|(header, body)| (Header::decode(header), body));
@@ -477,47 +487,54 @@ fn on_datagram<H: Handler>(
     };
     match header {
         Ok((header, body)) if header.check(Carriage::Lane, limits).is_ok() => {
-            on_message(link, handler, header, InboundBody::Slice(body), now, events);
+            on_message(
+                handle,
+                handler,
+                header,
+                InboundBody::Slice(body),
+                now,
+                events,
+            );
         }
-        Ok(_) => link
-            .shared
+        Ok(_) => handle
+            .state
             .counters
             .count(Family::Rejected, "peer_datagram_kind"),
-        Err(reason) => link.shared.counters.count(Family::Rejected, reason),
+        Err(reason) => handle.state.counters.count(Family::Rejected, reason),
     }
 }
 
 fn on_message<H: Handler>(
-    link: &Rc<Link>,
+    handle: &Rc<ConnectionHandle>,
     handler: &mut H,
     header: Header,
     body: InboundBody<'_>,
     now: Instant,
     events: &mut Events,
 ) {
-    let counters = &link.shared.counters;
+    let counters = &handle.state.counters;
     let inbound = |deadline, body| Inbound {
-        peer: link.peer,
-        connection: link.number.get(),
+        peer: handle.peer,
+        connection: handle.number.get(),
         class: header.class,
         method: header.method,
         deadline,
         body,
     };
-    let exchanged = &link.shared.exchanged;
+    let exchanged = &handle.state.exchanged;
     match header.kind {
         Kind::Request => {
             exchanged.set(exchanged.get() + 1);
             counters.received(header.class, body.len() as usize);
             let deadline = now + Duration::from_millis(header.arg.into());
             let defer = Defer {
-                link,
+                handle,
                 class: header.class,
                 id: header.id,
             };
             match handler.on_request(inbound(Some(deadline), body), defer) {
-                Answer::Reply(body) => link.answer(header.class, header.id, Ok(body)),
-                Answer::Failure(code) => link.answer(header.class, header.id, Err(code)),
+                Answer::Reply(body) => handle.answer(header.class, header.id, Ok(body)),
+                Answer::Failure(code) => handle.answer(header.class, header.id, Err(code)),
                 Answer::Deferred => {}
             }
         }
@@ -528,18 +545,18 @@ fn on_message<H: Handler>(
         Kind::Response => {
             exchanged.set(exchanged.get() + 1);
             counters.received(header.class, body.len() as usize);
-            link.on_answer(header.id, Ok(body.into_payload()));
+            handle.on_answer(header.id, Ok(body.into_payload()));
         }
         Kind::Failure => {
             // Refused before all of it was there: the rest need not be sent.
-            link.withdraw(Kind::Request, header.class, header.id, false);
-            link.on_answer(
+            handle.withdraw(Kind::Request, header.class, header.id, false);
+            handle.on_answer(
                 header.id,
                 Err(RpcError::Peer(FailureCode::from_arg(header.arg))),
             );
         }
-        Kind::Cancel => link.on_cancel(header.class, header.id),
-        Kind::Probe => link.datagram(Kind::ProbeReply, header.arg),
+        Kind::Cancel => handle.on_cancel(header.class, header.id),
+        Kind::Probe => handle.datagram(Kind::ProbeReply, header.arg),
         Kind::ProbeReply => events.probe_replies.push(header.arg),
         Kind::Hello => match body {
             InboundBody::Slice(bytes) => match Hello::decode(bytes) {
@@ -556,32 +573,35 @@ fn on_message<H: Handler>(
 
 /// Counts a cut stream; a request among them is answered, since its sender may still wait.
 pub(crate) fn on_fault(
-    link: &Rc<Link>,
+    handle: &Rc<ConnectionHandle>,
     fault: StreamFault,
     header: Option<Header>,
     events: &mut Events,
 ) {
-    link.shared.counters.count(Family::Rejected, fault.reason());
+    handle
+        .state
+        .counters
+        .count(Family::Rejected, fault.reason());
     if fault.is_fatal() {
         events.fault = Some(fault.reason());
         return;
     }
     let Some(header) = header else { return };
     match fault {
-        StreamFault::Reset => link.shared.counters.add(Counter::RequestsCancelled, 1),
+        StreamFault::Reset => handle.state.counters.add(Counter::RequestsCancelled, 1),
         StreamFault::NoRoom if wants_answer(&header) => {
-            link.answer(header.class, header.id, Err(FailureCode::TooLarge));
+            handle.answer(header.class, header.id, Err(FailureCode::TooLarge));
         }
         _ if wants_answer(&header) => {
-            link.answer(header.class, header.id, Err(FailureCode::Malformed));
+            handle.answer(header.class, header.id, Err(FailureCode::Malformed));
         }
         _ if header.kind == Kind::Response => {
-            link.withdraw(Kind::Request, header.class, header.id, true);
+            handle.withdraw(Kind::Request, header.class, header.id, true);
             let error = match fault {
                 StreamFault::NoRoom => RpcError::LocalNoBudget,
                 _ => RpcError::PeerProtocol,
             };
-            link.on_answer(header.id, Err(error));
+            handle.on_answer(header.id, Err(error));
         }
         _ => {}
     }

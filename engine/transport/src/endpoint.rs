@@ -29,17 +29,17 @@ use millrace_protocol::topology::Topology;
 use millrace_shards::chunk::ChunkPool;
 use millrace_shards::datapath::{Datagrams, Datapath, Trains, Transmit};
 
+use crate::admission::AdmissionControl;
 use crate::clock::Clock;
 use crate::config::TransportConfig;
 use crate::connection::{Connection, EXCHANGE_PACKETS, Phase, Sent};
 use crate::counters::{Counter, Counters};
-use crate::gate::Gate;
 use crate::inbox::Room;
-use crate::link::Shared;
-use crate::message::Handler;
 use crate::pair_keys::DialKeys;
 use crate::quic::CloseCode;
 use crate::random::random_bytes;
+use crate::service::handle::ShardState;
+use crate::service::message::Handler;
 use crate::start::Message;
 use crate::status::{PeerStatus, StatusBoard};
 use crate::tls::Members;
@@ -97,9 +97,9 @@ pub(crate) struct EndpointParts {
     pub(crate) peers: Vec<Peers>,
     pub(crate) budget: ReceiveBudget,
     pub(crate) pool: ChunkPool,
-    pub(crate) shared: Rc<Shared>,
+    pub(crate) state: Rc<ShardState>,
     pub(crate) board: Arc<StatusBoard>,
-    pub(crate) gate: Gate,
+    pub(crate) admission: AdmissionControl,
     /// Whether this endpoint ticks the admission.
     pub(crate) ticks_admission: bool,
     pub(crate) clock: Clock,
@@ -173,7 +173,7 @@ impl<H: Handler> Endpoint<H> {
     }
 
     fn counters(&self) -> &Counters {
-        &self.parts.shared.counters
+        &self.parts.state.counters
     }
 
     fn set_topology(&mut self, topology: Arc<Topology>, now: Instant) {
@@ -194,7 +194,7 @@ impl<H: Handler> Endpoint<H> {
 
     /// Whether one more connection may be held.
     fn has_room(&self) -> bool {
-        let connections_max = self.parts.shared.config.connections_max;
+        let connections_max = self.parts.state.config.connections_max;
         self.live < connections_max.min(SLOTS_MAX as usize)
     }
 
@@ -225,7 +225,7 @@ impl<H: Handler> Endpoint<H> {
         if let Some(Some(connection)) = self.connections.get_mut(slot)
             && !std::mem::replace(&mut connection.is_dirty, true)
         {
-            self.parts.shared.dirty.borrow_mut().push_back(slot);
+            self.parts.state.dirty.borrow_mut().push_back(slot);
         }
     }
 
@@ -237,15 +237,18 @@ impl<H: Handler> Endpoint<H> {
             return Sent::All;
         };
         connection.is_dirty = false;
-        if connection.may_wait(now) {
+        if connection.may_delay_ack(now) {
             self.arm(slot);
             return Sent::All;
         }
-        if let Some(link) = &connection.link {
-            link.clear_dirty();
+        if let Some(handle) = &connection.handle {
+            handle.clear_dirty();
         }
         if let Phase::Draining { until, code } = connection.phase
-            && connection.link.as_ref().is_none_or(|link| link.is_idle())
+            && connection
+                .handle
+                .as_ref()
+                .is_none_or(|handle| handle.is_idle())
         {
             let linger = now + connection.linger();
             connection.phase = Phase::Lingering {
@@ -253,17 +256,14 @@ impl<H: Handler> Endpoint<H> {
                 code,
             };
         }
-        let sent = connection.transmit(
-            trains,
-            &self.parts.shared.config,
-            &self.parts.shared.counters,
-        );
+        let sent =
+            connection.transmit(trains, &self.parts.state.config, &self.parts.state.counters);
         // The kernel steers a train by the connection ID of its first packet: trains do not mix connections.
         trains.finish();
-        // What may be sent to an address that nobody has shown is used up at times, also for the farewell.
+        // What may be sent to an address that nobody has shown is used up at times, also for the closing frame.
         let is_cut_short =
             connection.is_handshaking && connection.phase == Phase::Closing && sent != Sent::NoSlot;
-        let is_given_up = is_cut_short || connection.farewell.is_over();
+        let is_given_up = is_cut_short || connection.close_sender.is_over();
         // A draining connection (RFC 9000, 10.2.2) has nothing to say any more; late packets for it find nobody.
         if connection.quic.is_closed() || connection.quic.is_draining() || is_given_up {
             self.remove(slot, now);
@@ -282,12 +282,12 @@ impl<H: Handler> Endpoint<H> {
             .iter_mut()
             .flatten()
             .filter_map(|connection| {
-                if let (Some(link), true) = (&connection.link, connection.phase == Phase::Up) {
+                if let (Some(handle), true) = (&connection.handle, connection.phase == Phase::Up) {
                     let path = connection.path();
                     let stats = connection.quic.stats();
                     return Some(PeerStatus {
-                        node_id: link.peer,
-                        connection: link.number.get(),
+                        node_id: handle.peer,
+                        connection: handle.number.get(),
                         address: Some(connection.address.current()),
                         rtt: path.as_ref().map(|p| p.rtt),
                         probe_rtt: connection
@@ -326,29 +326,29 @@ impl<H: Handler> Datapath for Endpoint<H> {
     type Message = Message;
 
     fn on_message(&mut self, message: Message, now: Instant) {
-        self.parts.shared.now.set(now);
+        self.parts.state.now.set(now);
         match message {
             Message::Topology(topology, dial_keys) => {
                 self.parts.dial_keys = dial_keys;
                 self.set_topology(topology, now);
             }
-            Message::Run(run) => run(&self.parts.shared),
+            Message::Run(run) => run(&self.parts.state),
         }
     }
 
     fn on_datagrams(&mut self, datagrams: Datagrams<'_>, now: Instant) {
-        self.parts.shared.now.set(now);
+        self.parts.state.now.set(now);
         self.counters()
             .add(Counter::DatagramsReceived, datagrams.count() as u64);
         self.receive(datagrams, now);
     }
 
     fn wants_to_send(&self) -> bool {
-        self.parts.shared.exchanged.get() >= EXCHANGE_PACKETS
+        self.parts.state.exchanged.get() >= EXCHANGE_PACKETS
     }
 
     fn on_timeout(&mut self, now: Instant) {
-        self.parts.shared.now.set(now);
+        self.parts.state.now.set(now);
         let mut due = std::mem::take(&mut self.due);
         self.wheel.poll(now, &mut |timer| due.push(timer));
         for timer in due.drain(..) {
@@ -369,18 +369,18 @@ impl<H: Handler> Datapath for Endpoint<H> {
     }
 
     fn transmit(&mut self, trains: &mut Trains<'_>, now: Instant) -> Transmit {
-        self.parts.shared.now.set(now);
-        self.parts.shared.exchanged.set(0);
+        self.parts.state.now.set(now);
+        self.parts.state.exchanged.set(0);
         for (reply, to) in std::mem::take(&mut self.replies) {
-            let Some(buffer) = trains.packet(self.parts.shared.config.udp_payload_bytes_max) else {
+            let Some(buffer) = trains.packet(self.parts.state.config.udp_payload_bytes_max) else {
                 break;
             };
             buffer[..reply.len()].copy_from_slice(&reply);
             trains.push(reply.len(), to);
         }
-        let turns = self.parts.shared.dirty.borrow().len();
+        let turns = self.parts.state.dirty.borrow().len();
         for _ in 0..turns {
-            let Some(slot) = self.parts.shared.dirty.borrow_mut().pop_front() else {
+            let Some(slot) = self.parts.state.dirty.borrow_mut().pop_front() else {
                 break;
             };
             if self.flush(slot, trains, now) == Sent::NoSlot {
@@ -388,12 +388,12 @@ impl<H: Handler> Datapath for Endpoint<H> {
                 if let Some(Some(connection)) = self.connections.get_mut(slot) {
                     connection.is_dirty = true;
                     connection.must_send = true;
-                    self.parts.shared.dirty.borrow_mut().push_front(slot);
+                    self.parts.state.dirty.borrow_mut().push_front(slot);
                 }
                 break;
             }
         }
-        if !self.parts.shared.dirty.borrow().is_empty() {
+        if !self.parts.state.dirty.borrow().is_empty() {
             Transmit::More
         } else {
             Transmit::Done
@@ -401,31 +401,31 @@ impl<H: Handler> Datapath for Endpoint<H> {
     }
 
     fn has_pending(&self) -> bool {
-        !self.parts.shared.dirty.borrow().is_empty()
+        !self.parts.state.dirty.borrow().is_empty()
     }
 
     fn on_housekeeping(&mut self, now: Instant) {
-        self.parts.shared.now.set(now);
+        self.parts.state.now.set(now);
         for connection in self.connections.iter_mut().flatten() {
             let lossy = connection.has_lost_packets();
             connection.sweep_stopped_streams();
-            if let Some(link) = &connection.link {
-                link.out.borrow_mut().set_lossy(lossy);
+            if let Some(handle) = &connection.handle {
+                handle.out.borrow_mut().set_lossy(lossy);
             }
         }
         self.renew_all_ids(now);
         if self.parts.ticks_admission && self.admission_tick_at <= now {
             self.admission_tick_at = now + ADMISSION_TICK;
             let now_ns = self.parts.clock.ns(now);
-            self.parts.gate.admission.tick(now_ns, random_bytes);
+            self.parts.admission.policy.tick(now_ns, random_bytes);
         }
         self.publish();
     }
 
     fn on_stop(&mut self, now: Instant) {
-        self.parts.shared.stopping.set(true);
-        self.parts.shared.now.set(now);
-        let until = now + self.parts.shared.config.drain_timeout;
+        self.parts.state.stopping.set(true);
+        self.parts.state.now.set(now);
+        let until = now + self.parts.state.config.drain_timeout;
         self.stop_at = Some(until);
         for slot in 0..self.connections.len() {
             self.take_down(slot);

@@ -238,7 +238,7 @@ impl Inbox {
         // From the back: refusing a stream may move the last one into its place.
         for at in (0..self.streams.len()).rev() {
             let stream = &mut self.streams[at];
-            // Counted from the interval's start, or the stream's: a stream is judged in its second interval at the latest.
+            // ConnectionPermit from the interval's start, or the stream's: a stream is judged in its second interval at the latest.
             let new = std::mem::take(&mut stream.progress_bytes);
             if matches!(stream.state, State::Lane(_) | State::Refused) || new >= progress_bytes {
                 continue;

@@ -1,6 +1,6 @@
 //! QUIC connections on shards: mutual TLS pinned to the registry, lanes, message streams, RPC, bulk bodies.
 //!
-//! One [`endpoint`](self) per shard plugs into the shard's loop. Code on a shard talks through [`Local`], any other thread through
+//! One [`endpoint`](self) per shard plugs into the shard's loop. Code on a shard talks through [`ShardMessenger`], any other thread through
 //! [`Transport`], and both are called back through a [`Handler`].
 //!
 //! Invariants of the crate
@@ -10,42 +10,40 @@
 #![forbid(unsafe_code)]
 
 mod address;
+mod admission;
 mod buffers;
 pub mod carrier;
 mod clock;
+mod close_sender;
 pub mod config;
 mod connection;
 pub mod counters;
 mod endpoint;
-mod farewell;
-mod gate;
 mod ids;
 mod inbox;
-mod link;
-mod local;
 pub mod memory;
-mod message;
-mod messenger;
 mod outbox;
 mod pair_keys;
 mod quic;
 mod random;
-mod remote;
+mod service;
 mod start;
 mod status;
 mod streams;
 mod tls;
 
+pub use admission::ConnectionCounts;
 pub use clock::Clock;
 pub use config::{CongestionControl, PerClass, TransportConfig};
-pub use gate::ConnectionCounts;
-pub use link::PendingAnswer;
-pub use local::Local;
-pub use message::{Answer, Defer, Handler, Inbound, InboundBody, Payload, Request, Responder};
-pub use messenger::Messenger;
 pub use millrace_protocol::rpc::RpcError;
 pub use quic::CloseCode;
-pub use remote::RemoteAnswer;
+pub use service::handle::PendingAnswer;
+pub use service::message::{
+    Answer, Defer, Handler, Inbound, InboundBody, Payload, Request, Responder,
+};
+pub use service::messenger::Messenger;
+pub use service::remote::RemoteAnswer;
+pub use service::shard_messenger::ShardMessenger;
 pub use start::{EdgeStart, StartError, Transport, TransportStart};
 pub use status::{PeerStatus, ShardStatus, StatusBoard};
 pub use tls::TlsError;

@@ -16,7 +16,7 @@ use crate::buffers::{QuicConnection, TxBuffer};
 use crate::carrier::{Carrier, Outgoing, Pumped, QueueFull};
 use crate::config::{PerClass, TransportConfig};
 use crate::memory::{MemoryCarrier, MemoryLink};
-use crate::message::Payload;
+use crate::service::message::Payload;
 use crate::streams::StreamCarrier;
 
 const LATENCY_URGENCY: u8 = 0;

@@ -26,24 +26,24 @@ use millrace_shards::runtime::{self, ShardHandle};
 use millrace_shards::socket::{ShardSocket, SocketError, UdpGroupConfig, bind_group};
 use millrace_shards::stats::ShardStats;
 
+use crate::admission::{AdmissionControl, ConnectionCounts};
 use crate::clock::Clock;
 use crate::config::TransportConfig;
 use crate::connection::VERIFY_TIMEOUT;
 use crate::counters::{Counters, Family};
 use crate::endpoint::{Endpoint, EndpointParts};
-use crate::gate::{ConnectionCounts, Gate};
-use crate::link::{Shared, Waiter};
-use crate::local::Local;
-use crate::message::{Handler, Payload, Request};
 use crate::pair_keys::{DialKeys, PairKeys};
 use crate::quic::quic_config;
 use crate::random::random_bytes;
-use crate::remote::{Promise, RemoteAnswer};
+use crate::service::handle::{Completion, ShardState};
+use crate::service::message::{Handler, Payload, Request};
+use crate::service::remote::{RemoteAnswer, RemoteCompletion};
+use crate::service::shard_messenger::ShardMessenger;
 use crate::status::StatusBoard;
 use crate::tls::{Credentials, Members, TlsError};
 
-/// Something to be done on a shard, with its links.
-type Run = Box<dyn FnOnce(&Rc<Shared>) + Send>;
+/// Something to be done on a shard, with its handles.
+type Run = Box<dyn FnOnce(&Rc<ShardState>) + Send>;
 
 /// What crosses into a shard.
 pub(crate) enum Message {
@@ -151,7 +151,7 @@ impl Transport {
     pub fn start<H, F>(start: TransportStart, handler: F) -> Result<Self, StartError>
     where
         H: Handler,
-        F: Fn(Local) -> H + Send + Clone + 'static,
+        F: Fn(ShardMessenger) -> H + Send + Clone + 'static,
     {
         let TransportStart {
             identity,
@@ -190,8 +190,8 @@ impl Transport {
         let mut pair_keys = PairKeys::new(identity.clone());
         let dial_keys = pair_keys.update(&topology);
         admission.set_peers(pair_keys.by_tag());
-        let gate = Gate {
-            admission: Arc::clone(&admission),
+        let control = AdmissionControl {
+            policy: Arc::clone(&admission),
             counts: edge.counts,
         };
         let transport = Self {
@@ -222,7 +222,8 @@ impl Transport {
             let (config, board, topology) =
                 (config.clone(), Arc::clone(&board), Arc::clone(&topology));
             let (handler, transport) = (handler.clone(), transport.clone());
-            let (gate, clock, dial_keys) = (gate.clone(), clock.clone(), Arc::clone(&dial_keys));
+            let (control, clock, dial_keys) =
+                (control.clone(), clock.clone(), Arc::clone(&dial_keys));
             let handle = runtime::spawn(shard, index, count, Some(socket), move |context| {
                 let now = Instant::now();
                 let seed = u64::from_le_bytes(random_bytes());
@@ -240,8 +241,9 @@ impl Transport {
                     total_bytes: config.receive_budget_bytes,
                     peer_bytes_max: config.receive_budget_peer_bytes,
                 });
-                let shared = Rc::new(Shared::new(config, counters, now));
-                let local_transport = Local::new(Rc::clone(&shared), context.clone(), transport);
+                let state = Rc::new(ShardState::new(config, counters, now));
+                let local_transport =
+                    ShardMessenger::new(Rc::clone(&state), context.clone(), transport);
                 let parts = EndpointParts {
                     me,
                     local,
@@ -254,9 +256,9 @@ impl Transport {
                     peers,
                     budget,
                     pool: context.pool.clone(),
-                    shared,
+                    state,
                     board,
-                    gate,
+                    admission: control,
                     ticks_admission: ticks_admission && index == 0,
                     clock,
                     dial_keys,
@@ -372,20 +374,20 @@ impl Transport {
 
     /// Asks `peer`, from any thread.
     pub fn request(&self, peer: NodeId, request: Request) -> RemoteAnswer {
-        let (promise, answer) = Promise::new();
+        let (remote, answer) = RemoteCompletion::new();
         let class = request.class;
         let body = class == Class::Bulk;
         let shard = self.owner_of(&peer, body);
-        let run = move |shared: &Rc<Shared>| {
-            if shared.stopping.get() {
-                return promise.keep(Err(RpcError::LocalShuttingDown));
+        let run = move |state: &Rc<ShardState>| {
+            if state.stopping.get() {
+                return remote.complete(Err(RpcError::LocalShuttingDown));
             }
-            let Some(link) = shared.link_to(&peer, body) else {
-                return promise.keep(Err(RpcError::NotConnected));
+            let Some(handle) = state.handle_to(&peer, body) else {
+                return remote.complete(Err(RpcError::NotConnected));
             };
-            let waiter = Waiter::Call(Box::new(move |result| promise.keep(result)));
-            if let Err((error, waiter)) = link.request(request, waiter) {
-                waiter.complete(Err(error));
+            let completion = Completion::Call(Box::new(move |result| remote.complete(result)));
+            if let Err((error, completion)) = handle.request(request, completion) {
+                completion.complete(Err(error));
             }
         };
         if !self.run_on(shard, run) && !self.is_stopped(shard) {
@@ -403,13 +405,13 @@ impl Transport {
         body: Payload,
     ) -> Result<(), RpcError> {
         let bulk = class == Class::Bulk;
-        let sent = self.run_on(self.owner_of(&peer, bulk), move |shared| {
-            if let Some(link) = shared.link_to(&peer, bulk) {
-                // Counted by the link.
-                link.send(class, method, body).ok();
+        let sent = self.run_on(self.owner_of(&peer, bulk), move |state| {
+            if let Some(handle) = state.handle_to(&peer, bulk) {
+                // ConnectionPermit by the handle.
+                handle.send(class, method, body).ok();
             } else {
                 let reason = RpcError::NotConnected.reason();
-                shared.counters.count(Family::Failed, reason);
+                state.counters.count(Family::Failed, reason);
             }
         });
         if sent {
@@ -437,7 +439,7 @@ impl Transport {
         senders.is_none_or(|senders| senders.get(shard).is_none_or(MailSender::is_closed))
     }
 
-    fn run_on(&self, shard: usize, run: impl FnOnce(&Rc<Shared>) + Send + 'static) -> bool {
+    fn run_on(&self, shard: usize, run: impl FnOnce(&Rc<ShardState>) + Send + 'static) -> bool {
         let sender = self
             .inner
             .senders

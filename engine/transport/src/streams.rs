@@ -17,7 +17,7 @@ use millrace_shards::chunk::ChunkSlice;
 use crate::buffers::{QuicConnection, TxBuffer};
 use crate::carrier::{Carrier, Outgoing, Pumped, QueueFull};
 use crate::config::PerClass;
-use crate::message::Payload;
+use crate::service::message::Payload;
 
 /// RESET_STREAM code: the message is not wanted any more (the reference's value).
 pub(crate) const CODE_CANCELLED: u64 = 0x8000_0006;
@@ -80,13 +80,13 @@ impl Active {
 /// A body comes from memory, not from a cache, and copying it into packets is a quarter of a sender's time. Asking for the bytes a few
 /// packets early hides most of the wait. A wrong guess (repeats, other frames in between) costs a few useless hints.
 #[derive(Debug, Default)]
-struct Ahead {
+struct Prefetcher {
     slices: VecDeque<ChunkSlice>,
     /// Bytes of the first slice that have been sent.
     sent: usize,
 }
 
-impl Ahead {
+impl Prefetcher {
     /// How far ahead, besides two packets.
     const DISTANCE_BYTES: usize = 4 << 10;
     /// More are not remembered; a window holds fewer.
@@ -128,7 +128,7 @@ pub(crate) struct StreamCarrier {
     active_max: usize,
     next_stream: u64,
     opened: u64,
-    ahead: Ahead,
+    prefetcher: Prefetcher,
 }
 
 impl StreamCarrier {
@@ -142,14 +142,14 @@ impl StreamCarrier {
             active_max,
             next_stream: first_stream,
             opened: 0,
-            ahead: Ahead::default(),
+            prefetcher: Prefetcher::default(),
         }
     }
 
     /// Asks the processor for the body bytes of packets to come, `packet_bytes` having been sent.
     #[inline]
     pub(crate) fn prefetch(&mut self, packet_bytes: usize) {
-        self.ahead.advance(packet_bytes);
+        self.prefetcher.advance(packet_bytes);
     }
 
     /// Streams opened since the last call.
@@ -194,7 +194,7 @@ impl StreamCarrier {
     }
 
     /// Feeds one stream. True when it is done (all taken, or the peer stopped it).
-    fn feed(active: &mut Active, path: &mut QuicConnection, ahead: &mut Ahead) -> bool {
+    fn feed(active: &mut Active, path: &mut QuicConnection, prefetcher: &mut Prefetcher) -> bool {
         loop {
             // Stopped by the peer, or the connection is closing: the answer, if any, says why.
             let Ok(capacity) = path.stream_capacity(active.stream) else {
@@ -219,7 +219,7 @@ impl StreamCarrier {
                 Ok((taken, _)) => {
                     active.taken += taken as u64;
                     if let Some(piece) = piece {
-                        ahead.push(piece.slice(0..taken));
+                        prefetcher.push(piece.slice(0..taken));
                     }
                     if active.taken == active.total() {
                         return true;
@@ -249,14 +249,14 @@ impl Carrier for StreamCarrier {
 
     fn pump(&mut self, path: &mut QuicConnection) -> Pumped {
         if self.is_idle() {
-            self.ahead.clear();
+            self.prefetcher.clear();
             return Pumped::Blocked;
         }
         self.activate(path);
         let mut at = 0;
         let mut finished = false;
         while at < self.active.len() {
-            if Self::feed(&mut self.active[at], path, &mut self.ahead) {
+            if Self::feed(&mut self.active[at], path, &mut self.prefetcher) {
                 let done = self.active.remove(at);
                 self.active_in[done.message.header.class as usize] -= 1;
                 finished = true;
@@ -281,7 +281,7 @@ impl Carrier for StreamCarrier {
             return true;
         }
         if let Some(at) = self.active.iter().position(|active| same(&active.message)) {
-            self.ahead.clear();
+            self.prefetcher.clear();
             let active = self.active.remove(at);
             self.active_in[active.message.header.class as usize] -= 1;
             if let Some(path) = path {

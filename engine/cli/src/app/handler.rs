@@ -6,7 +6,9 @@ use millrace_protocol::frame::FailureCode;
 use millrace_protocol::id::{ArtifactId, NodeId};
 use millrace_shards::Queue;
 use millrace_shards::chunk::{Body, Chunk};
-use millrace_transport::{Answer, Defer, Handler, Inbound, InboundBody, Local, Payload, Responder};
+use millrace_transport::{
+    Answer, Defer, Handler, Inbound, InboundBody, Payload, Responder, ShardMessenger,
+};
 
 use super::announced::Announced;
 use super::hash;
@@ -18,7 +20,7 @@ use crate::versions::Versions;
 const SMALL_BYTES_MAX: usize = 64 << 10;
 
 pub(crate) struct App {
-    local: Local,
+    local: ShardMessenger,
     store: Arc<Store>,
     versions: Arc<Versions>,
     announced: Arc<Announced>,
@@ -26,7 +28,7 @@ pub(crate) struct App {
 
 impl App {
     pub(crate) fn new(
-        local: Local,
+        local: ShardMessenger,
         store: Arc<Store>,
         versions: Arc<Versions>,
         announced: Arc<Announced>,

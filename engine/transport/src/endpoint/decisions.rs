@@ -18,8 +18,8 @@ use super::{
 };
 use crate::connection::{Connection, Phase};
 use crate::counters::{Family, TlsRefusal};
-use crate::message::Handler;
 use crate::quic::CloseCode;
+use crate::service::message::Handler;
 
 impl<H: Handler> Endpoint<H> {
     pub(super) fn run_actions(&mut self, now: Instant) {
@@ -68,8 +68,9 @@ impl<H: Handler> Endpoint<H> {
                 if let Some(slot) = self.slot_of(conn)
                     && let Some(Some(connection)) = self.connections.get_mut(slot)
                 {
-                    // A dial request is not signed: it must not end a connection whose answer merely takes long. The idle timeout does.
-                    if connection.ask_for_life() {
+                    // A dial request is not signed: it must not end a connection whose answer merely
+                    // takes long. The idle timeout does.
+                    if connection.probe_liveness() {
                         self.mark_dirty(slot);
                     } else if let Some(peers) = self.parts.peers.get_mut(index) {
                         peers.verified(conn);
@@ -113,20 +114,20 @@ impl<H: Handler> Endpoint<H> {
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;
         };
-        let Some(link) = connection.link.clone() else {
+        let Some(handle) = connection.handle.clone() else {
             return;
         };
         connection.phase = Phase::Up;
-        connection.start_keep_alive(self.parts.shared.config.keep_alive, now);
-        connection.health = Some(Health::new(health_config(&self.parts.shared.config), now));
-        link.number.set(number);
+        connection.start_keep_alive(self.parts.state.config.keep_alive, now);
+        connection.health = Some(Health::new(health_config(&self.parts.state.config), now));
+        handle.number.set(number);
         self.parts
-            .shared
+            .state
             .up
             .borrow_mut()
             .entry(peer)
             .or_default()
-            .push(link);
+            .push(handle);
         self.handler.on_up(peer, number);
         self.publish();
     }
@@ -142,16 +143,16 @@ impl<H: Handler> Endpoint<H> {
         let Some(Some(connection)) = self.connections.get(slot) else {
             return;
         };
-        let Some(link) = &connection.link else {
+        let Some(handle) = &connection.handle else {
             return;
         };
-        let peer = link.peer;
+        let peer = handle.peer;
         let (board, shard) = (&self.parts.board, self.parts.shard);
-        board.take_down(shard, &peer, link.number.get());
-        let mut up = self.parts.shared.up.borrow_mut();
-        if let Some(links) = up.get_mut(&peer) {
-            links.retain(|link| link.slot != slot);
-            if links.is_empty() {
+        board.take_down(shard, &peer, handle.number.get());
+        let mut up = self.parts.state.up.borrow_mut();
+        if let Some(handles) = up.get_mut(&peer) {
+            handles.retain(|handle| handle.slot != slot);
+            if handles.is_empty() {
                 up.remove(&peer);
             }
         }
@@ -180,16 +181,16 @@ impl<H: Handler> Endpoint<H> {
             self.charge(&mut connection, now);
         }
         let kind = self.judge_end(&connection);
-        if let Some(link) = connection.link.take() {
+        if let Some(handle) = connection.handle.take() {
             let mut room = PeerRoom {
                 budget: &mut self.parts.budget,
                 pool: &self.parts.pool,
-                peer: link.peer,
+                peer: handle.peer,
             };
             connection.inbox.clear(&mut room);
-            link.close();
-            if link.number.get() > ConnectionNumber(0) {
-                self.handler.on_down(link.peer, link.number.get());
+            handle.close();
+            if handle.number.get() > ConnectionNumber(0) {
+                self.handler.on_down(handle.peer, handle.number.get());
             }
         }
         if let Some(peers) = self.parts.peers.get_mut(connection.index) {

@@ -2,7 +2,7 @@
 //!
 //! Invariants
 //! 1. Nothing is counted against a source before the handshake has shown that the address is its own.
-//! 2. A peer that stays has a link and roaming IDs; one that may not is told why.
+//! 2. A peer that stays has a handle and roaming IDs; one that may not is told why.
 
 use std::time::Instant;
 
@@ -13,9 +13,9 @@ use millrace_protocol::peers::{Direction, Refusal};
 use super::Endpoint;
 use crate::connection::{Connection, Phase};
 use crate::counters::{Counter, Family};
-use crate::link::Link;
-use crate::message::Handler;
 use crate::quic::CloseCode;
+use crate::service::handle::ConnectionHandle;
+use crate::service::message::Handler;
 use crate::tls;
 
 impl<H: Handler> Endpoint<H> {
@@ -72,8 +72,9 @@ impl<H: Handler> Endpoint<H> {
             }
         };
         if connection.is_server {
-            let counted = self.parts.gate.open(connection.address.first());
-            connection.counted = Some(counted.map_err(|why| (CloseCode::NoRoom, why.label()))?);
+            let permit = self.parts.admission.open(connection.address.first());
+            connection.connection_permit =
+                Some(permit.map_err(|why| (CloseCode::NoRoom, why.label()))?);
         }
         let allowed = match self.parts.peers.get_mut(connection.index) {
             Some(peers) => peers.handshake_done(connection.key, peer, direction, now),
@@ -83,25 +84,27 @@ impl<H: Handler> Endpoint<H> {
         Ok(peer)
     }
 
-    /// From here on there is a link, and a hello on its way.
+    /// From here on there is a handle, and a hello on its way.
     fn introduce(&self, slot: usize, connection: &mut Connection, peer: NodeId) {
         connection.phase = Phase::AwaitHello;
-        let link = Link::new(&self.parts.shared, slot, peer, connection.is_server);
+        let handle = ConnectionHandle::new(&self.parts.state, slot, peer, connection.is_server);
         let hello = Hello {
             protocol_version: PROTOCOL_VERSION,
             registry_version: self.topology.newest_version(),
             features: 0,
             shards: self.parts.shards as u8,
         };
-        link.control(Kind::Hello, 0, &hello.encode());
-        connection.link = Some(link);
+        handle.control(Kind::Hello, 0, &hello.encode());
+        connection.handle = Some(handle);
     }
 
     /// The source of a connection has shown that its address is its own. More than once does no harm.
     pub(super) fn charge(&self, connection: &mut Connection, now: Instant) {
         if std::mem::take(&mut connection.is_uncharged) {
             let from = connection.address.first();
-            self.parts.gate.validated(from, self.parts.clock.ns(now));
+            self.parts
+                .admission
+                .validated(from, self.parts.clock.ns(now));
         }
     }
 
@@ -110,7 +113,7 @@ impl<H: Handler> Endpoint<H> {
         if std::mem::take(&mut connection.is_handshaking) {
             self.handshakes -= 1;
             self.half_open -= usize::from(connection.is_server);
-            connection.held = None;
+            connection.handshake_permit = None;
         }
         if let Some(initial) = connection.initial.take() {
             self.initial.remove(&initial);

@@ -25,8 +25,8 @@ use crate::buffers::{Buffers, QuicConnection};
 use crate::clock::wall_ns;
 use crate::connection::Connection;
 use crate::counters::{Counter, Family};
-use crate::message::Handler;
 use crate::random::random_bytes;
+use crate::service::message::Handler;
 use crate::tls;
 
 impl<H: Handler> Endpoint<H> {
@@ -45,15 +45,15 @@ impl<H: Handler> Endpoint<H> {
         now: Instant,
     ) -> Option<usize> {
         let header = self.first_header(datagram, from)?;
-        if self.handshakes >= self.parts.shared.config.handshakes_max || !self.has_room() {
+        if self.handshakes >= self.parts.state.config.handshakes_max || !self.has_room() {
             self.counters().count(Family::Refused, Full::Shard.label());
             return None;
         }
         let now_ns = self.parts.clock.ns(now);
-        let gate = &self.parts.gate;
-        match gate.first_packet(&header, from, self.half_open, now_ns, wall_ns()) {
+        let admission = &self.parts.admission;
+        match admission.first_packet(&header, from, self.half_open, now_ns, wall_ns()) {
             First::Accept(by) => {
-                let held = gate.hold(from, by);
+                let permit = admission.hold(from, by);
                 let original = match by {
                     Entitlement::Token(original) => Some(original),
                     Entitlement::Unvalidated | Entitlement::Peer(_) => None,
@@ -61,7 +61,7 @@ impl<H: Handler> Endpoint<H> {
                 let slot = self.open(&header, original, from, now)?;
                 if let Some(Some(connection)) = self.connections.get_mut(slot) {
                     connection.is_uncharged = by == Entitlement::Unvalidated;
-                    connection.held = Some(held);
+                    connection.handshake_permit = Some(permit);
                 }
                 Some(slot)
             }
@@ -144,7 +144,7 @@ impl<H: Handler> Endpoint<H> {
         };
         let key = self.new_key(slot);
         let mut connection =
-            Connection::new(quic, key, id, from, true, &self.parts.shared.config, now);
+            Connection::new(quic, key, id, from, true, &self.parts.state.config, now);
         let dcid = header.dcid.to_vec();
         self.initial.insert(dcid.clone(), slot);
         connection.initial = Some(dcid);
@@ -214,10 +214,10 @@ impl<H: Handler> Endpoint<H> {
             self.parts.peers[index].dial_failed(attempt, now);
             return;
         };
-        tls::pin(quic.as_mut(), public_key, &self.parts.shared.counters);
+        tls::pin(quic.as_mut(), public_key, &self.parts.state.counters);
         let key = self.new_key(slot);
         let mut connection =
-            Connection::new(quic, key, id, to, false, &self.parts.shared.config, now);
+            Connection::new(quic, key, id, to, false, &self.parts.state.config, now);
         connection.attempt = Some(attempt);
         connection.index = index;
         self.insert(slot, connection);

@@ -12,8 +12,8 @@ use crate::address::PeerAddress;
 use crate::connection::{Events, Phase};
 use crate::counters::Counter;
 use crate::ids::IdBytes;
-use crate::message::Handler;
 use crate::quic::CloseCode;
+use crate::service::message::Handler;
 
 /// The connection that the last datagram of a receive completion was for.
 struct Touched {
@@ -64,7 +64,7 @@ impl<H: Handler> Endpoint<H> {
             let Some(Some(connection)) = self.connections.get_mut(touched.slot) else {
                 continue;
             };
-            connection.unanswered_bytes += datagram.len();
+            connection.unacked_bytes += datagram.len();
             if connection.quic.recv(datagram, touched.info).is_err() {
                 self.counters().add(Counter::DatagramsInvalid, 1);
             }
@@ -117,7 +117,7 @@ impl<H: Handler> Endpoint<H> {
         if matches!(connection.phase, Phase::Handshake { .. }) && connection.quic.is_established() {
             self.on_established(slot, now);
         }
-        self.notice_life(slot, now);
+        self.confirm_liveness(slot, now);
         self.drop_retired_ids(slot, now);
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;
@@ -141,17 +141,17 @@ impl<H: Handler> Endpoint<H> {
             }
             let opened = connection.inbox.take_opened();
             if opened > 0 {
-                self.parts.shared.counters.add(Counter::StreamsIn, opened);
+                self.parts.state.counters.add(Counter::StreamsIn, opened);
                 if connection.judge_at.is_none() && connection.inbox.unfinished() > 0 {
                     connection.judge_at =
-                        Some(now + self.parts.shared.config.stream_progress_interval);
+                        Some(now + self.parts.state.config.stream_progress_interval);
                 }
             }
             for repeated in events.probe_replies.drain(..) {
                 if PeerAddress::is_answer(repeated) {
                     let moved = connection.address.answered(repeated);
                     self.parts
-                        .shared
+                        .state
                         .counters
                         .add(Counter::Migrations, u64::from(moved));
                 } else if let Some(health) = &mut connection.health {
@@ -169,7 +169,7 @@ impl<H: Handler> Endpoint<H> {
 
     /// Brings a connection up when the peer's first bytes are there, before they are read; and takes a packet for the sign of life
     /// that a dial request made us ask for.
-    pub(super) fn notice_life(&mut self, slot: usize, now: Instant) {
+    pub(super) fn confirm_liveness(&mut self, slot: usize, now: Instant) {
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;
         };

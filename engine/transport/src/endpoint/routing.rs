@@ -14,8 +14,8 @@ use millrace_protocol::frame::Kind;
 
 use super::Endpoint;
 use crate::ids::IdBytes;
-use crate::message::Handler;
 use crate::random::random_bytes;
+use crate::service::message::Handler;
 
 impl<H: Handler> Endpoint<H> {
     /// The slot of the connection that a datagram belongs to.
@@ -41,7 +41,7 @@ impl<H: Handler> Endpoint<H> {
         self.issued = self.issued.wrapping_add(1);
         let (place, nonce) = (self.place(slot), self.issued);
         let now_ns = self.parts.clock.ns(now);
-        LocalCid::issue_handshake(place, nonce, peer, &self.parts.gate.keys(), now_ns)
+        LocalCid::issue_handshake(place, nonce, peer, &self.parts.admission.keys(), now_ns)
     }
 
     fn place(&self, slot: usize) -> Place {
@@ -59,10 +59,10 @@ impl<H: Handler> Endpoint<H> {
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;
         };
-        if connection.link.is_none() || !connection.ids.wants_another(now_ns) {
+        if connection.handle.is_none() || !connection.ids.wants_another(now_ns) {
             return;
         }
-        let keys = self.parts.gate.keys();
+        let keys = self.parts.admission.keys();
         while connection.ids.wants_another(now_ns) {
             self.issued = self.issued.wrapping_add(1);
             let id = LocalCid::issue_roaming(place, self.issued, &keys, now_ns);
@@ -116,11 +116,11 @@ impl<H: Handler> Endpoint<H> {
             return;
         };
         // Nobody moves before it is known who it is.
-        let Some(link) = &connection.link else {
+        let Some(handle) = &connection.handle else {
             return;
         };
         if let Some(challenge) = connection.address.seen(from, bytes, now, random_bytes) {
-            link.datagram(Kind::Probe, challenge);
+            handle.datagram(Kind::Probe, challenge);
         }
     }
 }

@@ -5,8 +5,8 @@ use std::time::Instant;
 use super::{Endpoint, PeerRoom, Timer};
 use crate::connection::Phase;
 use crate::counters::Family;
-use crate::message::Handler;
 use crate::quic::CloseCode;
+use crate::service::message::Handler;
 
 impl<H: Handler> Endpoint<H> {
     pub(super) fn arm(&mut self, slot: usize) {
@@ -45,7 +45,7 @@ impl<H: Handler> Endpoint<H> {
         match connection.phase {
             Phase::Handshake { until } if until <= now => {
                 self.parts
-                    .shared
+                    .state
                     .counters
                     .count(Family::Refused, "connect_timeout");
                 close = Some(CloseCode::Done);
@@ -61,10 +61,10 @@ impl<H: Handler> Endpoint<H> {
             }
             _ => {}
         }
-        if let Some(link) = &connection.link {
-            link.expire(now);
+        if let Some(handle) = &connection.handle {
+            handle.expire(now);
         }
-        connection.keep_alive(self.parts.shared.config.keep_alive, now);
+        connection.keep_alive(self.parts.state.config.keep_alive, now);
         if let Some(health) = &mut connection.health {
             health.handle_timeout(now);
             if connection.probe(now) {
@@ -79,7 +79,7 @@ impl<H: Handler> Endpoint<H> {
                 pool: &self.parts.pool,
                 peer,
             };
-            connection.judge_streams(&mut room, now, &self.parts.shared.config);
+            connection.judge_streams(&mut room, now, &self.parts.state.config);
         }
         if let Some(code) = close {
             connection.close(code);

@@ -16,7 +16,7 @@ use super::packet::{Content, MemoryLink, PIECE_BYTES, Piece, piece_count};
 use crate::buffers::TxBuffer;
 use crate::carrier::{Carrier, Outgoing, Pumped, QueueFull};
 use crate::config::{PerClass, TransportConfig};
-use crate::message::Payload;
+use crate::service::message::Payload;
 
 /// A piece is repeated no earlier than this after it was sent.
 const REPEAT_AFTER_MIN: Duration = Duration::from_millis(25);

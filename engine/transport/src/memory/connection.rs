@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::inbox::MemoryInbox;
 use super::packet::MemoryLink;
 use crate::config::TransportConfig;
-use crate::link::Link;
+use crate::service::handle::ConnectionHandle;
 
 /// How often a silent peer is asked whether it is there: QUIC's probes, which loss cannot silence.
 const PING_INTERVAL: Duration = Duration::from_millis(100);
@@ -26,7 +26,7 @@ pub(super) enum State {
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) attempt: u64,
-    pub(super) link: Rc<Link>,
+    pub(super) link: Rc<ConnectionHandle>,
     pub(super) path: MemoryLink,
     pub(super) inbox: MemoryInbox,
     /// When the link will have room again, while something waits for that.
@@ -37,8 +37,8 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    pub(super) fn new(attempt: u64, link: Rc<Link>, now: Instant) -> Self {
-        let config = &link.shared.config;
+    pub(super) fn new(attempt: u64, link: Rc<ConnectionHandle>, now: Instant) -> Self {
+        let config = &link.state.config;
         Self {
             attempt,
             path: MemoryLink::new(now, config.udp_payload_bytes_max),
@@ -53,7 +53,7 @@ impl Connection {
 
     /// The peer gave a sign of life.
     pub(super) fn heard(&mut self, now: Instant) {
-        let config = &self.link.shared.config;
+        let config = &self.link.state.config;
         self.heard_at = now;
         self.ping_at = now + config.keep_alive;
         if self.judge_at.is_none() && self.inbox.unfinished() > 0 {
@@ -63,7 +63,7 @@ impl Connection {
 
     /// Whether the peer was silent too long.
     pub(super) fn is_lost(&self, now: Instant) -> bool {
-        now >= self.heard_at + self.link.shared.config.idle_timeout
+        now >= self.heard_at + self.link.state.config.idle_timeout
     }
 
     /// Whether to ask for a sign of life now.
@@ -96,7 +96,7 @@ impl Connection {
                 .memory()
                 .and_then(|memory| memory.next_timeout()),
         };
-        let idle = self.heard_at + self.link.shared.config.idle_timeout;
+        let idle = self.heard_at + self.link.state.config.idle_timeout;
         let rest = [carrier, self.link.next_deadline(), self.judge_at];
         rest.into_iter()
             .flatten()

@@ -11,16 +11,16 @@ use millrace_shards::chunk::ChunkPool;
 
 use super::tasks::Tasks;
 use crate::counters::Counters;
-use crate::link::{PendingAnswer, Shared};
-use crate::message::{Payload, Request};
-use crate::messenger::Messenger;
+use crate::service::handle::{PendingAnswer, ShardState};
+use crate::service::message::{Payload, Request};
+use crate::service::messenger::Messenger;
 
-/// Handle of one node: what [`crate::Local`] is on a shard. Cheap to clone.
+/// Handle of one node: what [`crate::ShardMessenger`] is on a shard. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct MemoryLocal {
     me: NodeId,
     node: usize,
-    shared: Rc<Shared>,
+    shared: Rc<ShardState>,
     pool: ChunkPool,
     tasks: Tasks,
 }
@@ -29,7 +29,7 @@ impl MemoryLocal {
     pub(super) fn new(
         me: NodeId,
         node: usize,
-        shared: Rc<Shared>,
+        shared: Rc<ShardState>,
         pool: ChunkPool,
         tasks: Tasks,
     ) -> Self {

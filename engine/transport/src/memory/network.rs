@@ -21,8 +21,8 @@ use super::node::{Node, Wire, endpoint};
 use super::tasks::Tasks;
 use crate::config::TransportConfig;
 use crate::counters::Counters;
-use crate::link::Shared;
-use crate::message::Handler;
+use crate::service::handle::ShardState;
+use crate::service::message::Handler;
 
 /// What a [`MemoryNetwork`] is like.
 #[derive(Clone, Debug)]
@@ -113,7 +113,11 @@ impl<H: Handler> MemoryNetwork<H> {
         assert!(self.nodes[index].is_none(), "the node runs");
         let transport = self.config.transport.clone();
         let now = self.wire.now;
-        let shared = Rc::new(Shared::new(transport, Arc::new(Counters::default()), now));
+        let shared = Rc::new(ShardState::new(
+            transport,
+            Arc::new(Counters::default()),
+            now,
+        ));
         let local = MemoryLocal::new(
             id,
             index,

@@ -23,9 +23,9 @@ use super::packet::{Content, PIECE_BYTES, Packet, TRAIN_BYTES};
 use crate::connection::{Events, on_arrived, on_fault};
 use crate::counters::{Counter, Family};
 use crate::inbox::{Arrived, StreamFault};
-use crate::link::{Link, Shared};
-use crate::message::Handler;
 use crate::outbox::Outbox;
+use crate::service::handle::{ConnectionHandle, ShardState};
+use crate::service::message::Handler;
 
 /// What the nodes of a network share. Nodes are named by their index.
 #[derive(Debug)]
@@ -111,7 +111,7 @@ pub(super) struct Node<H> {
     id: NodeId,
     index: usize,
     pub(super) handler: H,
-    pub(super) shared: Rc<Shared>,
+    pub(super) shared: Rc<ShardState>,
     pool: ChunkPool,
     budget: ReceiveBudget,
     peers: BTreeMap<usize, Peer>,
@@ -123,7 +123,7 @@ impl<H: Handler> Node<H> {
         id: NodeId,
         index: usize,
         handler: H,
-        shared: Rc<Shared>,
+        shared: Rc<ShardState>,
         pool: ChunkPool,
     ) -> Self {
         let budget = ReceiveBudget::new(BudgetConfig {
@@ -302,7 +302,7 @@ impl<H: Handler> Node<H> {
         self.last_number += 1;
         let number = ConnectionNumber(self.last_number);
         let out = Outbox::in_memory(&self.shared.config);
-        let link = Link::with_outbox(&self.shared, other, peer.id, out);
+        let link = ConnectionHandle::with_outbox(&self.shared, other, peer.id, out);
         link.number.set(number);
         let connection = Connection::new(attempt, Rc::clone(&link), wire.now);
         peer.state = State::Up(Box::new(connection));

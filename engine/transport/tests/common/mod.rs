@@ -16,8 +16,8 @@ use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
 use millrace_transport::counters::{Counter, Family};
 use millrace_transport::{
-    Answer, Defer, EdgeStart, Handler, Inbound, InboundBody, Local, Payload, Request, Responder,
-    Transport, TransportConfig, TransportStart,
+    Answer, Defer, EdgeStart, Handler, Inbound, InboundBody, Payload, Request, Responder,
+    ShardMessenger, Transport, TransportConfig, TransportStart,
 };
 
 /// Answers with the request's body.
@@ -166,7 +166,7 @@ impl Node {
                 topology: Arc::clone(topology),
                 edge,
             },
-            move |_local: Local| TestHandler {
+            move |_local: ShardMessenger| TestHandler {
                 events: sender.clone(),
             },
         )

@@ -13,7 +13,7 @@ use millrace_protocol::frame::Class;
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_shards::{Queue, sleep};
 use millrace_transport::{
-    Answer, Defer, EdgeStart, Handler, Inbound, Local, Payload, Request, Transport,
+    Answer, Defer, EdgeStart, Handler, Inbound, Payload, Request, ShardMessenger, Transport,
 };
 
 use super::RoleArgs;
@@ -170,7 +170,7 @@ impl Rpc {
 
 /// Starts the callers when the node is up.
 struct Client {
-    local: Local,
+    local: ShardMessenger,
     up: Sender<()>,
     window: Arc<OnceLock<Window>>,
     results: Sender<Latencies>,
@@ -200,7 +200,7 @@ impl Handler for Client {
 }
 
 /// One outstanding request after the other, until the window closes.
-async fn ask_by_quic(local: &Local, peer: NodeId, window: &OnceLock<Window>) -> Latencies {
+async fn ask_by_quic(local: &ShardMessenger, peer: NodeId, window: &OnceLock<Window>) -> Latencies {
     let mut latencies = Latencies::default();
     loop {
         let started = Instant::now();

@@ -13,8 +13,8 @@ use millrace_protocol::topology::{Member, Topology};
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
 use millrace_transport::{
-    Answer, Clock, Defer, EdgeStart, Handler, Inbound, Local, Payload, Transport, TransportConfig,
-    TransportStart,
+    Answer, Clock, Defer, EdgeStart, Handler, Inbound, Payload, ShardMessenger, Transport,
+    TransportConfig, TransportStart,
 };
 
 use super::RoleArgs;
@@ -105,7 +105,7 @@ pub(super) fn start<H: Handler>(
     local: (Ipv4Addr, u16),
     topology: Arc<Topology>,
     edge: EdgeStart,
-    handler: impl Fn(Local) -> H + Send + Clone + 'static,
+    handler: impl Fn(ShardMessenger) -> H + Send + Clone + 'static,
 ) -> Result<Transport> {
     let start = TransportStart {
         identity: SigningKey::from_seed(*key.seed()),

@@ -10,7 +10,9 @@ use millrace_protocol::frame::{Class, Method};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_shards::chunk::{Body, BodyMut};
 use millrace_shards::{Queue, yield_now};
-use millrace_transport::{Answer, Defer, Handler, Inbound, Local, Payload, Request, RpcError};
+use millrace_transport::{
+    Answer, Defer, Handler, Inbound, Payload, Request, RpcError, ShardMessenger,
+};
 use tokio::sync::oneshot;
 
 use super::{
@@ -58,7 +60,7 @@ pub(crate) fn drive(engine: Engine, job: Job, settings: &Settings) -> Result<Mea
 
 /// Starts the measurement once every peer is up.
 struct Driver {
-    local: Local,
+    local: ShardMessenger,
     job: std::sync::Arc<Job>,
     result: Sender<Result<Measurement>>,
     peers: Vec<NodeId>,
@@ -91,7 +93,7 @@ impl Handler for Driver {
 /// One measurement, on the shard.
 #[derive(Clone)]
 struct Run {
-    local: Local,
+    local: ShardMessenger,
     job: std::sync::Arc<Job>,
     peers: Vec<NodeId>,
 }

@@ -1,6 +1,6 @@
 //! millrace through its own public API: a node on one shard for each side.
 //!
-//! Callers run as tasks on the shard and requests go out through [`Local`](millrace_transport::Local),
+//! Callers run as tasks on the shard and requests go out through [`ShardMessenger`](millrace_transport::ShardMessenger),
 //! as the layers above the transport do it. Three profiles differ only in how long an idle shard
 //! polls before it parks.
 
@@ -19,7 +19,9 @@ use millrace_protocol::topology::{Member, Topology};
 use millrace_shards::chunk::Body;
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
-use millrace_transport::{EdgeStart, Handler, Local, Transport, TransportConfig, TransportStart};
+use millrace_transport::{
+    EdgeStart, Handler, ShardMessenger, Transport, TransportConfig, TransportStart,
+};
 
 pub(super) use drive::drive;
 pub(super) use serve::serve;
@@ -103,7 +105,7 @@ fn start<H, F>(
 ) -> Result<Transport>
 where
     H: Handler,
-    F: Fn(Local) -> H + Send + Clone + 'static,
+    F: Fn(ShardMessenger) -> H + Send + Clone + 'static,
 {
     let start = TransportStart {
         identity: SigningKey::from_seed(*key.seed()),

@@ -30,14 +30,14 @@ pub trait ConnectionCounts: Debug + Send + Sync {
 
 /// The admission of all shards, and who listens.
 #[derive(Clone, Debug)]
-pub(crate) struct Gate {
-    pub(crate) admission: Arc<Admission>,
+pub(crate) struct AdmissionControl {
+    pub(crate) policy: Arc<Admission>,
     pub(crate) counts: Option<Arc<dyn ConnectionCounts>>,
 }
 
-impl Gate {
+impl AdmissionControl {
     pub(crate) fn keys(&self) -> Keys {
-        self.admission.keys()
+        self.policy.keys()
     }
 
     /// What becomes of a packet that may begin a connection; see [`Admission::first_packet`]. What is accepted is to be
@@ -51,14 +51,14 @@ impl Gate {
         wall_ns: u64,
     ) -> First {
         let token = header.token.as_deref().unwrap_or_default();
-        self.admission
+        self.policy
             .first_packet(from, &header.dcid, token, half_open, now_ns, wall_ns)
     }
 
     /// A handshake that [`Self::first_packet`] accepted: half open for as long as what this returns lives.
-    pub(crate) fn hold(&self, from: SocketAddr, by: Entitlement) -> HalfOpen {
-        HalfOpen {
-            admission: Arc::clone(&self.admission),
+    pub(crate) fn hold(&self, from: SocketAddr, by: Entitlement) -> HandshakePermit {
+        HandshakePermit {
+            policy: Arc::clone(&self.policy),
             from,
             by,
         }
@@ -66,20 +66,20 @@ impl Gate {
 
     /// A source that came without token or proof has shown its address.
     pub(crate) fn validated(&self, from: SocketAddr, now_ns: u64) {
-        self.admission.validated(from, now_ns);
+        self.policy.validated(from, now_ns);
         if let Some(counts) = &self.counts {
             counts.validated(Source::of(from.ip()));
         }
     }
 
     /// Counts a connection for as long as what this returns lives; refused at the cap of its source.
-    pub(crate) fn open(&self, from: SocketAddr) -> Result<Counted, Reason> {
-        self.admission.opened(from)?;
+    pub(crate) fn open(&self, from: SocketAddr) -> Result<ConnectionPermit, Reason> {
+        self.policy.opened(from)?;
         if let Some(counts) = &self.counts {
             counts.opened(Source::of(from.ip()));
         }
-        Ok(Counted {
-            gate: self.clone(),
+        Ok(ConnectionPermit {
+            control: self.clone(),
             from,
         })
     }
@@ -87,29 +87,29 @@ impl Gate {
 
 /// A handshake that is counted.
 #[derive(Debug)]
-pub(crate) struct HalfOpen {
-    admission: Arc<Admission>,
+pub(crate) struct HandshakePermit {
+    policy: Arc<Admission>,
     from: SocketAddr,
     by: Entitlement,
 }
 
-impl Drop for HalfOpen {
+impl Drop for HandshakePermit {
     fn drop(&mut self) {
-        self.admission.handshake_over(self.from, self.by);
+        self.policy.handshake_over(self.from, self.by);
     }
 }
 
 /// A connection that is counted.
 #[derive(Debug)]
-pub(crate) struct Counted {
-    gate: Gate,
+pub(crate) struct ConnectionPermit {
+    control: AdmissionControl,
     from: SocketAddr,
 }
 
-impl Drop for Counted {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
-        self.gate.admission.closed(self.from);
-        if let Some(counts) = &self.gate.counts {
+        self.control.policy.closed(self.from);
+        if let Some(counts) = &self.control.counts {
             counts.closed(Source::of(self.from.ip()));
         }
     }

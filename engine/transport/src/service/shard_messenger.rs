@@ -9,22 +9,22 @@ use millrace_protocol::rpc::RpcError;
 use millrace_shards::chunk::ChunkPool;
 use millrace_shards::{Queue, ShardContext};
 
-use crate::link::{PendingAnswer, Shared};
-use crate::message::{Payload, Request};
+use crate::service::handle::{PendingAnswer, ShardState};
+use crate::service::message::{Payload, Request};
 use crate::start::Transport;
 
 /// Handle of one shard's transport. Cheap to clone; stays on its shard.
 #[derive(Clone, Debug)]
-pub struct Local {
-    shared: Rc<Shared>,
+pub struct ShardMessenger {
+    state: Rc<ShardState>,
     context: ShardContext,
     transport: Transport,
 }
 
-impl Local {
-    pub(crate) fn new(shared: Rc<Shared>, context: ShardContext, transport: Transport) -> Self {
+impl ShardMessenger {
+    pub(crate) fn new(state: Rc<ShardState>, context: ShardContext, transport: Transport) -> Self {
         Self {
-            shared,
+            state,
             context,
             transport,
         }
@@ -32,7 +32,7 @@ impl Local {
 
     /// Asks `peer`. The answer comes to the returned future; dropping that takes the request back.
     pub fn request(&self, peer: &NodeId, request: Request) -> PendingAnswer {
-        self.shared.request(peer, request)
+        self.state.request(peer, request)
     }
 
     /// Tells `peer`, without an answer; the message is lost with its connection.
@@ -43,10 +43,10 @@ impl Local {
         method: Method,
         body: Payload,
     ) -> Result<(), RpcError> {
-        self.shared.send(peer, class, method, body)
+        self.state.send(peer, class, method, body)
     }
 
-    /// As [`Local::send`] for a small body, which is copied straight into a lane.
+    /// As [`ShardMessenger::send`] for a small body, which is copied straight into a lane.
     pub fn send_slice(
         &self,
         peer: &NodeId,
@@ -54,16 +54,16 @@ impl Local {
         method: Method,
         body: &[u8],
     ) -> Result<(), RpcError> {
-        let link = self
-            .shared
-            .link_to(peer, false)
+        let handle = self
+            .state
+            .handle_to(peer, false)
             .ok_or(RpcError::NotConnected)?;
-        link.send_slice(class, method, body)
+        handle.send_slice(class, method, body)
     }
 
     /// Peers that are up and owned by this shard.
     pub fn peers(&self) -> Vec<NodeId> {
-        self.shared.peers()
+        self.state.peers()
     }
 
     /// Where bodies are put.

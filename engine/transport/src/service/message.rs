@@ -8,7 +8,7 @@ use millrace_protocol::frame::{Class, FailureCode, Method};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_shards::chunk::Body;
 
-use crate::link::Link;
+use crate::service::handle::ConnectionHandle;
 
 /// The body of a message. Up to 64 KiB it may be bytes; above, it is chunks and is never copied.
 #[derive(Clone, Debug, Default)]
@@ -141,7 +141,7 @@ pub enum Answer {
 /// Hands out the responder of a request that is answered later.
 #[derive(Debug)]
 pub struct Defer<'a> {
-    pub(crate) link: &'a Rc<Link>,
+    pub(crate) handle: &'a Rc<ConnectionHandle>,
     pub(crate) class: Class,
     pub(crate) id: u32,
 }
@@ -150,11 +150,11 @@ impl Defer<'_> {
     /// The responder; return [`Answer::Deferred`] after taking it. `None` when the peer has too many requests of this class in flight:
     /// answer with [`FailureCode::Busy`] then.
     pub fn responder(&self) -> Option<Responder> {
-        if !self.link.open_inbound(self.class, self.id) {
+        if !self.handle.open_inbound(self.class, self.id) {
             return None;
         }
         Some(Responder {
-            link: Rc::clone(self.link),
+            handle: Rc::clone(self.handle),
             class: self.class,
             id: self.id,
             done: false,
@@ -165,7 +165,7 @@ impl Defer<'_> {
 /// Answers one request later. Dropped without an answer, it says [`FailureCode::Internal`].
 #[derive(Debug)]
 pub struct Responder {
-    link: Rc<Link>,
+    handle: Rc<ConnectionHandle>,
     class: Class,
     id: u32,
     done: bool,
@@ -184,13 +184,13 @@ impl Responder {
 
     /// Whether nobody waits for the answer any more: the peer took the request back, or its connection ended.
     pub fn is_cancelled(&self) -> bool {
-        !self.link.is_inbound_open(self.id)
+        !self.handle.is_inbound_open(self.id)
     }
 
     fn finish(&mut self, answer: Result<Payload, FailureCode>) {
         self.done = true;
-        if self.link.close_inbound(self.id) {
-            self.link.answer(self.class, self.id, answer);
+        if self.handle.close_inbound(self.id) {
+            self.handle.answer(self.class, self.id, answer);
         }
     }
 }

@@ -11,11 +11,11 @@ const PACKETS_MAX: u32 = 16;
 
 /// The last packets of a connection.
 #[derive(Debug, Default)]
-pub(crate) struct Farewell {
+pub(crate) struct CloseSender {
     packets: u32,
 }
 
-impl Farewell {
+impl CloseSender {
     /// Builds the next packet of a closing connection; its length. [`quiche::Error::Done`] too when it has had its share.
     pub(crate) fn send(
         &mut self,
@@ -106,10 +106,10 @@ mod tests {
         }
     }
 
-    /// Packets of a farewell.
-    fn packets_of(farewell: &mut Farewell, quic: &mut QuicConnection) -> u32 {
+    /// Packets of a closing connection.
+    fn packets_of(close_sender: &mut CloseSender, quic: &mut QuicConnection) -> u32 {
         let mut packet = [0; 2_000];
-        let sent = std::iter::repeat_with(|| farewell.send(quic, &mut packet));
+        let sent = std::iter::repeat_with(|| close_sender.send(quic, &mut packet));
         sent.take_while(Result::is_ok).take(1_000).count() as u32
     }
 
@@ -128,9 +128,9 @@ mod tests {
         }
         client.on_timeout();
         client.close(true, 0, b"done").unwrap();
-        let mut farewell = Farewell::default();
-        assert_eq!(packets_of(&mut farewell, &mut client), PACKETS_MAX);
-        assert!(farewell.is_over());
+        let mut close_sender = CloseSender::default();
+        assert_eq!(packets_of(&mut close_sender, &mut client), PACKETS_MAX);
+        assert!(close_sender.is_over());
         assert!(
             client.send(&mut [0; 2_000]).is_ok(),
             "quiche ends by itself: the bound is not needed any more"
@@ -145,8 +145,8 @@ mod tests {
             say(&mut server, Some(&mut client));
         }
         client.close(true, 0, b"done").unwrap();
-        let mut farewell = Farewell::default();
-        assert_eq!(packets_of(&mut farewell, &mut client), 1);
-        assert!(!farewell.is_over() && client.is_draining());
+        let mut close_sender = CloseSender::default();
+        assert_eq!(packets_of(&mut close_sender, &mut client), 1);
+        assert!(!close_sender.is_over() && client.is_draining());
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use millrace_protocol::rpc::RpcError;
 
-use crate::message::Payload;
+use crate::service::message::Payload;
 
 #[derive(Debug, Default)]
 struct RemoteSlot {
@@ -26,11 +26,11 @@ struct RemoteState {
 
 /// The shard's side of a [`RemoteAnswer`]: whatever happens to it, the other side hears once.
 #[derive(Debug)]
-pub(crate) struct Promise {
+pub(crate) struct RemoteCompletion {
     state: Option<Arc<RemoteState>>,
 }
 
-impl Promise {
+impl RemoteCompletion {
     /// Both sides.
     pub(crate) fn new() -> (Self, RemoteAnswer) {
         let state = Arc::new(RemoteState::default());
@@ -40,14 +40,14 @@ impl Promise {
         (Self { state: Some(state) }, answer)
     }
 
-    pub(crate) fn keep(mut self, result: Result<Payload, RpcError>) {
+    pub(crate) fn complete(mut self, result: Result<Payload, RpcError>) {
         if let Some(state) = self.state.take() {
             state.complete(result);
         }
     }
 }
 
-impl Drop for Promise {
+impl Drop for RemoteCompletion {
     fn drop(&mut self) {
         if let Some(state) = self.state.take() {
             // The mailbox was full, or the shard stopped with the request in it or in flight.

@@ -5,9 +5,9 @@ use millrace_protocol::id::NodeId;
 use millrace_protocol::rpc::RpcError;
 use millrace_shards::chunk::ChunkPool;
 
-use crate::link::PendingAnswer;
-use crate::local::Local;
-use crate::message::{Payload, Request};
+use crate::service::handle::PendingAnswer;
+use crate::service::message::{Payload, Request};
+use crate::service::shard_messenger::ShardMessenger;
 
 /// Requests and one-way messages to peers, from one shard.
 pub trait Messenger {
@@ -30,7 +30,7 @@ pub trait Messenger {
     fn pool(&self) -> &ChunkPool;
 }
 
-impl Messenger for Local {
+impl Messenger for ShardMessenger {
     fn request(&self, peer: &NodeId, request: Request) -> PendingAnswer {
         self.request(peer, request)
     }

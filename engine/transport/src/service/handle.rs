@@ -1,12 +1,12 @@
-//! One established connection as local code sees it, and what all links of a shard share.
+//! One established connection as local code sees it, and what all handles of a shard share.
 //!
-//! A request, an answer or a one-way message goes straight into the link's [`Outbox`] and marks the link dirty; the endpoint feeds dirty links
+//! A request, an answer or a one-way message goes straight into the handle's [`Outbox`] and marks the handle dirty; the endpoint feeds dirty handles
 //! in the same turn. No command queue lies between, and no lock: everything here lives on one shard.
 //!
 //! Invariants
 //! 1. No `RefCell` here is borrowed while foreign code runs: handlers, wakers and callbacks are called with nothing held.
-//! 2. A link that is closed takes nothing more: its calls were answered with [`RpcError::ConnectionLost`].
-//! 3. A link is in `dirty` exactly when its flag says so, so that list is bounded by the number of links.
+//! 2. A handle that is closed takes nothing more: its calls were answered with [`RpcError::ConnectionLost`].
+//! 3. A handle is in `dirty` exactly when its flag says so, so that list is bounded by the number of handles.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -23,12 +23,12 @@ use millrace_protocol::rpc::{InFlight, RpcError, RpcTable};
 
 use crate::config::TransportConfig;
 use crate::counters::{Counter, Counters, Family};
-use crate::message::{Payload, Request};
 use crate::outbox::Outbox;
+use crate::service::message::{Payload, Request};
 
-/// What the links of one shard share.
+/// What the handles of one shard share.
 #[derive(Debug)]
-pub(crate) struct Shared {
+pub(crate) struct ShardState {
     pub(crate) config: TransportConfig,
     pub(crate) counters: Arc<Counters>,
     /// The time of this turn.
@@ -36,13 +36,13 @@ pub(crate) struct Shared {
     /// Connections with something to send, oldest first, by slot.
     pub(crate) dirty: RefCell<VecDeque<usize>>,
     /// Links that are up.
-    pub(crate) up: RefCell<BTreeMap<NodeId, Vec<Rc<Link>>>>,
+    pub(crate) up: RefCell<BTreeMap<NodeId, Vec<Rc<ConnectionHandle>>>>,
     pub(crate) stopping: Cell<bool>,
     /// Requests and answers that arrived on lanes since packets were last sent.
     pub(crate) exchanged: Cell<usize>,
 }
 
-impl Shared {
+impl ShardState {
     pub(crate) fn new(config: TransportConfig, counters: Arc<Counters>, now: Instant) -> Self {
         Self {
             config,
@@ -55,14 +55,14 @@ impl Shared {
         }
     }
 
-    /// The link for the next message to `peer`: small ones take the first, so that they keep their order; bodies take turns.
-    pub(crate) fn link_to(&self, peer: &NodeId, body: bool) -> Option<Rc<Link>> {
+    /// The handle for the next message to `peer`: small ones take the first, so that they keep their order; bodies take turns.
+    pub(crate) fn handle_to(&self, peer: &NodeId, body: bool) -> Option<Rc<ConnectionHandle>> {
         let mut up = self.up.borrow_mut();
-        let links = up.get_mut(peer)?;
+        let handles = up.get_mut(peer)?;
         if body {
-            links.rotate_left(1);
+            handles.rotate_left(1);
         }
-        links.first().map(Rc::clone)
+        handles.first().map(Rc::clone)
     }
 
     pub(crate) fn peers(&self) -> Vec<NodeId> {
@@ -73,8 +73,8 @@ impl Shared {
         if self.stopping.get() {
             return PendingAnswer::failed(RpcError::LocalShuttingDown);
         }
-        match self.link_to(peer, request.class == Class::Bulk) {
-            Some(link) => link.request_local(request),
+        match self.handle_to(peer, request.class == Class::Bulk) {
+            Some(handle) => handle.request_local(request),
             None => PendingAnswer::failed(RpcError::NotConnected),
         }
     }
@@ -86,22 +86,22 @@ impl Shared {
         method: Method,
         body: Payload,
     ) -> Result<(), RpcError> {
-        let link = self
-            .link_to(peer, class == Class::Bulk)
+        let handle = self
+            .handle_to(peer, class == Class::Bulk)
             .ok_or(RpcError::NotConnected)?;
-        link.send(class, method, body)
+        handle.send(class, method, body)
     }
 }
 
 /// How the answer to a request reaches whoever asked.
-pub(crate) enum Waiter {
+pub(crate) enum Completion {
     /// A future on this shard.
-    Local(Rc<Completion>),
+    Local(Rc<AnswerSlot>),
     /// Anything else; called on this shard's thread.
     Call(Box<dyn FnOnce(Result<Payload, RpcError>)>),
 }
 
-impl std::fmt::Debug for Waiter {
+impl std::fmt::Debug for Completion {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Local(_) => "Local",
@@ -110,10 +110,10 @@ impl std::fmt::Debug for Waiter {
     }
 }
 
-impl Waiter {
+impl Completion {
     pub(crate) fn complete(self, result: Result<Payload, RpcError>) {
         match self {
-            Self::Local(completion) => completion.complete(result),
+            Self::Local(slot) => slot.complete(result),
             Self::Call(call) => call(result),
         }
     }
@@ -121,12 +121,12 @@ impl Waiter {
 
 /// Where a local future finds its answer.
 #[derive(Debug, Default)]
-pub(crate) struct Completion {
+pub(crate) struct AnswerSlot {
     result: RefCell<Option<Result<Payload, RpcError>>>,
     waker: RefCell<Option<Waker>>,
 }
 
-impl Completion {
+impl AnswerSlot {
     pub(crate) fn complete(&self, result: Result<Payload, RpcError>) {
         *self.result.borrow_mut() = Some(result);
         let waker = self.waker.borrow_mut().take();
@@ -141,18 +141,15 @@ impl Completion {
 #[derive(Debug)]
 #[must_use = "a request is taken back when its future is dropped"]
 pub struct PendingAnswer {
-    completion: Rc<Completion>,
-    call: Option<(Rc<Link>, Header)>,
+    answer: Rc<AnswerSlot>,
+    call: Option<(Rc<ConnectionHandle>, Header)>,
 }
 
 impl PendingAnswer {
     pub(crate) fn failed(error: RpcError) -> Self {
-        let completion = Rc::new(Completion::default());
-        completion.complete(Err(error));
-        Self {
-            completion,
-            call: None,
-        }
+        let answer = Rc::new(AnswerSlot::default());
+        answer.complete(Err(error));
+        Self { answer, call: None }
     }
 }
 
@@ -160,12 +157,12 @@ impl Future for PendingAnswer {
     type Output = Result<Payload, RpcError>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let result = self.completion.result.borrow_mut().take();
+        let result = self.answer.result.borrow_mut().take();
         if let Some(result) = result {
             self.call = None;
             return Poll::Ready(result);
         }
-        let mut waker = self.completion.waker.borrow_mut();
+        let mut waker = self.answer.waker.borrow_mut();
         match waker.as_mut() {
             Some(held) => held.clone_from(context.waker()),
             None => *waker = Some(context.waker().clone()),
@@ -176,51 +173,56 @@ impl Future for PendingAnswer {
 
 impl Drop for PendingAnswer {
     fn drop(&mut self) {
-        if let Some((link, header)) = self.call.take()
-            && self.completion.result.borrow().is_none()
+        if let Some((handle, header)) = self.call.take()
+            && self.answer.result.borrow().is_none()
         {
-            link.cancel(header);
+            handle.cancel(header);
         }
     }
 }
 
 /// One established connection.
 #[derive(Debug)]
-pub(crate) struct Link {
-    pub(crate) shared: Rc<Shared>,
+pub(crate) struct ConnectionHandle {
+    pub(crate) state: Rc<ShardState>,
     /// Slot of the connection in the endpoint.
     pub(crate) slot: usize,
     pub(crate) peer: NodeId,
     pub(crate) number: Cell<ConnectionNumber>,
     pub(crate) out: RefCell<Outbox>,
-    calls: RefCell<RpcTable<(Class, Waiter)>>,
+    calls: RefCell<RpcTable<(Class, Completion)>>,
     /// Requests of the peer that are answered later.
     inbound: RefCell<InFlight<()>>,
     is_dirty: Cell<bool>,
     is_closed: Cell<bool>,
 }
 
-impl Link {
-    pub(crate) fn new(shared: &Rc<Shared>, slot: usize, peer: NodeId, is_server: bool) -> Rc<Self> {
-        Self::with_outbox(shared, slot, peer, Outbox::new(&shared.config, is_server))
+impl ConnectionHandle {
+    pub(crate) fn new(
+        state: &Rc<ShardState>,
+        slot: usize,
+        peer: NodeId,
+        is_server: bool,
+    ) -> Rc<Self> {
+        Self::with_outbox(state, slot, peer, Outbox::new(&state.config, is_server))
     }
 
     pub(crate) fn with_outbox(
-        shared: &Rc<Shared>,
+        state: &Rc<ShardState>,
         slot: usize,
         peer: NodeId,
         out: Outbox,
     ) -> Rc<Self> {
-        let config = &shared.config;
+        let config = &state.config;
         Rc::new(Self {
-            shared: Rc::clone(shared),
+            state: Rc::clone(state),
             slot,
             peer,
             number: Cell::new(ConnectionNumber(0)),
             out: RefCell::new(out),
             calls: RefCell::new(RpcTable::new(
                 config.requests_out_max.rpc_limits(),
-                shared.now.get(),
+                state.now.get(),
             )),
             inbound: RefCell::new(InFlight::new(config.requests_in_max.rpc_limits())),
             is_dirty: Cell::new(false),
@@ -231,7 +233,7 @@ impl Link {
     /// Puts the connection on the list of those to be fed this turn.
     pub(crate) fn mark_dirty(&self) {
         if !self.is_dirty.replace(true) {
-            self.shared.dirty.borrow_mut().push_back(self.slot);
+            self.state.dirty.borrow_mut().push_back(self.slot);
         }
     }
 
@@ -244,27 +246,27 @@ impl Link {
         self.is_dirty.set(false);
     }
 
-    /// Sends a request; its waiter hears exactly once.
+    /// Sends a request; its completion hears exactly once.
     pub(crate) fn request(
         &self,
         request: Request,
-        waiter: Waiter,
-    ) -> Result<Header, (RpcError, Waiter)> {
+        completion: Completion,
+    ) -> Result<Header, (RpcError, Completion)> {
         if self.is_closed.get() {
-            return Err((RpcError::NotConnected, waiter));
+            return Err((RpcError::NotConnected, completion));
         }
-        let limits = &self.shared.config.limits;
+        let limits = &self.state.config.limits;
         if request.body.len() > u64::from(limits.body_bytes_max) {
-            return Err((too_large(&request.body, limits), waiter));
+            return Err((too_large(&request.body, limits), completion));
         }
         let body_bytes = request.body.len() as u32;
         let arg = u32::try_from(request.deadline.as_millis()).unwrap_or(u32::MAX);
-        let deadline = self.shared.now.get() + Duration::from_millis(arg.into());
+        let deadline = self.state.now.get() + Duration::from_millis(arg.into());
         let id = self
             .calls
             .borrow_mut()
-            .insert_with(request.class, deadline, (request.class, waiter))
-            .map_err(|(error, (_, waiter))| (error, waiter))?;
+            .insert_with(request.class, deadline, (request.class, completion))
+            .map_err(|(error, (_, completion))| (error, completion))?;
         let header = Header {
             kind: Kind::Request,
             class: request.class,
@@ -274,29 +276,27 @@ impl Link {
             arg,
         };
         if self.out.borrow_mut().push(header, request.body).is_err() {
-            let waiter = self.calls.borrow_mut().cancel(id);
-            return match waiter {
-                Some((_, waiter)) => Err((RpcError::LocalBusy(request.class), waiter)),
+            let completion = self.calls.borrow_mut().cancel(id);
+            return match completion {
+                Some((_, completion)) => Err((RpcError::LocalBusy(request.class), completion)),
                 None => Ok(header),
             };
         }
-        self.shared
-            .counters
-            .sent(request.class, body_bytes as usize);
+        self.state.counters.sent(request.class, body_bytes as usize);
         self.mark_dirty();
         Ok(header)
     }
 
     /// Sends a request and returns the future of its answer.
     pub(crate) fn request_local(self: &Rc<Self>, request: Request) -> PendingAnswer {
-        let completion = Rc::new(Completion::default());
-        match self.request(request, Waiter::Local(Rc::clone(&completion))) {
+        let answer = Rc::new(AnswerSlot::default());
+        match self.request(request, Completion::Local(Rc::clone(&answer))) {
             Ok(header) => PendingAnswer {
-                completion,
+                answer,
                 call: Some((Rc::clone(self), header)),
             },
             Err((error, _)) => {
-                self.shared.counters.count(Family::Failed, error.reason());
+                self.state.counters.count(Family::Failed, error.reason());
                 PendingAnswer::failed(error)
             }
         }
@@ -329,7 +329,7 @@ impl Link {
     pub(crate) fn send(&self, class: Class, method: Method, body: Payload) -> Result<(), RpcError> {
         let result = self.try_send(class, method, body);
         if let Err(error) = &result {
-            self.shared.counters.count(Family::Failed, error.reason());
+            self.state.counters.count(Family::Failed, error.reason());
         }
         result
     }
@@ -338,8 +338,8 @@ impl Link {
         if self.is_closed.get() {
             return Err(RpcError::NotConnected);
         }
-        if body.len() > u64::from(self.shared.config.limits.body_bytes_max) {
-            return Err(too_large(&body, &self.shared.config.limits));
+        if body.len() > u64::from(self.state.config.limits.body_bytes_max) {
+            return Err(too_large(&body, &self.state.config.limits));
         }
         let body_bytes = body.len() as u32;
         let header = Header {
@@ -354,7 +354,7 @@ impl Link {
             .borrow_mut()
             .push(header, body)
             .map_err(|_| RpcError::LocalBusy(class))?;
-        self.shared.counters.sent(class, body_bytes as usize);
+        self.state.counters.sent(class, body_bytes as usize);
         self.mark_dirty();
         Ok(())
     }
@@ -377,7 +377,7 @@ impl Link {
             body_bytes: body.len() as u32,
             arg: 0,
         };
-        if body.len() > self.shared.config.limits.lane_body_bytes_max as usize {
+        if body.len() > self.state.config.limits.lane_body_bytes_max as usize {
             return self.send(
                 class,
                 method,
@@ -386,10 +386,10 @@ impl Link {
         }
         if self.out.borrow_mut().push_frame(header, body).is_err() {
             let busy = RpcError::LocalBusy(class);
-            self.shared.counters.count(Family::Failed, busy.reason());
+            self.state.counters.count(Family::Failed, busy.reason());
             return Err(busy);
         }
-        self.shared.counters.sent(class, body.len());
+        self.state.counters.sent(class, body.len());
         self.mark_dirty();
         Ok(())
     }
@@ -405,7 +405,7 @@ impl Link {
             arg,
         };
         if self.out.borrow_mut().push_frame(header, body).is_err() {
-            self.shared
+            self.state
                 .counters
                 .count(Family::Failed, RpcError::LocalBusy(Class::Latency).reason());
         }
@@ -432,7 +432,7 @@ impl Link {
             return;
         }
         let (kind, arg, body) = match answer {
-            Ok(body) if body.len() <= u64::from(self.shared.config.limits.body_bytes_max) => {
+            Ok(body) if body.len() <= u64::from(self.state.config.limits.body_bytes_max) => {
                 (Kind::Response, 0, body)
             }
             Ok(_) => (
@@ -453,21 +453,21 @@ impl Link {
         };
         if self.out.borrow_mut().push(header, body).is_err() {
             // The peer's deadline ends its wait.
-            self.shared
+            self.state
                 .counters
                 .count(Family::Failed, RpcError::LocalBusy(Class::Latency).reason());
             return;
         }
-        self.shared.counters.sent(class, body_bytes as usize);
+        self.state.counters.sent(class, body_bytes as usize);
         self.mark_dirty();
     }
 
     /// Hands an answer to whoever waits for it.
     pub(crate) fn on_answer(&self, id: u32, result: Result<Payload, RpcError>) {
-        let waiter = self.calls.borrow_mut().complete(id);
-        match waiter {
-            Some((_, waiter)) => waiter.complete(result),
-            None => self.shared.counters.add(Counter::AnswersLate, 1),
+        let completion = self.calls.borrow_mut().complete(id);
+        match completion {
+            Some((_, completion)) => completion.complete(result),
+            None => self.state.counters.add(Counter::AnswersLate, 1),
         }
     }
 
@@ -481,13 +481,13 @@ impl Link {
         let mut late = Vec::new();
         self.calls
             .borrow_mut()
-            .expire(now, &mut |id, waiter| late.push((id, waiter)));
-        for (id, (class, waiter)) in late {
+            .expire(now, &mut |id, completion| late.push((id, completion)));
+        for (id, (class, completion)) in late {
             self.withdraw(Kind::Request, class, id, true);
-            self.shared
+            self.state
                 .counters
                 .count(Family::Failed, RpcError::Timeout.reason());
-            waiter.complete(Err(RpcError::Timeout));
+            completion.complete(Err(RpcError::Timeout));
         }
     }
 
@@ -500,12 +500,12 @@ impl Link {
         let mut lost = Vec::new();
         self.calls
             .borrow_mut()
-            .take_all(&mut |_, (_, waiter)| lost.push(waiter));
-        for waiter in lost {
-            self.shared
+            .take_all(&mut |_, (_, completion)| lost.push(completion));
+        for completion in lost {
+            self.state
                 .counters
                 .count(Family::Failed, RpcError::ConnectionLost.reason());
-            waiter.complete(Err(RpcError::ConnectionLost));
+            completion.complete(Err(RpcError::ConnectionLost));
         }
     }
 
@@ -537,7 +537,7 @@ impl Link {
     /// The peer took its request back, or no longer wants the answer that is under way.
     pub(crate) fn on_cancel(&self, class: Class, id: u32) {
         if self.close_inbound(id) {
-            self.shared.counters.add(Counter::RequestsCancelled, 1);
+            self.state.counters.add(Counter::RequestsCancelled, 1);
         } else {
             self.withdraw(Kind::Response, class, id, false);
         }
