@@ -352,10 +352,6 @@ const NON_MEMBER: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 9));
 const NON_MEMBER_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 2, 0, 0, 0, 9));
 
 #[cfg(test)]
-#[path = "../tests/common/skip.rs"]
-mod skip;
-
-#[cfg(test)]
 mod tests {
     use super::*;
     use crate::edge::{AttachOptions, Edge, EdgeError};
@@ -363,6 +359,7 @@ mod tests {
     use crate::pins::{Kind as Pinned, Pins};
     use libbpf_rs::ProgramHandle;
     use millrace_edge_policy::model::{Cookie, Environment, Model};
+    use millrace_testkit::skip;
 
     // Protects the fixtures: what they expect is what the specification says.
     #[test]

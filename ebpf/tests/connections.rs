@@ -1,18 +1,15 @@
 //! TCP connections are counted by the kernel, exactly, with real sockets.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-#[path = "common/skip.rs"]
-mod skip;
-
 use std::net::{IpAddr, Shutdown, TcpListener, TcpStream};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use libbpf_rs::{MapCore as _, MapFlags};
 use millrace_edge::abi::{self, EdgeConfig, EdgeControl, EdgeService};
 use millrace_edge::load::{LoadOptions, Loaded};
 use millrace_edge::privileges::missing;
 use millrace_edge_policy::source::Source;
+use millrace_testkit::{skip, until};
 
 const KIND_TCP: u8 = 2;
 
@@ -57,15 +54,6 @@ fn connections(loaded: &Loaded, source: IpAddr) -> u64 {
     }
 }
 
-/// The last steps of a connection's end happen behind the calls that cause them.
-fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !condition() {
-        assert!(Instant::now() < deadline, "{what}");
-        thread::yield_now();
-    }
-}
-
 #[test]
 fn connections_are_counted_by_source_and_given_back() {
     let Some(loaded) = load() else { return };
@@ -94,7 +82,7 @@ fn connections_are_counted_by_source_and_given_back() {
     let (dialled, accepted) = fours.pop().unwrap();
     drop(accepted);
     drop(dialled);
-    wait_for("one closed by us", || connections(&loaded, four) == 4);
+    until("one closed by us", || connections(&loaded, four) == 4);
     let (dialled, accepted) = fours.pop().unwrap();
     dialled.shutdown(Shutdown::Both).unwrap();
     assert_eq!(
@@ -103,9 +91,9 @@ fn connections_are_counted_by_source_and_given_back() {
         "half closed, the socket is still there"
     );
     drop((dialled, accepted));
-    wait_for("one closed by them", || connections(&loaded, four) == 3);
+    until("one closed by them", || connections(&loaded, four) == 3);
     drop((fours, sixes));
-    wait_for("none left", || {
+    until("none left", || {
         connections(&loaded, four) + connections(&loaded, six) == 0
     });
 }
@@ -134,7 +122,7 @@ fn counts_stay_exact_while_two_threads_open_and_close() {
             });
         }
     });
-    wait_for("none left", || connections(&loaded, address) == 0);
+    until("none left", || connections(&loaded, address) == 0);
     let pairs: Vec<_> = (0..7)
         .map(|_| {
             let dialled = TcpStream::connect(listeners[0].local_addr().unwrap()).unwrap();
@@ -143,7 +131,7 @@ fn counts_stay_exact_while_two_threads_open_and_close() {
         .collect();
     assert_eq!(connections(&loaded, address), 7);
     drop(pairs);
-    wait_for("none left at the end", || {
+    until("none left at the end", || {
         connections(&loaded, address) == 0
     });
 }

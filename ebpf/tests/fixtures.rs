@@ -25,8 +25,6 @@ mod packets;
 mod proofs;
 #[path = "fixtures/quic.rs"]
 mod quic;
-#[path = "common/skip.rs"]
-mod skip;
 #[path = "fixtures/tcp.rs"]
 mod tcp;
 #[path = "fixtures/testbed.rs"]

@@ -9,8 +9,6 @@ mod frames;
 mod generator;
 #[path = "common/lockstep.rs"]
 mod lockstep;
-#[path = "common/skip.rs"]
-mod skip;
 #[path = "model/testbed.rs"]
 mod testbed;
 

@@ -1,9 +1,6 @@
 //! Every program loads, and decides a few packets of each kind as the specification says. What is exhaustive is `model.rs`.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-#[path = "common/skip.rs"]
-mod skip;
-
 use std::mem::offset_of;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -24,6 +21,7 @@ use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::siphash::Key;
 use millrace_edge_policy::source::Source;
 use millrace_edge_policy::{proof, retry, token};
+use millrace_testkit::skip;
 
 const XDP_DROP: u32 = 1;
 const XDP_PASS: u32 = 2;

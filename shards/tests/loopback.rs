@@ -2,9 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
 
-#[path = "../../ebpf/tests/common/skip.rs"]
-mod skip;
-
 mod common;
 
 use std::net::{SocketAddr, UdpSocket};
@@ -15,6 +12,7 @@ use common::{config, socket};
 use millrace_shards::{
     Datagrams, Datapath, ShardConfig, ShardHandle, ShardSocket, SocketId, Trains, Transmit, spawn,
 };
+use millrace_testkit::skip;
 use proptest::prelude::{ProptestConfig, Strategy, any, prop, prop_assert_eq, proptest};
 
 /// A datapath that sends packets it is told to and reports what arrives.

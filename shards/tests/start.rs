@@ -2,9 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
 
-#[path = "../../ebpf/tests/common/skip.rs"]
-mod skip;
-
 mod common;
 
 use std::io::ErrorKind;
@@ -19,6 +16,7 @@ use millrace_shards::{
     ChunkPool, Datagrams, Datapath, HugePages, SHARDS_MAX, SOCKETS_MAX, ShardConfig, Trains,
     Transmit, UdpGroupConfig, bind_group, bind_unsteered, spawn,
 };
+use millrace_testkit::skip;
 
 struct Nothing;
 

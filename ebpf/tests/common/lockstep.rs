@@ -23,7 +23,7 @@ use millrace_edge_policy::verdict::{Action, Decision};
 use std::sync::atomic::Ordering;
 
 use super::frames::{SEQUENCE, hex};
-use super::skip;
+use millrace_testkit::skip;
 
 /// Buckets of one generation of the sketch: few, so that they fill up.
 const BUCKETS: usize = 64;

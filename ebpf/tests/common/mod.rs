@@ -6,34 +6,18 @@ pub mod edge;
 pub mod flood;
 pub mod mocked;
 pub mod node;
-pub mod skip;
 
 use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
 
+pub use millrace_testkit::{PATIENCE, skip, until};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-
-/// How long anything may take that should happen at once: a bound, not a measure.
-pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Whether the test can run here; says what it lacks otherwise.
 pub fn privileged(test: &str) -> bool {
     skip::has_all(test, &millrace_edge::privileges::missing())
-}
-
-/// Polls until the condition holds.
-///
-/// # Panics
-/// When it does not, for a long time.
-pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < PATIENCE, "in vain: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 /// A network namespace of its own; removed when dropped.

@@ -15,12 +15,13 @@ use std::net::UdpSocket;
 use std::time::Duration;
 
 use common::namespace::{OPERATOR, STRANGER};
-use ground::{BETWEEN, BODY_BYTES, Ground, LISTENER, PROOF, Scene, until};
+use ground::{BETWEEN, BODY_BYTES, Ground, LISTENER, PROOF, Scene};
 use millrace_edge_policy::cid::{Kind, LocalCid, dcid_of};
 use millrace_edge_policy::proof;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::stress::Level;
 use millrace_protocol::frame::Class;
+use millrace_testkit::until;
 use millrace_transport::counters::{Counter, Family};
 use relay::Relay;
 use transport::{ECHO, Event, Node, PATIENCE, bytes_of, request};

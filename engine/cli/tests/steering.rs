@@ -1,8 +1,6 @@
 //! The steering program in eBPF, put to the tests of the classic one. Here, since only this crate knows both groups and programs.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-#[path = "../../../ebpf/tests/common/skip.rs"]
-mod skip;
 #[path = "../../../shards/tests/common/steering.rs"]
 mod steering;
 
@@ -11,6 +9,7 @@ use std::os::fd::AsFd as _;
 use millrace_edge::privileges::missing;
 use millrace_edge::steer::Steering;
 use millrace_shards::{ShardSocket, attach_steering};
+use millrace_testkit::skip;
 use steering::assert_steers_by_connection_id;
 
 /// As a node does.

@@ -9,7 +9,7 @@ mod scene;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::*;
 use millrace_edge_policy::admission::AdmissionConfig;
@@ -17,6 +17,7 @@ use millrace_edge_policy::cid::initial_dcid;
 use millrace_edge_policy::proof::node_tag_of;
 use millrace_edge_policy::source::Source;
 use millrace_edge_policy::stress::{Level, LoadSample, Stress, StressConfig};
+use millrace_testkit::until;
 use millrace_transport::TransportConfig;
 use millrace_transport::counters::{Counter, Family};
 use raw::{Raw, RawOptions};
@@ -81,14 +82,6 @@ fn begin(raw: &mut Raw) -> bool {
 fn handshakes(scene: &Scene) -> usize {
     let shards = scene.listener.transport.status().shards();
     shards.iter().map(|shard| shard.handshakes).sum()
-}
-
-fn until(what: &str, condition: impl Fn() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < end, "in vain: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 #[test]

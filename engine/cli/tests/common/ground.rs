@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use libbpf_rs::MapHandle;
 use millrace_edge::clock::now_ns;
@@ -24,10 +24,11 @@ use millrace_edge_policy::siphash::Key;
 use millrace_edge_policy::source::Source;
 use millrace_edge_policy::stress::Level;
 use millrace_protocol::identity::SigningKey;
+use millrace_testkit::until;
 use millrace_transport::{ConnectionCounts, EdgeStart, TransportConfig};
 
 use crate::common::namespace::{NODE, OPERATOR, Pair, Pinned, STRANGER, privileged};
-use crate::transport::{Node, PATIENCE, key, member, shard_config, topology};
+use crate::transport::{Node, key, member, shard_config, topology};
 
 pub const POOL_BYTES: u64 = 64 << 20;
 pub const BODY_BYTES: usize = 16 << 20;
@@ -286,12 +287,4 @@ pub fn put_in_force(edge: &Edge, limits: Limits) {
     };
     let set = compile(&settings, &[], bounds).unwrap();
     edge.publish(&set, 1, None).unwrap();
-}
-
-pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < end, "in vain: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }

@@ -5,8 +5,6 @@
 
 pub mod namespace;
 pub mod process;
-#[path = "../../../../ebpf/tests/common/skip.rs"]
-pub mod skip;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -14,7 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+
+pub use millrace_testkit::{eventually, skip};
 
 /// How loopback addresses begin that no other test has, and no other run of this one beside it.
 pub fn own_addresses() -> String {
@@ -287,18 +286,6 @@ impl Drop for TestNode {
             process.kill().ok();
             process.wait().ok();
         }
-    }
-}
-
-/// Looks again until `condition` gives something; panics after 30 s.
-pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-    let until = Instant::now() + Duration::from_secs(30);
-    loop {
-        if let Some(found) = condition() {
-            return found;
-        }
-        assert!(Instant::now() < until, "{what}: not within 30 s");
-        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

@@ -1,9 +1,8 @@
 //! Nodes with real sockets on loopback, for the transport's tests.
 #![allow(dead_code, clippy::unwrap_used)]
 
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
@@ -14,6 +13,8 @@ use millrace_protocol::topology::{Member, Topology};
 use millrace_shards::chunk::Body;
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
+pub(crate) use millrace_testkit::ids::key;
+pub(crate) use millrace_testkit::{PATIENCE, free_addr};
 use millrace_transport::counters::{Counter, Family};
 use millrace_transport::{
     Answer, Defer, EdgeStart, Handler, Inbound, InboundBody, Payload, Request, Responder,
@@ -26,8 +27,6 @@ pub(crate) const ECHO: Method = Method(1);
 pub(crate) const LENGTH: Method = Method(2);
 /// Never answers; tells the test when the request is there and when it was taken back.
 pub(crate) const HANG: Method = Method(3);
-
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Event {
@@ -84,22 +83,6 @@ pub(crate) struct Node {
     pub(crate) transport: Transport,
     pub(crate) key: SigningKey,
     pub(crate) events: Receiver<Event>,
-}
-
-pub(crate) fn key(n: u8) -> SigningKey {
-    SigningKey::from_seed([n; 32])
-}
-
-/// An address that nobody else takes before a node does: its host is that of this call, of this process.
-pub(crate) fn free_addr() -> SocketAddr {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    const CALLS: u32 = 256;
-    let call = NEXT.fetch_add(1, Ordering::Relaxed);
-    assert!(call < CALLS, "a test program takes fewer");
-    let [_, _, high, low] = std::process::id().to_be_bytes();
-    // Not 127.0: that is where everybody else is.
-    let host = Ipv4Addr::new(127, high | 1 << 7, low, call as u8);
-    UdpSocket::bind((host, 0)).unwrap().local_addr().unwrap()
 }
 
 pub(crate) fn member(key: &SigningKey, addr: SocketAddr) -> Member {

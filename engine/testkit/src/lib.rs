@@ -1,0 +1,15 @@
+//! What the tests of several crates share. A dev-dependency only; no crate ships it.
+//!
+//! - [`wait`]: waits for a condition, with a bound.
+//! - [`skip`]: says that a test cannot run on this host, and fails where it must run.
+//! - [`net`]: addresses that no other test takes.
+//! - [`ids`]: keys and node ids made from small numbers.
+
+pub mod ids;
+pub mod net;
+pub mod skip;
+pub mod wait;
+
+pub use net::free_addr;
+pub use skip::has_all;
+pub use wait::{PATIENCE, eventually, until};
