@@ -9,7 +9,7 @@ use millrace_tuning::ByteSize;
 use millrace_tuning::config::{Choice, EdgeMode};
 
 use crate::exit::{Exit, Failure};
-use crate::{artifacts_cmd, check, config_cmd, keys, registry_cmd, status};
+use crate::{artifacts_cmd, check, config_cmd, keygen, registry_cmd, status};
 
 /// A networking engine for replicated state machines.
 #[derive(Debug, Parser)]
@@ -457,7 +457,7 @@ impl Command {
             Self::Dev(args) => crate::dev::run(&args),
             Self::Node(args) => crate::node::run(&args),
             Self::Check(args) => check::run(&args),
-            Self::Keygen(args) => keys::run(&args),
+            Self::Keygen(args) => keygen::run(&args),
             Self::Registry(command) => registry_cmd::run(command),
             Self::Put(args) => artifacts_cmd::put(&args),
             Self::Get(args) => artifacts_cmd::get(&args),

@@ -11,10 +11,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use millrace_protocol::id::{ArtifactId, NodeId, SubnetId};
+use millrace_protocol::id::{ArtifactId, NodeId};
 use millrace_protocol::identity::SigningKey;
-use millrace_protocol::registry::{NodeRecord, RegistryConfig, RegistryVersion, SubnetRecord};
+use millrace_protocol::registry::RegistryConfig;
 use millrace_protocol::rng::Rng;
+use millrace_registry::{Draft, Follower, Versions, folder, keys};
 use millrace_shards::chunk::{Body, CHUNK_BYTES};
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
@@ -29,10 +30,8 @@ use crate::cli::DevArgs;
 use crate::edge::keeper::{EdgeView, Keeper};
 use crate::edge::{commands, start};
 use crate::exit::{Exit, Failure};
-use crate::registry_dir::Follower;
 use crate::running::{Delivery, Running, Start};
-use crate::versions::Versions;
-use crate::{host_facts, keys, mapping, output, progress, registry_cmd};
+use crate::{host_facts, mapping, output, progress, versions};
 use stage::{Side, Stage};
 
 /// Chunks beside the payload's: small artifacts that a user puts, answers of the registry.
@@ -103,19 +102,19 @@ impl Subnet {
         let registry_dir = folder.join("registry");
         std::fs::create_dir(&registry_dir).map_err(|e| Failure::io(registry_dir.display(), &e))?;
         let mut nodes = Vec::new();
-        let mut records = Vec::new();
-        let subnet = registry_cmd::fresh_subnet_id()?;
+        let mut draft = Draft::first("dev")?;
+        let subnet = draft.only_subnet()?;
         for index in 0..args.nodes {
             let state_dir = folder.join(format!("node-{index}"));
             std::fs::create_dir(&state_dir).map_err(|e| Failure::io(state_dir.display(), &e))?;
             let identity = keys::create(&state_dir.join("node.key"))?;
             let public_key = identity.public_key();
             let follower = Follower::new(
-                registry_dir.clone(),
+                Some(registry_dir.clone()),
                 registry_key.public_key(),
                 RegistryConfig::default(),
             );
-            let versions = Versions::new(&public_key, config, follower)?;
+            let versions = Versions::new(&public_key, versions::view(config)?, follower);
             let site = NodeSite {
                 args,
                 config,
@@ -124,16 +123,15 @@ impl Subnet {
             };
             let (node, kept) = site.start(identity, versions)?;
             keeper = keeper.or(kept);
-            let addresses = vec![node.address()];
-            records.push(NodeRecord {
-                id: node.node_id(),
-                public_key,
-                subnet,
-                addresses,
-            });
+            draft.set_node(public_key, subnet, &[node.address()]);
             nodes.push(node);
         }
-        publish_registry(&registry_dir, &registry_key, subnet, records)?;
+        folder::write(
+            &registry_dir,
+            draft.version().number,
+            &draft.sign(&registry_key)?,
+        )
+        .map_err(|error| Failure::io(registry_dir.display(), &error))?;
         for node in &nodes {
             if !node.versions.poll_folder() || !node.apply_topology() {
                 return Err(Failure::new(
@@ -467,7 +465,7 @@ fn start_behind_edge(
     config: &NodeConfig,
     mut parts: Start,
 ) -> Result<(Arc<Running>, Option<Keeper>), Failure> {
-    let firewall = parts.versions.firewall(&config.edge.roles);
+    let firewall = versions::firewall(&parts.versions, &config.edge.roles);
     let prepared = start::prepare(config, &parts.udp, &firewall)?;
     if prepared.kernel.is_none() {
         let message = "the edge could not be attached; see above";
@@ -480,23 +478,4 @@ fn start_behind_edge(
     let node = Running::start(parts)?;
     let keeper = Keeper::start(Arc::clone(&node), config.clone(), kept, view)?;
     Ok((node, Some(keeper)))
-}
-
-fn publish_registry(
-    dir: &Path,
-    key: &SigningKey,
-    subnet: SubnetId,
-    nodes: Vec<NodeRecord>,
-) -> Result<(), Failure> {
-    let version = RegistryVersion {
-        number: 1,
-        subnets: vec![SubnetRecord {
-            id: subnet,
-            name: Some("dev".into()),
-            settings: Default::default(),
-        }],
-        nodes,
-        ..RegistryVersion::default()
-    };
-    registry_cmd::publish(dir, key, &version)
 }

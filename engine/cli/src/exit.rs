@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use millrace_registry::{DraftError, KeyError};
+
 use crate::output;
 
 /// How the process ends.
@@ -52,6 +54,24 @@ impl Failure {
             _ => Exit::Failed,
         };
         Self::new(exit, format!("{what}: {error}"))
+    }
+}
+
+impl From<KeyError> for Failure {
+    fn from(error: KeyError) -> Self {
+        let exit = match &error {
+            KeyError::NotAPublicKey { .. } => Exit::Usage,
+            KeyError::Exposed { .. } => Exit::NotPermitted,
+            KeyError::Io { file, error } => return Self::io(file.display(), error),
+            _ => Exit::Failed,
+        };
+        Self::new(exit, error.to_string())
+    }
+}
+
+impl From<DraftError> for Failure {
+    fn from(error: DraftError) -> Self {
+        Self::new(Exit::Failed, error.to_string())
     }
 }
 

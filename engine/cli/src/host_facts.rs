@@ -3,11 +3,10 @@
 use std::net::UdpSocket;
 use std::path::Path;
 
+use millrace_registry::{folder, keys};
 use millrace_tuning::{ByteSize, HostFacts, NodeConfig};
 
-use crate::keys;
 use crate::load::Paths;
-use crate::registry_dir;
 
 /// The bit of CAP_NET_ADMIN, which lifts the limits of socket buffers.
 const CAP_NET_ADMIN: u64 = 1 << 12;
@@ -33,8 +32,8 @@ pub(crate) fn probe(config: &NodeConfig, paths: &Paths) -> HostFacts {
             .map(|error| error.to_string()),
         key_file_error: keys::read(&paths.key_file)
             .err()
-            .map(|failure| failure.message),
-        registry_dir_error: registry_dir::list(&paths.registry_dir)
+            .map(|error| error.to_string()),
+        registry_dir_error: folder::list(&paths.registry_dir)
             .err()
             .map(|e| e.to_string()),
         receive_buffer_max: buffer_max("rmem_max"),

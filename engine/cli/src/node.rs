@@ -5,7 +5,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use millrace_protocol::registry::RegistryConfig;
+use millrace_registry::keys;
 use millrace_shards::socket::UdpGroupConfig;
 use millrace_tuning::NodeConfig;
 use signal_hook::consts::TERM_SIGNALS;
@@ -18,10 +18,8 @@ use crate::edge::start::{self, Kept};
 use crate::exit::{Exit, Failure};
 use crate::load::{Loaded, Paths};
 use crate::poller::Poller;
-use crate::registry_dir::Follower;
 use crate::running::{Running, Start};
-use crate::versions::{self, Versions};
-use crate::{budget, host_facts, keys, mapping, output};
+use crate::{budget, host_facts, mapping, output, versions};
 
 const ADDRESS_PATIENCE: Duration = Duration::from_secs(3);
 const ADDRESS_RETRY: Duration = Duration::from_millis(5);
@@ -61,16 +59,8 @@ fn start(config: &NodeConfig, paths: &Paths) -> Result<Started, Failure> {
     std::fs::create_dir_all(&paths.state_dir)
         .map_err(|error| Failure::io(paths.state_dir.display(), &error))?;
     let identity = keys::read(&paths.key_file)?;
-    let follower = Follower::new(
-        paths.registry_dir.clone(),
-        versions::registry_key(config)?,
-        RegistryConfig {
-            versions_max: usize::try_from(config.registry.versions_max).unwrap_or(usize::MAX),
-            ..RegistryConfig::default()
-        },
-    );
-    let versions = Arc::new(Versions::new(&identity.public_key(), config, follower)?);
-    versions.poll_folder();
+    let versions = versions::of_config(&identity.public_key(), config, &paths.registry_dir)?;
+    let versions = Arc::new(versions);
     let cpus = host_facts::usable_cpus();
     output::message(format_args!(
         "memory budget {:.0} MiB; `millrace check` lists its parts",
@@ -85,7 +75,11 @@ fn start(config: &NodeConfig, paths: &Paths) -> Result<Started, Failure> {
         send_buffer_bytes: to_usize(config.listen.send_buffer_bytes.bytes()),
         ..UdpGroupConfig::default()
     };
-    let prepared = start::prepare(config, &udp, &versions.firewall(&config.edge.roles))?;
+    let prepared = start::prepare(
+        config,
+        &udp,
+        &versions::firewall(&versions, &config.edge.roles),
+    )?;
     let (edge, kept) = prepared.split();
     let view = Arc::new(EdgeView::of(&kept));
     let node = Running::start(Start {

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use millrace_protocol::id::{NodeId, SubnetId};
 use millrace_protocol::identity::{PublicKey, SigningKey};
-use millrace_protocol::registry::{
-    NodeRecord, RegistryConfig, RegistryError, RegistryVersion, SignedVersion, SubnetRecord,
-};
+use millrace_protocol::registry::{RegistryConfig, RegistryVersion, SignedVersion, SubnetRecord};
+use millrace_registry::draft::sign_document;
+use millrace_registry::{Draft, DraftError, folder, keys};
 use serde::Serialize;
 
 use crate::cli::{
@@ -14,8 +14,7 @@ use crate::cli::{
     RegistrySignArgs,
 };
 use crate::exit::{Exit, Failure};
-use crate::registry_dir::{self, VersionError};
-use crate::{keys, output};
+use crate::output;
 
 pub(crate) fn run(command: RegistryCommand) -> Result<Exit, Failure> {
     match command {
@@ -25,22 +24,6 @@ pub(crate) fn run(command: RegistryCommand) -> Result<Exit, Failure> {
         RegistryCommand::Show(args) => show(&args),
         RegistryCommand::Sign(args) => sign(&args),
     }
-}
-
-/// A subnet's id is made from a public key; whoever holds its secret could sign for the subnet. Here nobody does.
-pub(crate) fn fresh_subnet_id() -> Result<SubnetId, Failure> {
-    let key = keys::ephemeral()?.public_key();
-    Ok(SubnetId::from_public_key_der(&key.to_spki_der()))
-}
-
-/// Signs a version and adds it to the folder.
-pub(crate) fn publish(
-    dir: &Path,
-    key: &SigningKey,
-    version: &RegistryVersion,
-) -> Result<(), Failure> {
-    let signed = SignedVersion::sign(version.to_document(), key);
-    write(dir, version.number, &signed)
 }
 
 fn init(args: &RegistryInitArgs) -> Result<Exit, Failure> {
@@ -54,18 +37,10 @@ fn init(args: &RegistryInitArgs) -> Result<Exit, Failure> {
     } else {
         keys::create(&args.key)?
     };
-    let subnet = fresh_subnet_id()?;
-    let version = RegistryVersion {
-        number: 1,
-        subnets: vec![SubnetRecord {
-            id: subnet,
-            name: Some(args.subnet_name.clone()),
-            settings: Default::default(),
-        }],
-        ..RegistryVersion::default()
-    };
-    publish(&args.dir, &key, &version)?;
-    report(&key, &version, args.json)?;
+    let draft = Draft::first(&args.subnet_name)?;
+    publish(&args.dir, &key, &draft)?;
+    let version = draft.version();
+    report(&key, version, args.json)?;
     if !args.json {
         output::message(format_args!(
             "put `public_key = \"{}\"` below [registry] in every node's config",
@@ -77,37 +52,25 @@ fn init(args: &RegistryInitArgs) -> Result<Exit, Failure> {
 
 fn add_node(args: &RegistryAddArgs) -> Result<Exit, Failure> {
     let key = keys::read(&args.key)?;
-    let mut version = next(&args.dir, &key)?;
-    let subnet = subnet_of(&version, args.subnet.as_deref())?;
+    let mut draft = next(&args.dir, &key)?;
+    let subnet = subnet_of(&draft, args.subnet.as_deref())?;
     let public_key = keys::public_from_hex(&args.public_key)?;
-    let record = NodeRecord {
-        id: public_key.node_id(),
-        public_key,
-        subnet,
-        addresses: args.address.clone(),
-    };
-    version.nodes.retain(|node| node.id != record.id);
-    version.nodes.push(record);
-    publish_checked(&args.dir, &key, &version)?;
-    report(&key, &version, args.json)?;
+    draft.set_node(public_key, subnet, &args.address);
+    publish(&args.dir, &key, &draft)?;
+    report(&key, draft.version(), args.json)?;
     Ok(Exit::Ok)
 }
 
 fn remove_node(args: &RegistryRemoveArgs) -> Result<Exit, Failure> {
     let key = keys::read(&args.key)?;
-    let mut version = next(&args.dir, &key)?;
+    let mut draft = next(&args.dir, &key)?;
     let id: NodeId = args
         .node
         .parse()
         .map_err(|error| usage(&format!("\"{}\": {error}", args.node)))?;
-    let before = version.nodes.len();
-    version.nodes.retain(|node| node.id != id);
-    if version.nodes.len() == before {
-        let message = format!("no node {id} in version {}", version.number - 1);
-        return Err(Failure::new(Exit::Failed, message));
-    }
-    publish_checked(&args.dir, &key, &version)?;
-    report(&key, &version, args.json)?;
+    draft.remove_node(id)?;
+    publish(&args.dir, &key, &draft)?;
+    report(&key, draft.version(), args.json)?;
     Ok(Exit::Ok)
 }
 
@@ -116,8 +79,7 @@ fn sign(args: &RegistrySignArgs) -> Result<Exit, Failure> {
     let name = args.document.display();
     let document =
         std::fs::read_to_string(&args.document).map_err(|error| Failure::io(&name, &error))?;
-    let signed = SignedVersion::sign(document, &key);
-    let version = acceptable(&signed, &key)?;
+    let (signed, version) = sign_document(document, &key)?;
     let newest = numbers(&args.dir)?.last().copied().unwrap_or(0);
     if version.number != newest + 1 {
         return Err(Failure::new(
@@ -140,8 +102,8 @@ fn show(args: &RegistryShowArgs) -> Result<Exit, Failure> {
     let mut newest = None;
     let mut refused = Vec::new();
     for number in numbers(&args.dir)? {
-        match verified(&args.dir, number, &key, &config) {
-            Ok(version) => newest = Some(version),
+        match folder::read_verified(&args.dir, number, &key, &config) {
+            Ok((_, version)) => newest = Some(version),
             Err(error) => refused.push(Refused {
                 number,
                 reason: error.reason(),
@@ -168,24 +130,8 @@ fn show(args: &RegistryShowArgs) -> Result<Exit, Failure> {
     Ok(exit)
 }
 
-fn verified(
-    dir: &Path,
-    number: u64,
-    key: &PublicKey,
-    config: &RegistryConfig,
-) -> Result<RegistryVersion, VersionError> {
-    let version = registry_dir::read(dir, number, config)?.verify(key, config)?;
-    if version.number != number {
-        return Err(VersionError::Misnamed {
-            number: version.number,
-            name: number,
-        });
-    }
-    Ok(version)
-}
-
 /// The newest version with the next number.
-fn next(dir: &Path, key: &SigningKey) -> Result<RegistryVersion, Failure> {
+fn next(dir: &Path, key: &SigningKey) -> Result<Draft, Failure> {
     let newest = numbers(dir)?.last().copied().ok_or_else(|| {
         let message = format!(
             "{} holds no version; run `millrace registry init`",
@@ -193,7 +139,8 @@ fn next(dir: &Path, key: &SigningKey) -> Result<RegistryVersion, Failure> {
         );
         Failure::new(Exit::Failed, message)
     })?;
-    let version = verified(dir, newest, &key.public_key(), &RegistryConfig::default())
+    let config = RegistryConfig::default();
+    let (_, version) = folder::read_verified(dir, newest, &key.public_key(), &config)
         .map_err(|error| Failure::new(Exit::Failed, format!("version {newest}: {error}")))?;
     for skipped in &version.skipped {
         output::message(format_args!(
@@ -201,21 +148,16 @@ fn next(dir: &Path, key: &SigningKey) -> Result<RegistryVersion, Failure> {
             skipped.table, skipped.index, skipped.detail
         ));
     }
-    Ok(RegistryVersion {
-        number: newest + 1,
-        ..version
-    })
+    Ok(Draft::after(version))
 }
 
-fn subnet_of(version: &RegistryVersion, wanted: Option<&str>) -> Result<SubnetId, Failure> {
+fn subnet_of(draft: &Draft, wanted: Option<&str>) -> Result<SubnetId, Failure> {
+    let version = draft.version();
     let Some(wanted) = wanted else {
-        return match version.subnets.as_slice() {
-            [only] => Ok(only.id),
-            subnets => Err(usage(&format!(
-                "the registry has {} subnets: name one with --subnet",
-                subnets.len()
-            ))),
-        };
+        return draft.only_subnet().map_err(|error| match error {
+            DraftError::SubnetNeeded { .. } => usage(&format!("{error} with --subnet")),
+            error => error.into(),
+        });
     };
     let by_name = |subnet: &&SubnetRecord| {
         subnet.id.to_string() == wanted || subnet.name.as_deref() == Some(wanted)
@@ -229,32 +171,13 @@ fn subnet_of(version: &RegistryVersion, wanted: Option<&str>) -> Result<SubnetId
     })
 }
 
-/// Refuses to publish what nodes would skip: an unusable address, too many of them.
-fn publish_checked(dir: &Path, key: &SigningKey, version: &RegistryVersion) -> Result<(), Failure> {
-    let signed = SignedVersion::sign(version.to_document(), key);
-    acceptable(&signed, key)?;
-    write(dir, version.number, &signed)
-}
-
-fn acceptable(signed: &SignedVersion, key: &SigningKey) -> Result<RegistryVersion, Failure> {
-    let refused = |error: &RegistryError| Failure::new(Exit::Failed, error.to_string());
-    let version = signed
-        .verify(&key.public_key(), &RegistryConfig::default())
-        .map_err(|error| refused(&error))?;
-    match version.skipped.first() {
-        None => Ok(version),
-        Some(skipped) => Err(Failure::new(
-            Exit::Failed,
-            format!(
-                "nodes would skip {}[{}]: {} ({})",
-                skipped.table, skipped.index, skipped.detail, skipped.reason
-            ),
-        )),
-    }
+/// Signs a draft and adds it to the folder.
+fn publish(dir: &Path, key: &SigningKey, draft: &Draft) -> Result<(), Failure> {
+    write(dir, draft.version().number, &draft.sign(key)?)
 }
 
 fn write(dir: &Path, number: u64, signed: &SignedVersion) -> Result<(), Failure> {
-    registry_dir::write(dir, number, signed).map_err(|error| {
+    folder::write(dir, number, signed).map_err(|error| {
         Failure::io(
             format_args!("version {number} in {}", dir.display()),
             &error,
@@ -263,7 +186,7 @@ fn write(dir: &Path, number: u64, signed: &SignedVersion) -> Result<(), Failure>
 }
 
 fn numbers(dir: &Path) -> Result<Vec<u64>, Failure> {
-    registry_dir::list(dir).map_err(|error| Failure::io(dir.display(), &error))
+    folder::list(dir).map_err(|error| Failure::io(dir.display(), &error))
 }
 
 fn usage(message: &str) -> Failure {

@@ -13,6 +13,8 @@ use millrace_protocol::frame::Class;
 use millrace_protocol::id::{ArtifactId, NodeId};
 use millrace_protocol::identity::SigningKey;
 use millrace_protocol::topology::Topology;
+use millrace_registry::Versions;
+use millrace_registry::wire::{ANSWER_BYTES_MAX, NEWER_THAN};
 use millrace_shards::chunk::{Body, BodyMut, ChunkPool};
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
@@ -27,7 +29,6 @@ use crate::app::store::Store;
 use crate::app::wire::{self, Announce};
 use crate::edge::keeper::EdgeView;
 use crate::exit::{Exit, Failure};
-use crate::versions::Versions;
 
 /// A small question to a peer.
 const ASK_DEADLINE: Duration = Duration::from_secs(5);
@@ -316,7 +317,7 @@ impl Running {
     pub(crate) fn ask_for_versions(&self, peer: NodeId) -> bool {
         let ask = Request {
             class: Class::Normal,
-            method: wire::REGISTRY,
+            method: NEWER_THAN,
             body: self.versions.newest().to_le_bytes().to_vec().into(),
             deadline: ASK_DEADLINE,
         };
@@ -326,10 +327,10 @@ impl Running {
             .wait(ASK_DEADLINE + ASK_DEADLINE);
         match answer {
             Ok(Payload::Empty) | Err(_) => false,
-            Ok(Payload::Bytes(bytes)) => self.versions.offer(&peer, &bytes),
+            Ok(Payload::Bytes(bytes)) => self.versions.offer_encoded(&peer, &bytes),
             // Bounded by the answer's own limit, and by the peer's receive budget before that.
-            Ok(Payload::Chunks(body)) if body.len() <= 2 * wire::VERSIONS_BYTES_MAX => {
-                self.versions.offer(&peer, &joined(body.chunks()))
+            Ok(Payload::Chunks(body)) if body.len() <= 2 * ANSWER_BYTES_MAX => {
+                self.versions.offer_encoded(&peer, &joined(body.chunks()))
             }
             Ok(Payload::Chunks(_)) => false,
         }

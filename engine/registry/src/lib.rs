@@ -1,1 +1,21 @@
-//! The registry as a node sees it: the folder of signed versions, keys, and the exchange of versions with peers.
+//! The registry as a node sees it: keys, the folder of signed versions, what is held of them, and
+//! their exchange with peers.
+//!
+//! | file | job |
+//! |---|---|
+//! | `keys.rs` | keys and key files |
+//! | `folder.rs` | the folder of signed versions |
+//! | `versions.rs` | what a node holds, and the members that follow from it |
+//! | `wire.rs` | how versions travel between peers |
+//! | `draft.rs` | the next version, before it is signed |
+
+pub mod draft;
+pub mod folder;
+pub mod keys;
+pub mod versions;
+pub mod wire;
+
+pub use draft::{Draft, DraftError};
+pub use folder::{Follower, VersionError};
+pub use keys::KeyError;
+pub use versions::{FirewallRecords, Summary, Versions, VersionsConfig};

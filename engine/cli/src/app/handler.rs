@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use millrace_protocol::frame::FailureCode;
 use millrace_protocol::id::{ArtifactId, NodeId};
+use millrace_registry::Versions;
+use millrace_registry::wire::NEWER_THAN;
 use millrace_shards::Queue;
 use millrace_shards::chunk::{Body, Chunk};
 use millrace_transport::{
@@ -14,7 +16,6 @@ use super::announced::Announced;
 use super::hash;
 use super::store::Store;
 use super::wire::{self, Announce};
-use crate::versions::Versions;
 
 /// Above this a payload has to be in chunks.
 const SMALL_BYTES_MAX: usize = 64 << 10;
@@ -163,7 +164,7 @@ impl Handler for App {
             wire::ANNOUNCE => self.announce(&request.peer, &request.body),
             wire::PUT => self.put(request.peer, request.body, &defer),
             wire::GET => self.get(&request.body),
-            wire::REGISTRY => self.registry(&request.body),
+            NEWER_THAN => self.registry(&request.body),
             _ => Answer::Failure(FailureCode::UnknownMethod),
         }
     }

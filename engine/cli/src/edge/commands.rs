@@ -13,7 +13,7 @@ use millrace_edge::publish::{PublishError, Publisher};
 use millrace_edge::state::AttachMode;
 use millrace_edge_policy::rules::{RuleAction, Temporary};
 use millrace_edge_policy::settings::Mode;
-use millrace_protocol::registry::RegistryConfig;
+use millrace_registry::keys;
 use millrace_tuning::config::XdpMode;
 use millrace_tuning::{NodeConfig, Period};
 use serde::Serialize;
@@ -26,9 +26,7 @@ use crate::cli::{
 };
 use crate::exit::{Exit, Failure};
 use crate::load::{Loaded, Paths};
-use crate::registry_dir::Follower;
-use crate::versions::{self, Versions};
-use crate::{keys, output};
+use crate::{output, versions};
 
 pub(crate) fn run(command: XdpCommand) -> Result<Exit, Failure> {
     match command {
@@ -225,14 +223,8 @@ fn put(
 /// What the registry folder says to this node.
 fn firewall(config: &NodeConfig, paths: &Paths) -> Result<Firewall, Failure> {
     let identity = keys::read(&paths.key_file)?;
-    let follower = Follower::new(
-        paths.registry_dir.clone(),
-        versions::registry_key(config)?,
-        RegistryConfig::default(),
-    );
-    let versions = Versions::new(&identity.public_key(), config, follower)?;
-    versions.poll_folder();
-    Ok(versions.firewall(&config.edge.roles))
+    let versions = versions::of_config(&identity.public_key(), config, &paths.registry_dir)?;
+    Ok(versions::firewall(&versions, &config.edge.roles))
 }
 
 /// Puts in force what is so already, with the temporary rules of now: neither what the registry nor what the config says since.

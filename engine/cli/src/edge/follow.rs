@@ -31,6 +31,7 @@ use super::start::Kernel;
 use super::table::{self, LeftAlone, Nftables, Restored};
 use crate::exit::{Exit, Failure};
 use crate::running::Running;
+use crate::versions;
 
 /// What may come right by itself is left alone for so long: a process that is missing, an interface that is not ready.
 const RETRY: Duration = Duration::from_secs(5);
@@ -200,8 +201,8 @@ impl Following {
         state.expire(SystemTime::now());
         let applied = self.applied(of_set, in_force, &state);
         let firewall = match applied.onto(&self.config) {
-            Some(config) => self.node.versions.firewall(&config.edge.roles),
-            None => self.node.versions.firewall(&self.config.edge.roles),
+            Some(config) => versions::firewall(&self.node.versions, &config.edge.roles),
+            None => versions::firewall(&self.node.versions, &self.config.edge.roles),
         };
         let basis = Basis {
             version: firewall.version,

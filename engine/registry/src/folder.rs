@@ -1,8 +1,7 @@
-//! The folder of signed registry versions: read by nodes, written by `millrace registry`.
+//! The folder of signed registry versions. Nodes read it; `millrace registry` writes it.
 //!
-//! Invariants
-//! 1. A version's signature is on disk before its document has its name, and a document's name appears whole or
-//!    not at all: a reader never sees a version without its signature.
+//! 1. A version's signature is on disk before its document has its name, and a document's name
+//!    appears whole or not at all: a reader never sees a version without its signature.
 //! 2. No file is ever replaced: the series is append-only.
 //! 3. A version that was refused is counted once, and again only when its files change.
 
@@ -14,8 +13,8 @@ use std::time::SystemTime;
 
 use millrace_protocol::identity::PublicKey;
 use millrace_protocol::registry::{
-    Offered, Registry, RegistryConfig, RegistryError, SignedVersion, document_file_name,
-    number_of_document_file, signature_file_name,
+    Offered, Registry, RegistryConfig, RegistryError, RegistryVersion, SignedVersion,
+    document_file_name, number_of_document_file, signature_file_name,
 };
 
 /// More than the hexadecimal digits of a signature.
@@ -24,21 +23,31 @@ const SIGNATURE_FILE_BYTES_MAX: u64 = 256;
 /// Why a version of the folder could not be taken.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub(crate) enum VersionError {
+pub enum VersionError {
     /// A file is missing or cannot be read.
     #[error("{file}: {error}")]
-    Io { file: String, error: io::Error },
+    Io {
+        /// The file.
+        file: String,
+        /// Why.
+        error: io::Error,
+    },
     /// The document or its signature is not acceptable.
     #[error(transparent)]
     Refused(#[from] RegistryError),
     /// The file's name promises another number.
     #[error("the document has number {number}, its name says {name}")]
-    Misnamed { number: u64, name: u64 },
+    Misnamed {
+        /// In the document.
+        number: u64,
+        /// In the file's name.
+        name: u64,
+    },
 }
 
 impl VersionError {
-    /// Metric label.
-    pub(crate) fn reason(&self) -> &'static str {
+    /// The reason as a metric's label.
+    pub fn reason(&self) -> &'static str {
         match self {
             Self::Io { .. } => "registry_unreadable",
             Self::Refused(error) => error.reason(),
@@ -48,7 +57,10 @@ impl VersionError {
 }
 
 /// The numbers of the versions in a folder, ascending.
-pub(crate) fn list(dir: &Path) -> io::Result<Vec<u64>> {
+///
+/// # Errors
+/// The host's, if the folder cannot be read.
+pub fn list(dir: &Path) -> io::Result<Vec<u64>> {
     let mut numbers = Vec::new();
     for entry in std::fs::read_dir(dir)? {
         numbers.extend(
@@ -62,8 +74,12 @@ pub(crate) fn list(dir: &Path) -> io::Result<Vec<u64>> {
     Ok(numbers)
 }
 
-/// Reads a version; what it says is not verified yet.
-pub(crate) fn read(
+/// Reads a version without verifying it: at most one byte more than a document may have.
+///
+/// # Errors
+/// [`VersionError::Io`] if a file cannot be read, [`VersionError::Refused`] if the signature file
+/// holds no signature.
+pub fn read(
     dir: &Path,
     number: u64,
     config: &RegistryConfig,
@@ -80,8 +96,33 @@ pub(crate) fn read(
     Ok(SignedVersion::from_files(document, &signature)?)
 }
 
-/// Adds a version to the folder.
-pub(crate) fn write(dir: &Path, number: u64, version: &SignedVersion) -> io::Result<()> {
+/// Reads a version, and verifies its signature and its number.
+///
+/// # Errors
+/// As [`read`]; [`VersionError::Refused`] if `key` did not sign the document or the document does
+/// not parse, [`VersionError::Misnamed`] if it has another number than its file.
+pub fn read_verified(
+    dir: &Path,
+    number: u64,
+    key: &PublicKey,
+    config: &RegistryConfig,
+) -> Result<(SignedVersion, RegistryVersion), VersionError> {
+    let signed = read(dir, number, config)?;
+    let version = signed.verify(key, config)?;
+    if version.number != number {
+        return Err(VersionError::Misnamed {
+            number: version.number,
+            name: number,
+        });
+    }
+    Ok((signed, version))
+}
+
+/// Adds a version to the folder. Both files are on disk when it returns.
+///
+/// # Errors
+/// `AlreadyExists` if the folder has a version with this number; otherwise the host's.
+pub fn write(dir: &Path, number: u64, version: &SignedVersion) -> io::Result<()> {
     let signature = format!("{}\n", version.signature_hex());
     persist(dir, &signature_file_name(number), signature.as_bytes())?;
     persist(
@@ -117,20 +158,21 @@ fn read_file(path: &Path, bytes_max: u64) -> Result<String, VersionError> {
 
 /// What one poll brought.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Polled {
+pub struct Polled {
     /// A newer version was taken.
-    pub(crate) changed: bool,
+    pub changed: bool,
     /// Versions that were refused now for the first time.
-    pub(crate) refused: u64,
+    pub refused: u64,
 }
 
-/// Follows a folder with a [`Registry`].
+/// Fills a [`Registry`] from a folder and from peers.
 #[derive(Debug)]
-pub(crate) struct Follower {
-    dir: PathBuf,
+pub struct Follower {
+    /// None: versions come from peers and from the embedder alone.
+    dir: Option<PathBuf>,
     key: PublicKey,
     config: RegistryConfig,
-    pub(crate) registry: Registry,
+    registry: Registry,
     /// Versions that were refused, with the state of their files then.
     refused_files: BTreeMap<u64, FileState>,
     refused: BTreeMap<&'static str, u64>,
@@ -140,7 +182,8 @@ pub(crate) struct Follower {
 type FileState = [Option<(u64, SystemTime)>; 2];
 
 impl Follower {
-    pub(crate) fn new(dir: PathBuf, key: PublicKey, config: RegistryConfig) -> Self {
+    /// A follower that trusts `key` and holds nothing yet.
+    pub fn new(dir: Option<PathBuf>, key: PublicKey, config: RegistryConfig) -> Self {
         Self {
             dir,
             key,
@@ -151,13 +194,21 @@ impl Follower {
         }
     }
 
+    /// What is held.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
     /// How many versions were refused, by reason.
-    pub(crate) fn refused(&self) -> &BTreeMap<&'static str, u64> {
+    pub fn refused(&self) -> &BTreeMap<&'static str, u64> {
         &self.refused
     }
 
-    /// Takes a version from a peer, under the same judgement and the same counters.
-    pub(crate) fn offer(&mut self, signed: SignedVersion) -> Result<Offered, RegistryError> {
+    /// Takes a version that does not come from the folder. A refused one is counted.
+    ///
+    /// # Errors
+    /// Why it is refused.
+    pub fn offer(&mut self, signed: SignedVersion) -> Result<Offered, RegistryError> {
         let offered = self.registry.offer(signed);
         if let Err(error) = &offered {
             *self.refused.entry(error.reason()).or_default() += 1;
@@ -166,13 +217,16 @@ impl Follower {
     }
 
     /// Takes what is new in the folder.
-    pub(crate) fn poll(&mut self) -> Polled {
+    pub fn poll(&mut self) -> Polled {
         let mut polled = Polled::default();
-        let numbers = match list(&self.dir) {
+        let Some(dir) = self.dir.clone() else {
+            return polled;
+        };
+        let numbers = match list(&dir) {
             Ok(numbers) => numbers,
             Err(error) => {
-                // Peers may still bring versions; a folder that comes later is found by the next poll.
-                tracing::debug!(dir = %self.dir.display(), %error, "registry folder cannot be read");
+                // Peers may still bring versions; the next poll finds a folder that comes later.
+                tracing::debug!(dir = %dir.display(), %error, "registry folder cannot be read");
                 return polled;
             }
         };
@@ -184,18 +238,19 @@ impl Follower {
             .skip(skip)
             .filter(|number| *number > newest)
         {
-            let state = self.file_state(number);
+            let state = file_state(&dir, number);
             if self.refused_files.get(&number) == Some(&state) {
                 continue;
             }
-            match self.take(number) {
+            match self.take(&dir, number) {
                 Ok(Offered::Newest { .. }) => {
                     polled.changed = true;
                     self.refused_files.remove(&number);
                 }
                 Ok(Offered::Known { .. }) => {}
                 Err(error) => {
-                    tracing::warn!(number, reason = error.reason(), %error, "registry version refused");
+                    let reason = error.reason();
+                    tracing::warn!(number, reason, %error, "registry version refused");
                     *self.refused.entry(error.reason()).or_default() += 1;
                     polled.refused += 1;
                     self.remember_refused(number, state);
@@ -205,32 +260,25 @@ impl Follower {
         polled
     }
 
-    fn take(&mut self, number: u64) -> Result<Offered, VersionError> {
-        let signed = read(&self.dir, number, &self.config)?;
-        let verified = signed.verify(&self.key, &self.config)?;
-        if verified.number != number {
-            return Err(VersionError::Misnamed {
-                number: verified.number,
-                name: number,
-            });
-        }
+    fn take(&mut self, dir: &Path, number: u64) -> Result<Offered, VersionError> {
+        let (signed, _) = read_verified(dir, number, &self.key, &self.config)?;
         Ok(self.registry.offer(signed)?)
     }
 
-    fn file_state(&self, number: u64) -> FileState {
-        [document_file_name(number), signature_file_name(number)].map(|name| {
-            let metadata = std::fs::metadata(self.dir.join(name)).ok()?;
-            Some((metadata.len(), metadata.modified().ok()?))
-        })
-    }
-
-    /// Whoever can write to the folder must not make this map grow without end.
+    /// The map is bounded: a user who can write to the folder must not make it grow without end.
     fn remember_refused(&mut self, number: u64, state: FileState) {
         self.refused_files.insert(number, state);
         while self.refused_files.len() > self.config.versions_max {
             self.refused_files.pop_first();
         }
     }
+}
+
+fn file_state(dir: &Path, number: u64) -> FileState {
+    [document_file_name(number), signature_file_name(number)].map(|name| {
+        let metadata = std::fs::metadata(dir.join(name)).ok()?;
+        Some((metadata.len(), metadata.modified().ok()?))
+    })
 }
 
 #[cfg(test)]
@@ -254,7 +302,7 @@ mod tests {
 
     fn follower(dir: &Path) -> Follower {
         Follower::new(
-            dir.to_owned(),
+            Some(dir.to_owned()),
             key().public_key(),
             RegistryConfig::default(),
         )
@@ -288,8 +336,8 @@ mod tests {
         assert!(follower(dir.path()).poll().changed);
     }
 
-    /// A forged, an unsigned and a misnamed version are each refused with a reason, counted once, and do not hide
-    /// the good one behind them.
+    /// A forged, an unsigned and a misnamed version are each refused with a reason, counted once,
+    /// and do not hide the good one behind them.
     #[test]
     fn refused_versions_are_counted_once_and_do_not_hide_good_ones() {
         let dir = tempfile::tempdir().unwrap();

@@ -1,0 +1,234 @@
+//! The registry versions that a node holds, and the members they make: folder and peers in,
+//! topology out.
+//!
+//! 1. Shards never wait for the folder or for a signature check: what they ask for is a copy.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use millrace_protocol::id::{NodeId, SubnetId};
+use millrace_protocol::identity::PublicKey;
+use millrace_protocol::registry::{Offered, RegistryError, SignedVersion};
+use millrace_protocol::topology::{Member, Topology};
+
+use crate::folder::Follower;
+use crate::wire;
+
+/// What a node knows before it holds a version.
+#[derive(Debug, Clone, Default)]
+pub struct VersionsConfig {
+    /// The node's subnet; none: the subnet that the newest version puts the node in.
+    pub subnet: Option<SubnetId>,
+    /// Members to ask for the first version.
+    pub seeds: Vec<Member>,
+    /// Where this node listens: an address for the seeds to know it by.
+    pub listen: Vec<SocketAddr>,
+}
+
+/// The versions that a node holds. The registry thread writes; shards and the admin thread read.
+#[derive(Debug)]
+pub struct Versions {
+    me: NodeId,
+    /// This node and its seeds: the members before the first version.
+    first: Vec<Member>,
+    subnet: Option<SubnetId>,
+    follower: Mutex<Follower>,
+    newest: AtomicU64,
+    /// The newest versions, for peers. A copy, because shards read it and must not wait for the
+    /// follower, which reads files and checks signatures.
+    shared: Mutex<Arc<[Shared]>>,
+}
+
+/// A version and its number.
+type Shared = (u64, SignedVersion);
+
+/// What a node shows of the versions it holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Summary {
+    /// Number of the newest version; 0 before the first.
+    pub newest: u64,
+    /// Records of the newest version that cannot be used.
+    pub skipped: u64,
+    /// How many versions were refused, by reason.
+    pub refused: Vec<(&'static str, u64)>,
+}
+
+/// What the registry says about the firewall of a node.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct FirewallRecords {
+    /// The newest version; 0: none is held.
+    pub version: u64,
+    /// Its `[[firewall]]` tables, in their order.
+    pub tables: Vec<toml::Table>,
+    /// Addresses of all nodes of all held versions and of the seeds, ascending.
+    pub members: Vec<IpAddr>,
+    /// The node's subnet, as far as it is known.
+    pub subnet: Option<SubnetId>,
+}
+
+impl Versions {
+    /// The versions of the node with this key; what `follower` holds already counts.
+    pub fn new(me: &PublicKey, config: VersionsConfig, follower: Follower) -> Self {
+        let mut first = config.seeds;
+        if !first.is_empty() {
+            first.push(Member {
+                public_key: *me,
+                addresses: config.listen,
+            });
+        }
+        let versions = Self {
+            me: me.node_id(),
+            first,
+            subnet: config.subnet,
+            follower: Mutex::new(follower),
+            newest: AtomicU64::new(0),
+            shared: Mutex::new(Arc::new([])),
+        };
+        versions.share(&versions.lock());
+        versions
+    }
+
+    /// This node.
+    pub fn node_id(&self) -> NodeId {
+        self.me
+    }
+
+    /// Takes what is new in the folder; whether something changed. Reads files: not for shards.
+    pub fn poll_folder(&self) -> bool {
+        let mut follower = self.lock();
+        let changed = follower.poll().changed;
+        if changed {
+            self.share(&follower);
+        }
+        changed
+    }
+
+    /// Takes a version; whether something changed. Checks a signature: not for shards.
+    ///
+    /// # Errors
+    /// Why the version is refused; it is counted.
+    pub fn offer(&self, version: SignedVersion) -> Result<bool, RegistryError> {
+        let mut follower = self.lock();
+        let offered = follower.offer(version)?;
+        let changed = matches!(offered, Offered::Newest { .. });
+        if changed {
+            self.share(&follower);
+        }
+        Ok(changed)
+    }
+
+    /// Takes an answer that a peer sent (see [`wire`]); whether something changed. Checks
+    /// signatures: not for shards.
+    pub fn offer_encoded(&self, peer: &NodeId, bytes: &[u8]) -> bool {
+        let Some(versions) = wire::decode(bytes) else {
+            tracing::warn!(%peer, "an answer with registry versions cannot be read");
+            return false;
+        };
+        let mut changed = false;
+        for version in versions {
+            match self.offer(version) {
+                Ok(newest) => changed |= newest,
+                Err(error) => {
+                    tracing::warn!(%peer, reason = error.reason(), "registry version refused");
+                }
+            }
+        }
+        changed
+    }
+
+    /// The encoded versions above a number: the answer to a peer that holds that one. For shards.
+    pub fn newer_than(&self, number: u64) -> Vec<u8> {
+        let shared = Arc::clone(&self.shared.lock().unwrap_or_else(PoisonError::into_inner));
+        let newer = shared.iter().filter(|(held, _)| *held > number);
+        wire::encode(newer.map(|(_, signed)| signed))
+    }
+
+    /// Copies the newest versions, as many as one answer takes. A peer that is further behind loses
+    /// nothing: every version says everything.
+    fn share(&self, follower: &Follower) {
+        let held: Vec<_> = follower.registry().newer_than(0).collect();
+        let mut bytes = 0;
+        let fits = |(_, signed): &&(u64, &SignedVersion)| {
+            bytes += signed.document.len();
+            bytes <= wire::ANSWER_BYTES_MAX
+        };
+        let mut newest: Vec<Shared> = held
+            .iter()
+            .rev()
+            .take_while(fits)
+            .map(|(number, signed)| (*number, (*signed).clone()))
+            .collect();
+        newest.reverse();
+        *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = newest.into();
+        let number = follower.registry().newest_number();
+        self.newest.store(number, Ordering::Release);
+    }
+
+    /// Number of the newest version; 0 before the first. For shards.
+    pub fn newest(&self) -> u64 {
+        self.newest.load(Ordering::Acquire)
+    }
+
+    /// The members now: those of the subnet, or the seeds before the first version.
+    pub fn topology(&self) -> Topology {
+        let follower = self.lock();
+        match self.subnet_in(&follower) {
+            Some(subnet) => Topology::union(&subnet, follower.registry().versions_in_use()),
+            None if follower.registry().newest().is_none() => {
+                Topology::from_members(self.first.iter().cloned(), 0)
+            }
+            None => Topology::empty(),
+        }
+    }
+
+    /// What is held, in numbers.
+    pub fn summary(&self) -> Summary {
+        let follower = self.lock();
+        Summary {
+            newest: follower.registry().newest_number(),
+            skipped: follower
+                .registry()
+                .newest()
+                .map_or(0, |version| version.skipped.len() as u64),
+            refused: follower
+                .refused()
+                .iter()
+                .map(|(reason, count)| (*reason, *count))
+                .collect(),
+        }
+    }
+
+    /// What the registry says about this node's firewall.
+    pub fn firewall(&self) -> FirewallRecords {
+        let follower = self.lock();
+        let seeds = self.first.iter().flat_map(|member| &member.addresses);
+        let members: BTreeSet<IpAddr> = follower
+            .registry()
+            .versions()
+            .flat_map(|version| &version.nodes)
+            .flat_map(|node| &node.addresses)
+            .chain(seeds)
+            .map(|address| address.ip())
+            .collect();
+        let newest = follower.registry().newest();
+        FirewallRecords {
+            version: follower.registry().newest_number(),
+            tables: newest.map_or_else(Vec::new, |version| version.firewall.clone()),
+            members: members.into_iter().collect(),
+            subnet: self.subnet_in(&follower),
+        }
+    }
+
+    /// The configured subnet, or the one of this node's record.
+    fn subnet_in(&self, follower: &Follower) -> Option<SubnetId> {
+        let newest = follower.registry().newest()?;
+        let mine = newest.nodes.iter().find(|node| node.id == self.me);
+        self.subnet.or_else(|| mine.map(|node| node.subnet))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Follower> {
+        self.follower.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
