@@ -185,7 +185,7 @@ mod tests {
         let one = config(
             "roles = [\"a\\\"b\", \"c\"]\ntcp_ports = [80, 443]\nquic_burst = 7\nlease = \"3s\"\n",
         );
-        let two = config("tcp_ports = [22]\nlimiter_lines = 2048\nlease = \"5s\"\n");
+        let two = config("tcp_ports = [22]\nlimiter_buckets = 2048\nlease = \"5s\"\n");
         let applied = Applied::of(&one, 4100);
         let both = applied.onto(&two).unwrap();
         assert!(
@@ -210,7 +210,7 @@ mod tests {
             ..State::default()
         };
         let edited = config(
-            "interfaces = [\"a0\", \"b0\"]\nlimiter_lines = 2048\nlease = \"5s\"\nquic_burst = 7\n",
+            "interfaces = [\"a0\", \"b0\"]\nlimiter_buckets = 2048\nlease = \"5s\"\nquic_burst = 7\n",
         );
         let named: Vec<_> = left_alone(&edited, &state)
             .into_iter()
