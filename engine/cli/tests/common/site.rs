@@ -132,7 +132,7 @@ impl Site {
 fn config(registry: &TestRegistry, pinned: &Pinned) -> String {
     format!(
         "dir = {:?}\n[edge]\ninterfaces = [\"mr0\"]\ntcp_ports = [{PORT}]\npins = {:?}\nlease = \"500ms\"\n\
-         rules_max = 64\ntrie_nodes_max = 256\nlimiter_lines = 1024\nsources_max = 1024\npeers_max = 16\n",
+         rules_max = 64\ntrie_nodes_max = 256\nlimiter_buckets = 1024\nsources_max = 1024\npeers_max = 16\n",
         registry.dir, pinned.0
     )
 }
