@@ -26,7 +26,7 @@ use millrace_shards::datapath::Trains;
 use crate::address::PeerAddress;
 use crate::admission::{ConnectionPermit, HandshakePermit};
 use crate::buffers::QuicConnection;
-use crate::carrier::Pumped;
+use crate::carrier::Progress;
 use crate::close_sender::CloseSender;
 use crate::config::TransportConfig;
 use crate::counters::{Counter, Counters, Family};
@@ -279,7 +279,7 @@ impl Connection {
             && !matches!(self.phase, Phase::Closing)
         {
             let mut out = handle.out.borrow_mut();
-            if out.feed(&mut self.quic) == Pumped::More {
+            if out.poll_transmit(&mut self.quic) == Progress::More {
                 more = Sent::Budget;
             }
             in_short_trains = out.take_exchanges();

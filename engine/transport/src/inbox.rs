@@ -14,7 +14,7 @@ use millrace_protocol::frame::{
 };
 use millrace_shards::chunk::{Body, BodyMut, ChunkPool};
 
-use crate::buffers::QuicConnection;
+use crate::path::{StreamError, StreamPath};
 
 /// Bodies up to this size are gathered in plain memory; a chunk of 1 MiB would be wasted on them.
 pub(crate) const INLINE_BYTES_MAX: usize = 64 << 10;
@@ -171,9 +171,9 @@ impl Inbox {
     }
 
     /// Reads all that stream `id` has, and hands over what is whole. `scratch` is overwritten.
-    pub(crate) fn read(
+    pub(crate) fn read<P: StreamPath>(
         &mut self,
-        path: &mut QuicConnection,
+        path: &mut P,
         id: u64,
         scratch: &mut [u8],
         room: &mut impl Room,
@@ -209,10 +209,10 @@ impl Inbox {
     }
 
     /// Gives back what a stream holds and throws away what comes on it from now on.
-    fn refuse(
+    fn refuse<P: StreamPath>(
         &mut self,
         at: usize,
-        path: &mut QuicConnection,
+        path: &mut P,
         room: &mut impl Room,
     ) -> Result<(), StreamFault> {
         self.streams[at].release(room);
@@ -228,9 +228,9 @@ impl Inbox {
     }
 
     /// Cuts every unfinished message that brought less than `progress_bytes` since the last call.
-    pub(crate) fn cut_stalled(
+    pub(crate) fn cut_stalled<P: StreamPath>(
         &mut self,
-        path: &mut QuicConnection,
+        path: &mut P,
         progress_bytes: u64,
         room: &mut impl Room,
         cut: &mut impl FnMut(StreamFault, Option<Header>),
@@ -238,7 +238,7 @@ impl Inbox {
         // From the back: refusing a stream may move the last one into its place.
         for at in (0..self.streams.len()).rev() {
             let stream = &mut self.streams[at];
-            // ConnectionPermit from the interval's start, or the stream's: a stream is judged in its second interval at the latest.
+            // Counted from the interval's start, or the stream's: a stream is judged in its second interval at the latest.
             let new = std::mem::take(&mut stream.progress_bytes);
             if matches!(stream.state, State::Lane(_) | State::Refused) || new >= progress_bytes {
                 continue;
@@ -299,11 +299,11 @@ impl Incoming {
     }
 
     /// Throws away what is there. True when the stream has ended.
-    fn discard(&self, path: &mut QuicConnection) -> bool {
+    fn discard<P: StreamPath>(&self, path: &mut P) -> bool {
         loop {
             match path.stream_discard(self.id, 1 << 30) {
                 Ok((_, true)) => return true,
-                Ok((0, false)) | Err(quiche::Error::Done) => return false,
+                Ok((0, false)) | Err(StreamError::Blocked) => return false,
                 Ok(_) => {}
                 // Reset, or gone already.
                 Err(_) => return true,
@@ -320,9 +320,9 @@ impl Incoming {
     }
 
     /// True when the stream is done.
-    fn read(
+    fn read<P: StreamPath>(
         &mut self,
-        path: &mut QuicConnection,
+        path: &mut P,
         limits: &Limits,
         scratch: &mut [u8],
         room: &mut impl Room,
@@ -344,7 +344,7 @@ impl Incoming {
             };
             let (read, fin) = match path.stream_recv(self.id, target) {
                 Ok(read) => read,
-                Err(quiche::Error::Done) => return Ok(false),
+                Err(StreamError::Blocked) => return Ok(false),
                 Err(_) => return Err(StreamFault::Reset),
             };
             self.progress_bytes = self.progress_bytes.saturating_add(read as u64);

@@ -24,6 +24,7 @@ mod inbox;
 pub mod memory;
 mod outbox;
 mod pair_keys;
+mod path;
 mod quic;
 mod random;
 mod service;

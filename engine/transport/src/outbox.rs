@@ -12,10 +12,11 @@
 use bytes::Bytes;
 use millrace_protocol::frame::{Class, Header, Kind, StreamKind};
 
-use crate::buffers::{QuicConnection, TxBuffer};
-use crate::carrier::{Carrier, Outgoing, Pumped, QueueFull};
+use crate::buffers::TxBuffer;
+use crate::carrier::{Carrier, Outgoing, Progress, QueueFull};
 use crate::config::{PerClass, TransportConfig};
 use crate::memory::{MemoryCarrier, MemoryLink};
+use crate::path::{StreamError, StreamPath};
 use crate::service::message::Payload;
 use crate::streams::StreamCarrier;
 
@@ -28,9 +29,9 @@ struct Lane {
     urgency: u8,
     class: Class,
     opened: bool,
-    /// Frames not yet offered to quiche.
+    /// Frames not yet offered to the path.
     pending: Vec<u8>,
-    /// Bytes that quiche had no capacity for.
+    /// Bytes that the path had no capacity for.
     blocked: Option<Bytes>,
     /// The peer stopped the lane: nothing can be sent on it any more.
     is_stopped: bool,
@@ -55,15 +56,12 @@ impl Lane {
     }
 
     /// Offers what waits; returns the bytes taken.
-    fn flush(&mut self, path: &mut QuicConnection) -> usize {
+    fn flush<P: StreamPath>(&mut self, path: &mut P) -> usize {
         if self.blocked.is_none() && self.pending.is_empty() {
             return 0;
         }
         if !self.opened {
-            if path
-                .stream_priority(self.stream, self.urgency, false)
-                .is_err()
-            {
+            if path.stream_priority(self.stream, self.urgency).is_err() {
                 return 0;
             }
             if path.stream_send(self.stream, &[StreamKind::Lane.encode()], false) != Ok(1) {
@@ -84,9 +82,9 @@ impl Lane {
                     ))
                 }
             };
-            // quiche drops the buffer with an error: keep a reference.
-            match path.stream_send_zc(self.stream, TxBuffer::Small(buffer.clone()), false) {
-                Ok((taken, _)) => {
+            // The path drops the buffer with an error: keep a reference.
+            match path.stream_send_buffer(self.stream, TxBuffer::Small(buffer.clone()), false) {
+                Ok(taken) => {
                     flushed += taken;
                     if taken < buffer.len() {
                         self.blocked = Some(buffer.slice(taken..));
@@ -94,7 +92,7 @@ impl Lane {
                     }
                 }
                 Err(error) => {
-                    self.is_stopped |= matches!(error, quiche::Error::StreamStopped(_));
+                    self.is_stopped |= error == StreamError::Stopped;
                     self.blocked = Some(buffer);
                     return flushed;
                 }
@@ -128,10 +126,10 @@ enum Messages {
 }
 
 impl Messages {
-    fn offer(&mut self, message: Outgoing) -> Result<(), QueueFull> {
+    fn enqueue(&mut self, message: Outgoing) -> Result<(), QueueFull> {
         match self {
-            Self::Streams(streams) => streams.offer(message),
-            Self::Memory(memory) => memory.offer(message),
+            Self::Streams(streams) => streams.enqueue(message),
+            Self::Memory(memory) => memory.enqueue(message),
         }
     }
 
@@ -145,7 +143,7 @@ impl Messages {
 
 /// A message to be taken back.
 #[derive(Clone, Copy, Debug)]
-struct Withdrawal {
+struct Cancellation {
     header: Header,
     tell: bool,
 }
@@ -164,7 +162,7 @@ pub(crate) struct Outbox {
     /// Requests or answers were put on lanes since the last feed.
     exchanges: bool,
     datagrams: Vec<Vec<u8>>,
-    withdrawals: Vec<Withdrawal>,
+    cancellations: Vec<Cancellation>,
 }
 
 impl Outbox {
@@ -201,7 +199,7 @@ impl Outbox {
             messages,
             exchanges: false,
             datagrams: Vec::new(),
-            withdrawals: Vec::new(),
+            cancellations: Vec::new(),
         }
     }
 
@@ -219,7 +217,7 @@ impl Outbox {
             Some(slice) if slice.len() <= self.lane_body_max && !alone => {
                 self.push_frame(header, slice)
             }
-            _ => self.messages.offer(Outgoing { header, body }),
+            _ => self.messages.enqueue(Outgoing { header, body }),
         }
     }
 
@@ -256,19 +254,19 @@ impl Outbox {
     }
 
     /// Takes a message back at the next feed if it has not left whole. If it has, and `tell`, the peer hears a cancellation.
-    pub(crate) fn withdraw(&mut self, header: Header, tell: bool) {
-        self.withdrawals.push(Withdrawal { header, tell });
+    pub(crate) fn cancel(&mut self, header: Header, tell: bool) {
+        self.cancellations.push(Cancellation { header, tell });
     }
 
-    /// Moves what waits into quiche.
-    pub(crate) fn feed(&mut self, path: &mut QuicConnection) -> Pumped {
-        self.withdraw_all(|messages, header| match messages {
-            Messages::Streams(streams) => streams.withdraw(Some(path), header),
+    /// Moves what waits into the path.
+    pub(crate) fn poll_transmit<P: StreamPath>(&mut self, path: &mut P) -> Progress {
+        self.cancel_all(|messages, header| match messages {
+            Messages::Streams(streams) => streams.cancel(path, header),
             Messages::Memory(_) => false,
         });
         for datagram in self.datagrams.drain(..) {
             // Its sender repeats it until acknowledged.
-            path.dgram_send_buf(datagram).ok();
+            path.datagram_send(datagram);
         }
         for lane in &mut self.lanes {
             let taken = lane.flush(path);
@@ -277,16 +275,16 @@ impl Outbox {
         }
         self.turn_lane = self.turn_lane % (self.lanes.len() - 1) + 1;
         match &mut self.messages {
-            Messages::Streams(streams) => streams.pump(path),
-            Messages::Memory(_) => Pumped::Blocked,
+            Messages::Streams(streams) => streams.poll_transmit(path),
+            Messages::Memory(_) => Progress::Blocked,
         }
     }
 
     /// Moves what waits into the memory network.
-    pub(crate) fn feed_memory(&mut self, path: &mut MemoryLink) -> Pumped {
-        self.withdraw_all(|messages, header| match messages {
+    pub(crate) fn feed_memory(&mut self, path: &mut MemoryLink) -> Progress {
+        self.cancel_all(|messages, header| match messages {
             Messages::Streams(_) => false,
-            Messages::Memory(memory) => memory.withdraw(Some(path), header),
+            Messages::Memory(memory) => memory.cancel(Some(path), header),
         });
         for datagram in self.datagrams.drain(..) {
             path.push_frames(&mut Bytes::from(datagram));
@@ -297,22 +295,22 @@ impl Outbox {
             *queued = queued.saturating_sub(taken);
         }
         match &mut self.messages {
-            Messages::Streams(_) => Pumped::Blocked,
+            Messages::Streams(_) => Progress::Blocked,
             Messages::Memory(memory) => memory.pump(path),
         }
     }
 
-    fn withdraw_all(&mut self, mut withdraw: impl FnMut(&mut Messages, &Header) -> bool) {
-        for Withdrawal { header, tell } in std::mem::take(&mut self.withdrawals) {
-            if !withdraw(&mut self.messages, &header) && tell {
-                let cancel = Header {
+    fn cancel_all(&mut self, mut cancel: impl FnMut(&mut Messages, &Header) -> bool) {
+        for Cancellation { header, tell } in std::mem::take(&mut self.cancellations) {
+            if !cancel(&mut self.messages, &header) && tell {
+                let frame = Header {
                     kind: Kind::Cancel,
                     body_bytes: 0,
                     arg: 0,
                     ..header
                 };
                 // A full queue loses the cancellation: the answer is then dropped as late.
-                self.push_frame(cancel, &[]).ok();
+                self.push_frame(frame, &[]).ok();
             }
         }
     }
@@ -353,7 +351,7 @@ impl Outbox {
     /// Whether everything was handed to the path.
     pub(crate) fn is_idle(&self) -> bool {
         self.messages.is_idle()
-            && self.withdrawals.is_empty()
+            && self.cancellations.is_empty()
             && self
                 .lanes
                 .iter()

@@ -14,9 +14,10 @@ use bytes::Bytes;
 use millrace_protocol::frame::{Class, Header, StreamKind};
 use millrace_shards::chunk::ChunkSlice;
 
-use crate::buffers::{QuicConnection, TxBuffer};
-use crate::carrier::{Carrier, Outgoing, Pumped, QueueFull};
+use crate::buffers::TxBuffer;
+use crate::carrier::{Carrier, Outgoing, Progress, QueueFull};
 use crate::config::PerClass;
+use crate::path::{StreamError, StreamPath};
 use crate::service::message::Payload;
 
 /// RESET_STREAM code: the message is not wanted any more (the reference's value).
@@ -42,7 +43,7 @@ fn urgency(class: Class) -> u8 {
 struct Active {
     message: Outgoing,
     stream: u64,
-    /// Bytes of opening and body that quiche has taken.
+    /// Bytes of opening and body that the path has taken.
     taken: u64,
 }
 
@@ -163,14 +164,14 @@ impl StreamCarrier {
     }
 
     /// Opens streams for waiting messages while their class and the peer's stream limit allow.
-    fn activate(&mut self, path: &mut QuicConnection) {
+    fn activate<P: StreamPath>(&mut self, path: &mut P) {
         for class in [Class::Latency, Class::Normal, Class::Bulk] {
             while self.active_in[class as usize] < self.active_max {
-                if self.waiting[class as usize].is_empty() || path.peer_streams_left_uni() == 0 {
+                if self.waiting[class as usize].is_empty() || path.streams_left() == 0 {
                     break;
                 }
                 let stream = self.next_stream;
-                if path.stream_priority(stream, urgency(class), false).is_err() {
+                if path.stream_priority(stream, urgency(class)).is_err() {
                     break;
                 }
                 let Some(message) = self.waiting[class as usize].pop_front() else {
@@ -184,7 +185,7 @@ impl StreamCarrier {
                     stream,
                     taken: 0,
                 };
-                // Kept in order of class, then age: `pump` feeds from the front.
+                // Kept in order of class, then age: `poll_transmit` feeds from the front.
                 let at = self
                     .active
                     .partition_point(|a| a.message.header.class as u8 <= class as u8);
@@ -194,7 +195,7 @@ impl StreamCarrier {
     }
 
     /// Feeds one stream. True when it is done (all taken, or the peer stopped it).
-    fn feed(active: &mut Active, path: &mut QuicConnection, prefetcher: &mut Prefetcher) -> bool {
+    fn feed<P: StreamPath>(active: &mut Active, path: &mut P, prefetcher: &mut Prefetcher) -> bool {
         loop {
             // Stopped by the peer, or the connection is closing: the answer, if any, says why.
             let Ok(capacity) = path.stream_capacity(active.stream) else {
@@ -215,8 +216,8 @@ impl StreamCarrier {
                 TxBuffer::Chunk(slice) => Some(slice.clone()),
                 TxBuffer::Small(_) => None,
             };
-            match path.stream_send_zc(active.stream, buffer, last) {
-                Ok((taken, _)) => {
+            match path.stream_send_buffer(active.stream, buffer, last) {
+                Ok(taken) => {
                     active.taken += taken as u64;
                     if let Some(piece) = piece {
                         prefetcher.push(piece.slice(0..taken));
@@ -228,7 +229,7 @@ impl StreamCarrier {
                         return false;
                     }
                 }
-                Err(quiche::Error::Done) => return false,
+                Err(StreamError::Blocked) => return false,
                 Err(_) => return true,
             }
         }
@@ -236,9 +237,7 @@ impl StreamCarrier {
 }
 
 impl Carrier for StreamCarrier {
-    type Path = QuicConnection;
-
-    fn offer(&mut self, message: Outgoing) -> Result<(), QueueFull> {
+    fn enqueue(&mut self, message: Outgoing) -> Result<(), QueueFull> {
         let class = message.header.class;
         if self.queued(class) >= self.queue_max.of(class) {
             return Err(QueueFull);
@@ -247,10 +246,10 @@ impl Carrier for StreamCarrier {
         Ok(())
     }
 
-    fn pump(&mut self, path: &mut QuicConnection) -> Pumped {
+    fn poll_transmit<P: StreamPath>(&mut self, path: &mut P) -> Progress {
         if self.is_idle() {
             self.prefetcher.clear();
-            return Pumped::Blocked;
+            return Progress::Blocked;
         }
         self.activate(path);
         let mut at = 0;
@@ -265,13 +264,13 @@ impl Carrier for StreamCarrier {
             }
         }
         if finished && self.waiting.iter().any(|queue| !queue.is_empty()) {
-            Pumped::More
+            Progress::More
         } else {
-            Pumped::Blocked
+            Progress::Blocked
         }
     }
 
-    fn withdraw(&mut self, path: Option<&mut QuicConnection>, header: &Header) -> bool {
+    fn cancel<P: StreamPath>(&mut self, path: &mut P, header: &Header) -> bool {
         let same = |message: &Outgoing| {
             message.header.id == header.id && message.header.kind == header.kind
         };
@@ -284,11 +283,7 @@ impl Carrier for StreamCarrier {
             self.prefetcher.clear();
             let active = self.active.remove(at);
             self.active_in[active.message.header.class as usize] -= 1;
-            if let Some(path) = path {
-                // Already reset or stopped is as good.
-                path.stream_shutdown(active.stream, quiche::Shutdown::Write, CODE_CANCELLED)
-                    .ok();
-            }
+            path.stream_reset(active.stream, CODE_CANCELLED);
             return true;
         }
         false

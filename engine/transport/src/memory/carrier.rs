@@ -14,7 +14,7 @@ use millrace_protocol::frame::{Class, Header};
 
 use super::packet::{Content, MemoryLink, PIECE_BYTES, Piece, piece_count};
 use crate::buffers::TxBuffer;
-use crate::carrier::{Carrier, Outgoing, Pumped, QueueFull};
+use crate::carrier::{Outgoing, Progress, QueueFull};
 use crate::config::{PerClass, TransportConfig};
 use crate::service::message::Payload;
 
@@ -247,10 +247,8 @@ impl MemoryCarrier {
     }
 }
 
-impl Carrier for MemoryCarrier {
-    type Path = MemoryLink;
-
-    fn offer(&mut self, message: Outgoing) -> Result<(), QueueFull> {
+impl MemoryCarrier {
+    pub(crate) fn enqueue(&mut self, message: Outgoing) -> Result<(), QueueFull> {
         let class = message.header.class;
         if self.queued(class) >= self.queue_max.of(class) {
             return Err(QueueFull);
@@ -259,7 +257,7 @@ impl Carrier for MemoryCarrier {
         Ok(())
     }
 
-    fn pump(&mut self, path: &mut MemoryLink) -> Pumped {
+    pub(crate) fn poll_transmit(&mut self, path: &mut MemoryLink) -> Progress {
         self.repeat(path);
         self.activate();
         let mut at = 0;
@@ -277,13 +275,13 @@ impl Carrier for MemoryCarrier {
             at = 0;
         }
         if path.is_blocked() {
-            Pumped::More
+            Progress::More
         } else {
-            Pumped::Blocked
+            Progress::Blocked
         }
     }
 
-    fn withdraw(&mut self, path: Option<&mut MemoryLink>, header: &Header) -> bool {
+    pub(crate) fn cancel(&mut self, path: Option<&mut MemoryLink>, header: &Header) -> bool {
         let same = |message: &Outgoing| {
             message.header.id == header.id && message.header.kind == header.kind
         };

@@ -307,7 +307,7 @@ impl ConnectionHandle {
         if self.is_closed.get() || self.calls.borrow_mut().cancel(header.id).is_none() {
             return;
         }
-        self.out.borrow_mut().withdraw(header, true);
+        self.out.borrow_mut().cancel(header, true);
         self.mark_dirty();
     }
 
@@ -321,7 +321,7 @@ impl ConnectionHandle {
             body_bytes: 0,
             arg: 0,
         };
-        self.out.borrow_mut().withdraw(header, tell);
+        self.out.borrow_mut().cancel(header, tell);
         self.mark_dirty();
     }
 
