@@ -21,7 +21,6 @@ use std::time::{Duration, Instant};
 
 use millrace_edge_policy::cid::SLOTS_MAX;
 use millrace_protocol::budget::{ReceiveBudget, Reservation};
-use millrace_protocol::health::{Health, HealthConfig};
 use millrace_protocol::id::NodeId;
 use millrace_protocol::peers::{ConnKey, Peers};
 use millrace_protocol::timer::{TimerId, Wheel};
@@ -31,15 +30,16 @@ use millrace_shards::datapath::{Datagrams, Datapath, Trains, Transmit};
 
 use crate::admission::AdmissionControl;
 use crate::clock::Clock;
-use crate::config::TransportConfig;
-use crate::connection::{Connection, EXCHANGE_PACKETS, Phase, Sent};
+use crate::connection::{Connection, EXCHANGE_PACKETS, Sent};
 use crate::counters::{Counter, Counters};
 use crate::inbox::Room;
 use crate::pair_keys::DialKeys;
+use crate::phase::Phase;
 use crate::quic::CloseCode;
 use crate::random::random_bytes;
 use crate::service::handle::ShardState;
 use crate::service::message::Handler;
+use crate::session::Session;
 use crate::start::Message;
 use crate::status::{PeerStatus, StatusBoard};
 use crate::tls::Members;
@@ -237,24 +237,14 @@ impl<H: Handler> Endpoint<H> {
             return Sent::All;
         };
         connection.is_dirty = false;
-        if connection.may_delay_ack(now) {
+        if connection.may_delay_ack(&self.parts.state.config, now) {
             self.arm(slot);
             return Sent::All;
         }
-        if let Some(handle) = &connection.handle {
-            handle.clear_dirty();
-        }
-        if let Phase::Draining { until, code } = connection.phase
-            && connection
-                .handle
-                .as_ref()
-                .is_none_or(|handle| handle.is_idle())
+        if matches!(connection.phase, Phase::Draining { .. })
+            && connection.session.as_ref().is_none_or(Session::is_idle)
         {
-            let linger = now + connection.linger();
-            connection.phase = Phase::Lingering {
-                until: until.map_or(linger, |until| until.min(linger)),
-                code,
-            };
+            connection.phase.linger(now + connection.linger());
         }
         let sent =
             connection.transmit(trains, &self.parts.state.config, &self.parts.state.counters);
@@ -277,48 +267,33 @@ impl<H: Handler> Endpoint<H> {
     }
 
     fn publish(&mut self) {
-        let peers = self
-            .connections
-            .iter_mut()
-            .flatten()
-            .filter_map(|connection| {
-                if let (Some(handle), true) = (&connection.handle, connection.phase == Phase::Up) {
-                    let path = connection.path();
-                    let stats = connection.quic.stats();
-                    return Some(PeerStatus {
-                        node_id: handle.peer,
-                        connection: handle.number.get(),
-                        address: Some(connection.address.current()),
-                        rtt: path.as_ref().map(|p| p.rtt),
-                        probe_rtt: connection
-                            .health
-                            .as_ref()
-                            .and_then(Health::rtt)
-                            .map(|rtt| rtt.smoothed),
-                        congestion_window_bytes: path.as_ref().map_or(0, |p| p.cwnd as u64),
-                        packets_sent: stats.sent as u64,
-                        packets_lost: stats.lost as u64,
-                        bytes_sent: stats.sent_bytes,
-                        bytes_received: stats.recv_bytes,
-                        shard: self.parts.shard,
-                    });
-                }
-                None
-            });
+        let peers = self.connections.iter().flatten().filter_map(|connection| {
+            let session = connection.session.as_ref()?;
+            if connection.phase != Phase::Up {
+                return None;
+            }
+            let path = connection.path();
+            let stats = connection.quic.stats();
+            Some(PeerStatus {
+                node_id: session.peer(),
+                connection: session.number(),
+                address: Some(connection.address.current()),
+                rtt: path.as_ref().map(|p| p.rtt),
+                probe_rtt: session.probe_rtt().map(|rtt| rtt.smoothed),
+                congestion_window_bytes: path.as_ref().map_or(0, |p| p.cwnd as u64),
+                packets_sent: stats.sent as u64,
+                packets_lost: stats.lost as u64,
+                bytes_sent: stats.sent_bytes,
+                bytes_received: stats.recv_bytes,
+                shard: self.parts.shard,
+            })
+        });
         self.parts.board.publish(
             self.parts.shard,
             peers.collect(),
             self.live,
             self.handshakes,
         );
-    }
-}
-
-fn health_config(config: &TransportConfig) -> HealthConfig {
-    HealthConfig {
-        interval: config.probe_interval,
-        missed_max: config.probe_failures_max,
-        ..Default::default()
     }
 }
 
@@ -407,10 +382,8 @@ impl<H: Handler> Datapath for Endpoint<H> {
     fn on_housekeeping(&mut self, now: Instant) {
         self.parts.state.now.set(now);
         for connection in self.connections.iter_mut().flatten() {
-            let lossy = connection.has_lost_packets();
-            connection.sweep_stopped_streams();
-            if let Some(handle) = &connection.handle {
-                handle.out.borrow_mut().set_lossy(lossy);
+            if let Some(session) = &mut connection.session {
+                session.housekeep(&mut connection.quic);
             }
         }
         self.renew_all_ids(now);

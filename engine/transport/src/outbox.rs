@@ -296,7 +296,7 @@ impl Outbox {
         }
         match &mut self.messages {
             Messages::Streams(_) => Progress::Blocked,
-            Messages::Memory(memory) => memory.pump(path),
+            Messages::Memory(memory) => memory.poll_transmit(path),
         }
     }
 

@@ -29,7 +29,6 @@ use millrace_shards::stats::ShardStats;
 use crate::admission::{AdmissionControl, ConnectionCounts};
 use crate::clock::Clock;
 use crate::config::TransportConfig;
-use crate::connection::VERIFY_TIMEOUT;
 use crate::counters::{Counters, Family};
 use crate::endpoint::{Endpoint, EndpointParts};
 use crate::pair_keys::{DialKeys, PairKeys};
@@ -39,6 +38,7 @@ use crate::service::handle::{Completion, ShardState};
 use crate::service::message::{Handler, Payload, Request};
 use crate::service::remote::{RemoteAnswer, RemoteCompletion};
 use crate::service::shard_messenger::ShardMessenger;
+use crate::session::VERIFY_TIMEOUT;
 use crate::status::StatusBoard;
 use crate::tls::{Credentials, Members, TlsError};
 

@@ -8,16 +8,13 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use millrace_protocol::dial_request::DialRequest;
-use millrace_protocol::health::Health;
-use millrace_protocol::id::{ConnectionNumber, NodeId};
+use millrace_protocol::id::ConnectionNumber;
 use millrace_protocol::peers::{Action, CloseKind, ConnKey};
 
-use super::{
-    CERTIFICATE_REQUIRED, CERTIFICATE_UNKNOWN, Endpoint, PeerRoom, REPLIES_MAX, Timer,
-    health_config,
-};
-use crate::connection::{Connection, Phase};
+use super::{CERTIFICATE_REQUIRED, CERTIFICATE_UNKNOWN, Endpoint, PeerRoom, REPLIES_MAX, Timer};
+use crate::connection::Connection;
 use crate::counters::{Family, TlsRefusal};
+use crate::phase::Phase;
 use crate::quic::CloseCode;
 use crate::service::message::Handler;
 
@@ -67,10 +64,11 @@ impl<H: Handler> Endpoint<H> {
             Action::Verify { conn } => {
                 if let Some(slot) = self.slot_of(conn)
                     && let Some(Some(connection)) = self.connections.get_mut(slot)
+                    && let Some(session) = &mut connection.session
                 {
                     // A dial request is not signed: it must not end a connection whose answer merely
                     // takes long. The idle timeout does.
-                    if connection.probe_liveness() {
+                    if session.probe_liveness(&mut connection.quic) {
                         self.mark_dirty(slot);
                     } else if let Some(peers) = self.parts.peers.get_mut(index) {
                         peers.verified(conn);
@@ -95,40 +93,24 @@ impl<H: Handler> Endpoint<H> {
                     self.mark_dirty(slot);
                 }
             }
-            Action::Up { peer, conn, number } => self.on_up(peer, conn, number, now),
+            Action::Up { conn, number, .. } => self.on_up(conn, number, now),
             // Told connection by connection, when it is gone.
             Action::Down { .. } => {}
         }
     }
 
-    pub(super) fn on_up(
-        &mut self,
-        peer: NodeId,
-        conn: ConnKey,
-        number: ConnectionNumber,
-        now: Instant,
-    ) {
+    pub(super) fn on_up(&mut self, conn: ConnKey, number: ConnectionNumber, now: Instant) {
         let Some(slot) = self.slot_of(conn) else {
             return;
         };
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;
         };
-        let Some(handle) = connection.handle.clone() else {
+        let Some(session) = &mut connection.session else {
             return;
         };
         connection.phase = Phase::Up;
-        connection.start_keep_alive(self.parts.state.config.keep_alive, now);
-        connection.health = Some(Health::new(health_config(&self.parts.state.config), now));
-        handle.number.set(number);
-        self.parts
-            .state
-            .up
-            .borrow_mut()
-            .entry(peer)
-            .or_default()
-            .push(handle);
-        self.handler.on_up(peer, number);
+        session.up(&connection.quic, &mut self.handler, number, now);
         self.publish();
     }
 
@@ -143,19 +125,12 @@ impl<H: Handler> Endpoint<H> {
         let Some(Some(connection)) = self.connections.get(slot) else {
             return;
         };
-        let Some(handle) = &connection.handle else {
+        let Some(session) = &connection.session else {
             return;
         };
-        let peer = handle.peer;
         let (board, shard) = (&self.parts.board, self.parts.shard);
-        board.take_down(shard, &peer, handle.number.get());
-        let mut up = self.parts.state.up.borrow_mut();
-        if let Some(handles) = up.get_mut(&peer) {
-            handles.retain(|handle| handle.slot != slot);
-            if handles.is_empty() {
-                up.remove(&peer);
-            }
-        }
+        board.take_down(shard, &session.peer(), session.number());
+        session.take_down();
     }
 
     pub(super) fn close(&mut self, slot: usize, code: CloseCode) {
@@ -181,17 +156,13 @@ impl<H: Handler> Endpoint<H> {
             self.charge(&mut connection, now);
         }
         let kind = self.judge_end(&connection);
-        if let Some(handle) = connection.handle.take() {
+        if let Some(session) = connection.session.take() {
             let mut room = PeerRoom {
                 budget: &mut self.parts.budget,
                 pool: &self.parts.pool,
-                peer: handle.peer,
+                peer: session.peer(),
             };
-            connection.inbox.clear(&mut room);
-            handle.close();
-            if handle.number.get() > ConnectionNumber(0) {
-                self.handler.on_down(handle.peer, handle.number.get());
-            }
+            session.close(&mut self.handler, &mut room);
         }
         if let Some(peers) = self.parts.peers.get_mut(connection.index) {
             match connection.attempt {

@@ -2,20 +2,21 @@
 //!
 //! Invariants
 //! 1. Nothing is counted against a source before the handshake has shown that the address is its own.
-//! 2. A peer that stays has a handle and roaming IDs; one that may not is told why.
+//! 2. A peer that stays has a session and roaming IDs; one that may not is told why.
 
 use std::time::Instant;
 
-use millrace_protocol::frame::{Hello, Kind, PROTOCOL_VERSION};
+use millrace_protocol::frame::{Hello, PROTOCOL_VERSION};
 use millrace_protocol::id::NodeId;
 use millrace_protocol::peers::{Direction, Refusal};
 
 use super::Endpoint;
-use crate::connection::{Connection, Phase};
+use crate::connection::Connection;
 use crate::counters::{Counter, Family};
+use crate::phase::Phase;
 use crate::quic::CloseCode;
-use crate::service::handle::ConnectionHandle;
 use crate::service::message::Handler;
+use crate::session::Session;
 use crate::tls;
 
 impl<H: Handler> Endpoint<H> {
@@ -84,18 +85,18 @@ impl<H: Handler> Endpoint<H> {
         Ok(peer)
     }
 
-    /// From here on there is a handle, and a hello on its way.
+    /// From here on there is a session, and a hello on its way.
     fn introduce(&self, slot: usize, connection: &mut Connection, peer: NodeId) {
         connection.phase = Phase::AwaitHello;
-        let handle = ConnectionHandle::new(&self.parts.state, slot, peer, connection.is_server);
         let hello = Hello {
             protocol_version: PROTOCOL_VERSION,
             registry_version: self.topology.newest_version(),
             features: 0,
             shards: self.parts.shards as u8,
         };
-        handle.control(Kind::Hello, 0, &hello.encode());
-        connection.handle = Some(handle);
+        let is_server = connection.is_server;
+        let session = Session::new(&self.parts.state, slot, peer, is_server, &hello);
+        connection.session = Some(session);
     }
 
     /// The source of a connection has shown that its address is its own. More than once does no harm.

@@ -9,9 +9,9 @@ use millrace_shards::datapath::Datagrams;
 
 use super::{Endpoint, PeerRoom};
 use crate::address::PeerAddress;
-use crate::connection::{Events, Phase};
 use crate::counters::Counter;
 use crate::ids::IdBytes;
+use crate::phase::Phase;
 use crate::quic::CloseCode;
 use crate::service::message::Handler;
 
@@ -122,45 +122,31 @@ impl<H: Handler> Endpoint<H> {
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;
         };
-        if let Some(peer) = connection.peer() {
-            let mut events = Events::default();
+        if let Some(session) = &mut connection.session {
             let mut room = PeerRoom {
                 budget: &mut self.parts.budget,
                 pool: &self.parts.pool,
-                peer,
+                peer: session.peer(),
             };
-            connection.read(
+            let received = session.receive(
+                &mut connection.quic,
                 &mut self.handler,
                 &mut self.scratch,
                 &mut room,
                 now,
-                &mut events,
             );
-            for reservation in events.reservations.drain(..) {
-                self.parts.budget.release(reservation);
-            }
-            let opened = connection.inbox.take_opened();
-            if opened > 0 {
-                self.parts.state.counters.add(Counter::StreamsIn, opened);
-                if connection.judge_at.is_none() && connection.inbox.unfinished() > 0 {
-                    connection.judge_at =
-                        Some(now + self.parts.state.config.stream_progress_interval);
-                }
-            }
-            for repeated in events.probe_replies.drain(..) {
+            for repeated in received.probe_replies {
                 if PeerAddress::is_answer(repeated) {
                     let moved = connection.address.answered(repeated);
-                    self.parts
-                        .state
-                        .counters
-                        .add(Counter::Migrations, u64::from(moved));
-                } else if let Some(health) = &mut connection.health {
-                    health.reply_received(repeated, now);
+                    let counters = &self.parts.state.counters;
+                    counters.add(Counter::Migrations, u64::from(moved));
+                } else {
+                    session.on_probe_reply(repeated, now);
                 }
             }
             // What quiche says of paths (their MTU) is in their statistics too.
             while connection.quic.path_event_next().is_some() {}
-            if events.fault.is_some() {
+            if received.fault.is_some() {
                 self.close(slot, CloseCode::Violation);
             }
         }
@@ -182,11 +168,9 @@ impl<H: Handler> Endpoint<H> {
                 peers.hello_received(key, now);
             }
             self.run_actions(now);
-        } else if connection
-            .verify_from
-            .is_some_and(|seen| connection.quic.stats().recv > seen)
+        } else if let Some(session) = &mut connection.session
+            && session.take_liveness(&connection.quic)
         {
-            connection.verify_from = None;
             if let Some(peers) = peers {
                 peers.verified(key);
             }

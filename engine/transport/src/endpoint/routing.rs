@@ -59,7 +59,7 @@ impl<H: Handler> Endpoint<H> {
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;
         };
-        if connection.handle.is_none() || !connection.ids.wants_another(now_ns) {
+        if connection.session.is_none() || !connection.ids.wants_another(now_ns) {
             return;
         }
         let keys = self.parts.admission.keys();
@@ -116,11 +116,11 @@ impl<H: Handler> Endpoint<H> {
             return;
         };
         // Nobody moves before it is known who it is.
-        let Some(handle) = &connection.handle else {
+        let Some(session) = &connection.session else {
             return;
         };
         if let Some(challenge) = connection.address.seen(from, bytes, now, random_bytes) {
-            handle.datagram(Kind::Probe, challenge);
+            session.handle.datagram(Kind::Probe, challenge);
         }
     }
 }

@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use super::{Endpoint, PeerRoom, Timer};
-use crate::connection::Phase;
 use crate::counters::Family;
+use crate::phase::Expired;
 use crate::quic::CloseCode;
 use crate::service::message::Handler;
 
@@ -41,45 +41,23 @@ impl<H: Handler> Endpoint<H> {
         {
             connection.quic.on_timeout();
         }
-        let mut close = None;
-        match connection.phase {
-            Phase::Handshake { until } if until <= now => {
-                self.parts
-                    .state
-                    .counters
-                    .count(Family::Refused, "connect_timeout");
-                close = Some(CloseCode::Done);
+        let mut close = match connection.phase.expired(now) {
+            Some(Expired::Handshake) => {
+                let counters = &self.parts.state.counters;
+                counters.count(Family::Refused, "connect_timeout");
+                Some(CloseCode::Done)
             }
-            Phase::Draining {
-                until: Some(until),
-                code,
-            }
-            | Phase::Lingering { until, code }
-                if until <= now =>
-            {
-                close = Some(code);
-            }
-            _ => {}
-        }
-        if let Some(handle) = &connection.handle {
-            handle.expire(now);
-        }
-        connection.keep_alive(self.parts.state.config.keep_alive, now);
-        if let Some(health) = &mut connection.health {
-            health.handle_timeout(now);
-            if connection.probe(now) {
-                close = Some(CloseCode::Unhealthy);
-            }
-        }
-        if let (Some(at), Some(peer)) = (connection.judge_at, connection.peer())
-            && at <= now
-        {
+            Some(Expired::Drained(code)) => Some(code),
+            None => None,
+        };
+        if let Some(session) = &mut connection.session {
             let mut room = PeerRoom {
                 budget: &mut self.parts.budget,
                 pool: &self.parts.pool,
-                peer,
+                peer: session.peer(),
             };
-            connection.judge_streams(&mut room, now, &self.parts.state.config);
+            let due = session.on_timeout(&mut connection.quic, &mut room, now);
+            close = due.or(close);
         }
         if let Some(code) = close {
             connection.close(code);

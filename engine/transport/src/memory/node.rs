@@ -20,12 +20,12 @@ use millrace_sim::memnet::{Endpoint, MemNet};
 use super::connection::{Connection, State};
 use super::inbox::Room;
 use super::packet::{Content, PIECE_BYTES, Packet, TRAIN_BYTES};
-use crate::connection::{Events, on_arrived, on_fault};
 use crate::counters::{Counter, Family};
 use crate::inbox::{Arrived, StreamFault};
 use crate::outbox::Outbox;
 use crate::service::handle::{ConnectionHandle, ShardState};
 use crate::service::message::Handler;
+use crate::session::{Received, on_arrived, on_fault};
 
 /// What the nodes of a network share. Nodes are named by their index.
 #[derive(Debug)]
@@ -242,7 +242,7 @@ impl<H: Handler> Node<H> {
             pool: &self.pool,
             peer: peer.id,
         };
-        let mut events = Events::default();
+        let mut events = Received::default();
         let handler = &mut self.handler;
         let mut arrived = |what: Arrived<'_>| on_arrived(&link, handler, what, now, &mut events);
         let (inbox, path) = (&mut connection.inbox, &mut connection.path);
@@ -411,7 +411,7 @@ impl<H: Handler> Node<H> {
                             &link,
                             StreamFault::Stalled,
                             Some(header),
-                            &mut Events::default(),
+                            &mut Received::default(),
                         );
                     });
                 }

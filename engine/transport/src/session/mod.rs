@@ -1,0 +1,360 @@
+//! An established connection above its streams: what is sent and received on it, its calls, its
+//! probes, and what it gives up.
+//!
+//! The endpoint of a shard drives a session over quiche, `engine/sim` over a model of QUIC; the code
+//! here is the same for both, generic over the path for each method.
+//!
+//! Invariants
+//! 1. A session begins when the peer's identity is proven, with its hello; nothing of the code above
+//!    runs for a connection before.
+//! 2. The handler hears `on_up` before anything of a session and `on_down` after all of it.
+//! 3. A session that is closed gives back its reservations and its callers, once.
+
+mod dispatch;
+
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use millrace_protocol::frame::{Hello, Kind};
+use millrace_protocol::health::{Health, HealthAction, HealthConfig, Rtt};
+use millrace_protocol::id::{ConnectionNumber, NodeId};
+
+use crate::carrier::Progress;
+use crate::config::TransportConfig;
+use crate::counters::Counter;
+use crate::inbox::{Inbox, Room};
+use crate::path::StreamPath;
+use crate::quic::CloseCode;
+use crate::service::handle::{ConnectionHandle, ShardState};
+use crate::service::message::Handler;
+
+pub use dispatch::Received;
+pub(crate) use dispatch::{on_arrived, on_fault};
+
+/// How long a connection may stay silent after its peer requested a dial.
+pub(crate) const VERIFY_TIMEOUT: Duration = Duration::from_millis(400);
+
+/// What [`Session::poll_transmit`] moved into the path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Transmitted {
+    /// What stopped it.
+    pub progress: Progress,
+    /// Requests or answers went onto lanes, and no body is under way: trains are to be short.
+    pub has_exchanges: bool,
+    /// The peer stopped a lane: the connection is to be closed for the violation.
+    pub is_stopped: bool,
+}
+
+/// One established connection.
+#[derive(Debug)]
+pub struct Session {
+    pub(crate) handle: Rc<ConnectionHandle>,
+    inbox: Inbox,
+    /// From when the connection is up.
+    health: Option<Health>,
+    /// When silence is judged next, and the packets sent until the last time.
+    keep_alive: Option<(Instant, usize)>,
+    /// When the progress of unfinished messages is judged next.
+    judge_at: Option<Instant>,
+    /// A sign of life was asked for when this many packets had been received.
+    verify_from: Option<usize>,
+    lost_seen: usize,
+}
+
+impl Session {
+    /// Begins with the hello. `slot` names the connection in [`ShardState::next_dirty`]; `is_server`
+    /// tells which side of it we are (RFC 9000, 2.1).
+    pub fn new(
+        state: &Rc<ShardState>,
+        slot: usize,
+        peer: NodeId,
+        is_server: bool,
+        hello: &Hello,
+    ) -> Self {
+        let config = &state.config;
+        let handle = ConnectionHandle::new(state, slot, peer, is_server);
+        handle.control(Kind::Hello, 0, &hello.encode());
+        Self {
+            handle,
+            inbox: Inbox::new(config.limits, config.streams_max),
+            health: None,
+            keep_alive: None,
+            judge_at: None,
+            verify_from: None,
+            lost_seen: 0,
+        }
+    }
+
+    /// The proven peer.
+    pub fn peer(&self) -> NodeId {
+        self.handle.peer
+    }
+
+    /// The connection's number; 0 before it is up.
+    pub fn number(&self) -> ConnectionNumber {
+        self.handle.number.get()
+    }
+
+    /// Round trips of the health probes; `None` before the first.
+    pub fn probe_rtt(&self) -> Option<Rtt> {
+        self.health.as_ref().and_then(Health::rtt)
+    }
+
+    fn config(&self) -> &TransportConfig {
+        &self.handle.state.config
+    }
+
+    // --- its beginning and its end ---
+
+    /// The connection is the peer's current one: it may be used, is kept alive, and is probed.
+    pub fn up<P: StreamPath, H: Handler>(
+        &mut self,
+        path: &P,
+        handler: &mut H,
+        number: ConnectionNumber,
+        now: Instant,
+    ) {
+        self.start_keep_alive(path, now);
+        self.health = Some(Health::new(health_config(self.config()), now));
+        self.handle.number.set(number);
+        let (state, peer) = (&self.handle.state, self.handle.peer);
+        let mut up = state.up.borrow_mut();
+        up.entry(peer).or_default().push(Rc::clone(&self.handle));
+        drop(up);
+        handler.on_up(peer, number);
+    }
+
+    /// Takes the connection out of use for new messages. More than once does no harm.
+    pub fn take_down(&self) {
+        let mut up = self.handle.state.up.borrow_mut();
+        if let Some(handles) = up.get_mut(&self.handle.peer) {
+            handles.retain(|handle| handle.slot != self.handle.slot);
+            if handles.is_empty() {
+                up.remove(&self.handle.peer);
+            }
+        }
+    }
+
+    /// The connection is gone: whoever waits for something of it hears so.
+    pub fn close<H: Handler>(mut self, handler: &mut H, room: &mut impl Room) {
+        self.take_down();
+        self.inbox.clear(room);
+        self.handle.close();
+        if self.number() > ConnectionNumber(0) {
+            handler.on_down(self.peer(), self.number());
+        }
+    }
+
+    /// Whether nothing of ours is on its way, and no request waits on either side.
+    pub fn is_idle(&self) -> bool {
+        self.handle.is_idle()
+    }
+
+    // --- what arrives ---
+
+    /// Reads everything that the last packets made readable, and hands over what is whole.
+    pub fn receive<P: StreamPath, H: Handler>(
+        &mut self,
+        path: &mut P,
+        handler: &mut H,
+        scratch: &mut [u8],
+        room: &mut impl Room,
+        now: Instant,
+    ) -> Received {
+        let mut received = Received::default();
+        let handle = Rc::clone(&self.handle);
+        while let Some(stream) = path.stream_readable_next() {
+            let result = self
+                .inbox
+                .read(path, stream, scratch, room, &mut |arrived| {
+                    on_arrived(&handle, handler, arrived, now, &mut received);
+                });
+            if let Err((fault, header)) = result {
+                on_fault(&handle, fault, header, &mut received);
+            }
+        }
+        while let Some(datagram) = path.datagram_recv() {
+            dispatch::on_datagram(&handle, handler, &datagram, now, &mut received);
+        }
+        for reservation in received.reservations.drain(..) {
+            room.release(reservation);
+        }
+        let opened = self.inbox.take_opened();
+        if opened > 0 {
+            handle.state.counters.add(Counter::StreamsIn, opened);
+            if self.judge_at.is_none() && self.inbox.unfinished() > 0 {
+                self.judge_at = Some(now + self.config().stream_progress_interval);
+            }
+        }
+        received
+    }
+
+    /// The peer answered the health probe `sequence`.
+    pub fn on_probe_reply(&mut self, sequence: u32, now: Instant) {
+        if let Some(health) = &mut self.health {
+            health.reply_received(sequence, now);
+        }
+    }
+
+    /// Whether a body in chunks came forward, and is not whole, since the last call.
+    pub(crate) fn take_in_body(&mut self) -> bool {
+        self.inbox.take_in_body()
+    }
+
+    // --- what is sent ---
+
+    /// Moves what waits into the path.
+    pub fn poll_transmit<P: StreamPath>(&mut self, path: &mut P) -> Transmitted {
+        self.handle.clear_dirty();
+        let mut out = self.handle.out.borrow_mut();
+        let progress = out.poll_transmit(path);
+        let has_exchanges = out.take_exchanges();
+        let is_stopped = out.is_stopped();
+        if !is_stopped {
+            let opened = out.take_streams_opened();
+            self.handle.state.counters.add(Counter::StreamsOut, opened);
+        }
+        Transmitted {
+            progress,
+            has_exchanges,
+            is_stopped,
+        }
+    }
+
+    /// Whether nothing but acknowledgements is to be sent.
+    pub(crate) fn has_nothing_to_send(&self) -> bool {
+        !self.handle.is_dirty() && self.handle.out.borrow().is_idle()
+    }
+
+    // --- time ---
+
+    /// When [`Self::on_timeout`] is due.
+    pub fn next_timeout(&self) -> Option<Instant> {
+        let calls = self.handle.next_deadline();
+        let health = self.health.as_ref().and_then(Health::poll_timeout);
+        let keep_alive = self.keep_alive.map(|(at, _)| at);
+        let waits = [calls, health, keep_alive, self.judge_at];
+        waits.into_iter().flatten().min()
+    }
+
+    /// Does what is due: deadlines, PING, probes, messages that do not come forward. What the
+    /// connection is to be closed with, if it is to be.
+    pub fn on_timeout<P: StreamPath>(
+        &mut self,
+        path: &mut P,
+        room: &mut impl Room,
+        now: Instant,
+    ) -> Option<CloseCode> {
+        self.handle.expire(now);
+        self.keep_alive(path, now);
+        let mut close = self.probe(now).then_some(CloseCode::Unhealthy);
+        if self.judge_at.is_some_and(|at| at <= now) && self.judge_streams(path, room, now) {
+            close = Some(CloseCode::Violation);
+        }
+        close
+    }
+
+    /// From time to time: takes up whether the path loses packets, and frees streams of ours that the
+    /// peer stopped after quiche had taken all of them: quiche does so only when asked about them.
+    pub fn housekeep<P: StreamPath>(&mut self, path: &mut P) {
+        let lost = path.stats().lost;
+        let is_lossy = std::mem::replace(&mut self.lost_seen, lost) < lost;
+        while let Some(stream) = path.stream_writable_next() {
+            path.stream_capacity(stream).ok();
+        }
+        self.handle.out.borrow_mut().set_lossy(is_lossy);
+    }
+
+    /// Asks the peer for a sign of life. False when an answer cannot be expected within 400 ms.
+    pub fn probe_liveness<P: StreamPath>(&mut self, path: &mut P) -> bool {
+        let stats = path.stats();
+        // Room for a loss and its repeat.
+        if stats.rtt.unwrap_or(Duration::ZERO) * 6 > VERIFY_TIMEOUT {
+            return false;
+        }
+        self.verify_from = Some(stats.received);
+        // Repeated by the path until it is acknowledged.
+        path.send_ping()
+    }
+
+    /// Whether the sign of life that was asked for has come; said once.
+    #[inline]
+    pub fn take_liveness<P: StreamPath>(&mut self, path: &P) -> bool {
+        let is_alive = self
+            .verify_from
+            .is_some_and(|seen| path.stats().received > seen);
+        if is_alive {
+            self.verify_from = None;
+        }
+        is_alive
+    }
+
+    /// From now on a PING is sent when nothing else was for the interval of the config.
+    fn start_keep_alive<P: StreamPath>(&mut self, path: &P, now: Instant) {
+        self.keep_alive = Some((now + self.config().keep_alive, path.stats().sent));
+    }
+
+    /// Sends a PING (RFC 9000, 10.1.2) if it is time and nothing was sent since the last time.
+    fn keep_alive<P: StreamPath>(&mut self, path: &mut P, now: Instant) {
+        let Some((_, sent)) = self.keep_alive.filter(|(at, _)| *at <= now) else {
+            return;
+        };
+        if path.stats().sent == sent {
+            path.send_ping();
+        }
+        self.start_keep_alive(path, now);
+    }
+
+    /// Sends the probes that are due. True when the peer has missed too many.
+    fn probe(&mut self, now: Instant) -> bool {
+        let Some(health) = &mut self.health else {
+            return false;
+        };
+        health.handle_timeout(now);
+        while let Some(action) = health.poll_action(now) {
+            match action {
+                HealthAction::Probe { sequence } => self.handle.datagram(Kind::Probe, sequence),
+                HealthAction::CloseAndRedial => return true,
+            }
+        }
+        false
+    }
+
+    /// Cuts messages that do not come forward. True when the connection is to be closed for it.
+    fn judge_streams<P: StreamPath>(
+        &mut self,
+        path: &mut P,
+        room: &mut impl Room,
+        now: Instant,
+    ) -> bool {
+        let mut received = Received::default();
+        let handle = Rc::clone(&self.handle);
+        let config = &handle.state.config;
+        self.inbox.cut_stalled(
+            path,
+            config.stream_progress_bytes,
+            room,
+            &mut |fault, header| on_fault(&handle, fault, header, &mut received),
+        );
+        let is_unfinished = self.inbox.unfinished() > 0;
+        self.judge_at = is_unfinished.then(|| now + config.stream_progress_interval);
+        received.fault.is_some()
+    }
+}
+
+/// How long the last bytes of a connection and their repeats may take: three round trips, within
+/// bounds.
+pub fn linger<P: StreamPath>(path: &P) -> Duration {
+    const SHORTEST: Duration = Duration::from_millis(5);
+    const LONGEST: Duration = Duration::from_millis(500);
+    let rtt = path.stats().rtt.unwrap_or(SHORTEST);
+    (3 * rtt).clamp(SHORTEST, LONGEST)
+}
+
+fn health_config(config: &TransportConfig) -> HealthConfig {
+    HealthConfig {
+        interval: config.probe_interval,
+        missed_max: config.probe_failures_max,
+        ..Default::default()
+    }
+}
