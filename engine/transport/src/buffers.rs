@@ -1,7 +1,7 @@
 //! The buffers that quiche holds for us while they are in flight: slices of chunks, or small owned bytes.
 //!
 //! Invariants
-//! 1. A body is never copied into a buffer: a [`TxBuffer::Chunk`] keeps its chunk alive until the peer acknowledged it.
+//! 1. A body is never copied into a buffer: a [`StreamBuffer::Chunk`] keeps its chunk alive until the peer acknowledged it.
 //! 2. Nothing here allocates per packet: cloning and splitting count references.
 
 use bytes::Bytes;
@@ -9,14 +9,33 @@ use millrace_shards::chunk::ChunkSlice;
 
 /// One piece of stream data on its way out.
 #[derive(Clone, Debug)]
-pub(crate) enum TxBuffer {
+pub enum StreamBuffer {
     /// A part of a body.
     Chunk(ChunkSlice),
     /// Frames and headers.
     Small(Bytes),
 }
 
-impl AsRef<[u8]> for TxBuffer {
+impl Default for StreamBuffer {
+    fn default() -> Self {
+        Self::Small(Bytes::new())
+    }
+}
+
+impl StreamBuffer {
+    /// Keeps the first `at` bytes and returns the rest; no byte is copied.
+    ///
+    /// # Panics
+    /// When there are fewer.
+    pub fn split_at(&mut self, at: usize) -> Self {
+        match self {
+            Self::Chunk(slice) => Self::Chunk(slice.split_at(at)),
+            Self::Small(bytes) => Self::Small(bytes.split_off(at)),
+        }
+    }
+}
+
+impl AsRef<[u8]> for StreamBuffer {
     #[inline]
     fn as_ref(&self) -> &[u8] {
         match self {
@@ -26,12 +45,9 @@ impl AsRef<[u8]> for TxBuffer {
     }
 }
 
-impl quiche::BufSplit for TxBuffer {
+impl quiche::BufSplit for StreamBuffer {
     fn split_at(&mut self, at: usize) -> Self {
-        match self {
-            Self::Chunk(slice) => Self::Chunk(slice.split_at(at)),
-            Self::Small(bytes) => Self::Small(bytes.split_off(at)),
-        }
+        Self::split_at(self, at)
     }
 }
 
@@ -40,11 +56,11 @@ impl quiche::BufSplit for TxBuffer {
 pub(crate) struct Buffers;
 
 impl quiche::BufFactory for Buffers {
-    type Buf = TxBuffer;
+    type Buf = StreamBuffer;
     type DgramBuf = Vec<u8>;
 
-    fn buf_from_slice(slice: &[u8]) -> TxBuffer {
-        TxBuffer::Small(Bytes::copy_from_slice(slice))
+    fn buf_from_slice(slice: &[u8]) -> StreamBuffer {
+        StreamBuffer::Small(Bytes::copy_from_slice(slice))
     }
 
     fn dgram_buf_from_slice(slice: &[u8]) -> Vec<u8> {

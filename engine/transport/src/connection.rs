@@ -8,7 +8,6 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use millrace_protocol::id::NodeId;
 use millrace_protocol::peers::{Attempt, ConnKey};
 use millrace_protocol::timer::TimerId;
 use millrace_shards::datapath::Trains;
@@ -116,11 +115,6 @@ impl Connection {
             is_dirty: false,
             close_sender: CloseSender::default(),
         }
-    }
-
-    /// The proven peer.
-    pub(crate) fn peer(&self) -> Option<NodeId> {
-        self.session.as_ref().map(Session::peer)
     }
 
     /// Closes the connection; the peer hears `code`.

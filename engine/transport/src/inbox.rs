@@ -83,7 +83,7 @@ pub(crate) enum Arrived<'a> {
 }
 
 /// Gives out room for bodies.
-pub(crate) trait Room {
+pub trait Room {
     /// Reserves `bytes` of the peer's budget.
     fn reserve(&mut self, bytes: u64) -> Option<Reservation>;
     /// Gives a reservation back.

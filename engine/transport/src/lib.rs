@@ -18,6 +18,7 @@ mod close_sender;
 pub mod config;
 mod connection;
 pub mod counters;
+pub mod driver;
 mod endpoint;
 mod ids;
 mod inbox;

@@ -12,7 +12,7 @@
 use bytes::Bytes;
 use millrace_protocol::frame::{Class, Header, Kind, StreamKind};
 
-use crate::buffers::TxBuffer;
+use crate::buffers::StreamBuffer;
 use crate::carrier::{Carrier, Outgoing, Progress, QueueFull};
 use crate::config::{PerClass, TransportConfig};
 use crate::memory::{MemoryCarrier, MemoryLink};
@@ -83,7 +83,7 @@ impl Lane {
                 }
             };
             // The path drops the buffer with an error: keep a reference.
-            match path.stream_send_buffer(self.stream, TxBuffer::Small(buffer.clone()), false) {
+            match path.stream_send_buffer(self.stream, StreamBuffer::Small(buffer.clone()), false) {
                 Ok(taken) => {
                     flushed += taken;
                     if taken < buffer.len() {

@@ -10,7 +10,7 @@
 
 use std::time::Duration;
 
-use crate::buffers::{QuicConnection, TxBuffer};
+use crate::buffers::{QuicConnection, StreamBuffer};
 
 /// Why a stream took or gave nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +70,7 @@ pub trait StreamPath {
     fn stream_send_buffer(
         &mut self,
         stream: u64,
-        buffer: TxBuffer,
+        buffer: StreamBuffer,
         fin: bool,
     ) -> Result<usize, StreamError>;
 
@@ -135,7 +135,7 @@ impl StreamPath for QuicConnection {
     fn stream_send_buffer(
         &mut self,
         stream: u64,
-        buffer: TxBuffer,
+        buffer: StreamBuffer,
         fin: bool,
     ) -> Result<usize, StreamError> {
         match self.stream_send_zc(stream, buffer, fin) {

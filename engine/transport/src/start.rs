@@ -11,12 +11,11 @@ use millrace_edge_policy::admission::{Admission, AdmissionConfig};
 use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::settings::{Caps, Limits};
 use millrace_edge_policy::siphash::Key;
-use millrace_protocol::backoff::BackoffConfig;
 use millrace_protocol::budget::{BudgetConfig, ReceiveBudget};
 use millrace_protocol::frame::{Class, Method};
 use millrace_protocol::id::NodeId;
 use millrace_protocol::identity::SigningKey;
-use millrace_protocol::peers::{Peers, PeersConfig};
+use millrace_protocol::peers::Peers;
 use millrace_protocol::rpc::RpcError;
 use millrace_protocol::topology::Topology;
 use millrace_shards::chunk::ChunkPool;
@@ -30,6 +29,7 @@ use crate::admission::{AdmissionControl, ConnectionCounts};
 use crate::clock::Clock;
 use crate::config::TransportConfig;
 use crate::counters::{Counters, Family};
+use crate::driver::peers_config;
 use crate::endpoint::{Endpoint, EndpointParts};
 use crate::pair_keys::{DialKeys, PairKeys};
 use crate::quic::quic_config;
@@ -38,7 +38,6 @@ use crate::service::handle::{Completion, ShardState};
 use crate::service::message::{Handler, Payload, Request};
 use crate::service::remote::{RemoteAnswer, RemoteCompletion};
 use crate::service::shard_messenger::ShardMessenger;
-use crate::session::VERIFY_TIMEOUT;
 use crate::status::StatusBoard;
 use crate::tls::{Credentials, Members, TlsError};
 
@@ -230,7 +229,7 @@ impl Transport {
                 let machine = |pair| {
                     Peers::new(
                         me,
-                        peers_config(&config, pair, index, count),
+                        peers_config(&config, pair, index as u8, count as u8),
                         0,
                         seed ^ u64::from(pair),
                         now,
@@ -490,21 +489,4 @@ fn default_admission(config: &TransportConfig, clock: &Clock) -> Admission {
     }
     .with_handshakes(config.handshakes_max);
     Admission::new(admission, clock.ns(Instant::now()), random_bytes)
-}
-
-fn peers_config(config: &TransportConfig, pair: u8, shard: usize, shards: usize) -> PeersConfig {
-    PeersConfig {
-        shard: shard as u8,
-        shards: shards as u8,
-        index: pair,
-        peers_max: config.connections_max / 3,
-        backoff: BackoffConfig {
-            base: config.redial_delay_min,
-            cap: config.redial_delay_max,
-        },
-        connect_timeout: config.connect_timeout,
-        drain_timeout: config.drain_timeout,
-        verify_timeout: VERIFY_TIMEOUT,
-        ..Default::default()
-    }
 }

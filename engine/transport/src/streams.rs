@@ -14,7 +14,7 @@ use bytes::Bytes;
 use millrace_protocol::frame::{Class, Header, StreamKind};
 use millrace_shards::chunk::ChunkSlice;
 
-use crate::buffers::TxBuffer;
+use crate::buffers::StreamBuffer;
 use crate::carrier::{Carrier, Outgoing, Progress, QueueFull};
 use crate::config::PerClass;
 use crate::path::{StreamError, StreamPath};
@@ -53,24 +53,24 @@ impl Active {
     }
 
     /// The next bytes, at most `max`, and whether they are the last.
-    fn next(&self, max: usize) -> (TxBuffer, bool) {
+    fn next(&self, max: usize) -> (StreamBuffer, bool) {
         if self.taken < OPENING_BYTES as u64 {
             let mut opening = [0; OPENING_BYTES];
             opening[0] = StreamKind::Message.encode();
             opening[1..].copy_from_slice(&self.message.header.encode());
             let rest = Bytes::copy_from_slice(&opening[self.taken as usize..]);
-            return (TxBuffer::Small(rest), self.message.body.is_empty());
+            return (StreamBuffer::Small(rest), self.message.body.is_empty());
         }
         let offset = self.taken - OPENING_BYTES as u64;
         match &self.message.body {
-            Payload::Empty => (TxBuffer::Small(Bytes::new()), true),
-            Payload::Bytes(bytes) => (TxBuffer::Small(bytes.slice(offset as usize..)), true),
+            Payload::Empty => (StreamBuffer::Small(Bytes::new()), true),
+            Payload::Bytes(bytes) => (StreamBuffer::Small(bytes.slice(offset as usize..)), true),
             Payload::Chunks(body) => {
                 let Some(slice) = body.slice_at(offset as usize, max.min(SLICE_BYTES)) else {
-                    return (TxBuffer::Small(Bytes::new()), true);
+                    return (StreamBuffer::Small(Bytes::new()), true);
                 };
                 let last = offset as usize + slice.len() == body.len();
-                (TxBuffer::Chunk(slice), last)
+                (StreamBuffer::Chunk(slice), last)
             }
         }
     }
@@ -213,8 +213,8 @@ impl StreamCarrier {
             let (buffer, last) = active.next(room);
             let offered = buffer.as_ref().len();
             let piece = match &buffer {
-                TxBuffer::Chunk(slice) => Some(slice.clone()),
-                TxBuffer::Small(_) => None,
+                StreamBuffer::Chunk(slice) => Some(slice.clone()),
+                StreamBuffer::Small(_) => None,
             };
             match path.stream_send_buffer(active.stream, buffer, last) {
                 Ok(taken) => {

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use millrace_protocol::frame::{Class, Header};
 
 use super::packet::{Content, MemoryLink, PIECE_BYTES, Piece, piece_count};
-use crate::buffers::TxBuffer;
+use crate::buffers::StreamBuffer;
 use crate::carrier::{Outgoing, Progress, QueueFull};
 use crate::config::{PerClass, TransportConfig};
 use crate::service::message::Payload;
@@ -42,17 +42,17 @@ impl Transfer {
         self.next == piece_count(&self.message.header)
     }
 
-    fn bytes(&self, index: u32) -> TxBuffer {
+    fn bytes(&self, index: u32) -> StreamBuffer {
         let offset = index as usize * PIECE_BYTES;
-        let none = TxBuffer::Small(Bytes::new());
+        let none = StreamBuffer::Small(Bytes::new());
         match &self.message.body {
             Payload::Empty => none,
             Payload::Bytes(bytes) => {
-                TxBuffer::Small(bytes.slice(offset..bytes.len().min(offset + PIECE_BYTES)))
+                StreamBuffer::Small(bytes.slice(offset..bytes.len().min(offset + PIECE_BYTES)))
             }
             Payload::Chunks(body) => body
                 .slice_at(offset, PIECE_BYTES)
-                .map_or(none, TxBuffer::Chunk),
+                .map_or(none, StreamBuffer::Chunk),
         }
     }
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use millrace_protocol::frame::Header;
 
-use crate::buffers::TxBuffer;
+use crate::buffers::StreamBuffer;
 
 /// Bytes of a body in a packet; a chunk is a whole number of pieces.
 pub(super) const PIECE_BYTES: usize = 16 << 10;
@@ -65,7 +65,7 @@ pub(super) struct Piece {
     pub(super) header: Header,
     pub(super) index: u32,
     pub(super) sent_at: Instant,
-    pub(super) bytes: TxBuffer,
+    pub(super) bytes: StreamBuffer,
 }
 
 impl Content {

@@ -28,7 +28,7 @@ use crate::service::message::{Payload, Request};
 
 /// What the handles of one shard share.
 #[derive(Debug)]
-pub(crate) struct ShardState {
+pub struct ShardState {
     pub(crate) config: TransportConfig,
     pub(crate) counters: Arc<Counters>,
     /// The time of this turn.
