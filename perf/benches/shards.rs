@@ -103,7 +103,7 @@ fn receive(receiver: &mut MailReceiver<u64>) -> u64 {
 }
 
 fn trains(criterion: &mut Criterion) {
-    // Nobody reads it: once it is full the kernel drops, after the same work for the sender.
+    // No thread reads it: once it is full the kernel drops, after the same work for the sender.
     let sink = UdpSocket::bind("127.0.0.1:0").expect("a socket on loopback");
     let shard = Shard::start(sink.local_addr().expect("a bound socket"));
     let mut group = criterion.benchmark_group("trains");
@@ -202,7 +202,7 @@ impl Datapath for Builder {
             building: self.building,
             elapsed: self.start.elapsed(),
         };
-        // Nobody waits any more when the bench was broken off.
+        // The send fails when the bench was broken off and its receiver is gone.
         let _ = self.done.send(sent);
         Transmit::Done
     }

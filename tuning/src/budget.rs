@@ -1,26 +1,26 @@
-//! What a node may use of memory, summed from its config before it starts.
+//! The memory that a node may use, summed from its config before the node starts.
 
 use crate::units::ByteSize;
 
 /// One kind of memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BudgetLine {
-    /// What it is for.
+    /// Name of its use.
     pub name: String,
-    /// Bytes of one.
+    /// Bytes of one item.
     pub each: ByteSize,
-    /// How many there may be.
+    /// Largest number of items.
     pub count: u64,
 }
 
 impl BudgetLine {
-    /// Bytes of all of them.
+    /// Bytes of all items; saturates.
     pub fn total(&self) -> ByteSize {
         ByteSize(self.each.0.saturating_mul(self.count))
     }
 }
 
-/// The sum of everything that is bounded by the config.
+/// The sum of all memory that the config bounds.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct MemoryBudget {
     lines: Vec<BudgetLine>,
@@ -41,7 +41,7 @@ impl MemoryBudget {
         &self.lines
     }
 
-    /// Everything together.
+    /// Bytes of all lines together; saturates.
     pub fn total(&self) -> ByteSize {
         ByteSize(
             self.lines

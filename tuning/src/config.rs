@@ -282,7 +282,8 @@ pub struct TransportSection {
     pub idle_timeout: Period,
     /// Time a handshake and the peer's hello may take, on both sides.
     pub connect_timeout: Period,
-    /// First delay before a failed peer is dialled again; doubles with jitter up to redial_delay_max.
+    /// First delay before a failed peer is dialled again; doubles with jitter up to
+    /// redial_delay_max.
     pub redial_delay_min: Period,
     /// Longest delay between dials.
     pub redial_delay_max: Period,
@@ -304,17 +305,23 @@ pub struct TransportSection {
     pub streams_max: u64,
     /// Long-lived streams of small messages for the normal class.
     pub lanes: u64,
-    /// Bytes of small messages of the latency class that may wait to be sent to a peer; the next one is refused.
+    /// Bytes of small messages of the latency class that may wait to be sent to a peer; the next
+    /// one is refused.
     pub lane_queue_latency_bytes: ByteSize,
-    /// Bytes of small messages of the normal class that may wait to be sent to a peer; the next one is refused.
+    /// Bytes of small messages of the normal class that may wait to be sent to a peer; the next one
+    /// is refused.
     pub lane_queue_normal_bytes: ByteSize,
-    /// Bytes of small messages of the bulk class that may wait to be sent to a peer; the next one is refused.
+    /// Bytes of small messages of the bulk class that may wait to be sent to a peer; the next one
+    /// is refused.
     pub lane_queue_bulk_bytes: ByteSize,
-    /// Messages of the latency class with a stream of their own that may wait or be in flight to a peer.
+    /// Messages of the latency class with a stream of their own that may wait or be in flight to a
+    /// peer.
     pub stream_queue_latency_max: u64,
-    /// Messages of the normal class with a stream of their own that may wait or be in flight to a peer.
+    /// Messages of the normal class with a stream of their own that may wait or be in flight to a
+    /// peer.
     pub stream_queue_normal_max: u64,
-    /// Messages of the bulk class with a stream of their own that may wait or be in flight to a peer.
+    /// Messages of the bulk class with a stream of their own that may wait or be in flight to a
+    /// peer.
     pub stream_queue_bulk_max: u64,
     /// Message streams of one class that are fed at the same time.
     pub streams_active_max: u64,
@@ -334,7 +341,8 @@ pub struct TransportSection {
     pub receive_budget_peer_bytes: ByteSize,
     /// Chunk memory all peers together may hold reserved on a shard for bodies that are arriving.
     pub receive_budget_bytes: ByteSize,
-    /// What a message stream must bring in each stream_progress_interval, or be done; otherwise it is refused.
+    /// What a message stream must bring in each stream_progress_interval, or be done; otherwise it
+    /// is refused.
     pub stream_progress_bytes: ByteSize,
     /// How often the progress of a message stream is judged.
     pub stream_progress_interval: Period,
@@ -451,7 +459,8 @@ impl Default for EdgeSection {
             quic_per_minute: 1_000,
             quic_burst: 500,
             quic_connections_max: 100,
-            // A sixty-fourth of a shard's handshakes, and two restarts of a peer with all its connections.
+            // A sixty-fourth of a shard's handshakes, and two restarts of a peer with all its
+            // connections.
             quic_half_open_max: 16,
             peer_half_open_max: 16,
             tcp_per_minute: 1_000,

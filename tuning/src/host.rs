@@ -6,20 +6,20 @@ use crate::parse::Parsed;
 use crate::problem::{Problem, ProblemKind, Severity};
 use crate::units::ByteSize;
 
-/// What the caller found out about the host. `None` means that it could not be found out.
+/// Facts about the host, probed by the caller. `None` means that the probe failed.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct HostFacts {
     /// Cores the process may run on.
     pub cpus: Vec<u64>,
-    /// Memory that can be had without swapping.
+    /// Bytes of memory that are available without swapping (`MemAvailable`).
     pub memory_available: Option<ByteSize>,
-    /// Limit of locked memory; `Some(u64::MAX)` is unlimited.
+    /// Limit of locked memory in bytes (`RLIMIT_MEMLOCK`); `Some(u64::MAX)` is unlimited.
     pub memlock_bytes: Option<ByteSize>,
-    /// `kernel.io_uring_disabled`: 0, 1 (only a group) or 2 (nobody).
+    /// `kernel.io_uring_disabled`: 0 allows all processes, 1 only a group, 2 none.
     pub io_uring_disabled: Option<u64>,
     /// Why an io_uring cannot be made although the sysctl allows it.
     pub io_uring_error: Option<String>,
-    /// Free 2 MiB pages.
+    /// Number of free huge pages of 2 MiB.
     pub huge_pages_free: Option<u64>,
     /// Why the listen address cannot be bound.
     pub listen_error: Option<String>,
@@ -27,16 +27,16 @@ pub struct HostFacts {
     pub key_file_error: Option<String>,
     /// Why the registry folder cannot be used.
     pub registry_dir_error: Option<String>,
-    /// `net.core.rmem_max`, when the process may not exceed it.
+    /// `net.core.rmem_max` in bytes, when the process may not exceed it.
     pub receive_buffer_max: Option<ByteSize>,
-    /// `net.core.wmem_max`, when the process may not exceed it.
+    /// `net.core.wmem_max` in bytes, when the process may not exceed it.
     pub send_buffer_max: Option<ByteSize>,
 }
 
-/// glommio refuses to start below this (its own check).
+/// Bytes of locked memory per shard below which glommio refuses to start (its own check).
 const MEMLOCK_MIN: ByteSize = ByteSize::kib(512);
 
-/// What stands between the config and a running node on this host.
+/// The obstacles on this host to a node with this config.
 pub fn check(parsed: &Parsed, facts: &HostFacts, budget: &MemoryBudget) -> Vec<Problem> {
     let mut found = Found {
         parsed,

@@ -21,7 +21,8 @@ use crate::units::{ByteSize, Period, UnitError};
 pub struct Parsed {
     /// The values, defaults included.
     pub config: NodeConfig,
-    /// Where each written key stands, by dotted name (`transport.keep_alive`, `shards.core.1.spin`).
+    /// Where each written key stands, by dotted name (`transport.keep_alive`,
+    /// `shards.core.1.spin`).
     pub origins: Origins,
     /// Every mistake, in the order of the text.
     pub problems: Vec<Problem>,
@@ -418,7 +419,8 @@ fn read(kind: Kind, value: &DeValue<'_>) -> Result<Value, Refusal> {
     }
 }
 
-/// Longest list of names or ports: an interface, a role and a service each cost something in the kernel.
+/// Longest list of names or ports: an interface, a role and a service each cost something in the
+/// kernel.
 const LIST_MAX: usize = 15;
 
 fn names(list: &[Spanned<DeValue<'_>>]) -> Result<Value, Refusal> {

@@ -1,5 +1,5 @@
-//! One mistake in a config or one obstacle on the host: where, why, and what to do about it;
-//! and where the keys of a config stand.
+//! One mistake in a config, or one obstacle on the host: its position, its reason, its fix. Also
+//! the positions of a config's keys.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,10 +14,10 @@ pub struct Position {
 }
 
 impl Position {
-    /// The first character of the text: where a thing that is missing altogether is reported.
+    /// The first character of the text: the position of a problem that has no line of its own.
     pub const START: Self = Self { line: 1, column: 1 };
 
-    /// The position of a byte of `text`; past the end is the end.
+    /// The position of byte `byte` of `text`; a byte past the end has the position of the end.
     pub fn of(text: &str, byte: usize) -> Self {
         let mut byte = byte.min(text.len());
         while !text.is_char_boundary(byte) {
@@ -38,22 +38,22 @@ impl fmt::Display for Position {
     }
 }
 
-/// Where each written key of a config stands.
+/// The positions of the keys that a config writes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Origins(BTreeMap<String, Position>);
 
 impl Origins {
-    /// Notes where `key` is written.
+    /// Notes the position of `key`.
     pub(crate) fn insert(&mut self, key: String, position: Position) {
         self.0.insert(key, position);
     }
 
-    /// Where the key is written; `None` for a default.
+    /// The position of a key; `None` when the config does not write it.
     pub fn of(&self, key: &str) -> Option<Position> {
         self.0.get(key).copied()
     }
 
-    /// Where to point for a key: at itself, else at its section, else at the start.
+    /// The position to report for a key: its own, else its section's, else the start of the text.
     pub fn nearest(&self, key: &str) -> Position {
         let mut name = key;
         loop {
@@ -71,7 +71,7 @@ impl Origins {
 /// Whether a node with this problem can start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Severity {
-    /// The node would not start, or not do what was asked.
+    /// The node would not start, or would not do what its operator asked for.
     Error,
     /// The node starts; the operator should know.
     Warning,
@@ -97,15 +97,15 @@ pub enum ProblemKind {
     UnknownKey,
     /// A required key is missing.
     MissingKey,
-    /// Another type than the key's.
+    /// The value has another type than the key.
     WrongType,
     /// A size or duration that cannot be read.
     BadUnit,
-    /// Readable, but not a valid value of its kind (an address, a public key, a choice).
+    /// The value has the right type, but is no valid address, public key or choice.
     BadValue,
     /// Outside the key's bounds.
     OutOfRange,
-    /// Two keys that cannot both hold.
+    /// Two keys contradict each other.
     Contradiction,
     /// The host does not allow it.
     Environment,
@@ -131,7 +131,8 @@ impl ProblemKind {
 /// One finding of a check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// Where in the config; the section or the first line when the key is not written there.
+    /// Position in the config; of the section or the first line when the config does not write the
+    /// key.
     pub position: Position,
     /// The dotted key, if it concerns one.
     pub key: String,
@@ -139,9 +140,9 @@ pub struct Problem {
     pub kind: ProblemKind,
     /// Whether the node can start with it.
     pub severity: Severity,
-    /// What is wrong, one sentence without a period.
+    /// The mistake, one sentence without a period.
     pub reason: String,
-    /// What to do, one sentence without a period.
+    /// The fix, one sentence without a period.
     pub fix: String,
 }
 

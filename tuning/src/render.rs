@@ -10,8 +10,8 @@ use crate::schema::{self, CORE_NAME, Field, Presence, SHARDS_NAME, Value};
 /// Columns of a comment in the default file.
 const COMMENT_COLUMNS: usize = 96;
 
-/// The default config with the documentation of every key above it. Required keys stand with an example
-/// behind a `#`.
+/// The default config with the documentation of every key above it. Required keys stand with an
+/// example behind a `#`.
 pub fn default_file() -> String {
     let defaults = NodeConfig::default();
     let mut out = String::from(
@@ -55,11 +55,11 @@ pub struct Effective {
     pub key: String,
     /// The value as TOML; empty when absent.
     pub value: Value,
-    /// Where it is written; `None` for a default.
+    /// Position of the key; `None` for a default.
     pub origin: Option<Position>,
 }
 
-/// Every value that is in force, in the order of the table.
+/// All effective values, in the order of the table.
 pub fn effective(parsed: &Parsed) -> Vec<Effective> {
     let mut all = Vec::new();
     for section in schema::sections() {
@@ -76,7 +76,8 @@ pub fn effective(parsed: &Parsed) -> Vec<Effective> {
             for (index, core) in parsed.config.shards.core.iter().enumerate() {
                 for field in schema::core_fields() {
                     let key = format!("{SHARDS_NAME}.{CORE_NAME}.{index}.{}", field.name);
-                    // What a core does not write itself comes from [shards], and so does its origin.
+                    // A value that a core does not write comes from [shards], and so does its
+                    // origin.
                     let origin = parsed
                         .origins
                         .of(&key)
@@ -93,7 +94,7 @@ pub fn effective(parsed: &Parsed) -> Vec<Effective> {
     all
 }
 
-/// `docs/reference/config.md`.
+/// The text of `docs/reference/config.md`.
 pub fn reference_markdown() -> String {
     let defaults = NodeConfig::default();
     let mut out = String::from(
@@ -179,8 +180,8 @@ mod tests {
     use crate::parse::parse;
     use crate::problem::ProblemKind;
 
-    /// What `config default` prints is itself a valid config, apart from the required keys, and equals the
-    /// defaults.
+    /// What `config default` prints is itself a valid config, apart from the required keys, and
+    /// equals the defaults.
     #[test]
     fn the_default_file_parses_back_to_the_defaults() {
         let parsed = parse(&default_file());

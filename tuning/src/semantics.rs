@@ -1,4 +1,4 @@
-//! Contradictions between keys that are each fine by themselves.
+//! Contradictions between keys whose values are each inside their own bounds.
 
 use crate::config::NodeConfig;
 use crate::problem::{Origins, Problem, ProblemKind, Severity};

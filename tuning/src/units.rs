@@ -2,7 +2,7 @@
 //!
 //! Invariants
 //! 1. `Display` then `FromStr` gives the same value back: a printed config is a valid config.
-//! 2. A number without a unit is refused, except zero: `"10"` could be seconds or bytes of anything.
+//! 2. A number without a unit is refused, except zero: `"10"` could be seconds or milliseconds.
 
 use std::fmt;
 use std::str::FromStr;
@@ -88,13 +88,13 @@ pub enum UnitError {
         /// The units that would be accepted.
         known: &'static str,
     },
-    /// More than fits into 64 bits.
+    /// The value does not fit into 64 bits.
     #[error("\"{text}\" is too large to count")]
     TooLarge {
         /// What was written.
         text: String,
     },
-    /// A part of the smallest unit.
+    /// The value is not a whole number of the smallest unit.
     #[error("\"{text}\" is not a whole number of {smallest}")]
     NotWhole {
         /// What was written.
@@ -186,7 +186,7 @@ fn display_with(
     }
 }
 
-/// A decimal number and a unit, with a fraction where it comes out whole (`"1.5GiB"`).
+/// Reads a decimal number and a unit. A fraction is allowed where the result is whole (`"1.5GiB"`).
 fn parse_with(
     text: &str,
     units: &[(&str, u64)],

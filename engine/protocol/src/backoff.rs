@@ -1,7 +1,7 @@
 //! Exponential backoff with jitter, for redials.
 //!
-//! 1. A delay lies between half of the current step and the whole of it, so that peers that lost
-//!    the same node do not come back in step.
+//! 1. A delay lies between half of the current step and the whole step, so that peers that lost the
+//!    same node do not redial it at the same moment.
 //! 2. The step doubles from `base` up to `cap`, and never beyond.
 
 use crate::rng::Rng;
@@ -48,7 +48,7 @@ impl Backoff {
         *self = Self::new(self.config);
     }
 
-    /// Delays given since the last reset.
+    /// Number of delays given since the last reset.
     pub fn failures(&self) -> u32 {
         self.failures
     }

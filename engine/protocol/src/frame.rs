@@ -75,7 +75,7 @@ pub enum Kind {
     Failure = 4,
     /// The asker no longer wants the response to the request with this id.
     Cancel = 5,
-    /// A message that nobody answers.
+    /// A message without an answer.
     Send = 6,
     /// Asks for a [`Kind::ProbeReply`] with the same `arg`, the sequence number.
     Probe = 7,

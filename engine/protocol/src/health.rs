@@ -2,7 +2,7 @@
 //!
 //! 1. A probe is sent every `interval`, and earlier only on request.
 //! 2. The connection fails when `missed_max` probes in a row have been out for an interval without
-//!    any reply; that is said once.
+//!    any reply; the machine reports that once.
 //! 3. A reply counts for the probe with its number, once; any other is ignored.
 
 use std::{
@@ -13,7 +13,7 @@ use std::{
 /// Times and bounds of [`Health`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HealthConfig {
-    /// Between probes; also how long a reply may take before the probe counts as lost.
+    /// Time between probes; also how long a reply may take before the probe counts as lost.
     pub interval: Duration,
     /// Unanswered probes in a row that end the connection.
     pub missed_max: u32,
@@ -36,7 +36,7 @@ impl Default for HealthConfig {
 pub enum HealthAction {
     /// Send a probe with this number.
     Probe {
-        /// Comes back in the reply.
+        /// The number that the peer's reply repeats.
         sequence: u32,
     },
     /// Close the connection as lost; connection management dials again.
@@ -46,11 +46,11 @@ pub enum HealthAction {
 /// Round-trip times of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rtt {
-    /// Of the last reply.
+    /// Round trip of the last reply.
     pub last: Duration,
-    /// The smallest.
+    /// The smallest round trip since the connection came up.
     pub min: Duration,
-    /// Moving mean, an eighth new, as QUIC's.
+    /// Moving mean, in which a new sample weighs an eighth (RFC 9002, section 5.3).
     pub smoothed: Duration,
 }
 
@@ -90,12 +90,12 @@ impl Health {
         }
     }
 
-    /// Sends a probe now, whatever the interval: someone doubts the connection.
+    /// Sends a probe now, whatever the interval: the caller doubts the connection.
     pub fn probe_now(&mut self) {
         self.probe_due = true;
     }
 
-    /// A reply has come; gives the round trip.
+    /// Takes a reply and returns its round trip; none when no probe waits for it.
     pub fn reply_received(&mut self, sequence: u32, now: Instant) -> Option<Duration> {
         let unanswered = |probe: &&mut Probe| probe.sequence == sequence && !probe.answered;
         let probe = self.probes.iter_mut().rev().find(unanswered)?;

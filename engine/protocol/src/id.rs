@@ -1,8 +1,9 @@
 //! Names of nodes, subnets, artifacts and connections.
 //!
-//! 1. A node's name is the principal of its key: SHA-224 of the DER form, then 2. Nothing else
-//!    gives a node its name, so a key proves the name and the name pins the key.
-//! 2. The text form is canonical: what parses prints back as the same characters.
+//! 1. A node's name is the principal of its key: SHA-224 of the DER form, then the byte 2, as the
+//!    Internet Computer's interface specification has it. So a key proves the name, and the name
+//!    pins the key.
+//! 2. The text form is canonical: a text that parses prints back as the same characters.
 
 use data_encoding::{BASE32_NOPAD, HEXLOWER};
 use sha2::{Digest, Sha224};
@@ -15,20 +16,20 @@ const SELF_AUTHENTICATING: u8 = 2;
 /// 4 bytes of checksum and 29 of principal are 53 base32 digits, in groups of 5.
 const TEXT_CHARS: usize = 63;
 
-/// Why a text is not the name of something.
+/// Why a text is not a name.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum IdError {
-    /// Not as long as every name of this kind.
+    /// The text has another length than names of this kind.
     #[error("wrong length")]
     Length,
-    /// A character that the alphabet does not have.
+    /// The text has a character outside the alphabet.
     #[error("unknown character")]
     Alphabet,
-    /// The checksum is that of another principal.
+    /// The checksum belongs to another principal.
     #[error("checksum does not match")]
     Checksum,
-    /// Decodes, but is not the text that this name prints as.
+    /// The text decodes, but the name prints as another text.
     #[error("not the canonical text form")]
     NotCanonical,
     /// A principal of another kind (a canister, the anonymous caller).
@@ -59,11 +60,12 @@ impl NodeId {
         Self(self_authenticating(der))
     }
 
-    /// Shard of a node with `shards` shards that owns connection `index` to this peer.
+    /// The shard that owns connection `index` to this peer, on a node with `shards` shards (1 to
+    /// 255; 0 counts as 1).
     ///
-    /// Both ends and the kernel compute it alike: the dialler puts `spread + index` into the
-    /// first byte of its initial destination connection ID, and steering takes that byte modulo
-    /// the number of shards.
+    /// Both ends and the kernel compute the same shard: the dialler puts `spread + index` into the
+    /// first byte of its initial destination connection ID, and steering takes that byte modulo the
+    /// number of shards.
     pub fn owner_shard(&self, index: u8, shards: u8) -> u8 {
         self.spread().wrapping_add(index) % shards.max(1)
     }

@@ -1,4 +1,4 @@
-//! Ed25519 keys: a node's own, and those it checks others by.
+//! Ed25519 keys (RFC 8032): a node's own, and those of its peers.
 //!
 //! 1. A secret never reaches `Debug`, and its seed is wiped when the key is dropped.
 //! 2. The private DER form is PKCS#8 version 0: BoringSSL refuses version 1, which `ring` writes.
@@ -21,7 +21,7 @@ const PKCS8_PREFIX: [u8; 16] = [
 /// Bytes of a signature.
 pub const SIGNATURE_BYTES: usize = 64;
 
-/// The signature is not one of this key over these bytes.
+/// The signature was not made by this key over these bytes.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("signature does not verify")]
 pub struct BadSignature;
@@ -38,7 +38,8 @@ impl BadSignature {
 pub struct PublicKey([u8; 32]);
 
 impl PublicKey {
-    /// The key with these raw bytes. Any bytes make a key; not every key verifies something.
+    /// The key with these raw bytes. All bytes are accepted; with bytes that are no point of the
+    /// curve no signature verifies.
     pub fn from_bytes(raw: [u8; 32]) -> Self {
         Self(raw)
     }
@@ -48,7 +49,7 @@ impl PublicKey {
         &self.0
     }
 
-    /// DER SubjectPublicKeyInfo.
+    /// The DER form, SubjectPublicKeyInfo (RFC 8410, section 4).
     pub fn to_spki_der(&self) -> [u8; 44] {
         let mut der = [0; 44];
         der[..12].copy_from_slice(&SPKI_PREFIX);
@@ -56,12 +57,15 @@ impl PublicKey {
         der
     }
 
-    /// The node that this key makes.
+    /// The name of the node that has this key.
     pub fn node_id(&self) -> NodeId {
         NodeId::from_public_key_der(&self.to_spki_der())
     }
 
     /// Checks `signature` over `message`.
+    ///
+    /// # Errors
+    /// When the signature does not verify.
     pub fn verify(
         &self,
         message: &[u8],
@@ -101,7 +105,7 @@ pub struct SigningKey {
 }
 
 impl SigningKey {
-    /// The key that grows from `seed`. The seed is the secret.
+    /// The key with this seed. The seed is the secret.
     pub fn from_seed(seed: [u8; 32]) -> Self {
         let pair =
             Ed25519KeyPair::from_seed_unchecked(&seed).expect("every 32 bytes are an Ed25519 seed");
@@ -118,7 +122,7 @@ impl SigningKey {
         self.public
     }
 
-    /// The node that this key makes.
+    /// The name of the node that has this key.
     pub fn node_id(&self) -> NodeId {
         self.public.node_id()
     }
@@ -130,7 +134,7 @@ impl SigningKey {
         signature
     }
 
-    /// PKCS#8 version 0, the form that BoringSSL reads. Secret.
+    /// PKCS#8 version 0 (RFC 5958), the form that BoringSSL reads. Secret.
     pub fn pkcs8_v0_der(&self) -> [u8; 48] {
         let mut der = [0; 48];
         der[..16].copy_from_slice(&PKCS8_PREFIX);

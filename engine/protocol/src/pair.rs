@@ -1,10 +1,11 @@
-//! The secret that two nodes share without having spoken: what a dialler proves itself by in its first packet.
+//! The secret that two nodes share without a message: a dialler proves itself with it in its first
+//! packet.
 //!
-//! Their Ed25519 keys, converted to Curve25519, agree on it (X25519, RFC 7748): one scalar multiplication, once for each pair
-//! and registry version.
+//! The nodes' Ed25519 keys, converted to Curve25519, agree on it (X25519, RFC 7748). That takes one
+//! scalar multiplication, once for each pair and registry version.
 //!
-//! 1. Both ends compute the same key; nobody else can.
-//! 2. A key of low order, which would agree with everybody on one known secret, agrees on none.
+//! 1. Both ends compute the same key; no third node can.
+//! 2. A public key of low order, which would give every node one known secret, gives none.
 //! 3. A key is never printed.
 
 use std::fmt;
@@ -22,7 +23,8 @@ const CONTEXT: &[u8] = b"millrace pair key 1\0";
 pub struct PairKey([u8; 16]);
 
 impl PairKey {
-    /// The key that `mine` and `theirs` agree on; none with a public key that is not a point of the curve's large group.
+    /// The key that `mine` and `theirs` agree on; none when `theirs` is not a point of the curve's
+    /// large group.
     pub fn agree(mine: &SigningKey, theirs: &PublicKey) -> Option<Self> {
         let point = CompressedEdwardsY(*theirs.as_bytes()).decompress()?;
         // RFC 8032, 5.1.5: the scalar is the lower half of the seed's hash, clamped.
@@ -60,7 +62,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    // Protects the conversion: the Curve25519 key of an Ed25519 seed, against the agreement of RFC 7748, section 5.2 (first vector).
+    // Protects the conversion: the Curve25519 key of an Ed25519 seed, against the agreement of
+    // RFC 7748, section 5.2 (first vector).
     #[test]
     fn multiplies_as_rfc_7748_says() {
         let hex = |text: &str| crate::id::parse_hex::<32>(text).unwrap();

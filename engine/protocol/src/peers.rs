@@ -1,4 +1,4 @@
-//! Connections of one shard: whom to dial, which connection counts, when to try again.
+//! Connections of one shard: which peer to dial, which connection counts, when to try again.
 //!
 //! The shell makes and ends QUIC connections as the actions say, and reports what happened to
 //! them; this machine decides. One machine per shard and connection index. After every input,
@@ -68,7 +68,8 @@ struct Peer {
     draining: Option<ConnKey>,
     dial: Dial,
     last_dial: Option<Instant>,
-    /// Attempts that dial requests cut short since the last connection: each grants the next more time.
+    /// Attempts that dial requests cut short since the last connection: each grants the next more
+    /// time.
     dial_request_restarts: u32,
     backoff: Backoff,
     /// Next dial, deadline of the attempt, or next dial request.
@@ -107,7 +108,8 @@ impl Peers {
         }
     }
 
-    /// Takes a new topology: closes what is no member any more, dials what is new.
+    /// Takes a new topology: closes connections of nodes that are no longer members, and dials new
+    /// members.
     pub fn set_topology(&mut self, topology: Arc<Topology>, now: Instant) {
         self.topology = topology;
         let gone: Vec<NodeId> = self
@@ -129,8 +131,11 @@ impl Peers {
         self.invariants();
     }
 
-    /// Judges a connection whose handshake has proved who the peer is. On a refusal the shell
-    /// closes it; otherwise it sends its hello and waits for the peer's.
+    /// Judges a connection whose handshake has proved the peer's identity. On `Ok` the shell sends
+    /// its hello and waits for the peer's.
+    ///
+    /// # Errors
+    /// The reason why the shell must close the connection.
     pub fn handshake_done(
         &mut self,
         conn: ConnKey,
@@ -148,19 +153,19 @@ impl Peers {
         Ok(())
     }
 
-    /// The peer's hello has come: the connection is up.
+    /// Takes the peer's hello: the connection is up.
     pub fn hello_received(&mut self, conn: ConnKey, now: Instant) {
         self.bring_up(conn, now);
         self.invariants();
     }
 
-    /// The connection is no more.
+    /// Takes the report that a connection has ended.
     pub fn closed(&mut self, conn: ConnKey, kind: CloseKind, now: Instant) {
         self.forget(conn, kind, now);
         self.invariants();
     }
 
-    /// A dial ended before its handshake was done.
+    /// Takes the report that a dial ended before its handshake was done.
     pub fn dial_failed(&mut self, attempt: Attempt, now: Instant) {
         let dialled = |peer: &Peer| peer.dial.attempt() == Some(attempt) && peer.pending.is_none();
         let found = self
@@ -174,13 +179,13 @@ impl Peers {
         self.invariants();
     }
 
-    /// A dial request of `peer`, addressed to this node, has arrived.
+    /// Takes a dial request of `peer` that is addressed to this node.
     pub fn dial_requested(&mut self, peer: NodeId, now: Instant) {
         self.heed_dial_request(peer, now);
         self.invariants();
     }
 
-    /// Something has come from the peer on a connection that [`Action::Verify`] named.
+    /// Takes the report that the peer sent something on a connection that [`Action::Verify`] named.
     pub fn verified(&mut self, conn: ConnKey) {
         if let Some(connection) = self.connections.get_mut(&conn)
             && connection.verifying
@@ -234,7 +239,7 @@ impl Peers {
         self.peers.keys().map(|id| (*id, self.current(id)))
     }
 
-    /// Events since the start.
+    /// Counts of events since the machine was made.
     pub fn counters(&self) -> PeersCounters {
         self.counters
     }

@@ -26,12 +26,12 @@ pub const SIGNED_PREFIX: &[u8] = b"millrace registry version 1\0";
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RegistryError {
-    /// Above the bound; not even hashed.
+    /// The document is above the bound; it was not hashed.
     #[error("document of {bytes} bytes, at most {max_bytes} are read")]
     TooLong {
-        /// Of the document.
+        /// Length of the document.
         bytes: usize,
-        /// Allowed.
+        /// Longest document allowed, [`RegistryConfig::document_bytes_max`].
         max_bytes: usize,
     },
     /// Not signed by the registry's key.
@@ -40,24 +40,24 @@ pub enum RegistryError {
     /// The signature file is not 128 hex digits.
     #[error("signature is not {SIGNATURE_BYTES} bytes of hex")]
     SignatureForm,
-    /// Signed, and yet no registry document.
+    /// The signature verifies, but the text is no registry document.
     #[error("document does not parse: {0}")]
     Syntax(String),
-    /// Below the newest that is held, and not held itself.
+    /// The version is older than the newest that is held, and is not held itself.
     #[error("version {number} is older than version {newest}, which is held")]
     Older {
-        /// Offered.
+        /// Number of the offered version.
         number: u64,
-        /// Held.
+        /// Number of the newest version held.
         newest: u64,
     },
     /// The registry's key signed two documents with one number.
     #[error("version {number} is held with other contents")]
     Conflict {
-        /// Offered and held.
+        /// The number of both.
         number: u64,
     },
-    /// A number is not one that versions have.
+    /// The number is 0 or above [`NUMBER_MAX`].
     #[error("version number {0} is not between 1 and {NUMBER_MAX}")]
     Number(u64),
 }
@@ -83,19 +83,19 @@ impl From<BadSignature> for RegistryError {
     }
 }
 
-/// Largest version number: what a file name has digits for.
+/// Largest version number: a file name has 12 digits.
 pub const NUMBER_MAX: u64 = 999_999_999_999;
 
-/// What one version says.
+/// The content of one version.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RegistryVersion {
-    /// Place in the series, from 1.
+    /// Position in the series, from 1.
     pub number: u64,
-    /// Subnets.
+    /// The subnets.
     pub subnets: Vec<SubnetRecord>,
-    /// Nodes, of all subnets.
+    /// The nodes of all subnets.
     pub nodes: Vec<NodeRecord>,
-    /// Firewall rules, as they stand; their own compiler reads them.
+    /// Firewall rules as they are written; the edge's compiler reads them.
     pub firewall: Vec<toml::Table>,
     /// Settings for all subnets.
     pub settings: toml::Table,
@@ -108,7 +108,7 @@ pub struct RegistryVersion {
 pub struct SubnetRecord {
     /// Its name.
     pub id: SubnetId,
-    /// What people call it.
+    /// A name for operators.
     pub name: Option<String>,
     /// Settings for this subnet.
     pub settings: toml::Table,
@@ -121,9 +121,9 @@ pub struct NodeRecord {
     pub id: NodeId,
     /// The key that its certificate must carry.
     pub public_key: PublicKey,
-    /// Where it is a member.
+    /// The subnet that it belongs to.
     pub subnet: SubnetId,
-    /// Where it listens, in the order to try; never empty.
+    /// Addresses at which it listens, in the order to try; never empty.
     pub addresses: Vec<SocketAddr>,
 }
 
@@ -134,14 +134,18 @@ pub struct SkippedRecord {
     pub table: &'static str,
     /// Position in that table, from 0.
     pub index: usize,
-    /// Stable label.
+    /// Stable label of the reason.
     pub reason: &'static str,
-    /// For people.
+    /// The reason in words, for the operator.
     pub detail: String,
 }
 
 impl RegistryVersion {
-    /// Reads a document, whose signature is the caller's care.
+    /// Reads a document; the caller has verified its signature.
+    ///
+    /// # Errors
+    /// When the text is not TOML, or has no usable version number. A bad record is no error: it is
+    /// skipped and listed in [`Self::skipped`].
     pub fn parse(document: &str) -> Result<Self, RegistryError> {
         document::parse(document)
     }
@@ -152,12 +156,12 @@ impl RegistryVersion {
     }
 }
 
-/// A version as it travels and lies on disk.
+/// A version as it is sent and stored: a document and its signature.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SignedVersion {
-    /// TOML.
+    /// The document, TOML.
     pub document: String,
-    /// Over [`SIGNED_PREFIX`] and the document.
+    /// Ed25519 signature over [`SIGNED_PREFIX`] and the document (RFC 8032).
     pub signature: [u8; SIGNATURE_BYTES],
 }
 
@@ -171,7 +175,10 @@ impl SignedVersion {
         }
     }
 
-    /// A version from its two files.
+    /// A version from the contents of its two files.
+    ///
+    /// # Errors
+    /// When the signature is not 128 hexadecimal digits.
     pub fn from_files(document: String, signature_hex: &str) -> Result<Self, RegistryError> {
         let mut signature = [0; SIGNATURE_BYTES];
         let hex = signature_hex.trim();
@@ -187,12 +194,15 @@ impl SignedVersion {
         })
     }
 
-    /// Contents of the signature file.
+    /// The contents of the signature file.
     pub fn signature_hex(&self) -> String {
         HEXLOWER.encode(&self.signature)
     }
 
     /// Checks size and signature, then reads the document.
+    ///
+    /// # Errors
+    /// When the document is too long, is not signed by `key`, or does not parse.
     pub fn verify(
         &self,
         key: &PublicKey,
@@ -231,9 +241,9 @@ pub fn number_of_document_file(name: &str) -> Option<u64> {
 /// Bounds of a [`Registry`]: it holds at most their product in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegistryConfig {
-    /// Longest document.
+    /// Longest document, in bytes.
     pub document_bytes_max: usize,
-    /// Versions held; the oldest goes first, even if it is in use.
+    /// Largest number of versions held; the oldest is dropped first, even if it is in use.
     pub versions_max: usize,
 }
 
@@ -247,14 +257,14 @@ impl Default for RegistryConfig {
     }
 }
 
-/// What became of an offered version.
+/// The outcome of an offered version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Offered {
     /// It is the newest now.
     Newest {
         /// Its number.
         number: u64,
-        /// Numbers between it and the one before it, which were never seen.
+        /// How many numbers between it and the one before it were never seen.
         missing: u64,
     },
     /// It was held already.
@@ -275,7 +285,7 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// A registry that trusts `key` and holds nothing.
+    /// A registry that trusts `key` and holds no version.
     pub fn new(key: PublicKey, config: RegistryConfig) -> Self {
         Self {
             key,
@@ -286,10 +296,14 @@ impl Registry {
         }
     }
 
-    /// Takes a version, from a file or from a peer.
+    /// Takes a version from a file or from a peer.
     ///
-    /// Numbers may be missing: each version says everything, and a node that was away longer than
-    /// its peers keep versions must be able to come back.
+    /// Numbers may be missing: each version is complete, and a node that was away longer than its
+    /// peers keep versions must be able to come back.
+    ///
+    /// # Errors
+    /// When the version does not verify, is older than the newest held, or differs from the held
+    /// version of the same number. The registry does not change then.
     pub fn offer(&mut self, signed: SignedVersion) -> Result<Offered, RegistryError> {
         let version = signed.verify(&self.key, &self.config)?;
         let (number, newest) = (version.number, self.newest_number());
@@ -308,9 +322,9 @@ impl Registry {
         Ok(Offered::Newest { number, missing })
     }
 
-    /// Says from which version on members count; it never goes back.
+    /// Sets the oldest version whose members count; a lower number than before changes nothing.
     ///
-    /// The layer above calls it: a replica's unfinished heights refer to older versions, and the
+    /// The layer above calls this: a replica's unfinished heights refer to older versions, and the
     /// members of those must stay connected. Without a call only the newest version counts.
     pub fn set_oldest_in_use(&mut self, number: u64) {
         let number = self.oldest_in_use.map_or(number, |old| old.max(number));
@@ -344,7 +358,7 @@ impl Registry {
         newer.map(|(number, (signed, _))| (*number, signed))
     }
 
-    /// Versions that the bound pushed out although they were in use.
+    /// Number of versions that the bound pushed out although they were in use.
     pub fn dropped_in_use(&self) -> u64 {
         self.dropped_in_use
     }
@@ -355,7 +369,8 @@ impl Registry {
         in_use.map(|(_, (_, version))| version)
     }
 
-    /// The held version that was in force at `oldest_in_use`: with numbers missing, an older one.
+    /// The held version that was in force at `oldest_in_use`; an older one when that number is
+    /// missing.
     fn oldest_counted(&self) -> u64 {
         let newest = self.newest_number();
         let oldest = self

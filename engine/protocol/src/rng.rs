@@ -1,4 +1,5 @@
-//! Small seeded generator (xoshiro256++), for jitter, tags and simulations. Not for secrets.
+//! Small seeded generator (xoshiro256++, Blackman and Vigna), for jitter, tags and simulations. Not
+//! for secrets.
 //!
 //! 1. The sequence is a function of the seed alone, on every platform and in every release.
 

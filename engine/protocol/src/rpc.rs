@@ -1,13 +1,13 @@
-//! Requests in flight on one connection: those we sent, and those we answer.
+//! Requests in flight on one connection: those that this node sent, and those that it answers.
 //!
-//! Called for every request and response. [`RpcTable`] holds who waits for each response;
-//! [`InFlight`] holds what the server does about each request, so that a cancel finds it.
+//! Called for every request and response. [`RpcTable`] holds the waiter of each response;
+//! [`InFlight`] holds the server's state of each request, so that a cancel finds it.
 //!
 //! 1. A request has a deadline, and a waiter is handed back exactly once: by its response, its
 //!    deadline, its cancel or the loss of the connection.
 //! 2. Requests in flight are bounded per class, on both sides.
 //! 3. An id comes back into use only after [`REUSE_AFTER`] others, with another generation: a late
-//!    response finds nobody, and never someone else.
+//!    response finds no waiter, and never the waiter of another request.
 //! 4. All is O(1): ids are slab positions, deadlines lie in a timer wheel.
 
 mod in_flight;
@@ -24,7 +24,8 @@ use thiserror::Error;
 /// Bounds of requests in flight on one connection, by [`Class::index`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RpcLimits {
-    /// Requests in flight; together at most [`RpcLimits::SLOTS_MAX`], what is above is ignored.
+    /// Largest number of requests in flight per class. The sum is at most
+    /// [`RpcLimits::SLOTS_MAX`]; what is above it is ignored.
     pub in_flight_max: [u32; 3],
 }
 
@@ -58,18 +59,18 @@ pub enum RpcError {
     /// The body is above what any peer accepts.
     #[error("body of {body_bytes} bytes, at most {max_bytes} are sent")]
     LocalTooLarge {
-        /// Of the body.
+        /// Length of the body.
         body_bytes: u64,
-        /// Allowed.
+        /// Longest body allowed.
         max_bytes: u64,
     },
     /// No chunks are left to receive the response into.
     #[error("receive budget is used up")]
     LocalNoBudget,
-    /// This node goes away.
+    /// This node is shutting down.
     #[error("this node is shutting down")]
     LocalShuttingDown,
-    /// The asker took the request back.
+    /// The asker cancelled the request.
     #[error("cancelled")]
     LocalCancelled,
     /// No connection to the peer.

@@ -1,10 +1,10 @@
-//! Whom to fetch from: what peers have served, and whom not to ask for a while.
+//! Scores of peers: from which peer to fetch, and which peers not to ask for a while.
 //!
 //! 1. All points halve every `half_life`, so what a peer did an hour ago does not count.
 //! 2. A ban is for invalid bytes, never for slowness; each further one lasts twice as long, until
 //!    `ban_memory` has passed without any.
-//! 3. The peers kept are bounded: a new one takes the place of the one that is unheard of longest,
-//!    banned ones last.
+//! 3. The peers kept are bounded: a new one takes the place of the peer that was reported longest
+//!    ago, banned ones last.
 
 use crate::{id::NodeId, rng::Rng};
 use std::{
@@ -15,17 +15,17 @@ use std::{
 /// Weights and bounds of [`Scores`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScoreConfig {
-    /// Peers kept.
+    /// Largest number of peers kept.
     pub peers_max: usize,
-    /// In which points halve.
+    /// Time in which points halve.
     pub half_life: Duration,
-    /// Invalid answers, within about a half-life, that ban.
+    /// Number of invalid answers, within about a half-life, that ban a peer.
     pub invalid_max: u32,
-    /// The first ban.
+    /// Length of the first ban.
     pub ban: Duration,
-    /// The longest ban.
+    /// Length of the longest ban.
     pub ban_max: Duration,
-    /// After so long without a ban, the next one is a first one.
+    /// Time without a ban after which the next ban is as short as the first.
     pub ban_memory: Duration,
 }
 
@@ -45,13 +45,13 @@ impl Default for ScoreConfig {
 /// How an exchange with a peer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// What was asked for came, and was right.
+    /// The peer served what was asked for, and it was valid.
     Served,
-    /// It came late, or not before its deadline.
+    /// The answer came late, or not before its deadline.
     Slow,
     /// The peer did not have it, or failed.
     Failed,
-    /// It was wrong: the peer is broken or lies.
+    /// The answer was invalid: the peer is broken or lies.
     Invalid,
 }
 
@@ -68,7 +68,7 @@ impl Outcome {
 
 /// Points are kept in 2^-20, so that they can halve many times.
 const POINT: i64 = 1 << 20;
-/// What a peer can gain, so that a long good time does not pay for a bad one.
+/// Most points that a peer can gain, so that a long good time does not pay for a bad one.
 const POINTS_MAX: i64 = 100 * POINT;
 
 /// The record of all peers.
@@ -96,7 +96,7 @@ impl Scores {
         }
     }
 
-    /// Notes how an exchange ended; true if the peer is banned from now on.
+    /// Notes how an exchange ended; returns whether the peer is banned from now on.
     pub fn note(&mut self, peer: NodeId, outcome: Outcome, now: Instant) -> bool {
         let config = self.config;
         if !self.peers.contains_key(&peer) {
@@ -140,14 +140,14 @@ impl Scores {
             .filter(|until| now < *until)
     }
 
-    /// Points of a peer, in thousandths; 0 for one that nothing is known of.
+    /// Points of a peer, in thousandths; 0 for an unknown peer.
     pub fn points_milli(&self, peer: &NodeId, now: Instant) -> i64 {
         let points = |score: &Score| decayed(score.points, now - score.updated, &self.config);
         self.peers.get(peer).map_or(0, points) * 1000 / POINT
     }
 
-    /// The better of two candidates drawn at random, banned ones left out: near the best, and
-    /// without sending everyone's requests to the same peer.
+    /// The better of two candidates drawn at random, banned ones left out. That is near the best
+    /// choice, and does not send the requests of all nodes to the same peer.
     pub fn choose(
         &self,
         candidates: impl IntoIterator<Item = NodeId>,
@@ -171,12 +171,12 @@ impl Scores {
         Some(if better { second } else { first })
     }
 
-    /// Peers that something is known of.
+    /// Number of known peers.
     pub fn len(&self) -> usize {
         self.peers.len()
     }
 
-    /// Nothing is known of anyone.
+    /// Whether no peer is known.
     pub fn is_empty(&self) -> bool {
         self.peers.is_empty()
     }

@@ -24,11 +24,11 @@ use std::{
 const LEVELS: usize = 8;
 const SLOT_BITS: u32 = 6;
 const SLOTS: usize = 1 << SLOT_BITS;
-/// At 100 us a tick this is 890 years: later times are clamped, and nobody will see them fire.
+/// At 100 µs a tick this is 890 years: later times are clamped.
 const TICK_MAX: u64 = (1 << (SLOT_BITS * LEVELS as u32)) - 1;
 const NIL: u32 = u32::MAX;
 
-/// Names a timer until it fires or is cancelled; stale afterwards, never another's.
+/// Names a timer until it fires or is cancelled. Afterwards it names none, also not a later timer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TimerId {
     index: u32,
@@ -59,7 +59,7 @@ struct Entry<K> {
 }
 
 impl<K> Wheel<K> {
-    /// Resolution that suits QUIC: well below a LAN's probe timeout, well above a poll's cost.
+    /// 100 µs: well below a LAN's probe timeout, well above a poll's cost.
     pub const RESOLUTION: Duration = Duration::from_micros(100);
 
     /// An empty wheel that starts at `now`, with [`Self::RESOLUTION`].
@@ -83,12 +83,12 @@ impl<K> Wheel<K> {
         }
     }
 
-    /// Timers that wait.
+    /// Number of timers that wait.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// No timer waits.
+    /// Whether no timer waits.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -146,7 +146,7 @@ impl<K> Wheel<K> {
         Some(self.release(id.index))
     }
 
-    /// Hands the key of every timer that is due to `fire`, earliest tick first.
+    /// Calls `fire` with the key of every timer that is due, earliest tick first.
     pub fn poll(&mut self, now: Instant, fire: &mut impl FnMut(K)) {
         let now_tick = self.tick_at_or_before(now);
         while let Some((level, slot, start)) = self.first_slot() {

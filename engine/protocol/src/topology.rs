@@ -1,4 +1,4 @@
-//! Who belongs to the subnet: the union of its members over the registry versions in use.
+//! The members of the subnet: the union over the registry versions in use.
 //!
 //! 1. A node counts while any version from the oldest in use to the newest names it, so that it is
 //!    not cut off while others still rely on it.
@@ -17,12 +17,12 @@ use std::{collections::BTreeMap, net::SocketAddr};
 pub struct Member {
     /// The key that its certificate must carry.
     pub public_key: PublicKey,
-    /// Where it listens, in the order to try; never empty.
+    /// Addresses at which it listens, in the order to try; never empty.
     pub addresses: Vec<SocketAddr>,
 }
 
 impl Member {
-    /// The name that the key gives.
+    /// The node's name, which its key determines.
     pub fn id(&self) -> NodeId {
         self.public_key.node_id()
     }
@@ -48,7 +48,7 @@ pub struct TopologyDiff {
 }
 
 impl TopologyDiff {
-    /// The topologies have the same members at the same addresses.
+    /// Whether both topologies have the same members at the same addresses.
     pub fn is_empty(&self) -> bool {
         self.added.is_empty() && self.removed.is_empty() && self.changed.is_empty()
     }
@@ -60,7 +60,7 @@ impl Topology {
         Self::default()
     }
 
-    /// The members of `subnet` over `versions`, oldest first.
+    /// The members of `subnet` over `versions`, which come oldest first.
     pub fn union<'a>(
         subnet: &SubnetId,
         versions: impl IntoIterator<Item = &'a RegistryVersion>,
@@ -107,7 +107,7 @@ impl Topology {
         self.members.get(id)
     }
 
-    /// The member whose key this is: the judgement of a handshake.
+    /// The member whose key this is; a handshake with any other key is refused.
     pub fn node_of_key(&self, key: &PublicKey) -> Option<NodeId> {
         let id = key.node_id();
         self.members.contains_key(&id).then_some(id)
@@ -123,7 +123,7 @@ impl Topology {
         self.members.len()
     }
 
-    /// No members.
+    /// Whether there are no members.
     pub fn is_empty(&self) -> bool {
         self.members.is_empty()
     }
@@ -138,7 +138,7 @@ impl Topology {
         self.newest
     }
 
-    /// What changes when this topology replaces `older`.
+    /// The changes when this topology replaces `older`.
     pub fn diff(&self, older: &Self) -> TopologyDiff {
         let mut diff = TopologyDiff::default();
         for (id, member) in &self.members {

@@ -1,7 +1,8 @@
 //! Mutual TLS that every engine uses: Ed25519 self-signed certificates, each side pins the other's.
 //!
 //! A certificate follows from its seed, so both processes know what to expect without a file. The
-//! verifier compares the whole certificate and then checks the CertificateVerify signature for real.
+//! verifier compares the whole certificate and then checks the CertificateVerify signature for
+//! real.
 
 use std::sync::Arc;
 
@@ -34,7 +35,7 @@ pub(crate) fn server_config(crypto: Crypto) -> Result<ServerConfig> {
         .with_client_cert_verifier(verifier)
         .with_single_cert(vec![certificate], key)?;
     config.alpn_protocols = vec![ALPN.to_vec()];
-    // No resumption, and no tickets that nobody would use.
+    // No resumption, and no tickets, which no client of this bench would use.
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     Ok(config)

@@ -1,8 +1,9 @@
-//! Side-by-side runs of millrace, quinn and s2n-quic on one machine, and the limits of that machine.
+//! Side-by-side runs of millrace, quinn and s2n-quic on one machine, and the limits of that
+//! machine.
 //!
 //! `peers` starts two copies of itself for every measurement: `serve` on one core and `drive` on
-//! another. Engines take turns round by round, so that a slow minute of the host hits all alike, and
-//! only ratios inside one round are compared. What each engine is given is in `README.md`.
+//! another. Engines take turns round by round, so that a slow minute of the host hits all alike,
+//! and only ratios inside one round are compared. What each engine is given is in `README.md`.
 
 mod engines;
 mod identity;

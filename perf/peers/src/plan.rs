@@ -49,8 +49,8 @@ impl Engine {
     pub(crate) fn runs(self, workload: Workload) -> bool {
         let is_shape = workload.oneway_shape().is_some() || workload.holds_streams();
         match self {
-            // Its settings leave the MTU at quinn's default, so 8972 would be 1452 again; and it has
-            // one shape, a stream for each RPC.
+            // Its settings leave the MTU at quinn's default, so 8972 would be 1452 again; and it
+            // has one shape, a stream for each RPC.
             Self::QuinnRef => workload != Workload::Bulk8972 && !is_shape,
             // Small messages go over its lanes; the peers are tried in all shapes.
             Self::Millrace | Self::MillraceSpin | Self::MillracePark => {

@@ -1,7 +1,8 @@
 //! Medians, per-round ratios and the targets.
 //!
-//! A ratio compares two engines within one round and is then the median over the rounds, because the
-//! host has slow minutes. "The better peer" is the one of quinn and s2n-quic with the better median.
+//! A ratio compares two engines within one round and is then the median over the rounds, because
+//! the host has slow minutes. "The better peer" is the one of quinn and s2n-quic with the better
+//! median.
 
 use std::collections::BTreeMap;
 

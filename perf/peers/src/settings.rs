@@ -9,7 +9,8 @@ use crate::{Error, Result};
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     pub(crate) udp_payload_bytes: u16,
-    /// Let the engine search for a larger payload, as by default, instead of starting at the target.
+    /// Let the engine search for a larger payload, as by default, instead of starting at the
+    /// target.
     pub(crate) default_mtu: bool,
     /// SO_RCVBUF and SO_SNDBUF.
     pub(crate) socket_buffer_bytes: usize,

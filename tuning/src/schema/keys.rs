@@ -8,8 +8,8 @@ use crate::config::{
 };
 use crate::units::{ByteSize, Period};
 
-/// A row: `field!(NodeConfig, "name", path.to.the.field, kind, "doc")`, with `required` or `optional` and
-/// an example before the doc where there is no default.
+/// A row: `field!(NodeConfig, "name", path.to.the.field, kind, "doc")`, with `required` or
+/// `optional` and an example before the doc where there is no default.
 macro_rules! field {
     ($config:ty, $name:literal, $($path:ident).+, $kind:expr, $doc:literal) => {
         field!(@row $config, $name, $($path).+, $kind, Presence::Default, "", $doc)
@@ -36,7 +36,8 @@ macro_rules! field {
     };
 }
 
-/// The keys of a [`crate::config::ShardProfile`], for `[shards]` and for `[[shards.core]]`, after `$first`.
+/// The keys of a [`crate::config::ShardProfile`], for `[shards]` and for `[[shards.core]]`, after
+/// `$first`.
 macro_rules! with_profile {
     ($config:ty, $($profile:ident).+, $first:expr) => {
         &[

@@ -39,7 +39,7 @@ pub enum Kind {
     },
     /// A file or folder.
     Path,
-    /// A name as it is used elsewhere (a subnet's id).
+    /// A name, such as a subnet's id.
     Name,
     /// An Ed25519 public key.
     PublicKey,
@@ -62,7 +62,7 @@ pub enum Kind {
 pub enum Presence {
     /// There is a default.
     Default,
-    /// Absent means something of its own.
+    /// It may be absent, and its absence has a meaning.
     Optional,
     /// A node does not start without it.
     Required,
@@ -76,9 +76,9 @@ pub struct Field<C> {
     pub kind: Kind,
     /// Whether it has to be written.
     pub presence: Presence,
-    /// What it does, in one or two sentences.
+    /// Its documentation, one or two sentences.
     pub doc: &'static str,
-    /// A value that would do, for keys without a default.
+    /// A valid value, for keys without a default.
     pub example: &'static str,
     pub(crate) set: fn(&mut C, Value) -> Result<(), Value>,
     pub(crate) get: fn(&C) -> Value,
@@ -105,7 +105,7 @@ impl<C> Field<C> {
 pub struct Section {
     /// Name between the brackets.
     pub name: &'static str,
-    /// What it is about.
+    /// Its documentation.
     pub doc: &'static str,
     /// Its keys, in the order they are printed.
     pub fields: &'static [Field<NodeConfig>],
@@ -139,7 +139,7 @@ pub fn section(name: &str) -> Option<&'static Section> {
 }
 
 impl Kind {
-    /// What a value has to look like, for people.
+    /// The form of a value, in words for the operator.
     pub fn expected(&self) -> String {
         match self {
             Self::Integer { .. } => "a whole number".into(),
@@ -157,7 +157,7 @@ impl Kind {
         }
     }
 
-    /// The bounds, for people; empty when there are none.
+    /// The bounds, in words for the operator; empty when there are none.
     pub fn bounds(&self) -> String {
         match self {
             Self::Integer { min, max } => format!("{min} to {max}"),

@@ -1,4 +1,4 @@
-//! What goes in and out of [`super::Peers`]: settings, reports, refusals, actions.
+//! The inputs and outputs of [`super::Peers`]: settings, reports, refusals, actions.
 
 use crate::{
     backoff::BackoffConfig,
@@ -18,21 +18,22 @@ pub struct Attempt(pub u64);
 /// Bounds and times of [`super::Peers`].
 #[derive(Clone, Debug)]
 pub struct PeersConfig {
-    /// This shard.
+    /// Number of this shard, from 0.
     pub shard: u8,
-    /// Shards of this node.
+    /// Number of shards of this node, 1 to 255.
     pub shards: u8,
     /// Which of the connections of a pair of nodes this machine keeps.
     pub index: u8,
-    /// Peers that get a connection; members beyond are counted and left out.
+    /// Largest number of peers that get a connection; members beyond it are counted and left out.
     pub peers_max: usize,
     /// Delays between dials.
     pub backoff: BackoffConfig,
-    /// From the dial to the peer's hello; on the listener, from the handshake to the hello.
+    /// Longest time from the dial to the peer's hello; on the listener, from the handshake to the
+    /// hello.
     pub connect_timeout: Duration,
-    /// How long a replaced connection may finish what it has begun.
+    /// How long a replaced connection may go on with the messages that it has begun.
     pub drain_timeout: Duration,
-    /// Up for so long, a connection counts as good: see invariant 5.
+    /// Time after which an up connection resets the backoff: see invariant 5 of [`super`].
     pub stable_after: Duration,
     /// Longest time between two dial requests at a dialler that is not connected.
     pub dial_request_interval: Duration,
@@ -66,20 +67,20 @@ pub enum Direction {
     Outbound(Attempt),
 }
 
-/// How a connection ended, or a dial failed.
+/// How a connection ended, or why a dial failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CloseKind {
     /// The peer closed it in good order: it restarts, or replaced the connection.
     Clean,
     /// A stateless reset: the peer runs, and does not know the connection.
     Reset,
-    /// The peer, or its TLS, refused us.
+    /// The peer, or its TLS, refused this node.
     Refused,
     /// Idle timeout or transport error.
     Lost,
 }
 
-/// Why a connection may not be, after its handshake has told who the peer is.
+/// Why a connection is refused after its handshake has proved the peer's identity.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Refusal {
@@ -89,16 +90,16 @@ pub enum Refusal {
     /// The peer is not in the topology.
     #[error("peer is not a member of the subnet")]
     NotAMember,
-    /// The peer has our key.
+    /// The peer has this node's own key.
     #[error("peer is this node")]
     SelfConnection,
     /// Another shard owns the peer.
     #[error("another shard owns this peer")]
     WrongShard,
-    /// The peers that a shard may have are there.
+    /// The shard has as many peers as [`PeersConfig::peers_max`] allows.
     #[error("too many peers")]
     TooMany,
-    /// The dial was given up, or is of another peer.
+    /// The dial was given up, or was of another peer.
     #[error("the dial was given up")]
     StaleAttempt,
 }
@@ -123,11 +124,11 @@ impl Refusal {
 pub enum CloseReason {
     /// The topology no longer has the peer, or this node.
     NotAMember,
-    /// A newer connection of the peer took its place before it was up.
+    /// A newer connection of the peer replaced it before it was up.
     Superseded,
-    /// It had its time to finish.
+    /// The drain time of a replaced connection is over.
     Drained,
-    /// The peer did not say hello in time.
+    /// The peer's hello did not come in time.
     HelloTimeout,
     /// The peer requested a dial and the connection stayed silent.
     Unresponsive,
@@ -151,9 +152,9 @@ impl CloseReason {
 pub enum Action {
     /// Connect; ends in `handshake_done`, `dial_failed` or [`Action::Abandon`].
     Dial {
-        /// Whose key the listener must have.
+        /// The node whose key the listener must have.
         peer: NodeId,
-        /// Where.
+        /// The address to dial.
         address: SocketAddr,
         /// Names the dial.
         attempt: Attempt,
@@ -165,9 +166,9 @@ pub enum Action {
     },
     /// Send a [`crate::dial_request::DialRequest`].
     RequestDial {
-        /// To whom.
+        /// The peer that should dial.
         peer: NodeId,
-        /// Where.
+        /// Its address.
         address: SocketAddr,
     },
     /// Send a probe at once and report [`super::Peers::verified`] when anything comes back.
@@ -205,7 +206,7 @@ pub enum Action {
     },
 }
 
-/// Events since the start.
+/// Counts of events since the machine was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PeersCounters {
     /// Dials begun.
@@ -216,7 +217,7 @@ pub struct PeersCounters {
     pub ups: u64,
     /// Up connections that were replaced by newer ones.
     pub replaced: u64,
-    /// Times that a peer was left without a connection.
+    /// Number of times that a peer was left without a connection.
     pub downs: u64,
     /// Handshakes refused.
     pub refused: u64,

@@ -60,7 +60,8 @@ impl Peers {
         let reused = self.connections.insert(conn, connection);
         assert!(reused.is_none(), "{conn:?} names two connections");
         if direction == Direction::Inbound {
-            // The dialler's attempt has a deadline of its own; here nobody else watches.
+            // The dialler's attempt has a deadline of its own; a listener's connection has only
+            // this one.
             self.stop_peer_timer(id);
             self.set_connection_timer(conn, now + self.config.connect_timeout);
         }
@@ -126,7 +127,7 @@ impl Peers {
         self.set_connection_timer(conn, now + self.config.drain_timeout);
     }
 
-    /// Takes a connection that has ended out of the books, and sees to the next one.
+    /// Forgets a connection that has ended, and dials again where the peer is left without one.
     pub(super) fn forget(&mut self, conn: ConnKey, kind: CloseKind, now: Instant) {
         let Some(Connection {
             peer: id, state, ..
@@ -190,7 +191,7 @@ impl Peers {
         connection.timer = None;
         let (reason, kind) = match connection.state {
             State::Pending(_) => (CloseReason::HelloTimeout, CloseKind::Lost),
-            // The peer runs, and has another idea of the connection: as good as a reset.
+            // The peer runs and does not know the connection any more: treated as a reset.
             State::Up { .. } if connection.verifying => {
                 (CloseReason::Unresponsive, CloseKind::Reset)
             }
@@ -201,7 +202,7 @@ impl Peers {
         self.forget(conn, kind, now);
     }
 
-    /// Removes a connection and its timer; the peer's places are the caller's care.
+    /// Removes a connection and its timer; the caller clears the peer's reference to it.
     pub(super) fn drop_connection(&mut self, conn: ConnKey) -> Option<Connection> {
         let mut connection = self.connections.remove(&conn)?;
         if let Some(timer) = connection.timer.take() {

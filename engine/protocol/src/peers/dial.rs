@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 /// Dial requests bring dials forward, but not to less than this after the last one.
 const DIAL_INTERVAL_MIN: Duration = Duration::from_millis(100);
-/// An attempt this old, whose peer requests a dial, has lost its packets: begin again rather than wait for
-/// QUIC's retransmission, which comes after 1, 3 and 7 s. Doubles, so that a path with a longer
-/// round trip gets its handshake through.
+/// An attempt of this age whose peer requests a dial has lost its packets. It begins again, because
+/// QUIC retransmits only after 1, 3 and 7 s. The age doubles with each restart, so that a handshake
+/// on a path with a longer round trip completes.
 const ATTEMPT_PATIENCE: Duration = Duration::from_millis(250);
 
-/// What is being done about a connection to a peer.
+/// The state of dialling a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Dial {
     /// The peer dials.
@@ -33,7 +33,7 @@ impl Dial {
 }
 
 impl Peers {
-    /// A peer without a connection: dial it, or wait for it and request a dial.
+    /// Handles a peer without a connection: dials it, or requests a dial and waits.
     pub(super) fn seek(&mut self, id: NodeId, now: Instant) {
         let Some(peer) = self.peers.get_mut(&id) else {
             return;
@@ -146,7 +146,7 @@ impl Peers {
         }
     }
 
-    /// The peer asks for a connection although we have one: it may have restarted.
+    /// Handles a dial request of a connected peer: the peer may have restarted.
     fn verify_current(&mut self, id: NodeId, now: Instant) {
         let current = self.peers.get(&id).and_then(|peer| peer.current);
         let Some(conn) = current else { return };
@@ -156,7 +156,7 @@ impl Peers {
         let State::Up { since, .. } = connection.state else {
             return;
         };
-        // A dial request that the connection has overtaken says nothing about it.
+        // A dial request that was sent before the connection came up says nothing about it.
         if connection.verifying || now < since + DIAL_INTERVAL_MIN {
             return;
         }

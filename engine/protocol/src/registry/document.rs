@@ -1,14 +1,14 @@
 //! The TOML form of a version.
 //!
-//! Read value by value rather than into one serde structure, so that a bad record costs only
-//! itself. Unknown keys are ignored: a later registry may say more.
+//! It is read value by value, not into one serde structure, so that a bad record loses only itself.
+//! Unknown keys are ignored, so that a later registry may add some.
 
 use super::{NUMBER_MAX, NodeRecord, RegistryError, RegistryVersion, SkippedRecord, SubnetRecord};
 use crate::{id::NodeId, identity::PublicKey};
 use std::{collections::BTreeSet, net::SocketAddr};
 use toml::{Table, Value};
 
-/// Addresses of one node; more are not worth trying.
+/// Most addresses read of one node; later ones are ignored.
 const ADDRESSES_MAX: usize = 8;
 
 type Skip = (&'static str, String);

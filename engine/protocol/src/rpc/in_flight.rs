@@ -1,11 +1,11 @@
-//! The server's side: what is being done about which request.
+//! The server's side: the state of each request that is being served.
 
 use super::RpcLimits;
 use crate::frame::{Class, FailureCode};
 use std::fmt;
 use thiserror::Error;
 
-/// Why a request is not taken on.
+/// Why a request is not accepted.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum InFlightError {
@@ -26,7 +26,7 @@ impl InFlightError {
         }
     }
 
-    /// What to answer; none when the connection is to be closed.
+    /// The code to answer with; none when the connection is to be closed.
     pub fn failure_code(&self) -> Option<FailureCode> {
         match self {
             Self::Busy(_) => Some(FailureCode::Busy),
@@ -56,7 +56,10 @@ impl<S> InFlight<S> {
         }
     }
 
-    /// Takes a request on.
+    /// Accepts a request, with its state.
+    ///
+    /// # Errors
+    /// When the class is full, or the peer uses an id that is in flight; the state is dropped.
     pub fn begin(&mut self, id: u32, class: Class, state: S) -> Result<(), InFlightError> {
         let place = self.place(id);
         if place >= self.slots.len() {
@@ -86,7 +89,8 @@ impl<S> InFlight<S> {
         }
     }
 
-    /// The request is answered, or its peer has cancelled it. None if it was not in flight.
+    /// Forgets a request that was answered or cancelled, and returns its state; none if it was not
+    /// in flight.
     pub fn end(&mut self, id: u32) -> Option<S> {
         let place = self.place(id);
         let (_, class, state) = self
@@ -98,7 +102,7 @@ impl<S> InFlight<S> {
         Some(state)
     }
 
-    /// The connection is lost: hands over every state.
+    /// Empties the table after the loss of the connection, and returns every state.
     pub fn take_all(&mut self, on_lost: &mut impl FnMut(u32, S)) {
         self.counts = [0; 3];
         for (id, _, state) in self.slots.iter_mut().filter_map(Option::take) {
@@ -106,7 +110,7 @@ impl<S> InFlight<S> {
         }
     }
 
-    /// Requests of a class that are being served.
+    /// Number of requests of a class that are being served.
     pub fn in_flight(&self, class: Class) -> u32 {
         self.counts[class.index()]
     }

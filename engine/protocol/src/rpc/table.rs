@@ -1,4 +1,4 @@
-//! The asker's side: who waits for which response.
+//! The asker's side: the waiter of each response.
 
 use super::{RpcError, RpcLimits};
 use crate::{
@@ -7,8 +7,8 @@ use crate::{
 };
 use std::{fmt, time::Instant};
 
-/// Positions that are freed and not used again yet, at least. With 16 bits of generation and a
-/// request every 14 us, an id comes back after a minute; a deadline's late response is long past.
+/// Least number of freed positions that wait before one is used again. With 16 bits of generation
+/// and a request every 14 µs, an id comes back after a minute; a late response has come by then.
 pub const REUSE_AFTER: usize = 64;
 
 const NIL: u32 = u32::MAX;
@@ -55,13 +55,19 @@ impl<W> RpcTable<W> {
         }
     }
 
-    /// Takes a request in; its id goes into the frame.
+    /// Adds a request and returns its id, which goes into the frame.
+    ///
+    /// # Errors
+    /// When the class has as many requests in flight as its limit; the waiter is dropped.
     pub fn insert(&mut self, class: Class, deadline: Instant, waiter: W) -> Result<u32, RpcError> {
         self.insert_with(class, deadline, waiter)
             .map_err(|(error, _)| error)
     }
 
-    /// As [`Self::insert`], and gives the waiter back when there is no room for it.
+    /// As [`Self::insert`], for a caller that needs the waiter back.
+    ///
+    /// # Errors
+    /// When the class has as many requests in flight as its limit, with the waiter.
     pub fn insert_with(
         &mut self,
         class: Class,
@@ -87,14 +93,15 @@ impl<W> RpcTable<W> {
         Ok(id)
     }
 
-    /// The response has come, or the failure. None for a late one, and for an id that never was.
+    /// Takes the waiter of a request whose response or failure has come. None for a late response,
+    /// and for an id that was never given.
     pub fn complete(&mut self, id: u32) -> Option<W> {
         let waiter = self.remove(id);
         self.late += u64::from(waiter.is_none());
         waiter
     }
 
-    /// The asker takes the request back; the peer must be told by a cancel frame.
+    /// Takes the waiter of a request that the asker cancels; the caller sends a cancel frame.
     pub fn cancel(&mut self, id: u32) -> Option<W> {
         self.remove(id)
     }
@@ -108,7 +115,7 @@ impl<W> RpcTable<W> {
         slot.waiting.as_mut().map(|waiting| &mut waiting.waiter)
     }
 
-    /// Hands over the waiters whose deadline has passed; the peer must be told by cancel frames.
+    /// Hands over the waiters whose deadline has passed; the caller sends cancel frames.
     pub fn expire(&mut self, now: Instant, on_expired: &mut impl FnMut(u32, W)) {
         let Self {
             slots,
@@ -135,7 +142,7 @@ impl<W> RpcTable<W> {
         self.deadlines.next()
     }
 
-    /// The connection is lost: hands over every waiter.
+    /// Empties the table after the loss of the connection, and returns every waiter.
     pub fn take_all(&mut self, on_lost: &mut impl FnMut(u32, W)) {
         for position in 0..self.slots.len() as u32 {
             let slot = &self.slots[position as usize];
@@ -146,22 +153,22 @@ impl<W> RpcTable<W> {
         }
     }
 
-    /// Requests of a class that wait.
+    /// Number of requests of a class that wait.
     pub fn in_flight(&self, class: Class) -> u32 {
         self.in_flight[class.index()]
     }
 
-    /// Requests that wait.
+    /// Number of requests that wait.
     pub fn len(&self) -> usize {
         self.slots.len() - self.free
     }
 
-    /// Nobody waits.
+    /// Whether no request waits.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Responses that came for nobody.
+    /// Number of responses that found no waiter.
     pub fn late(&self) -> u64 {
         self.late
     }

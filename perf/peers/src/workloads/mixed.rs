@@ -1,4 +1,5 @@
-//! RPC of 1 KiB, one outstanding, while bodies of 128 MiB follow one another on the same connection.
+//! RPC of 1 KiB, one outstanding, while bodies of 128 MiB follow one another on the same
+//! connection.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

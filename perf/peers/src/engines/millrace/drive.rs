@@ -83,7 +83,7 @@ impl Handler for Driver {
             };
             let result = self.result.clone();
             self.local.spawn(Queue::Latency, async move {
-                // Nobody waits any more when this fails.
+                // Fails when the driver has stopped waiting; then the result is not needed.
                 result.send(run.measure().await).ok();
             });
         }

@@ -1,8 +1,9 @@
 //! Handshakes: the server is a node; the load comes from one shard that does nothing but dial.
 //!
-//! A node keeps one connection to each peer, so a node is no load generator. This one is a datapath of its own on the same shard runtime:
-//! 16 identities, each with one bare quiche connection at a time, with the TLS settings of the transport. A handshake counts when the
-//! server's hello arrives, as for the peers; then the connection is closed and the next one begins.
+//! A node keeps one connection to each peer, so a node is no load generator. This one is a datapath
+//! of its own on the same shard runtime: 16 identities, each with one bare quiche connection at a
+//! time, with the TLS settings of the transport. A handshake counts when the server's hello
+//! arrives, as for the peers; then the connection is closed and the next one begins.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -180,7 +181,8 @@ impl Generator {
         let scid = quiche::ConnectionId::from_ref(&scid);
         let dcid = quiche::ConnectionId::from_ref(&dcid);
         dialer.started = now;
-        // Cannot fail with settings that worked before; the measurement then has no handshakes and says so.
+        // Cannot fail with settings that worked before; the measurement then has no handshakes and
+        // says so.
         dialer.quic =
             quiche::connect_with_dcid(None, &scid, &dcid, self.local, self.to, &mut dialer.config)
                 .ok();
