@@ -1,25 +1,28 @@
-# Thin names over cargo. `make setup` installs what Debian has and this tree needs; `demo` and `test` run it first.
+# Thin names over cargo. `make setup` installs what Debian has and this tree needs; `demo` and
+# `test` run it first.
 
 CARGO ?= cargo
 ARGS ?=
 
-# boring and quiche build BoringSSL (cmake, clang, libclang); the edge needs libelf and zlib; perf-gate valgrind;
-# tests of network namespaces iproute2 and nftables.
-PACKAGES := build-essential cmake clang libclang-dev libelf-dev zlib1g-dev pkg-config git ca-certificates \
-            valgrind iproute2 nftables
+# boring and quiche build BoringSSL (cmake, clang, libclang); the edge needs libelf and zlib;
+# perf-gate needs valgrind; tests of network namespaces need iproute2, nftables, ethtool, setpriv.
+PACKAGES := build-essential cmake clang libclang-dev libelf-dev zlib1g-dev pkg-config git \
+            ca-certificates valgrind iproute2 nftables ethtool util-linux
 
-# The gate's own tests belong to the rest; the peers (tokio, quinn, s2n-quic) are minutes of building for nothing.
+# All but the peers (tokio, quinn, s2n-quic), which take minutes to build and have few tests.
 TESTED := --workspace --exclude millrace-peers
 
 # A test that cannot run on this host adds a line to this file.
 SKIPPED := $(CURDIR)/target/skipped-tests.txt
 
-# Root may do all that the tests need: then a test that cannot run fails. Set it to 0 to skip all the same.
+# Root may do all that the tests need: then a test that cannot run fails, unless the caller sets
+# this to 0.
 ifeq ($(shell id -u),0)
 export MILLRACE_REQUIRE_KERNEL ?= 1
 endif
 
-.PHONY: setup demo test lint docs bench bench-edge peers perf-gate
+.PHONY: setup demo test verify test-sim test-stress test-loom test-edge lint gates rustdoc deny docs \
+        bench bench-edge peers perf-gate
 
 setup:
 	@missing=""; \
@@ -59,9 +62,44 @@ test: setup
 	fi; \
 	exit $$status
 
-lint:
+# All tests in full: every seed of the simulator, 60 s of stress, and loom. About an hour.
+verify: setup
+	MILLRACE_VERIFY=1 MILLRACE_STRESS_SECONDS=60 $(MAKE) test
+	$(MAKE) test-loom
+
+# Single suites in full, each a part of `make verify`.
+test-sim: setup
+	MILLRACE_VERIFY=1 $(CARGO) test -p millrace-sim
+
+test-stress: setup
+	MILLRACE_STRESS_SECONDS=60 $(CARGO) test -p millrace-shards --test wakeups
+
+test-edge: setup
+	$(CARGO) test -p millrace-edge -p millrace-edge-policy -p millrace-edge-control
+
+# loom tries every order of the memory accesses of mailbox and parking. It has a folder of its own,
+# because `--cfg loom` builds everything anew.
+test-loom: setup
+	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom \
+	  $(CARGO) test -p millrace-shards --test loom --release
+
+lint: TESTED := --workspace
+lint: gates
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+# Checks that are no tests; `make test` runs formatting and lints itself.
+gates: rustdoc deny
+
+rustdoc:
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps $(TESTED)
+
+deny:
+	@if $(CARGO) deny --version >/dev/null 2>&1; then \
+	  $(CARGO) deny check licenses sources bans; \
+	else \
+	  echo "deny: cargo-deny is not installed; licences, sources and duplicates were not checked"; \
+	fi
 
 # Writes the pages that are generated from the code: docs/reference.
 docs:
@@ -74,7 +112,8 @@ bench: setup
 peers: setup
 	$(CARGO) run --profile dist -p millrace-peers -- $(ARGS)
 
-# What a hostile packet costs: the edge, nftables, xdp-filter on one testbed. Needs root. ARGS=--quick for a look of under 50 s.
+# The cost of a hostile packet: the edge, nftables, xdp-filter on one testbed. Needs root.
+# ARGS=--quick for a look of under 50 s.
 bench-edge: setup
 	$(CARGO) build --profile dist -p millrace-bench-edge
 	target/dist/bench-edge $(ARGS)

@@ -10,6 +10,7 @@ use millrace_protocol::{
     topology::Topology,
 };
 use millrace_sim::{Sim, SimConfig, memnet::LinkConfig};
+use millrace_testkit::for_seeds;
 use std::{
     collections::BTreeSet,
     sync::Arc,
@@ -18,28 +19,6 @@ use std::{
 
 const MS: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
-
-/// Says which seed fails, however it fails.
-struct Seed(u64);
-
-impl Drop for Seed {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("replay with SIM_SEED={}", self.0);
-        }
-    }
-}
-
-fn for_seeds(count: u64, test: impl Fn(u64)) {
-    let replay = std::env::var("SIM_SEED")
-        .ok()
-        .map(|seed| seed.parse().expect("SIM_SEED is a number"));
-    let seeds = replay.map_or(0..count, |seed| seed..seed + 1);
-    for seed in seeds {
-        let _guard = Seed(seed);
-        test(seed);
-    }
-}
 
 fn start(seed: u64) -> (Sim, Vec<usize>) {
     let config = SimConfig::default();

@@ -4,12 +4,15 @@
 //! - [`skip`]: says that a test cannot run on this host, and fails where it must run.
 //! - [`net`]: addresses that no other test takes.
 //! - [`ids`]: keys and node ids made from small numbers.
+//! - [`seeds`]: how many seeds a simulation runs, and which one failed.
 
 pub mod ids;
 pub mod net;
+pub mod seeds;
 pub mod skip;
 pub mod wait;
 
 pub use net::free_addr;
+pub use seeds::for_seeds;
 pub use skip::has_all;
 pub use wait::{PATIENCE, eventually, until};
