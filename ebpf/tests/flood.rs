@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use common::edge::counters;
 use common::flood::FarEnd;
 use common::mocked::long_header;
-use common::node::{Echo, NODE4, Node, QUIC_PORT, TCP_PORT, WORLD4, connect, echoes};
+use common::node::{Echo, NODE4, Node, QUIC_PORT, REMOTE4, TCP_PORT, connect, echoes};
 use common::{PATIENCE, cpu, ok, privileged, until};
 use libbpf_rs::MapCore as _;
 use millrace_edge::counts::{Counts, TcpCap};
@@ -106,8 +106,8 @@ fn clients_leave(node: &Node, echo: &Echo) {
     while node.kernel_sources() > 0 {
         assert!(
             begun.elapsed() < PATIENCE,
-            "{} of {WORLD4} are counted and {} served of {} sources; the node has\n{}",
-            node.kernel_count(WORLD4),
+            "{} of {REMOTE4} are counted and {} served of {} sources; the node has\n{}",
+            node.kernel_count(REMOTE4),
             echo.held(),
             node.kernel_sources(),
             node.pair
@@ -141,7 +141,7 @@ fn half_of_the_quic_cap(node: &Node) -> Counts {
     let handle = libbpf_rs::MapHandle::try_from(map).unwrap();
     let counts = Counts::new(handle, 1).unwrap();
     for _ in 0..CAP / 2 {
-        counts.opened(WORLD4);
+        counts.opened(REMOTE4);
     }
     counts
 }
@@ -336,7 +336,7 @@ fn serve_quic(node: &Node) {
     thread::spawn(move || {
         let mut buffer = [0; 2_048];
         while let Ok((_, peer)) = socket.recv_from(&mut buffer) {
-            if peer.ip() == WORLD4 {
+            if peer.ip() == REMOTE4 {
                 socket.send_to(SERVED, peer).unwrap();
             }
         }
@@ -347,7 +347,7 @@ fn serve_quic(node: &Node) {
 fn quic_client() -> Served {
     let mut served = Served::default();
     at_half_the_rate(|number| {
-        let socket = UdpSocket::bind((WORLD4, 0)).unwrap();
+        let socket = UdpSocket::bind((REMOTE4, 0)).unwrap();
         socket.connect((NODE4, QUIC_PORT)).unwrap();
         let mut id = [7; 8];
         id[4..].copy_from_slice(&number.to_le_bytes());

@@ -4,16 +4,14 @@
 mod common;
 
 use std::fs;
-use std::io::{self, Read as _};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use common::edge::{Ends, Home, attached, options, set};
-use common::{Namespace, Pair, ok, privileged, until};
+use common::{Namespace, Pair, ok, privileged, process, until};
 use millrace_edge::edge::{Edge, EdgeError};
 use millrace_edge::load::Program;
 use millrace_edge::offload::takes_vlan_tags;
-use millrace_edge::pins::PinError;
 use millrace_edge::pins::{Kind, Pins};
 use millrace_edge::state::AttachMode;
 use millrace_edge_policy::rules::RuleAction;
@@ -223,8 +221,6 @@ fn an_offload_that_hides_tags_is_seen() {
     assert!(takes_vlan_tags("a-name-that-is-too-long").is_err());
 }
 
-const OUT_OF_SIGHT: &str = "MILLRACE_TEST_OUT_OF_SIGHT";
-
 // Protects a running edge from commands where its pins cannot be seen, as in a mount namespace that was made before: they are refused,
 // and take nothing of it away.
 #[test]
@@ -236,11 +232,11 @@ fn an_edge_out_of_sight_loses_nothing() {
     let mut child = pair.node.enter(|| {
         Command::new("unshare")
             .args(["--mount", "--propagation", "private"])
-            .arg(std::env::current_exe().unwrap())
-            .args(["--exact", "child_out_of_sight"])
-            .env(OUT_OF_SIGHT, home.pins.root())
+            .arg(process::path())
+            .arg("out-of-sight")
+            .arg(home.pins.root())
             .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
             .spawn()
             .unwrap()
     });
@@ -251,28 +247,9 @@ fn an_edge_out_of_sight_loses_nothing() {
     let state = fs::read(home.pins.state_path()).unwrap();
     drop(child.stdin.take());
     let output = child.wait_with_output().unwrap();
-    let told = String::from_utf8_lossy(&output.stdout);
+    let told = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{told}");
     assert_eq!(fs::read(home.pins.state_path()).unwrap(), state);
     let interface = edge.interfaces().unwrap().remove(0);
     assert!(edge.is_live(&interface));
-}
-
-/// No test: what [`an_edge_out_of_sight_loses_nothing`] starts.
-#[test]
-fn child_out_of_sight() {
-    let Some(root) = std::env::var_os(OUT_OF_SIGHT) else {
-        return;
-    };
-    let pins = Pins::at(PathBuf::from(root));
-    // Nothing is there yet.
-    assert_eq!(Edge::may_detach(&pins).unwrap(), None);
-    fs::write(pins.root().with_file_name("ready"), "").unwrap();
-    // Until the edge is attached.
-    io::stdin().read_to_end(&mut Vec::new()).unwrap();
-    let error = Edge::attach(&pins, &options(AttachMode::Auto)).unwrap_err();
-    let is_private = matches!(error, EdgeError::Pins(PinError::Private { .. }));
-    assert!(is_private, "{error}");
-    let error = Edge::may_detach(&pins).unwrap_err();
-    assert!(matches!(error, EdgeError::OutOfSight { .. }), "{error}");
 }

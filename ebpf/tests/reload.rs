@@ -3,32 +3,29 @@
 
 mod common;
 
-use std::io;
-use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
 
 use common::edge::{Ends, Home, TCP_PORT, attached, counters, denied, options, set};
-use common::node::QUIC_PORT;
-use common::{NODE, Namespace, PATIENCE, Pair, REMOTE, mocked, node, ok, privileged, until};
+use common::node::{BURST, QUIC_PORT, limited};
+use common::{NODE, PATIENCE, Pair, REMOTE, mocked, node, ok, privileged, process, until};
 use libbpf_rs::Link;
 use millrace_edge::clock::now_ns;
 use millrace_edge::edge::{AttachOptions, Edge, EdgeError};
 use millrace_edge::frame::{Description, Shape};
 use millrace_edge::nft::{Nft, Table};
-use millrace_edge::pins::{Kind, Pins};
-use millrace_edge::presence::{Presence, charge_validated, sketch};
+use millrace_edge::pins::Kind;
+use millrace_edge::presence::{Presence, sketch};
 use millrace_edge::publish::Publisher;
 use millrace_edge::state::AttachMode;
 use millrace_edge_policy::cid::Keys;
-use millrace_edge_policy::limiter::{Limit, Purpose};
+use millrace_edge_policy::limiter::Purpose;
 use millrace_edge_policy::reason::Reason;
-use millrace_edge_policy::rules::{Compiled, RuleAction};
-use millrace_edge_policy::settings::{Caps, Limits, Mode, levels};
+use millrace_edge_policy::rules::RuleAction;
+use millrace_edge_policy::settings::{Mode, levels};
 use millrace_edge_policy::siphash::Key;
 use millrace_edge_policy::source::Source;
 
@@ -85,7 +82,7 @@ fn killed_it_stays_in_force_and_is_adopted() {
     }
     let (pair, home) = (Pair::new("reload"), Home::new());
     let ends = Ends::new(&pair);
-    let mut child = start_child(&pair.node, &home.pins, "child_attaches_and_waits");
+    let mut child = process::attached(&pair.node, &home.pins, "attach-and-wait");
     child.kill().unwrap();
     child.wait().unwrap();
     for _ in 0..10 {
@@ -121,9 +118,9 @@ fn killed_it_leaves_rates_in_force() {
     let (pair, home) = (Pair::new("reload"), Home::new());
     let listener = pair
         .node
-        .enter(|| TcpListener::bind((NODE, node::TCP_PORT)).unwrap());
-    let mut child = start_child(&pair.node, &home.pins, "child_limits_and_waits");
-    let to = (node::NODE4, node::TCP_PORT).into();
+        .enter(|| TcpListener::bind((NODE, TCP_PORT)).unwrap());
+    let mut child = process::attached(&pair.node, &home.pins, "limit-and-wait");
+    let to = (node::NODE4, TCP_PORT).into();
     let open: Vec<TcpStream> = (0..BURST)
         .map(|_| pair.remote.enter(|| node::connect(to).unwrap()))
         .collect();
@@ -163,7 +160,7 @@ fn killed_it_leaves_rates_in_force() {
     refuses(&edge);
 
     // Until the time has come, and not longer.
-    let (sketch, source) = (sketch(edge.maps()), Source::of(node::WORLD4));
+    let (sketch, source) = (sketch(edge.maps()), Source::of(node::REMOTE4));
     for (purpose, limit) in [
         (Purpose::Quic, limits.source_quic),
         (Purpose::Tcp, limits.source_tcp),
@@ -172,76 +169,6 @@ fn killed_it_leaves_rates_in_force() {
         assert!(!has_some_in(0), "{purpose:?}");
         assert!(has_some_in(limit.interval_ns), "{purpose:?}");
     }
-}
-
-const BURST: u64 = 3;
-
-/// What a source may is little, and comes back slowly.
-fn limited() -> Compiled {
-    let hourly = Limit::per(1, Duration::from_secs(3_600), BURST);
-    let limits = Limits {
-        source_quic: hourly,
-        source_tcp: hourly,
-        ..Limits::default()
-    };
-    node::services(limits, Caps::default())
-}
-
-/// No test: what [`start_child`] starts.
-#[test]
-fn child_limits_and_waits() {
-    attach_and_wait(|edge| {
-        edge.publish(&limited(), 7, None).unwrap();
-        // By handshakes that were completed; those of TCP are charged by the kernel.
-        for _ in 0..BURST {
-            let limit = limited().settings.limits.source_quic;
-            charge_validated(edge.maps(), Source::of(node::WORLD4), limit);
-        }
-    });
-}
-
-/// Starts this test binary once more, to attach in a process of its own; it has when this returns.
-fn start_child(node: &Namespace, pins: &Pins, function: &str) -> Child {
-    let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", function, "--nocapture"])
-        .env(CHILD, &node.name)
-        .env(CHILD_PINS, pins.root())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    assert!(
-        lines.any(|line| line.unwrap().contains(ATTACHED)),
-        "the child ended"
-    );
-    child
-}
-
-const CHILD: &str = "MILLRACE_TEST_NAMESPACE";
-const CHILD_PINS: &str = "MILLRACE_TEST_PINS";
-const ATTACHED: &str = "attached and published";
-
-/// No test: what [`start_child`] starts.
-#[test]
-fn child_attaches_and_waits() {
-    attach_and_wait(|edge| {
-        edge.publish(&set(Mode::Enforce, RuleAction::Deny), 7, None)
-            .unwrap();
-    });
-}
-
-fn attach_and_wait(put_in_force: impl FnOnce(&Edge) + Send) {
-    let (Ok(name), Some(root)) = (std::env::var(CHILD), std::env::var_os(CHILD_PINS)) else {
-        return;
-    };
-    common::enter(&name, || {
-        let edge = Edge::attach(&Pins::at(root), &options(AttachMode::Native)).unwrap();
-        put_in_force(&edge);
-        println!("{ATTACHED}");
-        // Until the parent's end closes.
-        let _ = io::stdin().read_line(&mut String::new());
-    });
 }
 
 /// Packets between two looks at what was counted: fewer than the ring of a veth holds, so that none is lost on the way.
@@ -440,7 +367,7 @@ fn the_table_closes_what_the_program_left() {
         ends.send();
         ends.client.set_read_timeout(Some(PATIENCE)).unwrap();
         let error = ends.client.recv(&mut [0; 64]).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
         assert_eq!(counters(&edge).acted_on(Reason::PassReject), 1);
     }
 }

@@ -11,8 +11,8 @@ use std::thread;
 use std::time::Duration;
 
 use common::node::{
-    DUAL_PORT, Echo, NODE4, NODE6, Node, OTHER_PORT, REFUSED, SILENT_PORT, TCP_PORT, WORLD4,
-    WORLD6, connect, echoes, reset,
+    DUAL_PORT, Echo, NODE4, NODE6, Node, OTHER_PORT, REFUSED, REMOTE4, REMOTE6, SILENT_PORT,
+    TCP_PORT, connect, echoes, reset,
 };
 use common::{PATIENCE, cpu, ok, privileged, until};
 use etherparse::{Ipv4Header, TcpHeader};
@@ -73,10 +73,10 @@ fn the_kernels_count_is_what_the_application_holds() {
         let only4 = node.listen(ANY4, TCP_PORT);
         let dual = node.listen(ANY6, DUAL_PORT);
         for (listener, to, from) in [
-            (&only4, NODE4, WORLD4),
+            (&only4, NODE4, REMOTE4),
             // The socket's address is IPv4-mapped; the source is the same.
-            (&dual, NODE4, WORLD4),
-            (&dual, NODE6, WORLD6),
+            (&dual, NODE4, REMOTE4),
+            (&dual, NODE6, REMOTE6),
         ] {
             let counts = |held: u64| {
                 until("the kernel counts what is held", || {
@@ -154,7 +154,7 @@ fn counts_are_exact_on_two_cpus() {
     assert_eq!(held, THREADS * 3);
     until("all others have ended", || echo.held() == held);
     until("and are counted no more", || {
-        node.kernel_count(WORLD4) == held as u64
+        node.kernel_count(REMOTE4) == held as u64
     });
     assert!(echo.peak() > THREADS, "they were there together");
     drop(held_open);
@@ -196,7 +196,7 @@ fn other_connections_are_not_counted() {
     let outgoing = node
         .pair
         .node
-        .enter(|| connect((WORLD4, TCP_PORT).into()))
+        .enter(|| connect((REMOTE4, TCP_PORT).into()))
         .unwrap();
     let incoming = theirs.accept().unwrap();
     // The node goes out from a port that is a service's.
@@ -204,7 +204,7 @@ fn other_connections_are_not_counted() {
         let from = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
         sockopt::set_socket_reuseaddr(&from, true).unwrap();
         rustix::net::bind(&from, &SocketAddr::from((ANY4, SILENT_PORT))).unwrap();
-        rustix::net::connect(&from, &SocketAddr::from((WORLD4, TCP_PORT))).unwrap();
+        rustix::net::connect(&from, &SocketAddr::from((REMOTE4, TCP_PORT))).unwrap();
         from
     });
     let second = theirs.accept().unwrap();
@@ -217,10 +217,10 @@ fn other_connections_are_not_counted() {
     // One that is counted shows that counting works, and that nothing of the above ends it.
     let ours = node.listen(ANY4, TCP_PORT);
     let counted = Both::open(&node, &ours, NODE4);
-    until("it is counted", || node.kernel_count(WORLD4) == 1);
+    until("it is counted", || node.kernel_count(REMOTE4) == 1);
     drop((outgoing, incoming, from_service, second));
     third.close();
-    assert_eq!(node.kernel_count(WORLD4), 1);
+    assert_eq!(node.kernel_count(REMOTE4), 1);
     counted.close();
     until("nothing is left", || node.kernel_sources() == 0);
 }
@@ -248,7 +248,7 @@ fn the_application_never_holds_more_than_the_cap() {
         assert!(streams.iter().all(echoes), "those that it holds live");
         // The cap is full, also after the storm: the program drops the SYN.
         until("the kernel has forgotten the refused", || {
-            node.kernel_count(WORLD4) == CAP as u64
+            node.kernel_count(REMOTE4) == CAP as u64
         });
         let dropped = node.packets(Reason::TcpSourceCap);
         assert!(node.refuses(NODE4, TCP_PORT));
@@ -264,10 +264,10 @@ fn the_application_never_holds_more_than_the_cap() {
             drop(one);
         }
         until("there is room for one", || {
-            node.kernel_count(WORLD4) == CAP as u64 - 1
+            node.kernel_count(REMOTE4) == CAP as u64 - 1
         });
         until("the application knows", || {
-            cap.connections(WORLD4) == CAP as u32 - 1
+            cap.connections(REMOTE4) == CAP as u32 - 1
         });
         let next = node.connect(NODE4, TCP_PORT).unwrap();
         assert!(echoes(&next));
@@ -284,7 +284,7 @@ fn the_application_never_holds_more_than_the_cap() {
             }
         }
         until("all have ended", || {
-            cap.connections(WORLD4) == 0 && node.kernel_sources() == 0
+            cap.connections(REMOTE4) == 0 && node.kernel_sources() == 0
         });
     }
     assert_eq!((echo.held(), echo.peak()), (0, CAP));
@@ -452,7 +452,7 @@ fn connections_complete_through_cookies() {
         node.set_syncookies(2);
         let presence = node.presence();
         let echo = Echo::serve(node.listen(ANY6, DUAL_PORT), TcpCap::new(0));
-        for (number, (to, from)) in [(NODE4, WORLD4), (NODE6, WORLD6)].into_iter().enumerate() {
+        for (number, (to, from)) in [(NODE4, REMOTE4), (NODE6, REMOTE6)].into_iter().enumerate() {
             let number = number as u64;
             presence.set_stress(Level::Retry);
             let stack = || ["SyncookiesSent", "SyncookiesRecv"].map(|name| node.netstat(name));
@@ -594,7 +594,7 @@ fn a_full_accept_queue_takes_no_syns() {
         let listener = listen_with_backlog(&node, BACKLOG);
         // It holds one more than it is told.
         let waiting = [0, 1].map(|_| node.connect(NODE4, TCP_PORT).unwrap());
-        until("both wait", || node.kernel_count(WORLD4) == 2);
+        until("both wait", || node.kernel_count(REMOTE4) == 2);
         let passed = node.packets(Reason::PassTcpSyn);
         assert!(node.refuses(NODE4, TCP_PORT));
         assert!(node.packets(Reason::TcpSynBudget) > 0);
@@ -681,7 +681,7 @@ impl Forger {
     }
 
     fn say(&self, acknowledged: Option<u32>, flag: impl FnOnce(&mut TcpHeader)) {
-        let (IpAddr::V4(from), IpAddr::V4(to)) = (WORLD4, NODE4) else {
+        let (IpAddr::V4(from), IpAddr::V4(to)) = (REMOTE4, NODE4) else {
             panic!("the remote is IPv4")
         };
         let sequence = Self::SEQUENCE + u32::from(acknowledged.is_some());

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use common::edge::Home;
 use common::node::{
-    DUAL_PORT, Echo, NODE4, NODE6, Node, OTHER_PORT, SILENT_PORT, TCP_PORT, WORLD4, WORLD6,
+    DUAL_PORT, Echo, NODE4, NODE6, Node, OTHER_PORT, REMOTE4, REMOTE6, SILENT_PORT, TCP_PORT,
     connect, echoes, reset,
 };
 use common::{Namespace, Pair, cpu, privileged, until};
@@ -131,8 +131,8 @@ fn connections_that_are_older_than_the_program_are_counted() {
     let theirs = pair
         .remote
         .enter(|| TcpListener::bind((ANY4, OTHER_PORT)).unwrap());
-    let outwards = dial(&pair.node, WORLD4, &theirs);
-    let from_service = dial_from(&pair.node, SILENT_PORT, (WORLD4, OTHER_PORT).into());
+    let outwards = dial(&pair.node, REMOTE4, &theirs);
+    let from_service = dial_from(&pair.node, SILENT_PORT, (REMOTE4, OTHER_PORT).into());
     // Established, and nobody has accepted it yet.
     let waiting = dial(&pair.remote, NODE4, &only4);
 
@@ -149,7 +149,7 @@ fn connections_that_are_older_than_the_program_are_counted() {
         set,
         pair,
     };
-    let counts = || [WORLD4, WORLD6].map(|source| node.kernel_count(source));
+    let counts = || [REMOTE4, REMOTE6].map(|source| node.kernel_count(source));
     assert_eq!((counts(), node.kernel_sources()), ([4, 2], 2));
     // As often as one likes; by now there is one more.
     let waiting = (waiting, only4.accept().unwrap().0);
@@ -207,13 +207,13 @@ fn attached_again_it_counts_what_is_open() {
         set,
         pair,
     };
-    assert_eq!(node.kernel_count(WORLD4), 4);
+    assert_eq!(node.kernel_count(REMOTE4), 4);
     // What takes the program's place goes on with its counts.
     drop(held.pop());
-    until("it is given back", || node.kernel_count(WORLD4) == 3);
+    until("it is given back", || node.kernel_count(REMOTE4) == 3);
     node.edge.reload().unwrap();
     node.edge.count_open().unwrap();
-    assert_eq!(node.kernel_count(WORLD4), 3);
+    assert_eq!(node.kernel_count(REMOTE4), 3);
     drop(held);
     until("nothing is left", || node.kernel_sources() == 0);
 }
@@ -241,23 +241,23 @@ fn a_port_that_is_declared_later_brings_its_connections() {
         set: both,
         pair,
     };
-    assert_eq!(node.kernel_count(WORLD4), 1);
+    assert_eq!(node.kernel_count(REMOTE4), 1);
     node.pair.node.enter(|| {
         drop_capabilities(&[]).unwrap();
         assert_eq!(missing(), NEEDED);
         node.edge.publish(&node.set, 2, None).unwrap();
     });
-    assert_eq!(node.kernel_count(WORLD4), 3);
+    assert_eq!(node.kernel_count(REMOTE4), 3);
 
     let probation = Duration::from_secs(3_600);
     node.edge.publish(&one, 3, Some(probation)).unwrap();
     // Counted is counted, also while the port is no service.
     drop(held.pop());
-    until("it is given back", || node.kernel_count(WORLD4) == 2);
+    until("it is given back", || node.kernel_count(REMOTE4) == 2);
     held.push(open(&node.pair, &second, NODE4));
-    assert_eq!(node.kernel_count(WORLD4), 2);
+    assert_eq!(node.kernel_count(REMOTE4), 2);
     node.edge.revert().unwrap();
-    assert_eq!(node.kernel_count(WORLD4), 3);
+    assert_eq!(node.kernel_count(REMOTE4), 3);
     drop(held);
     until("nothing is left", || node.kernel_sources() == 0);
 }
@@ -299,10 +299,10 @@ fn a_walk_among_opening_and_closing_connections_counts_each_once() {
         set,
         pair,
     };
-    let counted = || node.kernel_count(WORLD4) == held.len() as u64;
+    let counted = || node.kernel_count(REMOTE4) == held.len() as u64;
     until("what is held is counted", counted);
     node.edge.count_open().unwrap();
-    assert!(counted(), "{}", node.kernel_count(WORLD4));
+    assert!(counted(), "{}", node.kernel_count(REMOTE4));
     drop(held);
     until("all have ended", || node.kernel_sources() == 0);
 }

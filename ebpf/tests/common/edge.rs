@@ -2,81 +2,15 @@
 
 use std::net::UdpSocket;
 
-use millrace_edge::edge::{AttachOptions, Edge};
-use millrace_edge::load::LoadOptions;
+use millrace_edge::edge::Edge;
 use millrace_edge::metrics::Counters;
 use millrace_edge::pins::Pins;
 use millrace_edge::state::AttachMode;
 use millrace_edge_policy::reason::Reason;
-use millrace_edge_policy::rules::{Bounds, Compiled, Rule, RuleAction, Temporary, compile};
-use millrace_edge_policy::settings::{DefaultAction, Kind, Mode, Service, Settings};
+
+pub use super::sets::{PORT, TCP_PORT, options, set, set_of, sizes};
 
 use super::{NODE, PATIENCE, Pair, REMOTE};
-
-/// Where the service of UDP listens.
-pub const PORT: u16 = 4200;
-/// Where the service of TCP listens, open to all whom no rule names.
-pub const TCP_PORT: u16 = 8080;
-
-pub fn sizes() -> LoadOptions {
-    LoadOptions {
-        trie_nodes4: 128,
-        trie_nodes6: 128,
-        limiter_buckets: 256,
-        rules_max: 64,
-        peers_max: 16,
-        sources_max: 64,
-        replies_max: 64,
-        ..LoadOptions::default()
-    }
-}
-
-pub fn options(mode: AttachMode) -> AttachOptions {
-    AttachOptions {
-        interfaces: vec!["mr0".into()],
-        mode,
-        sizes: sizes(),
-    }
-}
-
-/// UDP to [`PORT`] is allowed or denied from every remote address, by a rule.
-pub fn set(mode: Mode, action: RuleAction) -> Compiled {
-    set_of(mode, &["10.77.0.0/24"], action)
-}
-
-pub fn set_of(mode: Mode, prefixes: &[&str], action: RuleAction) -> Compiled {
-    let settings = Settings {
-        mode,
-        services: vec![
-            Service {
-                port: PORT,
-                kind: Kind::Udp,
-                default_action: DefaultAction::Deny,
-            },
-            Service {
-                port: TCP_PORT,
-                kind: Kind::Tcp,
-                default_action: DefaultAction::Allow,
-            },
-        ],
-        ..Settings::default()
-    };
-    let rule = |prefix: &&str| {
-        let prefix = prefix.parse().unwrap();
-        Rule::temporary(&Temporary {
-            prefix,
-            action,
-            until_unix_seconds: u64::MAX,
-        })
-    };
-    let rules: Vec<Rule> = prefixes.iter().map(rule).collect();
-    let bounds = Bounds {
-        rules_max: 1_000,
-        nodes4_max: 10_000,
-        nodes6_max: 10_000,
-    };
-    compile(&settings, &rules, bounds).unwrap()
-}
 
 /// A folder for pins; everything pinned there is detached when it is dropped.
 #[derive(Debug)]

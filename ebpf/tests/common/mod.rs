@@ -1,19 +1,25 @@
 //! Network namespaces that tests make and remove.
-#![allow(dead_code, unreachable_pub, reason = "each test takes what it needs")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    unused_imports,
+    reason = "each test takes what it needs"
+)]
 
 pub mod cpu;
 pub mod edge;
+mod enter;
 pub mod flood;
 pub mod mocked;
 pub mod node;
+pub mod process;
+pub mod sets;
 
-use std::fs::File;
-use std::os::fd::AsFd as _;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+pub use enter::enter;
 pub use millrace_testkit::{PATIENCE, skip, until};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// Whether the test can run here; says what it lacks otherwise.
 pub fn privileged(test: &str) -> bool {
@@ -47,20 +53,6 @@ impl Namespace {
     pub fn enter<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
         enter(&self.name, act)
     }
-}
-
-/// Runs a function on a thread of its own in the namespace of this name.
-pub fn enter<T: Send>(name: &str, act: impl FnOnce() -> T + Send) -> T {
-    let file = File::open(format!("/run/netns/{name}")).unwrap();
-    std::thread::scope(|scope| {
-        let inside = scope.spawn(|| {
-            move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
-            act()
-        });
-        inside
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
 }
 
 impl Drop for Namespace {

@@ -16,8 +16,8 @@ use millrace_edge::load::LoadOptions;
 use millrace_edge::presence::Presence;
 use millrace_edge::state::AttachMode;
 use millrace_edge_policy::cid::Keys;
-use millrace_edge_policy::rules::{Bounds, Compiled, compile};
-use millrace_edge_policy::settings::{Caps, DefaultAction, Kind, Limits, Mode, Service, Settings};
+use millrace_edge_policy::rules::Compiled;
+use millrace_edge_policy::settings::{Caps, Limits};
 use millrace_edge_policy::siphash::Key;
 use millrace_edge_policy::source::Source;
 use rustix::net::sockopt;
@@ -26,19 +26,15 @@ use super::edge::{Home, counters};
 use super::flood::FarEnd;
 use super::{PATIENCE, Pair};
 
-pub const QUIC_PORT: u16 = 4100;
-/// A service with a listener for IPv4.
-pub const TCP_PORT: u16 = 8080;
-/// A service with a listener for both families.
-pub const DUAL_PORT: u16 = 8081;
-/// A service where nobody listens.
-pub const SILENT_PORT: u16 = 8082;
+pub use super::sets::{
+    BURST, DUAL_PORT, QUIC_PORT, REMOTE4, SILENT_PORT, TCP_PORT, limited, services,
+};
+
 /// No service.
 pub const OTHER_PORT: u16 = 9999;
 pub const NODE4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 1));
 pub const NODE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 1));
-pub const WORLD4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 2));
-pub const WORLD6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 2));
+pub const REMOTE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 2));
 
 /// How long a client waits for a connection that it is not to have.
 pub const REFUSED: Duration = Duration::from_millis(300);
@@ -154,32 +150,6 @@ impl Node {
         let at = lines[0].iter().position(|known| *known == name).unwrap();
         lines[1][at].parse().unwrap()
     }
-}
-
-pub fn services(limits: Limits, caps: Caps) -> Compiled {
-    let service = |port, kind| Service {
-        port,
-        kind,
-        default_action: DefaultAction::Allow,
-    };
-    let settings = Settings {
-        mode: Mode::Enforce,
-        services: vec![
-            service(QUIC_PORT, Kind::Quic),
-            service(TCP_PORT, Kind::Tcp),
-            service(DUAL_PORT, Kind::Tcp),
-            service(SILENT_PORT, Kind::Tcp),
-        ],
-        limits,
-        caps,
-        ..Settings::default()
-    };
-    let bounds = Bounds {
-        rules_max: 10,
-        nodes4_max: 100,
-        nodes6_max: 100,
-    };
-    compile(&settings, &[], bounds).unwrap()
 }
 
 /// From the calling thread's namespace; lost packets are sent again, as by any client.
