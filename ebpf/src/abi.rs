@@ -1,56 +1,57 @@
-//! What the programs and user space share, as `bpf/abi.h` has it.
+//! The types and numbers that programs and user space share, as `bpf/abi.h` defines them.
 //!
-//! A test compares every size, every offset and the order of the reasons with the BTF of the objects. No type has padding or bits that
-//! mean nothing: a map's memory is any of them (`maps.rs`).
+//! A test compares every size, every offset and the order of the reasons with the BTF of the
+//! objects. No type has padding or invalid bit patterns, so any memory of a map is a value of its
+//! type (`maps.rs`).
 
 use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::siphash::Key as SipKey;
 use millrace_edge_policy::trie;
 
-/// Number of this layout: pinned maps of another are not adopted.
+/// Number of this layout. A binary adopts no maps that were pinned under another.
 pub const LAYOUT: u32 = 4;
-/// Generations of what an operator sets, and of the sketch.
+/// Number of generations, of the operator's settings and of the sketch.
 pub const GENERATIONS: usize = 2;
-/// Services that can be declared.
+/// The most services that can be declared.
 pub const SERVICES_MAX: usize = 16;
-/// Levels of a source.
+/// The most levels of a source.
 pub const LEVELS_MAX: usize = 3;
-/// Keys that can be valid at a time.
+/// Number of keys that can be valid at a time.
 pub const KEYS: usize = 4;
-/// Ports that there are.
+/// Number of ports of a protocol.
 pub const PORTS: usize = 65_536;
-/// Global budgets.
+/// Number of global budgets.
 pub const BUDGETS: usize = 5;
-/// Reasons, and so counters.
+/// Number of reasons, and so of counters.
 pub const REASONS: usize = millrace_edge_policy::reason::Reason::ALL.len();
-/// Rule of a packet that none decided.
+/// Rule number of a packet that the default decided.
 pub const RULE_DEFAULT: u32 = 0xffff;
 /// Set in an entry of a trie that is a leaf.
 pub const LEAF: u32 = trie::LEAF;
 /// Set in an entry that is no leaf, if its index is that of a sparse node.
 pub const SPARSE: u32 = trie::SPARSE;
-/// Service of a packet that is for none.
+/// Service number of a packet that is for no service.
 pub const SERVICE_NONE: u32 = u32::MAX;
-/// Connections in a value of the map `tcp_sources`.
+/// Bits of a value of the map `tcp_sources` that count connections.
 pub const TCP_CONNECTIONS: u64 = 0xffff_ffff;
-/// Set in a value of `tcp_sources` that counts no longer.
+/// Bit of a value of `tcp_sources` that no program counts in any more.
 pub const TCP_DEAD: u64 = 1 << 63;
 /// Largest segment in the SYN cookies of `edge_test`, in bytes.
 pub const MOCK_MSS: u16 = 1460;
 /// First word of a stamp; the second is [`STAMP_PASS`] or [`STAMP_REJECT`].
 pub const STAMP_MAGIC: u32 = 0x4d52_4745;
-/// The packet may go on.
+/// The table lets the packet in.
 pub const STAMP_PASS: u32 = 1;
-/// The packet is to be answered with a refusal.
+/// The table answers the packet with a refusal.
 pub const STAMP_REJECT: u32 = 2;
 /// Bytes of a stamp that passes.
 pub const STAMP_PASS_BYTES: usize = 8;
 /// Bytes of a stamp that refuses.
 pub const STAMP_REJECT_BYTES: usize = 12;
 
-/// `edge_config::mode`: what would be dropped is counted.
+/// `edge_config::mode`: the program counts what it would drop, and passes it.
 pub const MODE_COUNT: u32 = 0;
-/// `edge_config::mode`: what should be dropped is.
+/// `edge_config::mode`: the program drops what the rules and limits refuse.
 pub const MODE_ENFORCE: u32 = 1;
 /// `edge_config::scope`: the edge owns the declared ports.
 pub const SCOPE_PORTS: u32 = 0;
@@ -63,7 +64,7 @@ pub const SCOPE_HOST: u32 = 1;
 pub struct EdgeLimit {
     /// Nanoseconds that each admission costs; 0: no limit.
     pub interval_ns: u64,
-    /// How far ahead of now the word may be and still admit.
+    /// How many nanoseconds the word may be ahead of now and still admit.
     pub tolerance_ns: u64,
 }
 
@@ -128,7 +129,7 @@ pub struct EdgeService {
     pub pad: u32,
 }
 
-/// `edge_config`: one generation of what an operator or the registry says.
+/// `edge_config`: one generation of the settings and rules.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct EdgeConfig {
@@ -142,7 +143,7 @@ pub struct EdgeConfig {
     pub set: u32,
     /// The services.
     pub service: [EdgeService; SERVICES_MAX],
-    /// What belongs to none, with [`SCOPE_HOST`].
+    /// The service of undeclared ports, with [`SCOPE_HOST`].
     pub host: EdgeService,
     /// Global budgets, by `enum edge_budget`.
     pub budget: [EdgeLimit; BUDGETS],
@@ -170,13 +171,14 @@ pub struct EdgeControl {
     pub layout: u32,
     /// Generation in force.
     pub active: u32,
-    /// 0, or from when the other generation is in force again.
+    /// When the other generation comes into force again, in nanoseconds of CLOCK_MONOTONIC; 0:
+    /// never.
     pub revert_at_ns: u64,
-    /// Stress and QUIC counts hold until then.
+    /// Until when stress and QUIC counts are valid, in nanoseconds of CLOCK_MONOTONIC.
     pub lease_until_ns: u64,
-    /// 0, 1 or 2.
+    /// Level of stress: 0, 1 or 2.
     pub stress: u32,
-    /// Counts that another run of the node wrote do not hold.
+    /// Run of the node. Counts that another run wrote are not valid.
     pub run: u32,
     /// Wall time less CLOCK_MONOTONIC, in nanoseconds.
     pub wall_offset_ns: u64,
@@ -186,15 +188,16 @@ pub struct EdgeControl {
     pub limiter_active: u32,
     /// Key that signs tokens.
     pub key_active: u32,
-    /// Until when the other generation of the sketch counts.
+    /// Until when the other generation of the sketch counts as well.
     pub limiter_old_until_ns: u64,
     /// Keys of connection IDs and tokens.
     pub keys: [EdgeKey; KEYS],
-    /// Whose TCP connections are counted; 0: those of all namespaces.
+    /// Cookie of the network namespace whose TCP connections are counted; 0: those of all.
     pub netns_cookie: u64,
-    /// Written by the programs: somebody was established beyond rate or cap, and cookies are looked at until then.
+    /// Written by the programs: a source opened connections beyond its rate or cap, so `edge`
+    /// checks segments that may end a handshake by a cookie until this time.
     pub cookies_watched_until_ns: u64,
-    /// Both generations of what was set.
+    /// Both generations of the settings and rules.
     pub config: [EdgeConfig; GENERATIONS],
 }
 
@@ -208,7 +211,7 @@ pub struct EdgeCount {
     pub connections: u32,
 }
 
-/// `edge_sizes`: what the loader tells the programs of the maps' sizes.
+/// `edge_sizes`: sizes of the maps, as the loader tells the programs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct EdgeSizes {
@@ -226,9 +229,9 @@ pub struct EdgeSizes {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct EdgeCounters {
-    /// By reason: passed, answered or dropped for it.
+    /// By reason: packets passed, answered or dropped for it.
     pub acted: [u64; REASONS],
-    /// By reason: mode `enforce` would not have passed it.
+    /// By reason: packets that passed in mode `count` and would not have in mode `enforce`.
     pub counted: [u64; REASONS],
     /// Drops since the last sample.
     pub sampled: u64,
@@ -238,21 +241,22 @@ pub struct EdgeCounters {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct EdgeSampling {
-    /// Each so manieth drop of a CPU becomes an event; 0: none.
+    /// One in this many drops of a CPU becomes an event; 0: none.
     pub every: u32,
     /// Zero.
     pub pad: u32,
 }
 
-/// `edge_flow`: key of the map `replies`, whose value is when this host last sent, in nanoseconds.
+/// `edge_flow`: key of the map `replies`. The value is the time of the host's last packet, in
+/// nanoseconds of CLOCK_MONOTONIC.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct EdgeFlow {
-    /// Who was written to.
+    /// Address of the remote host.
     pub remote: [u8; 16],
     /// Its port.
     pub remote_port: u16,
-    /// Our port.
+    /// Port of this host.
     pub port: u16,
     /// 17 or 6.
     pub protocol: u8,
@@ -260,7 +264,7 @@ pub struct EdgeFlow {
     pub pad: [u8; 3],
 }
 
-/// `edge_decision`: what `edge_trace` and `edge_test` say of the last packet.
+/// `edge_decision`: the decision of `edge_trace` or `edge_test` on the last packet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct EdgeDecision {
@@ -272,27 +276,27 @@ pub struct EdgeDecision {
     pub rule: u32,
     /// Index of the service, or [`SERVICE_NONE`].
     pub service: u32,
-    /// Stress as it held.
+    /// Level of stress at that moment.
     pub stress: u32,
     /// Generation in force.
     pub generation: u32,
-    /// The clock.
+    /// Value of the clock.
     pub now_ns: u64,
 }
 
-/// `edge_mock`: what `edge_test` takes for its environment.
+/// `edge_mock`: the environment of `edge_test`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct EdgeMock {
-    /// The clock, also the exact one.
+    /// Value of both clocks, the coarse and the exact one.
     pub now_ns: u64,
-    /// 0: the kernel gives no cookie; else its sequence number.
+    /// Sequence number of the SYN cookie; 0: the kernel gives none.
     pub cookie: u32,
     /// 1: nothing is charged.
     pub read_only: u32,
     /// 1: a listener that gives no cookie takes the SYN instead.
     pub listener_room: u32,
-    /// 1: no connection takes a segment, but a listener.
+    /// 1: no connection takes the segment, but a listener does.
     pub meets_listener: u32,
 }
 
@@ -300,7 +304,7 @@ pub struct EdgeMock {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct EdgeEvent {
-    /// The clock.
+    /// Value of the clock.
     pub now_ns: u64,
     /// `Reason::index`.
     pub reason: u32,
@@ -310,13 +314,13 @@ pub struct EdgeEvent {
     pub source: [u8; 16],
     /// Its port.
     pub source_port: u16,
-    /// Port of ours.
+    /// Port of this host.
     pub port: u16,
     /// 17 or 6.
     pub protocol: u8,
     /// Zero.
     pub pad: [u8; 3],
-    /// Interface.
+    /// Index of the interface.
     pub ifindex: u32,
     /// Bytes of the frame.
     pub length: u32,
@@ -334,7 +338,8 @@ pub struct EdgeBucket {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct EdgeNode {
-    /// By the next byte of the address: a leaf ([`LEAF`]), or the index of a node ([`SPARSE`]: of a sparse one).
+    /// By the next byte of the address: a leaf ([`LEAF`]), or the index of a node (of a sparse one
+    /// with [`SPARSE`]).
     pub entry: [u32; 256],
 }
 
@@ -342,7 +347,7 @@ pub struct EdgeNode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct EdgeSparse {
-    /// By run, as in [`EdgeNode`].
+    /// The entry of each run, as in [`EdgeNode`].
     pub entry: [u32; trie::RUNS],
     /// First byte of each run.
     pub start: [u8; trie::RUNS],
@@ -360,7 +365,8 @@ impl From<trie::Sparse> for EdgeSparse {
     }
 }
 
-/// `edge_ports`: which service a local port belongs to. Too large to be copied about: see `Maps::set_port`.
+/// `edge_ports`: the service of each local port. It is too large to be copied: see
+/// `Maps::set_port`.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct EdgePorts {

@@ -2,13 +2,14 @@
 
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
-/// Now.
+/// The value of CLOCK_MONOTONIC, in nanoseconds.
 #[must_use]
 pub fn now_ns() -> u64 {
     nanoseconds(clock_gettime(ClockId::Monotonic))
 }
 
-/// Wall time (since 1970) less [`now_ns`]: what the programs add to have the time that other nodes have.
+/// Wall time (since 1970) less [`now_ns`], in nanoseconds. The programs add it to get the time that
+/// all nodes share.
 #[must_use]
 pub fn wall_offset_ns() -> u64 {
     nanoseconds(clock_gettime(ClockId::Realtime)).wrapping_sub(now_ns())

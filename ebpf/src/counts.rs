@@ -1,8 +1,12 @@
-//! Who has how many connections: what user space tells the kernel, and what it holds to by itself.
+//! Counts of connections by source: the ones that user space tells the kernel, and the ones it
+//! enforces by itself.
 //!
-//! 1. [`Counts`] writes the truth of QUIC connections under the number of this run; counts of a run that died hold for nobody.
-//! 2. [`TcpCap`] gives out at most the cap's number of guards for a source, whatever the kernel has counted.
-//! 3. Sources are counted by IPv4 /32 and IPv6 /64; an IPv4-mapped address is IPv4. Nothing remains of a source without connections.
+//! 1. [`Counts`] writes the number of QUIC connections under the number of this run. The programs
+//!    ignore counts of another run.
+//! 2. [`TcpCap`] gives out at most as many guards for a source as the cap allows, whatever the
+//!    kernel has counted.
+//! 3. Sources are counted by IPv4 /32 and IPv6 /64; an IPv4-mapped address is IPv4. A source
+//!    without connections takes no memory.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -17,7 +21,8 @@ type Table = BTreeMap<Source, u32>;
 
 /// QUIC connections of every source, as the kernel sees them in `quic_sources`.
 ///
-/// Shared by all shards. One lock and one system call for each connection that opens or closes, none for packets.
+/// All shards share it. It takes one lock and one system call for each connection that opens or
+/// closes, and none for packets.
 #[derive(Debug)]
 pub struct Counts {
     map: MapHandle,
@@ -27,11 +32,12 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// Starts to count under a run's number, which must differ from the one before, and removes what other runs have left.
+    /// Starts to count under the number of a run, which must differ from the one before. Removes
+    /// the counts of other runs.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// The kernel's error for an access to the map.
     pub fn new(map: MapHandle, run: u32) -> Result<Self, libbpf_rs::Error> {
         let stale: Vec<Vec<u8>> = map.keys().collect();
         for key in stale {
@@ -45,13 +51,13 @@ impl Counts {
         })
     }
 
-    /// The number that the counts are written under.
+    /// The run under which it counts.
     #[must_use]
     pub fn run(&self) -> u32 {
         self.run
     }
 
-    /// A connection is established.
+    /// Counts a connection that is established.
     pub fn opened(&self, peer: IpAddr) {
         let source = Source::of(peer).cap_key();
         let mut live = locked(&self.live);
@@ -64,11 +70,11 @@ impl Counts {
         self.write(&source, *connections);
     }
 
-    /// A connection that was established has ended.
+    /// Ends a connection that was established.
     pub fn closed(&self, peer: IpAddr) {
         let source = Source::of(peer).cap_key();
         let mut live = locked(&self.live);
-        // Absent: it was missed when it opened.
+        // Absent: the map was full when it opened.
         let Some(connections) = live.get_mut(&source) else {
             return;
         };
@@ -80,7 +86,7 @@ impl Counts {
         self.write(&source, left);
     }
 
-    /// Connections of a source.
+    /// Number of connections of a source.
     #[must_use]
     pub fn connections(&self, peer: IpAddr) -> u32 {
         locked(&self.live)
@@ -89,13 +95,14 @@ impl Counts {
             .unwrap_or(0)
     }
 
-    /// Sources with connections.
+    /// Number of sources with connections.
     #[must_use]
     pub fn sources(&self) -> usize {
         locked(&self.live).len()
     }
 
-    /// Changes that the kernel does not know of: its map was full, or it refused. The cap in user space holds nevertheless.
+    /// Number of changes that the kernel did not take: its map was full, or it refused. User space
+    /// enforces the cap nevertheless.
     #[must_use]
     pub fn missed(&self) -> u64 {
         self.missed.load(Ordering::Relaxed)
@@ -116,7 +123,7 @@ impl Counts {
     }
 }
 
-/// The cap on TCP connections of a source, where connections are accepted: exact.
+/// The cap on TCP connections of a source, exact, enforced where connections are accepted.
 #[derive(Debug)]
 pub struct TcpCap {
     /// 0: any number.
@@ -125,7 +132,7 @@ pub struct TcpCap {
     refused: AtomicU64,
 }
 
-/// One connection that is counted; held as long as its socket.
+/// One counted connection; the caller keeps it as long as the socket.
 #[derive(Debug)]
 pub struct TcpGuard {
     cap: Arc<TcpCap>,
@@ -133,7 +140,7 @@ pub struct TcpGuard {
 }
 
 impl TcpCap {
-    /// At most `max` connections for a source; 0: any number.
+    /// A cap of `max` connections for a source; 0: no cap.
     #[must_use]
     pub fn new(max: u32) -> Arc<Self> {
         Arc::new(Self {
@@ -143,12 +150,12 @@ impl TcpCap {
         })
     }
 
-    /// Changes the cap for connections to come.
+    /// Changes the cap for new connections.
     pub fn set_max(&self, max: u32) {
         self.max.store(max, Ordering::Relaxed);
     }
 
-    /// Counts an accepted connection; none if its source has as many as it may: close it.
+    /// Counts an accepted connection. None if its source has reached the cap: the caller closes it.
     pub fn admit(self: &Arc<Self>, peer: IpAddr) -> Option<TcpGuard> {
         let source = Source::of(peer).cap_key();
         let max = self.max.load(Ordering::Relaxed);
@@ -165,7 +172,7 @@ impl TcpCap {
         })
     }
 
-    /// Connections of a source.
+    /// Number of connections of a source.
     #[must_use]
     pub fn connections(&self, peer: IpAddr) -> u32 {
         locked(&self.live)
@@ -174,7 +181,7 @@ impl TcpCap {
             .unwrap_or(0)
     }
 
-    /// Connections that were refused.
+    /// Number of connections that were refused.
     #[must_use]
     pub fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)
@@ -191,7 +198,7 @@ impl Drop for TcpGuard {
     }
 }
 
-/// A table is whole between any two statements, so a panic elsewhere has not broken it.
+/// The table is whole between any two statements, so a poisoned lock holds valid counts.
 fn locked(table: &Mutex<Table>) -> MutexGuard<'_, Table> {
     table.lock().unwrap_or_else(PoisonError::into_inner)
 }

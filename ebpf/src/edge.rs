@@ -1,13 +1,15 @@
-//! The edge as a whole: attached to interfaces, kept by its pins, taken over by whoever comes next.
+//! The edge as a whole: attached to interfaces, kept by its pins, adopted by the next process.
 //!
-//! 1. What is in force is what is pinned; a process only looks in. `kill -9` changes nothing, and a handle that is dropped
+//! 1. The pins are in force, not the process: `kill -9` changes nothing, and dropping a handle
 //!    detaches nothing.
-//! 2. A program is replaced link by link, each at once for the next packet; new programs have passed the self-test. If a link
-//!    refuses, all have their old program again.
+//! 2. Programs are replaced link by link, each at once for the next packet, after the new ones have
+//!    passed the self-test. If one link refuses, all get their old program back.
 //! 3. Programs of a new version work on the maps that are there: no count, rule or limit is lost.
-//! 4. Whatever changes pins holds their lock.
-//! 5. It belongs to the network namespace that it was attached in: its table and its interfaces are there, and its pins are seen from everywhere.
-//! 6. An interface that is gone is not attached to, whatever was asked for: another one may have its name or its index by now.
+//! 4. A process that changes pins holds their lock.
+//! 5. An edge belongs to the network namespace that it was attached in: its interfaces and its
+//!    table are there. Its pins are visible from every network namespace.
+//! 6. The edge attaches to no interface that is gone, whatever the caller asked for: another
+//!    interface may have its name or its index by now.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -34,18 +36,18 @@ use crate::selftest;
 use crate::state::{AttachMode, Interface, State};
 use crate::sys::{self, Hook};
 
-/// What to attach to.
+/// Options of an attachment.
 #[derive(Debug, Clone, Default)]
 pub struct AttachOptions {
-    /// Interfaces, by name, of the calling thread's network namespace.
+    /// Names of interfaces in the calling thread's network namespace.
     pub interfaces: Vec<String>,
-    /// Where in the kernel.
+    /// The mode of XDP: in the driver, or in the kernel's generic code.
     pub mode: AttachMode,
-    /// Sizes of the maps; fixed until everything is detached.
+    /// Sizes of the maps. They are fixed until everything is detached.
     pub sizes: LoadOptions,
 }
 
-/// A look at what is pinned, with everything open that it takes to work without capabilities.
+/// A handle of what is pinned. It holds every descriptor that work without capabilities needs.
 #[derive(Debug)]
 pub struct Edge {
     pins: Pins,
@@ -53,7 +55,7 @@ pub struct Edge {
     programs: BTreeMap<Program, OwnedFd>,
 }
 
-/// Programs that are pinned: not the one for tests, which charges and counts.
+/// Programs that are pinned. The one for tests is not: it charges and counts.
 const PINNED: [Program; 6] = [
     Program::Edge,
     Program::EdgeTrace,
@@ -63,19 +65,20 @@ const PINNED: [Program; 6] = [
     Program::Learn,
 ];
 
-/// Programs of an interface, in the order in which they are attached. The stamp's reader is first: without it, the table would drop what
-/// the program passes.
+/// Programs of an interface, in the order in which they are attached. The stamp's reader comes
+/// first: without it, the table would drop what the program passes.
 const OF_INTERFACE: [Program; 3] = [Program::Stamp, Program::Learn, Program::Edge];
 
 impl Edge {
-    /// Loads, tests and pins the programs, and attaches them. Nothing is refused before a set is published. What somebody who died has left
-    /// of an attempt is cleared away, unless it can be adopted.
+    /// Loads, tests, pins and attaches the programs. They refuse nothing before a set is published.
+    /// What a process left that died while attaching is removed, unless it can be adopted.
     ///
     /// # Errors
     ///
-    /// See [`EdgeError`]; what was there is as before.
+    /// See [`EdgeError`]. Everything is then as before.
     pub fn attach(pins: &Pins, options: &AttachOptions) -> Result<Self, EdgeError> {
-        // Waits: whoever starts a process has a copy of every lock of its own until that process executes, also of one that it gave back.
+        // It waits for the lock: a process that is being started holds a copy of every lock of its
+        // parent until it executes, even of one that the parent has released.
         let lock = pins.lock_waiting()?;
         if let Some(found) = pins.foreign_layouts()?.pop() {
             let root = pins.root().to_owned();
@@ -86,22 +89,23 @@ impl Edge {
         }
         selftest::run()?;
         let loaded = Loaded::load(&options.sizes)?;
-        // Where this is refused, the pins of an edge that runs may be out of sight: nothing is cleared away then.
+        // If this is refused, the pins of a running edge may be out of sight. Then nothing may be
+        // removed.
         pins.create()?;
         let edge = attach_new(pins, &loaded, options, &lock);
         if edge.is_err() {
-            // The first error is the one to tell.
+            // The caller gets the first error.
             let _ = pins.remove_own();
         }
         edge
     }
 
-    /// Takes over what is pinned.
+    /// Adopts what is pinned.
     ///
     /// # Errors
     ///
-    /// [`EdgeError::Absent`] if nothing is, [`EdgeError::Layout`] if another version of this program has pinned it,
-    /// [`EdgeError::Incomplete`] if something is missing.
+    /// [`EdgeError::Absent`] if nothing is pinned, [`EdgeError::Layout`] if another version of this
+    /// program has pinned it, [`EdgeError::Incomplete`] if something is missing.
     pub fn adopt(pins: &Pins) -> Result<Self, EdgeError> {
         if !pins.is_present() {
             let root = pins.root().to_owned();
@@ -117,7 +121,7 @@ impl Edge {
             let opened = opened.map_err(|source| EdgeError::Incomplete { path, source })?;
             programs.insert(program, opened);
         }
-        // Without it, TCP is charged and never counted.
+        // Without this link, TCP is charged and never counted.
         let path = tracepoint_path(pins);
         if !path.exists() {
             let source = io::ErrorKind::NotFound.into();
@@ -136,22 +140,26 @@ impl Edge {
         })
     }
 
-    /// Takes everything away: links, programs, maps, the file beside. Needs no other process, and no layout that it knows.
+    /// Removes everything: links, programs, maps, and the file beside them. It needs no other
+    /// process, and works for any layout.
     ///
     /// # Errors
     ///
-    /// [`EdgeError::Pins`]; what could be removed is.
+    /// [`EdgeError::Pins`]. As much as possible is removed then.
     pub fn detach(pins: &Pins) -> Result<(), EdgeError> {
         let _lock = pins.lock_waiting()?;
         Ok(pins.remove()?)
     }
 
-    /// Whether the calling thread is where what is pinned, of whatever layout, may be detached: where it was attached, or anywhere once it is
-    /// on no interface any more. Then the place that is not here, if it is none: a table that it left there stays.
+    /// Checks that the calling thread may detach what is pinned, whatever its layout: it must be in
+    /// the network namespace of the attachment, unless the edge is on no interface any more.
+    /// Returns that namespace if it is another one than the caller's: a table that the edge left
+    /// there stays.
     ///
     /// # Errors
     ///
-    /// [`EdgeError::Elsewhere`]; [`EdgeError::OutOfSight`] where a running edge would lose all but its pins.
+    /// [`EdgeError::Elsewhere`] in another namespace. [`EdgeError::OutOfSight`] where a running
+    /// edge would lose all but its pins.
     pub fn may_detach(pins: &Pins) -> Result<Option<NetworkNamespace>, EdgeError> {
         if pins.are_out_of_sight()?
             && State::read(pins).is_ok_and(|state| !state.interfaces.is_empty())
@@ -172,11 +180,11 @@ impl Edge {
         Ok(Some(namespace))
     }
 
-    /// That the calling thread is in the network namespace that it was attached in.
+    /// Checks that the calling thread is in the network namespace of the attachment.
     ///
     /// # Errors
     ///
-    /// [`EdgeError::Elsewhere`].
+    /// [`EdgeError::Elsewhere`] if it is not.
     pub fn check_here(&self) -> Result<(), EdgeError> {
         let cookie: u64 = self
             .maps
@@ -193,24 +201,24 @@ impl Edge {
         })
     }
 
-    /// Where it is pinned.
+    /// The pins.
     #[must_use]
     pub fn pins(&self) -> &Pins {
         &self.pins
     }
 
-    /// Its maps.
+    /// The maps.
     #[must_use]
     pub fn maps(&self) -> &Maps {
         &self.maps
     }
 
-    /// Publishes a set under a number, holding the pins' lock: see [`Publisher::publish`]. Then counts TCP connections that are open
-    /// already: see [`Self::count_open`].
+    /// Publishes a set under a number, under the lock of the pins: see [`Publisher::publish`]. Then
+    /// counts TCP connections that are open already: see [`Self::count_open`].
     ///
     /// # Errors
     ///
-    /// [`EdgeError::Publish`]; what was in force is.
+    /// [`EdgeError::Publish`]. The set in force stays then.
     pub fn publish(
         &self,
         set: &Compiled,
@@ -223,21 +231,22 @@ impl Edge {
         Ok(())
     }
 
-    /// Keeps the set that is on probation.
+    /// Confirms the set that is on probation.
     ///
     /// # Errors
     ///
-    /// [`PublishError::NoProbation`].
+    /// [`PublishError::NoProbation`] if none is.
     pub fn confirm(&self) -> Result<(), EdgeError> {
         let _lock = self.pins.lock_waiting()?;
         Ok(Publisher::new(&self.maps).confirm()?)
     }
 
-    /// Takes back the set that is on probation, and counts as [`Self::publish`] does: ports that it did not declare may be back.
+    /// Takes back the set that is on probation. Then counts open TCP connections as
+    /// [`Self::publish`] does, because it may bring back ports.
     ///
     /// # Errors
     ///
-    /// [`PublishError::NoProbation`].
+    /// [`PublishError::NoProbation`] if none is.
     pub fn revert(&self) -> Result<(), EdgeError> {
         let lock = self.pins.lock_waiting()?;
         Publisher::new(&self.maps).revert()?;
@@ -245,18 +254,19 @@ impl Edge {
         Ok(())
     }
 
-    /// Counts TCP connections that are older than their port's declaration, once each, as far as a process that the caller can see
-    /// has accepted them. It takes no capability, and time by the number of files that are open on this host.
+    /// Counts TCP connections that are older than their port's declaration, once each. It finds
+    /// those that a process has accepted which the caller can see. It takes no capability. Its time
+    /// grows with the number of files that are open on this host.
     ///
     /// # Errors
     ///
-    /// [`EdgeError::Walk`]; some may be counted.
+    /// [`EdgeError::Walk`]. Some connections may be counted then.
     pub fn count_open(&self) -> Result<(), EdgeError> {
         let lock = self.pins.lock_waiting()?;
         self.walk(&lock)
     }
 
-    /// As [`Self::count_open`], behind what puts ports in force: that is done, and stays so.
+    /// [`Self::count_open`] after ports came into force. They stay in force if it fails.
     fn count_older(&self, lock: &Lock) {
         if let Err(error) = self.walk(lock) {
             tracing::warn!(%error, "a source may hold more connections than its cap until those it has close");
@@ -268,17 +278,18 @@ impl Edge {
         walk.map_err(|source| EdgeError::Walk { source })
     }
 
-    /// Interfaces that it is attached to.
+    /// The interfaces that the edge is attached to.
     ///
     /// # Errors
     ///
-    /// [`EdgeError::State`].
+    /// [`EdgeError::State`] if the state file cannot be read.
     pub fn interfaces(&self) -> Result<Vec<Interface>, EdgeError> {
         Ok(State::read(&self.pins)?.interfaces)
     }
 
-    /// Whether all programs of an interface are on it now. None is once the interface was removed, as by its driver or with its network
-    /// namespace, even if there is one of the same name again; and somebody may have detached one of them.
+    /// Whether all programs of an interface are on it now. None is once the interface was removed,
+    /// for example by its driver or with its network namespace, even if another has the same name
+    /// by now. An operator may also have detached one of them.
     #[must_use]
     pub fn is_live(&self, interface: &Interface) -> bool {
         OF_INTERFACE.into_iter().all(|program| {
@@ -287,13 +298,13 @@ impl Edge {
         })
     }
 
-    /// Attaches to one more interface of the calling thread's network namespace, or again to one that was removed and made anew, or that one
-    /// of the programs was detached from.
+    /// Attaches to one more interface of the calling thread's network namespace, or again to an
+    /// interface that was made anew or lost one of its programs.
     ///
     /// # Errors
     ///
-    /// [`EdgeError::Interface`] if there is none of this name, [`EdgeError::Attach`] if the kernel refuses, [`EdgeError::Elsewhere`] where the
-    /// interfaces are others; nothing has changed then.
+    /// [`EdgeError::Interface`] if there is none of this name, [`EdgeError::Attach`] if the kernel
+    /// refuses, [`EdgeError::Elsewhere`] in another network namespace. Nothing has changed then.
     pub fn attach_interface(&mut self, name: &str, mode: AttachMode) -> Result<(), EdgeError> {
         let lock = self.pins.lock_waiting()?;
         self.attach_locked(name, mode, &lock)
@@ -332,11 +343,11 @@ impl Edge {
         kept
     }
 
-    /// Detaches from an interface; it need not exist any more.
+    /// Detaches from an interface, which need not exist any more.
     ///
     /// # Errors
     ///
-    /// [`EdgeError::NotAttached`] if it is not attached to one of this name.
+    /// [`EdgeError::NotAttached`] if the edge is not attached to one of this name.
     pub fn detach_interface(&mut self, name: &str) -> Result<(), EdgeError> {
         let lock = self.pins.lock_waiting()?;
         let mut state = State::read(&self.pins)?;
@@ -369,7 +380,7 @@ impl Edge {
             .path(Kind::Link, &format!("{}-{index}", program.name()))
     }
 
-    /// One of [`PINNED`].
+    /// A program of [`PINNED`].
     pub(crate) fn program(&self, program: Program) -> BorrowedFd<'_> {
         self.programs[&program].as_fd()
     }
@@ -388,7 +399,7 @@ impl Edge {
         })
     }
 
-    /// The link, and the mode that it has.
+    /// Links a program to an interface. Returns the link, and the mode that it got.
     fn link_xdp(
         &self,
         interface: &str,
@@ -408,21 +419,24 @@ impl Edge {
         }
     }
 
-    /// Loads the programs of this binary on the maps that are there, tests them, and puts them in the place of those that run.
+    /// Loads the programs of this binary on the present maps, tests them, and replaces the running
+    /// programs by them.
     ///
     /// # Errors
     ///
-    /// See [`EdgeError`]; every link has the program that it had.
+    /// See [`EdgeError`]. Every link then has its old program.
     pub fn reload(&mut self) -> Result<(), EdgeError> {
         let loaded = self.load_beside()?;
         self.replace(&loaded)
     }
 
-    /// Loads the programs of this binary on the maps that are there, once they have passed the self-test. They are not in force.
+    /// Loads the programs of this binary on the present maps, after the self-test. They are not in
+    /// force yet.
     ///
     /// # Errors
     ///
-    /// [`EdgeError::SelfTest`], [`EdgeError::Load`].
+    /// [`EdgeError::SelfTest`] if a program decides wrongly, [`EdgeError::Load`] if the kernel
+    /// refuses one.
     pub fn load_beside(&self) -> Result<Loaded, EdgeError> {
         selftest::run()?;
         let reuse = Maps::NAMES.map(|name| (name.to_owned(), self.pins.path(Kind::Map, name)));
@@ -432,20 +446,22 @@ impl Edge {
         })?)
     }
 
-    /// Puts programs in the place of those that run. No packet is lost, none gets past.
+    /// Replaces the running programs. Every packet meets the old program or the new one.
     ///
     /// # Errors
     ///
-    /// See [`EdgeError`]; every link has the program that it had.
+    /// See [`EdgeError`]. Every link then has its old program.
     pub fn replace(&mut self, loaded: &Loaded) -> Result<(), EdgeError> {
         let _lock = self.pins.lock_waiting()?;
         let new = handles(loaded)?;
         self.update_links(&new)?;
-        // The new programs are in force. What is left are the names by which others find them, and the tracepoint: its old program counts
-        // until the new one does, and what both see is counted once.
+        // The new programs are in force. What remains are the pins by which other processes find
+        // them, and the tracepoint. Its old program counts until the new one does; a connection
+        // that both see is counted once.
         if let Err(error) = self.rename(&new) {
             self.update_links(&self.programs)?;
-            // As far as names were given: it fails where the other did, at the latest.
+            // Undoes the names that were given: it fails at the same name as the first pass, at the
+            // latest.
             if let Err(error) = self.rename(&self.programs) {
                 tracing::debug!(%error, "names are those of the old programs up to here");
             }
@@ -456,7 +472,7 @@ impl Edge {
         Ok(())
     }
 
-    /// Whether the programs that run are those that this binary carries; not known is no.
+    /// Whether the running programs are those that this binary carries. False if that is not known.
     #[must_use]
     pub fn is_current(&self) -> bool {
         self.pins.build() == Some(build())
@@ -470,7 +486,7 @@ impl Edge {
         })
     }
 
-    /// Gives every link of an interface that is there another program; all or none.
+    /// Gives another program to the link of every interface that is there; all or none.
     fn update_links(&self, programs: &BTreeMap<Program, OwnedFd>) -> Result<(), EdgeError> {
         let mut updated: Vec<(OwnedFd, Program)> = Vec::new();
         for (path, program) in self.links()? {
@@ -479,7 +495,7 @@ impl Edge {
                 updated.push((link, program));
                 Ok(())
             });
-            // Its interface is gone: nothing runs there.
+            // The interface is gone, so no program runs there.
             if let Err(source) = result.or_else(unless_gone) {
                 for (link, program) in updated {
                     if let Err(error) = sys::link_update(link.as_fd(), self.program(program)) {
@@ -492,7 +508,7 @@ impl Edge {
         Ok(())
     }
 
-    /// Links of interfaces, with what is attached there.
+    /// Links of interfaces, with the program of each.
     fn links(&self) -> Result<Vec<(PathBuf, Program)>, EdgeError> {
         let names = self.pins.names(Kind::Link)?;
         let links = names.into_iter().filter_map(|name| {
@@ -551,7 +567,7 @@ fn handles(loaded: &Loaded) -> Result<BTreeMap<Program, OwnedFd>, EdgeError> {
     PINNED.into_iter().map(handle).collect()
 }
 
-/// The one link of no interface.
+/// The one link that belongs to no interface.
 fn tracepoint_path(pins: &Pins) -> PathBuf {
     pins.path(Kind::Link, Program::ConnState.name())
 }
@@ -568,13 +584,15 @@ fn here() -> Result<NetworkNamespace, EdgeError> {
     NetworkNamespace::current().map_err(|source| EdgeError::Namespace { source })
 }
 
-/// Whether a link is that of XDP, on an interface that is there: packets are decided on, whatever else is missing.
+/// Whether a link is that of XDP on an interface that is there: then it decides on packets,
+/// whatever else is missing.
 fn on_interface(link: &Path) -> bool {
     let info = Link::open(link).and_then(|link| link.info());
     matches!(info.map(|info| info.info), Ok(LinkTypeInfo::Xdp(xdp)) if xdp.ifindex != 0)
 }
 
-/// The interface that a link is on: none if it was detached, the interface is gone, or it is no link of one.
+/// The interface of a link. None if the link was detached, the interface is gone, or the link
+/// belongs to no interface.
 fn interface_of(link: &Path) -> Option<u32> {
     let info = Link::open(link).and_then(|link| link.info()).ok()?;
     let index = match info.info {
@@ -582,15 +600,16 @@ fn interface_of(link: &Path) -> Option<u32> {
         LinkTypeInfo::Tcx(tcx) => tcx.ifindex,
         _ => return None,
     };
-    // The kernel says 0 of a link that is on none.
+    // The kernel reports 0 for a link without an interface.
     (index != 0).then_some(index)
 }
 
-/// Removes what somebody who died while attaching has left, as long as it is on no interface.
+/// Removes what a process left that died while attaching, unless it is on an interface.
 ///
 /// # Errors
 ///
-/// [`EdgeError::Present`] if it can be adopted, [`EdgeError::Incomplete`] if it cannot, and is on an interface.
+/// [`EdgeError::Present`] if it can be adopted, [`EdgeError::Incomplete`] if it cannot and is on an
+/// interface.
 fn clear_unfinished(pins: &Pins) -> Result<(), EdgeError> {
     let maps = Maps::NAMES.map(|name| pins.path(Kind::Map, name));
     let programs = PINNED.map(|program| pins.path(Kind::Program, program.name()));
@@ -630,12 +649,12 @@ fn unless_gone(error: io::Error) -> io::Result<()> {
     }
 }
 
-/// Gives a name to another object in one step: there is no moment without one.
+/// Gives a name to another object in one step: the name exists at every moment.
 fn replace_pin(object: BorrowedFd<'_>, path: PathBuf) -> Result<(), EdgeError> {
     let mut new = path.clone().into_os_string();
     new.push("-new");
     let new = PathBuf::from(new);
-    // Left by a process that died here.
+    // A process that died here may have left it.
     let _ = fs::remove_file(&new);
     sys::pin(object, &new)
         .and_then(|()| fs::rename(&new, &path))

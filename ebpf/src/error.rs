@@ -1,4 +1,4 @@
-//! What can go wrong with programs, pins and links.
+//! Errors of attaching, adopting, reloading and detaching the edge.
 
 use std::io;
 use std::path::PathBuf;
@@ -19,7 +19,7 @@ pub enum EdgeError {
     /// The programs could not be loaded.
     #[error(transparent)]
     Load(#[from] LoadError),
-    /// A new program does not decide as it should; it was not put in force.
+    /// A new program does not pass the self-test, and was not put in force.
     #[error(transparent)]
     SelfTest(#[from] SelfTestError),
     /// Pins could not be read, made or removed.
@@ -34,16 +34,16 @@ pub enum EdgeError {
     /// A set could not be published.
     #[error(transparent)]
     Publish(#[from] PublishError),
-    /// There is no descriptor left for a program.
+    /// The process has no descriptor left for a program.
     #[error("cannot hold a program: {0}; raise the limit of open files (ulimit -n)")]
     Handle(#[source] libbpf_rs::Error),
-    /// Something is attached already.
+    /// An edge is attached already.
     #[error("an edge is pinned at {}; detach it (millrace xdp detach), or go on with it", .root.display())]
     Present {
         /// The folder of pins.
         root: PathBuf,
     },
-    /// Nothing is attached.
+    /// No edge is attached.
     #[error("no edge is pinned at {}; attach first (millrace xdp attach)", .root.display())]
     Absent {
         /// The folder of pins.
@@ -54,32 +54,32 @@ pub enum EdgeError {
     Layout {
         /// The folder of pins.
         root: PathBuf,
-        /// What is there.
+        /// The layout that is there.
         found: String,
     },
-    /// Something that was pinned is missing.
+    /// A pin is missing.
     #[error("the pins are incomplete: {}: {source}; detach (millrace xdp detach) and attach again", .path.display())]
     Incomplete {
-        /// What is missing.
+        /// The pin.
         path: PathBuf,
         /// What the kernel said.
         source: io::Error,
     },
-    /// It is attached in another network namespace.
+    /// The edge is attached in another network namespace.
     #[error("the edge at {} is in another network namespace, {namespace}; give the command there", .root.display())]
     Elsewhere {
         /// The folder of pins.
         root: PathBuf,
-        /// Where it is.
+        /// The namespace of the attachment.
         namespace: NetworkNamespace,
     },
-    /// Its pins are in a mount namespace that is not the caller's.
+    /// The pins are in a mount namespace that is not the caller's.
     #[error("the pins of the edge at {} are out of sight here; give the command in the mount namespace of process 1 (nsenter --mount=/proc/1/ns/mnt)", .root.display())]
     OutOfSight {
         /// The folder of pins.
         root: PathBuf,
     },
-    /// There is no such interface.
+    /// The network namespace has no such interface.
     #[error("no interface {name}: {source}; `ip link` shows those that there are")]
     Interface {
         /// Its name.
@@ -87,7 +87,7 @@ pub enum EdgeError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// Not attached to such an interface.
+    /// The edge is not attached to this interface.
     #[error("the edge is not attached to {name}")]
     NotAttached {
         /// Its name.
@@ -103,7 +103,7 @@ pub enum EdgeError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// A link did not take the new program; all have their old one.
+    /// A link did not take the new program; all links have their old one.
     #[error("{} does not take the new program: {source}", .path.display())]
     Update {
         /// The link's pin.
@@ -111,7 +111,7 @@ pub enum EdgeError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// TCP connections that are open already were not counted, or not all.
+    /// Some or all TCP connections that are open already were not counted.
     #[error("cannot count the TCP connections that are open already: {source}")]
     Walk {
         /// What the kernel said.
@@ -160,7 +160,7 @@ impl EdgeError {
     }
 }
 
-/// What an operator can do about a refusal.
+/// What the operator can do about a refusal.
 fn hint(source: &io::Error) -> &'static str {
     match source.kind() {
         io::ErrorKind::ResourceBusy | io::ErrorKind::AlreadyExists => {

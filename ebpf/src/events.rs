@@ -1,6 +1,7 @@
 //! Sampled drops, as the program reports them.
 //!
-//! Events are for people: when the buffer is full the program loses the event, never the packet.
+//! Events are for people: when the buffer is full, the program loses the event and never the
+//! packet.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -16,7 +17,7 @@ use millrace_edge_policy::source::Source;
 use crate::abi::{EdgeEvent, RULE_DEFAULT};
 use crate::maps::Maps;
 
-/// Events that wait to be taken by [`Events::wait`]; more are lost.
+/// The most events that wait for [`Events::wait`]; the program loses further ones.
 const WAITING_MAX: usize = 4_096;
 
 /// One drop.
@@ -28,20 +29,20 @@ pub struct Event {
     pub reason: Reason,
     /// The rule that decided.
     pub rule: Option<u32>,
-    /// Who sent it, as the packet says.
+    /// The sender, as the packet claims.
     pub source: SocketAddr,
-    /// Where to.
+    /// Port of this host.
     pub port: u16,
     /// 17 (UDP) or 6 (TCP).
     pub protocol: u8,
-    /// Index of the interface that it came by.
+    /// Index of the interface that received it.
     pub interface_index: u32,
     /// Bytes of the frame.
     pub length_bytes: u32,
 }
 
 impl Event {
-    /// None for what another version of the program reports.
+    /// Reads an event. None if another version of the program reported it.
     fn of(bytes: &[u8]) -> Option<Self> {
         let part = |offset: usize| bytes.get(offset..offset + 4)?.try_into().ok();
         let word = |offset| part(offset).map(u32::from_le_bytes);
@@ -68,7 +69,7 @@ impl Event {
     }
 }
 
-/// A reader of events. There should be one: each event reaches one reader.
+/// A reader of events. There should be only one: each event reaches one reader.
 pub struct Events<'m> {
     ring: RingBuffer<'m>,
     waiting: Rc<RefCell<Vec<Event>>>,
@@ -81,11 +82,11 @@ impl fmt::Debug for Events<'_> {
 }
 
 impl<'m> Events<'m> {
-    /// Begins to read.
+    /// Starts to read events.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// The kernel's error for the ring buffer.
     pub fn open(maps: &'m Maps) -> Result<Self, libbpf_rs::Error> {
         let waiting: Rc<RefCell<Vec<Event>>> = Rc::default();
         let taken = Rc::clone(&waiting);
@@ -103,11 +104,12 @@ impl<'m> Events<'m> {
         })
     }
 
-    /// The events that came until now, or by the end of `period` if none did.
+    /// Returns the events since the last call, or those that come within `period` if there were
+    /// none.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// The kernel's error for polling the ring buffer.
     pub fn wait(&self, period: Duration) -> Result<Vec<Event>, libbpf_rs::Error> {
         self.ring.poll(period)?;
         Ok(std::mem::take(&mut *self.waiting.borrow_mut()))

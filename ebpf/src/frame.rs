@@ -1,38 +1,40 @@
-//! Frames from descriptions: what an operator asks about without having captured it, and what the self-test sends.
+//! Frames made from descriptions: for an operator who traces a packet without a capture, and for
+//! the self-test.
 //!
-//! Frames are whole, with right lengths and checksums; only what the description names is chosen.
+//! Frames are whole, with valid lengths and checksums; the description chooses nothing else.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use etherparse::{Ethernet2Header, PacketBuilder, PacketBuilderStep};
 use serde::{Deserialize, Serialize};
 
-/// A packet to this node, described.
+/// A description of a packet to this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Description {
-    /// Who sends it.
+    /// The sender.
     pub from: SocketAddr,
-    /// Where to: the port.
+    /// The destination port.
     pub to_port: u16,
-    /// What it is.
+    /// The kind of packet.
     pub shape: Shape,
-    /// Bytes behind the UDP or TCP header; none: as many as such a packet has at least. What is longer than 9,000 is cut.
+    /// Bytes behind the UDP or TCP header, cut at 9,000. None: the least that such a packet has.
     pub payload_bytes: Option<u16>,
 }
 
-/// What a packet is.
+/// A kind of packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Shape {
-    /// A client's first packet: QUIC version 1, without a token, with an ID that the client has chosen.
+    /// The first packet of a QUIC client: version 1, without a token, with an ID that the client
+    /// chose.
     QuicInitial,
-    /// A packet of an established QUIC connection, with an ID that is not ours.
+    /// A packet of an established QUIC connection, with an ID that this node did not issue.
     QuicShort,
     /// The first packet of a TCP connection.
     TcpSyn,
     /// A packet of an established TCP connection.
     TcpAck,
-    /// UDP with zeros in it.
+    /// UDP with a payload of zeros.
     Udp,
 }
 
@@ -78,12 +80,13 @@ impl Description {
     }
 }
 
-/// The first address, unless it is the sender's.
+/// The first of two addresses, or the second if the first is the sender's.
 fn other_than<A: PartialEq>([first, second]: [A; 2], from: A) -> A {
     if first == from { second } else { first }
 }
 
-/// Headers down to IP. Which of its addresses a node is called by does not matter to the program, as long as it is not the sender's.
+/// Headers down to IP. The program does not compare the destination with the node's addresses, so
+/// any address but the sender's will do.
 fn addressed(from: IpAddr) -> PacketBuilderStep<etherparse::IpHeaders> {
     let link: PacketBuilderStep<Ethernet2Header> =
         PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
@@ -122,7 +125,7 @@ mod tests {
         }
     }
 
-    // Protects `trace`: what the operator asks about is what the program is shown.
+    // Protects `trace`: the program sees the packet that the operator describes.
     #[test]
     fn frames_are_what_was_described() {
         for from in ["198.51.100.7:40000", "[2001:db8::7]:40000"] {

@@ -1,11 +1,13 @@
-//! The helper: a child process that keeps the privileges which the node gives up, and does a few things for it.
+//! The helper: a child process that keeps the privileges that the node gives up, and acts for it.
 //!
-//! 1. It is started before capabilities are dropped, and told then, once, where the pins are and which `nft` to run: the
-//!    node cannot point it elsewhere later.
-//! 2. It takes typed requests of a bounded size from one socket, its standard input, and nothing from anywhere else. They are those that the
-//!    node makes: none takes a program, an interface or the table away, and what is none of them ends the conversation.
-//! 3. It ends when the other end closes, which the node's death does.
-//! 4. Requests are answered one by one, in order. After an answer that did not come in time there is no other: it could be the one before.
+//! 1. The node starts it before it drops its capabilities, and tells it once where the pins are and
+//!    which `nft` to run. The node cannot point it elsewhere later.
+//! 2. It takes typed requests of a bounded size from one socket, its standard input, and from
+//!    nothing else. No request removes a program, an interface or the table. Any other message ends
+//!    the conversation.
+//! 3. It ends when the other end of the socket closes, as it does when the node dies.
+//! 4. It answers requests one by one, in order. After an answer that came too late the node takes
+//!    no other: it could belong to the request before.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -29,24 +31,26 @@ use crate::state::AttachMode;
 /// Longest message, in bytes: 65,534 outbound rules of a few prefixes each.
 pub const MESSAGE_BYTES_MAX: usize = 32 << 20;
 
-/// How long a request may take before the helper counts as dead: loading a program takes a second or two.
+/// How long a request may take before the node counts the helper as dead. Loading a program takes a
+/// second or two.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 
-// What `nft` does not do in time is answered, and the helper goes on.
+// When `nft` takes too long, the helper still answers in time, and lives on.
 const _: () = assert!(nft::WITHIN.as_secs() < ANSWER_WITHIN.as_secs());
 
-/// How long it may take to end when nobody asks any more; and between two looks.
+/// How long the helper may take to end after the node has closed the socket, and the time between
+/// two looks at it.
 const END_WITHIN: Duration = Duration::from_secs(5);
 const END_LOOK: Duration = Duration::from_millis(2);
 
-/// What the helper keeps: loading and attaching, and what `nft` needs.
+/// Capabilities that the helper keeps: for loading and attaching, and for `nft`.
 const KEPT: [Capability; 3] = [
     Capability::CAP_BPF,
     Capability::CAP_NET_ADMIN,
     Capability::CAP_PERFMON,
 ];
 
-/// What the helper is told at its start.
+/// What the node tells the helper at its start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Setup {
     /// Where the pins are.
@@ -55,34 +59,34 @@ pub struct Setup {
     pub nft: Nft,
 }
 
-/// What the node may ask for.
+/// A request of the node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
-    /// Say whether the edge's table could be replaced.
+    /// Check whether the edge's table could be replaced.
     CheckNft(Table),
-    /// Replace it.
+    /// Replace the table.
     ApplyNft(Table),
-    /// Say what it is now.
+    /// Return the fingerprint of the table.
     LookAtNft,
     /// Attach to one more interface, or again to one that was made anew.
     Attach {
         /// Its name.
         interface: String,
-        /// Where in the kernel.
+        /// The mode of XDP.
         mode: AttachMode,
     },
 }
 
-/// What the helper says.
+/// An answer of the helper.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
-    /// It is done.
+    /// The request is done.
     Done,
-    /// What the edge's table is now; none: there is no such table.
+    /// The fingerprint of the edge's table; none: there is no table.
     Nft(Option<Fingerprint>),
-    /// Nothing has changed.
+    /// The request failed, and nothing has changed.
     Failed {
         /// The error as a metric label.
         reason: String,
@@ -91,23 +95,23 @@ pub enum Answer {
     },
 }
 
-/// Why a request was not done.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HelperError {
-    /// It could not be started.
+    /// The helper could not be started.
     #[error("cannot start the helper: {0}")]
     Start(#[source] io::Error),
-    /// It is gone, or does not answer.
+    /// The helper is gone, or did not answer in time.
     #[error("the helper is gone; restart the node to change programs or nftables again")]
     Gone(#[source] io::Error),
-    /// What is asked does not fit into a message.
+    /// The request does not fit into a message.
     #[error("a message of {bytes} bytes is above {MESSAGE_BYTES_MAX}")]
     TooLong {
         /// Its size.
         bytes: usize,
     },
-    /// It tried, and nothing has changed.
+    /// The helper tried, and nothing has changed.
     #[error("{message}")]
     Refused {
         /// The error as a metric label.
@@ -130,7 +134,8 @@ impl HelperError {
     }
 }
 
-/// The node's end. Dropped, it closes the socket and waits for the helper's end, or ends it.
+/// The node's end of the conversation. On drop it closes the socket, and waits until the helper
+/// ends or kills it.
 #[derive(Debug)]
 pub struct Helper {
     child: Child,
@@ -139,24 +144,26 @@ pub struct Helper {
 }
 
 impl Helper {
-    /// Starts the helper: `command` is this binary with the subcommand that calls [`serve_stdin`].
+    /// Starts the helper. `command` is this binary with the subcommand that calls [`serve_stdin`].
     ///
     /// # Errors
     ///
-    /// [`HelperError::Start`].
+    /// [`HelperError::Start`] if the process does not start, [`HelperError::Gone`] if it does not
+    /// answer.
     pub fn start(mut command: Command, setup: &Setup) -> Result<Self, HelperError> {
         let (ours, theirs) = UnixStream::pair().map_err(HelperError::Start)?;
         ours.set_read_timeout(Some(ANSWER_WITHIN))
             .map_err(HelperError::Start)?;
         ours.set_write_timeout(Some(ANSWER_WITHIN))
             .map_err(HelperError::Start)?;
-        // In a process group of its own, so that a Ctrl-C meant for the node leaves it to end in order.
+        // The helper gets a process group of its own, so that a Ctrl-C meant for the node lets it
+        // end in order.
         let child = command
             .process_group(0)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .spawn()
             .map_err(HelperError::Start)?;
-        // The command holds the other end as well, and its end must be the helper's alone.
+        // The command holds a copy of the other end, which must be the helper's alone.
         drop(command);
         let helper = Self {
             child,
@@ -166,7 +173,7 @@ impl Helper {
         Ok(helper)
     }
 
-    /// Asks for something and waits until it is done.
+    /// Sends a request, and waits up to 60 seconds until it is done.
     ///
     /// # Errors
     ///
@@ -175,7 +182,7 @@ impl Helper {
         self.exchange(request).map(drop)
     }
 
-    /// What the edge's table is now; none: there is no such table.
+    /// The fingerprint of the edge's table; none: there is no table.
     ///
     /// # Errors
     ///
@@ -189,7 +196,7 @@ impl Helper {
         }
     }
 
-    /// What it answers, a failure apart.
+    /// Sends a message and returns the answer. A failure becomes an error.
     fn exchange(&self, message: &impl Serialize) -> Result<Answer, HelperError> {
         let Some(socket) = &self.socket else {
             return Err(HelperError::Gone(io::ErrorKind::NotConnected.into()));
@@ -207,7 +214,7 @@ impl Helper {
             Ok(answer) => Ok(answer),
             Err(error) => {
                 tracing::debug!(%error, "the helper does not answer");
-                // An answer that is late would be taken for that of the next request.
+                // A late answer would be taken for that of the next request.
                 let _ = socket.shutdown(Shutdown::Both);
                 Err(HelperError::Gone(error))
             }
@@ -217,13 +224,13 @@ impl Helper {
 
 impl Drop for Helper {
     fn drop(&mut self) {
-        // Closes our end, which ends the helper.
+        // This closes the node's end, which ends the helper.
         self.socket = None;
         let until = Instant::now() + END_WITHIN;
         let ended = loop {
             match self.child.try_wait() {
                 Ok(None) if Instant::now() < until => std::thread::sleep(END_LOOK),
-                // Whatever it waits for, as for `nft`.
+                // The helper may wait for something, for example `nft`.
                 Ok(None) => break self.child.kill().and_then(|()| self.child.wait()).map(drop),
                 ended => break ended.map(drop),
             }
@@ -234,21 +241,23 @@ impl Drop for Helper {
     }
 }
 
-/// The helper's main: serves the socket that is its standard input until the other end closes.
+/// The main function of the helper: serves the socket that is its standard input until the other
+/// end closes.
 ///
 /// # Errors
 ///
-/// What broke the conversation; a closed socket is no error.
+/// The error that broke the conversation. A closed socket is no error.
 pub fn serve_stdin() -> io::Result<()> {
     let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     serve(socket)
 }
 
-/// Serves one socket until its other end closes. Gives up the capabilities that it has no use for.
+/// Serves one socket until its other end closes. It first gives up the capabilities that it does
+/// not need.
 ///
 /// # Errors
 ///
-/// What broke the conversation; a closed socket is no error.
+/// The error that broke the conversation. A closed socket is no error.
 pub fn serve(mut socket: UnixStream) -> io::Result<()> {
     drop_capabilities(&KEPT).map_err(io::Error::other)?;
     let Some(setup) = receive::<Setup>(&mut socket)? else {
@@ -258,7 +267,7 @@ pub fn serve(mut socket: UnixStream) -> io::Result<()> {
     while let Some(request) = receive(&mut socket)? {
         let done = perform(&setup, &request);
         if let Answer::Failed { message, .. } = &done {
-            // Who asked says it, once.
+            // The node logs the error, once.
             tracing::debug!(message, "the helper could not do what was asked");
         }
         answer(&mut socket, &done)?;
@@ -285,7 +294,7 @@ fn answer(socket: &mut impl Write, answer: &Answer) -> io::Result<()> {
     send(socket, &serde_json::to_vec(answer)?)
 }
 
-/// A message is its length in four bytes, little-endian, and that much JSON.
+/// A message is its length in four bytes, little-endian, then that many bytes of JSON.
 fn send(socket: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
     let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
     socket.write_all(&length.to_le_bytes())?;
@@ -297,7 +306,8 @@ fn receive<T: DeserializeOwned>(socket: &mut impl Read) -> io::Result<Option<T>>
     let mut length = [0; 4];
     let read = loop {
         match socket.read(&mut length) {
-            // A signal, or the end of an io_uring that this thread had.
+            // A signal interrupts the read, and so does the end of an io_uring that this thread
+            // had.
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             read => break read?,
         }

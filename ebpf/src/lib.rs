@@ -1,6 +1,8 @@
-//! The edge in the kernel: XDP and its companions, their maps, pins, rules of nftables.
+//! The edge in the kernel: the XDP program and its companions, their maps and pins, and the table
+//! of nftables.
 //!
-//! `docs/reference/edge.md` says what is decided; `src/bpf` decides it, `millrace_edge_policy` models it.
+//! `docs/reference/edge.md` specifies the decisions, `src/bpf` makes them, `millrace_edge_policy`
+//! models them.
 
 pub mod abi;
 pub mod clock;

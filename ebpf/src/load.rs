@@ -1,9 +1,10 @@
-//! Opens the compiled objects, sizes their maps, and puts them into the kernel.
+//! Opens the compiled objects, sizes their maps, and loads them into the kernel.
 //!
-//! Invariants:
+//! Invariants
 //!
-//! 1. All objects share one set of maps: those of `edge.bpf.o`, which are made first, or taken over from pins.
-//! 2. The sizes that programs take for constants are those of the maps, also of maps that were taken over.
+//! 1. All objects share one set of maps: those of `edge.bpf.o`, which are made first, or reused
+//!    from pins.
+//! 2. The sizes that programs take for constants are those of the maps, also of reused ones.
 //! 3. An error that the verifier caused carries the end of its log.
 
 use std::cell::RefCell;
@@ -29,10 +30,11 @@ const EDGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/edge.bpf.o"));
 const STAMP: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/stamp.bpf.o"));
 const CONN_STATE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/conn_state.bpf.o"));
 
-/// Names the programs that this binary carries: others have another name.
+/// A name for the programs that this binary carries. Other programs have another name.
 #[must_use]
 pub fn build() -> String {
-    // Its keys are fixed. Were they others in another binary, that one would only replace programs by the same.
+    // The hasher's keys are fixed. A binary with other keys would only replace programs by the same
+    // programs.
     let mut hasher = DefaultHasher::new();
     for object in [EDGE, STAMP, CONN_STATE] {
         hasher.write(object);
@@ -44,27 +46,29 @@ pub fn build() -> String {
 const SIZES: &str = ".rodata.sizes";
 /// Lines of the verifier's log that an error carries.
 const LOG_LINES: usize = 12;
-/// What a program may put in front of a frame, or behind it: a stamp, an option.
+/// The most bytes that a program adds to a frame: a stamp in front, an option behind.
 const FRAME_GROWTH: usize = 256;
 
-/// Sizes of the maps; all are fixed once the maps exist.
+/// Sizes of the maps. They are fixed once the maps exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadOptions {
-    /// Dense nodes of the IPv4 tries of one generation: 1 KiB each, twice, and a quarter more for sparse ones.
+    /// Dense nodes of the IPv4 tries of one generation. Both generations exist, so each takes 2
+    /// KiB, and a quarter more for sparse nodes.
     pub trie_nodes4: u32,
     /// Dense nodes of the IPv6 tries of one generation.
     pub trie_nodes6: u32,
-    /// Buckets of one generation of the sketch, rounded up to a power of two: 64 bytes each, twice.
+    /// Buckets of one generation of the sketch, rounded up to a power of two: 64 bytes each, in
+    /// both generations.
     pub limiter_buckets: u32,
-    /// Rules of one generation: 8 bytes each for each CPU, twice.
+    /// Rules of one generation: 8 bytes each for each CPU, in both generations.
     pub rules_max: u32,
-    /// Registry peers that can prove themselves.
+    /// Registry peers whose proofs the kernel can check.
     pub peers_max: u32,
-    /// Sources whose connections are counted, of each protocol.
+    /// Sources whose connections are counted, for each of QUIC and TCP.
     pub sources_max: u32,
-    /// Flows remembered with scope `host`.
+    /// Flows that are remembered with scope `host`.
     pub replies_max: u32,
-    /// Maps to take over: name to pin. Their sizes stay, whatever is said above.
+    /// Maps to reuse: name to pin. They keep their sizes, whatever the fields above say.
     pub reuse: BTreeMap<String, PathBuf>,
 }
 
@@ -83,7 +87,7 @@ impl Default for LoadOptions {
     }
 }
 
-/// Why the programs are not in the kernel.
+/// Why the programs could not be loaded.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoadError {
@@ -95,7 +99,7 @@ pub enum LoadError {
         /// What libbpf said.
         source: libbpf_rs::Error,
     },
-    /// A map could not be sized or taken over.
+    /// A map could not be sized or reused.
     #[error("cannot set up map {map} of {object}: {source}")]
     Map {
         /// The object.
@@ -125,9 +129,9 @@ pub enum LoadError {
 pub enum Program {
     /// XDP, the one that is attached.
     Edge,
-    /// XDP: says what `Edge` would do and changes nothing.
+    /// XDP: returns the decision of `Edge`, and changes nothing.
     EdgeTrace,
-    /// XDP: does what `Edge` does, in an environment that the caller makes up.
+    /// XDP: decides as `Edge` does, in an environment that the caller makes up.
     EdgeTest,
     /// tcx ingress: turns stamps into marks.
     Stamp,
@@ -135,12 +139,12 @@ pub enum Program {
     Learn,
     /// Tracepoint: counts TCP connections.
     ConnState,
-    /// Iterator over files: counts those that are older than their port's declaration.
+    /// Iterator over files: counts TCP connections that are older than their port's declaration.
     ConnWalk,
 }
 
 impl Program {
-    /// All of them.
+    /// All programs.
     pub const ALL: [Self; 7] = [
         Self::Edge,
         Self::EdgeTrace,
@@ -166,7 +170,7 @@ impl Program {
     }
 }
 
-/// What a program, run by hand, made of a frame.
+/// The result of a program on a frame, in a test run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Run {
     /// `enum xdp_action`.
@@ -175,11 +179,12 @@ pub struct Run {
     pub stamp: Option<u32>,
     /// The frame as the program left it.
     pub frame: Vec<u8>,
-    /// Time of one run, in nanoseconds; the kernel's own measure, without the call.
+    /// Time of one run in nanoseconds, as the kernel measured it, without the system call.
     pub nanoseconds: u64,
 }
 
-/// The edge in the kernel. Nothing is attached by that; what is neither attached nor pinned goes with it.
+/// The programs in the kernel. Loading attaches nothing; the kernel drops what is neither attached
+/// nor pinned together with this.
 #[derive(Debug)]
 pub struct Loaded {
     edge: Object,
@@ -193,8 +198,8 @@ impl Loaded {
     ///
     /// # Errors
     ///
-    /// When the kernel refuses a map or a program: without CAP_BPF and CAP_NET_ADMIN (CAP_PERFMON for the tracepoint), or when
-    /// it is too old.
+    /// See [`LoadError`]. The kernel refuses maps and programs without CAP_BPF and CAP_NET_ADMIN
+    /// (CAP_PERFMON for the tracepoint), and when it is too old.
     pub fn load(options: &LoadOptions) -> Result<Self, LoadError> {
         let edge = load_edge(options)?;
         let stamp = load_companion("stamp", STAMP, &edge, &BTreeMap::new())?;
@@ -221,25 +226,26 @@ impl Loaded {
     ///
     /// # Errors
     ///
-    /// When there is no descriptor left.
+    /// The kernel's error when no descriptor is left.
     pub fn program(&self, program: Program) -> Result<ProgramHandle, libbpf_rs::Error> {
         ProgramHandle::try_from(&self.find(program)?)
     }
 
-    /// Counts TCP connections as long as the link lives.
+    /// Counts TCP connections as long as the returned link lives.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// The kernel's error for attaching to the tracepoint.
     pub fn count_connections(&self) -> Result<Link, libbpf_rs::Error> {
         self.find(Program::ConnState)?.attach()
     }
 
-    /// Runs an XDP program on a frame, `repeat` times on the same memory, without any interface.
+    /// Runs an XDP program on a frame, `repeat` times on the same memory, without an interface
+    /// (`BPF_PROG_TEST_RUN`).
     ///
     /// # Errors
     ///
-    /// What the kernel says: frames have at least 14 bytes.
+    /// The kernel's error. A frame has at least 14 bytes.
     pub fn run(
         &self,
         program: Program,
@@ -253,19 +259,19 @@ impl Loaded {
         self.run_on(program, frame, input)
     }
 
-    /// Runs an XDP program once on a frame of which no more than `linear` bytes lie in one piece, as drivers with small buffers
-    /// hand over long frames; the rest follows in fragments.
+    /// Runs an XDP program once on a frame of which at most `linear` bytes are contiguous; the rest
+    /// is in fragments. Drivers with small buffers hand over long frames so.
     ///
     /// # Errors
     ///
-    /// What the kernel says: it takes Linux 6.18, and at least 14 linear bytes.
+    /// The kernel's error. It takes Linux 6.18, and at least 14 linear bytes.
     pub fn run_split(
         &self,
         program: Program,
         frame: &[u8],
         linear: usize,
     ) -> Result<Run, libbpf_rs::Error> {
-        // `struct xdp_md`, of which `data_end` counts here.
+        // `struct xdp_md`; only its `data_end` counts here.
         let linear = u32::try_from(linear.min(frame.len())).unwrap_or(u32::MAX);
         let mut context: Vec<u8> = [0, linear, 0, 0, 0, 0]
             .iter()
@@ -322,7 +328,7 @@ pub(crate) fn not_there() -> libbpf_rs::Error {
     io::Error::from(io::ErrorKind::NotFound).into()
 }
 
-/// The stamp is metadata: the kernel hands it back in front of the frame.
+/// The stamp is metadata: the kernel returns it in front of the frame.
 fn take_stamp(left: &mut Vec<u8>) -> Option<u32> {
     let (magic, kind) = left.get(..STAMP_PASS_BYTES)?.split_at(4);
     if magic != STAMP_MAGIC.to_ne_bytes() {
@@ -341,7 +347,7 @@ fn take_stamp(left: &mut Vec<u8>) -> Option<u32> {
 
 #[cfg(test)]
 thread_local! {
-    /// The object that this thread loads as the edge: tests put one with a defect here.
+    /// The object that this thread loads as the edge. Tests set one with a defect.
     pub(crate) static EDGE_HERE: std::cell::Cell<&'static [u8]> = const { std::cell::Cell::new(EDGE) };
 }
 
@@ -495,7 +501,8 @@ fn entries_of(object: &OpenObject, map: &str) -> u32 {
         .map_or(0, |found| found.max_entries())
 }
 
-/// Tells the programs what they take for constants. An object that uses none has no such section.
+/// Sets the sizes that the programs take for constants. An object that uses none has no such
+/// section.
 pub(crate) fn set_sizes(
     name: &'static str,
     object: &mut OpenObject,
@@ -525,11 +532,11 @@ pub(crate) fn handle_of(object: &Object, map: &str) -> Result<Option<MapHandle>,
 }
 
 thread_local! {
-    /// What libbpf has said on this thread since the last load began.
+    /// What libbpf printed on this thread since the last load began.
     static LOG: RefCell<VecDeque<String>> = const { RefCell::new(VecDeque::new()) };
 }
 
-/// libbpf has one ear for the whole process.
+/// Takes libbpf's messages. It has one print callback for the whole process.
 fn hear_libbpf() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -540,7 +547,8 @@ fn hear_libbpf() {
     });
 }
 
-/// The verifier's log comes as one message of many lines, of which the last say why.
+/// Keeps the last lines. The verifier's log comes as one message of many lines, of which the last
+/// say why.
 fn keep_tail(log: &mut VecDeque<String>, message: &str) {
     for line in message.split_inclusive('\n') {
         if log.len() == LOG_LINES {

@@ -1,11 +1,14 @@
-//! The maps: descriptors of all, and the memory of those that the kernel lets user space map.
+//! The maps: a descriptor of each, and the memory of those that user space can map.
 //!
-//! Invariants:
+//! Invariants
 //!
-//! 1. This is the only place that touches mapped memory. The kernel's programs, other threads and other processes write it at any time, so it is only
-//!    ever read and written by atomics, word by word; no reference to a plain value in it exists.
-//! 2. A word of 8 bytes is never torn. A larger value is: what must change at once is one word (`active` in `control`).
-//! 3. Stores release and loads acquire: who sees a new `active` sees all that was written before it.
+//! 1. Only this module touches mapped memory. The kernel's programs, other threads and other
+//!    processes write to it at any time. So this module reads and writes it only by atomics, word
+//!    by word, and no reference to a plain value in it exists.
+//! 2. A word of 8 bytes is never torn; a larger value may be. What must change at once is one word
+//!    (`active` in `control`).
+//! 3. Stores release and loads acquire: a reader of a new `active` sees everything that was written
+//!    before it.
 //! 4. A mapping lives as long as its table, and outlives the descriptor.
 #![allow(unsafe_code, reason = "maps memory that the kernel shares")]
 
@@ -25,17 +28,18 @@ use crate::abi::{
     EdgeNode, EdgePorts, EdgeSampling, EdgeService, EdgeSparse, GENERATIONS, PORTS,
 };
 
-/// What a map's memory may be read as and written from.
+/// A type that the memory of a map can be read as and written from.
 ///
 /// # Safety
 ///
-/// `repr(C)`, aligned to at most 8 bytes, without padding; every pattern of bits is a value.
+/// `repr(C)`, aligned to at most 8 bytes, without padding; every bit pattern is a value.
 pub unsafe trait Plain: Copy {}
 
 macro_rules! plain {
     ($($type:ty),* $(,)?) => {
         $(
-            // SAFETY: integers, arrays of them, or `repr(C)` structures of both whose padding is a field.
+            // SAFETY: integers, arrays of them, or `repr(C)` structures of both whose padding is a
+            // field.
             unsafe impl Plain for $type {}
         )*
     };
@@ -63,35 +67,35 @@ plain!(
     EdgeSampling
 );
 
-/// Why a map is not what it should be.
+/// Why a map cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MapError {
     /// It could not be opened.
     #[error("map {name}: {source}")]
     Open {
-        /// The map.
+        /// Name of the map.
         name: String,
         /// What the kernel said.
         source: libbpf_rs::Error,
     },
-    /// Its values have another size than this binary knows.
+    /// Its values have another size than this binary expects.
     #[error(
         "map {name} has values of {found} bytes, not of {expected}: it belongs to another version of millrace; \
          detach (millrace xdp detach) and attach again"
     )]
     Layout {
-        /// The map.
+        /// Name of the map.
         name: String,
-        /// Bytes of its values.
+        /// Size of its values, in bytes.
         found: usize,
-        /// Bytes that they should have.
+        /// Size that this binary expects, in bytes.
         expected: usize,
     },
-    /// The kernel does not map its memory.
+    /// The kernel refuses to map its memory.
     #[error("cannot map the memory of {name}: {source}")]
     Memory {
-        /// The map.
+        /// Name of the map.
         name: String,
         /// What the kernel said.
         source: std::io::Error,
@@ -112,12 +116,12 @@ unsafe impl Sync for Memory {}
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: this is what `mmap` gave; nobody borrows from it any longer.
+        // SAFETY: `mmap` returned this region, and no borrow of it is left.
         let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.bytes) };
     }
 }
 
-/// The values of an array map that is mapped.
+/// The values of an array map, mapped into this process.
 #[derive(Debug)]
 pub struct Table<T> {
     memory: Memory,
@@ -135,7 +139,8 @@ impl<T: Plain> Table<T> {
     ///
     /// # Errors
     ///
-    /// When its values have not the size of `T`, or the kernel does not map it.
+    /// [`MapError::Layout`] if its values have another size than `T`, [`MapError::Memory`] if the
+    /// kernel refuses to map it.
     pub fn map(handle: &MapHandle) -> Result<Self, MapError> {
         let name = || handle.name().to_string_lossy().into_owned();
         let found = handle.value_size() as usize;
@@ -176,30 +181,42 @@ impl<T: Plain> Table<T> {
         })
     }
 
-    /// Values.
+    /// Number of values.
     #[must_use]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there are none, which no map allows.
+    /// Whether the map has no values. No array map is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Reads one value, word by word. Panics past the last.
+    /// Reads one value, word by word.
+    ///
+    /// # Panics
+    ///
+    /// If `index` is not below [`Self::len`].
     #[must_use]
     pub fn load(&self, index: usize) -> T {
         self.load_part(index, 0)
     }
 
-    /// Writes one value, word by word. Panics past the last.
+    /// Writes one value, word by word.
+    ///
+    /// # Panics
+    ///
+    /// If `index` is not below [`Self::len`].
     pub fn store(&self, index: usize, value: &T) {
         self.store_part(index, 0, value);
     }
 
-    /// Reads a field at its offset (`std::mem::offset_of`). Panics past the value's end.
+    /// Reads a field at its offset (`std::mem::offset_of`).
+    ///
+    /// # Panics
+    ///
+    /// If the field reaches past the end of the value.
     #[must_use]
     pub fn load_part<F: Plain>(&self, index: usize, offset: usize) -> F {
         let from = self.place::<F>(index, offset);
@@ -213,7 +230,11 @@ impl<T: Plain> Table<T> {
         unsafe { value.assume_init() }
     }
 
-    /// Writes a field at its offset. Panics past the value's end.
+    /// Writes a field at its offset.
+    ///
+    /// # Panics
+    ///
+    /// If the field reaches past the end of the value.
     pub fn store_part<F: Plain>(&self, index: usize, offset: usize, value: &F) {
         let to = self.place::<F>(index, offset);
         let from = std::ptr::from_ref(value).cast::<u8>();
@@ -235,7 +256,7 @@ impl<T: Plain> Table<T> {
     }
 }
 
-/// Cuts a range of bytes into words that are aligned, the largest that fit: offset and width.
+/// Cuts a range of bytes into the largest aligned words that fit: offset and width of each.
 struct Words {
     address: usize,
     at: usize,
@@ -324,18 +345,19 @@ impl Buckets for Table<EdgeBucket> {
 
     fn bucket(&self, index: usize) -> &[AtomicU64; 8] {
         let place = self.place::<EdgeBucket>(index, 0);
-        // SAFETY: in bounds, aligned to 8, and only ever used by atomics; it lives as long as `self`.
+        // SAFETY: in bounds, aligned to 8, and only ever used by atomics; it lives as long as
+        // `self`.
         unsafe { place.cast().as_ref() }
     }
 }
 
-/// All maps of the edge. Dropping it lets go of this process's share only.
+/// All maps of the edge. Dropping it closes this process's descriptors and mappings only.
 #[derive(Debug)]
 pub struct Maps {
     handles: BTreeMap<&'static str, MapHandle>,
-    /// What user space says: one value.
+    /// State that user space sets: one value.
     pub control: Table<EdgeControl>,
-    /// Services by port: one value.
+    /// The service of each port: one value.
     pub ports: Table<EdgePorts>,
     /// Dense nodes of the IPv4 tries, of both generations.
     pub trie4: Table<EdgeNode>,
@@ -347,18 +369,18 @@ pub struct Maps {
     pub sparse6: Table<EdgeSparse>,
     /// Buckets of the sketch, of both generations.
     pub limiter: Table<EdgeBucket>,
-    /// Global budgets: one bucket each, of which the first word is in use.
+    /// Global budgets, one bucket each. Only the first word of a bucket is used.
     pub budgets: Table<EdgeBucket>,
-    /// How many drops become events: one value.
+    /// How many of the drops become events: one value.
     pub sampling: Table<EdgeSampling>,
-    /// What `edge_trace` and `edge_test` decided last: one value.
+    /// The last decision of `edge_trace` or `edge_test`: one value.
     pub decision: Table<EdgeDecision>,
     /// The environment of `edge_test`: one value.
     pub mock: Table<EdgeMock>,
 }
 
 impl Maps {
-    /// Maps that outlive a program: pinned, and taken over by the next one.
+    /// Maps that outlive a program: they are pinned, and the next program reuses them.
     pub const NAMES: [&'static str; 19] = [
         "control",
         "ports",
@@ -381,11 +403,11 @@ impl Maps {
         "mock",
     ];
 
-    /// Opens every map by name, and maps what can be.
+    /// Opens every map by name, and maps those that can be mapped.
     ///
     /// # Errors
     ///
-    /// When one cannot be opened, or has not the layout of this binary.
+    /// [`MapError`] if one cannot be opened or mapped, or has another layout than this binary.
     pub fn open(
         mut open: impl FnMut(&'static str) -> Result<MapHandle, libbpf_rs::Error>,
     ) -> Result<Self, MapError> {
@@ -413,13 +435,17 @@ impl Maps {
         })
     }
 
-    /// A map's descriptor. Panics on a name that is not in [`Self::NAMES`].
+    /// The descriptor of a map.
+    ///
+    /// # Panics
+    ///
+    /// If `name` is not in [`Self::NAMES`].
     #[must_use]
     pub fn handle(&self, name: &str) -> &MapHandle {
         &self.handles[name]
     }
 
-    /// Key of registry peers by node tag.
+    /// Keys of registry peers, by node tag.
     #[must_use]
     pub fn peers(&self) -> &MapHandle {
         self.handle("peers")
@@ -455,22 +481,24 @@ impl Maps {
         self.handle("events")
     }
 
-    /// Rules that one generation has room for.
+    /// Number of rules that one generation has room for.
     #[must_use]
     pub fn rules_max(&self) -> usize {
         self.hits().max_entries() as usize / GENERATIONS
     }
 
-    /// Says which service a port belongs to: none, or its index. One store.
+    /// Sets the service of a port: its index, or none. It is one store.
     ///
-    /// Panics for a generation or an index that there is not.
+    /// # Panics
+    ///
+    /// For a generation or an index that does not exist.
     pub fn set_port(&self, generation: usize, tcp: bool, port: u16, service: Option<u8>) {
         let entry = service.map_or(0, |index| index + 1);
         self.ports
             .store_part(0, port_offset(generation, tcp, port), &entry);
     }
 
-    /// The service that a port belongs to.
+    /// The index of the service of a port; none if it has none.
     #[must_use]
     pub fn port(&self, generation: usize, tcp: bool, port: u16) -> Option<u8> {
         self.ports
@@ -478,13 +506,13 @@ impl Maps {
             .checked_sub(1)
     }
 
-    /// Writes one generation of what was set. It is not in force by that: `control.active` is.
+    /// Writes one generation of the settings. `control.active` puts it in force, not this.
     pub fn store_config(&self, generation: usize, config: &EdgeConfig) {
         self.control
             .store_part(0, config_offset(generation), config);
     }
 
-    /// One generation of what was set.
+    /// One generation of the settings.
     #[must_use]
     pub fn load_config(&self, generation: usize) -> EdgeConfig {
         self.control.load_part(0, config_offset(generation))

@@ -1,7 +1,8 @@
-//! What the program has counted, as plain numbers: the node renders them.
+//! The counters of the program as plain numbers. The node renders them.
 //!
-//! 1. Every packet is in exactly one counter, of one reason, acted on or only counted.
-//! 2. Sums over CPUs are taken while the program runs: each counter is right, two counters may be a few packets apart.
+//! 1. Every packet is in exactly one counter: of one reason, and either acted on or only counted.
+//! 2. Sums over CPUs are taken while the program runs: each counter is right, and two counters may
+//!    be a few packets apart.
 
 use libbpf_rs::{MapCore, MapFlags};
 use millrace_edge_policy::reason::Reason;
@@ -11,9 +12,9 @@ use crate::abi::REASONS;
 /// Packets by reason, since the maps were made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Counters {
-    /// Passed, answered or dropped for this reason.
+    /// Packets passed, answered or dropped for the reason.
     pub acted: [u64; REASONS],
-    /// Passed, and in mode `enforce` would not have been.
+    /// Packets that passed in mode `count` and would not have in mode `enforce`.
     pub counted: [u64; REASONS],
 }
 
@@ -31,7 +32,7 @@ impl Counters {
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// The kernel's error for reading the map.
     pub fn read(map: &impl MapCore) -> Result<Self, libbpf_rs::Error> {
         let mut sums = Self::default();
         for value in of_cpus(map, 0)? {
@@ -43,7 +44,7 @@ impl Counters {
         Ok(sums)
     }
 
-    /// All packets.
+    /// Number of all packets.
     #[must_use]
     pub fn packets(&self) -> u64 {
         self.acted.iter().chain(&self.counted).sum()
@@ -62,13 +63,12 @@ impl Counters {
     }
 }
 
-/// How often each of the first `rules` rules of a generation decided. `rules_max` is the size of a generation.
-///
-/// One system call for each rule.
+/// How often each of the first `rules` rules of a generation decided. It makes one system call for
+/// each rule.
 ///
 /// # Errors
 ///
-/// What the kernel says.
+/// The kernel's error for reading the map.
 pub fn hits(map: &impl MapCore, generation: u32, rules: u32) -> Result<Vec<u64>, libbpf_rs::Error> {
     let first = generation * (map.max_entries() / 2);
     (first..first + rules)
@@ -76,7 +76,7 @@ pub fn hits(map: &impl MapCore, generation: u32, rules: u32) -> Result<Vec<u64>,
         .collect()
 }
 
-/// Entries of a hash map. Walks it: not for every scrape of a large one.
+/// Number of entries of a hash map. It walks the map: a large one is too slow for every scrape.
 #[must_use]
 pub fn occupancy(map: &impl MapCore) -> Occupancy {
     Occupancy {
@@ -85,7 +85,7 @@ pub fn occupancy(map: &impl MapCore) -> Occupancy {
     }
 }
 
-/// How full a map is.
+/// Fill level of a map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Occupancy {
     /// Entries.
@@ -94,7 +94,7 @@ pub struct Occupancy {
     pub entries_max: u64,
 }
 
-/// The value of each CPU, as words.
+/// The value of each CPU, as 64-bit words.
 fn of_cpus(map: &impl MapCore, index: u32) -> Result<Vec<Vec<u64>>, libbpf_rs::Error> {
     let values = map
         .lookup_percpu(&index.to_le_bytes(), MapFlags::ANY)?

@@ -1,4 +1,4 @@
-//! Where a process stands: in which network namespace, and whether what it mounts outlives it.
+//! Namespaces of a process: its network namespace, and whether its mounts outlive it.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -17,18 +17,19 @@ use crate::sys;
 /// A network namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NetworkNamespace {
-    /// The kernel gives it to no other, ever.
+    /// Cookie. The kernel never gives it to another namespace.
     pub cookie: u64,
-    /// By which tools name it; one that is gone may hand it on.
+    /// Inode, by which tools name the namespace. The kernel may reuse that of a namespace that is
+    /// gone.
     pub inode: u64,
 }
 
 impl NetworkNamespace {
-    /// That of the calling thread.
+    /// The namespace of the calling thread.
     ///
     /// # Errors
     ///
-    /// What the kernel says: it takes Linux 5.14 and `/proc`.
+    /// The kernel's error. It takes Linux 5.14 (`SO_NETNS_COOKIE`) and `/proc`.
     pub fn current() -> io::Result<Self> {
         let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
         Ok(Self {
@@ -37,7 +38,7 @@ impl NetworkNamespace {
         })
     }
 
-    /// As the name of a folder.
+    /// The name of a folder for it.
     pub(crate) fn label(self) -> String {
         format!("{}-{}", self.cookie, self.inode)
     }
@@ -78,8 +79,8 @@ impl fmt::Display for NetworkNamespace {
     }
 }
 
-/// Whether process 1 has the file system of this path mounted too. Otherwise it ends with the last process of the calling one's mount
-/// namespace. Where nobody can tell, it is taken for lasting.
+/// Whether process 1 has the file system of this path mounted too. Otherwise it ends with the last
+/// process of the caller's mount namespace. True if that is not known.
 pub(crate) fn lasts(path: &Path) -> bool {
     let Ok(device) = device(path) else {
         return true;
@@ -87,7 +88,8 @@ pub(crate) fn lasts(path: &Path) -> bool {
     mounts("/proc/1/mountinfo").is_none_or(|mounts| mounts.iter().any(|m| m.device == device))
 }
 
-/// Whether process 1 has a bpffs at this path, or above it, that the calling one does not have. Where nobody can tell, it is taken to have none.
+/// Whether process 1 has a bpffs at this path, or above it, that the caller does not have. False if
+/// that is not known.
 pub(crate) fn is_hidden(path: &Path) -> bool {
     let (Some(first), Some(own)) = (
         mounts("/proc/1/mountinfo"),
@@ -111,13 +113,13 @@ pub(crate) fn is_mounted_as(path: &Path, source: &str) -> bool {
         .any(|mount| mount.device == device && mount.source == source)
 }
 
-/// As `mountinfo` writes it.
+/// The device of a path, as `mountinfo` writes it.
 fn device(path: &Path) -> io::Result<String> {
     let device = fs::metadata(path)?.dev();
     Ok(format!("{}:{}", major(device), minor(device)))
 }
 
-/// What is mounted, of bpffs alone.
+/// A mount of a bpffs.
 #[derive(Debug, PartialEq, Eq)]
 struct Mount {
     device: String,
@@ -133,7 +135,8 @@ fn mounts(file: &str) -> Option<Vec<Mount>> {
         .ok()
 }
 
-/// `36 35 98:0 /root /mount/point options [more ...] - type source options`.
+/// Reads a line of `mountinfo`: `36 35 98:0 /root /mount/point options [more ...] - type source
+/// options`.
 fn bpffs(line: &str) -> Option<Mount> {
     let (mount, what) = line.split_once(" - ")?;
     let mut mount = mount.split(' ').skip(2);
@@ -196,7 +199,8 @@ mod tests {
         }
     }
 
-    // Protects the places where there is no bpffs of another mount namespace: all that is here is seen by process 1, or nobody can tell.
+    // Protects hosts without a bpffs of another mount namespace: process 1 sees all mounts that are
+    // here, or that is not known.
     #[test]
     fn what_everybody_mounts_lasts() {
         assert!(!is_mounted_as(Path::new("/"), "millrace"));

@@ -35,7 +35,7 @@ pub enum RuleAction {
     Allow = 0,
     /// Drops it.
     Deny = 1,
-    /// Drops it, and says so to the sender within a budget.
+    /// Drops it. An error is sent to the sender while the budget for answers lasts.
     Reject = 2,
 }
 

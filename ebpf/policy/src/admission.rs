@@ -1,15 +1,21 @@
 //! Who may open a QUIC connection, decided in user space.
 //!
-//! Where no XDP program runs, or one that only counts, this holds the same caps and limits, with the reasons that user space can
-//! see; where one enforces, it validates tokens and keeps the exact counts of handshakes and connections. Asked once for each first packet
-//! and for each handshake or connection that begins or ends, by all shards at once; never for other packets.
+//! Without an XDP program, or with one that only counts, this module enforces the same caps and
+//! limits, with the reasons that user space can see. Under a program that enforces, it validates
+//! tokens and keeps the exact counts of handshakes and connections. All shards ask it at once: for
+//! each first packet, and for each handshake or connection that begins or ends; never for other
+//! packets.
 //!
-//! 1. A source is charged only when it has shown its address: by a token, or by completing a handshake.
-//! 2. Nothing about an address alone exempts it; a registry peer proves itself in its first packet.
-//! 3. The count of a source's connections is exact: every `opened` that was granted is closed once. So is that of its half-open
-//!    handshakes: every one that was accepted is over once.
-//! 4. Half-open handshakes are bounded alike whether the kernel charges or not: it does not see how they end.
-//! 5. Memory is bounded: the sketch by its buckets, connections by `sources_max`, handshakes by those that the shards hold.
+//! 1. A source is charged only after it has shown its address: by a token, or by a completed
+//!    handshake.
+//! 2. No address is exempt; a registry peer proves itself in its first packet.
+//! 3. The count of a source's connections is exact: the caller closes every granted `opened` once.
+//!    The count of its half-open handshakes is exact too: the caller ends every accepted handshake
+//!    once.
+//! 4. The bounds on half-open handshakes do not depend on who charges: the kernel does not see how
+//!    handshakes end.
+//! 5. Memory is bounded: the sketch by its buckets, connections by `sources_max`, handshakes by the
+//!    number that the shards hold.
 
 mod counts;
 mod handshakes;
@@ -32,25 +38,28 @@ use crate::token::{self, BadToken, Minted, OriginalId};
 use counts::Counts;
 use handshakes::HandshakeCounts;
 
-/// What may be admitted.
+/// Limits and bounds of admission.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AdmissionConfig {
-    /// Rates; those of QUIC connections and of peers count here.
+    /// Rates. Admission uses those of QUIC connections and of peers.
     pub limits: Limits,
-    /// Connections of one source at a time; the one for QUIC counts here.
+    /// Connections of one source at a time. Admission uses the cap for QUIC.
     pub caps: Caps,
-    /// Sources that may have connections at a time.
+    /// Number of sources that may have connections at a time.
     pub sources_max: usize,
-    /// With this many handshakes half open on a shard, who has not shown an address gets a Retry.
+    /// From this many half-open handshakes on a shard, a client without a token gets a Retry.
     pub half_open_retry: usize,
-    /// With this many handshakes half open on a shard, only registry peers that prove themselves may begin another.
+    /// From this many half-open handshakes on a shard, only registry peers that prove themselves
+    /// may begin another.
     pub half_open_non_members_max: usize,
-    /// Handshakes of one source that may be half open, proven peers not counted; twice that for its IPv4 /24 or IPv6 /56, four times for its
-    /// /48. At most half of each without a token. 0: no bound.
+    /// Half-open handshakes of one source, without those of proven peers. Twice that for its IPv4
+    /// /24 or IPv6 /56, four times that for its /48; at most half of each without a token. 0: no
+    /// bound.
     pub half_open_source_max: u32,
-    /// Handshakes of one registry peer that proved itself that may be half open. 0: no bound.
+    /// Half-open handshakes of one registry peer that proved itself. 0: no bound.
     pub half_open_peer_max: u32,
-    /// Buckets of each generation of the sketch: 128 bytes of memory for each.
+    /// Buckets of each generation of the sketch. Each takes 128 bytes of memory: 64 in each
+    /// generation.
     pub sketch_buckets: usize,
 }
 
@@ -72,9 +81,9 @@ impl Default for AdmissionConfig {
 }
 
 impl AdmissionConfig {
-    /// The bounds of a shard that holds `handshakes_max` handshakes: half of them without asking for an address, all but a sixteenth
-    /// without a proof. A sixteenth, because [`stress`](crate::stress) is to rise to peers only, at nine tenths, before non-members find the
-    /// shard full.
+    /// The bounds of a shard that holds `handshakes_max` handshakes: half of them without a token,
+    /// all but a sixteenth without a proof. At nine tenths [`stress`](crate::stress) rises to peers
+    /// only; a sixteenth lets that happen before non-members find the shard full.
     #[must_use]
     pub fn with_handshakes(self, handshakes_max: usize) -> Self {
         Self {
@@ -85,12 +94,12 @@ impl AdmissionConfig {
     }
 }
 
-/// By what a handshake may begin. It is counted by that until it is over.
+/// What entitles a handshake to begin. The handshake is counted under it until it is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entitlement {
-    /// There was room for one whose address nobody has shown.
+    /// Nothing: the shard had room for a client that has not shown its address.
     Unvalidated,
-    /// A valid token, and the ID that the client began with: its address is shown.
+    /// A valid token, which shows the client's address, with the ID that the client began with.
     Token(OriginalId),
     /// The proof of the registry peer with this node tag.
     Peer(u32),
@@ -99,16 +108,16 @@ pub enum Entitlement {
 /// Which bound of half-open handshakes is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Full {
-    /// What a shard holds for non-members.
+    /// The shard's bound for non-members.
     Shard,
-    /// That of the source, or of its prefix.
+    /// The bound of the source, or of its prefix.
     Source,
-    /// That of the registry peer.
+    /// The bound of the registry peer.
     Peer,
 }
 
 impl Full {
-    /// Label on `/metrics`. No [`Reason`]: only user space knows it.
+    /// Label on `/metrics`. It is no [`Reason`], because the kernel never has it.
     pub fn label(self) -> &'static str {
         match self {
             Self::Shard => "handshakes_full",
@@ -118,20 +127,21 @@ impl Full {
     }
 }
 
-/// What becomes of a first packet.
+/// The decision on a first packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum First {
-    /// A handshake may begin, and counts as half open: [`Admission::handshake_over`] is due once.
+    /// A handshake may begin, and counts as half open. The caller must call
+    /// [`Admission::handshake_over`] once.
     Accept(Entitlement),
-    /// It is answered with this.
+    /// The caller answers with this Retry.
     Retry(Minted),
-    /// It ends here.
+    /// The caller drops the packet.
     Drop(Reason),
-    /// It ends here: too many handshakes are half open.
+    /// The caller drops the packet: too many handshakes are half open.
     Full(Full),
 }
 
-/// Decides for all shards of a process.
+/// Admission for all shards of a process.
 #[derive(Debug)]
 pub struct Admission {
     half_open_retry: usize,
@@ -146,7 +156,7 @@ pub struct Admission {
     handshakes: HandshakeCounts,
 }
 
-/// What holds now.
+/// What is in force.
 #[derive(Debug)]
 struct Present {
     limits: Limits,
@@ -157,14 +167,14 @@ struct Present {
     old_until_ns: u64,
 }
 
-/// What will hold next.
+/// The schedules that decide what comes into force next.
 #[derive(Debug)]
 struct Housekeeping {
     schedule: KeySchedule,
     rotation: Rotation,
 }
 
-/// A first packet, and when it came.
+/// A first packet, and the time of its arrival.
 struct Packet<'p> {
     from: SocketAddr,
     dcid: &'p [u8],
@@ -174,7 +184,8 @@ struct Packet<'p> {
 }
 
 impl Admission {
-    /// Admits within `config`, from `now_ns` on. `random` gives unpredictable bytes: six times.
+    /// Admission within `config`, from `now_ns` (CLOCK_MONOTONIC, nanoseconds) on. Takes six
+    /// unpredictable values from `random`.
     pub fn new(config: AdmissionConfig, now_ns: u64, mut random: impl FnMut() -> [u8; 16]) -> Self {
         let schedule = KeySchedule::new(now_ns, &mut random);
         let rotation = Rotation::new(0, sketch_limits(&config.limits), now_ns);
@@ -203,10 +214,12 @@ impl Admission {
         }
     }
 
-    /// What becomes of a packet that may begin a connection.
+    /// Decides on a packet that may begin a connection.
     ///
-    /// `dcid` is its destination ID and belongs to no live connection, `token` its token (empty: none), `half_open` the handshakes
-    /// begun and not completed on the shard that asks, `wall_ns` nanoseconds since 1970.
+    /// `dcid` is its destination ID, which belongs to no live connection. `token` is its token,
+    /// empty if it has none. `half_open` is the number of handshakes that the asking shard has
+    /// begun and not completed. `now_ns` is CLOCK_MONOTONIC, `wall_ns` the time since 1970, both in
+    /// nanoseconds.
     pub fn first_packet(
         &self,
         from: SocketAddr,
@@ -225,7 +238,8 @@ impl Admission {
         };
         let present = self.present();
         if LocalCid::check(dcid, &present.keys, from, now_ns).is_ok() {
-            // Ours, and its connection is gone: nobody may choose it for a new one.
+            // We issued this ID, and its connection is gone: a client may not choose it for a new
+            // one.
             return First::Drop(Reason::QuicUnknownId);
         }
         let peer = proof::check(dcid, from.ip(), wall_ns, |tag| {
@@ -238,12 +252,12 @@ impl Admission {
         decided.unwrap_or_else(First::Drop)
     }
 
-    /// A handshake that [`First::Accept`] let begin is over, well or badly.
+    /// Ends a handshake that [`First::Accept`] granted, whether it completed or failed.
     pub fn handshake_over(&self, from: SocketAddr, by: Entitlement) {
         self.handshakes.end(Source::of(from.ip()), by);
     }
 
-    /// Half-open handshakes of this source, those of proven peers not counted.
+    /// Half-open handshakes of this source, without those of proven peers.
     pub fn half_open(&self, source: Source) -> u32 {
         self.handshakes.of_source(source)
     }
@@ -253,9 +267,9 @@ impl Admission {
         self.handshakes.of_peer(tag)
     }
 
-    /// A handshake completed without a token: its source has now shown its address, and is charged.
+    /// Charges a source whose handshake completed without a token: it has now shown its address.
     ///
-    /// Where the kernel charges, its sketch is charged instead, by whoever maps it.
+    /// Charges nothing while the kernel charges: then the node charges the kernel's sketch instead.
     pub fn validated(&self, from: SocketAddr, now_ns: u64) {
         if !self.kernel_charges() {
             let present = self.present();
@@ -266,7 +280,13 @@ impl Admission {
         }
     }
 
-    /// Counts a connection whose handshake completed; refused at the cap. What was granted must be [`Admission::closed`] once.
+    /// Counts a connection whose handshake completed. The caller must call [`Admission::closed`]
+    /// once for each success.
+    ///
+    /// # Errors
+    ///
+    /// [`Reason::QuicSourceCap`] if the source has as many connections as its cap allows, or if
+    /// `sources_max` other sources have connections. Nothing is counted then.
     pub fn opened(&self, from: SocketAddr) -> Result<(), Reason> {
         if self.counts.open(Source::of(from.ip())) {
             Ok(())
@@ -275,45 +295,46 @@ impl Admission {
         }
     }
 
-    /// A connection that [`Admission::opened`] granted is over.
+    /// Ends a connection that [`Admission::opened`] counted.
     pub fn closed(&self, from: SocketAddr) {
         self.counts.close(Source::of(from.ip()));
     }
 
-    /// Connections that this source has.
+    /// Number of connections that this source has.
     pub fn connections(&self, source: Source) -> u32 {
         self.counts.of(source)
     }
 
-    /// Sets the level of stress, for all shards.
+    /// Sets the level of stress for all shards.
     pub fn set_stress(&self, level: Level) {
         self.stress.store(level as u32, Ordering::Relaxed);
     }
 
-    /// Sets whether the kernel charges sources and budgets; then they are not charged here as well.
+    /// Sets whether the kernel charges sources and budgets. While it does, admission charges
+    /// neither.
     pub fn set_kernel_charges(&self, charges: bool) {
         self.kernel_charges.store(charges, Ordering::Relaxed);
     }
 
-    /// Puts other limits and caps into force. What sources have spent and opened so far still counts.
+    /// Puts other limits and caps in force. What sources have spent and opened still counts.
     pub fn set_limits(&self, limits: Limits, caps: Caps) {
         self.housekeeping().rotation.widen(sketch_limits(&limits));
         self.counts.set_cap(caps.quic);
         self.present_mut().limits = limits;
     }
 
-    /// Sets the keys that we share with registry peers, by node tag.
+    /// Sets the keys that this node shares with registry peers, by node tag.
     pub fn set_peers(&self, peers: BTreeMap<u32, Key>) {
         self.present_mut().peers = peers;
     }
 
-    /// The keys of connection IDs and tokens, as they are now.
+    /// The keys of connection IDs and tokens that are in force.
     pub fn keys(&self) -> Keys {
         self.present().keys
     }
 
-    /// Changes keys and seeds when it is time to. To be called about once a second; true: the keys changed. `random` gives
-    /// unpredictable bytes.
+    /// Changes keys and seeds when they are due. The caller calls it about once a second, with
+    /// CLOCK_MONOTONIC in nanoseconds and unpredictable values. Returns whether the keys changed.
     pub fn tick(&self, now_ns: u64, mut random: impl FnMut() -> [u8; 16]) -> bool {
         let mut housekeeping = self.housekeeping();
         let changed = housekeeping.schedule.advance(now_ns, &mut random);
@@ -321,7 +342,8 @@ impl Admission {
             self.present_mut().keys = housekeeping.schedule.keys();
         }
         if now_ns >= housekeeping.rotation.due_at_ns() {
-            // What the idle generation held is past, so nobody reads it; emptying takes too long to hold the lock that shards wait for.
+            // All words of the idle generation are past, so no shard reads them. Clearing takes too
+            // long to hold the lock that shards wait for.
             let sketch = self.sketch(&self.present());
             sketch.clear_idle();
             if let Some(switch) = housekeeping.rotation.turn(now_ns, random()) {
@@ -334,7 +356,7 @@ impl Admission {
         changed
     }
 
-    /// A registry peer that proved itself.
+    /// Decides on a packet of a registry peer that proved itself.
     fn proven(&self, present: &Present, packet: &Packet<'_>, tag: u32) -> Result<First, Reason> {
         self.begin(packet, Entitlement::Peer(tag), || {
             if self.kernel_charges() {
@@ -354,7 +376,7 @@ impl Admission {
         })
     }
 
-    /// Anybody else.
+    /// Decides on a packet without a valid proof.
     fn non_member(&self, present: &Present, packet: &Packet<'_>) -> Result<First, Reason> {
         if OriginalId::new(packet.dcid).is_none() {
             return Err(Reason::QuicIdLength);
@@ -397,8 +419,8 @@ impl Admission {
             .ok_or(Reason::QuicRetryFailed)
     }
 
-    /// Counts a handshake as half open where there is room and `charge` agrees. It is charged last: what is refused for want of room
-    /// costs nobody's rate.
+    /// Counts a handshake as half open if there is room and `charge` agrees. The charge comes last:
+    /// a packet that is refused for lack of room costs no rate.
     fn begin(
         &self,
         packet: &Packet<'_>,
@@ -412,7 +434,8 @@ impl Admission {
         Ok(First::Accept(by))
     }
 
-    /// False: it shows its address first, which costs the owner of a forged address nothing.
+    /// Whether a handshake without a token may begin. If not, the client gets a Retry, which costs
+    /// the owner of a forged address nothing.
     fn begin_unvalidated(&self, present: &Present, packet: &Packet<'_>) -> bool {
         let (source, by) = (packet.source(), Entitlement::Unvalidated);
         if self.handshakes.begin(source, by).is_err() {
@@ -439,7 +462,8 @@ impl Admission {
         }
     }
 
-    // No lock is held across code that could leave its data half changed, so a poisoned one is as good as any.
+    // No lock is held across code that could leave its data half changed, so a poisoned lock holds
+    // valid data.
 
     fn present(&self) -> RwLockReadGuard<'_, Present> {
         self.present.read().unwrap_or_else(PoisonError::into_inner)
@@ -467,7 +491,7 @@ impl Packet<'_> {
         Source::of(self.from.ip())
     }
 
-    /// What the token gives, if there is one.
+    /// The original ID in the token, if the packet has a token.
     fn original(&self, keys: &Keys) -> Result<Option<OriginalId>, Reason> {
         if self.token.is_empty() {
             return Ok(None);

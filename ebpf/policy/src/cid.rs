@@ -1,14 +1,17 @@
-//! Connection IDs that we give out, and the one field of a QUIC packet that routes it.
+//! Connection IDs that the node issues. They are the one field of a QUIC packet that routes it.
 //!
-//! Checked for every packet in the kernel, for few in user space: one SipHash, no table, no allocation.
+//! The kernel checks one for every packet, user space for few: one SipHash, no table, no
+//! allocation.
 //!
-//! 1. An ID of ours is [`LocalCid::BYTES`] long, so a short header needs no state to be read.
-//! 2. Byte 0 modulo the number of shards is the owner, for IDs that we chose and for those that a
-//!    dialler chose for its first packet. The kernel's steering program does the same sum.
-//! 3. A *handshake* ID holds for one address and port, and for 17 to 34 seconds. A *roaming* ID holds from anywhere, for 73 to 146
-//!    minutes: it is given out only when the handshake has completed.
+//! 1. An ID of ours has [`LocalCid::BYTES`] bytes, so a short header can be read without state.
+//! 2. Byte 0 modulo the number of shards is the owner, for IDs that this node issued and for those
+//!    that a dialler chose for its first packet. The kernel's steering program computes the same.
+//! 3. A *handshake* ID is valid for one address and port, for 17 to 34 seconds. A *roaming* ID is
+//!    valid from any address, for 73 to 146 minutes; the node issues it only after the handshake
+//!    has completed.
 //! 4. A key outlives the IDs that it signed: see [`KeySchedule`].
-//! 5. An ID carries five bits of its epoch, and its tag is over all of them: when the bits come round, the ID does not.
+//! 5. An ID carries five bits of its epoch, and its tag covers the whole epoch: when the five bits
+//!    come round, the ID stays invalid.
 
 mod keys;
 
@@ -20,23 +23,24 @@ pub use keys::{KeySchedule, Keys};
 use crate::siphash::siphash24;
 use crate::source::Source;
 
-/// CLOCK_MONOTONIC in nanoseconds, shifted by this, is the epoch of handshake IDs and of tokens: 17 seconds each.
+/// CLOCK_MONOTONIC in nanoseconds, shifted right by this, is the epoch of handshake IDs and tokens:
+/// 17 seconds each.
 pub const HANDSHAKE_EPOCH_SHIFT: u32 = 34;
 
-/// The same for roaming IDs: 73 minutes each.
+/// The same for the epoch of roaming IDs: 73 minutes each.
 pub const ROAMING_EPOCH_SHIFT: u32 = 42;
 
-/// Slots that an ID can name.
+/// Number of slots that an ID can name.
 pub const SLOTS_MAX: u32 = 1 << 24;
 
 const EPOCH_MASK: u64 = 0x1f;
 
-/// What an ID may be used for.
+/// What an ID is valid for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
-    /// Until the handshake has completed: from one address.
+    /// The time until the handshake has completed, from one address.
     Handshake,
-    /// Afterwards: from wherever the client has moved to.
+    /// The time after the handshake, from any address that the client moves to.
     Roaming,
 }
 
@@ -49,45 +53,45 @@ impl Kind {
     }
 }
 
-/// Where a connection lives.
+/// The place of a connection in this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Place {
     /// The steering byte: owner = shard modulo the number of shards.
     pub shard: u8,
-    /// Which run of the process: random at start, so that packets of an earlier run stand out.
+    /// The run of the process: random at start, so that packets of an earlier run stand out.
     pub generation: u8,
     /// Index of the connection in its shard's table, below [`SLOTS_MAX`].
     pub slot: u32,
 }
 
-/// A connection ID that this process gave out.
+/// A connection ID that this process issued.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LocalCid {
     /// The steering byte: owner = shard modulo the number of shards.
     pub shard: u8,
-    /// Which run of the process.
+    /// The run of the process.
     pub generation: u8,
     /// Index of the connection in its shard's table: 24 bits.
     pub slot: u32,
     /// Tells apart the IDs of one connection.
     pub nonce: u16,
-    /// What it may be used for.
+    /// What it is valid for.
     pub kind: Kind,
     /// Key that signed it: 0 to 3.
     pub key: u8,
-    /// When it was given out: 5 bits of the epoch of its kind.
+    /// The time of issue: five bits of the epoch of its kind.
     pub epoch: u8,
-    /// Proves that we gave it out.
+    /// Proves that this process issued it.
     pub tag: u64,
 }
 
-/// Why an ID does not count; the fault is the sender's.
+/// Why an ID is refused. The fault is the sender's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadId {
-    /// We did not give it out, or not to this address.
+    /// This node did not issue it, or not to this address.
     #[error("the connection ID was not given to this address")]
     Unknown,
-    /// Its time is over.
+    /// It has expired.
     #[error("the connection ID's time is over")]
     Expired,
 }
@@ -96,9 +100,11 @@ impl LocalCid {
     /// Bytes of an encoded ID.
     pub const BYTES: usize = 16;
 
-    /// A handshake ID for the connection at `place`, to be used by `peer` alone.
+    /// Issues a handshake ID for the connection at `place`, valid for `peer` alone. `now_ns` is
+    /// CLOCK_MONOTONIC.
     ///
     /// # Panics
+    ///
     /// If the slot is not below [`SLOTS_MAX`].
     pub fn issue_handshake(
         place: Place,
@@ -110,9 +116,10 @@ impl LocalCid {
         Self::issue(place, nonce, Kind::Handshake, peer, keys, now_ns)
     }
 
-    /// A roaming ID for the connection at `place`.
+    /// Issues a roaming ID for the connection at `place`. `now_ns` is CLOCK_MONOTONIC.
     ///
     /// # Panics
+    ///
     /// If the slot is not below [`SLOTS_MAX`].
     pub fn issue_roaming(place: Place, nonce: u16, keys: &Keys, now_ns: u64) -> [u8; Self::BYTES] {
         let nobody = SocketAddr::from(([0; 4], 0));
@@ -152,7 +159,7 @@ impl LocalCid {
         (u128::from(self.tag) << 64 | u128::from(self.head())).to_le_bytes()
     }
 
-    /// Reads an ID's form; none if its length is not ours. Says nothing about who made it.
+    /// Reads the form of an ID, and does not check who made it. None if the length is not ours.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let bytes: &[u8; Self::BYTES] = bytes.try_into().ok()?;
         let [shard, generation, s0, s1, s2, about, n0, n1, tag @ ..] = *bytes;
@@ -172,7 +179,13 @@ impl LocalCid {
         })
     }
 
-    /// Reads the destination ID of a packet from `peer`, and checks that it may use it now.
+    /// Reads the destination ID of a packet from `peer`, and checks that `peer` may use it at
+    /// `now_ns` (CLOCK_MONOTONIC). Computes one SipHash.
+    ///
+    /// # Errors
+    ///
+    /// [`BadId::Unknown`] if this node did not issue it to `peer`, [`BadId::Expired`] if it did and
+    /// its epoch is over.
     pub fn check(bytes: &[u8], keys: &Keys, peer: SocketAddr, now_ns: u64) -> Result<Self, BadId> {
         let cid = Self::decode(bytes).ok_or(BadId::Unknown)?;
         let made = Made::of(cid.epoch, cid.kind.epoch(now_ns));
@@ -185,12 +198,12 @@ impl LocalCid {
         Ok(cid)
     }
 
-    /// The shard that owns a connection ID, ours or a dialler's.
+    /// The shard that owns a connection ID, whether this node or a dialler chose it.
     pub fn owner(cid: &[u8], shards: u8) -> u8 {
         cid.first().map_or(0, |byte| byte % shards.max(1))
     }
 
-    /// Where its connection lives.
+    /// The place of its connection.
     pub fn place(&self) -> Place {
         Place {
             shard: self.shard,
@@ -199,7 +212,7 @@ impl LocalCid {
         }
     }
 
-    /// `epoch` is the whole number of which the ID carries the low bits.
+    /// The tag under `epoch`, the whole number whose low bits the ID carries.
     fn tag_for(&self, epoch: u64, peer: SocketAddr, keys: &Keys) -> u64 {
         let key = keys.keys[usize::from(self.key)];
         match self.kind {
@@ -237,14 +250,16 @@ impl fmt::Debug for LocalCid {
     }
 }
 
-/// When a roaming ID that is given out at `now_ns` must have been replaced: half an epoch before it ends to count.
+/// When the node must have replaced a roaming ID that it issued at `now_ns`: half an epoch before
+/// the ID expires.
 pub fn reissue_at(now_ns: u64) -> u64 {
     let end = (Kind::Roaming.epoch(now_ns) + 2) << ROAMING_EPOCH_SHIFT;
     end - (1 << (ROAMING_EPOCH_SHIFT - 1))
 }
 
-/// Destination ID of a dialler's first packets that proves nothing: steers them to the shard that will own the
-/// connection, which is `NodeId::spread` of the dialler plus the connection's index.
+/// The destination ID of a dialler's first packets when it proves nothing. It steers them to the
+/// shard that will own the connection: `target_spread` is `NodeId::spread` of the dialler plus the
+/// connection's index.
 pub fn initial_dcid(target_spread: u8, random: [u8; 15]) -> [u8; LocalCid::BYTES] {
     let mut bytes = [target_spread; LocalCid::BYTES];
     bytes[1..].copy_from_slice(&random);
@@ -253,8 +268,8 @@ pub fn initial_dcid(target_spread: u8, random: [u8; 15]) -> [u8; LocalCid::BYTES
 
 /// The destination connection ID of a datagram, and whether its header is a long one.
 ///
-/// Reads what all versions of QUIC have in common (RFC 8999). None for what is too short, and for
-/// IDs over 20 bytes, which no version that we speak has.
+/// Reads what all versions of QUIC have in common (RFC 8999). None for a datagram that is too
+/// short, and for IDs over 20 bytes, which no version that this node speaks has.
 pub fn dcid_of(datagram: &[u8]) -> Option<(&[u8], bool)> {
     let first = *datagram.first()?;
     if first & 0x80 == 0 {
@@ -267,26 +282,26 @@ pub fn dcid_of(datagram: &[u8]) -> Option<(&[u8], bool)> {
     Some((datagram.get(6..6 + len)?, true))
 }
 
-/// What binds a tag to a client: two words of its address, IPv4 mapped, and its port.
+/// The words that bind a tag to a client: two of its address, IPv4 mapped, and its port.
 pub(crate) fn address_words(client: SocketAddr) -> [u64; 3] {
     let [low, high] = Source::of(client.ip()).words();
     [low, high, u64::from(client.port())]
 }
 
-/// What an ID or a token carries of its epoch: five bits.
+/// The five bits of its epoch that an ID or a token carries.
 pub(crate) fn low_bits(epoch: u64) -> u8 {
     (epoch & EPOCH_MASK) as u8
 }
 
-/// When an ID or a token was made, if its tag is right.
+/// The epoch in which an ID or a token was made, provided that its tag is right.
 pub(crate) struct Made {
-    /// The last epoch up to the present one that ends in its five bits: what its tag is over.
+    /// The last epoch, up to the present one, that ends in the five bits. The tag covers it.
     pub(crate) epoch: u64,
     age: u64,
 }
 
 impl Made {
-    /// What the low five bits of a byte say in this epoch.
+    /// Reads the low five bits of a byte in the epoch `present`.
     pub(crate) fn of(byte: u8, present: u64) -> Self {
         let age = present.wrapping_sub(u64::from(byte)) & EPOCH_MASK;
         Self {
@@ -295,7 +310,7 @@ impl Made {
         }
     }
 
-    /// Whether that is the present epoch or the one before.
+    /// Whether it is the present epoch or the one before.
     pub(crate) fn holds(&self) -> bool {
         self.age <= 1
     }

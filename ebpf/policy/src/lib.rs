@@ -1,10 +1,12 @@
-//! What the edge decides, without a kernel: packet views, firewall rules and their compiler, limits, connection IDs,
-//! tokens, and the model of the whole program. `docs/reference/edge.md` is the specification.
+//! What the edge decides, without a kernel: packet views, firewall rules and their compiler,
+//! limits, connection IDs, tokens, and the model of the whole program. `docs/reference/edge.md` is
+//! the specification.
 //!
 //! 1. No I/O, no clock, no `unsafe`; time and randomness are arguments.
-//! 2. What comes from a packet never panics and allocates nothing.
+//! 2. No packet makes the crate panic or allocate.
 //! 3. The kernel's programs and this crate agree bit by bit; `ebpf/tests/model.rs` compares them.
 #![forbid(unsafe_code)]
+#![warn(clippy::missing_errors_doc)]
 
 pub mod action;
 pub mod admission;

@@ -1,10 +1,11 @@
-//! The whole program of the kernel, in plain Rust: the same packets, the same state, the same decisions.
+//! The whole program of the kernel, in plain Rust: from the same packets and the same state it
+//! makes the same decisions.
 //!
-//! It is the specification that runs: a test sends what it decides on through the program as well, and no one may
-//! differ. It is not made to be fast.
+//! It is a specification that runs: a test sends each frame through the program too, and no
+//! decision may differ. It is not made to be fast.
 //!
-//! 1. Whatever a frame holds, nothing panics, and exactly one counter goes up by one.
-//! 2. Time and the cookies of the kernel are arguments; all other state is in the fields.
+//! 1. No frame makes it panic, and each raises exactly one counter by one.
+//! 2. Time and the kernel's cookies are arguments; all other state is in the fields.
 //! 3. A generation that was never published owns no port.
 
 use crate::cid::Keys;
@@ -28,74 +29,77 @@ mod tests;
 /// Highest stress: only registry peers open connections (`EDGE_STRESS_PEERS`).
 pub const STRESS_PEERS: u32 = 2;
 
-/// For how long UDP may answer what this host sent (`EDGE_REPLY_UDP_NS`).
+/// How long UDP may answer what this host sent (`EDGE_REPLY_UDP_NS`), in nanoseconds.
 pub const REPLY_UDP_NS: u64 = 180_000_000_000;
-/// For how long TCP may (`EDGE_REPLY_TCP_NS`).
+/// How long TCP may (`EDGE_REPLY_TCP_NS`), in nanoseconds.
 pub const REPLY_TCP_NS: u64 = 7_440_000_000_000;
 
-/// What a packet meets besides the model's own state.
+/// The inputs of a decision besides the packet and the model's own state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Environment {
     /// CLOCK_MONOTONIC, in nanoseconds.
     pub now_ns: u64,
-    /// What the kernel would say to a SYN.
+    /// The kernel's answer to a request for a SYN cookie.
     pub cookie: Cookie,
-    /// No connection takes a segment, but a listener: it can only be the end of a handshake by a cookie.
+    /// No connection takes the segment, but a listener does: it can only end a handshake by a
+    /// cookie.
     pub meets_listener: bool,
-    /// Limits are looked at and not charged.
+    /// The program looks at limits and does not charge them.
     pub read_only: bool,
 }
 
-/// What comes of asking the kernel for a SYN cookie.
+/// The kernel's answer to a request for a SYN cookie.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Cookie {
-    /// Nothing: nobody listens, `net.ipv4.tcp_syncookies` is 0, or the accept queue is full.
+    /// None: no socket listens, `net.ipv4.tcp_syncookies` is 0, or the accept queue is full.
     #[default]
     None,
-    /// The listener's request queue has room for the SYN, and cookies follow once it is full (`tcp_syncookies` is 1).
+    /// None yet: the listener's request queue has room for the SYN, and the kernel gives cookies
+    /// once it is full (`tcp_syncookies` is 1).
     Room,
     /// A cookie: its sequence number, which is not 0.
     Given(u32),
 }
 
-/// What this host sent, seen from the answer (`struct edge_flow`).
+/// A flow that this host sent, seen from the answer (`struct edge_flow`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Flow {
-    /// Who answers.
+    /// Sender of the answer.
     pub remote: Source,
-    /// From which port.
+    /// Port of the sender.
     pub remote_port: u16,
-    /// To which port of ours.
+    /// Port of this host.
     pub port: u16,
     /// UDP or TCP.
     pub protocol: Protocol,
 }
 
-/// QUIC connections of a source, as a run of the node counted them (`struct edge_count`).
+/// QUIC connections of a source, as one run of the node counted them (`struct edge_count`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Count {
-    /// The run.
+    /// The run of the node.
     pub run: u32,
     /// Established connections.
     pub connections: u32,
 }
 
-/// The kernel's maps, and what it does with them.
+/// The kernel's maps, and the program that uses them.
 #[derive(Debug)]
 pub struct Model {
-    /// Both generations of what operator and registry say.
+    /// The compiled settings and rules of both generations.
     pub config: [Option<Compiled>; 2],
     /// Generation in force.
     pub active: usize,
-    /// From when the other generation is in force again; 0: never.
+    /// When the other generation comes into force again, in nanoseconds of CLOCK_MONOTONIC; 0:
+    /// never.
     pub revert_at_ns: u64,
-    /// Until when stress and QUIC counts hold.
+    /// Until when stress and QUIC counts are valid, in nanoseconds of CLOCK_MONOTONIC.
     pub lease_until_ns: u64,
-    /// 0, 1 or 2.
+    /// Level of stress: 0, 1 or 2.
     pub stress: u32,
-    /// Run of the node whose counts hold.
+    /// The run of the node whose counts are valid.
     pub run: u32,
-    /// What wall time is ahead of the monotonic clock; wraps.
+    /// Nanoseconds that wall time is ahead of CLOCK_MONOTONIC; wraps.
     pub wall_offset_ns: u64,
     /// Keys of connection IDs and tokens.
     pub keys: Keys,
@@ -103,7 +107,7 @@ pub struct Model {
     pub seed: [Key; 2],
     /// Generation of the sketch that is charged.
     pub limiter_active: usize,
-    /// Until when the other one counts as well.
+    /// Until when the other generation counts as well, in nanoseconds of CLOCK_MONOTONIC.
     pub limiter_old_until_ns: u64,
     /// Buckets of the sketch, both generations.
     pub buckets: OwnedBuckets,
@@ -115,17 +119,18 @@ pub struct Model {
     pub quic_sources: BTreeMap<Source, Count>,
     /// TCP connections, by [`Source::cap_key`].
     pub tcp_sources: BTreeMap<Source, u64>,
-    /// Until when ends of handshakes by cookies are looked at: somebody was established beyond rate or cap.
+    /// Until when the program checks segments that may end a handshake by a cookie: a source opened
+    /// connections beyond its rate or cap.
     pub cookies_watched_until_ns: u64,
-    /// With scope `host`: what this host sent, and when it last did.
+    /// With scope `host`: flows that this host sent, and the time of the last packet of each.
     pub replies: BTreeMap<Flow, u64>,
-    /// Packets by reason: acted upon, and only counted.
+    /// Packets by reason: in the first column those acted upon, in the second those only counted.
     pub counters: [[u64; 2]; Reason::ALL.len()],
-    /// Packets that a rule decided, by generation and rule.
+    /// Packets that a rule decided, by generation and rule number.
     pub hits: BTreeMap<(usize, u16), u64>,
 }
 
-/// One packet of ours on its way.
+/// A packet for a declared port, while it is decided.
 struct Case<'m> {
     model: &'m Model,
     compiled: &'m Compiled,
@@ -134,7 +139,7 @@ struct Case<'m> {
     answer: Option<Vec<u8>>,
 }
 
-/// What is known of a packet when its reason is.
+/// The state of a packet when its reason is known.
 struct Verdict {
     reason: Reason,
     ours: bool,
@@ -144,7 +149,8 @@ struct Verdict {
 }
 
 impl Model {
-    /// A model in which nothing was published yet, with so many buckets in each generation of the sketch.
+    /// A model in which nothing was published yet. `limiter_buckets` is the number of buckets in
+    /// each generation of the sketch, rounded up to a power of two.
     pub fn new(limiter_buckets: usize) -> Self {
         Self {
             config: [None, None],
@@ -173,7 +179,7 @@ impl Model {
         }
     }
 
-    /// Puts a set in force at once, in the idle generation; its rules have no hits yet.
+    /// Writes a set to the idle generation and puts it in force. Its rules have no hits yet.
     pub fn publish(&mut self, compiled: Compiled) {
         let idle = self.active ^ 1;
         self.config[idle] = Some(compiled);
@@ -222,7 +228,7 @@ impl Model {
         }
     }
 
-    /// Stress as it holds: 0 once nobody renews the lease.
+    /// The level of stress in force: 0 once the lease has ended.
     pub fn stress(&self, now_ns: u64) -> u32 {
         if now_ns < self.lease_until_ns {
             self.stress
@@ -241,7 +247,7 @@ impl Model {
         config.map_or(Mode::Count, |compiled| compiled.settings.mode)
     }
 
-    /// Up to the service, and on if there is one.
+    /// Reads the frame up to its service, and decides if there is one.
     fn verdict(&self, frame: &[u8], generation: usize, environment: Environment) -> Verdict {
         let not_ours = |reason| Verdict {
             reason,
@@ -269,7 +275,7 @@ impl Model {
             rule: None,
             answer: None,
         };
-        // Both ways a reason: `?` ends where it is found.
+        // Both arms carry a reason: `?` ends at the first that decides.
         let (Ok(reason) | Err(reason)) = match service {
             Some(service) => case.of_service(&packet, service),
             None => case.of_host(&packet),
@@ -328,7 +334,7 @@ impl Case<'_> {
                 self.firewall(packet.source, roots)?;
                 Ok(Reason::PassUdp)
             }
-            // A service is found by its protocol, so this is none of its packets.
+            // A service is found by its protocol, so the packet cannot be for this one.
             _ => Err(Reason::Internal),
         }
     }
@@ -344,7 +350,7 @@ impl Case<'_> {
         }
     }
 
-    /// Whether this host sent something, not too long ago, that the packet answers.
+    /// Whether this host sent a packet, recently enough, that this packet answers.
     fn answers(&self, packet: &Packet<'_>) -> bool {
         let lives_ns = match packet.protocol {
             Protocol::Udp => REPLY_UDP_NS,
@@ -356,7 +362,7 @@ impl Case<'_> {
         })
     }
 
-    /// Section 3.
+    /// Section 3 of the specification.
     fn firewall(&mut self, source: IpAddr, roots: Roots) -> Result<(), Reason> {
         let leaf = match source {
             IpAddr::V4(v4) => self.compiled.trie4.lookup(roots.root4, &v4.octets()),

@@ -1,10 +1,11 @@
-//! A frame as the edge reads it: Ethernet, IP, UDP or TCP, and of QUIC what needs no key.
+//! A frame as the edge reads it: Ethernet, IP, UDP or TCP, and the part of QUIC that needs no key.
 //!
-//! The kernel's program does these steps for each packet; the model calls this module. Views borrow the frame.
+//! The kernel's program takes these steps for each packet; the model calls this module. Views
+//! borrow the frame.
 //!
 //! 1. No input panics, and nothing is allocated.
 //! 2. The order of the checks is part of the specification: it decides which reason is counted.
-//! 3. Padding behind the IP packet is never looked at.
+//! 3. Padding behind the IP packet is never read.
 
 use crate::reason::Reason;
 use serde::{Deserialize, Serialize};
@@ -17,7 +18,7 @@ mod tests;
 
 pub use quic::{ID_BYTES_MAX, INITIAL_BYTES_MIN, Initial, OUR_ID_BYTES, Quic};
 
-/// Transport protocols that services have.
+/// The transport protocols that services have; the value is the IP protocol number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[repr(u8)]
@@ -29,7 +30,7 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    /// The protocol with this number; none for all that no service has.
+    /// The protocol with this number; none for protocols that no service has.
     pub fn from_number(number: u8) -> Option<Self> {
         match number {
             17 => Some(Self::Udp),
@@ -48,7 +49,7 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// A packet up to its ports.
+/// A packet, read up to its ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet<'f> {
     /// Ethernet header and VLAN tags.
@@ -61,22 +62,22 @@ pub struct Packet<'f> {
     pub protocol: Protocol,
     /// Port of the sender.
     pub source_port: u16,
-    /// Port that decides on the service.
+    /// Port of the receiver; it selects the service.
     pub destination_port: u16,
-    /// What the IP packet holds from the transport header on; at least the ports.
+    /// The IP payload from the transport header on; it holds at least the ports.
     pub segment: &'f [u8],
     /// The first fragment of several.
     pub fragment: bool,
-    /// IPv4 options, an IPv6 routing header of type 0, or an endless chain of extension headers.
+    /// IPv4 options, an IPv6 routing header of type 0, or extension headers above 1,024 bytes.
     pub options: bool,
 }
 
-/// What the transport header says.
+/// The transport header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport<'f> {
-    /// UDP, with as much payload as its length says.
+    /// UDP, with the payload that its length names.
     Udp(&'f [u8]),
-    /// TCP, with flags that belong together.
+    /// TCP, with a combination of flags that a TCP may send.
     Tcp(TcpFlags),
 }
 
@@ -125,7 +126,12 @@ const UDP_BYTES: usize = 8;
 const TCP_BYTES_MIN: usize = 20;
 
 impl<'f> Packet<'f> {
-    /// Reads a frame up to the ports; what cannot have a service comes back as its reason.
+    /// Reads a frame up to the ports.
+    ///
+    /// # Errors
+    ///
+    /// The [`Reason`] of a frame that can have no service: not IPv4 or IPv6 with UDP or TCP, a
+    /// later fragment, or malformed headers (section 1 of the specification).
     pub fn parse(frame: &'f [u8]) -> Result<Self, Reason> {
         let (link, ethertype, packet) = ethernet(frame).ok_or(Reason::PassOther)?;
         let ip = match ethertype {
@@ -154,7 +160,12 @@ impl<'f> Packet<'f> {
         })
     }
 
-    /// Refuses to answer what the host would never answer: answers swap the addresses, link and network.
+    /// Refuses a packet that must get no answer: an answer swaps the addresses, of link and
+    /// network.
+    ///
+    /// # Errors
+    ///
+    /// [`Reason::Martian`] if one of the addresses belongs to no single host, or both are the same.
     pub fn refuse_martians(&self) -> Result<(), Reason> {
         let group = |mac: usize| self.link.get(mac).is_none_or(|first| first & 1 != 0);
         let addresses = [self.source, self.destination];
@@ -168,7 +179,11 @@ impl<'f> Packet<'f> {
         Ok(())
     }
 
-    /// Refuses what no declared port takes, whatever its service is.
+    /// Refuses a packet that no declared port takes, whatever its service is.
+    ///
+    /// # Errors
+    ///
+    /// [`Reason::Fragment`] for the first fragment of several, [`Reason::Options`] for options.
     pub fn refuse_fragments_and_options(&self) -> Result<(), Reason> {
         if self.fragment {
             return Err(Reason::Fragment);
@@ -180,6 +195,11 @@ impl<'f> Packet<'f> {
     }
 
     /// Reads the transport header.
+    ///
+    /// # Errors
+    ///
+    /// [`Reason::MalformedL4`] for a header or lengths that are wrong, [`Reason::TcpFlags`] for
+    /// flags that no TCP sends together.
     pub fn transport(&self) -> Result<Transport<'f>, Reason> {
         match self.protocol {
             Protocol::Udp => udp(self.segment).map(Transport::Udp),
@@ -188,7 +208,7 @@ impl<'f> Packet<'f> {
     }
 }
 
-/// Whether no unicast packet of somebody else has this address.
+/// Whether no unicast packet of another host has this address.
 fn is_martian(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => {
@@ -198,7 +218,7 @@ fn is_martian(address: IpAddr) -> bool {
     }
 }
 
-/// What the IP header and its extensions say.
+/// The IP header and its extensions.
 struct Ip<'f> {
     source: IpAddr,
     destination: IpAddr,
@@ -214,7 +234,7 @@ fn ethernet(frame: &[u8]) -> Option<(&[u8], u16, &[u8])> {
     for _ in 0..=VLAN_TAGS_MAX {
         let (link, packet) = frame.split_at_checked(end)?;
         let ethertype = be16(link, end - 2);
-        // The third tag is returned as the type that it is, which nobody knows.
+        // A third tag is returned as the type, which no protocol has.
         let tags = (end - ETHERNET_BYTES) / VLAN_TAG_BYTES;
         if !matches!(ethertype, 0x8100 | 0x88a8) || tags == VLAN_TAGS_MAX {
             return Some((link, ethertype, packet));
@@ -262,7 +282,8 @@ fn ipv6(packet: &[u8]) -> Result<Ip<'_>, Reason> {
     let payload_bytes = usize::from(be16(fixed, 4));
     let address = |from: usize| Ipv6Addr::from(chunk::<16>(fixed, from));
     let source = address(8);
-    // The host drops IPv4 in IPv6 too; here it would be counted as one family and looked up as the other.
+    // The host drops IPv4 in IPv6 too. Here it would be counted in one family and looked up in the
+    // other.
     if fixed[0] >> 4 != 6 || source.to_ipv4_mapped().is_some() {
         return Err(Reason::MalformedIp);
     }
@@ -281,7 +302,7 @@ fn ipv6(packet: &[u8]) -> Result<Ip<'_>, Reason> {
     })
 }
 
-/// What stands behind the extension headers.
+/// The state behind the extension headers.
 struct Extensions<'f> {
     next: u8,
     rest: &'f [u8],
@@ -307,11 +328,11 @@ impl<'f> Extensions<'f> {
                 break;
             }
         }
-        // A seventh extension is left as `next`, which is no protocol of ours.
+        // A seventh extension stays as `next`, which is neither UDP nor TCP.
         Ok(chain)
     }
 
-    /// False once an upper protocol is reached.
+    /// Skips one extension header; false once an upper protocol is reached.
     fn skip_one(&mut self) -> Result<bool, Reason> {
         let known = [
             Self::HOP_BY_HOP,

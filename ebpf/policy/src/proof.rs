@@ -1,8 +1,11 @@
-//! How a dialling registry peer proves itself in its first packet: the destination ID that it chooses carries a MAC.
+//! How a dialling registry peer proves itself in its first packet: it chooses a destination ID that
+//! carries a MAC.
 //!
-//! 1. A proof holds from one source address, for one to two minutes of wall time on either side.
-//! 2. Whoever lacks the pair's key cannot make one; who sees one can repeat it, which is why its uses are limited.
-//! 3. It carries eight bits of its epoch, and the MAC is over all of them: when the bits come round, the proof does not.
+//! 1. A proof is valid for one source address, for one to two minutes of wall time on either side.
+//! 2. Only a holder of the pair's key can make one. A listener on the path can repeat one, so its
+//!    uses are limited.
+//! 3. It carries eight bits of its epoch, and the MAC covers the whole epoch: when the bits come
+//!    round, the proof stays invalid.
 
 use std::net::IpAddr;
 
@@ -12,19 +15,19 @@ use crate::source::Source;
 /// Bytes of a proof: the longest ID that QUIC allows.
 pub const BYTES: usize = 20;
 
-/// Wall time in nanoseconds, shifted by this, is the epoch: 69 seconds each.
+/// Wall time in nanoseconds, shifted right by this, is the epoch: 69 seconds each.
 pub const EPOCH_SHIFT: u32 = 36;
 
-/// What stands for a node in proofs: the first four bytes of its ID, zeros where there are fewer.
+/// The tag of a node in proofs: the first four bytes of its ID, padded with zeros.
 pub fn node_tag_of(id: &[u8]) -> u32 {
     let byte = |index| id.get(index).copied().unwrap_or(0);
     u32::from_le_bytes([byte(0), byte(1), byte(2), byte(3)])
 }
 
-/// The destination ID of a dialler's first packet.
+/// Makes the destination ID of a dialler's first packet.
 ///
-/// `steer` chooses the listener's shard, `node_tag` and `source` are the dialler's, `wall_ns` is nanoseconds since 1970, `key` the
-/// pair's.
+/// `steer` selects the listener's shard, `node_tag` and `source` are the dialler's, `wall_ns` is
+/// the time since 1970 in nanoseconds, `key` is the pair's.
 pub fn make(
     steer: u8,
     node_tag: u32,
@@ -44,7 +47,9 @@ pub fn make(
     id
 }
 
-/// The tag of the node that made this ID for its first packet from `source`; none if it is no valid proof.
+/// The tag of the node that made this ID for its first packet from `source`; none if it is no valid
+/// proof. `key_of` returns the key of a known node, `wall_ns` is the time since 1970 in
+/// nanoseconds.
 pub fn check(
     id: &[u8],
     source: IpAddr,
@@ -60,14 +65,14 @@ pub fn check(
     right.then_some(node_tag)
 }
 
-/// The epoch that ends in this byte, if it is the present one or next to it.
+/// The epoch that ends in this byte, if it is the present one or a neighbour.
 fn made_around(byte: u8, present: u64) -> Option<u64> {
     let next = present.wrapping_add(1);
     let age = (next as u8).wrapping_sub(byte);
     (age <= 2).then(|| next.wrapping_sub(u64::from(age)))
 }
 
-/// `epoch` is the whole number of which the ID carries the low byte.
+/// The MAC under `epoch`, the whole number whose low byte the ID carries.
 fn mac(id: &[u8; BYTES], epoch: u64, source: IpAddr, key: Key) -> u64 {
     let [b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, ..] = *id;
     let head = u64::from_le_bytes([b0, b1, b2, b3, b4, b5, b6, b7]);

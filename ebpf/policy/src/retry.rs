@@ -1,11 +1,14 @@
-//! A Retry packet and the frame that carries it, as the kernel's program makes them (RFC 9000 17.2.5, RFC 9001 5.8).
+//! A Retry packet and the frame that carries it, as the kernel's program makes them (RFC 9000
+//! section 17.2.5, RFC 9001 section 5.8).
 //!
-//! The integrity tag is AES-128-GCM over associated data alone, with a key and a nonce that the RFC prints. So the block cipher
-//! has only two constant inputs, and its outputs stand here; what is left is GHASH, bit by bit: right, and too slow for anything but the
-//! model. Answers that are sent come from the kernel, or from the QUIC library.
+//! The integrity tag is AES-128-GCM over associated data alone, with a key and a nonce that the RFC
+//! prints. So the block cipher has only two inputs, both constant, and this file holds its outputs.
+//! What remains is GHASH, computed bit by bit: right, and too slow for anything but the model. The
+//! kernel or the QUIC library makes the answers that are sent.
 //!
-//! 1. A Retry proves nothing and hides nothing; the tag keeps accidents apart from answers.
-//! 2. A frame answers the packet that it is made from: addresses and ports are swapped, and no more of it is kept.
+//! 1. A Retry proves nothing and hides nothing; the tag tells an answer from an accident.
+//! 2. A frame answers the packet that it is made from: it swaps addresses and ports, and keeps no
+//!    more of the packet.
 
 use crate::packet::Packet;
 use crate::token::Minted;
@@ -14,9 +17,9 @@ use std::net::IpAddr;
 /// Bytes of the integrity tag.
 pub const TAG_BYTES: usize = 16;
 
-/// The hash key: AES under the RFC's key of a block of zeros.
+/// The hash key: AES-128 of a block of zeros under the RFC's key.
 const H: u128 = 0x7295_6a45_4ffa_ff54_85a1_3a12_44d0_1d47;
-/// AES under the RFC's key of its nonce and the counter 1.
+/// AES-128 of the RFC's nonce and the counter 1 under the RFC's key.
 const PAD: u128 = 0x555e_4b74_9355_6eea_af75_d35b_d7fb_a5d8;
 /// x^128 + x^7 + x^2 + x + 1, in GCM's reflected order.
 const REDUCTION: u128 = 0xe1 << 120;
@@ -28,7 +31,8 @@ const IPV4_BYTES: u16 = 20;
 const HOP_LIMIT: u8 = 64;
 const UDP: u8 = 17;
 
-/// The Retry for a client whose first packet came from `client_id` and went to `original_id`; both at most 20 bytes.
+/// The Retry for a client whose first packet had the source ID `client_id` and the destination ID
+/// `original_id`; both have at most 20 bytes.
 pub fn packet(client_id: &[u8], original_id: &[u8], minted: &Minted) -> Vec<u8> {
     let mut packet = vec![FIRST_BYTE];
     packet.extend(VERSION_1);
@@ -40,7 +44,7 @@ pub fn packet(client_id: &[u8], original_id: &[u8], minted: &Minted) -> Vec<u8> 
     packet
 }
 
-/// The tag behind a Retry `packet`, which has none yet.
+/// The integrity tag of a Retry `packet` that has no tag yet (RFC 9001 section 5.8).
 pub fn integrity_tag(original_id: &[u8], packet: &[u8]) -> [u8; TAG_BYTES] {
     let mut signed = Vec::new();
     put_id(&mut signed, original_id);
@@ -48,7 +52,7 @@ pub fn integrity_tag(original_id: &[u8], packet: &[u8]) -> [u8; TAG_BYTES] {
     (ghash(&signed) ^ PAD).to_be_bytes()
 }
 
-/// The frame that takes a UDP payload back to where `packet` came from.
+/// The frame that takes a UDP payload back to the sender of `packet`.
 pub fn frame(packet: &Packet<'_>, payload: &[u8]) -> Vec<u8> {
     let mut frame = packet.link.to_vec();
     frame[..6].copy_from_slice(&packet.link[6..12]);
@@ -98,7 +102,7 @@ fn datagram(packet: &Packet<'_>, payload: &[u8]) -> Vec<u8> {
     summed.extend(bytes.to_be_bytes());
     summed.extend([0, UDP]);
     summed.extend(&datagram);
-    // A checksum of zero would say that there is none.
+    // A checksum of zero would mean that there is none (RFC 768).
     let checksum = match !ones_complement_sum(&summed) {
         0 => 0xffff,
         checksum => checksum,
@@ -195,7 +199,8 @@ mod tests {
         assert_eq!(packet[75..], integrity_tag(&[9; 20], &packet[..75]));
     }
 
-    // Protects clients: a frame with a wrong length or checksum never reaches them. Another library checks both.
+    // Protects clients: a frame with a wrong length or checksum never reaches them. Another library
+    // checks both.
     #[test]
     fn frames_are_answers() {
         for payload in [&b"odd"[..], b"even", &[0xff; 71]] {

@@ -4,10 +4,12 @@
 //! registry tables -> RuleSet -> for one node, in order -> compile -> tries, inbound rules, outbound rules
 //! ```
 //!
-//! 1. The first rule that fits decides. Order: temporary rules (the newest first), the members of the registry, then the
-//!    registry's rules by scope (node, subnet, role, global) and place.
-//! 2. An invalid rule refuses the whole set: a firewall with a hole where a rule should be is worse than yesterday's firewall.
-//! 3. A rule without prefixes means every source; a rule whose list of members is empty means none.
+//! 1. The first rule that matches decides. Order: temporary rules (the newest first), the members
+//!    of the registry, then the registry's rules by scope (node, subnet, role, global) and place.
+//! 2. An invalid rule refuses the whole set: a firewall with a hole where a rule should be is worse
+//!    than yesterday's firewall.
+//! 3. A rule without prefixes matches every source; a rule whose list of members is empty matches
+//!    none.
 
 use crate::packet::Protocol;
 use crate::settings::SettingsError;
@@ -27,20 +29,21 @@ mod tests;
 pub use crate::action::RuleAction;
 pub use compile::{Bounds, Compiled, CompiledRule, Roots, compile};
 
-/// Rules that the kernel can tell apart (`EDGE_RULE_DEFAULT` is none of them).
+/// The most rules that the kernel can tell apart (`EDGE_RULE_DEFAULT` is none of them).
 pub const RULES_MAX: usize = 65_534;
 
-/// Whose packets a rule is about.
+/// The remote addresses that a rule matches.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Sources {
-    /// Everybody's.
+    /// Every address.
     Any,
-    /// Those from (outbound: to) one of these; nobody's if there are none.
+    /// Addresses in one of these prefixes: the source of inbound packets, the destination of
+    /// outbound ones. An empty list matches none.
     Prefixes(Vec<IpNet>),
 }
 
-/// Which way the packets go.
+/// The direction of the packets that a rule matches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Direction {
@@ -51,25 +54,25 @@ pub enum Direction {
     Outbound,
 }
 
-/// A user whose packets an outbound rule is about: a name or a number, as `chown` takes it.
+/// A user whose packets an outbound rule matches: a name or a number, as `chown` takes it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct User(String);
 
-/// Where a rule comes from.
+/// The origin of a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Provenance {
-    /// An operator, on this machine, for a while.
+    /// An operator on this machine, for a limited time.
     Temporary {
         /// When it lapses, in seconds since 1970.
         until_unix_seconds: u64,
     },
-    /// The members of the registry are allowed.
+    /// The registry: its members are allowed.
     Members,
-    /// A `[[firewall]]` table.
+    /// A `[[firewall]]` table of the registry.
     Registry {
-        /// Of the registry.
+        /// Version of the registry.
         version: u64,
         /// Place in that version, from 1.
         number: usize,
@@ -79,28 +82,29 @@ pub enum Provenance {
 /// A rule that applies to this node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rule {
-    /// Whose packets.
+    /// Remote addresses that it matches.
     pub sources: Sources,
-    /// To which ports; none: to all that are declared.
+    /// Ports of this node (outbound: of the remote host) that it matches; none: every declared
+    /// port.
     pub ports: Option<Vec<RangeInclusive<u16>>>,
-    /// By which protocol; none: by both.
+    /// Protocol that it matches; none: UDP and TCP.
     pub protocol: Option<Protocol>,
-    /// What becomes of them.
+    /// What it does with the packet.
     pub action: RuleAction,
-    /// Which way.
+    /// Direction of the packets.
     pub direction: Direction,
-    /// Of which user; outbound rules alone have one.
+    /// User whose packets it matches; only outbound rules have one.
     pub user: Option<User>,
-    /// For people.
+    /// Text for people.
     pub comment: Option<String>,
-    /// Who says so.
+    /// Origin of the rule.
     pub provenance: Provenance,
 }
 
-/// An operator's live `allow` or `deny`.
+/// A rule that an operator adds for a limited time, by `xdp allow` or `xdp deny`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Temporary {
-    /// Whose packets.
+    /// Remote addresses that it matches.
     pub prefix: IpNet,
     /// Allow or deny.
     pub action: RuleAction,
@@ -108,7 +112,7 @@ pub struct Temporary {
     pub until_unix_seconds: u64,
 }
 
-/// Which nodes a rule is for.
+/// The nodes that a rule is for.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RuleScope {
     /// One node, by the text of its ID.
@@ -117,11 +121,11 @@ pub enum RuleScope {
     Subnet(String),
     /// The nodes that have this role.
     Role(String),
-    /// All.
+    /// All nodes.
     Global,
 }
 
-/// What decides which scopes are this node's.
+/// What decides which scopes include this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Locality {
     /// Text of the node's ID.
@@ -139,54 +143,54 @@ pub struct RuleSet {
     rules: Vec<(RuleScope, Rule)>,
 }
 
-/// Why rules are refused, all of them.
+/// Why a set of rules is refused.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RulesError {
-    /// One of them is wrong: the registry's fault.
+    /// A rule is invalid: the registry's fault.
     #[error(
         "registry version {version}, firewall rule {number}: {field} = {value}: {problem}; {remedy}"
     )]
     Rule {
-        /// Of the registry.
+        /// Version of the registry.
         version: u64,
         /// Place in that version, from 1.
         number: usize,
         /// Key of the table.
         field: String,
-        /// What stands there.
+        /// The value of that key.
         value: String,
         /// What is wrong with it.
         problem: String,
-        /// What to do.
+        /// What the author of the rule can do.
         remedy: String,
     },
-    /// More rules apply to this node than it keeps apart.
+    /// More rules apply to this node than the kernel keeps apart.
     #[error(
         "{rules} inbound rules apply, at most {rules_max} are kept; merge prefixes into one rule, or raise rules_max"
     )]
     TooManyRules {
-        /// That apply.
+        /// Number of rules that apply.
         rules: usize,
-        /// Allowed.
+        /// Number of rules that are allowed.
         rules_max: usize,
     },
-    /// The tries do not fit.
+    /// The tries do not fit into the node budget.
     #[error(
         "the IPv{family} prefixes take about {nodes} {kind}, {nodes_max} are allowed; name fewer or shorter prefixes, or raise trie_nodes_max"
     )]
     TooManyNodes {
-        /// 4 or 6.
+        /// Address family: 4 or 6.
         family: u8,
-        /// Which nodes.
+        /// Kind of node.
         kind: NodeKind,
-        /// That the prefixes take for the services looked at so far; of [`NodeKind::Building`] those of one service, if no prefix
-        /// hides another.
+        /// Nodes that the prefixes take for the services compiled so far. For
+        /// [`NodeKind::Building`], those of one service if no prefix hides another.
         nodes: usize,
-        /// Allowed.
+        /// Nodes that are allowed.
         nodes_max: usize,
     },
-    /// The operator's side of it is wrong.
+    /// The operator's settings are wrong.
     #[error(transparent)]
     Settings(#[from] SettingsError),
 }
@@ -206,7 +210,12 @@ impl RulesError {
 impl RuleSet {
     /// Reads the `[[firewall]]` tables of a registry version.
     ///
-    /// Every rule is checked, whichever node it is for: all nodes refuse the same sets.
+    /// It checks every rule, whichever node the rule is for, so that all nodes refuse the same
+    /// sets.
+    ///
+    /// # Errors
+    ///
+    /// [`RulesError::Rule`] for the first rule with a wrong value.
     pub fn read(version: u64, tables: &[toml::Table]) -> Result<Self, RulesError> {
         let rules = tables
             .iter()
@@ -216,26 +225,26 @@ impl RuleSet {
         Ok(Self { version, rules })
     }
 
-    /// Version of the registry that the rules come from; 0: there is none yet.
+    /// Version of the registry that the rules come from; 0: no version yet.
     pub fn version(&self) -> u64 {
         self.version
     }
 
-    /// The rules for one node, in the order in which they are tried.
+    /// The rules for one node, in the order in which the edge tries them.
     pub fn for_node(&self, node: &Locality) -> Vec<Rule> {
         let mut rules: Vec<_> = self
             .rules
             .iter()
             .filter_map(|(scope, rule)| Some((scope.priority(node)?, rule.clone())))
             .collect();
-        // Stable: inside a scope the document's order stays.
+        // The sort is stable: inside a scope the order of the document stays.
         rules.sort_by_key(|(priority, _)| *priority);
         rules.into_iter().map(|(_, rule)| rule).collect()
     }
 }
 
 impl RuleScope {
-    /// 0 decides first; none: not for this node.
+    /// The rank of its scope on this node, 0 decides first; none: the rule is not for this node.
     fn priority(&self, node: &Locality) -> Option<u8> {
         match self {
             Self::Node(id) => (*id == node.node).then_some(0),
@@ -246,10 +255,10 @@ impl RuleScope {
     }
 }
 
-/// All rules of a node in the order in which they are tried: temporary ones that have not lapsed, the registry's members,
-/// the registry's rules.
+/// All rules of a node in the order in which the edge tries them: temporary rules that have not
+/// lapsed, the registry's members, the registry's rules.
 ///
-/// `temporary` is in the order of issue: the newest decides first. `now_unix_seconds` is wall time.
+/// `temporary` is in the order of issue; the newest decides first. `now_unix_seconds` is wall time.
 pub fn in_order(
     temporary: &[Temporary],
     members: impl IntoIterator<Item = IpAddr>,
@@ -268,7 +277,7 @@ pub fn in_order(
 }
 
 impl Rule {
-    /// The rule by which members of the registry are allowed, to all ports.
+    /// The rule that allows members of the registry to reach all ports.
     pub fn members(addresses: impl IntoIterator<Item = IpAddr>) -> Self {
         let prefixes = addresses
             .into_iter()
@@ -297,21 +306,22 @@ impl Rule {
         }
     }
 
-    /// Whether packets to this port fall under the rule, if their source does.
+    /// Whether the rule matches packets to this port, provided that their source matches.
     pub fn covers(&self, protocol: Protocol, port: u16) -> bool {
         let listed = |ports: &Vec<RangeInclusive<u16>>| ports.iter().any(|r| r.contains(&port));
         self.protocol.is_none_or(|wanted| wanted == protocol)
             && self.ports.as_ref().is_none_or(listed)
     }
 
-    /// Whether the rule asks for no port and no protocol, and so also speaks for the ports that are not declared.
+    /// Whether the rule names neither port nor protocol, and so also covers ports that are not
+    /// declared.
     pub fn covers_host(&self) -> bool {
         self.protocol.is_none() && self.ports.is_none()
     }
 }
 
 impl User {
-    /// The name or number, of letters, digits, `_`, `-` and `.` alone.
+    /// The name or number. It holds only letters, digits, `_`, `-` and `.`.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -348,7 +358,7 @@ impl fmt::Display for Provenance {
     }
 }
 
-/// Prefixes that are written out; a rule may have thousands.
+/// Number of prefixes that a message prints; a rule may have thousands.
 const PREFIXES_SHOWN: usize = 3;
 
 impl fmt::Display for Rule {

@@ -1,6 +1,7 @@
-//! What an operator says of the edge: mode, services, limits, caps.
+//! The operator's settings of the edge: mode, services, limits, caps.
 //!
-//! 1. [`Settings::validate`] is called before anything is compiled or published; what it accepts, the kernel can keep.
+//! 1. The caller runs [`Settings::validate`] before it compiles or publishes anything; the kernel
+//!    can keep what passes.
 //! 2. Each limit of a source stands for all its levels: see [`levels`].
 
 use crate::limiter::{Limit, TOLERANCE_MAX_NS};
@@ -10,9 +11,9 @@ use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use thiserror::Error;
 
-/// Services of one node, the host's own not counted.
+/// The most services of one node, without the host's own.
 pub const SERVICES_MAX: usize = 16;
-/// Global budgets: see [`Budget`].
+/// Number of global budgets: see [`Budget`].
 pub const BUDGETS: usize = 5;
 
 /// A budget that all sources share. The order is that of `enum edge_budget`.
@@ -43,33 +44,33 @@ pub enum Mode {
     Enforce = 1,
 }
 
-/// Whose traffic the edge decides on.
+/// The traffic that the edge decides on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[repr(u32)]
 pub enum Scope {
-    /// The declared ports alone.
+    /// Packets to the declared ports alone.
     #[default]
     Ports = 0,
-    /// All traffic but answers to what the host sent.
+    /// All traffic except answers to what the host sent.
     Host = 1,
 }
 
-/// What listens on a port, and so which checks apply.
+/// The kind of a service; it decides which checks apply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[repr(u8)]
 pub enum Kind {
-    /// The node's transport: firewall, IDs, tokens, rates, caps.
+    /// QUIC, the node's transport: firewall, IDs, tokens, rates, caps.
     Quic = 1,
     /// TCP: firewall, rates, caps.
     Tcp = 2,
-    /// Other UDP: the firewall alone.
+    /// Other UDP: firewall alone.
     Udp = 3,
 }
 
 impl Kind {
-    /// The protocol that such a service is reached by.
+    /// The transport protocol of such a service.
     pub fn protocol(self) -> Protocol {
         match self {
             Self::Quic | Self::Udp => Protocol::Udp,
@@ -78,13 +79,13 @@ impl Kind {
     }
 }
 
-/// What becomes of a source that no rule names.
+/// What the edge does with a packet that no rule matches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DefaultAction {
-    /// It is let in.
+    /// Lets it in.
     Allow,
-    /// It is dropped.
+    /// Drops it.
     #[default]
     Deny,
 }
@@ -92,22 +93,22 @@ pub enum DefaultAction {
 /// A port that the node declares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Service {
-    /// Where it listens, not 0.
+    /// The port that it listens on, not 0.
     pub port: u16,
-    /// What it is.
+    /// Its kind.
     pub kind: Kind,
-    /// For sources that no rule names.
+    /// For packets that no rule matches.
     pub default_action: DefaultAction,
 }
 
 /// Rates and bursts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Handshakes of all sources whose address is not validated; beyond it they get a Retry.
+    /// Handshakes of all sources without a validated address; beyond it they get a Retry.
     pub unvalidated: Limit,
     /// SYNs of all sources; beyond it they get a cookie.
     pub syn: Limit,
-    /// Packets of versions that we do not speak, of all sources.
+    /// Packets of QUIC versions that the node does not speak, of all sources.
     pub version: Limit,
     /// Dial requests, of all sources.
     pub dial_request: Limit,
@@ -121,7 +122,7 @@ pub struct Limits {
     pub peer: Limit,
     /// Packets with the same proof.
     pub proof: Limit,
-    /// Packets under one connection ID, while there is stress.
+    /// Packets under one connection ID, while the level of stress is above normal.
     pub id: Limit,
 }
 
@@ -130,41 +131,41 @@ pub struct Limits {
 pub struct Caps {
     /// QUIC connections, established.
     pub quic: u32,
-    /// TCP connections, established and passive.
+    /// TCP connections, established, that the source opened.
     pub tcp: u32,
 }
 
-/// All that an operator says.
+/// All settings of an operator.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
-    /// Refuse or count.
+    /// Enforce or count.
     pub mode: Mode,
-    /// Ports or host.
+    /// Declared ports or the whole host.
     pub scope: Scope,
     /// Declared ports; the index is the number of the service.
     pub services: Vec<Service>,
-    /// With [`Scope::Host`]: for sources that no rule names, to ports that are not declared.
+    /// With [`Scope::Host`]: for packets to undeclared ports that no rule matches.
     pub host_default: DefaultAction,
-    /// Rates.
+    /// Rates and bursts.
     pub limits: Limits,
-    /// Connections.
+    /// Connections of one source at a time.
     pub caps: Caps,
 }
 
-/// Why settings are refused. All are the operator's to mend.
+/// Why settings are refused. The operator can mend each of them.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SettingsError {
-    /// More than the kernel's table holds.
+    /// More services than the kernel's table holds.
     #[error("{services} services are declared, at most {SERVICES_MAX} are kept apart")]
     Services {
-        /// Declared.
+        /// Number of declared services.
         services: usize,
     },
-    /// No service listens there.
+    /// A service declares port 0, where none can listen.
     #[error("port 0 is declared; write the port that the service listens on")]
     PortZero,
-    /// Which of the two should decide?
+    /// Two services declare the same port.
     #[error("{protocol} port {port} is declared twice; remove one of them")]
     PortTwice {
         /// The port.
@@ -172,14 +173,14 @@ pub enum SettingsError {
         /// Its protocol.
         protocol: Protocol,
     },
-    /// Times of the sketch have 48 bits.
+    /// A limit is longer than the sketch can keep: its times have 48 bits.
     #[error(
         "limit {limit} keeps {reach_ns} ns of a source's past, at most {TOLERANCE_MAX_NS} fit; raise its rate or lower its burst"
     )]
     Limit {
         /// Name of the limit.
         limit: &'static str,
-        /// Interval or tolerance, the longer, in nanoseconds.
+        /// The longer of interval and tolerance, in nanoseconds.
         reach_ns: u64,
     },
 }
@@ -197,7 +198,11 @@ impl SettingsError {
 }
 
 impl Settings {
-    /// Finds what cannot be put into force.
+    /// Checks that the edge can put the settings in force.
+    ///
+    /// # Errors
+    ///
+    /// The first fault that it finds; see [`SettingsError`].
     pub fn validate(&self) -> Result<(), SettingsError> {
         let services = self.services.len();
         if services > SERVICES_MAX {
@@ -215,7 +220,7 @@ impl Settings {
         self.limits.validate()
     }
 
-    /// Number of the service behind a port.
+    /// The number of the service behind a port; none: the port is not declared.
     pub fn service(&self, protocol: Protocol, port: u16) -> Option<usize> {
         self.services
             .iter()
@@ -257,8 +262,8 @@ impl Limits {
     }
 }
 
-/// A source's limit at its levels: once for IPv4 /32 and IPv6 /64, four times that for IPv4 /24 and IPv6 /56, sixteen times
-/// for IPv6 /48.
+/// The limit of a source at each of its levels: once for IPv4 /32 and IPv6 /64, four times for IPv4
+/// /24 and IPv6 /56, sixteen times for IPv6 /48.
 pub fn levels(limit: Limit) -> [Limit; LEVELS_MAX] {
     [limit, limit.scaled(4), limit.scaled(16)]
 }
@@ -266,10 +271,10 @@ pub fn levels(limit: Limit) -> [Limit; LEVELS_MAX] {
 impl Default for Limits {
     fn default() -> Self {
         let second = |rate, burst| Limit::per(rate, Duration::from_secs(1), burst);
-        // What the reference's rules grant a source.
+        // As much as the reference's rules grant a source.
         let source = Limit::per(1_000, Duration::from_secs(60), 500);
         Self {
-            // About a third of what one core completes in handshakes.
+            // About a third of the handshakes that one core completes.
             unvalidated: second(2_000, 2_000),
             syn: second(2_000, 2_000),
             version: second(100, 100),
@@ -288,7 +293,7 @@ impl Default for Limits {
 
 impl Default for Caps {
     fn default() -> Self {
-        // The reference's figures: 100 in its rules, 1,000 as it is deployed for HTTP.
+        // The reference's figures: 100 in its rules, 1,000 in its deployment for HTTP.
         Self {
             quic: 100,
             tcp: 1_000,
@@ -315,7 +320,7 @@ mod tests {
         }
     }
 
-    // Protects the operator's first minute: nothing is refused until it is asked for.
+    // Protects the operator's first minute: without a setting, the edge refuses nothing.
     #[test]
     fn defaults_are_valid_and_refuse_nothing() {
         let settings = Settings::default();

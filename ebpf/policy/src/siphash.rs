@@ -1,9 +1,11 @@
 //! SipHash-2-4 over whole 64-bit words, as the kernel's programs compute it.
 //!
-//! Runs once or twice for a packet: 25 to 45 ns in the kernel, fewer here. Works on values; nothing to allocate.
+//! The edge computes it once or twice for a packet: 25 to 45 ns in the kernel, fewer here. It works
+//! on values and allocates nothing.
 //!
-//! 1. A message of words hashes like the same message of little-endian bytes in the reference implementation.
-//! 2. A key is never printed.
+//! 1. A message of words has the hash that the reference implementation gives the same message of
+//!    little-endian bytes.
+//! 2. No format prints a key.
 
 use std::fmt;
 
@@ -34,7 +36,7 @@ impl fmt::Debug for Key {
     }
 }
 
-/// SipHash-2-4: tags and MACs.
+/// SipHash-2-4 of whole words, for tags and MACs (Aumasson and Bernstein, 2012).
 pub fn siphash24(key: Key, words: &[u64]) -> u64 {
     let mut state = State([
         key.k0 ^ 0x736f_6d65_7073_6575,

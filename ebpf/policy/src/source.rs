@@ -6,15 +6,15 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 
-/// Levels that any source has at most: IPv6 is counted by /64, /56 and /48.
+/// The most levels of a source: IPv6 is counted by /64, /56 and /48.
 pub const LEVELS_MAX: usize = 3;
 
 const V4_MAPPED: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff];
-/// Bits that a level keeps, of the 128.
+/// Bits of the 128 that each level keeps.
 const V4_LEVELS: [u32; 2] = [128, 120];
 const V6_LEVELS: [u32; LEVELS_MAX] = [64, 56, 48];
 
-/// An address, or the prefix that it is counted under. Laid out as `struct edge_source`.
+/// An address, or the prefix under which it is counted. Laid out as `struct edge_source`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(transparent)]
 pub struct Source([u8; 16]);
@@ -38,7 +38,7 @@ impl Source {
         &self.0
     }
 
-    /// The bytes as two little-endian words: what is hashed.
+    /// The bytes as two little-endian words, the input of hashes.
     pub fn words(&self) -> [u64; 2] {
         let both = u128::from_le_bytes(self.0);
         [both as u64, (both >> 64) as u64]
@@ -49,24 +49,25 @@ impl Source {
         self.0.starts_with(&V4_MAPPED)
     }
 
-    /// How many levels it is counted at: two for IPv4 (/32, /24), three for IPv6 (/64, /56, /48).
+    /// The number of levels at which it is counted: two for IPv4 (/32, /24), three for IPv6 (/64,
+    /// /56, /48).
     pub fn levels(&self) -> usize {
         self.prefixes().len()
     }
 
-    /// The prefix that it is counted under at this level; past its last level, the last.
+    /// The prefix under which it is counted at this level. A level past the last gives the last.
     pub fn at_level(&self, level: usize) -> Self {
         let prefixes = self.prefixes();
         let kept = prefixes[level.min(prefixes.len() - 1)];
         Self((u128::from_be_bytes(self.0) & (u128::MAX << (128 - kept))).to_be_bytes())
     }
 
-    /// What its connections are counted under: IPv4 /32, IPv6 /64.
+    /// The prefix under which its connections are counted: IPv4 /32, IPv6 /64.
     pub fn cap_key(&self) -> Self {
         self.at_level(0)
     }
 
-    /// The address, IPv4 as such.
+    /// The address; a mapped one as IPv4.
     pub fn to_ip(&self) -> IpAddr {
         IpAddr::V6(Ipv6Addr::from_octets(self.0)).to_canonical()
     }
@@ -96,7 +97,7 @@ mod tests {
         Source::of(address.parse().unwrap())
     }
 
-    // Protects the limits: what shares a prefix shares a level, nothing else does.
+    // Protects the limits: sources with a common prefix share its level, and no others do.
     #[test]
     fn levels_are_prefixes() {
         let cases: [(&str, &[&str]); 4] = [

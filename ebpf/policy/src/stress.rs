@@ -1,28 +1,31 @@
-//! How hard the node is pressed, and what it therefore asks of those who connect.
+//! The level of stress of a node, from samples of its load. The level decides what the edge demands
+//! of clients.
 //!
-//! Asked on every tick with what happened since the last one. It goes up at once, and down one level at a time, after a
-//! hold time of calm.
+//! The node calls [`Stress::tick`] with what happened since the last tick. The level rises at once,
+//! and falls one step at a time, each after a hold time of calm.
 //!
-//! 1. Between a rise to a level and the next step down from it lies at least that level's hold time: no flapping.
-//! 2. What counts as calm does not depend on the level's own effect: at [`Level::Retry`] no budget refuses anything, yet the packets that
-//!    it would have refused are still counted.
-//! 3. Packets are measured against the budget that they take from, so that the same marks fit every budget.
+//! 1. Between a rise to a level and the next step down lies at least that level's hold time: the
+//!    level does not flap.
+//! 2. Calm does not depend on the level's own effect: at [`Level::Retry`] no budget refuses
+//!    anything, yet the packets that it would have refused are still counted.
+//! 3. Packets are measured against the rate of their own budget, so that the same marks fit every
+//!    budget.
 
-/// What the edge asks of those who connect. The order is that of `enum edge_stress`.
+/// What the edge demands of clients. The order is that of `enum edge_stress`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u32)]
 pub enum Level {
     /// Nothing, within the budgets.
     #[default]
     Normal = 0,
-    /// That they show their address first: Retry for QUIC, cookies for TCP.
+    /// A validated address: Retry for QUIC, cookies for TCP.
     Retry = 1,
-    /// That they be registry peers.
+    /// The proof of a registry peer.
     Peers = 2,
 }
 
 impl Level {
-    /// The level with this number; past the last: the last.
+    /// The level with this number; a number past the last gives the last.
     pub fn from_number(number: u32) -> Self {
         match number {
             0 => Self::Normal,
@@ -39,14 +42,15 @@ impl Level {
     }
 }
 
-/// Measures of pressure, or marks to compare them with. A mark of `u64::MAX` is never reached.
+/// A load in percent, or marks to compare it with. A mark of `u64::MAX` is never reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoadPercent {
     /// Half-open handshakes, in percent of their bound.
     pub half_open_percent: u64,
-    /// Packets that a budget refused, in percent of its rate; of the budget that is pressed harder.
+    /// Packets that a budget refused, in percent of its rate: the higher of the budgets.
     pub refused_percent: u64,
-    /// First packets without token or proof, or SYNs, whatever became of them, in percent of their budget's rate.
+    /// First packets without token or proof, or SYNs, in percent of their budget's rate, whatever
+    /// the edge did with them.
     pub unvalidated_percent: u64,
 }
 
@@ -63,9 +67,10 @@ impl LoadPercent {
 pub struct Marks {
     /// Entered when any measure reaches its mark here.
     pub enter: LoadPercent,
-    /// Left when all measures have stayed below their marks here, and below those of `enter`, for `hold_ns`.
+    /// Left when all measures have stayed below their marks here, and below those of `enter`, for
+    /// `hold_ns`.
     pub leave: LoadPercent,
-    /// In nanoseconds.
+    /// Hold time, in nanoseconds.
     pub hold_ns: u64,
 }
 
@@ -79,9 +84,11 @@ pub struct StressConfig {
 }
 
 impl Default for StressConfig {
-    /// Retry when a budget refuses or half of the handshakes are taken; peers only when proven addresses alone take nearly all.
+    /// Retry when a budget refuses packets or half of the handshakes are taken; peers only when
+    /// validated addresses alone take nearly all of them.
     ///
-    /// A rate of packets never leads to peers only: Retries are cheap, and a spoofed flood would lock everybody else out.
+    /// A rate of packets never leads to peers only: Retries are cheap, and a spoofed flood would
+    /// lock all other clients out.
     fn default() -> Self {
         const NEVER: u64 = u64::MAX;
         let retry = Marks {
@@ -93,7 +100,7 @@ impl Default for StressConfig {
             leave: LoadPercent {
                 half_open_percent: 25,
                 refused_percent: 5,
-                // With twice that, the budget would refuse again.
+                // At twice that, the budget would refuse packets again.
                 unvalidated_percent: 50,
             },
             hold_ns: 10_000_000_000,
@@ -115,12 +122,12 @@ impl Default for StressConfig {
     }
 }
 
-/// What happened since the last tick.
+/// The load of a node since the last tick.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadSample {
-    /// Handshakes begun and not completed, now.
+    /// Handshakes that are begun and not completed, at the moment.
     pub half_open: usize,
-    /// The most that there may be; 0 counts as 1.
+    /// The bound on them; 0 counts as 1.
     pub half_open_max: usize,
     /// First packets of QUIC.
     pub quic: BudgetLoad,
@@ -128,14 +135,14 @@ pub struct LoadSample {
     pub syn: BudgetLoad,
 }
 
-/// What was asked of a budget since the last tick.
+/// The load of one budget since the last tick.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BudgetLoad {
     /// Packets that it refused.
     pub refused: u64,
-    /// Packets whose address nobody has shown, whatever became of them.
+    /// Packets without a validated address, whatever the edge did with them.
     pub unvalidated: u64,
-    /// The budget's rate; 0: there is none, and nothing presses on it.
+    /// The budget's rate; 0: no budget, and so no load.
     pub per_second: u64,
 }
 
@@ -144,7 +151,7 @@ impl BudgetLoad {
     fn percent(&self, count: u64, elapsed_ns: u64) -> u64 {
         let in_time = u128::from(self.per_second) * u128::from(elapsed_ns.max(1));
         let percent = (u128::from(count) * 100 * 1_000_000_000).checked_div(in_time);
-        // Even the greatest rate does not reach a mark that is never reached.
+        // Even the highest load stays below the mark that is never reached.
         u64::try_from(percent.unwrap_or(0)).map_or(u64::MAX - 1, |p| p.min(u64::MAX - 1))
     }
 }
@@ -155,12 +162,12 @@ pub struct Stress {
     config: StressConfig,
     level: Level,
     sampled_at_ns: u64,
-    /// Since when everything has been below the marks that leave the level.
+    /// Since when all measures have been below the marks for leaving the level.
     calm_since_ns: Option<u64>,
 }
 
 impl Stress {
-    /// Begins at [`Level::Normal`].
+    /// A node at [`Level::Normal`]; `now_ns` is CLOCK_MONOTONIC.
     pub fn new(config: StressConfig, now_ns: u64) -> Self {
         Self {
             config,
@@ -175,7 +182,7 @@ impl Stress {
         self.level
     }
 
-    /// Takes in what happened since the last tick, and says which level holds now.
+    /// Takes a sample of the time since the last tick, and returns the level that holds now.
     pub fn tick(&mut self, sample: LoadSample, now_ns: u64) -> Level {
         let elapsed_ns = now_ns.saturating_sub(self.sampled_at_ns);
         self.sampled_at_ns = now_ns;
@@ -192,7 +199,7 @@ impl Stress {
         self.level
     }
 
-    /// The highest level that this pressure enters.
+    /// The highest level that this load enters.
     fn entered(&self, load: &LoadPercent) -> Level {
         if load.reaches_any(&self.config.peers.enter) {
             Level::Peers

@@ -1,8 +1,9 @@
-//! What a Retry gives to a client, and how its next first packet shows that the client has the address that it says.
+//! The token that a Retry gives to a client. The client's next first packet brings it back, which
+//! shows the client's address.
 //!
-//! 1. A token holds for one address and port, and for 17 to 34 seconds.
-//! 2. It carries the client's original destination ID, and gives the destination ID of the packet that brings it: who answers with a
-//!    Retry keeps nothing.
+//! 1. A token is valid for one address and port, for 17 to 34 seconds.
+//! 2. It carries the client's original destination ID, and determines the destination ID of the
+//!    packet that brings it back: the node that answers with a Retry keeps no state.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -13,7 +14,7 @@ use crate::siphash::siphash24;
 /// Bytes of a token.
 pub const BYTES: usize = 32;
 
-/// Bytes of the source ID of a Retry, which is the destination ID of the packet with the token.
+/// Bytes of the source ID of a Retry, which the packet with the token has as its destination ID.
 pub const RETRY_ID_BYTES: usize = 16;
 
 /// Byte 0 of a token.
@@ -56,27 +57,29 @@ impl fmt::Debug for OriginalId {
     }
 }
 
-/// What goes into a Retry.
+/// The contents of a Retry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Minted {
     /// The token.
     pub token: [u8; BYTES],
-    /// The Retry's source ID. Its first byte is that of the original ID, so that the shard stays the same.
+    /// The Retry's source ID. Its first byte is that of the original ID, so that the shard stays
+    /// the same.
     pub retry_id: [u8; RETRY_ID_BYTES],
 }
 
-/// What is wrong with a token; the fault is the client's.
+/// Why a token is refused. The fault is the client's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadToken {
-    /// Nobody with our keys gave it to this address, or not for this destination ID.
+    /// No node with these keys gave it to this address, or it belongs to another destination ID.
     #[error("the token was not given to this address")]
     Forged,
-    /// It was right, once.
+    /// It was valid, and has expired.
     #[error("the token's time is over")]
     Expired,
 }
 
-/// A token for a client that began with the destination ID `original`; none for an ID that no client may choose.
+/// Makes a token for a client that began with the destination ID `original`. `now_ns` is
+/// CLOCK_MONOTONIC. None for an ID that no client may choose.
 pub fn mint(original: &[u8], client: SocketAddr, keys: &Keys, now_ns: u64) -> Option<Minted> {
     let original = OriginalId::new(original)?;
     let epoch = now_ns >> HANDSHAKE_EPOCH_SHIFT;
@@ -93,7 +96,13 @@ pub fn mint(original: &[u8], client: SocketAddr, keys: &Keys, now_ns: u64) -> Op
     })
 }
 
-/// Reads the token of a first packet from `client` to `destination_id`.
+/// Reads the token of a first packet from `client` to `destination_id`, at `now_ns`
+/// (CLOCK_MONOTONIC). Returns the ID that the client began with.
+///
+/// # Errors
+///
+/// [`BadToken::Forged`] if no node with these keys made it for this client and this ID,
+/// [`BadToken::Expired`] if one did and its epoch is over.
 pub fn open(
     token: &[u8],
     destination_id: &[u8],
@@ -114,7 +123,7 @@ pub fn open(
     Ok(original)
 }
 
-/// The original ID, if everything before the tag has its form.
+/// The original ID, if the bytes before the tag have the right form.
 fn original_of(token: &[u8; BYTES]) -> Option<OriginalId> {
     let len = usize::from(token[2]);
     let original = OriginalId::new(token.get(3..3 + len)?)?;
@@ -122,7 +131,7 @@ fn original_of(token: &[u8; BYTES]) -> Option<OriginalId> {
     (token[0] == MARK && padding_is_zero).then_some(original)
 }
 
-/// `epoch` is the whole number of which the token carries the low bits.
+/// The tag under `epoch`, the whole number whose low bits the token carries.
 fn tag(token: &[u8; BYTES], epoch: u64, client: SocketAddr, keys: &Keys) -> u64 {
     let mut words = [0; 7];
     for (word, bytes) in words.iter_mut().zip(token[..24].as_chunks().0) {

@@ -1,12 +1,14 @@
-//! First-match tries: ordered prefixes become tables of 256 entries, one for each byte of an address.
+//! First-match tries: ordered prefixes become tables of 256 entries, one table for each byte of an
+//! address.
 //!
-//! The kernel walks at most 4 (IPv4) or 16 (IPv6) nodes a packet; this is the same walk. A dense node has an entry for each byte and
-//! takes 1 KiB, of which a packet touches one cache line; a sparse node is one cache line as a whole ([`Sparse`]), so that what
-//! scattered prefixes take stays in the cache.
+//! The kernel walks at most 4 (IPv4) or 16 (IPv6) nodes for a packet; [`TrieSet::lookup`] is the
+//! same walk. A dense node has an entry for each byte and takes 1 KiB, of which a packet touches
+//! one cache line. A sparse node ([`Sparse`]) is one cache line as a whole, so that the nodes of
+//! scattered prefixes stay in the cache.
 //!
 //! 1. Roots are dense: a trie begins with an index, not with an entry.
-//! 2. Every node that can be is sparse, roots apart, and no two sparse nodes are alike.
-//! 3. No entry is blank: a trie is packed once its default was inserted over everything.
+//! 2. Every node that can be sparse is, except roots, and no two sparse nodes are alike.
+//! 3. No entry is blank: a trie is packed only after its default was inserted over everything.
 
 mod builder;
 mod sparse;
@@ -19,33 +21,33 @@ use crate::action::RuleAction;
 /// One table: an entry for each value of a byte.
 pub type Node = [u32; 256];
 
-/// A leaf; without this bit an entry is a node's index (`EDGE_LEAF`).
+/// Marks a leaf; without this bit an entry is the index of a node (`EDGE_LEAF`).
 pub const LEAF: u32 = 0x8000_0000;
 /// In an entry that is no leaf: the index is that of a sparse node (`EDGE_SPARSE`).
 pub const SPARSE: u32 = 0x4000_0000;
-/// Number of no rule: the default decides (`EDGE_RULE_DEFAULT`).
+/// The rule number that stands for the default (`EDGE_RULE_DEFAULT`).
 pub const RULE_DEFAULT: u16 = 0xffff;
 
 const RULE_BITS: u32 = 16;
-/// No leaf yet. Node 0 is a root, which is nobody's child.
+/// No leaf yet. Index 0 is a root, which is the child of no node.
 const BLANK: u32 = 0;
 
-/// What a lookup ends at.
+/// The result of a lookup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Leaf {
-    /// What to do.
+    /// What to do with the packet.
     pub action: RuleAction,
-    /// Which rule says so, or [`RULE_DEFAULT`].
+    /// The rule that decides, or [`RULE_DEFAULT`].
     pub rule: u16,
 }
 
 impl Leaf {
-    /// As it stands in a node.
+    /// The entry that stands in a node.
     pub fn entry(self) -> u32 {
         LEAF | (self.action as u32) << RULE_BITS | u32::from(self.rule)
     }
 
-    /// The leaf in an entry; none if that is a node's index.
+    /// The leaf in an entry; none if the entry is the index of a node.
     pub fn from_entry(entry: u32) -> Option<Self> {
         let action = match entry >> RULE_BITS & 3 {
             0 => RuleAction::Allow,
@@ -80,7 +82,7 @@ impl Base {
     }
 }
 
-/// Several tries over one array of dense and one of sparse nodes.
+/// Several tries over one array of dense nodes and one of sparse nodes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrieSet {
     nodes: Vec<Node>,
@@ -98,13 +100,13 @@ impl TrieSet {
         &self.sparse
     }
 
-    /// The dense nodes as they stand in arrays where the set begins at `base`.
+    /// The dense nodes for arrays in which the set begins at `base`.
     pub fn nodes_at(&self, base: Base) -> impl Iterator<Item = Node> {
         let nodes = self.nodes.iter();
         nodes.map(move |node| node.map(|entry| base.relocate(entry)))
     }
 
-    /// The sparse nodes as they stand in arrays where the set begins at `base`.
+    /// The sparse nodes for arrays in which the set begins at `base`.
     pub fn sparse_at(&self, base: Base) -> impl Iterator<Item = Sparse> {
         self.sparse.iter().map(move |node| Sparse {
             entries: node.entries.map(|entry| base.relocate(entry)),
@@ -112,7 +114,8 @@ impl TrieSet {
         })
     }
 
-    /// What the trie at `root` says of an address; none for an index past the nodes, or a blank entry.
+    /// Looks an address up in the trie at `root`. None for an index past the nodes, or a blank
+    /// entry.
     pub fn lookup(&self, root: u32, address: &[u8]) -> Option<Leaf> {
         let mut entry = root;
         for &byte in address {

@@ -1,36 +1,39 @@
-//! What becomes of a packet.
+//! The decision on a packet.
 
 pub use crate::action::Action;
 use crate::reason::Reason;
 
-/// What a packet that passes says to the table below (`enum edge_stamp`).
+/// The message of a passing packet to the table of nftables below (`enum edge_stamp`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum Stamp {
-    /// Let it in.
+    /// The table lets it in.
     Pass = 1,
-    /// Answer it with a refusal.
+    /// The table answers it with a refusal.
     Reject = 2,
 }
 
-/// What was decided on a packet, and what was done.
+/// What the edge decided on a packet, and what it did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Decision {
     /// Why.
     pub reason: Reason,
-    /// What was done with the packet; in mode `count` it passes whatever the reason says.
+    /// What the edge did with the packet. In mode `count` it passes, whatever the reason is.
     pub action: Action,
-    /// Counted only: mode `count`, and enforcing would not have passed it.
+    /// The packet was only counted: the mode is `count`, and `enforce` would not have passed it.
     pub counted: bool,
-    /// The rule that decided; none: no rule was asked, or the default decided.
+    /// The rule that decided. None: no rule matched and the default decided, or the packet did not
+    /// get to the rules.
     pub rule: Option<u16>,
-    /// The service that the packet is for; none: it is for none, or for the host.
+    /// The service that the packet is for. None: it is for no service, or for the host.
     pub service: Option<u8>,
-    /// What the packet carries on to the host; none: it is not ours, or does not pass.
+    /// The stamp that the packet carries to the host. None: the packet is not ours, or does not
+    /// pass.
     pub stamp: Option<Stamp>,
-    /// The Retry that is transmitted. A SYN cookie is the kernel's: its frame is not modelled.
+    /// The Retry that the program transmits. The kernel makes SYN cookies, so their frame is not
+    /// modelled.
     pub frame: Option<Vec<u8>>,
-    /// Stress as it held at that moment: 0 once the lease has ended.
+    /// The level of stress at that moment: 0 once the lease has ended.
     pub stress: u32,
     /// Generation of the config that decided: 0 or 1.
     pub generation: usize,

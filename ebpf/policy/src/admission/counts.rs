@@ -19,7 +19,7 @@ pub(super) struct Counts {
 }
 
 impl Counts {
-    /// `connections_max` 0: no cap.
+    /// With `connections_max` 0 there is no cap.
     pub(super) fn new(connections_max: u32, sources_max: usize) -> Self {
         Self {
             connections_max: AtomicU32::new(connections_max),
@@ -28,13 +28,13 @@ impl Counts {
         }
     }
 
-    /// Who has more connections than the new cap keeps them.
+    /// Sets the cap. A source that has more connections keeps them.
     pub(super) fn set_cap(&self, connections_max: u32) {
         self.connections_max
             .store(connections_max, Ordering::Relaxed);
     }
 
-    /// False: refused, nothing is counted.
+    /// Counts a connection. False: refused, and nothing is counted.
     pub(super) fn open(&self, source: Source) -> bool {
         let mut counts = self.lock();
         let sources = counts.len();

@@ -1,10 +1,12 @@
-//! Handshakes that are half open: how many each source and each registry peer has, exactly.
+//! Counts of half-open handshakes, exact for each source and each registry peer.
 //!
-//! 1. No count passes its bound: `source_max` for a source, [`LEVEL_FACTORS`] times that for the prefixes around it, `peer_max` for a peer.
-//! 2. Handshakes from addresses that nobody has shown take at most half of any of these, so that who forges an address leaves the other
-//!    half to its owner. Those of proven peers count for the peer alone, wherever they come from.
-//! 3. Who has none is in no map: each map has at most as many entries as handshakes are half open, which the shards bound
-//!    (`handshakes_max`). No map is ever full, so there is nobody whom a full one shuts out.
+//! 1. No count passes its bound: `source_max` for a source, [`LEVEL_FACTORS`] times that for the
+//!    prefixes around it, `peer_max` for a peer.
+//! 2. Handshakes without a token take at most half of a source's or prefix's bound, so that a
+//!    sender of forged addresses leaves the other half to their owner. Handshakes of proven peers
+//!    count for the peer alone, whatever address they come from.
+//! 3. A source or peer without a handshake is in no map. So each map has at most as many entries as
+//!    handshakes are half open, which the shards bound (`handshakes_max`), and no map is ever full.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,8 +14,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::{Entitlement, Full};
 use crate::source::{LEVELS_MAX, Source};
 
-/// What the prefixes around a source may have together, in bounds of one source: IPv4 /24 and IPv6 /56, then IPv6 /48. Less than for
-/// rates: whoever has one address of such a prefix often has all, and a handshake that is not meant to end costs its sender nothing more.
+/// What the prefixes around a source may have together, in bounds of one source: IPv4 /24 and IPv6
+/// /56, then IPv6 /48. The factors are smaller than for rates: an attacker with one address of such
+/// a prefix often has all of them, and a handshake that it leaves half open costs it nothing more.
 pub(super) const LEVEL_FACTORS: [u32; LEVELS_MAX] = [1, 2, 4];
 
 #[derive(Debug)]
@@ -27,7 +30,7 @@ pub(super) struct HandshakeCounts {
 
 #[derive(Debug, Default)]
 struct Held {
-    /// A prefix may be a source's too, as of 192.0.2.0: a map for each level.
+    /// A map for each level, because a prefix may also be a source, as 192.0.2.0 is.
     levels: [BTreeMap<Source, Tally>; LEVELS_MAX],
     peers: BTreeMap<u32, u32>,
 }
@@ -35,7 +38,7 @@ struct Held {
 #[derive(Clone, Copy, Debug, Default)]
 struct Tally {
     all: u32,
-    /// Of them, those that came without a token.
+    /// The part of `all` that came without a token.
     unvalidated: u32,
 }
 
@@ -48,7 +51,8 @@ impl HandshakeCounts {
         }
     }
 
-    /// Counts one more, or says whose bound is reached; then nothing is counted. What was counted must [end](Self::end) once.
+    /// Counts one more, or returns the bound that is reached and counts nothing. The caller must
+    /// [end](Self::end) what was counted once.
     pub(super) fn begin(&self, source: Source, by: Entitlement) -> Result<(), Full> {
         let mut held = self.lock();
         if let Entitlement::Peer(tag) = by {
@@ -104,14 +108,14 @@ impl HandshakeCounts {
         }
     }
 
-    /// Of non-members at this source.
+    /// Handshakes of non-members at this source.
     pub(super) fn of_source(&self, source: Source) -> u32 {
         let held = self.lock();
         let tally = held.levels[0].get(&source.cap_key());
         tally.map_or(0, |tally| tally.all)
     }
 
-    /// Of the peer with this node tag.
+    /// Handshakes of the peer with this node tag.
     pub(super) fn of_peer(&self, tag: u32) -> u32 {
         self.lock().peers.get(&tag).copied().unwrap_or(0)
     }

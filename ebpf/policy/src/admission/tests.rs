@@ -381,7 +381,8 @@ fn what_the_kernel_charges_is_not_charged_twice() {
     assert_eq!(admission.plain(from(1)), First::Drop(Reason::QuicSourceCap));
 }
 
-// Protects the limits: who holds an ID of ours passes the kernel unasked, so it must not begin a connection.
+// Protects the limits: who holds an ID of ours passes the kernel unasked, so it must not begin a
+// connection.
 #[test]
 fn our_own_ids_begin_nothing() {
     let admission = admission();

@@ -38,7 +38,8 @@ fn flipped(id: [u8; 16]) -> impl Iterator<Item = [u8; 16]> {
     (0..128).map(move |bit| (u128::from_le_bytes(id) ^ 1 << bit).to_le_bytes())
 }
 
-// Protects the agreement with the kernel's program: bytes and words as `docs/reference/edge.md` has them.
+// Protects the agreement with the kernel's program: bytes and words as `docs/reference/edge.md` has
+// them.
 #[test]
 fn layout_is_fixed() {
     let keys = keys(2);

@@ -1,10 +1,10 @@
-//! When a sketch changes its generation, and to what.
+//! When a sketch changes its generation, and the seed of the next one.
 //!
-//! A new seed now and then keeps a sender who found sources that share a bucket from profiting for long. Whoever owns the sketch
-//! asks on every tick; a turn costs one pass over the idle generation.
+//! A sender may find sources that share a bucket; a new seed now and then ends its profit. The
+//! owner of the sketch asks on every tick; a turn costs one pass over the idle generation.
 //!
-//! 1. The generation that is left counts until everything in it is past.
-//! 2. It is emptied, at the next turn, only after that.
+//! 1. The generation that is left still counts until every word in it is past.
+//! 2. The next turn clears it only after that.
 
 use super::Limit;
 use crate::siphash::Key;
@@ -12,18 +12,18 @@ use crate::siphash::Key;
 /// Shortest time between two turns, in nanoseconds.
 pub const PERIOD_MIN_NS: u64 = 60_000_000_000;
 
-/// A turn of the sketch: what its owner writes, after `clear_idle` and in the order of the fields.
+/// A turn of the sketch. Its owner calls `clear_idle`, then writes the fields in their order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Switch {
-    /// New seed of the generation that becomes the active one.
+    /// New seed of the generation that becomes active.
     pub seed: Key,
-    /// Until when the generation that is left counts as well.
+    /// Until when the generation that is left counts as well, in nanoseconds of CLOCK_MONOTONIC.
     pub old_until_ns: u64,
     /// Generation that is charged from now on.
     pub active: usize,
 }
 
-/// Knows when to turn.
+/// Decides when to turn.
 #[derive(Clone, Debug)]
 pub struct Rotation {
     active: usize,
@@ -32,7 +32,8 @@ pub struct Rotation {
 }
 
 impl Rotation {
-    /// A sketch whose generation `active` is in use since `now_ns`, with these limits.
+    /// A sketch with these limits, whose generation `active` is in use since `now_ns`
+    /// (CLOCK_MONOTONIC).
     pub fn new(active: usize, limits: impl IntoIterator<Item = Limit>, now_ns: u64) -> Self {
         Self {
             active: active & 1,
@@ -41,22 +42,23 @@ impl Rotation {
         }
     }
 
-    /// Takes other limits into account. Words of the former ones stay as far ahead as they are, so a reach never shrinks.
+    /// Takes other limits into account. Words of the earlier limits stay as far ahead as they are,
+    /// so the reach never shrinks.
     pub fn widen(&mut self, limits: impl IntoIterator<Item = Limit>) {
         self.reach_ns = self.reach_ns.max(reach_of(limits));
     }
 
-    /// Time from one turn to the next.
+    /// Nanoseconds from one turn to the next.
     pub fn period_ns(&self) -> u64 {
         self.reach_ns.max(PERIOD_MIN_NS)
     }
 
-    /// When to turn.
+    /// When the next turn is due, in nanoseconds of CLOCK_MONOTONIC.
     pub fn due_at_ns(&self) -> u64 {
         self.turned_at_ns.saturating_add(self.period_ns())
     }
 
-    /// Turns, if it is time to. `random` becomes the new seed.
+    /// Turns if a turn is due. `random` becomes the new seed.
     pub fn turn(&mut self, now_ns: u64, random: [u8; 16]) -> Option<Switch> {
         if now_ns < self.due_at_ns() {
             return None;

@@ -1,13 +1,16 @@
 //! A budget for every source, in memory of a fixed size.
 //!
-//! A key has one bucket of eight words, found by a keyed hash that no sender can predict; a word carries 16 bits of that hash
-//! beside its time. Buckets come in two generations: a charge goes to the active one, and the other one still counts until all that it
-//! holds is past, so that new seeds forget nobody.
+//! A keyed hash that no sender can predict gives a key one bucket of eight words; a word carries 16
+//! bits of the hash beside its time. Buckets come in two generations. A charge goes to the active
+//! one; the other one still counts until all its words are past, so that new seeds forget no
+//! source.
 //!
-//! 1. A key has at most one word in a generation: of two that were placed in one moment, one is given back.
+//! 1. A key has at most one word in a generation: when two CPUs place a key at the same moment, one
+//!    of them gives its word back.
 //! 2. A bucket with eight busy words refuses new keys.
-//! 3. Nothing is read or written for [`Limit::NONE`].
-//! 4. A `now_ns` may be a little late, as it is with several threads; after 9 hours a word's time would seem past.
+//! 3. [`Limit::NONE`] reads and writes nothing.
+//! 4. A `now_ns` may be a little late, as it is with several threads. After 9 hours a word's time
+//!    would seem past.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,7 +26,7 @@ pub const SLOTS: usize = 8;
 const TAG_SHIFT: u32 = 48;
 const TIME_MASK: u64 = (1 << TAG_SHIFT) - 1;
 
-/// What a key is charged for: one source has a budget for each purpose.
+/// What a key is charged for. One source has a budget for each purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u64)]
 pub enum Purpose {
@@ -35,15 +38,19 @@ pub enum Purpose {
     Peer = 3,
     /// Uses of one proof; the key is its first 16 bytes.
     Proof = 4,
-    /// Packets of one connection ID of ours; the key is its 16 bytes.
+    /// Packets of one connection ID that this node issued; the key is its 16 bytes.
     ConnectionId = 5,
 }
 
-/// Where the buckets of a sketch are: in this process, or in a map that the kernel shares.
+/// The memory of a sketch: in this process, or in a map that the kernel shares.
 pub trait Buckets {
-    /// Buckets of both generations together: twice a power of two.
+    /// Number of buckets of both generations together: twice a power of two.
     fn count(&self) -> usize;
-    /// One bucket. Panics past the last.
+    /// One bucket.
+    ///
+    /// # Panics
+    ///
+    /// If `index` is not below [`Buckets::count`].
     fn bucket(&self, index: usize) -> &[AtomicU64; SLOTS];
 }
 
@@ -56,7 +63,8 @@ pub struct Bucket([AtomicU64; SLOTS]);
 pub struct OwnedBuckets(Box<[Bucket]>);
 
 impl OwnedBuckets {
-    /// Two generations of `buckets` empty buckets each, rounded up to a power of two: 128 bytes for each.
+    /// Two generations of empty buckets. `buckets` is the number in each, rounded up to a power of
+    /// two; each takes 128 bytes.
     pub fn new(buckets: usize) -> Self {
         let count = buckets.max(1).next_power_of_two() * 2;
         Self((0..count).map(|_| Bucket::default()).collect())
@@ -79,7 +87,8 @@ impl Buckets for OwnedBuckets {
     }
 }
 
-/// The buckets, and how they are to be read at the moment. Cheap to make for every use.
+/// The buckets, and the state by which they are read. Callers make one for every use, which is
+/// cheap.
 #[derive(Debug)]
 pub struct Sketch<'l, L: Buckets + ?Sized> {
     /// Both generations.
@@ -88,7 +97,7 @@ pub struct Sketch<'l, L: Buckets + ?Sized> {
     pub seed: [Key; 2],
     /// Generation that is charged: 0 or 1.
     pub active: usize,
-    /// Until when the other generation counts as well.
+    /// Until when the other generation counts as well, in nanoseconds of CLOCK_MONOTONIC.
     pub old_until_ns: u64,
 }
 
@@ -97,29 +106,30 @@ struct Place<'l> {
     bucket: &'l [AtomicU64; SLOTS],
     /// 1 to 65,535.
     tag: u64,
-    /// Slot that is visited first.
+    /// The slot that is visited first.
     first: usize,
 }
 
-/// What a bucket says of a key.
+/// What a bucket holds of a key.
 struct Sight {
-    /// Slot and word with the key's tag.
+    /// The slot and the word with the key's tag.
     own: Option<(usize, u64)>,
-    /// First idle slot and its word.
+    /// The first idle slot and its word.
     idle: Option<(usize, u64)>,
 }
 
-/// A look that did not refuse: how far ahead the key is, and which slot its word goes to.
+/// The result of a look that did not refuse: how far ahead the key is, and the slot for its word.
 struct Standing {
     ahead_ns: u64,
-    /// Slot and present word; none if the bucket has no room.
+    /// The slot and its present word; none if the bucket has no room.
     slot: Option<(usize, u64)>,
-    /// The slot was another key's, or empty.
+    /// The slot held another key, or was empty.
     fresh: bool,
 }
 
 impl<L: Buckets + ?Sized> Sketch<'_, L> {
-    /// Whether `words` have something left of `limit`; takes nothing.
+    /// Whether the key `words` has something left of `limit`. Takes nothing. `now_ns` is
+    /// CLOCK_MONOTONIC.
     pub fn look(
         &self,
         words: [u64; 2],
@@ -136,7 +146,8 @@ impl<L: Buckets + ?Sized> Sketch<'_, L> {
         self.standing(&place, &key, limit, now_ns).is_some()
     }
 
-    /// Takes one from what `words` have left of `limit`; false: refused, nothing is taken.
+    /// Takes one from what the key `words` has left of `limit`. False: refused, and nothing is
+    /// taken.
     pub fn charge(
         &self,
         words: [u64; 2],
@@ -189,7 +200,8 @@ impl<L: Buckets + ?Sized> Sketch<'_, L> {
         })
     }
 
-    /// [`Sketch::charge`] at every level of a source, the narrowest first; the first refusal ends it.
+    /// [`Sketch::charge`] at every level of a source, the narrowest first; the first refusal ends
+    /// it.
     pub fn charge_source(
         &self,
         source: Source,
@@ -208,7 +220,8 @@ impl<L: Buckets + ?Sized> Sketch<'_, L> {
         })
     }
 
-    /// Empties the generation that is not charged: needed before it becomes the active one.
+    /// Clears the generation that is not charged. The owner must call it before that generation
+    /// becomes active.
     pub fn clear_idle(&self) {
         let half = self.buckets.count() / 2;
         let idle = self.active ^ 1;
@@ -262,7 +275,8 @@ impl<L: Buckets + ?Sized> Sketch<'_, L> {
         (standing.ahead_ns <= limit.tolerance_ns).then_some(standing)
     }
 
-    /// How far ahead the other generation has the key; none if it does not, or counts no longer.
+    /// How far ahead the other generation has the key. None if it does not have the key, or no
+    /// longer counts.
     fn seen_before(&self, key: &[u64; 3], now_ns: u64) -> Option<u64> {
         if now_ns >= self.old_until_ns {
             return None;
@@ -296,19 +310,22 @@ impl Place<'_> {
     }
 
     fn replace(&self, slot: usize, present: u64, next: u64) -> bool {
-        // Sequentially consistent, like the kernel's: of two that place the same key in two slots, at least one must see the other.
+        // Sequentially consistent, like the kernel's: when two CPUs place the same key in two
+        // slots, at least one of them must see the other's word.
         self.bucket[slot]
             .compare_exchange(present, next, Ordering::SeqCst, Ordering::SeqCst)
             .is_ok()
     }
 
-    /// Gives a fresh slot back if the key got a second one at the same time; true: it is the only one.
+    /// Gives a fresh slot back if another CPU placed the key in a second one at the same time.
+    /// True: the key has only this slot.
     fn keep_only_one(&self, slot: usize, word: u64) -> bool {
         let alone = self.visit().all(|other| {
             other == slot || self.bucket[other].load(Ordering::SeqCst) >> TAG_SHIFT != self.tag
         });
         if !alone {
-            // Fails if somebody charged it meanwhile: then the charge that is not admitted here stays paid.
+            // Fails if another CPU charged the word meanwhile: then the charge that is not admitted
+            // here stays paid.
             self.replace(slot, word, 0);
         }
         alone
@@ -321,7 +338,7 @@ fn key_words(words: [u64; 2], purpose: Purpose, level: usize) -> [u64; 3] {
 
 /// How far the word is ahead of now; 0: idle.
 fn ahead(word: u64, now_ns: u64) -> u64 {
-    // An empty word would be some time ahead as well whenever the clock's low bits are high.
+    // The difference would make an empty word look busy whenever the clock's low bits are high.
     if word == 0 {
         return 0;
     }

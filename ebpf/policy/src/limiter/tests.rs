@@ -1,4 +1,5 @@
-//! What the limits promise: exact on one thread, never above on two, innocents left alone in a crowd.
+//! What the limits promise: exact on one thread, never above on two, innocents left alone in a
+//! crowd.
 
 mod arithmetic;
 mod crowd;

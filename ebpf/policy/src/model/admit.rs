@@ -1,4 +1,5 @@
-//! Sections 4 and 5: who may open a connection, and whose packets belong to one.
+//! Sections 4 and 5 of the specification: which packets may open a connection, and which belong to
+//! one.
 
 use super::{Case, Cookie, STRESS_PEERS};
 use crate::cid::{BadId, LocalCid};
@@ -34,7 +35,7 @@ impl Case<'_> {
                 Err(BadId::Unknown) => Err(Reason::QuicUnknownId),
                 Err(BadId::Expired) => Err(Reason::QuicExpiredId),
             },
-            // Under a client's own ID a wrong tag says nothing.
+            // The client chose the ID, so a wrong tag proves nothing.
             Quic::Initial(initial) => match self.check_id(initial.destination_id, client) {
                 Ok(()) => self.admit_known(initial.destination_id),
                 Err(_) => self.admit_initial(packet, client, &initial),
@@ -124,7 +125,7 @@ impl Case<'_> {
         }
     }
 
-    /// Rate of a source whose address may be spoofed: nothing is charged.
+    /// Checks the rate of a source whose address may be spoofed: charges nothing.
     fn check_rate(&self, source: IpAddr) -> Result<(), Reason> {
         let settings = &self.compiled.settings;
         let source = Source::of(source);
@@ -181,7 +182,7 @@ impl Case<'_> {
         Ok(Reason::TxRetry)
     }
 
-    /// Section 5.
+    /// Section 5 of the specification.
     pub(super) fn admit_tcp(&self, packet: &Packet<'_>, flags: TcpFlags) -> Result<Reason, Reason> {
         let source = packet.source;
         if !flags.opens() {
@@ -231,7 +232,7 @@ impl Case<'_> {
     }
 }
 
-/// Bytes 0 to 16 of an ID that has as many, as two little-endian words.
+/// Bytes 0 to 16 of an ID that has at least 16, as two little-endian words.
 fn first_words(id: &[u8]) -> [u64; 2] {
     let mut bytes = [0; OUR_ID_BYTES];
     bytes.copy_from_slice(&id[..OUR_ID_BYTES]);

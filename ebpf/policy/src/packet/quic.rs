@@ -1,10 +1,10 @@
-//! QUIC version 1 and what all versions have in common (RFC 8999, RFC 9000 section 17).
+//! QUIC version 1, and the part that all versions have in common (RFC 8999, RFC 9000 section 17).
 
 use crate::reason::Reason;
 
 /// Longest connection ID of version 1.
 pub const ID_BYTES_MAX: usize = 20;
-/// Length of the connection IDs that we give out.
+/// Length of the connection IDs that this node issues.
 pub const OUR_ID_BYTES: usize = 16;
 /// Shortest datagram that may open a connection (RFC 9000, 14.1).
 pub const INITIAL_BYTES_MIN: usize = 1_200;
@@ -14,37 +14,43 @@ const DIAL_REQUEST_BYTES: usize = 65;
 const LONG_HEADER: u8 = 0x80;
 const FIXED_BIT: u8 = 0x40;
 const VERSION_1: u32 = 1;
-/// First byte, version, and the length of the destination ID.
+/// Bytes of first byte, version, and length of the destination ID.
 const LONG_FIXED_BYTES: usize = 6;
 
-/// What a datagram is, before its IDs and tokens are checked.
+/// The class of a datagram, before its IDs and tokens are checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quic<'p> {
     /// A listener asks its dialler to dial.
     DialRequest,
-    /// Belongs to a connection, if its destination ID is one of ours.
+    /// Belongs to a connection, if its destination ID is one that this node issued.
     Known(&'p [u8]),
-    /// A version that we do not speak, long enough for an answer.
+    /// A version that this node does not speak, in a datagram long enough for an answer.
     Version,
-    /// Of type Initial.
+    /// A long header of type Initial.
     Initial(Initial<'p>),
 }
 
-/// An Initial up to its token.
+/// An Initial, read up to its token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Initial<'p> {
-    /// Chosen by the client in its first packets, by us in later ones.
+    /// The client chose it in its first packets, this node in later ones.
     pub destination_id: &'p [u8],
-    /// Where our answers go.
+    /// The ID that answers carry.
     pub source_id: &'p [u8],
-    /// Of the whole UDP payload.
+    /// Length of the whole UDP payload.
     pub datagram_bytes: usize,
-    /// From the token's length on.
+    /// The payload from the length of the token on.
     rest: &'p [u8],
 }
 
 impl<'p> Quic<'p> {
     /// Reads the payload of a UDP datagram.
+    ///
+    /// # Errors
+    ///
+    /// The [`Reason`] by section 2 of the specification: [`Reason::QuicMalformed`],
+    /// [`Reason::QuicFixedBit`], [`Reason::QuicIdLength`], [`Reason::QuicShortInitial`] or
+    /// [`Reason::QuicZeroRtt`].
     pub fn parse(payload: &'p [u8]) -> Result<Self, Reason> {
         let first = *payload.first().ok_or(Reason::QuicMalformed)?;
         if first == DIAL_REQUEST_FIRST {
@@ -64,7 +70,12 @@ impl<'p> Quic<'p> {
 }
 
 impl<'p> Initial<'p> {
-    /// The token, empty if there is none.
+    /// The token, empty if the packet has none.
+    ///
+    /// # Errors
+    ///
+    /// [`Reason::QuicMalformed`] if its length is cut short, or reaches past the end of the
+    /// payload.
     pub fn token(&self) -> Result<&'p [u8], Reason> {
         let (token_bytes, rest) = varint(self.rest).ok_or(Reason::QuicMalformed)?;
         let token_bytes = usize::try_from(token_bytes).map_err(|_| Reason::QuicMalformed)?;

@@ -1,8 +1,8 @@
 //! From ordered rules to the tables that the kernel walks.
 //!
 //! 1. The same settings and rules compile to the same tables.
-//! 2. Services for which the same rules and the same default speak share one trie.
-//! 3. The bounds hold for the whole set, each family by itself.
+//! 2. Services with the same rules and the same default share one trie.
+//! 3. The bounds hold for the whole set, separately for each address family.
 
 use super::{Direction, RULES_MAX, Rule, RuleAction, RulesError, Sources};
 use crate::settings::{DefaultAction, Settings};
@@ -10,14 +10,15 @@ use crate::trie::{Full, Leaf, NodeKind, RULE_DEFAULT, TrieBuilder, TrieSet};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What a set may take.
+/// The most that a set may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
     /// Inbound rules.
     pub rules_max: usize,
-    /// Dense trie nodes of 1 KiB, IPv4; see [`TrieBuilder::new`] for what follows from them.
+    /// Dense trie nodes of 1 KiB for IPv4; [`TrieBuilder::new`] says what other nodes follow from
+    /// them.
     pub nodes4_max: usize,
-    /// Dense trie nodes of 1 KiB, IPv6.
+    /// Dense trie nodes of 1 KiB for IPv6.
     pub nodes6_max: usize,
 }
 
@@ -30,19 +31,19 @@ pub struct Roots {
     pub root6: u32,
 }
 
-/// An inbound rule as people see it; its index is its number in the kernel.
+/// An inbound rule as operators see it. Its index is its number in the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CompiledRule {
     /// The rule.
     pub rule: Rule,
-    /// Numbers of the services that it speaks for; with scope `host`, see [`Rule::covers_host`].
+    /// Numbers of the services that it covers; with scope `host`, see [`Rule::covers_host`].
     pub services: Vec<u8>,
 }
 
 /// A set that can be published.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Compiled {
-    /// What the operator says.
+    /// The operator's settings.
     pub settings: Settings,
     /// Inbound rules, in order.
     pub rules: Vec<CompiledRule>,
@@ -50,15 +51,20 @@ pub struct Compiled {
     pub trie4: TrieSet,
     /// Tries over the sixteen bytes of IPv6 addresses.
     pub trie6: TrieSet,
-    /// For each service, in the order of the settings.
+    /// Roots of each service, in the order of the settings.
     pub services: Vec<Roots>,
-    /// For ports that are not declared, with scope `host`.
+    /// Roots for ports that are not declared, with scope `host`.
     pub host: Roots,
-    /// Outbound rules, in order: for nftables.
+    /// Outbound rules, in order; nftables enforces them.
     pub outbound: Vec<Rule>,
 }
 
 /// Compiles rules that are [`in_order`](super::in_order).
+///
+/// # Errors
+///
+/// [`RulesError::Settings`] if the settings are wrong, [`RulesError::TooManyRules`] for more rules than
+/// `bounds` allow, [`RulesError::TooManyNodes`] if the prefixes do not fit into the nodes.
 pub fn compile(
     settings: &Settings,
     rules: &[Rule],
@@ -123,7 +129,7 @@ fn compiled_rules(rules: Vec<Rule>, columns: &[Column]) -> Vec<CompiledRule> {
         .collect()
 }
 
-/// What a trie is made from: numbers of the rules that speak for a service, and its default.
+/// The input of a trie: numbers of the rules that cover a service, and its default.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Column {
     rules: Vec<u16>,
@@ -155,12 +161,13 @@ impl Column {
 struct Family {
     number: u8,
     address_bytes: usize,
-    /// For each rule. None lies inside another and no two make a third: one rule never fills a node.
+    /// The prefixes of each rule. None lies inside another and no two form a third, so one rule
+    /// never fills a node.
     prefixes: Vec<Vec<Prefix>>,
 }
 
 struct Prefix {
-    /// As many bytes as the family has; the others are 0.
+    /// As many bytes as the family has; the rest are 0.
     address: [u8; 16],
     bits: u8,
 }
@@ -206,7 +213,7 @@ impl Family {
         }
     }
 
-    /// One trie for each column: the set, and the root of each.
+    /// Builds one trie for each column. Returns the set, and the root of each.
     fn tries<'c>(
         &self,
         rules: &[Rule],
@@ -224,7 +231,8 @@ impl Family {
         Ok((tries, roots))
     }
 
-    /// The builder stops at the first node that does not fit; the message counts all of them.
+    /// The error for a trie that does not fit. The builder stops at the first node too many; the
+    /// error counts all nodes.
     fn too_many(&self, full: Full, column: &Column) -> RulesError {
         let nodes = match full.kind {
             NodeKind::Building => self.nodes_of(column),

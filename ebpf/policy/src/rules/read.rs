@@ -9,7 +9,7 @@ use std::ops::RangeInclusive;
 use toml::{Table, Value};
 
 const COMMENT_CHARS_MAX: usize = 128;
-/// Of a value that an error quotes.
+/// The most characters of a value that an error quotes.
 const QUOTED_CHARS_MAX: usize = 80;
 const FIELDS: [&str; 8] = [
     "scope",
@@ -56,14 +56,14 @@ pub(super) fn rule(
     Ok((fields.required("scope", scope)?, rule))
 }
 
-/// A table, and where it stands.
+/// A table and its place in the registry version.
 struct Fields<'t> {
     version: u64,
     number: usize,
     table: &'t Table,
 }
 
-/// What is wrong with a value, and what to do.
+/// What is wrong with a value, and what the author can do.
 struct Wrong {
     problem: String,
     remedy: String,

@@ -286,7 +286,8 @@ fn sets_over_their_bounds_are_refused() {
             rules_max: 2
         }
     );
-    // Two columns (default deny, default allow) of three nodes each: root, 10, 10.2. Only roots must be dense.
+    // Two columns (default deny, default allow) of three nodes each: root, 10, 10.2. Only roots
+    // must be dense.
     let exact = Bounds {
         nodes4_max: 2,
         ..BOUNDS
@@ -294,7 +295,8 @@ fn sets_over_their_bounds_are_refused() {
     let compiled = compile(&settings(), &three, exact).unwrap();
     assert_eq!(sizes(&compiled.trie4), (2, 4));
     assert_eq!(sizes(&compiled.trie6), (2, 2 * 3));
-    // All of one column is dense while it is compiled: the root, five bytes that are shared, ten of each prefix.
+    // All of one column is dense while it is compiled: the root, five bytes that are shared, ten of
+    // each prefix.
     let deep: Vec<_> = (0..4)
         .map(|n| rule(&format!("2001:db8:{n}::1/128"), RuleAction::Allow))
         .collect();
@@ -442,7 +444,8 @@ fn scan(settings: &Settings, rules: &[Rule], service: usize, address: IpAddr) ->
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1_500))]
 
-    // Protects the firewall: 120,000 (rules, service, address) cases, and the first and last address of each prefix.
+    // Protects the firewall: 120,000 (rules, service, address) cases, and the first and last
+    // address of each prefix.
     #[test]
     fn compiled_rules_equal_a_scan(
         rules in vec(any_rule(), 0..14),

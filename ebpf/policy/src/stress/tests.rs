@@ -10,7 +10,8 @@ fn config() -> StressConfig {
     StressConfig::default()
 }
 
-/// One second with this many percent half open, refused and unvalidated packets, of a budget of 2,000 each second.
+/// One second with this many percent half open, refused and unvalidated packets, of a budget of
+/// 2,000 each second.
 fn sample(half_open_percent: usize, refused: u64, unvalidated: u64) -> LoadSample {
     LoadSample {
         half_open: half_open_percent * 2,
@@ -92,7 +93,8 @@ fn a_flood_that_goes_on_holds_its_level() {
     ]);
 }
 
-// Protects small and large budgets alike: what flaps under a mark of one size, or is held up by honest packets under it.
+// Protects small and large budgets alike: what flaps under a mark of one size, or is held up by
+// honest packets under it.
 #[test]
 fn marks_are_the_budgets_own() {
     let of = |per_second: u64, refused, unvalidated| BudgetLoad {

@@ -19,14 +19,14 @@ pub const SPARSE_PER_NODE: usize = 4;
 /// take once it is packed.
 const BUILDING_PER_NODE: usize = 1 + SPARSE_PER_NODE;
 
-/// What there are too many of.
+/// The kind of nodes that run out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeKind {
-    /// Of 1 KiB, in the kernel.
+    /// Nodes of 1 KiB, in the kernel.
     Dense,
-    /// Of 64 bytes, in the kernel.
+    /// Nodes of 64 bytes, in the kernel.
     Sparse,
-    /// Of 1 KiB, while one trie is built.
+    /// Nodes of 1 KiB, while one trie is built.
     Building,
 }
 
@@ -44,12 +44,12 @@ impl fmt::Display for NodeKind {
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("{nodes} {kind} are needed, {nodes_max} are allowed")]
 pub struct Full {
-    /// Which.
+    /// Kind of the nodes.
     pub kind: NodeKind,
-    /// Needed, up to the trie that did not fit; for [`NodeKind::Building`], up to the first node
-    /// that did not.
+    /// Nodes that are needed, up to the trie that did not fit. For [`NodeKind::Building`], up to
+    /// the first node that did not.
     pub nodes: usize,
-    /// Allowed.
+    /// Nodes that are allowed.
     pub nodes_max: usize,
 }
 
@@ -67,7 +67,7 @@ impl Full {
 /// Builds tries, one after the other.
 #[derive(Clone, Debug)]
 pub struct TrieBuilder {
-    /// Of the trie in progress; its root is the first.
+    /// Nodes of the trie in progress; its root is the first.
     nodes: Vec<Node>,
     /// Whether a node, and all below it, has no blank entry.
     complete: Vec<bool>,
@@ -88,8 +88,12 @@ impl TrieBuilder {
         }
     }
 
-    /// Begins a blank trie, and packs the one before, which must be complete. Returns the index
-    /// of its root in the set.
+    /// Begins a blank trie, and packs the one before, which must be complete. Returns the index of
+    /// its root in the set.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`] if the trie before takes more nodes than are allowed.
     pub fn begin_trie(&mut self) -> Result<u32, Full> {
         self.pack()?;
         self.push()?;
@@ -100,6 +104,10 @@ impl TrieBuilder {
     ///
     /// An address has 4 or 16 bytes, the same number in the whole trie; `bits` is at most eight
     /// times that.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`] of [`NodeKind::Building`] if the trie in progress takes too many nodes.
     pub fn insert(&mut self, address: &[u8], bits: u8, leaf: Leaf) -> Result<(), Full> {
         debug_assert!(usize::from(bits) <= address.len() * 8);
         let mut path = Vec::with_capacity(address.len());
@@ -137,7 +145,11 @@ impl TrieBuilder {
         Ok(())
     }
 
-    /// The set of all tries that were begun.
+    /// Packs the last trie, and returns the set of all tries.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`] if the set takes more nodes than are allowed.
     pub fn finish(mut self) -> Result<TrieSet, Full> {
         self.pack()?;
         let Packing { nodes, sparse, .. } = self.packed;

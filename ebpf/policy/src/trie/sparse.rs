@@ -1,24 +1,25 @@
 //! Sparse nodes: 256 entries that form few runs, in one cache line.
 //!
-//! The run of a byte is the last one that starts at or below it, so it is found by counting the starts, without a branch. Unused
-//! runs start at 255 and repeat the last entry: whoever counts needs no length.
+//! The run of a byte is the last one that starts at or below it, so counting the starts finds it,
+//! without a branch. Unused runs start at 255 and repeat the last entry, so the count needs no
+//! length.
 
 use super::Node;
 
-/// Runs of one sparse node, at most (`EDGE_RUNS`).
+/// The most runs of one sparse node (`EDGE_RUNS`).
 pub const RUNS: usize = 12;
 
-/// A node that is given by where its entries change.
+/// A node, given by the bytes at which its entries change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Sparse {
-    /// By run: a leaf, or the index of a node.
+    /// The entry of each run: a leaf, or the index of a node.
     pub entries: [u32; RUNS],
     /// First byte of each run, ascending from 0.
     pub starts: [u8; RUNS],
 }
 
 impl Sparse {
-    /// The same entries as runs; none if there are too many of them.
+    /// The same entries as runs; none if the node has too many runs.
     pub fn of(node: &Node) -> Option<Self> {
         let mut sparse = Self {
             entries: [node[0xff]; RUNS],

@@ -204,7 +204,8 @@ fn entries_are_laid_out_as_the_kernel_reads_them() {
     assert_eq!(Leaf::from_entry(5), None);
 }
 
-// Protects the bounds of memory: what is hidden or done costs no node, and what does not fit says so.
+// Protects the bounds of memory: what is hidden or done costs no node, and what does not fit says
+// so.
 #[test]
 fn nodes_are_bounded_and_never_in_vain() {
     let mut builder = TrieBuilder::new(1);

@@ -1,4 +1,5 @@
-//! Bounds of half-open handshakes: against a list of all that are open, through the whole admission, and from many threads.
+//! Bounds of half-open handshakes: against a list of all that are open, through the whole
+//! admission, and from many threads.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -24,7 +25,8 @@ const DCID: [u8; 8] = [3, 1, 4, 1, 5, 9, 2, 6];
 const PEERS: [u32; 2] = [77, 78];
 const PAIR: Key = Key { k0: 5, k1: 6 };
 
-/// Few enough that they share prefixes at every level; the last is the first one's /24, as an address.
+/// Few enough that they share prefixes at every level; the last is the first one's /24, as an
+/// address.
 const ADDRESSES: [&str; 10] = [
     "192.0.2.1",
     "192.0.2.2",
@@ -229,7 +231,8 @@ fn assert_retry(first: First) {
     assert!(matches!(first, First::Retry(_)), "{first:?}");
 }
 
-// Protects the owner of an address that others forge: their packets take half, and never more than a Retry after that.
+// Protects the owner of an address that others forge: their packets take half, and never more than
+// a Retry after that.
 #[test]
 fn a_forged_address_keeps_a_share_for_its_owner() {
     let admission = admission(free());
@@ -320,7 +323,8 @@ fn what_is_refused_holds_and_costs_nothing() {
     assert_retry(admission.bare(at(2)));
     assert_eq!(admission.half_open(source), 1);
     admission.handshake_over(at(1), Entitlement::Unvalidated);
-    // Those refused for want of room leave the source's rate alone: four, and the fifth of its burst when there is room again.
+    // Those refused for want of room leave the source's rate alone: four, and the fifth of its
+    // burst when there is room again.
     for port in 1..=4 {
         assert_eq!(admission.by_token(at(port)), First::Accept(by_token()));
     }
@@ -366,7 +370,8 @@ fn threads_never_pass_the_bound() {
             // Seldom enough that each thread comes up against the bound even if it runs alone.
             if round % 7 == 0 || round + 1 == ROUNDS {
                 for by in mine.drain(..) {
-                    // Before it is given back: what is counted here never exceeds what is held there.
+                    // Before it is given back: what is counted here never exceeds what is held
+                    // there.
                     held.fetch_sub(1, Ordering::SeqCst);
                     admission.handshake_over(at(port), by);
                 }

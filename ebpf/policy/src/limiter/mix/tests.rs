@@ -1,4 +1,5 @@
-//! What the sketch asks of its hash: every bit of a key counts for every bit, and keys in a row spread like keys at random.
+//! What the sketch asks of its hash: every bit of a key counts for every bit, and keys in a row
+//! spread like keys at random.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -27,7 +28,8 @@ fn v6(network: u64) -> IpAddr {
     Ipv6Addr::from_bits(u128::from(network) << 64).into()
 }
 
-/// Of all keys, how often each bit of the hash changes with a bit of the key; the share farthest from a half.
+/// Of all keys, how often each bit of the hash changes with a bit of the key; the share farthest
+/// from a half.
 fn worst_share(keys: &[[u64; 2]], bits: impl Iterator<Item = usize>) -> f64 {
     let mut worst: f64 = 0.0;
     for bit in bits {
@@ -65,7 +67,8 @@ fn every_bit_of_an_address_changes_half_of_the_hash() {
     assert!(worst < 0.1, "IPv6: {worst}");
 }
 
-/// Keys on each of 1,024 buckets against an even spread: chi squared over its degrees of freedom; 1 for keys at random.
+/// Keys on each of 1,024 buckets against an even spread: chi squared over its degrees of freedom; 1
+/// for keys at random.
 fn unevenness(hashes: impl Iterator<Item = u64>) -> f64 {
     const BUCKETS: usize = 1_024;
     let mut buckets = [0_u32; BUCKETS];
@@ -81,7 +84,8 @@ fn unevenness(hashes: impl Iterator<Item = u64>) -> f64 {
     squares.sum::<f64>() / (BUCKETS - 1) as f64
 }
 
-// Protects innocents beside a botnet of neighbours: a walk through a prefix fills all buckets alike.
+// Protects innocents beside a botnet of neighbours: a walk through a prefix fills all buckets
+// alike.
 #[test]
 fn addresses_in_a_row_spread_over_the_lines() {
     const KEYS: u32 = 1 << 16;
@@ -119,7 +123,8 @@ fn addresses_in_a_row_spread_over_the_lines() {
 }
 
 proptest! {
-    // Protects the promise that only the bits which are kept, bucket and tag, make keys share a word.
+    // Protects the promise that only the bits which are kept, bucket and tag, make keys share a
+    // word.
     #[test]
     fn keys_that_differ_in_one_word_differ(k0: u64, k1: u64, a: u64, b: u64, other: u64) {
         let seed = Key { k0, k1 };

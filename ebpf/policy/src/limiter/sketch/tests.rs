@@ -132,7 +132,8 @@ fn time_wraps_at_48_bits() {
     }
 }
 
-// Protects sources after wrong rates were taken back, and long after the node died: no word refuses for longer than its limit.
+// Protects sources after wrong rates were taken back, and long after the node died: no word refuses
+// for longer than its limit.
 #[test]
 fn a_word_that_its_limit_cannot_have_written_counts_as_a_spent_burst() {
     const FOREVER: Limit = Limit {
@@ -241,7 +242,8 @@ fn only_the_idle_generation_is_cleared() {
     }
 }
 
-// The interleaving step by step: two threads see no word of the key; they place it in different slots.
+// The interleaving step by step: two threads see no word of the key; they place it in different
+// slots.
 #[test]
 fn a_key_placed_twice_is_given_back() {
     let buckets = OwnedBuckets::new(1);

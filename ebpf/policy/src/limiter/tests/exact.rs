@@ -2,7 +2,8 @@
 
 use super::*;
 
-/// Packets at every quarter of an interval, more of them than can be admitted; returns how many were.
+/// Packets at every quarter of an interval, more of them than can be admitted; returns how many
+/// were.
 fn admitted(limit: Limit, elapsed_ns: u64, mut charge: impl FnMut(u64) -> bool) -> u64 {
     let start_ns = 5_000_000_000_000_000;
     let mut admitted = 0;

@@ -1,7 +1,8 @@
-//! Two threads at one budget: never above what one thread would get; and naive limiters, which do exceed it.
+//! Two threads at one budget: never above what one thread would get; and naive limiters, which do
+//! exceed it.
 //!
-//! The clock is mocked. Every naive limiter reads, meets the other thread, and only then writes: the interleaving that
-//! breaks it happens every time, not by luck.
+//! The clock is mocked. Every naive limiter reads, meets the other thread, and only then writes:
+//! the interleaving that breaks it happens every time, not by luck.
 
 use std::sync::Barrier;
 use std::thread;
@@ -13,7 +14,8 @@ const ROUNDS: u64 = 600;
 /// Rounds in an interval: with two threads, four packets for each that may pass.
 const ROUNDS_EACH: u64 = 2;
 
-/// Two threads in step: each offers one packet a round. `attempt(thread, now, barrier)` waits at the barrier exactly once.
+/// Two threads in step: each offers one packet a round. `attempt(thread, now, barrier)` waits at
+/// the barrier exactly once.
 fn in_step(limit: Limit, attempt: impl Fn(usize, u64, &Barrier) -> bool + Sync) -> u64 {
     let barrier = Barrier::new(2);
     let offer = |thread| {
@@ -35,9 +37,11 @@ fn allowed_in_step(limit: Limit) -> u64 {
     allowance(limit, (ROUNDS - 1) * limit.interval_ns / ROUNDS_EACH)
 }
 
-/// Two threads that run as they like and push the clock on; returns what they admitted and how long that took on the clock.
+/// Two threads that run as they like and push the clock on; returns what they admitted and how long
+/// that took on the clock.
 ///
-/// Of two that share a clock, none is later than [`CLOCK_SLACK_NS`]; and all of it is shorter than a word's reach.
+/// Of two that share a clock, none is later than [`CLOCK_SLACK_NS`]; and all of it is shorter than
+/// a word's reach.
 fn running_free(limit: Limit, charge: impl Fn(u64) -> bool + Sync) -> (u64, u64) {
     const STEPS: u64 = 20_000;
     let elapsed_ns = (STEPS / 4 * limit.interval_ns).min(TOLERANCE_MAX_NS);

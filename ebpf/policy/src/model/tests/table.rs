@@ -63,7 +63,8 @@ fn with(mut frame: Vec<u8>, at: usize, byte: u8) -> Vec<u8> {
     frame
 }
 
-/// Rules: 0 members, 1 reject 203.0.113.0/24, 2 deny 198.18.0.0/15, 3 allow 192.0.2.0/24 and 2001:db8::/32.
+/// Rules: 0 members, 1 reject 203.0.113.0/24, 2 deny 198.18.0.0/15, 3 allow 192.0.2.0/24 and
+/// 2001:db8::/32.
 fn packets_and_rules() -> Vec<Case> {
     let non_member = "100.64.0.1:5";
     let rejected = "203.0.113.9:5";
