@@ -19,7 +19,7 @@ use millrace_shards::chunk::{Body, BodyMut, ChunkPool};
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
 use millrace_transport::{
-    EdgeStart, Payload, Request, RpcError, Transport, TransportConfig, TransportStart,
+    EdgeStart, Payload, Request, Router, RpcError, Transport, TransportConfig, TransportStart,
 };
 
 use crate::app::announced::Announced;
@@ -151,9 +151,10 @@ impl Running {
             Arc::clone(&versions),
             Arc::clone(&announced),
         );
-        let transport = Transport::start(parts, move |local| {
+        let transport = Transport::start(parts, move |messenger| {
             let (store, versions, announced) = app.clone();
-            App::new(local, store, versions, announced)
+            let app = App::new(messenger, store, versions, announced);
+            Router::new().serve(wire::METHODS, app)
         })
         .map_err(|error| {
             Failure::new(

@@ -37,11 +37,13 @@ use crate::pair_keys::DialKeys;
 use crate::phase::Phase;
 use crate::quic::CloseCode;
 use crate::random::random_bytes;
+use crate::service::command::Command;
 use crate::service::handle::ShardState;
-use crate::service::message::Handler;
+use crate::service::remote::CallId;
+use crate::service::router::Router;
 use crate::session::Session;
-use crate::start::Message;
 use crate::status::{PeerStatus, StatusBoard};
+use crate::stop::StopLimit;
 use crate::tls::Members;
 
 /// TLS alert `certificate_required` as a QUIC error code (RFC 9001, 4.8).
@@ -105,13 +107,14 @@ pub(crate) struct EndpointParts {
     pub(crate) clock: Clock,
     /// What first packets prove themselves with, by the peer that is dialled.
     pub(crate) dial_keys: DialKeys,
+    pub(crate) stop_limit: Arc<StopLimit>,
     pub(crate) now: Instant,
 }
 
 /// The transport of one shard.
-pub(crate) struct Endpoint<H> {
+pub(crate) struct Endpoint {
     parts: EndpointParts,
-    handler: H,
+    router: Router,
     connections: Vec<Option<Box<Connection>>>,
     free: Vec<usize>,
     live: usize,
@@ -135,7 +138,7 @@ pub(crate) struct Endpoint<H> {
     admission_tick_at: Instant,
 }
 
-impl<H> std::fmt::Debug for Endpoint<H> {
+impl std::fmt::Debug for Endpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Endpoint")
             .field("me", &self.parts.me)
@@ -144,13 +147,13 @@ impl<H> std::fmt::Debug for Endpoint<H> {
     }
 }
 
-impl<H: Handler> Endpoint<H> {
-    pub(crate) fn new(parts: EndpointParts, topology: Arc<Topology>, handler: H) -> Self {
+impl Endpoint {
+    pub(crate) fn new(parts: EndpointParts, topology: Arc<Topology>, router: Router) -> Self {
         let now = parts.now;
         let machines = parts.peers.len();
         let mut endpoint = Self {
             parts,
-            handler,
+            router,
             connections: Vec::new(),
             free: Vec::new(),
             live: 0,
@@ -229,6 +232,15 @@ impl<H: Handler> Endpoint<H> {
         }
     }
 
+    /// Takes back a request of another shard or thread, if it is still in flight.
+    fn cancel(&self, call: &CallId) {
+        if let Some(Some(connection)) = self.connections.get(call.slot)
+            && let Some(session) = &connection.session
+        {
+            session.cancel(call);
+        }
+    }
+
     // --- sending ---
 
     /// Sends what one connection has. True when it has more than this turn's budget.
@@ -280,6 +292,7 @@ impl<H: Handler> Endpoint<H> {
                 address: Some(connection.address.current()),
                 rtt: path.as_ref().map(|p| p.rtt),
                 probe_rtt: session.probe_rtt().map(|rtt| rtt.smoothed),
+                queued_bytes: session.queued_bytes(),
                 congestion_window_bytes: path.as_ref().map_or(0, |p| p.cwnd as u64),
                 packets_sent: stats.sent as u64,
                 packets_lost: stats.lost as u64,
@@ -297,17 +310,19 @@ impl<H: Handler> Endpoint<H> {
     }
 }
 
-impl<H: Handler> Datapath for Endpoint<H> {
-    type Message = Message;
+impl Datapath for Endpoint {
+    type Message = Command;
 
-    fn on_message(&mut self, message: Message, now: Instant) {
+    fn on_message(&mut self, command: Command, now: Instant) {
         self.parts.state.now.set(now);
-        match message {
-            Message::Topology(topology, dial_keys) => {
+        match command {
+            Command::Topology(topology, dial_keys) => {
                 self.parts.dial_keys = dial_keys;
                 self.set_topology(topology, now);
             }
-            Message::Run(run) => run(&self.parts.state),
+            Command::Request(remote) => self.parts.state.request_remote(*remote),
+            Command::Cancel(call) => self.cancel(&call),
+            Command::Send(remote) => self.parts.state.send_remote(*remote),
         }
     }
 
@@ -398,7 +413,8 @@ impl<H: Handler> Datapath for Endpoint<H> {
     fn on_stop(&mut self, now: Instant) {
         self.parts.state.stopping.set(true);
         self.parts.state.now.set(now);
-        let until = now + self.parts.state.config.drain_timeout;
+        let drain_timeout = self.parts.state.config.drain_timeout;
+        let until = now + drain_timeout.min(self.parts.stop_limit.get());
         self.stop_at = Some(until);
         for slot in 0..self.connections.len() {
             self.take_down(slot);

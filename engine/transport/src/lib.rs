@@ -1,7 +1,8 @@
 //! QUIC connections on shards: mutual TLS pinned to the registry, lanes, message streams, RPC, bulk bodies.
 //!
-//! One [`endpoint`](self) per shard plugs into the shard's loop. Code on a shard talks through [`ShardMessenger`], any other thread through
-//! [`Transport`], and both are called back through a [`Handler`].
+//! One `endpoint` for each shard plugs into the shard's loop. What speaks to peers is a [`Service`]:
+//! it owns a range of methods in the [`Router`] of each shard and talks through a [`Messenger`].
+//! Other threads talk through [`Transport`].
 //!
 //! Invariants of the crate
 //! 1. A connection belongs to one shard from its first packet to its last; nothing of it is shared.
@@ -33,21 +34,24 @@ mod service;
 mod session;
 mod start;
 mod status;
+mod stop;
 mod streams;
 mod tls;
+mod transport;
 
 pub use admission::ConnectionCounts;
 pub use clock::Clock;
 pub use config::{CongestionControl, PerClass, TransportConfig};
 pub use millrace_protocol::rpc::RpcError;
 pub use quic::CloseCode;
-pub use service::handle::PendingAnswer;
-pub use service::message::{
-    Answer, Defer, Handler, Inbound, InboundBody, Payload, Request, Responder,
-};
-pub use service::messenger::Messenger;
+pub use service::message::{Answer, Inbound, InboundBody, Payload, Request};
+pub use service::messenger::{Messenger, PathInfo};
+pub use service::pending::PendingAnswer;
 pub use service::remote::RemoteAnswer;
+pub use service::responder::{Defer, Responder};
+pub use service::router::{Router, RouterError, Service};
 pub use service::shard_messenger::ShardMessenger;
-pub use start::{EdgeStart, StartError, Transport, TransportStart};
+pub use start::{EdgeStart, StartError, TransportStart};
 pub use status::{PeerStatus, ShardStatus, StatusBoard};
 pub use tls::TlsError;
+pub use transport::Transport;

@@ -221,6 +221,15 @@ impl Outbox {
         }
     }
 
+    /// Bytes that wait to be sent, for each class; small frames of class bulk count as normal.
+    pub(crate) fn queued_bytes(&self) -> PerClass<u64> {
+        PerClass {
+            latency: self.queued[0] as u64,
+            normal: self.queued[1] as u64,
+            bulk: 0,
+        }
+    }
+
     /// Queues a frame on a lane.
     pub(crate) fn push_frame(&mut self, header: Header, body: &[u8]) -> Result<(), QueueFull> {
         // Small frames of the bulk class share the normal lanes, and their bound.

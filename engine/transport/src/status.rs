@@ -6,6 +6,9 @@ use std::time::{Duration, Instant};
 
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 
+use crate::config::PerClass;
+use crate::service::messenger::PathInfo;
+
 /// A connection that is up.
 #[derive(Clone, Debug)]
 pub struct PeerStatus {
@@ -21,6 +24,8 @@ pub struct PeerStatus {
     pub probe_rtt: Option<Duration>,
     /// Congestion window, bytes.
     pub congestion_window_bytes: u64,
+    /// Bytes that wait to be sent, for each class; small frames of class bulk count as normal.
+    pub queued_bytes: PerClass<u64>,
     /// Packets sent.
     pub packets_sent: u64,
     /// Packets lost.
@@ -91,6 +96,32 @@ impl StatusBoard {
             .iter()
             .flat_map(|shard| shard.peers.iter().cloned())
             .collect()
+    }
+
+    /// The peers that are up, each once, in the order of their ids.
+    pub fn peer_ids(&self) -> Vec<NodeId> {
+        let shards = self.lock();
+        let up = shards.iter().flat_map(|shard| &shard.peers);
+        let mut ids: Vec<_> = up.map(|peer| peer.node_id).collect();
+        drop(shards);
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
+
+    /// What the connections to `peer` say together: the shortest round trip, the sum of the rest.
+    pub(crate) fn path(&self, peer: &NodeId) -> Option<PathInfo> {
+        let shards = self.lock();
+        let up = shards.iter().flat_map(|shard| &shard.peers);
+        let paths = up
+            .filter(|status| status.node_id == *peer)
+            .map(|status| PathInfo {
+                rtt: status.rtt,
+                queued_bytes: status.queued_bytes,
+                packets_sent: status.packets_sent,
+                packets_lost: status.packets_lost,
+            });
+        paths.reduce(|one, other| one.beside(&other))
     }
 
     /// A connection went out of use; the shard publishes the rest in its next housekeeping.

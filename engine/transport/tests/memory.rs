@@ -8,12 +8,13 @@ use std::time::Duration;
 use millrace_protocol::frame::{Class, FailureCode, Method};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_protocol::rng::Rng;
+use millrace_shards::Queue;
 use millrace_shards::chunk::{Body, ChunkPool};
 use millrace_shards::config::HugePages;
 use millrace_transport::counters::{Counter, Family};
 use millrace_transport::memory::{LinkConfig, MemoryConfig, MemoryLocal, MemoryNetwork};
 use millrace_transport::{
-    Answer, Defer, Handler, Inbound, InboundBody, Messenger, Payload, Request, Responder, RpcError,
+    Answer, Defer, Inbound, InboundBody, Messenger, Payload, Request, Responder, RpcError, Service,
 };
 
 /// Answers with the request's body.
@@ -58,7 +59,7 @@ impl Node {
     }
 }
 
-impl Handler for Node {
+impl Service for Node {
     fn on_request(&mut self, request: Inbound<'_>, defer: Defer<'_>) -> Answer {
         self.note("request", request.peer, request.body.len());
         self.count(&request.body);
@@ -74,7 +75,7 @@ impl Handler for Node {
                 }
                 Some(responder) => {
                     let sleep = self.local.sleep(1000 * MS);
-                    self.local.spawn(async move {
+                    self.local.spawn(Queue::Latency, async move {
                         sleep.await;
                         responder.reply(b"later".to_vec().into());
                     });
@@ -139,8 +140,7 @@ impl Net {
     }
 
     fn ask(&mut self, from: usize, to: usize, request: Request) -> Result<Payload, RpcError> {
-        let messenger: &dyn Messenger = &self.nodes[from];
-        let answer = messenger.request(&self.nodes[to].node_id(), request);
+        let answer = self.nodes[from].request(self.nodes[to].node_id(), request);
         self.net
             .run(PATIENCE, answer)
             .expect("a deadline ends every request")
@@ -246,7 +246,7 @@ fn answers_may_come_later_and_requests_may_be_refused() {
         unknown.unwrap_err(),
         RpcError::Peer(FailureCode::UnknownMethod)
     );
-    let nobody = net.nodes[0].request(&id(9), request(ECHO, Class::Normal, Payload::Empty));
+    let nobody = net.nodes[0].request(id(9), request(ECHO, Class::Normal, Payload::Empty));
     assert_eq!(
         net.net.run(PATIENCE, nobody).unwrap().unwrap_err(),
         RpcError::NotConnected
@@ -279,7 +279,7 @@ fn latency_passes_bulk() {
     );
     let (a, b) = (net.nodes[0].clone(), net.nodes[1].node_id());
     let bulk: Vec<_> = (0..3)
-        .map(|n| a.request(&b, request(ECHO, Class::Bulk, body(&a, n, 3 << 20))))
+        .map(|n| a.request(b, request(ECHO, Class::Bulk, body(&a, n, 3 << 20))))
         .collect();
     net.net.run_for(100 * MS);
     let from = net.net.elapsed();
@@ -306,8 +306,8 @@ fn a_cut_ends_the_connection_and_a_heal_brings_it_back() {
         net.nodes[1].node_id(),
         net.nodes[2].node_id(),
     );
-    let waiting = a.request(&b, request(HANG, Class::Normal, vec![0; 4]));
-    let large = a.request(&b, request(ECHO, Class::Bulk, body(&a, 1, 3 << 20)));
+    let waiting = a.request(b, request(HANG, Class::Normal, vec![0; 4]));
+    let large = a.request(b, request(ECHO, Class::Bulk, body(&a, 1, 3 << 20)));
     net.net.run_for(MS / 2);
     net.net.cut(&a.node_id(), &b);
     for answer in [waiting, large] {
@@ -317,7 +317,7 @@ fn a_cut_ends_the_connection_and_a_heal_brings_it_back() {
     assert_eq!(a.peers(), [c]);
     let refused = net.ask(0, 1, request(ECHO, Class::Normal, Payload::Empty));
     assert_eq!(refused.unwrap_err(), RpcError::NotConnected);
-    let none = a.send(&b, Class::Normal, ECHO, Payload::Empty);
+    let none = a.send(b, Class::Normal, ECHO, Payload::Empty);
     assert_eq!(none.unwrap_err(), RpcError::NotConnected);
     net.ask(0, 2, request(ECHO, Class::Normal, Payload::Empty))
         .unwrap();
@@ -344,7 +344,7 @@ fn a_cut_ends_the_connection_and_a_heal_brings_it_back() {
 fn a_crash_is_noticed_and_a_restart_joins() {
     let mut net = Net::new(2, MemoryConfig::default());
     let (a, b) = (net.nodes[0].clone(), net.nodes[1].node_id());
-    let waiting = a.request(&b, request(LATER, Class::Normal, vec![0; 4]));
+    let waiting = a.request(b, request(LATER, Class::Normal, vec![0; 4]));
     net.net.run_for(10 * MS);
     net.net.crash(&b);
     let lost = net.net.run(PATIENCE, waiting).unwrap();
@@ -402,8 +402,8 @@ fn the_server_sees_what_is_taken_back() {
         },
     );
     let (a, b) = (net.nodes[0].clone(), net.nodes[1].node_id());
-    let dropped = a.request(&b, request(HANG, Class::Normal, vec![0; 4]));
-    let kept = a.request(&b, request(HANG, Class::Normal, vec![0; 4]));
+    let dropped = a.request(b, request(HANG, Class::Normal, vec![0; 4]));
+    let kept = a.request(b, request(HANG, Class::Normal, vec![0; 4]));
     net.net.run_for(10 * MS);
     drop(dropped);
     net.net.run_for(10 * MS);
@@ -415,7 +415,7 @@ fn the_server_sees_what_is_taken_back() {
         .collect();
     assert_eq!(cancelled, [true, false]);
     // Half of a body is there: its chunks go back, and no handler hears of it.
-    let large = a.request(&b, request(ECHO, Class::Bulk, body(&a, 77, 3 << 20)));
+    let large = a.request(b, request(ECHO, Class::Bulk, body(&a, 77, 3 << 20)));
     net.net.run_for(100 * MS);
     let free = net.nodes[1].pool().free_chunks();
     assert_eq!(free + 3, net.nodes[1].pool().total_chunks());
@@ -462,10 +462,10 @@ fn storm(seed: u64, pool: &ChunkPool) -> (Vec<String>, usize) {
         let sent = payload(&local, number, len);
         let mut echo = request(ECHO, class, sent);
         echo.deadline = Duration::from_secs(20);
-        asked.push((number, len, to, local.request(&peer, echo)));
+        asked.push((number, len, to, local.request(peer, echo)));
         local
             .send(
-                &peer,
+                peer,
                 class,
                 ECHO,
                 payload(&local, 1000 + number, 4 + len / 10),

@@ -9,7 +9,7 @@ use millrace_registry::wire::NEWER_THAN;
 use millrace_shards::Queue;
 use millrace_shards::chunk::{Body, Chunk};
 use millrace_transport::{
-    Answer, Defer, Handler, Inbound, InboundBody, Payload, Responder, ShardMessenger,
+    Answer, Defer, Inbound, InboundBody, Messenger, Payload, Responder, Service,
 };
 
 use super::announced::Announced;
@@ -20,22 +20,22 @@ use super::wire::{self, Announce};
 /// Above this a payload has to be in chunks.
 const SMALL_BYTES_MAX: usize = 64 << 10;
 
-pub(crate) struct App {
-    local: ShardMessenger,
+pub(crate) struct App<M> {
+    messenger: M,
     store: Arc<Store>,
     versions: Arc<Versions>,
     announced: Arc<Announced>,
 }
 
-impl App {
+impl<M: Messenger> App<M> {
     pub(crate) fn new(
-        local: ShardMessenger,
+        messenger: M,
         store: Arc<Store>,
         versions: Arc<Versions>,
         announced: Arc<Announced>,
     ) -> Self {
         Self {
-            local,
+            messenger,
             store,
             versions,
             announced,
@@ -68,17 +68,19 @@ impl App {
         }
         let body = match body {
             InboundBody::Chunks(body) => body,
-            InboundBody::Slice(bytes) => match Body::copy_from_slice(self.local.pool(), bytes) {
-                Some(body) => body,
-                None => return Answer::Failure(FailureCode::Busy),
-            },
+            InboundBody::Slice(bytes) => {
+                match Body::copy_from_slice(self.messenger.pool(), bytes) {
+                    Some(body) => body,
+                    None => return Answer::Failure(FailureCode::Busy),
+                }
+            }
         };
         let Some(responder) = defer.responder() else {
             return Answer::Failure(FailureCode::Busy);
         };
         let (store, announced) = (Arc::clone(&self.store), Arc::clone(&self.announced));
         // A body of 128 MiB hashes for 0.1 to 0.2 s: beside the packets, not instead of them.
-        self.local.spawn(Queue::Bulk, async move {
+        self.messenger.spawn(Queue::Bulk, async move {
             let id = hash::of_body_in_turns(&body).await;
             keep(&store, &announced, from, id, body, responder);
         });
@@ -109,7 +111,7 @@ impl App {
         if bytes.len() <= SMALL_BYTES_MAX {
             return Answer::Reply(bytes.into());
         }
-        match Body::copy_from_slice(self.local.pool(), &bytes) {
+        match Body::copy_from_slice(self.messenger.pool(), &bytes) {
             Some(body) => Answer::Reply(body.into()),
             None => Answer::Failure(FailureCode::Busy),
         }
@@ -158,7 +160,7 @@ pub(crate) fn joined(chunks: &[Chunk]) -> Vec<u8> {
         .collect()
 }
 
-impl Handler for App {
+impl<M: Messenger> Service for App<M> {
     fn on_request(&mut self, request: Inbound<'_>, defer: Defer<'_>) -> Answer {
         match request.method {
             wire::ANNOUNCE => self.announce(&request.peer, &request.body),

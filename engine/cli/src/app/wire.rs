@@ -1,7 +1,10 @@
 //! What nodes say to each other: methods, and the few fixed forms of their bodies.
 
+use std::ops::RangeInclusive;
+
 use millrace_protocol::frame::Method;
 use millrace_protocol::id::ArtifactId;
+use millrace_registry::wire::LAST_METHOD;
 
 /// "I have an artifact of this id and length": [`Announce`]; answered by [`WANTED`] or [`HELD`].
 pub(crate) const ANNOUNCE: Method = Method(1);
@@ -9,6 +12,9 @@ pub(crate) const ANNOUNCE: Method = Method(1);
 pub(crate) const PUT: Method = Method(2);
 /// An id; answered by the body.
 pub(crate) const GET: Method = Method(3);
+
+/// What the application answers: these, and the registry's exchange.
+pub(crate) const METHODS: RangeInclusive<Method> = ANNOUNCE..=LAST_METHOD;
 
 /// Answer to an announcement: send it.
 pub(crate) const WANTED: &[u8] = &[0];

@@ -2,7 +2,7 @@
 //!
 //! Invariants
 //! 1. A connection that is removed gives back its slot, its timer, its reservations and its callers, once.
-//! 2. The handler hears of a connection's end once it is gone, and of no connection that was never up.
+//! 2. Services hear of a connection's end once it is gone, and of no connection that was never up.
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -16,9 +16,8 @@ use crate::connection::Connection;
 use crate::counters::{Family, TlsRefusal};
 use crate::phase::Phase;
 use crate::quic::CloseCode;
-use crate::service::message::Handler;
 
-impl<H: Handler> Endpoint<H> {
+impl Endpoint {
     pub(super) fn run_actions(&mut self, now: Instant) {
         if self.stop_at.is_some() {
             return;
@@ -110,8 +109,11 @@ impl<H: Handler> Endpoint<H> {
             return;
         };
         connection.phase = Phase::Up;
-        session.up(&connection.quic, &mut self.handler, number, now);
+        session.up(&connection.quic, number, now);
+        let peer = session.peer();
+        // Before the services hear of it: they may ask who is up.
         self.publish();
+        self.router.on_up(peer, number);
     }
 
     pub(super) fn reply(&mut self, datagram: Vec<u8>, to: SocketAddr) {
@@ -162,7 +164,7 @@ impl<H: Handler> Endpoint<H> {
                 pool: &self.parts.pool,
                 peer: session.peer(),
             };
-            session.close(&mut self.handler, &mut room);
+            session.close(&mut self.router, &mut room);
         }
         if let Some(peers) = self.parts.peers.get_mut(connection.index) {
             match connection.attempt {

@@ -15,11 +15,10 @@ use crate::connection::Connection;
 use crate::counters::{Counter, Family};
 use crate::phase::Phase;
 use crate::quic::CloseCode;
-use crate::service::message::Handler;
 use crate::session::Session;
 use crate::tls;
 
-impl<H: Handler> Endpoint<H> {
+impl Endpoint {
     /// TLS is done on our side: learn who it is, and ask whether it may stay.
     pub(super) fn on_established(&mut self, slot: usize, now: Instant) {
         let Some(mut connection) = self.connections.get_mut(slot).and_then(Option::take) else {

@@ -26,10 +26,9 @@ use crate::clock::wall_ns;
 use crate::connection::Connection;
 use crate::counters::{Counter, Family};
 use crate::random::random_bytes;
-use crate::service::message::Handler;
 use crate::tls;
 
-impl<H: Handler> Endpoint<H> {
+impl Endpoint {
     fn insert(&mut self, slot: usize, connection: Connection) {
         self.live += 1;
         self.handshakes += 1;

@@ -13,7 +13,6 @@ use crate::counters::Counter;
 use crate::ids::IdBytes;
 use crate::phase::Phase;
 use crate::quic::CloseCode;
-use crate::service::message::Handler;
 
 /// The connection that the last datagram of a receive completion was for.
 struct Touched {
@@ -27,7 +26,7 @@ struct Touched {
     elsewhere: Option<usize>,
 }
 
-impl<H: Handler> Endpoint<H> {
+impl Endpoint {
     /// One receive completion: datagrams from one address, nearly always for one connection.
     pub(super) fn receive(&mut self, datagrams: Datagrams<'_>, now: Instant) {
         let from = datagrams.from();
@@ -130,7 +129,7 @@ impl<H: Handler> Endpoint<H> {
             };
             let received = session.receive(
                 &mut connection.quic,
-                &mut self.handler,
+                &mut self.router,
                 &mut self.scratch,
                 &mut room,
                 now,

@@ -15,9 +15,8 @@ use millrace_protocol::frame::Kind;
 use super::Endpoint;
 use crate::ids::IdBytes;
 use crate::random::random_bytes;
-use crate::service::message::Handler;
 
-impl<H: Handler> Endpoint<H> {
+impl Endpoint {
     /// The slot of the connection that a datagram belongs to.
     pub(super) fn route(&self, datagram: &[u8]) -> Option<usize> {
         let (dcid, is_long) = dcid_of(datagram)?;

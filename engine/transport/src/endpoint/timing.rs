@@ -6,9 +6,8 @@ use super::{Endpoint, PeerRoom, Timer};
 use crate::counters::Family;
 use crate::phase::Expired;
 use crate::quic::CloseCode;
-use crate::service::message::Handler;
 
-impl<H: Handler> Endpoint<H> {
+impl Endpoint {
     pub(super) fn arm(&mut self, slot: usize) {
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;

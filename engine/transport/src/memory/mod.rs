@@ -1,6 +1,6 @@
 //! The memory transport: nodes in one thread, over virtual time and a network with latency, capacity, loss and cuts.
 //!
-//! A [`MemoryNetwork`] calls the same [`crate::Handler`]s as a shard does, and code talks to peers
+//! A [`MemoryNetwork`] calls the same [`crate::Service`]s as a shard does, and code talks to peers
 //! through a [`MemoryLocal`], a [`crate::Messenger`] as the shard's own handle is. Links, calls,
 //! lanes, deadlines, budgets and failures are the transport's code; below them, instead of QUIC, lie
 //! packets of [`millrace_sim::memnet`].

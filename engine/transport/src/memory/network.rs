@@ -22,7 +22,7 @@ use super::tasks::Tasks;
 use crate::config::TransportConfig;
 use crate::counters::Counters;
 use crate::service::handle::ShardState;
-use crate::service::message::Handler;
+use crate::service::router::Service;
 
 /// What a [`MemoryNetwork`] is like.
 #[derive(Clone, Debug)]
@@ -54,7 +54,7 @@ impl Default for MemoryConfig {
 }
 
 /// Nodes, each with a handler, and the network between them.
-pub struct MemoryNetwork<H: Handler> {
+pub struct MemoryNetwork<H: Service> {
     config: MemoryConfig,
     wire: Wire,
     /// A node that crashed leaves its place to the next of its id.
@@ -64,7 +64,7 @@ pub struct MemoryNetwork<H: Handler> {
     start: Instant,
 }
 
-impl<H: Handler> std::fmt::Debug for MemoryNetwork<H> {
+impl<H: Service> std::fmt::Debug for MemoryNetwork<H> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("MemoryNetwork")
             .field("nodes", &self.indices)
@@ -73,7 +73,7 @@ impl<H: Handler> std::fmt::Debug for MemoryNetwork<H> {
     }
 }
 
-impl<H: Handler> MemoryNetwork<H> {
+impl<H: Service> MemoryNetwork<H> {
     /// A network without nodes.
     pub fn new(config: MemoryConfig) -> Self {
         // The only look at a clock: times are counted from here.
@@ -304,7 +304,7 @@ impl<H: Handler> MemoryNetwork<H> {
     }
 }
 
-impl<H: Handler> Drop for MemoryNetwork<H> {
+impl<H: Service> Drop for MemoryNetwork<H> {
     fn drop(&mut self) {
         // Tasks, links and nodes hold each other: let go of them one by one.
         self.tasks.end_all();

@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use millrace_protocol::backoff::{Backoff, BackoffConfig};
 use millrace_protocol::budget::{BudgetConfig, ReceiveBudget};
+use millrace_protocol::frame::Method;
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_protocol::rng::Rng;
 use millrace_protocol::timer::{TimerId, Wheel};
@@ -24,7 +25,7 @@ use crate::counters::{Counter, Family};
 use crate::inbox::{Arrived, StreamFault};
 use crate::outbox::Outbox;
 use crate::service::handle::{ConnectionHandle, ShardState};
-use crate::service::message::Handler;
+use crate::service::router::{Dispatch, Service};
 use crate::session::{Received, on_arrived, on_fault};
 
 /// What the nodes of a network share. Nodes are named by their index.
@@ -106,6 +107,15 @@ struct Peer {
     accepted: u64,
 }
 
+/// A node of the memory network has one service, for all methods.
+struct Only<'a, H>(&'a mut H);
+
+impl<H: Service> Dispatch for Only<'_, H> {
+    fn service_of(&mut self, _method: Method) -> Option<&mut dyn Service> {
+        Some(self.0)
+    }
+}
+
 /// One node.
 pub(super) struct Node<H> {
     id: NodeId,
@@ -118,7 +128,7 @@ pub(super) struct Node<H> {
     last_number: u64,
 }
 
-impl<H: Handler> Node<H> {
+impl<H: Service> Node<H> {
     pub(super) fn new(
         id: NodeId,
         index: usize,
@@ -167,7 +177,7 @@ impl<H: Handler> Node<H> {
     /// Ends without a word, as a process that is killed.
     pub(super) fn crash(&mut self, wire: &mut Wire) {
         self.shared.stopping.set(true);
-        self.shared.up.borrow_mut().clear();
+        self.shared.clear();
         for peer in self.peers.values_mut() {
             if let Some(timer) = peer.timer.take() {
                 wire.wheel.cancel(timer);
@@ -243,8 +253,8 @@ impl<H: Handler> Node<H> {
             peer: peer.id,
         };
         let mut events = Received::default();
-        let handler = &mut self.handler;
-        let mut arrived = |what: Arrived<'_>| on_arrived(&link, handler, what, now, &mut events);
+        let services = &mut Only(&mut self.handler);
+        let mut arrived = |what: Arrived<'_>| on_arrived(&link, services, what, now, &mut events);
         let (inbox, path) = (&mut connection.inbox, &mut connection.path);
         let result = match content {
             Content::Frames { sequence, frames } => inbox
@@ -307,12 +317,7 @@ impl<H: Handler> Node<H> {
         let connection = Connection::new(attempt, Rc::clone(&link), wire.now);
         peer.state = State::Up(Box::new(connection));
         let id = peer.id;
-        self.shared
-            .up
-            .borrow_mut()
-            .entry(id)
-            .or_default()
-            .push(link);
+        self.shared.insert(link);
         let direction = if self.id < id {
             Counter::ConnectionsOut
         } else {
@@ -332,7 +337,7 @@ impl<H: Handler> Node<H> {
         };
         let id = peer.id;
         connection.inbox.clear(&mut self.budget);
-        self.shared.up.borrow_mut().remove(&id);
+        self.shared.remove(&connection.link);
         connection.link.close();
         self.shared.counters.count(Family::Closed, reason);
         self.handler.on_down(id, connection.link.number.get());

@@ -1,17 +1,19 @@
-//! One established connection as local code sees it, and what all handles of a shard share.
+//! One established connection as the code above sees it, and what those of a shard share.
 //!
-//! A request, an answer or a one-way message goes straight into the handle's [`Outbox`] and marks the handle dirty; the endpoint feeds dirty handles
-//! in the same turn. No command queue lies between, and no lock: everything here lives on one shard.
+//! A request, an answer or a one-way message goes straight into the handle's [`Outbox`] and marks
+//! the handle dirty; the endpoint feeds dirty handles in the same turn. No command queue lies
+//! between, and no lock: everything here lives on one shard.
 //!
 //! Invariants
-//! 1. No `RefCell` here is borrowed while foreign code runs: handlers, wakers and callbacks are called with nothing held.
-//! 2. A handle that is closed takes nothing more: its calls were answered with [`RpcError::ConnectionLost`].
-//! 3. A handle is in `dirty` exactly when its flag says so, so that list is bounded by the number of handles.
+//! 1. No `RefCell` here is borrowed while foreign code runs: services, wakers and completions are
+//!    called with nothing held.
+//! 2. A handle that is closed takes nothing more: its calls were answered with
+//!    [`RpcError::ConnectionLost`].
+//! 3. A handle is in `dirty` exactly when its flag says so, so that the list is bounded by the number
+//!    of connections.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
-use std::future::Future;
-use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -21,12 +23,14 @@ use millrace_protocol::frame::{Class, FailureCode, Header, Kind, Limits, Method}
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_protocol::rpc::{InFlight, RpcError, RpcTable};
 
+use super::completion::Completion;
+use super::message::{Payload, Request};
 use crate::config::TransportConfig;
 use crate::counters::{Counter, Counters, Family};
 use crate::outbox::Outbox;
-use crate::service::message::{Payload, Request};
 
-/// What the handles of one shard share.
+/// What the connections of one shard share: limits, counters, the turn's time, which of them are up,
+/// and which have something to send.
 #[derive(Debug)]
 pub struct ShardState {
     pub(crate) config: TransportConfig,
@@ -35,11 +39,22 @@ pub struct ShardState {
     pub(crate) now: Cell<Instant>,
     /// Connections with something to send, oldest first, by slot.
     pub(crate) dirty: RefCell<VecDeque<usize>>,
-    /// Links that are up.
-    pub(crate) up: RefCell<BTreeMap<NodeId, Vec<Rc<ConnectionHandle>>>>,
+    /// Connections that take new messages.
+    up: RefCell<BTreeMap<NodeId, PeerHandles>>,
     pub(crate) stopping: Cell<bool>,
     /// Requests and answers that arrived on lanes since packets were last sent.
     pub(crate) exchanged: Cell<usize>,
+    /// Serial number of the last connection.
+    serial: Cell<u64>,
+}
+
+/// The connections to one peer; at least one.
+#[derive(Debug, Default)]
+struct PeerHandles {
+    /// The one that has been up longest first.
+    handles: Vec<Rc<ConnectionHandle>>,
+    /// Which of them took the last body.
+    turn: usize,
 }
 
 impl ShardState {
@@ -52,132 +67,60 @@ impl ShardState {
             up: RefCell::default(),
             stopping: Cell::new(false),
             exchanged: Cell::new(0),
+            serial: Cell::new(0),
         }
     }
 
-    /// The handle for the next message to `peer`: small ones take the first, so that they keep their order; bodies take turns.
-    pub(crate) fn handle_to(&self, peer: &NodeId, body: bool) -> Option<Rc<ConnectionHandle>> {
+    fn next_serial(&self) -> u64 {
+        self.serial.set(self.serial.get() + 1);
+        self.serial.get()
+    }
+
+    /// A connection is up: it takes new messages.
+    pub(crate) fn insert(&self, handle: Rc<ConnectionHandle>) {
         let mut up = self.up.borrow_mut();
-        let handles = up.get_mut(peer)?;
-        if body {
-            handles.rotate_left(1);
-        }
-        handles.first().map(Rc::clone)
+        up.entry(handle.peer).or_default().handles.push(handle);
     }
 
-    pub(crate) fn peers(&self) -> Vec<NodeId> {
+    /// A connection takes no new messages any more. More than once does no harm.
+    pub(crate) fn remove(&self, handle: &ConnectionHandle) {
+        let mut up = self.up.borrow_mut();
+        if let Some(peer) = up.get_mut(&handle.peer) {
+            peer.handles.retain(|held| held.serial != handle.serial);
+            if peer.handles.is_empty() {
+                up.remove(&handle.peer);
+            }
+        }
+    }
+
+    /// No connection takes new messages any more.
+    pub(crate) fn clear(&self) {
+        self.up.borrow_mut().clear();
+    }
+
+    /// Whether a connection to `peer` takes new messages.
+    pub(crate) fn contains(&self, peer: &NodeId) -> bool {
+        self.up.borrow().contains_key(peer)
+    }
+
+    /// The peers that are up, in the order of their ids.
+    pub fn peers(&self) -> Vec<NodeId> {
         self.up.borrow().keys().copied().collect()
     }
 
-    pub(crate) fn request(&self, peer: &NodeId, request: Request) -> PendingAnswer {
-        if self.stopping.get() {
-            return PendingAnswer::failed(RpcError::LocalShuttingDown);
-        }
-        match self.handle_to(peer, request.class == Class::Bulk) {
-            Some(handle) => handle.request_local(request),
-            None => PendingAnswer::failed(RpcError::NotConnected),
-        }
-    }
-
-    pub(crate) fn send(
-        &self,
-        peer: &NodeId,
-        class: Class,
-        method: Method,
-        body: Payload,
-    ) -> Result<(), RpcError> {
-        let handle = self
-            .handle_to(peer, class == Class::Bulk)
-            .ok_or(RpcError::NotConnected)?;
-        handle.send(class, method, body)
-    }
-}
-
-/// How the answer to a request reaches whoever asked.
-pub(crate) enum Completion {
-    /// A future on this shard.
-    Local(Rc<AnswerSlot>),
-    /// Anything else; called on this shard's thread.
-    Call(Box<dyn FnOnce(Result<Payload, RpcError>)>),
-}
-
-impl std::fmt::Debug for Completion {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Local(_) => "Local",
-            Self::Call(_) => "Call",
-        })
-    }
-}
-
-impl Completion {
-    pub(crate) fn complete(self, result: Result<Payload, RpcError>) {
-        match self {
-            Self::Local(slot) => slot.complete(result),
-            Self::Call(call) => call(result),
-        }
-    }
-}
-
-/// Where a local future finds its answer.
-#[derive(Debug, Default)]
-pub(crate) struct AnswerSlot {
-    result: RefCell<Option<Result<Payload, RpcError>>>,
-    waker: RefCell<Option<Waker>>,
-}
-
-impl AnswerSlot {
-    pub(crate) fn complete(&self, result: Result<Payload, RpcError>) {
-        *self.result.borrow_mut() = Some(result);
-        let waker = self.waker.borrow_mut().take();
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-    }
-}
-
-/// The answer to a request, to be awaited on the shard that asked. Dropped before it is ready, it takes the request back: the peer sees the
-/// request's stream reset, or a cancellation.
-#[derive(Debug)]
-#[must_use = "a request is taken back when its future is dropped"]
-pub struct PendingAnswer {
-    answer: Rc<AnswerSlot>,
-    call: Option<(Rc<ConnectionHandle>, Header)>,
-}
-
-impl PendingAnswer {
-    pub(crate) fn failed(error: RpcError) -> Self {
-        let answer = Rc::new(AnswerSlot::default());
-        answer.complete(Err(error));
-        Self { answer, call: None }
-    }
-}
-
-impl Future for PendingAnswer {
-    type Output = Result<Payload, RpcError>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let result = self.answer.result.borrow_mut().take();
-        if let Some(result) = result {
-            self.call = None;
-            return Poll::Ready(result);
-        }
-        let mut waker = self.answer.waker.borrow_mut();
-        match waker.as_mut() {
-            Some(held) => held.clone_from(context.waker()),
-            None => *waker = Some(context.waker().clone()),
-        }
-        Poll::Pending
-    }
-}
-
-impl Drop for PendingAnswer {
-    fn drop(&mut self) {
-        if let Some((handle, header)) = self.call.take()
-            && self.answer.result.borrow().is_none()
-        {
-            handle.cancel(header);
-        }
+    /// The connection for the next message of `class` to `peer`: bodies take turns over all of them;
+    /// small messages take the one that has been up longest, so that they keep their order.
+    pub(crate) fn handle_to(&self, peer: &NodeId, class: Class) -> Option<Rc<ConnectionHandle>> {
+        let mut up = self.up.borrow_mut();
+        let peer = up.get_mut(peer)?;
+        let at = match class {
+            Class::Bulk => {
+                peer.turn = (peer.turn + 1) % peer.handles.len().max(1);
+                peer.turn
+            }
+            Class::Latency | Class::Normal => 0,
+        };
+        peer.handles.get(at).map(Rc::clone)
     }
 }
 
@@ -187,12 +130,14 @@ pub(crate) struct ConnectionHandle {
     pub(crate) state: Rc<ShardState>,
     /// Slot of the connection in the endpoint.
     pub(crate) slot: usize,
+    /// Tells this connection from all others of its shard, also from other tenants of the slot.
+    pub(crate) serial: u64,
     pub(crate) peer: NodeId,
     pub(crate) number: Cell<ConnectionNumber>,
     pub(crate) out: RefCell<Outbox>,
     calls: RefCell<RpcTable<(Class, Completion)>>,
-    /// Requests of the peer that are answered later.
-    inbound: RefCell<InFlight<()>>,
+    /// Requests of the peer that are answered later, with who is to hear that one was cancelled.
+    inbound: RefCell<InFlight<Option<Waker>>>,
     is_dirty: Cell<bool>,
     is_closed: Cell<bool>,
 }
@@ -217,6 +162,7 @@ impl ConnectionHandle {
         Rc::new(Self {
             state: Rc::clone(state),
             slot,
+            serial: state.next_serial(),
             peer,
             number: Cell::new(ConnectionNumber(0)),
             out: RefCell::new(out),
@@ -285,21 +231,6 @@ impl ConnectionHandle {
         self.state.counters.sent(request.class, body_bytes as usize);
         self.mark_dirty();
         Ok(header)
-    }
-
-    /// Sends a request and returns the future of its answer.
-    pub(crate) fn request_local(self: &Rc<Self>, request: Request) -> PendingAnswer {
-        let answer = Rc::new(AnswerSlot::default());
-        match self.request(request, Completion::Local(Rc::clone(&answer))) {
-            Ok(header) => PendingAnswer {
-                answer,
-                call: Some((Rc::clone(self), header)),
-            },
-            Err((error, _)) => {
-                self.state.counters.count(Family::Failed, error.reason());
-                PendingAnswer::failed(error)
-            }
-        }
     }
 
     /// Takes a request back.
@@ -462,7 +393,7 @@ impl ConnectionHandle {
         self.mark_dirty();
     }
 
-    /// Hands an answer to whoever waits for it.
+    /// Hands an answer to its asker.
     pub(crate) fn on_answer(&self, id: u32, result: Result<Payload, RpcError>) {
         let completion = self.calls.borrow_mut().complete(id);
         match completion {
@@ -496,7 +427,11 @@ impl ConnectionHandle {
         if self.is_closed.replace(true) {
             return;
         }
-        self.inbound.borrow_mut().take_all(&mut |_, ()| {});
+        let mut wakers = Vec::new();
+        self.inbound
+            .borrow_mut()
+            .take_all(&mut |_, waker| wakers.extend(waker));
+        wakers.into_iter().for_each(Waker::wake);
         let mut lost = Vec::new();
         self.calls
             .borrow_mut()
@@ -523,11 +458,22 @@ impl ConnectionHandle {
     }
 
     pub(crate) fn open_inbound(&self, class: Class, id: u32) -> bool {
-        self.inbound.borrow_mut().begin(id, class, ()).is_ok()
+        self.inbound.borrow_mut().begin(id, class, None).is_ok()
     }
 
     pub(crate) fn close_inbound(&self, id: u32) -> bool {
         self.inbound.borrow_mut().end(id).is_some()
+    }
+
+    /// Ready when the peer no longer waits for the answer to its request `id`.
+    pub(crate) fn poll_cancelled(&self, id: u32, context: &Context<'_>) -> Poll<()> {
+        match self.inbound.borrow_mut().get_mut(id) {
+            Some(waker) => {
+                *waker = Some(context.waker().clone());
+                Poll::Pending
+            }
+            None => Poll::Ready(()),
+        }
     }
 
     pub(crate) fn is_inbound_open(&self, id: u32) -> bool {
@@ -536,8 +482,12 @@ impl ConnectionHandle {
 
     /// The peer took its request back, or no longer wants the answer that is under way.
     pub(crate) fn on_cancel(&self, class: Class, id: u32) {
-        if self.close_inbound(id) {
+        let ended = self.inbound.borrow_mut().end(id);
+        if let Some(waker) = ended {
             self.state.counters.add(Counter::RequestsCancelled, 1);
+            if let Some(waker) = waker {
+                waker.wake();
+            }
         } else {
             self.withdraw(Kind::Response, class, id, false);
         }

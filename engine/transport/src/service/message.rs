@@ -1,14 +1,11 @@
-//! What the code above the transport says and hears: requests, answers, one-way messages, and the handler that a shard calls.
+//! Requests, answers and one-way messages as a service sends and receives them.
 
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use millrace_protocol::frame::{Class, FailureCode, Method};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_shards::chunk::Body;
-
-use crate::service::handle::ConnectionHandle;
 
 /// The body of a message. Up to 64 KiB it may be bytes; above, it is chunks and is never copied.
 #[derive(Clone, Debug, Default)]
@@ -127,97 +124,14 @@ impl InboundBody<'_> {
     }
 }
 
-/// What a handler says to a request.
+/// What a service says to a request.
 #[derive(Debug)]
 pub enum Answer {
     /// The answer, now.
     Reply(Payload),
     /// Refused, now.
     Failure(FailureCode),
-    /// Later, through the [`Responder`] taken from [`Defer`].
+    /// Later, through the [`Responder`](super::responder::Responder) taken from
+    /// [`Defer`](super::responder::Defer).
     Deferred,
-}
-
-/// Hands out the responder of a request that is answered later.
-#[derive(Debug)]
-pub struct Defer<'a> {
-    pub(crate) handle: &'a Rc<ConnectionHandle>,
-    pub(crate) class: Class,
-    pub(crate) id: u32,
-}
-
-impl Defer<'_> {
-    /// The responder; return [`Answer::Deferred`] after taking it. `None` when the peer has too many requests of this class in flight:
-    /// answer with [`FailureCode::Busy`] then.
-    pub fn responder(&self) -> Option<Responder> {
-        if !self.handle.open_inbound(self.class, self.id) {
-            return None;
-        }
-        Some(Responder {
-            handle: Rc::clone(self.handle),
-            class: self.class,
-            id: self.id,
-            done: false,
-        })
-    }
-}
-
-/// Answers one request later. Dropped without an answer, it says [`FailureCode::Internal`].
-#[derive(Debug)]
-pub struct Responder {
-    handle: Rc<ConnectionHandle>,
-    class: Class,
-    id: u32,
-    done: bool,
-}
-
-impl Responder {
-    /// Sends the answer.
-    pub fn reply(mut self, body: Payload) {
-        self.finish(Ok(body));
-    }
-
-    /// Refuses.
-    pub fn fail(mut self, code: FailureCode) {
-        self.finish(Err(code));
-    }
-
-    /// Whether nobody waits for the answer any more: the peer took the request back, or its connection ended.
-    pub fn is_cancelled(&self) -> bool {
-        !self.handle.is_inbound_open(self.id)
-    }
-
-    fn finish(&mut self, answer: Result<Payload, FailureCode>) {
-        self.done = true;
-        if self.handle.close_inbound(self.id) {
-            self.handle.answer(self.class, self.id, answer);
-        }
-    }
-}
-
-impl Drop for Responder {
-    fn drop(&mut self) {
-        if !self.done {
-            self.finish(Err(FailureCode::Internal));
-        }
-    }
-}
-
-/// The code above the transport, one for each shard, called on the shard's thread. Calls must not block.
-pub trait Handler: 'static {
-    /// A peer asks.
-    fn on_request(&mut self, request: Inbound<'_>, defer: Defer<'_>) -> Answer;
-
-    /// A peer tells, and expects no answer.
-    fn on_send(&mut self, message: Inbound<'_>);
-
-    /// A connection to `peer` is up: its first hello arrived. `connection` is larger than any before.
-    fn on_up(&mut self, peer: NodeId, connection: ConnectionNumber) {
-        let _ = (peer, connection);
-    }
-
-    /// That connection is gone.
-    fn on_down(&mut self, peer: NodeId, connection: ConnectionNumber) {
-        let _ = (peer, connection);
-    }
 }

@@ -1,55 +1,126 @@
-//! The transport as the code above it is written against: on real sockets and in memory alike.
+//! The transport as the code above it is written against: on sockets and in the simulator alike.
+//!
+//! # Order of one-way messages
+//!
+//! Messages of class [`Class::Latency`] that one messenger, or one thread with a
+//! [`Transport`](crate::Transport), sends to a peer arrive in the order in which they were sent.
+//! Messages of the classes normal and bulk arrive in any order: a later one may come first. The order
+//! holds within a connection, which [`Inbound::connection`](crate::Inbound::connection) names: when
+//! it ends, its last messages are lost, and a connection that is replaced may still deliver some of
+//! them after the first of the new one. Requests and answers keep no order.
 
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
 use millrace_protocol::frame::{Class, Method};
 use millrace_protocol::id::NodeId;
 use millrace_protocol::rpc::RpcError;
+use millrace_shards::Queue;
 use millrace_shards::chunk::ChunkPool;
 
-use crate::service::handle::PendingAnswer;
-use crate::service::message::{Payload, Request};
-use crate::service::shard_messenger::ShardMessenger;
+use super::message::{Payload, Request};
+use super::pending::PendingAnswer;
+use crate::config::PerClass;
 
-/// Requests and one-way messages to peers, from one shard.
-pub trait Messenger {
+/// What is known of the way to a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PathInfo {
+    /// Smoothed round-trip time as QUIC measures it (RFC 9002, 5.3); `None` before the first sample.
+    pub rtt: Option<Duration>,
+    /// Body and frame bytes that wait to be sent, for each class; small frames of class bulk count
+    /// as normal.
+    pub queued_bytes: PerClass<u64>,
+    /// Packets sent since the connection began.
+    pub packets_sent: u64,
+    /// Of them, packets that were declared lost.
+    pub packets_lost: u64,
+}
+
+impl PathInfo {
+    /// Two connections to one peer: the shorter round trip, the sum of the rest.
+    pub(crate) fn beside(&self, other: &Self) -> Self {
+        let rtts = [self.rtt, other.rtt].into_iter().flatten();
+        let (one, two) = (&self.queued_bytes, &other.queued_bytes);
+        Self {
+            rtt: rtts.min(),
+            queued_bytes: PerClass {
+                latency: one.latency + two.latency,
+                normal: one.normal + two.normal,
+                bulk: one.bulk + two.bulk,
+            },
+            packets_sent: self.packets_sent + other.packets_sent,
+            packets_lost: self.packets_lost + other.packets_lost,
+        }
+    }
+}
+
+/// Requests and one-way messages to the peers of a node, from one of its shards.
+///
+/// A peer that another shard owns is reached by that shard's mailbox. Cheap to clone; stays on its
+/// shard.
+pub trait Messenger: Clone + 'static {
+    /// This node.
+    fn node_id(&self) -> NodeId;
+
     /// Asks `peer`. The answer comes to the returned future; dropping that takes the request back.
-    fn request(&self, peer: &NodeId, request: Request) -> PendingAnswer;
+    fn request(&self, peer: NodeId, request: Request) -> PendingAnswer;
 
-    /// Tells `peer`, without an answer; the message is lost with its connection.
+    /// Tells `peer`, without an answer. The message is lost with its connection; the module's page
+    /// says which messages keep their order.
+    ///
+    /// # Errors
+    /// [`RpcError::NotConnected`]; [`RpcError::LocalBusy`] when the queue of its class is full;
+    /// [`RpcError::LocalTooLarge`]. For a peer of another shard only what its mailbox says: what the
+    /// shard refuses later is counted there.
     fn send(
         &self,
-        peer: &NodeId,
+        peer: NodeId,
         class: Class,
         method: Method,
         body: Payload,
     ) -> Result<(), RpcError>;
 
-    /// Peers that are up and owned by this shard.
-    fn peers(&self) -> Vec<NodeId>;
-
-    /// Where bodies are put.
-    fn pool(&self) -> &ChunkPool;
-}
-
-impl Messenger for ShardMessenger {
-    fn request(&self, peer: &NodeId, request: Request) -> PendingAnswer {
-        self.request(peer, request)
+    /// As [`Self::send`] for a small body, which is copied once, into the packets' buffer.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    fn send_slice(
+        &self,
+        peer: NodeId,
+        class: Class,
+        method: Method,
+        body: &[u8],
+    ) -> Result<(), RpcError> {
+        self.send(peer, class, method, Bytes::copy_from_slice(body).into())
     }
 
-    fn send(
+    /// Tells all `peers` the same: one mailbox message for each shard that owns some of them, and
+    /// one buffer for all. Which peers were refused, and why; see [`Self::send`].
+    #[must_use = "these peers are not told"]
+    fn send_to_all(
         &self,
-        peer: &NodeId,
+        peers: &[NodeId],
         class: Class,
         method: Method,
         body: Payload,
-    ) -> Result<(), RpcError> {
-        self.send(peer, class, method, body)
-    }
+    ) -> Vec<(NodeId, RpcError)>;
 
-    fn peers(&self) -> Vec<NodeId> {
-        self.peers()
-    }
+    /// The peers of the whole node that are up, each once, in the order of their ids.
+    fn peers(&self) -> Vec<NodeId>;
 
-    fn pool(&self) -> &ChunkPool {
-        self.pool()
-    }
+    /// What is known of the way to `peer`; `None` when it is not up. Up to 100 ms old.
+    fn path(&self, peer: NodeId) -> Option<PathInfo>;
+
+    /// Where bodies are put: this shard's chunks.
+    fn pool(&self) -> &ChunkPool;
+
+    /// The time; virtual in the simulator.
+    fn now(&self) -> Instant;
+
+    /// Waits for a time to pass.
+    fn sleep(&self, duration: Duration) -> impl Future<Output = ()> + 'static;
+
+    /// Runs a task on this shard. It ends with the shard.
+    fn spawn(&self, queue: Queue, task: impl Future<Output = ()> + 'static);
 }

@@ -2,14 +2,22 @@
 //!
 //! | module | job |
 //! |---|---|
-//! | `message` | requests, answers, one-way messages, and the handler that a shard calls |
-//! | `messenger` | the trait for requests and messages to peers, on sockets and in memory |
-//! | `shard_messenger` | its implementation on one shard |
-//! | `handle` | one established connection as this code sees it |
-//! | `remote` | a request from a thread outside the shards |
+//! | `router` | services, and the methods that they own |
+//! | `message`, `responder` | requests, one-way messages, answers now and later |
+//! | `messenger` | the trait for requests and messages to peers, on sockets and in the simulator |
+//! | `shard_messenger`, `routes`, `command` | its implementation on a shard; the way to other shards |
+//! | `handle`, `send` | a connection as this code sees it; what is sent to those of a shard |
+//! | `pending`, `remote`, `completion` | answers that are waited for, on the shard and elsewhere |
 
+pub(crate) mod command;
+pub(crate) mod completion;
 pub(crate) mod handle;
 pub(crate) mod message;
 pub(crate) mod messenger;
+pub(crate) mod pending;
 pub(crate) mod remote;
+pub(crate) mod responder;
+pub(crate) mod router;
+pub(crate) mod routes;
+mod send;
 pub(crate) mod shard_messenger;

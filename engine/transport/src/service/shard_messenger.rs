@@ -1,7 +1,10 @@
-//! The transport as code on a shard sees it: requests and messages to peers that this shard owns, without a lock or a hop.
+//! The messenger of a shard of the product: its own peers without a lock or a hop, those of other
+//! shards by their mailboxes.
 
 use std::future::Future;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use millrace_protocol::frame::{Class, Method};
 use millrace_protocol::id::NodeId;
@@ -9,80 +12,155 @@ use millrace_protocol::rpc::RpcError;
 use millrace_shards::chunk::ChunkPool;
 use millrace_shards::{Queue, ShardContext};
 
-use crate::service::handle::{PendingAnswer, ShardState};
-use crate::service::message::{Payload, Request};
-use crate::start::Transport;
+use super::handle::ShardState;
+use super::message::{Payload, Request};
+use super::messenger::{Messenger, PathInfo};
+use super::pending::PendingAnswer;
+use super::routes::Routes;
 
-/// Handle of one shard's transport. Cheap to clone; stays on its shard.
+/// The [`Messenger`] of one shard.
+///
+/// It does not keep the transport running: when the last [`Transport`](crate::Transport) is dropped
+/// its shards stop, whatever holds a messenger.
 #[derive(Clone, Debug)]
 pub struct ShardMessenger {
+    parts: Rc<Parts>,
+}
+
+#[derive(Debug)]
+struct Parts {
+    me: NodeId,
     state: Rc<ShardState>,
     context: ShardContext,
-    transport: Transport,
+    routes: Arc<Routes>,
 }
 
 impl ShardMessenger {
-    pub(crate) fn new(state: Rc<ShardState>, context: ShardContext, transport: Transport) -> Self {
+    pub(crate) fn new(
+        me: NodeId,
+        state: Rc<ShardState>,
+        context: ShardContext,
+        routes: Arc<Routes>,
+    ) -> Self {
         Self {
-            state,
-            context,
-            transport,
+            parts: Rc::new(Parts {
+                me,
+                state,
+                context,
+                routes,
+            }),
         }
     }
 
-    /// Asks `peer`. The answer comes to the returned future; dropping that takes the request back.
-    pub fn request(&self, peer: &NodeId, request: Request) -> PendingAnswer {
-        self.state.request(peer, request)
+    /// Index of this shard, from 0.
+    pub fn shard(&self) -> usize {
+        self.parts.context.index
     }
 
-    /// Tells `peer`, without an answer; the message is lost with its connection.
-    pub fn send(
+    /// This shard's state, if it sends the messages of `class` to `peer`.
+    fn own(&self, peer: &NodeId, class: Class) -> Option<&ShardState> {
+        let Parts {
+            state,
+            context,
+            routes,
+            ..
+        } = &*self.parts;
+        let is_own = context.shards == 1
+            || routes.owner_of(peer) == context.index
+            // A body may take any connection.
+            || class == Class::Bulk && state.contains(peer);
+        is_own.then_some(&**state)
+    }
+}
+
+impl Messenger for ShardMessenger {
+    fn node_id(&self) -> NodeId {
+        self.parts.me
+    }
+
+    fn request(&self, peer: NodeId, request: Request) -> PendingAnswer {
+        match self.own(&peer, request.class) {
+            Some(state) => state.request(&peer, request),
+            None => PendingAnswer::elsewhere(self.parts.routes.request(peer, request)),
+        }
+    }
+
+    fn send(
         &self,
-        peer: &NodeId,
+        peer: NodeId,
         class: Class,
         method: Method,
         body: Payload,
     ) -> Result<(), RpcError> {
-        self.state.send(peer, class, method, body)
+        match self.own(&peer, class) {
+            Some(state) => state.send(&peer, class, method, body),
+            None => self.parts.routes.send(peer, class, method, body),
+        }
     }
 
-    /// As [`ShardMessenger::send`] for a small body, which is copied straight into a lane.
-    pub fn send_slice(
+    fn send_slice(
         &self,
-        peer: &NodeId,
+        peer: NodeId,
         class: Class,
         method: Method,
         body: &[u8],
     ) -> Result<(), RpcError> {
-        let handle = self
-            .state
-            .handle_to(peer, false)
-            .ok_or(RpcError::NotConnected)?;
-        handle.send_slice(class, method, body)
+        match self.own(&peer, class) {
+            Some(state) => state.send_slice(&peer, class, method, body),
+            None => {
+                let body = Payload::Bytes(bytes::Bytes::copy_from_slice(body));
+                self.parts.routes.send(peer, class, method, body)
+            }
+        }
     }
 
-    /// Peers that are up and owned by this shard.
-    pub fn peers(&self) -> Vec<NodeId> {
-        self.state.peers()
+    fn send_to_all(
+        &self,
+        peers: &[NodeId],
+        class: Class,
+        method: Method,
+        body: Payload,
+    ) -> Vec<(NodeId, RpcError)> {
+        let mut refused = Vec::new();
+        let mut others = Vec::new();
+        for peer in peers {
+            match self.own(peer, class) {
+                Some(state) => {
+                    if let Err(error) = state.send(peer, class, method, body.clone()) {
+                        refused.push((*peer, error));
+                    }
+                }
+                None => others.push(*peer),
+            }
+        }
+        if !others.is_empty() {
+            let routes = &self.parts.routes;
+            refused.extend(routes.send_to_all(&others, class, method, &body));
+        }
+        refused
     }
 
-    /// Where bodies are put.
-    pub fn pool(&self) -> &ChunkPool {
-        &self.context.pool
+    fn peers(&self) -> Vec<NodeId> {
+        self.parts.routes.board().peer_ids()
     }
 
-    /// Index of this shard.
-    pub fn shard(&self) -> usize {
-        self.context.index
+    fn path(&self, peer: NodeId) -> Option<PathInfo> {
+        self.parts.routes.board().path(&peer)
     }
 
-    /// Runs a task on this shard.
-    pub fn spawn(&self, queue: Queue, task: impl Future<Output = ()> + 'static) {
-        self.context.spawn_local(queue, task);
+    fn pool(&self) -> &ChunkPool {
+        &self.parts.context.pool
     }
 
-    /// The node's transport, for peers of other shards.
-    pub fn transport(&self) -> &Transport {
-        &self.transport
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    fn sleep(&self, duration: Duration) -> impl Future<Output = ()> + 'static {
+        millrace_shards::sleep(duration)
+    }
+
+    fn spawn(&self, queue: Queue, task: impl Future<Output = ()> + 'static) {
+        self.parts.context.spawn_local(queue, task);
     }
 }

@@ -1,5 +1,5 @@
-//! What arrived whole on a connection, handed to whoever it is for: the handler, a waiting request,
-//! the machines of the connection.
+//! What arrived whole on a connection, handed to its recipient: a service, a waiting request, the
+//! machines of the connection.
 //!
 //! Invariant: what a peer sends is checked before it gets here; what it cannot mean is counted with
 //! its reason.
@@ -14,7 +14,12 @@ use millrace_protocol::rpc::RpcError;
 use crate::counters::{Counter, Family};
 use crate::inbox::{Arrived, StreamFault, wants_answer};
 use crate::service::handle::ConnectionHandle;
-use crate::service::message::{Answer, Defer, Handler, Inbound, InboundBody};
+use crate::service::message::{Answer, Inbound, InboundBody};
+use crate::service::responder::Defer;
+use crate::service::router::Dispatch;
+
+/// Why a message was refused whose method no service owns.
+const UNKNOWN_METHOD: &str = "unknown_method";
 
 /// What arrived that the driver of the connection has to act on, gathered while that is borrowed.
 #[derive(Debug, Default)]
@@ -28,9 +33,9 @@ pub struct Received {
     pub fault: Option<&'static str>,
 }
 
-pub(crate) fn on_arrived<H: Handler>(
+pub(crate) fn on_arrived<D: Dispatch>(
     handle: &Rc<ConnectionHandle>,
-    handler: &mut H,
+    services: &mut D,
     arrived: Arrived<'_>,
     now: Instant,
     received: &mut Received,
@@ -39,7 +44,7 @@ pub(crate) fn on_arrived<H: Handler>(
         Arrived::Frame(header, body) => {
             on_message(
                 handle,
-                handler,
+                services,
                 header,
                 InboundBody::Slice(body),
                 now,
@@ -49,7 +54,7 @@ pub(crate) fn on_arrived<H: Handler>(
         Arrived::Message(header, body, reservation) => {
             on_message(
                 handle,
-                handler,
+                services,
                 header,
                 InboundBody::Chunks(body),
                 now,
@@ -61,9 +66,9 @@ pub(crate) fn on_arrived<H: Handler>(
 }
 
 /// Datagrams carry probes, and one-way messages whose sender repeats them.
-pub(crate) fn on_datagram<H: Handler>(
+pub(crate) fn on_datagram<D: Dispatch>(
     handle: &Rc<ConnectionHandle>,
-    handler: &mut H,
+    services: &mut D,
     datagram: &[u8],
     now: Instant,
     received: &mut Received,
@@ -81,7 +86,7 @@ pub(crate) fn on_datagram<H: Handler>(
         Ok((header, body)) if header.check(Carriage::Lane, limits).is_ok() => {
             on_message(
                 handle,
-                handler,
+                services,
                 header,
                 InboundBody::Slice(body),
                 now,
@@ -96,9 +101,9 @@ pub(crate) fn on_datagram<H: Handler>(
     }
 }
 
-fn on_message<H: Handler>(
+fn on_message<D: Dispatch>(
     handle: &Rc<ConnectionHandle>,
-    handler: &mut H,
+    services: &mut D,
     header: Header,
     body: InboundBody<'_>,
     now: Instant,
@@ -124,7 +129,14 @@ fn on_message<H: Handler>(
                 class: header.class,
                 id: header.id,
             };
-            match handler.on_request(inbound(Some(deadline), body), defer) {
+            let answer = match services.service_of(header.method) {
+                Some(service) => service.on_request(inbound(Some(deadline), body), defer),
+                None => {
+                    counters.count(Family::Rejected, UNKNOWN_METHOD);
+                    Answer::Failure(FailureCode::UnknownMethod)
+                }
+            };
+            match answer {
                 Answer::Reply(body) => handle.answer(header.class, header.id, Ok(body)),
                 Answer::Failure(code) => handle.answer(header.class, header.id, Err(code)),
                 Answer::Deferred => {}
@@ -132,7 +144,10 @@ fn on_message<H: Handler>(
         }
         Kind::Send => {
             counters.received(header.class, body.len() as usize);
-            handler.on_send(inbound(None, body));
+            match services.service_of(header.method) {
+                Some(service) => service.on_send(inbound(None, body)),
+                None => counters.count(Family::Rejected, UNKNOWN_METHOD),
+            }
         }
         Kind::Response => {
             exchanged.set(exchanged.get() + 1);

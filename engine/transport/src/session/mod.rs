@@ -7,7 +7,7 @@
 //! Invariants
 //! 1. A session begins when the peer's identity is proven, with its hello; nothing of the code above
 //!    runs for a connection before.
-//! 2. The handler hears `on_up` before anything of a session and `on_down` after all of it.
+//! 2. Services hear `on_up` before anything of a session and `on_down` after all of it.
 //! 3. A session that is closed gives back its reservations and its callers, once.
 
 mod dispatch;
@@ -20,13 +20,14 @@ use millrace_protocol::health::{Health, HealthAction, HealthConfig, Rtt};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 
 use crate::carrier::Progress;
-use crate::config::TransportConfig;
+use crate::config::{PerClass, TransportConfig};
 use crate::counters::Counter;
 use crate::inbox::{Inbox, Room};
 use crate::path::StreamPath;
 use crate::quic::CloseCode;
 use crate::service::handle::{ConnectionHandle, ShardState};
-use crate::service::message::Handler;
+use crate::service::remote::CallId;
+use crate::service::router::Router;
 
 pub use dispatch::Received;
 pub(crate) use dispatch::{on_arrived, on_fault};
@@ -107,41 +108,26 @@ impl Session {
     // --- its beginning and its end ---
 
     /// The connection is the peer's current one: it may be used, is kept alive, and is probed.
-    pub fn up<P: StreamPath, H: Handler>(
-        &mut self,
-        path: &P,
-        handler: &mut H,
-        number: ConnectionNumber,
-        now: Instant,
-    ) {
+    /// The driver then tells the services, by [`Router::on_up`].
+    pub fn up<P: StreamPath>(&mut self, path: &P, number: ConnectionNumber, now: Instant) {
         self.start_keep_alive(path, now);
         self.health = Some(Health::new(health_config(self.config()), now));
         self.handle.number.set(number);
-        let (state, peer) = (&self.handle.state, self.handle.peer);
-        let mut up = state.up.borrow_mut();
-        up.entry(peer).or_default().push(Rc::clone(&self.handle));
-        drop(up);
-        handler.on_up(peer, number);
+        self.handle.state.insert(Rc::clone(&self.handle));
     }
 
     /// Takes the connection out of use for new messages. More than once does no harm.
     pub fn take_down(&self) {
-        let mut up = self.handle.state.up.borrow_mut();
-        if let Some(handles) = up.get_mut(&self.handle.peer) {
-            handles.retain(|handle| handle.slot != self.handle.slot);
-            if handles.is_empty() {
-                up.remove(&self.handle.peer);
-            }
-        }
+        self.handle.state.remove(&self.handle);
     }
 
-    /// The connection is gone: whoever waits for something of it hears so.
-    pub fn close<H: Handler>(mut self, handler: &mut H, room: &mut impl Room) {
+    /// The connection is gone: what waits for something of it hears so.
+    pub fn close(mut self, router: &mut Router, room: &mut impl Room) {
         self.take_down();
         self.inbox.clear(room);
         self.handle.close();
         if self.number() > ConnectionNumber(0) {
-            handler.on_down(self.peer(), self.number());
+            router.on_down(self.peer(), self.number());
         }
     }
 
@@ -150,13 +136,25 @@ impl Session {
         self.handle.is_idle()
     }
 
+    /// Bytes that wait to be sent, for each class; small frames of class bulk count as normal.
+    pub fn queued_bytes(&self) -> PerClass<u64> {
+        self.handle.out.borrow().queued_bytes()
+    }
+
+    /// Takes back a request of another shard or thread, if it is one of this session's.
+    pub(crate) fn cancel(&self, call: &CallId) {
+        if self.handle.serial == call.serial {
+            self.handle.cancel(call.header);
+        }
+    }
+
     // --- what arrives ---
 
     /// Reads everything that the last packets made readable, and hands over what is whole.
-    pub fn receive<P: StreamPath, H: Handler>(
+    pub fn receive<P: StreamPath>(
         &mut self,
         path: &mut P,
-        handler: &mut H,
+        router: &mut Router,
         scratch: &mut [u8],
         room: &mut impl Room,
         now: Instant,
@@ -167,14 +165,14 @@ impl Session {
             let result = self
                 .inbox
                 .read(path, stream, scratch, room, &mut |arrived| {
-                    on_arrived(&handle, handler, arrived, now, &mut received);
+                    on_arrived(&handle, router, arrived, now, &mut received);
                 });
             if let Err((fault, header)) = result {
                 on_fault(&handle, fault, header, &mut received);
             }
         }
         while let Some(datagram) = path.datagram_recv() {
-            dispatch::on_datagram(&handle, handler, &datagram, now, &mut received);
+            dispatch::on_datagram(&handle, router, &datagram, now, &mut received);
         }
         for reservation in received.reservations.drain(..) {
             room.release(reservation);

@@ -2,6 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
@@ -17,7 +18,7 @@ pub(crate) use millrace_testkit::ids::key;
 pub(crate) use millrace_testkit::{PATIENCE, free_addr};
 use millrace_transport::counters::{Counter, Family};
 use millrace_transport::{
-    Answer, Defer, EdgeStart, Handler, Inbound, InboundBody, Payload, Request, Responder,
+    Answer, Defer, EdgeStart, Inbound, InboundBody, Payload, Request, Responder, Router, Service,
     ShardMessenger, Transport, TransportConfig, TransportStart,
 };
 
@@ -28,6 +29,11 @@ pub(crate) const LENGTH: Method = Method(2);
 /// Never answers; tells the test when the request is there and when it was taken back.
 pub(crate) const HANG: Method = Method(3);
 
+/// A one-way message; tells the test its length.
+pub(crate) const TELL: Method = Method(7);
+/// What the test's service owns.
+const METHODS: RangeInclusive<Method> = ECHO..=TELL;
+
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Event {
     Up(NodeId, ConnectionNumber),
@@ -36,11 +42,11 @@ pub(crate) enum Event {
     Message(NodeId, usize),
 }
 
-pub(crate) struct TestHandler {
+pub(crate) struct TestService {
     events: Sender<Event>,
 }
 
-impl Handler for TestHandler {
+impl Service for TestService {
     fn on_request(&mut self, request: Inbound<'_>, defer: Defer<'_>) -> Answer {
         match request.method {
             ECHO => Answer::Reply(match request.body {
@@ -56,7 +62,7 @@ impl Handler for TestHandler {
                 }
                 None => Answer::Failure(FailureCode::Busy),
             },
-            _ => Answer::Failure(FailureCode::UnknownMethod),
+            _ => Answer::Failure(FailureCode::Malformed),
         }
     }
 
@@ -149,8 +155,11 @@ impl Node {
                 topology: Arc::clone(topology),
                 edge,
             },
-            move |_local: ShardMessenger| TestHandler {
-                events: sender.clone(),
+            move |_messenger: ShardMessenger| {
+                let service = TestService {
+                    events: sender.clone(),
+                };
+                Router::new().serve(METHODS, service)
             },
         )
         .unwrap();

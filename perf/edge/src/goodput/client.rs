@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 
 use millrace_protocol::frame::Class;
 use millrace_protocol::id::{ConnectionNumber, NodeId};
-use millrace_shards::{Queue, sleep};
+use millrace_shards::Queue;
 use millrace_transport::{
-    Answer, Defer, EdgeStart, Handler, Inbound, Payload, Request, ShardMessenger, Transport,
+    Answer, Defer, EdgeStart, Inbound, Messenger, Payload, Request, Service, ShardMessenger,
+    Transport,
 };
 
 use super::RoleArgs;
@@ -133,15 +134,15 @@ impl Rpc {
         let (up, is_up) = channel();
         let identities = Identities::new();
         let begun = Arc::clone(&window);
-        let handler = move |local| Client {
-            local,
+        let client = move |messenger| Client {
+            messenger,
             up: up.clone(),
             window: Arc::clone(&begun),
             results: sender.clone(),
         };
         let edge = EdgeStart::default();
         let (address, topology) = (client_address(), Identities::of_client());
-        let transport = start(&identities.client, address, topology, edge, handler)?;
+        let transport = start(&identities.client, address, topology, edge, client)?;
         is_up
             .recv_timeout(CONNECT)
             .map_err(|_| "the QUIC connection did not come up")?;
@@ -170,13 +171,13 @@ impl Rpc {
 
 /// Starts the callers when the node is up.
 struct Client {
-    local: ShardMessenger,
+    messenger: ShardMessenger,
     up: Sender<()>,
     window: Arc<OnceLock<Window>>,
     results: Sender<Latencies>,
 }
 
-impl Handler for Client {
+impl Service for Client {
     fn on_request(&mut self, _request: Inbound<'_>, _defer: Defer<'_>) -> Answer {
         Answer::Reply(Payload::Empty)
     }
@@ -189,18 +190,24 @@ impl Handler for Client {
             return;
         }
         for _ in 0..CALLERS {
-            let (local, window) = (self.local.clone(), Arc::clone(&self.window));
+            let (messenger, window) = (self.messenger.clone(), Arc::clone(&self.window));
             let results = self.results.clone();
-            self.local.spawn(Queue::Latency, async move {
+            self.messenger.spawn(Queue::Latency, async move {
                 // Nobody waits any more if the measurement has failed.
-                results.send(ask_by_quic(&local, peer, &window).await).ok();
+                results
+                    .send(ask_by_quic(&messenger, peer, &window).await)
+                    .ok();
             });
         }
     }
 }
 
 /// One outstanding request after the other, until the window closes.
-async fn ask_by_quic(local: &ShardMessenger, peer: NodeId, window: &OnceLock<Window>) -> Latencies {
+async fn ask_by_quic(
+    messenger: &impl Messenger,
+    peer: NodeId,
+    window: &OnceLock<Window>,
+) -> Latencies {
     let mut latencies = Latencies::default();
     loop {
         let started = Instant::now();
@@ -210,7 +217,7 @@ async fn ask_by_quic(local: &ShardMessenger, peer: NodeId, window: &OnceLock<Win
             body: Payload::Bytes(BODY.as_slice().into()),
             deadline: PATIENCE,
         };
-        let answer = local.request(&peer, request).await;
+        let answer = messenger.request(peer, request).await;
         if let Some(window) = window.get() {
             if started >= window.until {
                 return latencies;
@@ -221,6 +228,6 @@ async fn ask_by_quic(local: &ShardMessenger, peer: NodeId, window: &OnceLock<Win
                 _ => latencies.fail(),
             }
         }
-        sleep(THINK).await;
+        messenger.sleep(THINK).await;
     }
 }

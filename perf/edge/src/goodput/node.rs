@@ -13,7 +13,7 @@ use millrace_protocol::topology::{Member, Topology};
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
 use millrace_transport::{
-    Answer, Clock, Defer, EdgeStart, Handler, Inbound, Payload, ShardMessenger, Transport,
+    Answer, Clock, Defer, EdgeStart, Inbound, Payload, Router, Service, ShardMessenger, Transport,
     TransportConfig, TransportStart,
 };
 
@@ -100,12 +100,12 @@ fn admission(clock: &Clock, kernel_charges: bool) -> Admission {
 }
 
 /// Starts one side's transport on one shard of the core that the process is pinned to.
-pub(super) fn start<H: Handler>(
+pub(super) fn start<S: Service>(
     key: &SigningKey,
     local: (Ipv4Addr, u16),
     topology: Arc<Topology>,
     edge: EdgeStart,
-    handler: impl Fn(ShardMessenger) -> H + Send + Clone + 'static,
+    service: impl Fn(ShardMessenger) -> S + Send + Clone + 'static,
 ) -> Result<Transport> {
     let start = TransportStart {
         identity: SigningKey::from_seed(*key.seed()),
@@ -122,7 +122,8 @@ pub(super) fn start<H: Handler>(
         topology,
         edge,
     };
-    Ok(Transport::start(start, handler)?)
+    let services = move |messenger| Router::new().serve(RPC..=RPC, service(messenger));
+    Ok(Transport::start(start, services)?)
 }
 
 /// The client's end of the same.
@@ -160,7 +161,9 @@ fn start_node(kernel_charges: bool) -> Result<Transport> {
         };
         let identities = Identities::new();
         let (address, topology) = ((NODE, OPEN_PORT), identities.topology());
-        match start(&identities.node, address, topology, edge, |_local| Server) {
+        match start(&identities.node, address, topology, edge, |_messenger| {
+            Server
+        }) {
             Err(error) if Instant::now() > deadline => return Err(error),
             Err(_) => thread::yield_now(),
             Ok(node) => return Ok(node),
@@ -180,7 +183,7 @@ fn echo(mut connection: TcpStream) -> std::io::Result<()> {
 
 struct Server;
 
-impl Handler for Server {
+impl Service for Server {
     fn on_request(&mut self, request: Inbound<'_>, _defer: Defer<'_>) -> Answer {
         if request.method == RPC {
             Answer::Reply(Payload::Bytes(BODY.as_slice().into()))

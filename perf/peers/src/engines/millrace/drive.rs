@@ -11,7 +11,7 @@ use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_shards::chunk::{Body, BodyMut};
 use millrace_shards::{Queue, yield_now};
 use millrace_transport::{
-    Answer, Defer, Handler, Inbound, Payload, Request, RpcError, ShardMessenger,
+    Answer, Defer, Inbound, Messenger, Payload, Request, RpcError, Service, ShardMessenger,
 };
 use tokio::sync::oneshot;
 
@@ -44,8 +44,8 @@ pub(crate) fn drive(engine: Engine, job: Job, settings: &Settings) -> Result<Mea
         let shard = shard(engine, job.workload, 1);
         let (sender, result) = channel();
         let job = std::sync::Arc::new(job);
-        let node = start(me, &topology, shard, settings, move |local| Driver {
-            local,
+        let node = start(me, &topology, shard, settings, move |messenger| Driver {
+            messenger,
             job: std::sync::Arc::clone(&job),
             result: sender.clone(),
             peers: Vec::new(),
@@ -60,13 +60,13 @@ pub(crate) fn drive(engine: Engine, job: Job, settings: &Settings) -> Result<Mea
 
 /// Starts the measurement once every peer is up.
 struct Driver {
-    local: ShardMessenger,
+    messenger: ShardMessenger,
     job: std::sync::Arc<Job>,
     result: Sender<Result<Measurement>>,
     peers: Vec<NodeId>,
 }
 
-impl Handler for Driver {
+impl Service for Driver {
     fn on_request(&mut self, _request: Inbound<'_>, _defer: Defer<'_>) -> Answer {
         Answer::Reply(Payload::Empty)
     }
@@ -77,12 +77,12 @@ impl Handler for Driver {
         self.peers.push(peer);
         if self.peers.len() == self.job.addresses.len() {
             let run = Run {
-                local: self.local.clone(),
+                messenger: self.messenger.clone(),
                 job: std::sync::Arc::clone(&self.job),
                 peers: self.peers.clone(),
             };
             let result = self.result.clone();
-            self.local.spawn(Queue::Latency, async move {
+            self.messenger.spawn(Queue::Latency, async move {
                 // Fails when the driver has stopped waiting; then the result is not needed.
                 result.send(run.measure().await).ok();
             });
@@ -93,7 +93,7 @@ impl Handler for Driver {
 /// One measurement, on the shard.
 #[derive(Clone)]
 struct Run {
-    local: ShardMessenger,
+    messenger: ShardMessenger,
     job: std::sync::Arc<Job>,
     peers: Vec<NodeId>,
 }
@@ -194,9 +194,9 @@ impl Run {
     async fn send_until(&self, until: Instant) -> Result<()> {
         while Instant::now() < until {
             for _ in 0..ONEWAY_BATCH {
-                let peer = &self.peers[0];
+                let peer = self.peers[0];
                 match self
-                    .local
+                    .messenger
                     .send_slice(peer, Class::Normal, ONEWAY, &ONEWAY_MESSAGE)
                 {
                     Ok(()) => {}
@@ -220,7 +220,7 @@ impl Run {
                 body: Payload::Empty,
                 deadline: DEADLINE,
             };
-            let answer = match self.local.request(&self.peers[0], request).await {
+            let answer = match self.messenger.request(self.peers[0], request).await {
                 Ok(answer) => answer,
                 // The messages before it still fill the queue.
                 Err(RpcError::LocalBusy(_)) => {
@@ -309,7 +309,7 @@ impl Run {
     fn body(&self) -> Result<Body> {
         let length = body_bytes(self.job.workload);
         let mut body =
-            BodyMut::with_len(self.local.pool(), length).ok_or("the pool is too small")?;
+            BodyMut::with_len(self.messenger.pool(), length).ok_or("the pool is too small")?;
         let mut offset = 0;
         while !body.is_full() {
             let spare = body.spare();
@@ -343,7 +343,7 @@ impl Run {
             body,
             deadline: DEADLINE,
         };
-        Ok(self.local.request(&peer, request).await?)
+        Ok(self.messenger.request(peer, request).await?)
     }
 
     /// Runs `count` tasks and merges what they measured.
@@ -370,7 +370,7 @@ impl Run {
         task: impl Future<Output = T> + 'static,
     ) -> impl Future<Output = Result<T>> {
         let (sender, receiver) = oneshot::channel();
-        self.local.spawn(Queue::Latency, async move {
+        self.messenger.spawn(Queue::Latency, async move {
             // The other end waits for it, or the measurement has failed.
             sender.send(task.await).ok();
         });

@@ -9,6 +9,7 @@ mod handshakes;
 mod serve;
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use millrace_shards::chunk::Body;
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
 use millrace_transport::{
-    EdgeStart, Handler, ShardMessenger, Transport, TransportConfig, TransportStart,
+    EdgeStart, Router, Service, ShardMessenger, Transport, TransportConfig, TransportStart,
 };
 
 pub(super) use drive::drive;
@@ -38,6 +39,9 @@ const BODY: Method = Method(2);
 const COUNT: Method = Method(3);
 /// A one-way message.
 const ONEWAY: Method = Method(4);
+
+/// All of them.
+const METHODS: RangeInclusive<Method> = RPC..=ONEWAY;
 
 /// Nodes that may drive; the lowest ids, because the lower id dials.
 const DRIVERS: usize = HANDSHAKES_AT_ONCE;
@@ -96,16 +100,16 @@ fn topology(members: impl IntoIterator<Item = Member>, version: u64) -> Arc<Topo
 }
 
 /// Starts a node on one shard, on the core this process is pinned to.
-fn start<H, F>(
+fn start<S, F>(
     key: &SigningKey,
     topology: &Arc<Topology>,
     shard: ShardConfig,
     settings: &Settings,
-    handler: F,
+    service: F,
 ) -> Result<Transport>
 where
-    H: Handler,
-    F: Fn(ShardMessenger) -> H + Send + Clone + 'static,
+    S: Service,
+    F: Fn(ShardMessenger) -> S + Send + Clone + 'static,
 {
     let start = TransportStart {
         identity: SigningKey::from_seed(*key.seed()),
@@ -120,7 +124,8 @@ where
         topology: Arc::clone(topology),
         edge: EdgeStart::default(),
     };
-    Ok(Transport::start(start, handler)?)
+    let services = move |messenger| Router::new().serve(METHODS, service(messenger));
+    Ok(Transport::start(start, services)?)
 }
 
 /// The defaults, and what `TransportConfig` says of jumbo frames.

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use millrace_protocol::frame::FailureCode;
-use millrace_transport::{Answer, Defer, Handler, Inbound, InboundBody, Payload};
+use millrace_transport::{Answer, Defer, Inbound, InboundBody, Payload, Service};
 
 use super::{
     BODY, COUNT, Identities, ONEWAY, RPC, body_bytes, check_body, drivers, member, nowhere,
@@ -23,8 +23,8 @@ pub(crate) fn serve(engine: Engine, workload: Workload, settings: &Settings) -> 
         let others = (0..drivers(workload)).map(|index| identities.driver(index));
         let members = others.chain([me]).map(|key| member(key, nowhere()));
         let shard = shard(engine, workload, workload.servers());
-        let handler = move |_local| Server::new(body_bytes(workload));
-        nodes.push(start(me, &topology(members, 1), shard, settings, handler)?);
+        let service = move |_messenger| Server::new(body_bytes(workload));
+        nodes.push(start(me, &topology(members, 1), shard, settings, service)?);
     }
     let addresses: Vec<_> = nodes.iter().map(|node| node.local_addr()).collect();
     workloads::announce(&addresses)?;
@@ -61,7 +61,7 @@ impl Server {
     }
 }
 
-impl Handler for Server {
+impl Service for Server {
     fn on_request(&mut self, request: Inbound<'_>, _defer: Defer<'_>) -> Answer {
         match request.method {
             RPC if request.body.len() == RPC_BYTES as u64 => Answer::Reply(rpc_body().into()),

@@ -1,0 +1,204 @@
+//! The way to the shards of a node from other shards and threads: their mailboxes, and what they
+//! publish of their connections.
+//!
+//! Invariants
+//! 1. Nothing here keeps a shard running: a mailbox outlives its shard and then refuses.
+//! 2. Small messages to a peer always go to the same shard, by which they keep their order.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use millrace_protocol::frame::{Class, Method};
+use millrace_protocol::id::NodeId;
+use millrace_protocol::rpc::RpcError;
+use millrace_shards::mailbox::{MailError, MailSender};
+
+use super::command::{Command, Recipients, RemoteRequest, RemoteSend};
+use super::message::{Payload, Request};
+use super::remote::{CallId, Canceller, RemoteAnswer, RemoteCompletion};
+use crate::status::StatusBoard;
+
+/// The mailboxes of a node's shards.
+#[derive(Debug)]
+pub(crate) struct Routes {
+    senders: Vec<MailSender<Command>>,
+    board: Arc<StatusBoard>,
+    connections_per_peer: u8,
+    /// Which of a peer's connections takes the next body.
+    turn: AtomicUsize,
+}
+
+impl Routes {
+    pub(crate) fn new(
+        senders: Vec<MailSender<Command>>,
+        board: Arc<StatusBoard>,
+        connections_per_peer: u8,
+    ) -> Self {
+        Self {
+            senders,
+            board,
+            connections_per_peer,
+            turn: AtomicUsize::new(0),
+        }
+    }
+
+    pub(crate) fn board(&self) -> &Arc<StatusBoard> {
+        &self.board
+    }
+
+    /// The shard that owns a peer's first connection, which all small messages take.
+    pub(crate) fn owner_of(&self, peer: &NodeId) -> usize {
+        usize::from(peer.owner_shard(0, self.senders.len() as u8))
+    }
+
+    /// The shard that sends the next message of `class` to `peer`: bodies take turns over the
+    /// connections that are up.
+    fn shard_for(&self, peer: &NodeId, class: Class) -> usize {
+        if class == Class::Bulk && self.connections_per_peer > 1 {
+            let up = self.board.shards_of(peer);
+            let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+            if let Some(shard) = turn.checked_rem(up.len()).and_then(|at| up.get(at)) {
+                return *shard;
+            }
+        }
+        self.owner_of(peer)
+    }
+
+    /// Asks `peer`, on the shard that owns its connection.
+    pub(crate) fn request(self: &Arc<Self>, peer: NodeId, request: Request) -> RemoteAnswer {
+        let class = request.class;
+        let shard = self.shard_for(&peer, class);
+        let canceller = Arc::clone(self) as Arc<dyn Canceller>;
+        let (completion, answer) = RemoteCompletion::new(shard, canceller);
+        let command = Command::Request(Box::new(RemoteRequest {
+            peer,
+            request,
+            completion,
+        }));
+        // The completion is dropped with a command that was not taken: this error is the later one.
+        if let Err(error) = self.post(shard, class, command) {
+            answer.fail(error);
+        }
+        answer
+    }
+
+    /// Tells `peer`, on the shard that owns its connection. An error after the mailbox is counted
+    /// there.
+    pub(crate) fn send(
+        &self,
+        peer: NodeId,
+        class: Class,
+        method: Method,
+        body: Payload,
+    ) -> Result<(), RpcError> {
+        let shard = self.shard_for(&peer, class);
+        let peers = Recipients::One(peer);
+        self.post_send(shard, peers, class, method, body)
+    }
+
+    /// Tells peers of one shard by one mailbox message.
+    pub(crate) fn post_send(
+        &self,
+        shard: usize,
+        peers: Recipients,
+        class: Class,
+        method: Method,
+        body: Payload,
+    ) -> Result<(), RpcError> {
+        let send = RemoteSend {
+            peers,
+            class,
+            method,
+            body,
+        };
+        self.post(shard, class, Command::Send(Box::new(send)))
+    }
+
+    /// Tells all `peers`: one mailbox message for each shard that owns some of them, all with the
+    /// same buffer. Who was refused, and why.
+    pub(crate) fn send_to_all(
+        &self,
+        peers: &[NodeId],
+        class: Class,
+        method: Method,
+        body: &Payload,
+    ) -> Vec<(NodeId, RpcError)> {
+        let mut by_shard = vec![Vec::new(); self.senders.len()];
+        for peer in peers {
+            by_shard[self.owner_of(peer)].push(*peer);
+        }
+        let mut refused = Vec::new();
+        for (shard, peers) in by_shard.into_iter().enumerate() {
+            if !peers.is_empty() {
+                let sent = self.fan_out(shard, peers, class, method, body);
+                refused.extend(sent);
+            }
+        }
+        refused
+    }
+
+    /// As [`Self::send_to_all`], to peers of one shard.
+    pub(crate) fn fan_out(
+        &self,
+        shard: usize,
+        peers: Vec<NodeId>,
+        class: Class,
+        method: Method,
+        body: &Payload,
+    ) -> Vec<(NodeId, RpcError)> {
+        let send = RemoteSend {
+            peers: Recipients::Many(peers),
+            class,
+            method,
+            body: body.clone(),
+        };
+        match self.try_post(shard, Command::Send(Box::new(send))) {
+            Ok(()) => Vec::new(),
+            Err(refused) => {
+                let error = error_of(&refused, class);
+                match refused.into_message() {
+                    Command::Send(send) => {
+                        let peers = send.peers.as_slice().iter();
+                        peers.map(|peer| (*peer, error)).collect()
+                    }
+                    _ => Vec::new(),
+                }
+            }
+        }
+    }
+
+    /// Sends `command` to every shard; false when a mailbox was full.
+    pub(crate) fn post_to_all(&self, command: impl Fn() -> Command) -> bool {
+        let post = |shard| self.try_post(shard, command()).is_ok();
+        // Every shard, also after one that refused.
+        (0..self.senders.len())
+            .map(post)
+            .fold(true, |all, one| all & one)
+    }
+
+    fn post(&self, shard: usize, class: Class, command: Command) -> Result<(), RpcError> {
+        self.try_post(shard, command)
+            .map_err(|refused| error_of(&refused, class))
+    }
+
+    fn try_post(&self, shard: usize, command: Command) -> Result<(), MailError<Command>> {
+        match self.senders.get(shard) {
+            Some(sender) => sender.try_send(command),
+            None => Err(MailError::Closed(command)),
+        }
+    }
+}
+
+fn error_of(refused: &MailError<Command>, class: Class) -> RpcError {
+    match refused {
+        MailError::Full(_) => RpcError::LocalBusy(class),
+        MailError::Closed(_) => RpcError::LocalShuttingDown,
+    }
+}
+
+impl Canceller for Routes {
+    fn cancel(&self, shard: usize, call: CallId) {
+        // A full mailbox loses the cancellation: the request ends by its deadline.
+        self.try_post(shard, Command::Cancel(Box::new(call))).ok();
+    }
+}

@@ -1,0 +1,203 @@
+//! The handle of a node's transport that any thread may hold.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use millrace_edge_policy::admission::Admission;
+use millrace_edge_policy::siphash::Key;
+use millrace_protocol::frame::{Class, Method};
+use millrace_protocol::id::NodeId;
+use millrace_protocol::rpc::RpcError;
+use millrace_protocol::topology::Topology;
+use millrace_shards::chunk::ChunkPool;
+use millrace_shards::runtime::ShardHandle;
+use millrace_shards::stats::ShardStats;
+
+use crate::counters::Counters;
+use crate::pair_keys::PairKeys;
+use crate::service::command::Command;
+use crate::service::message::{Payload, Request};
+use crate::service::remote::RemoteAnswer;
+use crate::service::routes::Routes;
+use crate::status::StatusBoard;
+use crate::stop::StopLimit;
+
+/// A running transport: a handle that any thread may hold and clone.
+///
+/// The transport runs until [`shutdown`](Self::shutdown) or until the last clone is dropped. A drop
+/// does not wait: the shards' threads end and the address is free within a second, and connections
+/// get half a second of it to finish what they carry. Messengers and services do not keep the
+/// transport running; a service that holds a clone of it would, for ever.
+#[derive(Clone, Debug)]
+pub struct Transport {
+    inner: Arc<Inner>,
+}
+
+/// What a transport is made of; see [`crate::start`].
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) me: NodeId,
+    pub(crate) local: SocketAddr,
+    pub(crate) routes: Arc<Routes>,
+    pub(crate) shards: Shards,
+    pub(crate) pools: Vec<ChunkPool>,
+    pub(crate) stats: Vec<Arc<ShardStats>>,
+    pub(crate) counters: Vec<Arc<Counters>>,
+    pub(crate) admission: Arc<Admission>,
+    pub(crate) pair_keys: Mutex<PairKeys>,
+}
+
+/// The threads of the shards. Dropped, they are asked to stop, and nobody waits for them.
+#[derive(Debug)]
+pub(crate) struct Shards {
+    handles: Mutex<Vec<ShardHandle<Command>>>,
+    limit: Arc<StopLimit>,
+}
+
+impl Shards {
+    pub(crate) fn new(limit: Arc<StopLimit>) -> Self {
+        Self {
+            handles: Mutex::default(),
+            limit,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<ShardHandle<Command>>> {
+        self.handles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn push(&self, handle: ShardHandle<Command>) {
+        self.lock().push(handle);
+    }
+
+    /// Asks all shards to stop, then waits for their threads.
+    pub(crate) fn stop(&self) {
+        let handles = std::mem::take(&mut *self.lock());
+        handles.iter().for_each(ShardHandle::stop);
+        for handle in handles {
+            // A shard that panicked has said so; the others still end.
+            handle.join().ok();
+        }
+    }
+}
+
+impl Drop for Shards {
+    fn drop(&mut self) {
+        self.limit.set_abandoned();
+        // Not joined: the last handle may be dropped where a wait is not allowed.
+        self.lock().iter().for_each(ShardHandle::stop);
+    }
+}
+
+impl Transport {
+    pub(crate) fn new(inner: Inner) -> Self {
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+
+    /// This node.
+    pub fn node_id(&self) -> NodeId {
+        self.inner.me
+    }
+
+    /// The address that the sockets are bound to.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.inner.local
+    }
+
+    /// Number of shards.
+    pub fn shards(&self) -> usize {
+        self.inner.counters.len()
+    }
+
+    /// The chunk pool of a shard.
+    pub fn pool(&self, shard: usize) -> Option<&ChunkPool> {
+        self.inner.pools.get(shard)
+    }
+
+    /// What the transport counted, for each shard.
+    pub fn counters(&self) -> &[Arc<Counters>] {
+        &self.inner.counters
+    }
+
+    /// What the runtime counted, for each shard.
+    pub fn shard_stats(&self) -> &[Arc<ShardStats>] {
+        &self.inner.stats
+    }
+
+    /// What the shards published of their connections.
+    pub fn status(&self) -> &StatusBoard {
+        self.inner.routes.board()
+    }
+
+    /// Replaces the members: removed peers are cut, added ones dialled. False when a shard's mailbox
+    /// was full, or a shard has stopped; call again then.
+    #[must_use]
+    pub fn update_topology(&self, topology: &Arc<Topology>) -> bool {
+        let dial_keys = {
+            let mut pair_keys = self.pair_keys();
+            let dial_keys = pair_keys.update(topology);
+            self.inner.admission.set_peers(pair_keys.by_tag());
+            dial_keys
+        };
+        let command = || Command::Topology(Arc::clone(topology), Arc::clone(&dial_keys));
+        self.inner.routes.post_to_all(command)
+    }
+
+    /// The keys that this node shares with the members, by the tag that stands for a node in its
+    /// proofs: the edge checks proofs with them before packets come here.
+    pub fn peer_keys(&self) -> BTreeMap<u32, Key> {
+        self.pair_keys().by_tag()
+    }
+
+    /// Who may open connections.
+    pub fn admission(&self) -> &Arc<Admission> {
+        &self.inner.admission
+    }
+
+    fn pair_keys(&self) -> MutexGuard<'_, PairKeys> {
+        let pair_keys = self.inner.pair_keys.lock();
+        pair_keys.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks `peer`, from any thread. Dropping the answer takes the request back.
+    pub fn request(&self, peer: NodeId, request: Request) -> RemoteAnswer {
+        self.inner.routes.request(peer, request)
+    }
+
+    /// Tells `peer`, from any thread; see [`Messenger`](crate::Messenger) for the order of messages.
+    ///
+    /// # Errors
+    /// [`RpcError::LocalBusy`] when the shard's mailbox is full, [`RpcError::LocalShuttingDown`] when
+    /// the shard has stopped. What the shard refuses later is counted there.
+    pub fn send(
+        &self,
+        peer: NodeId,
+        class: Class,
+        method: Method,
+        body: Payload,
+    ) -> Result<(), RpcError> {
+        self.inner.routes.send(peer, class, method, body)
+    }
+
+    /// Tells all `peers` the same: one mailbox message for each shard that owns some of them, and
+    /// one buffer for all. Which peers were refused, and why; see [`Self::send`].
+    #[must_use = "these peers are not told"]
+    pub fn send_to_all(
+        &self,
+        peers: &[NodeId],
+        class: Class,
+        method: Method,
+        body: &Payload,
+    ) -> Vec<(NodeId, RpcError)> {
+        self.inner.routes.send_to_all(peers, class, method, body)
+    }
+
+    /// Closes all connections cleanly and stops the shards. Returns when their threads have ended,
+    /// which the config's `drain_timeout` bounds.
+    pub fn shutdown(&self) {
+        self.inner.shards.stop();
+    }
+}
