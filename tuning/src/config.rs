@@ -225,6 +225,9 @@ impl fmt::Display for Seed {
     }
 }
 
+/// The most shards of a node: their number fits the byte of a connection ID that steers a packet.
+pub const SHARDS_MAX: usize = 255;
+
 /// Cores that run a shard each.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Cores {

@@ -1,7 +1,7 @@
 //! Whether this host can run the config. The facts are probed by the caller; the judgement is here.
 
 use crate::budget::MemoryBudget;
-use crate::config::{Cores, HugePages, NodeConfig};
+use crate::config::{Cores, HugePages, NodeConfig, SHARDS_MAX};
 use crate::parse::Parsed;
 use crate::problem::{Problem, ProblemKind, Severity};
 use crate::units::ByteSize;
@@ -72,6 +72,16 @@ pub fn check(parsed: &Parsed, facts: &HostFacts, budget: &MemoryBudget) -> Vec<P
 }
 
 fn cores(config: &NodeConfig, facts: &HostFacts, found: &mut Found<'_>) {
+    let shards = config.shards.cpus(&facts.cpus).len();
+    if shards > SHARDS_MAX {
+        found.error(
+            "shards.cores",
+            format!(
+                "{shards} cores would run a shard each; a node has at most {SHARDS_MAX} shards"
+            ),
+            format!("list at most {SHARDS_MAX} cores in shards.cores"),
+        );
+    }
     if facts.cpus.is_empty() {
         return;
     }
@@ -226,6 +236,27 @@ mod tests {
             io_uring_disabled: Some(0),
             huge_pages_free: Some(0),
             ..HostFacts::default()
+        }
+    }
+
+    /// A node has as many shards as a byte counts: more cores are an error, listed or found.
+    #[test]
+    fn more_cores_than_shards_are_an_error() {
+        let cores = |count: u64| (0..count).collect::<Vec<_>>();
+        let found = |text: &str, count| {
+            let facts = HostFacts {
+                cpus: cores(count),
+                ..roomy()
+            };
+            check(&parse(text), &facts, &MemoryBudget::default())
+        };
+        let listed = |count| format!("{KEY}[shards]\ncores = {:?}\n", cores(count));
+        assert_eq!(found(KEY, 255), []);
+        assert_eq!(found(&listed(255), 300), []);
+        for problems in [found(KEY, 256), found(&listed(256), 300)] {
+            assert_eq!(problems.len(), 1, "{problems:?}");
+            assert_eq!(problems[0].key, "shards.cores");
+            assert!(problems[0].reason.contains("256"), "{problems:?}");
         }
     }
 
