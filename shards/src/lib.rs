@@ -24,6 +24,7 @@ mod ring;
 pub mod runtime;
 pub mod socket;
 pub mod stats;
+mod sync;
 mod sys;
 mod watchdog;
 

@@ -1,4 +1,4 @@
-//! A shard's mailbox: a bounded queue that any thread may push to and the shard's loop polls.
+//! A shard's mailbox: a bounded queue that any thread may push to and that the shard's loop polls.
 //!
 //! Cost: a push to a busy shard is one queue operation, a fence and a load; only a parked shard
 //! costs its sender a wake-up.
@@ -12,11 +12,9 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
-
-use crossbeam::queue::ArrayQueue;
 
 use crate::park::Parker;
+use crate::sync::{ArrayQueue, AtomicBool, Ordering, fence};
 
 struct Shared<M> {
     queue: ArrayQueue<M>,
@@ -24,10 +22,11 @@ struct Shared<M> {
     parker: Arc<Parker>,
 }
 
-/// Makes a mailbox before its shard exists, so that shards can be given each other's senders.
+/// Makes a mailbox of `capacity` messages, at least one, before its shard exists, so that shards
+/// can be given each other's senders.
 ///
 /// # Errors
-/// When the pipe that wakes the shard cannot be made (too many open files).
+/// The kernel's, when the pipe that wakes the shard cannot be made: `EMFILE` or `ENFILE` (pipe(2)).
 pub fn mailbox<M: Send>(capacity: usize) -> io::Result<(MailSender<M>, MailReceiver<M>)> {
     let shared = Arc::new(Shared {
         queue: ArrayQueue::new(capacity.max(1)),
@@ -84,16 +83,19 @@ impl<M> fmt::Debug for MailError<M> {
 }
 
 impl<M: Send> MailSender<M> {
-    /// Queues a message and wakes the shard if it sleeps.
+    /// Queues a message and wakes the shard if it sleeps. Messages of one thread keep their order.
     ///
     /// # Errors
-    /// When the mailbox is full or its shard has stopped.
+    /// [`MailError::Full`] when the mailbox is full, [`MailError::Closed`] when its shard has
+    /// stopped; both give the message back. A message that is sent while the shard stops may be
+    /// taken and then dropped.
     pub fn try_send(&self, message: M) -> Result<(), MailError<M>> {
         if self.is_closed() {
             return Err(MailError::Closed(message));
         }
         self.shared.queue.push(message).map_err(MailError::Full)?;
-        // Pairs with the fence of the receiver's drop: one of the two sees the other, so that no message is stranded.
+        // Pairs with the fence of the receiver's drop: one of the two sees the other, so that no
+        // message is left in a queue that no shard reads.
         fence(Ordering::SeqCst);
         if self.is_closed() {
             while self.shared.queue.pop().is_some() {}
@@ -143,7 +145,7 @@ pub struct MailReceiver<M> {
 }
 
 impl<M: Send> MailReceiver<M> {
-    /// The next message.
+    /// The next message, without a wait.
     pub fn try_recv(&mut self) -> Option<M> {
         self.shared.queue.pop()
     }
@@ -184,7 +186,7 @@ impl<M> fmt::Debug for MailReceiver<M> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 

@@ -1,25 +1,26 @@
 //! Waking a shard that sleeps, at no cost while it does not.
 //!
-//! A waker pushes its work, then calls [`Parker::wake`]; the shard announces its park, then looks
-//! for work once more. Both sides have a full fence between their write and their read, so one of
-//! them sees the other.
+//! A waker makes its work visible, then calls [`Parker::wake`]; the shard announces its park, then
+//! looks for work once more. Both sides have a full fence between their write and their read, so
+//! that one of them sees the other. The test `loom` tries all orders of it.
 //!
 //! Invariants:
 //!
 //! 1. `parked` is 1 only between the shard's announcement and its next turn.
-//! 2. Whoever swaps `parked` from 1 to 0 delivers exactly one wake-up; nobody else makes a syscall.
+//! 2. The thread that swaps `parked` from 1 to 0 delivers exactly one wake-up. No other thread
+//!    makes a system call.
 //! 3. A thread that drives a ring delivers by MSG_RING with its next submit, any other thread by
 //!    the pipe. No eventfd is ever polled in a ring: chained eventfds lose their second wake-up.
 
 use std::cell::{Cell, RefCell};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering, fence};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::Waker;
 
 use crossbeam::utils::CachePadded;
 
-use crate::sys;
+use crate::sync::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering, fence, thread_local};
+use crate::sys::{self, Pipe};
 
 /// What other threads need to know of a shard to wake it.
 #[derive(Debug)]
@@ -32,8 +33,7 @@ pub(crate) struct Parker {
     /// A local task was woken by another thread: glommio must look at its own notifier.
     foreign: AtomicBool,
     stop: AtomicBool,
-    pipe_read: OwnedFd,
-    pipe_write: OwnedFd,
+    pipe: Pipe,
     /// A descriptor of the shard's ring of our own: it stays a ring for as long as senders live.
     ring: OnceLock<OwnedFd>,
     thread: AtomicI32,
@@ -43,15 +43,13 @@ pub(crate) struct Parker {
 
 impl Parker {
     pub(crate) fn new() -> std::io::Result<Self> {
-        let (pipe_read, pipe_write) = sys::pipe()?;
         Ok(Self {
             parked: CachePadded::new(AtomicI32::new(0)),
             heartbeat: CachePadded::new(AtomicU64::new(0)),
             runnable: CachePadded::default(),
             foreign: AtomicBool::new(false),
             stop: AtomicBool::new(false),
-            pipe_read,
-            pipe_write,
+            pipe: Pipe::new()?,
             ring: OnceLock::new(),
             thread: AtomicI32::new(0),
             executor: Mutex::new(None),
@@ -74,17 +72,27 @@ impl Parker {
                 .try_with(|pending| pending.borrow_mut().push(Arc::clone(self)))
                 .is_ok();
         if !queued {
-            sys::write_pipe(self.pipe_write.as_fd());
+            self.pipe.signal();
         }
     }
 
-    pub(crate) fn announce_park(&self) {
-        self.parked.store(1, Ordering::SeqCst);
+    /// Announces a park, then looks for work once more: returns whether the shard may sleep.
+    /// `has_work` looks into whatever other threads or the kernel may have filled before they could
+    /// see the announcement. Ends with [`Self::end_park`], also without a sleep.
+    ///
+    /// `stopping` says that the shard knows of a stop already.
+    pub(crate) fn begin_park(&self, stopping: bool, has_work: impl FnOnce() -> bool) -> bool {
+        // A swap, here and in `end_park`, reads what a waker's swap wrote last and so comes after
+        // it; on x86 it is the instruction that the store would be.
+        self.parked.swap(1, Ordering::SeqCst);
         fence(Ordering::SeqCst);
+        let is_called = self.has_foreign() || (self.stop_requested() && !stopping);
+        !is_called && !has_work()
     }
 
+    /// Takes the announcement back.
     pub(crate) fn end_park(&self) {
-        self.parked.store(0, Ordering::SeqCst);
+        self.parked.swap(0, Ordering::SeqCst);
     }
 
     pub(crate) fn is_parked(&self) -> bool {
@@ -138,12 +146,8 @@ impl Parker {
         self.has_foreign() && self.foreign.swap(false, Ordering::SeqCst)
     }
 
-    pub(crate) fn pipe_read(&self) -> &OwnedFd {
-        &self.pipe_read
-    }
-
-    pub(crate) fn drain_pipe(&self) {
-        sys::drain_pipe(self.pipe_read.as_fd());
+    pub(crate) fn pipe(&self) -> &Pipe {
+        &self.pipe
     }
 
     /// Binds the shard's ring; from here on threads with a ring wake it by MSG_RING.
@@ -194,7 +198,7 @@ thread_local! {
 
 /// Says whether this thread's loop runs, so that wake-ups can wait for its next submit.
 pub(crate) fn set_drives_a_ring(drives: bool) {
-    DRIVES_A_RING.set(drives);
+    DRIVES_A_RING.with(|cell| cell.set(drives));
 }
 
 /// Shards a thread may wake in one turn before its list grows.
@@ -202,15 +206,15 @@ pub(crate) const WAKES: usize = 64;
 
 /// Makes room for the wake-ups of a turn, so that none allocates later.
 pub(crate) fn reserve_wakes() {
-    PENDING.with_borrow_mut(|pending| pending.reserve(WAKES));
+    PENDING.with(|pending| pending.borrow_mut().reserve(WAKES));
 }
 
 /// Whether wake-ups wait for this thread's submit.
 pub(crate) fn has_pending_wakes() -> bool {
-    PENDING.with_borrow(|pending| !pending.is_empty())
+    PENDING.with(|pending| !pending.borrow().is_empty())
 }
 
 /// Takes the wake-ups that wait. The parker must be kept until its MSG_RING was submitted.
 pub(crate) fn take_pending_wake() -> Option<Arc<Parker>> {
-    PENDING.with_borrow_mut(Vec::pop)
+    PENDING.with(|pending| pending.borrow_mut().pop())
 }

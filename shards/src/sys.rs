@@ -6,7 +6,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 {
@@ -21,12 +21,48 @@ fn own(fd: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-/// A non-blocking pipe: the end to read, the end to write.
-pub(crate) fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    let mut fds = [0; 2];
-    // SAFETY: the array has room for the two descriptors.
-    check(unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) })?;
-    Ok((own(fds[0]), own(fds[1])))
+/// A non-blocking pipe by which threads without a ring wake a shard.
+#[derive(Debug)]
+pub(crate) struct Pipe {
+    read: OwnedFd,
+    write: OwnedFd,
+}
+
+impl Pipe {
+    pub(crate) fn new() -> io::Result<Self> {
+        let mut fds = [0; 2];
+        // SAFETY: the array has room for the two descriptors.
+        check(unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) })?;
+        Ok(Self {
+            read: own(fds[0]),
+            write: own(fds[1]),
+        })
+    }
+
+    /// The end that the shard polls.
+    pub(crate) fn read_end(&self) -> BorrowedFd<'_> {
+        self.read.as_fd()
+    }
+
+    /// Writes a byte; a full pipe has been signalled already.
+    pub(crate) fn signal(&self) {
+        let byte = 1u8;
+        // SAFETY: one readable byte.
+        unsafe { libc::write(self.write.as_raw_fd(), (&raw const byte).cast(), 1) };
+    }
+
+    /// Reads until the pipe is empty.
+    pub(crate) fn drain(&self) {
+        let mut bytes = [0u8; 64];
+        loop {
+            let (at, len) = (bytes.as_mut_ptr(), bytes.len());
+            // SAFETY: as many writable bytes as the length says.
+            let read = unsafe { libc::read(self.read.as_raw_fd(), at.cast(), len) };
+            if read < len as isize {
+                return;
+            }
+        }
+    }
 }
 
 /// An eventfd with a count of zero.
@@ -41,30 +77,11 @@ pub(crate) fn eventfd_file(fd: OwnedFd) -> glommio::io::BufferedFile {
     unsafe { glommio::io::BufferedFile::from_raw_fd(fd.into_raw_fd()) }
 }
 
-/// Writes to a pipe; a full one has been signalled already.
-pub(crate) fn write_pipe(fd: BorrowedFd<'_>) {
-    let byte = 1u8;
-    // SAFETY: one readable byte.
-    unsafe { libc::write(fd.as_raw_fd(), (&raw const byte).cast(), 1) };
-}
-
 /// Adds one to an eventfd.
 pub(crate) fn signal_eventfd(fd: BorrowedFd<'_>) {
     let one = 1u64;
     // SAFETY: eight readable bytes.
     unsafe { libc::write(fd.as_raw_fd(), (&raw const one).cast(), 8) };
-}
-
-/// Reads a non-blocking pipe until it is empty.
-pub(crate) fn drain_pipe(fd: BorrowedFd<'_>) {
-    let mut bytes = [0u8; 64];
-    loop {
-        // SAFETY: as many writable bytes as the length says.
-        let read = unsafe { libc::read(fd.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len()) };
-        if read < bytes.len() as isize {
-            return;
-        }
-    }
 }
 
 /// Sets an option whose value is an int.
@@ -243,7 +260,8 @@ pub(crate) fn decode_addr(raw: &[u8]) -> Option<SocketAddr> {
     if i32::from(family) == libc::AF_INET6 {
         let flow = u32::from_ne_bytes(raw.get(4..8)?.try_into().ok()?);
         let ip: [u8; 16] = raw.get(8..24)?.try_into().ok()?;
-        // What a dual-stack socket hears from an IPv4 peer: callers know that peer by its IPv4 address, and sending to it works.
+        // A dual-stack socket names an IPv4 peer so. Callers know that peer by its IPv4 address,
+        // and sending to that works.
         if let Some(v4) = Ipv6Addr::from(ip).to_ipv4_mapped() {
             return Some(SocketAddr::V4(SocketAddrV4::new(v4, port)));
         }

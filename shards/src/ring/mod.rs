@@ -1,5 +1,20 @@
 #![allow(unsafe_code)]
-//! The shard's ring: one io_uring, its receive slots, its transmit slots, its completions.
+//! The shard's ring: one io_uring, and what moves through it.
+//!
+//! | file | moves |
+//! |---|---|
+//! | `udp_rx` | UDP in: a multishot receive per socket into shared slots |
+//! | `udp_tx` | UDP out: GSO trains from slots |
+//! | `submitter` | nothing: the one hot system call |
+//!
+//! A further kind (TCP, files) is a file beside these and brings four things: it owns all memory
+//! that its entries name; it builds each entry; it takes each completion, by a kind of its own in
+//! [`token`]; and it says how many requests are in flight, for [`Ring::quiesce`]. The UDP sockets
+//! are the first of the ring's registered files; other files follow them. What the loop gets from
+//! it goes through `datapath`, which knows no ring.
+//!
+//! Needs Linux 6.1: `IORING_SETUP_SINGLE_ISSUER` (6.0), `IORING_SETUP_DEFER_TASKRUN` (6.1),
+//! multishot `recvmsg` (6.0), provided buffer rings (5.19); io_uring_setup(2), io_uring_enter(2).
 //!
 //! Cost: one `io_uring_enter` per turn, which submits what the turn made and runs what the kernel
 //! deferred; none while the flags in shared memory say that nothing waits.
@@ -242,7 +257,7 @@ impl Ring {
             }
         }
         if pipe {
-            self.parker.drain_pipe();
+            self.parker.pipe().drain();
         }
         any
     }
@@ -353,7 +368,7 @@ impl Ring {
     /// Arms the receives and the pipe's poll where they are not.
     fn arm(&mut self) {
         if !self.pipe_armed {
-            let fd = types::Fd(self.parker.pipe_read().as_raw_fd());
+            let fd = types::Fd(self.parker.pipe().read_end().as_raw_fd());
             let entry = opcode::PollAdd::new(fd, libc::POLLIN as u32)
                 .multi(true)
                 .build();

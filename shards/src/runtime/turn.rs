@@ -1,6 +1,7 @@
 //! The loop: what a shard does in one turn, in which order, and how it falls asleep.
 //!
-//! Cost of a busy turn beyond the datapath's own: one clock read, one `io_uring_enter`, a few loads.
+//! Cost of a busy turn beyond the datapath's own: one clock read, one `io_uring_enter`, a few
+//! loads.
 //!
 //! Invariants:
 //!
@@ -72,8 +73,8 @@ impl<D: Datapath> Shard<D> {
                 self.datapath.on_stop(state.now);
             }
 
-            // 2. Completions. The submit that ended the turn before ran what was deferred, so a busy
-            //    shard finds some here without entering the kernel.
+            // 2. Completions. The submit that ended the turn before ran what was deferred, so a
+            //    busy shard finds some here without entering the kernel.
             worked |= self.ring.reap() || (self.ring.poll() && self.ring.reap());
 
             // 3. Datagrams, up to a budget.
@@ -237,16 +238,16 @@ impl<D: Datapath> Shard<D> {
             self.ring.submit();
             self.ring.enable_eventfd();
         }
-        self.parker.announce_park();
-        let stop = self.parker.stop_requested() && !state.stopping;
-        let woken = self.parker.has_foreign() || (!in_glommio && self.parker.any_runnable());
-        let pending = self.datapath.has_pending();
-        if stop || woken || pending || !self.mailbox.is_empty() || self.ring.has_work() {
-            // Something came between the last look and the announcement.
-        } else if in_glommio {
+        let may_sleep = self.parker.begin_park(state.stopping, || {
+            let woken = !in_glommio && self.parker.any_runnable();
+            let pending = self.datapath.has_pending();
+            woken || pending || !self.mailbox.is_empty() || self.ring.has_work()
+        });
+        // Otherwise something came between the last look and the announcement.
+        if may_sleep && in_glommio {
             self.stats.eventfd_parks.add(1);
             self.sleep_in_glommio(state).await;
-        } else {
+        } else if may_sleep {
             self.stats.direct_parks.add(1);
             self.ring.park(timeout);
         }
