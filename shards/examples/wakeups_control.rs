@@ -5,8 +5,8 @@
 //!
 //! `cargo run --release -p millrace-shards --example wakeups_control [seconds] [preempt_us]
 //! [watchdog_ms]` exits with 0 when it hung, 1 when it did not. With a watchdog it goes on, and the
-//! count of its wakes says how often; only a shard that hangs in its very start, before the watchdog
-//! knows it, still does.
+//! count of its wakes says how often; only a shard that hangs in its very start, before the
+//! watchdog knows it, still does.
 
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
 

@@ -27,15 +27,17 @@ pub(crate) const GLOMMIO_IO_BYTES: usize = 64 * 1024;
 /// The configuration of one shard.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShardConfig {
-    /// The core the shard's thread is pinned to; `None` leaves it to the scheduler.
+    /// The core that the shard's thread is pinned to, by the kernel's number; `None` leaves it to
+    /// the scheduler.
     pub cpu: Option<usize>,
     /// How long an idle shard polls before it parks; zero parks at once.
     pub spin: Duration,
-    /// Receive slots at start.
+    /// Receive slots at start, 68 KiB each, shared by all UDP sockets of the shard.
     pub rx_slots: u16,
-    /// Receive slots at most, after growth on starvation by small messages.
+    /// Receive slots at most, after growth on starvation by small messages. The kernel takes 32,768
+    /// (io_uring_register_buf_ring(3)).
     pub rx_slots_max: u16,
-    /// Transmit slots at start.
+    /// Transmit slots at start, 64 KiB each.
     pub tx_slots: u16,
     /// Transmit slots at most, after growth on starvation.
     pub tx_slots_max: u16,
@@ -44,9 +46,10 @@ pub struct ShardConfig {
     /// Whether large trains may be sent without a copy, once the first one showed that the kernel
     /// does not copy all the same.
     pub zero_copy: bool,
-    /// Submission entries of the ring, and trains in flight at most.
+    /// Submission entries of the ring, and trains in flight at most: rounded up to a power of two,
+    /// 64 at least; the kernel takes 32,768 (io_uring_setup(2)).
     pub ring_entries: u32,
-    /// Messages the shard's mailbox holds before a sender is told that it is full.
+    /// Messages that the shard's mailbox holds before it refuses more.
     pub mailbox_capacity: usize,
     /// Mailbox messages handled per turn.
     pub mailbox_batch: usize,
@@ -73,7 +76,8 @@ impl Default for ShardConfig {
     fn default() -> Self {
         Self {
             cpu: None,
-            // 20 us caught nearly every reply of a peer on the same host at the CPU cost of parking.
+            // 20 us caught nearly every reply of a peer on the same host at the CPU cost of
+            // parking.
             spin: Duration::from_micros(20),
             // 4 to 16 receive slots measured alike; more only leave the cache.
             rx_slots: 8,

@@ -4,8 +4,8 @@
 //!
 //! 1. Sockets are bound in the order of their shards on the calling thread: the order of binding is
 //!    the index the steering program returns.
-//! 2. The program is attached once per group: replacing one that is in use can crash old kernels. Until
-//!    then the kernel spreads datagrams by their addresses.
+//! 2. The program is attached once per group: to replace one that is in use can crash old kernels.
+//!    Until then the kernel spreads datagrams by a hash of their addresses.
 //! 3. With the classic program, a datagram too short to hold a connection ID goes to shard 0.
 
 use std::io;
@@ -135,13 +135,14 @@ impl ShardSocket {
         self.local
     }
 
-    /// The receive buffer the kernel gave; it counts its own bookkeeping in it.
+    /// The receive buffer that the kernel gave: twice what was asked for, because it counts its own
+    /// bookkeeping (socket(7), `SO_RCVBUF`).
     #[must_use]
     pub fn recv_buffer_bytes(&self) -> usize {
         self.recv_buffer_bytes
     }
 
-    /// The send buffer the kernel gave; it counts its own bookkeeping in it.
+    /// The send buffer that the kernel gave: as [`Self::recv_buffer_bytes`].
     #[must_use]
     pub fn send_buffer_bytes(&self) -> usize {
         self.send_buffer_bytes
@@ -164,10 +165,11 @@ impl AsFd for ShardSocket {
     }
 }
 
-/// Binds one socket per shard to one address, steered by the classic program.
+/// Binds one socket per shard to one address, steered by the classic program: see
+/// [`attach_classic_steering`].
 ///
 /// # Errors
-/// When the address is taken or an option that the datapath relies on is refused.
+/// As [`bind_unsteered`] and [`attach_classic_steering`].
 pub fn bind_group(config: &UdpGroupConfig) -> Result<Vec<ShardSocket>, SocketError> {
     let sockets = bind_unsteered(config)?;
     attach_classic_steering(&sockets)?;
@@ -177,8 +179,15 @@ pub fn bind_group(config: &UdpGroupConfig) -> Result<Vec<ShardSocket>, SocketErr
 /// Binds one socket per shard to one address, for a caller that then attaches a program: see
 /// [`attach_steering`] and [`attach_classic_steering`].
 ///
+/// The sockets of a group of several are bound with `SO_REUSEPORT` (socket(7)); none fragments
+/// (`IP_PMTUDISC_DO`, ip(7)), and where the kernel can, it hands over several datagrams as one
+/// message (`UDP_GRO`, udp(7), Linux 5.0).
+///
 /// # Errors
-/// When the address is taken or an option that the datapath relies on is refused.
+/// [`SocketError::Shards`] for a group of none or of more than [`SHARDS_MAX`];
+/// [`SocketError::Create`] without descriptors left; [`SocketError::Bind`] when the address is
+/// taken or not local; [`SocketError::Option`] when the kernel refuses an option that the datapath
+/// relies on.
 pub fn bind_unsteered(config: &UdpGroupConfig) -> Result<Vec<ShardSocket>, SocketError> {
     if config.shards == 0 || config.shards > SHARDS_MAX {
         return Err(SocketError::Shards {
@@ -196,11 +205,13 @@ pub fn bind_unsteered(config: &UdpGroupConfig) -> Result<Vec<ShardSocket>, Socke
     Ok(sockets)
 }
 
-/// Steers a group by the first byte of the connection ID, modulo the number of sockets. Needs no privilege; a
-/// group of one needs no program.
+/// Steers a group by the first byte of the connection ID, modulo the number of sockets. Needs no
+/// privilege; a group of one needs no program.
+///
+/// Linux 4.5 (socket(7), `SO_ATTACH_REUSEPORT_CBPF`).
 ///
 /// # Errors
-/// When the kernel refuses the program.
+/// [`SocketError::Option`] when the kernel refuses the program.
 pub fn attach_classic_steering(sockets: &[ShardSocket]) -> Result<(), SocketError> {
     let [first, _, ..] = sockets else {
         return Ok(());
@@ -212,11 +223,13 @@ pub fn attach_classic_steering(sockets: &[ShardSocket]) -> Result<(), SocketErro
     })
 }
 
-/// Steers a group by an eBPF program of type `sk_reuseport`, which then picks among the sockets that its caller put into the
-/// program's map. A group of one needs no program.
+/// Steers a group by an eBPF program of type `sk_reuseport`, which then picks among the sockets
+/// that its caller put into the program's map. A group of one needs no program.
+///
+/// Linux 4.19 (bpf(2), `BPF_PROG_TYPE_SK_REUSEPORT`; socket(7), `SO_ATTACH_REUSEPORT_EBPF`).
 ///
 /// # Errors
-/// When the kernel refuses the program.
+/// [`SocketError::Option`] when the kernel refuses the program.
 pub fn attach_steering(
     sockets: &[ShardSocket],
     program: BorrowedFd<'_>,
@@ -230,10 +243,11 @@ pub fn attach_steering(
     })
 }
 
-/// The address that the kernel would send from, from a socket bound to `local`, to `to`. Three short system calls; nothing is sent.
+/// The address that the kernel would send from, from a socket bound to `local`, to `to`. Three
+/// short system calls; nothing is sent.
 ///
 /// # Errors
-/// When there is no route, or no socket to ask with.
+/// The kernel's, when there is no route (`ENETUNREACH`) or no descriptor left to ask with.
 pub fn source_address(local: IpAddr, to: SocketAddr) -> io::Result<IpAddr> {
     if !local.is_unspecified() {
         return Ok(local.to_canonical());

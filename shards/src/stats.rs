@@ -1,4 +1,4 @@
-//! Counters of one shard: written by its thread only, read by anybody.
+//! Counters of one shard: written by its thread only, read by any.
 //!
 //! Cost: an addition is a load, an add and a store, all relaxed: no locked instruction, because
 //! there is one writer.
@@ -84,7 +84,7 @@ shard_stats! {
     packets_sent,
     /// Bytes in them.
     bytes_sent,
-    /// Trains of which the kernel refused to send anything.
+    /// Trains that were not sent: the kernel refused, or the shard owns no such socket.
     send_errors,
     /// Trains sent without a copy.
     trains_sent_zc,

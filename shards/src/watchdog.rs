@@ -1,8 +1,9 @@
-//! The fallback for lost wake-ups: one thread per process that wakes a shard asleep with work to do.
+//! The fallback for lost wake-ups: one thread per process that wakes a shard asleep with work to
+//! do.
 //!
-//! glommio can fall asleep with runnable tasks when its preempt timer fires at the wrong moment (see
-//! `runtime`). The loop's recipe keeps that from happening; should it happen all the same, the loss
-//! costs milliseconds and is counted instead of stopping the shard.
+//! glommio can fall asleep with runnable tasks when its preempt timer fires at the wrong moment
+//! (see `runtime`). The loop's recipe keeps that from happening; should it happen all the same, the
+//! loss costs milliseconds and is counted instead of stopping the shard.
 //!
 //! Invariants:
 //!
@@ -93,12 +94,12 @@ impl Watched {
 
 /// Whether a thread sleeps in the kernel, as opposed to running or waiting to run; by its `stat`.
 fn sleeps(thread: &File) -> bool {
-    // Number, name and state are in it, and nothing of what follows is wanted.
+    // These hold the number, the name and the state (proc_pid_stat(5)); the rest is not needed.
     let mut begin = [0; 64];
     let Ok(bytes) = thread.read_at(&mut begin, 0) else {
         return false;
     };
-    // The state is the letter behind the name, which stands in parentheses and may hold any.
+    // The state is the letter behind the name; the name stands in parentheses and may hold some.
     let stat = &begin[..bytes];
     let name_end = stat.windows(2).rposition(|two| two == b") ");
     name_end.is_some_and(|end| stat.get(end + 2) == Some(&b'S'))

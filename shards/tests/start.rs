@@ -36,8 +36,8 @@ impl Datapath for Nothing {
     }
 }
 
-/// Sixteen shards of a group, with chunks, start and stop as whoever runs the test: more than a small
-/// limit of locked memory would allow if each locked much.
+/// Sixteen shards of a group, with chunks, start and stop with the test's own rights. If each
+/// locked much memory, they would exceed a small limit.
 #[test]
 fn starts() {
     let group = UdpGroupConfig {
@@ -68,13 +68,14 @@ fn starts() {
     }
 }
 
-/// The same without root. Run as root the test runs itself as nobody; otherwise `starts` said it.
+/// The same without root. Run as root, the test runs `starts` again as the user `nobody`; otherwise
+/// `starts` has shown it.
 #[test]
 fn starts_without_root() {
     if std::fs::metadata("/proc/self").unwrap().uid() != 0 {
         return starts();
     }
-    // A copy that nobody may read: the build's folder may not be open to all.
+    // A copy that the user `nobody` may read: the build's folder may not be open to it.
     let copy = std::env::temp_dir().join(format!("millrace-start-{}", std::process::id()));
     std::fs::copy(std::env::current_exe().unwrap(), &copy).unwrap();
     std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -98,7 +99,8 @@ fn starts_without_root() {
     );
 }
 
-/// Whoever starts shards may wait for anything else afterwards: no ring that it made is taken down under it.
+/// A thread that starts shards may wait for anything else afterwards. The kernel interrupts the
+/// waits of a thread whose ring it takes down, so the starting thread must have made none.
 #[test]
 fn who_starts_shards_is_not_interrupted() {
     const MORE: usize = 20;

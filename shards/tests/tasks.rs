@@ -112,7 +112,7 @@ fn dropped_timer() {
 
 /// A shard that never idles still runs every queue, glommio's own timers and blocking threads.
 #[test]
-fn a_busy_loop_starves_nobody() {
+fn a_busy_loop_starves_no_queue() {
     let (sender, done) = mpsc::channel();
     let handle = start(true, move |shard| {
         for queue in [Queue::Latency, Queue::Bulk, Queue::Background] {

@@ -1,9 +1,9 @@
 //! What a protocol plugs into a shard's loop.
 //!
 //! The loop calls, in each turn and in this order: `on_message` for each waiting message,
-//! `on_datagrams` for each receive completion, `on_timeout` if the deadline has passed; then it runs
-//! the local tasks that these woke, then calls `transmit`, then submits everything once. A request
-//! that comes in is answered in the same turn.
+//! `on_datagrams` for each receive completion, `on_timeout` if the deadline has passed; then it
+//! runs the local tasks that these woke, then calls `transmit`, then submits everything once. A
+//! request that comes in is answered in the same turn.
 //!
 //! Nothing here knows the ring: [`Datagrams`] are bytes in memory, and [`Trains`] are built in
 //! memory that a [`TrainBuffer`] lends. A test drives a datapath over a `Vec`.

@@ -1,8 +1,8 @@
-//! The one hot system call, on a ring descriptor registered with the thread.
+//! The one hot system call, io_uring_enter(2), on a ring descriptor registered with the thread.
 //!
-//! The io-uring crate remembers a registered descriptor only as long as a `Submitter`, which borrows
-//! the ring; so the call is made here. It saves the kernel a counted look-up of the file per call,
-//! which a process of many threads pays with two locked instructions.
+//! The io-uring crate remembers a registered descriptor only as long as a `Submitter`, which
+//! borrows the ring; so the call is made here. It saves the kernel a counted look-up of the file
+//! per call, which a process of many threads pays with two locked instructions.
 //!
 //! Invariants:
 //!

@@ -1,7 +1,7 @@
 //! UDP in: one multishot receive per socket, into slots that all sockets of the shard share.
 //!
-//! The kernel takes a slot from a ring of provided buffers and fills it with a GRO message. A socket
-//! whose receive ended for want of a slot is armed again once one came back; until then its
+//! The kernel takes a slot from a ring of provided buffers and fills it with a GRO message. A
+//! socket whose receive ended for want of a slot is armed again once one came back; until then its
 //! datagrams wait in its own buffer, so that a flood to one socket cannot lose those of another.
 //!
 //! Cost per message: a parse of fixed offsets and one entry written back.

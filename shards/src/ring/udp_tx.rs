@@ -1,5 +1,8 @@
 //! UDP out: transmit slots of 64 KiB, and the GSO trains that leave from them.
 //!
+//! Sends are `SENDMSG` with a `UDP_SEGMENT` control message (udp(7), Linux 4.18), or `SENDMSG_ZC`
+//! (Linux 6.1) where the kernel turned out not to copy.
+//!
 //! Cost per train: one record filled in and one submission.
 //!
 //! Invariants:

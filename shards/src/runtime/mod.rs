@@ -90,7 +90,8 @@ impl<M: Send> ShardHandle<M> {
         self.sender.clone()
     }
 
-    /// Asks the shard to stop; its datapath says when it has.
+    /// Asks the shard to stop. Its thread ends when its datapath says that it has stopped:
+    /// [`Datapath::on_stop`], [`Datapath::is_stopped`].
     pub fn stop(&self) {
         self.parker.request_stop();
     }
@@ -98,7 +99,9 @@ impl<M: Send> ShardHandle<M> {
     /// Waits until the shard has stopped.
     ///
     /// # Errors
-    /// When its thread panicked.
+    /// [`JoinError`] when its thread panicked.
+    ///
+    /// It waits for ever when no stop was asked for: see [`Self::stop`].
     pub fn join(self) -> Result<(), JoinError> {
         self.thread.join().map_err(|_| JoinError)
     }
@@ -145,13 +148,13 @@ where
 /// Starts the shard at `index`, from 0, of `shards`, on a mailbox made before, so that shards can
 /// know each other's senders. Returns after `init` ran on the shard's thread.
 ///
-/// `sockets` are the shard's UDP sockets, at most [`SOCKETS_MAX`](crate::SOCKETS_MAX): `None`, `Some(socket)` or several;
-/// their order gives their [`SocketId`]s.
+/// `sockets` are the shard's UDP sockets, at most [`SOCKETS_MAX`](crate::SOCKETS_MAX): `None`,
+/// `Some(socket)` or several; their order gives their [`SocketId`]s.
 ///
 /// # Errors
-/// [`StartError::Shards`] when `shards` exceeds [`SHARDS_MAX`](crate::SHARDS_MAX) or `index` is not below it,
-/// [`StartError::Sockets`] when there are too many; else when this system cannot run a shard of
-/// this config: the error names the likely cause.
+/// [`StartError::Shards`] when `shards` exceeds [`SHARDS_MAX`](crate::SHARDS_MAX) or `index` is not
+/// below it, [`StartError::Sockets`] when there are too many; else when this system cannot run a
+/// shard of this config: the error names the likely cause.
 pub fn spawn_with_mailbox<D, F>(
     config: ShardConfig,
     index: usize,

@@ -1,4 +1,5 @@
-//! What every steering program owes a reuseport group. Other crates include this file to put theirs to the same test.
+//! What every steering program owes a reuseport group. Other crates include this file to put theirs
+//! to the same test.
 
 use std::net::UdpSocket;
 use std::sync::mpsc;
@@ -9,8 +10,9 @@ use millrace_shards::{
     bind_unsteered, spawn,
 };
 
-/// Binds a group of `shards`, lets `attach` steer it, and checks for both headers that datagrams reach the shard that the first
-/// byte of their connection ID names, and shard 0 when they have none.
+/// Binds a group of `shards`, lets `attach` steer it, and checks for both headers that datagrams
+/// reach the shard that the first byte of their connection ID names, and shard 0 when they have
+/// none.
 pub(crate) fn assert_steers_by_connection_id(shards: usize, attach: impl FnOnce(&[ShardSocket])) {
     let sockets = bind_unsteered(&UdpGroupConfig {
         local: "127.0.0.1:0".parse().unwrap(),

@@ -1,12 +1,12 @@
 //! A program that loses a wake-up if one can be lost: then it stands still, and says so.
 //!
 //! Two shards on two cores play cycles. In each, the first wakes the second in a random set of ways
-//! at once (a packet, a message by MSG_RING, a message through the pipe, a local task's waker from a
-//! foreign thread) after a random gap of at most 10 us, and goes on when all were answered by
+//! at once (a packet, a message by MSG_RING, a message through the pipe, a local task's waker from
+//! a foreign thread) after a random gap of at most 10 us, and goes on when all were answered by
 //! messages. Every fiftieth cycle starts local tasks on the second that use glommio's timers, files
 //! and blocking threads and end soon, so that its parks change between its own ring and glommio.
-//! Burners keep both cores busy. The fallbacks (longest park, housekeeping) are out of reach: nothing but
-//! the wake-ups themselves, and the watchdog where one is asked for, moves the program.
+//! Burners keep both cores busy. The fallbacks (longest park, housekeeping) are out of reach:
+//! nothing but the wake-ups themselves, and the watchdog where one is asked for, moves the program.
 
 use std::cell::Cell;
 use std::future::poll_fn;
