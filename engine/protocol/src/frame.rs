@@ -15,13 +15,10 @@
 mod hello;
 mod lane;
 
-pub use hello::{Hello, HelloError};
+pub use hello::{Hello, HelloError, Negotiated, VersionRange};
 pub use lane::LaneParser;
 
 use thiserror::Error;
-
-/// Version of the protocol that this code speaks, in every hello.
-pub const PROTOCOL_VERSION: u16 = 1;
 
 /// What a peer's bytes have wrong. Always the peer's fault: the connection is closed.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -146,7 +143,8 @@ pub struct Method(pub u16);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum FailureCode {
-    /// Too many requests in flight; ask again later or elsewhere.
+    /// Not now: the peer has too many requests in flight, fills its share of the server's memory, or
+    /// the server has no memory or no place in a queue. Ask again later or elsewhere.
     Busy,
     /// No handler for the method.
     UnknownMethod,
@@ -154,7 +152,7 @@ pub enum FailureCode {
     NotFound,
     /// The handler could not read the request.
     Malformed,
-    /// The body is larger than the budget of the asker.
+    /// Never: the body is larger than the server takes from one peer.
     TooLarge,
     /// The deadline passed before the handler was done.
     DeadlineExceeded,

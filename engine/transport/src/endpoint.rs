@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use millrace_edge_policy::cid::SLOTS_MAX;
@@ -91,6 +92,8 @@ pub(crate) struct EndpointParts {
     pub(crate) local: SocketAddr,
     pub(crate) shard: usize,
     pub(crate) shards: usize,
+    /// What hellos say; the node raises it.
+    pub(crate) registry_version: Arc<AtomicU64>,
     pub(crate) generation: u8,
     pub(crate) server: quiche::Config,
     pub(crate) client: quiche::Config,

@@ -170,6 +170,12 @@ impl Inbox {
             .count()
     }
 
+    /// The lane that began with the peer's hello goes on as a lane.
+    pub(crate) fn open_lane(&mut self, id: u64) {
+        let at = self.position(id);
+        self.streams[at].state = State::Lane(LaneParser::new(self.limits));
+    }
+
     /// Reads all that stream `id` has, and hands over what is whole. `scratch` is overwritten.
     pub(crate) fn read<P: StreamPath>(
         &mut self,

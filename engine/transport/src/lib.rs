@@ -42,6 +42,7 @@ mod transport;
 pub use admission::ConnectionCounts;
 pub use clock::Clock;
 pub use config::{CongestionControl, PerClass, TransportConfig};
+pub use millrace_protocol::frame::Negotiated;
 pub use millrace_protocol::rpc::RpcError;
 pub use quic::CloseCode;
 pub use service::message::{Answer, Inbound, InboundBody, Payload, Request};

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Invariants
-//! 1. A connection is `Up` from the peer's first frame on, not from the end of the handshake, which a
-//!    client sees before the server judged it.
+//! 1. A connection is `Up` from the peer's hello on, not from the end of the handshake, which a client
+//!    sees before the server judged it.
 //! 2. Nothing leaves `Closing`.
 
 use std::time::Instant;
@@ -22,7 +22,7 @@ pub enum Phase {
         /// When.
         until: Instant,
     },
-    /// TLS is done; the peer's first frame is still to come.
+    /// TLS is done; the peer's hello is still to come.
     /// [`Peers`](millrace_protocol::peers::Peers) bounds the wait.
     AwaitHello,
     /// In use.

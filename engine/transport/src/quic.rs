@@ -1,5 +1,6 @@
 //! quiche configured from [`TransportConfig`], and the error codes that we close connections with.
 
+use millrace_protocol::frame::HelloError;
 use millrace_protocol::peers::{CloseReason, Refusal};
 
 use crate::config::{CongestionControl, TransportConfig};
@@ -24,6 +25,8 @@ pub enum CloseCode {
     Unhealthy = 5,
     /// Too many connections.
     NoRoom = 6,
+    /// No version of the protocol is common to both.
+    Incompatible = 7,
 }
 
 impl CloseCode {
@@ -33,6 +36,14 @@ impl CloseCode {
             Refusal::WrongDirection | Refusal::SelfConnection => Self::WrongDirection,
             Refusal::StaleAttempt => Self::Done,
             _ => Self::NoRoom,
+        }
+    }
+
+    /// What a peer hears whose hello is refused.
+    pub fn of_hello(error: &HelloError) -> Self {
+        match error {
+            HelloError::Incompatible { .. } => Self::Incompatible,
+            _ => Self::Violation,
         }
     }
 
@@ -55,6 +66,7 @@ impl CloseCode {
             Self::Violation => "protocol_violation",
             Self::Unhealthy => "unhealthy",
             Self::NoRoom => "no_room",
+            Self::Incompatible => "incompatible_version",
         }
     }
 }

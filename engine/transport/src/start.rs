@@ -1,6 +1,7 @@
 //! Starting a node's transport.
 
 use std::rc::Rc;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -154,6 +155,7 @@ impl Transport {
             policy: Arc::clone(&admission),
             counts: edge.counts,
         };
+        let registry_version = Arc::new(AtomicU64::new(topology.newest_version()));
         let credentials = Credentials::new(&identity)?;
         let (mut senders, mut receivers) = (Vec::new(), Vec::new());
         for (shard, config) in shards.iter().enumerate() {
@@ -184,6 +186,7 @@ impl Transport {
             let (config, board, topology) =
                 (config.clone(), Arc::clone(&board), Arc::clone(&topology));
             let (services, routes) = (services.clone(), Arc::clone(&routes));
+            let registry_version = Arc::clone(&registry_version);
             let (control, clock, dial_keys) =
                 (control.clone(), clock.clone(), Arc::clone(&dial_keys));
             let (stop_limit, refusal) = (Arc::clone(&stop_limit), Arc::clone(&refused));
@@ -215,6 +218,7 @@ impl Transport {
                     local,
                     shard: index,
                     shards: count,
+                    registry_version,
                     generation,
                     server,
                     client,
@@ -266,6 +270,7 @@ impl Transport {
             counters,
             admission,
             pair_keys: Mutex::new(pair_keys),
+            registry_version,
         }))
     }
 }

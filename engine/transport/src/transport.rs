@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use millrace_edge_policy::admission::Admission;
@@ -46,6 +47,8 @@ pub(crate) struct Inner {
     pub(crate) counters: Vec<Arc<Counters>>,
     pub(crate) admission: Arc<Admission>,
     pub(crate) pair_keys: Mutex<PairKeys>,
+    /// What hellos say.
+    pub(crate) registry_version: Arc<AtomicU64>,
 }
 
 /// The threads of the shards. Dropped, they are asked to stop, and nobody waits for them.
@@ -136,6 +139,7 @@ impl Transport {
     /// was full, or a shard has stopped; call again then.
     #[must_use]
     pub fn update_topology(&self, topology: &Arc<Topology>) -> bool {
+        self.set_registry_version(topology.newest_version());
         let dial_keys = {
             let mut pair_keys = self.pair_keys();
             let dial_keys = pair_keys.update(topology);
@@ -144,6 +148,15 @@ impl Transport {
         };
         let command = || Command::Topology(Arc::clone(topology), Arc::clone(&dial_keys));
         self.inner.routes.post_to_all(command)
+    }
+
+    /// Sets the registry version that this node says it holds, on connections to come; a peer that
+    /// holds an older one asks for it (see [`Service::on_up`](crate::Service::on_up)). It never
+    /// falls: an older version is ignored. [`Self::update_topology`] sets it to the newest version of
+    /// the topology.
+    pub fn set_registry_version(&self, version: u64) {
+        let held = &self.inner.registry_version;
+        held.fetch_max(version, Ordering::Relaxed);
     }
 
     /// The keys that this node shares with the members, by the tag that stands for a node in its

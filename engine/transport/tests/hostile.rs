@@ -101,7 +101,7 @@ impl Attack<'_> {
                 session: None,
             },
         );
-        raw.establish();
+        raw.introduce();
         raw
     }
 
@@ -150,7 +150,7 @@ fn a_hostile_member_costs_nobody_anything() {
     let mut raw = attack.connect();
     for stream in 0..1_000 {
         raw.send(
-            2 + 4 * stream,
+            Raw::stream(stream),
             &message(header(Kind::Request, 128 << 20), &[0; 100]),
             false,
         );
@@ -166,7 +166,7 @@ fn a_hostile_member_costs_nobody_anything() {
     let mut raw = attack.connect();
     for stream in 0..40 {
         raw.send(
-            2 + 4 * stream,
+            Raw::stream(stream),
             &message(header(Kind::Request, 4 << 20), &[0; 100]),
             false,
         );
@@ -182,14 +182,14 @@ fn a_hostile_member_costs_nobody_anything() {
     let mut raw = attack.connect();
     for stream in 0..1_000 {
         raw.send(
-            2 + 4 * stream,
+            Raw::stream(stream),
             &message(header(Kind::Request, 20_000), &[]),
             false,
         );
     }
     for _ in 0..3 {
         for stream in 0..1_000 {
-            raw.quic.stream_send(2 + 4 * stream, &[1], false).ok();
+            raw.quic.stream_send(Raw::stream(stream), &[1], false).ok();
         }
         raw.drive(Duration::from_millis(400), |_| false);
     }
@@ -214,26 +214,38 @@ fn a_hostile_member_costs_nobody_anything() {
             .encode(),
         );
     }
-    raw.send(2, &lane, false);
+    raw.send(Raw::stream(0), &lane, false);
     raw.drive(Duration::from_millis(500), |_| false);
     attack.check("header bomb");
     drop(raw);
 
     // A body longer and one shorter than announced.
     let mut raw = attack.connect();
-    raw.send(2, &message(header(Kind::Request, 1_000), &[0; 1_001]), true);
-    raw.send(6, &message(header(Kind::Request, 1_000), &[0; 999]), true);
     raw.send(
-        10,
+        Raw::stream(0),
+        &message(header(Kind::Request, 1_000), &[0; 1_001]),
+        true,
+    );
+    raw.send(
+        Raw::stream(1),
+        &message(header(Kind::Request, 1_000), &[0; 999]),
+        true,
+    );
+    raw.send(
+        Raw::stream(2),
         &message(header(Kind::Request, 100_000), &vec![0; 100_001]),
         true,
     );
     raw.send(
-        14,
+        Raw::stream(3),
         &message(header(Kind::Request, 100_000), &vec![0; 99_999]),
         true,
     );
-    raw.send(18, &message(header(Kind::Request, 10), &[])[..9], true);
+    raw.send(
+        Raw::stream(4),
+        &message(header(Kind::Request, 10), &[])[..9],
+        true,
+    );
     raw.drive(PATIENCE, |_| {
         let rejected = |reason| victim.reason(Family::Rejected, reason);
         rejected("peer_body_longer_than_announced") >= 2
@@ -263,7 +275,7 @@ fn a_hostile_member_costs_nobody_anything() {
     ];
     for (what, bytes) in garbage {
         let mut raw = attack.connect();
-        raw.send(2, &bytes, false);
+        raw.send(Raw::stream(0), &bytes, false);
         assert!(
             raw.drive(PATIENCE, |quic| quic.peer_error().is_some()),
             "{what} ends the connection"
@@ -281,7 +293,7 @@ fn a_hostile_member_costs_nobody_anything() {
             let mut bytes = vec![0; 1 + rng.below(600) as usize];
             rng.fill(&mut bytes);
             bytes[0] = 1 + (stream % 2) as u8;
-            raw.send(2 + 4 * stream, &bytes, rng.chance(500_000));
+            raw.send(Raw::stream(stream), &bytes, rng.chance(500_000));
             let mut datagram = vec![0; rng.below(60) as usize];
             rng.fill(&mut datagram);
             raw.quic.dgram_send(&datagram).ok();

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
-use millrace_protocol::frame::{Class, FailureCode, Method};
+use millrace_protocol::frame::{Class, FailureCode, Method, Negotiated};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_protocol::rng::Rng;
 use millrace_shards::Queue;
@@ -92,7 +92,7 @@ impl Service for Node {
         self.count(&message.body);
     }
 
-    fn on_up(&mut self, peer: NodeId, connection: ConnectionNumber) {
+    fn on_up(&mut self, peer: NodeId, connection: ConnectionNumber, _hello: &Negotiated) {
         self.note("up", peer, connection.0);
     }
 

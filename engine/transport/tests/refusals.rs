@@ -154,7 +154,7 @@ fn a_request_dropped_half_way_is_seen_as_reset() {
             session: None,
         },
     );
-    raw.establish();
+    raw.introduce();
     let mut opening = vec![2];
     opening.extend(
         millrace_protocol::frame::Header {
@@ -168,9 +168,9 @@ fn a_request_dropped_half_way_is_seen_as_reset() {
         .encode(),
     );
     opening.extend([0; 5_000]);
-    assert!(raw.send(2, &opening, false));
+    assert!(raw.send(Raw::stream(0), &opening, false));
     raw.quic
-        .stream_shutdown(2, quiche::Shutdown::Write, 0x8000_0006)
+        .stream_shutdown(Raw::stream(0), quiche::Shutdown::Write, 0x8000_0006)
         .unwrap();
     raw.drive(LIMIT, |_| node.reason(Family::Rejected, "peer_reset") > 0);
     node.wait_for_reason(Family::Rejected, "peer_reset", 1);

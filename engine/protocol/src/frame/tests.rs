@@ -129,28 +129,6 @@ fn sizes_are_checked_by_carriage_and_kind() {
     }
 }
 
-#[test]
-fn hello_round_trips_and_grows() {
-    let hello = Hello {
-        protocol_version: PROTOCOL_VERSION,
-        registry_version: 77,
-        features: 5,
-        shards: 3,
-    };
-    let mut body = hello.encode().to_vec();
-    assert_eq!(Hello::decode(&body), Ok(hello));
-    body.extend_from_slice(b"what a later version adds");
-    assert_eq!(Hello::decode(&body), Ok(hello));
-    assert_eq!(
-        Hello::decode(&body[..14]),
-        Err(HelloError::PeerTooShort(14))
-    );
-    body[14] = 0;
-    assert_eq!(Hello::decode(&body), Err(HelloError::PeerNoShards));
-    body[0] = 9;
-    assert_eq!(Hello::decode(&body), Err(HelloError::PeerVersion(9)));
-}
-
 // Protects the parser against a peer that stops in the middle: memory stays at one frame.
 #[test]
 fn keeps_at_most_one_frame_and_stays_failed() {

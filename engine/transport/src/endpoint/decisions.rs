@@ -110,10 +110,12 @@ impl Endpoint {
         };
         connection.phase = Phase::Up;
         session.up(&connection.quic, number, now);
-        let peer = session.peer();
+        let (peer, hello) = (session.peer(), session.negotiated());
         // Before the services hear of it: they may ask who is up.
         self.publish();
-        self.router.on_up(peer, number);
+        if let Some(hello) = hello {
+            self.router.on_up(peer, number, &hello);
+        }
     }
 
     pub(super) fn reply(&mut self, datagram: Vec<u8>, to: SocketAddr) {

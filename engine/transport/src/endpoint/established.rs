@@ -4,9 +4,10 @@
 //! 1. Nothing is counted against a source before the handshake has shown that the address is its own.
 //! 2. A peer that stays has a session and roaming IDs; one that may not is told why.
 
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use millrace_protocol::frame::{Hello, PROTOCOL_VERSION};
+use millrace_protocol::frame::Hello;
 use millrace_protocol::id::NodeId;
 use millrace_protocol::peers::{Direction, Refusal};
 
@@ -87,14 +88,10 @@ impl Endpoint {
     /// From here on there is a session, and a hello on its way.
     fn introduce(&self, slot: usize, connection: &mut Connection, peer: NodeId) {
         connection.phase = Phase::AwaitHello;
-        let hello = Hello {
-            protocol_version: PROTOCOL_VERSION,
-            registry_version: self.topology.newest_version(),
-            features: 0,
-            shards: self.parts.shards as u8,
-        };
-        let is_server = connection.is_server;
-        let session = Session::new(&self.parts.state, slot, peer, is_server, &hello);
+        // Relaxed: a number on its own; a peer that hears an older one asks a little later.
+        let registry_version = self.parts.registry_version.load(Ordering::Relaxed);
+        let hello = Hello::new(registry_version, self.parts.shards as u8);
+        let session = Session::new(&self.parts.state, slot, peer, connection.is_server, &hello);
         connection.session = Some(session);
     }
 

@@ -152,27 +152,31 @@ impl Endpoint {
         self.mark_received(slot);
     }
 
-    /// Brings a connection up when the peer's first bytes are there, before they are read; and takes a packet for the sign of life
-    /// that a dial request made us ask for.
+    /// Brings a connection up when the peer's hello is there, before anything else is read; and takes
+    /// a packet for the sign of life that a dial request made us ask for.
     pub(super) fn confirm_liveness(&mut self, slot: usize, now: Instant) {
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;
         };
-        let key = connection.key;
+        let Some(session) = &mut connection.session else {
+            return;
+        };
         let peers = self.parts.peers.get_mut(connection.index);
-        if connection.phase == Phase::AwaitHello
-            && (connection.quic.is_readable() || connection.quic.dgram_recv_queue_len() > 0)
-        {
-            if let Some(peers) = peers {
-                peers.hello_received(key, now);
+        if connection.phase == Phase::AwaitHello {
+            match session.receive_hello(&mut connection.quic) {
+                None => {}
+                Some(Ok(_)) => {
+                    if let Some(peers) = peers {
+                        peers.hello_received(connection.key, now);
+                    }
+                    self.run_actions(now);
+                }
+                Some(Err(error)) => self.close(slot, CloseCode::of_hello(&error)),
             }
-            self.run_actions(now);
-        } else if let Some(session) = &mut connection.session
-            && session.take_liveness(&connection.quic)
+        } else if session.take_liveness(&connection.quic)
+            && let Some(peers) = peers
         {
-            if let Some(peers) = peers {
-                peers.verified(key);
-            }
+            peers.verified(connection.key);
         }
     }
 

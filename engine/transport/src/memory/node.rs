@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use millrace_protocol::backoff::{Backoff, BackoffConfig};
 use millrace_protocol::budget::{BudgetConfig, ReceiveBudget};
-use millrace_protocol::frame::Method;
+use millrace_protocol::frame::{Hello, Method, Negotiated};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_protocol::rng::Rng;
 use millrace_protocol::timer::{TimerId, Wheel};
@@ -324,7 +324,14 @@ impl<H: Service> Node<H> {
             Counter::ConnectionsIn
         };
         self.shared.counters.add(direction, 1);
-        self.handler.on_up(id, number);
+        // The memory network has one release and no registry.
+        let hello = Negotiated {
+            version: Hello::VERSIONS.max,
+            features: Hello::FEATURES,
+            registry_version: 0,
+            shards: 1,
+        };
+        self.handler.on_up(id, number, &hello);
         self.arm(other, wire);
     }
 

@@ -8,7 +8,7 @@
 use std::fmt;
 use std::ops::RangeInclusive;
 
-use millrace_protocol::frame::Method;
+use millrace_protocol::frame::{Method, Negotiated};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 
 use super::message::{Answer, Inbound};
@@ -25,10 +25,11 @@ pub trait Service: 'static {
     /// A peer tells, with one of this service's methods, and expects no answer.
     fn on_send(&mut self, message: Inbound<'_>);
 
-    /// A connection to `peer` that this shard owns is up: its first hello arrived. `connection` is
-    /// larger than any before. Called for every service.
-    fn on_up(&mut self, peer: NodeId, connection: ConnectionNumber) {
-        let _ = (peer, connection);
+    /// A connection to `peer` that this shard owns is up: its hello arrived. `connection` is larger
+    /// than any before; `hello` says which version the connection speaks, and which registry version
+    /// the peer holds. Called for every service.
+    fn on_up(&mut self, peer: NodeId, connection: ConnectionNumber, hello: &Negotiated) {
+        let _ = (peer, connection, hello);
     }
 
     /// That connection is gone. Called for every service.
@@ -150,9 +151,9 @@ impl Router {
     }
 
     /// Tells every service that a connection is up.
-    pub fn on_up(&mut self, peer: NodeId, connection: ConnectionNumber) {
+    pub fn on_up(&mut self, peer: NodeId, connection: ConnectionNumber, hello: &Negotiated) {
         for entry in &mut self.entries {
-            entry.service.on_up(peer, connection);
+            entry.service.on_up(peer, connection, hello);
         }
     }
 
@@ -181,10 +182,17 @@ mod tests {
 
         fn on_send(&mut self, _message: Inbound<'_>) {}
 
-        fn on_up(&mut self, _peer: NodeId, _connection: ConnectionNumber) {
+        fn on_up(&mut self, _: NodeId, _: ConnectionNumber, _: &Negotiated) {
             self.0.set(self.0.get() + 1);
         }
     }
+
+    const HELLO: Negotiated = Negotiated {
+        version: 1,
+        features: 0,
+        registry_version: 1,
+        shards: 1,
+    };
 
     fn range(first: u16, last: u16) -> RangeInclusive<Method> {
         Method(first)..=Method(last)
@@ -222,7 +230,7 @@ mod tests {
             let service = router.service_of(Method(method));
             assert_eq!(service.is_some(), owner.is_some(), "method {method}");
             if let Some(service) = service {
-                service.on_up(NodeId::from_bytes([1; 29]), ConnectionNumber(1));
+                service.on_up(NodeId::from_bytes([1; 29]), ConnectionNumber(1), &HELLO);
             }
             let heard: Vec<_> = heard.iter().map(|cell| cell.get()).collect();
             let wanted: Vec<_> = (0..3).map(|at| u32::from(owner == Some(at))).collect();
@@ -251,7 +259,7 @@ mod tests {
         let ((a, heard_a), (b, heard_b)) = (named(), named());
         let router = Router::new().serve(range(1, 1), a).unwrap();
         let mut router = router.serve(range(2, 2), b).unwrap();
-        router.on_up(NodeId::from_bytes([1; 29]), ConnectionNumber(1));
+        router.on_up(NodeId::from_bytes([1; 29]), ConnectionNumber(1), &HELLO);
         assert_eq!((heard_a.get(), heard_b.get()), (1, 1));
     }
 }

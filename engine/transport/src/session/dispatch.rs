@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use millrace_protocol::budget::Reservation;
-use millrace_protocol::frame::{Carriage, FailureCode, Header, Hello, Kind};
+use millrace_protocol::frame::{Carriage, FailureCode, Header, Kind};
 use millrace_protocol::rpc::RpcError;
 
 use crate::counters::{Counter, Family};
@@ -24,8 +24,6 @@ const UNKNOWN_METHOD: &str = "unknown_method";
 /// What arrived that the driver of the connection has to act on, gathered while that is borrowed.
 #[derive(Debug, Default)]
 pub struct Received {
-    /// The peer's hello.
-    pub hello: Option<Hello>,
     /// Numbers of probes that the peer answered.
     pub probe_replies: Vec<u32>,
     pub(crate) reservations: Vec<Reservation>,
@@ -165,16 +163,8 @@ fn on_message<D: Dispatch>(
         Kind::Cancel => handle.on_cancel(header.class, header.id),
         Kind::Probe => handle.datagram(Kind::ProbeReply, header.arg),
         Kind::ProbeReply => received.probe_replies.push(header.arg),
-        Kind::Hello => match body {
-            InboundBody::Slice(bytes) => match Hello::decode(bytes) {
-                Ok(hello) => received.hello = Some(hello),
-                Err(error) => {
-                    counters.count(Family::Rejected, error.reason());
-                    received.fault = Some(error.reason());
-                }
-            },
-            InboundBody::Chunks(_) => received.fault = Some("peer_misplaced_frame"),
-        },
+        // The first was read before anything else. A later version may say it again.
+        Kind::Hello => {}
     }
 }
 

@@ -7,27 +7,31 @@
 //! Invariants
 //! 1. A session begins when the peer's identity is proven, with its hello; nothing of the code above
 //!    runs for a connection before.
-//! 2. Services hear `on_up` before anything of a session and `on_down` after all of it.
-//! 3. A session that is closed gives back its reservations and its callers, once.
+//! 2. Nothing else of the peer is read before its hello, which says what the connection speaks.
+//! 3. Services hear `on_up` before anything of a session and `on_down` after all of it.
+//! 4. A session that is closed gives back its reservations and its callers, once.
 
 mod dispatch;
+mod hello;
 
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use millrace_protocol::frame::{Hello, Kind};
+use millrace_protocol::frame::{Hello, HelloError, Kind, Negotiated};
 use millrace_protocol::health::{Health, HealthAction, HealthConfig, Rtt};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 
 use crate::carrier::Progress;
 use crate::config::{PerClass, TransportConfig};
-use crate::counters::Counter;
+use crate::counters::{Counter, Family};
 use crate::inbox::{Inbox, Room};
 use crate::path::StreamPath;
 use crate::quic::CloseCode;
 use crate::service::handle::{ConnectionHandle, ShardState};
 use crate::service::remote::CallId;
 use crate::service::router::Router;
+
+use hello::HelloReader;
 
 pub use dispatch::Received;
 pub(crate) use dispatch::{on_arrived, on_fault};
@@ -50,6 +54,11 @@ pub struct Transmitted {
 #[derive(Debug)]
 pub struct Session {
     pub(crate) handle: Rc<ConnectionHandle>,
+    /// What we said.
+    hello: Hello,
+    hello_reader: HelloReader,
+    /// What the two hellos agree on, once the peer's was read.
+    negotiated: Option<Negotiated>,
     inbox: Inbox,
     /// From when the connection is up.
     health: Option<Health>,
@@ -77,6 +86,9 @@ impl Session {
         handle.control(Kind::Hello, 0, &hello.encode());
         Self {
             handle,
+            hello: *hello,
+            hello_reader: HelloReader::new(is_server),
+            negotiated: None,
             inbox: Inbox::new(config.limits, config.streams_max),
             health: None,
             keep_alive: None,
@@ -107,7 +119,35 @@ impl Session {
 
     // --- its beginning and its end ---
 
-    /// The connection is the peer's current one: it may be used, is kept alive, and is probed.
+    /// Reads the peer's hello, if it is there: once, what the two sides agree on. A connection whose
+    /// hello is refused is to be closed with [`CloseCode::of_hello`].
+    pub fn receive_hello<P: StreamPath>(
+        &mut self,
+        path: &mut P,
+    ) -> Option<Result<Negotiated, HelloError>> {
+        let hello = self.hello_reader.read(path)?;
+        let negotiated = hello.and_then(|theirs| self.hello.negotiate(&theirs));
+        match negotiated {
+            Ok(negotiated) => {
+                self.negotiated = Some(negotiated);
+                self.inbox.open_lane(self.hello_reader.lane());
+            }
+            Err(error) => {
+                let counters = &self.handle.state.counters;
+                counters.count(Family::Refused, error.reason());
+                tracing::warn!(peer = %self.peer(), %error, "a connection is refused at its hello");
+            }
+        }
+        Some(negotiated)
+    }
+
+    /// What the two hellos agree on; `None` before the peer's was read.
+    pub fn negotiated(&self) -> Option<Negotiated> {
+        self.negotiated
+    }
+
+    /// The connection is the peer's current one, and its hello was read: it may be used, is kept
+    /// alive, and is probed.
     /// The driver then tells the services, by [`Router::on_up`].
     pub fn up<P: StreamPath>(&mut self, path: &P, number: ConnectionNumber, now: Instant) {
         self.start_keep_alive(path, now);
@@ -150,7 +190,8 @@ impl Session {
 
     // --- what arrives ---
 
-    /// Reads everything that the last packets made readable, and hands over what is whole.
+    /// Reads everything that the last packets made readable, and hands over what is whole: nothing
+    /// before the hello.
     pub fn receive<P: StreamPath>(
         &mut self,
         path: &mut P,
@@ -160,6 +201,9 @@ impl Session {
         now: Instant,
     ) -> Received {
         let mut received = Received::default();
+        if self.negotiated.is_none() {
+            return received;
+        }
         let handle = Rc::clone(&self.handle);
         while let Some(stream) = path.stream_readable_next() {
             let result = self

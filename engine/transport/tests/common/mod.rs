@@ -1,13 +1,14 @@
 //! Nodes with real sockets on loopback, for the transport's tests.
 #![allow(dead_code, clippy::unwrap_used)]
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use millrace_protocol::frame::{Class, FailureCode, Method};
+use millrace_protocol::frame::{Class, FailureCode, Method, Negotiated};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_protocol::identity::SigningKey;
 use millrace_protocol::topology::{Member, Topology};
@@ -42,8 +43,12 @@ pub(crate) enum Event {
     Message(NodeId, usize),
 }
 
+/// What the peers that are or were up said in their last hello.
+pub(crate) type Hellos = Arc<Mutex<BTreeMap<NodeId, Negotiated>>>;
+
 pub(crate) struct TestService {
     events: Sender<Event>,
+    hellos: Hellos,
 }
 
 impl Service for TestService {
@@ -72,7 +77,8 @@ impl Service for TestService {
             .ok();
     }
 
-    fn on_up(&mut self, peer: NodeId, connection: ConnectionNumber) {
+    fn on_up(&mut self, peer: NodeId, connection: ConnectionNumber, hello: &Negotiated) {
+        self.hellos.lock().unwrap().insert(peer, *hello);
         self.events.send(Event::Up(peer, connection)).ok();
     }
 
@@ -89,6 +95,7 @@ pub(crate) struct Node {
     pub(crate) transport: Transport,
     pub(crate) key: SigningKey,
     pub(crate) events: Receiver<Event>,
+    pub(crate) hellos: Hellos,
 }
 
 pub(crate) fn member(key: &SigningKey, addr: SocketAddr) -> Member {
@@ -142,6 +149,8 @@ impl Node {
         edge: EdgeStart,
     ) -> Self {
         let (sender, events) = channel();
+        let hellos = Hellos::default();
+        let heard = Arc::clone(&hellos);
         let identity = SigningKey::from_seed(*key.seed());
         let transport = Transport::start(
             TransportStart {
@@ -158,6 +167,7 @@ impl Node {
             move |_messenger: ShardMessenger| {
                 let service = TestService {
                     events: sender.clone(),
+                    hellos: Arc::clone(&heard),
                 };
                 Router::new().serve(METHODS, service)
             },
@@ -167,6 +177,7 @@ impl Node {
             transport,
             key,
             events,
+            hellos,
         }
     }
 

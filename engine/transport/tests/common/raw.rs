@@ -8,7 +8,7 @@ use boring::pkey::PKey;
 use boring::ssl::{SslContextBuilder, SslMethod, SslSignatureAlgorithm, SslVerifyMode};
 use boring::x509::X509;
 use millrace_edge_policy::cid::initial_dcid;
-use millrace_protocol::frame::Kind;
+use millrace_protocol::frame::{Class, Header, Hello, Kind, Method, StreamKind};
 use millrace_protocol::identity::SigningKey;
 
 pub(crate) struct Raw {
@@ -193,6 +193,22 @@ impl Raw {
         self.turn();
     }
 
+    /// Establishes, and says hello on the first lane, as every peer must before anything else.
+    /// [`Self::stream`] names the streams that are left.
+    pub(crate) fn introduce(&mut self) {
+        self.establish();
+        let hello = Hello::new(0, 1).encode();
+        assert!(self.send(Self::LANE, &hello_lane(&hello), false));
+    }
+
+    /// The n-th stream after the lane that the hello went on.
+    pub(crate) fn stream(n: u64) -> u64 {
+        Self::LANE + 4 + 4 * n
+    }
+
+    /// The first stream that a client opens: a lane, which begins with its hello.
+    pub(crate) const LANE: u64 = 2;
+
     /// Sends all of `bytes` on a stream, or as much as the other side wants to have.
     pub(crate) fn send(&mut self, stream: u64, bytes: &[u8], fin: bool) -> bool {
         let mut sent = 0;
@@ -209,4 +225,17 @@ impl Raw {
             sent == bytes.len()
         })
     }
+}
+
+/// A lane that begins with a hello of this body.
+pub(crate) fn hello_lane(body: &[u8]) -> Vec<u8> {
+    let header = Header {
+        kind: Kind::Hello,
+        class: Class::Latency,
+        method: Method(0),
+        id: 0,
+        body_bytes: body.len() as u32,
+        arg: 0,
+    };
+    [&[StreamKind::Lane.encode()], &header.encode()[..], body].concat()
 }

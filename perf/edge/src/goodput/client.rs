@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use millrace_protocol::frame::Class;
+use millrace_protocol::frame::{Class, Negotiated};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_shards::Queue;
 use millrace_transport::{
@@ -184,7 +184,7 @@ impl Service for Client {
 
     fn on_send(&mut self, _message: Inbound<'_>) {}
 
-    fn on_up(&mut self, peer: NodeId, _connection: ConnectionNumber) {
+    fn on_up(&mut self, peer: NodeId, _connection: ConnectionNumber, _hello: &Negotiated) {
         // The second time is after a break: the callers are still there, and have counted what failed.
         if self.up.send(()).is_err() || self.window.get().is_some() {
             return;

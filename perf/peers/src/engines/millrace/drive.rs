@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
-use millrace_protocol::frame::{Class, Method};
+use millrace_protocol::frame::{Class, Method, Negotiated};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_shards::chunk::{Body, BodyMut};
 use millrace_shards::{Queue, yield_now};
@@ -73,7 +73,7 @@ impl Service for Driver {
 
     fn on_send(&mut self, _message: Inbound<'_>) {}
 
-    fn on_up(&mut self, peer: NodeId, _connection: ConnectionNumber) {
+    fn on_up(&mut self, peer: NodeId, _connection: ConnectionNumber, _hello: &Negotiated) {
         self.peers.push(peer);
         if self.peers.len() == self.job.addresses.len() {
             let run = Run {
