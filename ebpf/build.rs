@@ -1,7 +1,8 @@
-//! Compiles the kernel's programs, one object for each `src/bpf/*.bpf.c`, into `OUT_DIR`.
+//! Compiles the kernel's programs into `OUT_DIR`, one object for each `src/bpf/*.bpf.c`.
 //!
-//! It takes clang (another than the one on the path: `CLANG`) and nothing of the kernel's headers: `src/bpf/kernel.h` says what is used of
-//! them, and libbpf's own come with `libbpf-cargo`. Before that it computes the table with which `retry.h` signs.
+//! It takes clang (`CLANG` names another than the one on the path) and none of the kernel's
+//! headers: `src/bpf/kernel.h` has what the programs use of them, and libbpf's own headers come
+//! with `libbpf-cargo`. Before that it computes the table with which `retry.h` signs.
 
 use std::error::Error;
 use std::fmt::Write as _;
@@ -12,13 +13,15 @@ use libbpf_cargo::SkeletonBuilder;
 
 const PROGRAMS: [&str; 4] = ["edge", "stamp", "conn_state", "steer"];
 
-/// What only tests load, from `tests/bpf`.
+/// Programs that only tests load, from `tests/bpf`.
 const TEST_PROGRAMS: [&str; 3] = ["flood", "naive", "wrong"];
 
-/// AES-128 of a zero block under the key of RFC 9001, 5.8 (`be0c690b9f66575a1d766b54e368c84e`): GCM's H.
+/// The hash key of GCM: AES-128 of a zero block under the key of RFC 9001 section 5.8
+/// (`be0c690b9f66575a1d766b54e368c84e`).
 const GHASH_KEY: u128 = 0x7295_6a45_4ffa_ff54_85a1_3a12_44d0_1d47;
 
-/// AES-128 under the same key of its nonce (`461599d35d632bf2239825bb`) and the counter 1: what the tag is masked with.
+/// The mask of the tag: AES-128 under the same key of the RFC's nonce (`461599d35d632bf2239825bb`)
+/// and the counter 1.
 const TAG_PAD: u128 = 0x555e_4b74_9355_6eea_af75_d35b_d7fb_a5d8;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -60,7 +63,8 @@ fn compile(
         .map_err(|error| format!("{error:#}; the programs take clang 14 or newer").into())
 }
 
-/// `GHASH_TABLE[position][byte]`: the product with H of a block that holds nothing but this byte, in the order of memory.
+/// `GHASH_TABLE[position][byte]`: the product of H and a block that holds only this byte, in the
+/// order of memory.
 fn ghash_header() -> Result<String, Box<dyn Error>> {
     let mut header = String::from("#define GHASH_TABLE { \\\n");
     let mut powers = GHASH_KEY;

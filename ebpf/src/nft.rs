@@ -1,14 +1,18 @@
-//! The nftables table of an edge: what guards the declared ports behind the program, and the outbound rules.
+//! The nftables table of an edge: it guards the declared ports behind the program, and enforces the
+//! outbound rules.
 //!
-//! 1. Only typed values are formatted: nothing that an operator or the registry wrote reaches `nft` as text.
-//! 2. The table is replaced in one transaction, after `nft` has checked it; no other table is touched.
-//! 3. A packet for a declared port without the program's stamp is dropped in mode `enforce`: a detached program
-//!    does not leave the node open. In mode `count` it is counted.
-//! 4. A packet that the program marks *reject* never gets in. Only a program that enforces marks so.
+//! 1. Only typed values are formatted: no text of an operator or of the registry reaches `nft`.
+//! 2. `nft` checks the table, then replaces it in one transaction. No other table is touched.
+//! 3. In mode `enforce` the table drops a packet for a declared port without the program's stamp,
+//!    so a detached program does not leave the node open. In mode `count` it counts the packet.
+//! 4. The table lets no packet in that the program marks *reject*. Only a program that enforces
+//!    marks so.
 //! 5. `nft` runs in the network namespace of the calling thread.
-//! 6. Every folder of pins has a table of its own, [`TableName`]: edges of one network namespace leave each other's alone. Marks are the same for all.
-//! 7. A [`Fingerprint`] changes when anybody changes the table, and not by what packets do.
-//! 8. `nft` is killed when its time is over, [`Nft::within`]: whoever waits for it has a lock that others wait for.
+//! 6. Every folder of pins has its own table, [`TableName`]: edges of one network namespace leave
+//!    each other's tables alone. Marks are the same for all.
+//! 7. A [`Fingerprint`] changes when anything but the counters of the table changes; packets do not
+//!    change it.
+//! 8. `nft` is killed after [`Nft::within`]: its caller holds a lock that others wait for.
 
 use std::collections::BTreeSet;
 use std::fmt::{self, Write as _};
@@ -33,28 +37,30 @@ use crate::pins::Pins;
 
 /// Mark of packets that the program passed, in the bits of [`MARK_MASK`].
 pub const MARK_PASS: u32 = 0x4d00_0000;
-/// Mark of packets that are to be refused with an answer.
+/// Mark of packets that the table answers with a refusal.
 pub const MARK_REJECT: u32 = 0x4e00_0000;
 /// Bits of the mark that belong to the edge.
 pub const MARK_MASK: u32 = 0xff00_0000;
 
-/// What the table says.
+/// The contents of the table.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Table {
-    /// Whether packets for declared ports are dropped if they carry no stamp.
+    /// Whether the table drops packets for declared ports that carry no stamp.
     pub enforce: bool,
     /// Declared ports of UDP.
     pub udp: BTreeSet<u16>,
     /// Declared ports of TCP.
     pub tcp: BTreeSet<u16>,
-    /// Answers to refused packets, per second, at least 1; the program has spent its own budget before.
+    /// Answers to refused packets, per second, at least 1. The program's own budget comes before
+    /// it.
     pub rejects_per_second: u32,
-    /// Rules for what this host sends; the first match wins, no match is allowed.
+    /// Rules for packets that this host sends. The first match decides; a packet without a match is
+    /// allowed.
     pub outbound: Vec<Rule>,
 }
 
 impl Table {
-    /// The table that goes with a set for the program.
+    /// The table for a set of the program.
     #[must_use]
     pub fn of(compiled: &Compiled) -> Self {
         let settings = &compiled.settings;
@@ -73,11 +79,12 @@ impl Table {
     }
 }
 
-/// Why the table could not be replaced or removed. The one before stays in force; where `nft` was killed, it is the one or the other.
+/// Why the table could not be replaced or removed. The table in force stays; where `nft` was
+/// killed, it is the old one or the new one.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NftError {
-    /// The program is not there, or may not be run.
+    /// `nft` is missing, or the caller may not run it.
     #[error("cannot run {}: {source}; install nftables, or check the path", .program.display())]
     Run {
         /// The program.
@@ -85,15 +92,15 @@ pub enum NftError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// It was fed, and stopped reading or answering, or did not end in time.
+    /// `nft` stopped reading or answering, or did not end in time.
     #[error("cannot talk to nft: {0}")]
     Talk(#[source] io::Error),
-    /// It refused the table.
+    /// `nft` refused the table.
     #[error("{}: nft says: {message}", culprit(*rule))]
     Refused {
         /// The outbound rule that it names, if it names one.
         rule: Option<Provenance>,
-        /// Its own words.
+        /// The message of `nft`.
         message: String,
     },
 }
@@ -111,10 +118,10 @@ impl NftError {
     }
 }
 
-/// [`NftError::reason`] where a rule of the table is to blame, and not the host.
+/// [`NftError::reason`] where the cause is a rule of the table, and not the host.
 pub const RULE_REFUSED: &str = "nft_rule_refused";
 
-/// What the table says now, in a number: its counters apart.
+/// A hash of the table as it is now, without its counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint(u64);
 
@@ -123,7 +130,8 @@ pub struct Fingerprint(u64);
 pub struct TableName(String);
 
 impl TableName {
-    /// That of the edge with these pins: `millrace` where pins are by default, `millrace_HASH` elsewhere.
+    /// The table of the edge with these pins: `millrace` for the default pins, `millrace_HASH` for
+    /// others.
     #[must_use]
     pub fn of(pins: &Pins) -> Self {
         let root = pins.canonical_root();
@@ -159,17 +167,17 @@ fn word(bytes: &[u8]) -> u64 {
 
 const DEFAULT_TABLE: &str = "millrace";
 
-/// Never another: every version finds the table of those before it.
+/// Fixed for ever: every version must find the table of the versions before it.
 const NAMING: Key = Key { k0: 0, k1: 0 };
 
-/// The program `nft`, and what it is used for.
+/// The program `nft`, and the table that it manages.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Nft {
-    /// A path, or a name to be found in `PATH`.
+    /// A path, or a name to look up in `PATH`.
     pub program: PathBuf,
-    /// The table that it replaces, removes and looks at.
+    /// The table that it replaces, removes and reads.
     pub table: TableName,
-    /// How long one call of [`Self::apply`] and the others may take before `nft` is killed.
+    /// How long one call of `nft` may take before it is killed.
     pub within: Duration,
 }
 
@@ -184,7 +192,7 @@ impl Default for Nft {
 }
 
 impl Nft {
-    /// For the table of the edge with these pins.
+    /// `nft` for the table of the edge with these pins.
     #[must_use]
     pub fn of(pins: &Pins) -> Self {
         Self {
@@ -193,7 +201,7 @@ impl Nft {
         }
     }
 
-    /// Whether [`Self::apply`] would do it.
+    /// Checks whether [`Self::apply`] would succeed.
     ///
     /// # Errors
     ///
@@ -207,7 +215,8 @@ impl Nft {
     ///
     /// # Errors
     ///
-    /// See [`NftError`]; the table in force stays, or `nft` was killed and it is the one or the other.
+    /// See [`NftError`]. The table in force stays; where `nft` was killed, it is the old one or the
+    /// new one.
     pub fn apply(&self, table: &Table) -> Result<(), NftError> {
         let script = Script::replace(&self.table, table);
         let until = self.until();
@@ -215,7 +224,7 @@ impl Nft {
         self.run(&["-f", "-"], &script, until)
     }
 
-    /// Removes the table; nothing happens if there is none.
+    /// Removes the table. Succeeds if there is none.
     ///
     /// # Errors
     ///
@@ -225,21 +234,21 @@ impl Nft {
         self.run(&["-f", "-"], &script, self.until())
     }
 
-    /// Of the table in force; none if there is no table.
+    /// The fingerprint of the table in force; none if there is no table.
     ///
     /// # Errors
     ///
     /// See [`NftError`].
     pub fn fingerprint(&self) -> Result<Option<Fingerprint>, NftError> {
-        // Stateless: without what the counters say.
+        // Stateless: without the values of counters.
         let child = self.spawn(
             &["-s", "list", "table", "inet", &self.table.0],
             Stdio::null(),
             Stdio::piped(),
         )?;
-        // Its keys are fixed: the same text has the same number in every process.
+        // The hasher's keys are fixed: the same text has the same hash in every process.
         let mut hasher = DefaultHasher::new();
-        // As long as the table: hashed as it comes, and never held.
+        // The output is as long as the table; it is hashed as it comes, and never kept.
         let (output, _) = talk(child, &[], self.until(), |text| hasher.write(text))?;
         if output.status.success() {
             return Ok(Some(Fingerprint(hasher.finish())));
@@ -254,7 +263,7 @@ impl Nft {
     fn spawn(&self, arguments: &[&str], stdin: Stdio, stdout: Stdio) -> Result<Child, NftError> {
         Command::new(&self.program)
             .args(arguments)
-            // What it says is read, in one language.
+            // The caller reads its messages, so they must be in one language.
             .env("LC_ALL", "C")
             .stdin(stdin)
             .stdout(stdout)
@@ -274,14 +283,15 @@ impl Nft {
         let child = self.spawn(arguments, Stdio::piped(), Stdio::null())?;
         let (output, fed) = talk(child, script.text.as_bytes(), until, |_| {})?;
         if !output.status.success() {
-            // Before a failure to feed it: it stops reading because it refuses.
+            // This comes before an error of writing to it: `nft` stops reading because it refuses.
             return Err(script.refused(&output));
         }
         fed.map_err(NftError::Talk)
     }
 }
 
-/// Feeds it and hears it until it ends, or kills it when its time is over. Also, whether it took all that it was fed.
+/// Writes to `nft` and reads from it until it ends, or kills it when its time is over. Also returns
+/// whether it read all of the input.
 fn talk(
     mut child: Child,
     text: &[u8],
@@ -290,7 +300,7 @@ fn talk(
 ) -> Result<(Output, io::Result<()>), NftError> {
     let ended = exchange(&mut child, text, until, heard);
     if ended.is_err() {
-        // The first error is the one to tell.
+        // The caller gets the first error.
         let _ = child.kill().and_then(|()| child.wait());
     }
     ended.map_err(NftError::Talk)
@@ -308,7 +318,8 @@ fn exchange(
     let (mut fed, mut said) = (Ok(()), Vec::new());
     let mut part = vec![0; AT_ONCE_BYTES];
     loop {
-        // Before it is heard: what it said until then is heard to the end.
+        // The status is taken before the last read, so that everything `nft` wrote until its end is
+        // read.
         let status = child.try_wait()?;
         let mut moves = false;
         if let Some(pipe) = &mut stdin {
@@ -324,7 +335,7 @@ fn exchange(
                 }
             }
             if text.is_empty() {
-                // Closed, which ends what it reads.
+                // Closes the pipe, which is the end of its input.
                 stdin = None;
             }
         }
@@ -353,7 +364,7 @@ fn exchange(
     }
 }
 
-/// One read of what is there; whether something was.
+/// Reads once. Returns whether there was something to read.
 fn hear(
     pipe: &mut Option<impl Read>,
     part: &mut [u8],
@@ -379,7 +390,7 @@ fn is_for_now(error: &io::Error) -> bool {
     kinds.contains(&error.kind())
 }
 
-/// Our end of a pipe; the other is as it was.
+/// Makes our end of a pipe non-blocking; the other end stays as it is.
 fn unblocked<P: AsFd>(pipe: Option<P>) -> io::Result<Option<P>> {
     if let Some(pipe) = &pipe {
         let flags = fcntl_getfl(pipe)?;
@@ -388,7 +399,7 @@ fn unblocked<P: AsFd>(pipe: Option<P>) -> io::Result<Option<P>> {
     Ok(pipe)
 }
 
-/// What `nft` reads, and which line belongs to which rule.
+/// The input of `nft`, and the rule of each of its lines.
 struct Script {
     text: String,
     rule_of_line: Vec<Option<Provenance>>,
@@ -412,7 +423,7 @@ impl Script {
         self.rule_of_line.push(rule);
     }
 
-    /// The table disappears, whether it was there or not.
+    /// The commands that remove the table, whether or not it is there.
     fn remove(name: &TableName) -> Self {
         let mut script = Self::new();
         script.line(format_args!("add table inet {name}"));
@@ -453,8 +464,9 @@ impl Script {
         self.line(format_args!("}}"));
     }
 
-    /// What the program marks *reject* must not get in, to whatever port: with scope `host` it marks packets for ports that are not
-    /// declared, and while a set is on probation the table is still that of the set before.
+    /// Chains that keep out what the program marks *reject*, to any port: with scope `host` the
+    /// program marks packets for undeclared ports too, and while a set is on probation the table is
+    /// still that of the set before.
     fn refusals(&mut self, rate: u32) {
         let marked = format!("meta mark & {MARK_MASK:#x} == {MARK_REJECT:#x}");
         for (protocol, answer) in [("tcp", "tcp reset"), ("udp", "icmpx port-unreachable")] {
@@ -493,7 +505,8 @@ impl Script {
         self.line(format_args!("}}"));
     }
 
-    /// The error in `nft`'s words: `/dev/stdin:LINE:COLUMNS: Error: TEXT`, then the line itself.
+    /// The error in the message of `nft`: `/dev/stdin:LINE:COLUMNS: Error: TEXT`, then the line
+    /// itself.
     fn refused(&self, output: &Output) -> NftError {
         let message = String::from_utf8_lossy(&output.stderr);
         let line = message
@@ -509,7 +522,8 @@ impl Script {
     }
 }
 
-/// One match for each family that the prefixes have; one that matches all for any destination.
+/// One match for each address family of the prefixes; one that matches every destination if there
+/// are no prefixes.
 fn destinations(to: &Sources) -> Vec<String> {
     let prefixes = match to {
         Sources::Any => return vec![String::new()],
@@ -540,7 +554,7 @@ fn destinations(to: &Sources) -> Vec<String> {
     matches
 }
 
-/// A name is looked up by `nft`; its letters are those that [`User`] allows.
+/// `nft` looks the name up. It has only letters that [`User`] allows.
 fn owner(user: Option<&User>) -> String {
     match user.map(User::as_str) {
         None => String::new(),
@@ -575,7 +589,7 @@ fn comment(provenance: Provenance) -> String {
     }
 }
 
-/// Who is to blame, for people.
+/// The cause of a refusal, for people.
 fn culprit(rule: Option<Provenance>) -> String {
     match rule {
         Some(rule) => rule.to_string(),
@@ -607,20 +621,21 @@ fn set(elements: impl IntoIterator<Item = impl fmt::Display>) -> String {
     format!("{{ {} }}", elements.join(", "))
 }
 
-/// What `nft` says of a table that is not there.
+/// The message of `nft` for a table that is not there.
 const NO_TABLE: &str = "No such file or directory";
 
-/// Read from `nft` at once.
+/// The most bytes of one read from `nft`.
 const AT_ONCE_BYTES: usize = 64 << 10;
 
-/// What it complains of is kept up to here.
+/// The most bytes of an error message that are kept.
 const SAID_BYTES_MAX: usize = 64 << 10;
 
-/// Below what the node waits for its helper, which then lives on.
+/// Below the time that the node waits for its helper, so that the helper lives on.
 pub(crate) const WITHIN: Duration = Duration::from_secs(20);
 
-/// Between two looks at whether it has ended, while it neither reads nor says anything.
+/// Time between two looks at whether `nft` has ended, while it neither reads nor writes.
 const LOOK: Duration = Duration::from_millis(1);
 
-/// Enough for people who try a refused port, and too little to be worth provoking: the default budget of the program.
+/// Enough for people who try a refused port, and too few to be worth provoking: the default budget
+/// of the program.
 const REJECTS_PER_SECOND: u32 = 100;

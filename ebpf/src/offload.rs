@@ -1,4 +1,4 @@
-//! What a card does to frames before the program sees them.
+//! Offloads of a network card that change frames before the program sees them.
 
 use std::fs;
 use std::io;
@@ -9,12 +9,12 @@ use rustix::net::{AddressFamily, SocketType, socket};
 use crate::state::{AttachMode, Interface};
 use crate::sys;
 
-/// VLAN devices of the calling thread's network namespace that this interface carries, and whose tags native XDP never sees: what the
-/// program answers by itself, Retries and SYN cookies, leaves without one.
+/// The VLAN devices on this interface, in the calling thread's network namespace, whose tags native
+/// XDP never sees. The program's own answers, Retries and SYN cookies, would leave without a tag.
 ///
 /// # Errors
 ///
-/// What the kernel says; none of them if it has no VLANs at all.
+/// The kernel's error. A host without VLANs is no error.
 pub fn untagged_answers(interface: &Interface) -> io::Result<Vec<String>> {
     if interface.mode != AttachMode::Native || !takes_vlan_tags(&interface.name)? {
         return Ok(Vec::new());
@@ -26,17 +26,18 @@ pub fn untagged_answers(interface: &Interface) -> io::Result<Vec<String>> {
     }
 }
 
-/// Whether the card takes VLAN tags off and hands them over beside the frame: `rx-vlan-offload` of `ethtool -k`.
+/// Whether the card removes VLAN tags and hands them over beside the frame: `rx-vlan-offload` of
+/// `ethtool -k`.
 ///
 /// # Errors
 ///
-/// What the kernel says.
+/// The kernel's error.
 pub fn takes_vlan_tags(interface: &str) -> io::Result<bool> {
     let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
     Ok(sys::ethtool_flags(any.as_fd(), interface)? & sys::RX_VLAN_OFFLOAD != 0)
 }
 
-/// Two lines of heading, then `eth0.100       | 100  | eth0`.
+/// Reads `/proc/net/vlan/config`: two lines of heading, then `eth0.100       | 100  | eth0`.
 fn vlans_on(interface: &str, config: &str) -> Vec<String> {
     let rows = config.lines().map(|line| line.split('|').map(str::trim));
     rows.filter_map(|mut row| {

@@ -1,15 +1,18 @@
-//! Capabilities: which the edge needs, which are missing, and how to be rid of them.
+//! Capabilities: those that the edge needs, those that are missing, and how to drop them.
 //!
-//! They belong to a thread: drop them before any other is started. What stays possible without them, with descriptors that are
-//! already open: writing maps and mapping them, putting loaded programs in the place of others, running a program on a frame. Not
-//! possible: making a map, loading a program, attaching to an interface, changing nftables; the helper does that.
+//! Capabilities belong to a thread: a process drops them before it starts another thread. Without
+//! them, and with descriptors that are open already, a thread can still write and map maps, replace
+//! programs by loaded ones, and run a program on a frame. It cannot make a map, load a program,
+//! attach to an interface, or change nftables; the helper does that.
 //!
-//! A process that runs as root and holds no capability owns its own files, and no one else's.
+//! A process that runs as root and holds no capability has access to root's own files, and to no
+//! other user's.
 
 use caps::errors::CapsError;
 use caps::{CapSet, Capability};
 
-/// What attaching takes: maps and programs, interfaces, tracepoints, and the mount of a bpffs.
+/// Capabilities that attaching takes: for maps and programs, interfaces, tracepoints, and the mount
+/// of a bpffs.
 pub const NEEDED: [Capability; 4] = [
     Capability::CAP_BPF,
     Capability::CAP_NET_ADMIN,
@@ -17,7 +20,8 @@ pub const NEEDED: [Capability; 4] = [
     Capability::CAP_SYS_ADMIN,
 ];
 
-/// Those of [`NEEDED`] that the calling thread lacks; all of them if it cannot tell.
+/// The capabilities of [`NEEDED`] that the calling thread lacks; all of them if it cannot read its
+/// own.
 #[must_use]
 pub fn missing() -> Vec<Capability> {
     let held = caps::read(None, CapSet::Effective).unwrap_or_default();
@@ -27,24 +31,25 @@ pub fn missing() -> Vec<Capability> {
         .collect()
 }
 
-/// Why privileges could not be given up; some of them may be gone.
+/// Why privileges could not be dropped. Some of them may be gone.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PrivilegesError {
-    /// Capabilities.
+    /// The kernel refused to drop capabilities.
     #[error("cannot give capabilities up: {0}")]
     Capabilities(#[from] CapsError),
-    /// Those that files would give.
+    /// The kernel refused `no_new_privs`.
     #[error("cannot set no_new_privs: {0}")]
     NoNewPrivileges(#[source] std::io::Error),
 }
 
-/// Gives up every capability of the calling thread but `keep`, in every set, for good: nothing that it executes gets others, whatever the
-/// file says (`no_new_privs`), nor its own back, as far as it may lower the bounding set (which takes CAP_SETPCAP).
+/// Drops every capability of the calling thread except `keep`, in every set, for good. What it
+/// executes gets no others, whatever the file grants (`no_new_privs`). It does not get its own back
+/// either, provided that the thread may lower the bounding set (CAP_SETPCAP).
 ///
 /// # Errors
 ///
-/// What the kernel says; the thread may then have dropped some.
+/// The kernel's error. The thread may have dropped some capabilities then.
 pub fn drop_capabilities(keep: &[Capability]) -> Result<(), PrivilegesError> {
     rustix::thread::set_no_new_privs(true)
         .map_err(|errno| PrivilegesError::NoNewPrivileges(errno.into()))?;
@@ -53,7 +58,7 @@ pub fn drop_capabilities(keep: &[Capability]) -> Result<(), PrivilegesError> {
         held.retain(|capability| keep.contains(capability));
         Ok(held)
     };
-    // While there still is the capability to do so.
+    // This comes first, while the thread still has the capability to do it.
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
         for capability in caps::read(None, CapSet::Bounding)? {
             if !keep.contains(&capability) {
@@ -61,7 +66,7 @@ pub fn drop_capabilities(keep: &[Capability]) -> Result<(), PrivilegesError> {
             }
         }
     }
-    // The ambient set may hold nothing that the others lack, so it goes first.
+    // The ambient set may hold nothing that the other sets lack, so it goes first.
     for set in [
         CapSet::Ambient,
         CapSet::Inheritable,

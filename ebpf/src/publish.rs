@@ -1,18 +1,22 @@
-//! Puts sets into force: writes the generation that is idle, then lets the program change over by one store.
+//! Puts sets in force: writes the idle generation, then makes the program change over by one store.
 //!
-//! Which generation is in force is `active`, or the other one once `revert_at_ns` has passed. So there are three standings:
+//! The generation in force is `active`, or the other one once `revert_at_ns` has passed. So there
+//! are three states:
 //!
 //! ```text
 //! settled     revert_at_ns = 0              `active` is in force, for good
-//! probation   revert_at_ns in the future    `active` is in force, and the program goes back by its own clock
+//! probation   revert_at_ns in the future    `active` is in force; the program goes back by its clock
 //! lapsed      revert_at_ns in the past      the other one is in force, for good
 //! ```
 //!
-//! 1. What is in force is never written to, and changes by one store: `active` or `revert_at_ns`. A process that dies at any point leaves
-//!    a set in force that somebody published: the old or the new one, never half of one.
-//! 2. A generation is written no sooner than [`GRACE`] after it was last in force: packets that began under it have ended.
+//! 1. The set in force is never written to, and changes by one store: of `active` or of
+//!    `revert_at_ns`. A process that dies at any point leaves a published set in force: the old or
+//!    the new one, never half of one.
+//! 2. A generation is written no sooner than [`GRACE`] after it was last in force: all packets that
+//!    began under it have ended.
 //! 3. While a set is on probation, no other is published.
-//! 4. Whoever publishes from one of several processes holds the pins' lock; [`crate::edge::Edge::publish`] does.
+//! 4. A process that publishes beside others holds the lock of the pins;
+//!    [`crate::edge::Edge::publish`] does.
 
 use std::mem::offset_of;
 use std::time::Duration;
@@ -31,11 +35,11 @@ use crate::abi::{
 use crate::clock::now_ns;
 use crate::maps::{Maps, Plain, Table};
 
-/// How long a generation that is no longer in force is left alone: the coarsest tick of the program's clock, and as much again for packets
-/// that are on their way through the program.
+/// How long a generation that is no longer in force is left alone: the coarsest tick of the
+/// program's clock, and as much again for packets that are inside the program.
 pub const GRACE: Duration = Duration::from_millis(20);
 
-/// Why a set was not published. What was in force is.
+/// Why a set was not published. The set in force stays.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PublishError {
@@ -44,7 +48,7 @@ pub enum PublishError {
     Probation {
         /// Its number.
         set: u32,
-        /// Until it lapses.
+        /// Time until it lapses.
         left: Duration,
     },
     /// No set is on probation, or it has lapsed.
@@ -57,13 +61,13 @@ pub enum PublishError {
         "the set takes {needed} {what}, the maps hold {available}; detach, raise {key} and attach again"
     )]
     TooLarge {
-        /// What there is too much of.
+        /// The part that is too large.
         what: &'static str,
-        /// How much the set takes.
+        /// Entries that the set takes.
         needed: usize,
-        /// How much there is room for.
+        /// Entries that the map has.
         available: usize,
-        /// Key of the config.
+        /// Key of the config that sets the size.
         key: &'static str,
     },
     /// Hits of the idle generation could not be set to zero.
@@ -86,17 +90,17 @@ impl PublishError {
     }
 }
 
-/// What is in force, and for how long.
+/// For how long the set in force stays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
     /// For good.
     Settled,
-    /// Until it is confirmed or this time is over.
+    /// Until it is confirmed, or until this time is over.
     Probation {
-        /// What is left.
+        /// Time that is left.
         left: Duration,
     },
-    /// For good, since a set that was on probation has lapsed.
+    /// For good, since a set on probation has lapsed.
     Lapsed,
 }
 
@@ -107,18 +111,18 @@ pub struct Publisher<'m> {
 }
 
 impl<'m> Publisher<'m> {
-    /// Publishes to these maps.
+    /// A publisher to these maps.
     #[must_use]
     pub fn new(maps: &'m Maps) -> Self {
         Self { maps }
     }
 
-    /// Puts a set into force under a number for people; with `probation`, only for so long unless it is confirmed. Takes up to three
-    /// times [`GRACE`].
+    /// Puts a set in force. `number` is its number for people. With `probation` the set is in force
+    /// only for that time, unless it is confirmed. Takes up to three times [`GRACE`].
     ///
     /// # Errors
     ///
-    /// See [`PublishError`].
+    /// See [`PublishError`]. The set in force stays then.
     pub fn publish(
         &self,
         set: &Compiled,
@@ -148,11 +152,12 @@ impl<'m> Publisher<'m> {
         Ok(())
     }
 
-    /// Ends the probation: what is in force stays.
+    /// Ends the probation: the set in force stays.
     ///
     /// # Errors
     ///
-    /// [`PublishError::NoProbation`], also in the last moment of one: the program may have gone back already.
+    /// [`PublishError::NoProbation`], also in the last moment of one: the program may have gone
+    /// back already.
     pub fn confirm(&self) -> Result<(), PublishError> {
         match self.standing() {
             Standing::Probation { left } if left > GRACE => {
@@ -163,11 +168,11 @@ impl<'m> Publisher<'m> {
         }
     }
 
-    /// Ends the probation: what was in force before is again.
+    /// Ends the probation: the set before comes into force again.
     ///
     /// # Errors
     ///
-    /// [`PublishError::NoProbation`].
+    /// [`PublishError::NoProbation`] if no set is on probation.
     pub fn revert(&self) -> Result<(), PublishError> {
         match self.standing() {
             Standing::Probation { .. } => {
@@ -178,7 +183,7 @@ impl<'m> Publisher<'m> {
         }
     }
 
-    /// What is in force, and for how long.
+    /// For how long the set in force stays.
     #[must_use]
     pub fn standing(&self) -> Standing {
         let revert_at_ns = self.revert_at();
@@ -198,7 +203,7 @@ impl<'m> Publisher<'m> {
         active ^ usize::from(self.standing() == Standing::Lapsed)
     }
 
-    /// What is in force.
+    /// The settings of the generation in force.
     #[must_use]
     pub fn config(&self) -> EdgeConfig {
         self.maps.load_config(self.in_force())
@@ -286,7 +291,7 @@ impl<'m> Publisher<'m> {
         Ok(())
     }
 
-    /// Only what differs: the table has 131,072 entries.
+    /// Writes only entries that differ: the table has 131,072.
     fn write_ports(&self, generation: usize, service: impl Fn(Protocol, u16) -> Option<u8>) {
         for (tcp, protocol) in [(false, Protocol::Udp), (true, Protocol::Tcp)] {
             for port in 0..=u16::MAX {
@@ -307,9 +312,11 @@ impl<'m> Publisher<'m> {
         })
     }
 
-    /// From settled to lapsed with the same set in force: a probation can then begin and end by one store each.
+    /// Goes from settled to lapsed with the same set in force, so that a probation can begin and
+    /// end by one store each.
     ///
-    /// Both generations say the same in between, so that it does not matter which of the two words a packet sees first.
+    /// In between, both generations hold the same set, so that it does not matter which of the two
+    /// words a packet reads first.
     fn lapse_in_place(&self) {
         let (in_force, idle) = (self.in_force(), self.in_force() ^ 1);
         self.write_ports(idle, |protocol, port| {
@@ -321,7 +328,8 @@ impl<'m> Publisher<'m> {
         self.set_active(idle);
     }
 
-    /// Puts the original in force if a copy of it is: somebody died between the two stores of [`Self::lapse_in_place`].
+    /// Puts the original in force if its copy is: a process died between the two stores of
+    /// [`Self::lapse_in_place`].
     fn leave_alias(&self) {
         let in_force = self.in_force();
         let home = base(&self.maps.trie4, in_force);
@@ -354,9 +362,9 @@ impl<'m> Publisher<'m> {
     }
 }
 
-/// `revert_at_ns` that never comes.
+/// A `revert_at_ns` that never comes.
 const SETTLED: u64 = 0;
-/// `revert_at_ns` that is past whenever it is looked at.
+/// A `revert_at_ns` that is past at any time.
 const LONG_AGO: u64 = 1;
 
 fn nanoseconds(period: Duration) -> u64 {
@@ -383,12 +391,12 @@ fn write_trie(
     base
 }
 
-/// Nodes of one generation.
+/// Number of nodes of one generation.
 fn half<T: Plain>(nodes: &Table<T>) -> usize {
     nodes.len() / GENERATIONS
 }
 
-/// First node of a generation.
+/// Index of the first node of a generation.
 fn base<T: Plain>(nodes: &Table<T>, generation: usize) -> u32 {
     (generation * half(nodes)) as u32
 }

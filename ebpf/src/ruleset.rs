@@ -1,8 +1,9 @@
-//! News of nftables: somebody changed something in it, whoever and whatever.
+//! Notifications of nftables: some process changed something in the ruleset.
 //!
-//! 1. Opened with CAP_NET_ADMIN, and read without it.
-//! 2. Says that something has changed, never what: many changes at once, and those that were missed, are one.
-//! 3. Of the network namespace of the thread that opened it.
+//! 1. It is opened with CAP_NET_ADMIN, and read without it.
+//! 2. It reports that something has changed, never what. Many changes at once, and missed ones, are
+//!    reported as one.
+//! 3. It reports changes in the network namespace of the thread that opened it.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -18,11 +19,11 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Subscribes: what changes from now on is told.
+    /// Subscribes to changes from now on.
     ///
     /// # Errors
     ///
-    /// What the kernel says, as without CAP_NET_ADMIN or nftables.
+    /// The kernel's error, for example without CAP_NET_ADMIN or without nftables.
     pub fn open() -> io::Result<Self> {
         let socket = socket_with(
             AddressFamily::NETLINK,
@@ -34,12 +35,12 @@ impl Watch {
         Ok(Self { socket })
     }
 
-    /// Whether something has changed since the last time. Waits for nothing.
+    /// Whether something has changed since the last call. It does not wait.
     #[must_use]
     pub fn has_changed(&self) -> bool {
         let mut changed = false;
         for _ in 0..TAKEN_AT_ONCE_MAX {
-            // Cut short: only that it came counts.
+            // The message is cut short: only its arrival counts.
             match recv(&self.socket, &mut [0_u8; 16][..], RecvFlags::TRUNC) {
                 Ok(_) | Err(Errno::NOBUFS) => changed = true,
                 Err(Errno::INTR) => {}
@@ -53,5 +54,5 @@ impl Watch {
 /// `NFNLGRP_NFTABLES` of linux/netfilter/nfnetlink.h, the 7th group.
 const NFTABLES: u32 = 1 << 6;
 
-/// Messages taken at once; what is left is there the next time.
+/// The most messages of one call; the rest waits for the next.
 const TAKEN_AT_ONCE_MAX: usize = 1_024;

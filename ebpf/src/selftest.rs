@@ -1,6 +1,7 @@
-//! What a new program must get right before it goes live: a handful of packets, on maps of its own, at a made-up time.
+//! The self-test of a new program before it goes live: a handful of packets, on maps of its own, at
+//! a made-up time.
 //!
-//! Nothing here touches the maps in force. A unit test compares the expected reasons with the model's.
+//! It does not touch the maps in force. A unit test compares the expected reasons with the model's.
 
 use std::mem::offset_of;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -23,16 +24,16 @@ use crate::publish::{PublishError, Publisher};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SelfTestError {
-    /// It could not be loaded.
+    /// The program could not be loaded.
     #[error(transparent)]
     Load(#[from] LoadError),
-    /// Its rules could not be compiled: a defect.
+    /// The rules of the test could not be compiled: a defect.
     #[error("self-test: {0}")]
     Rules(#[from] RulesError),
-    /// Its rules could not be published: a defect.
+    /// The rules of the test could not be published: a defect.
     #[error("self-test: {0}")]
     Publish(#[from] PublishError),
-    /// It could not be run.
+    /// The program could not be run.
     #[error("self-test: {fixture} cannot be run: {source}")]
     Run {
         /// The packet.
@@ -40,21 +41,21 @@ pub enum SelfTestError {
         /// What the kernel said.
         source: libbpf_rs::Error,
     },
-    /// It decided otherwise than it should.
+    /// The program made another decision than the specification.
     #[error(
         "self-test: {fixture}: {found} instead of {expected}; the program before stays in force"
     )]
     Differs {
         /// The packet.
         fixture: &'static str,
-        /// What it should have decided.
+        /// The specified decision.
         expected: String,
-        /// What it decided.
+        /// The program's decision.
         found: String,
     },
 }
 
-/// Loads the programs of this binary on maps of their own and sees whether they decide as they should.
+/// Loads the programs of this binary on maps of their own, and checks their decisions.
 ///
 /// # Errors
 ///
@@ -91,7 +92,7 @@ fn check_all(loaded: &Loaded, set: &Compiled) -> Result<(), SelfTestError> {
         .try_for_each(|fixture| fixture.check(loaded))
 }
 
-/// One packet and what becomes of it.
+/// A packet and the specified decision on it.
 struct Fixture {
     name: &'static str,
     from: IpAddr,
@@ -177,7 +178,7 @@ fn set() -> Result<Compiled, RulesError> {
         comment: None,
         provenance: Provenance::Registry { version: 0, number },
     };
-    // The narrow ones first: the first rule that fits decides.
+    // The narrow prefixes come first: the first rule that matches decides.
     let denied = [
         IpNet::V4(Ipv4Net::new_assert(DENIED4, 32)),
         IpNet::V6(Ipv6Net::new_assert(DENIED6, 128)),
@@ -304,7 +305,7 @@ const FIXTURES: [Fixture; 14] = [
     ),
 ];
 
-/// Where a Retry is asked for: the longest way through the program.
+/// Packets that get a Retry: the longest path through the program.
 const UNDER_STRESS: [Fixture; 3] = [
     fixture("Retry", ALLOWED, QUIC, Shape::QuicInitial, Reason::TxRetry),
     fixture(
@@ -324,7 +325,7 @@ const UNDER_STRESS: [Fixture; 3] = [
 ];
 const STRESS: u32 = Level::Retry as u32;
 
-/// Nothing is charged, so that the order of the fixtures says nothing.
+/// Read-only: nothing is charged, so the order of the fixtures does not matter.
 const MOCK: EdgeMock = EdgeMock {
     now_ns: 1_000_000_000_000,
     cookie: 0,
@@ -361,7 +362,7 @@ mod tests {
     use millrace_edge_policy::model::{Cookie, Environment, Model};
     use millrace_testkit::skip;
 
-    // Protects the fixtures: what they expect is what the specification says.
+    // Protects the fixtures: they expect what the specification says.
     #[test]
     fn the_model_decides_the_same() {
         let mut model = Model::new(64);
@@ -387,7 +388,7 @@ mod tests {
         }
     }
 
-    // Protects what runs: a program that decides otherwise is found out, and named.
+    // Protects the running program: the self-test finds and names one that decides otherwise.
     #[test]
     fn another_decision_is_found() {
         if !skip::has_all("another_decision_is_found", &crate::privileges::missing()) {
@@ -403,7 +404,8 @@ mod tests {
         assert_eq!(*fixture, "from a denied host", "{error}");
     }
 
-    // Protects what runs: a program with a defect does not get in its place, nor onto a host that has none.
+    // Protects the running program: one with a defect does not replace it, nor is it attached to a
+    // host that has none.
     #[test]
     fn a_program_that_fails_is_not_put_in_force() {
         const WRONG: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/wrong.bpf.o"));

@@ -1,5 +1,5 @@
-//! The program that chooses the socket of a reuseport group by connection ID, where the kernel takes it; else the group has the classic
-//! program of `shards`, which chooses alike.
+//! The program that chooses the socket of a reuseport group by connection ID, where the kernel
+//! accepts it. Otherwise the group has the classic program of `shards`, which chooses alike.
 
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
@@ -22,7 +22,7 @@ impl Steering {
     ///
     /// # Errors
     ///
-    /// When the kernel refuses the map or the program.
+    /// [`LoadError`] when the kernel refuses the map or the program.
     pub fn load(shards: u32) -> Result<Self, LoadError> {
         let mut object = open("steer", STEER)?;
         set_sizes(
@@ -43,21 +43,22 @@ impl Steering {
         Ok(Self { object, sockets })
     }
 
-    /// A descriptor of the program: for `SO_ATTACH_REUSEPORT_EBPF` on a socket of the group.
+    /// A descriptor of the program, for `SO_ATTACH_REUSEPORT_EBPF` on a socket of the group.
     ///
     /// # Errors
     ///
-    /// When there is no descriptor left.
+    /// The kernel's error when no descriptor is left.
     pub fn program(&self) -> Result<ProgramHandle, libbpf_rs::Error> {
         let program = self.object.progs_mut().next().ok_or_else(not_there)?;
         ProgramHandle::try_from(&program)
     }
 
-    /// Puts a shard's socket into the table; it must be bound with `SO_REUSEPORT`. It leaves by being closed.
+    /// Puts the socket of a shard into the table. The socket must be bound with `SO_REUSEPORT`.
+    /// Closing it removes it.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// The kernel's error for the entry.
     pub fn set_socket(&self, shard: u32, socket: BorrowedFd<'_>) -> Result<(), libbpf_rs::Error> {
         let descriptor = u64::from(socket.as_raw_fd().cast_unsigned());
         self.sockets.update(

@@ -1,6 +1,7 @@
 //! Calls of BPF that libbpf-rs does not offer, on descriptors instead of objects.
 //!
-//! Invariant: nothing here keeps a pointer past its call; every descriptor is borrowed for the call or owned by the result.
+//! Invariant: no function here keeps a pointer past its call. It borrows every descriptor for the
+//! call, or the result owns it.
 #![allow(unsafe_code, reason = "calls libbpf")]
 
 use std::ffi::CString;
@@ -12,21 +13,21 @@ use std::path::Path;
 
 use libbpf_rs::libbpf_sys;
 
-/// Where on an interface a program runs.
+/// The place where a program runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Hook {
     /// XDP, in the driver or in the kernel's generic code.
     Xdp {
-        /// `XDP_FLAGS_*`; 0 takes the driver's, where there is one.
+        /// `XDP_FLAGS_*`; 0 takes the driver's mode where there is one.
         flags: u32,
     },
-    /// tcx, before the stack sees the packet.
+    /// tcx, before the stack gets the packet.
     TcxIngress,
     /// tcx, behind the stack.
     TcxEgress,
-    /// The kernel's own tracepoint that the program was loaded for; no interface.
+    /// The tracepoint that the program was loaded for; no interface.
     Tracepoint,
-    /// What the program was loaded to walk over; no interface. See [`walk`].
+    /// The objects that the program was loaded to walk over; no interface. See [`walk`].
     Iterator,
 }
 
@@ -39,7 +40,7 @@ pub(crate) const GENERIC: u32 = libbpf_sys::XDP_FLAGS_SKB_MODE;
 ///
 /// # Errors
 ///
-/// What the kernel says.
+/// The kernel's error.
 pub(crate) fn link_create(
     program: BorrowedFd<'_>,
     ifindex: u32,
@@ -59,7 +60,7 @@ pub(crate) fn link_create(
         Hook::Tracepoint => libbpf_sys::BPF_TRACE_RAW_TP,
         Hook::Iterator => libbpf_sys::BPF_TRACE_ITER,
     };
-    // SAFETY: the options live through the call and say their own size.
+    // SAFETY: the options live through the call and state their own size.
     let fd = unsafe {
         libbpf_sys::bpf_link_create(
             program.as_raw_fd(),
@@ -69,7 +70,7 @@ pub(crate) fn link_create(
         )
     };
     let fd = checked(fd)?;
-    // SAFETY: a fresh descriptor that nobody else owns.
+    // SAFETY: a fresh descriptor that nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -77,7 +78,7 @@ pub(crate) fn link_create(
 ///
 /// # Errors
 ///
-/// What the kernel says; the old program stays.
+/// The kernel's error. The old program stays.
 pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: both descriptors are open; no options is allowed.
     let code = unsafe {
@@ -86,32 +87,32 @@ pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     checked(code).map(drop)
 }
 
-/// Detaches what a link attached, however many hold it.
+/// Detaches what a link attached, however many descriptors hold the link.
 ///
 /// # Errors
 ///
-/// What the kernel says.
+/// The kernel's error.
 pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: the descriptor is open.
     checked(unsafe { libbpf_sys::bpf_link_detach(link.as_raw_fd()) }).map(drop)
 }
 
-/// Runs a program that prints nothing over all that it walks over.
+/// Runs an iterator program that prints nothing over all its objects.
 ///
 /// # Errors
 ///
-/// What the kernel says; it may have walked over some.
+/// The kernel's error. The program may have run over some objects.
 pub(crate) fn walk(program: BorrowedFd<'_>) -> io::Result<()> {
     let link = link_create(program, 0, Hook::Iterator)?;
     // SAFETY: the descriptor is open.
     let fd = checked(unsafe { libbpf_sys::bpf_iter_create(link.as_raw_fd()) })?;
-    // SAFETY: a fresh descriptor that nobody else owns.
+    // SAFETY: a fresh descriptor that nothing else owns.
     let mut steps = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
     loop {
         match steps.read(&mut [0; 64]) {
             Ok(0) => return Ok(()),
             Ok(_) => {}
-            // The kernel takes a breath after a million objects without a word.
+            // The kernel pauses after a million objects without output.
             Err(error)
                 if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
             Err(error) => return Err(error),
@@ -123,32 +124,32 @@ pub(crate) fn walk(program: BorrowedFd<'_>) -> io::Result<()> {
 ///
 /// # Errors
 ///
-/// What the kernel says.
+/// The kernel's error.
 pub(crate) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = c_path(path)?;
     // SAFETY: the path ends in a zero and lives through the call.
     checked(unsafe { libbpf_sys::bpf_obj_pin(object.as_raw_fd(), path.as_ptr()) }).map(drop)
 }
 
-/// Opens what a name in a bpffs keeps.
+/// Opens the object behind a name in a bpffs.
 ///
 /// # Errors
 ///
-/// What the kernel says.
+/// The kernel's error.
 pub(crate) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let path = c_path(path)?;
     // SAFETY: the path ends in a zero and lives through the call.
     let fd = checked(unsafe { libbpf_sys::bpf_obj_get(path.as_ptr()) })?;
-    // SAFETY: a fresh descriptor that nobody else owns.
+    // SAFETY: a fresh descriptor that nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Runs a program once on a frame, in the network namespace of the calling thread; gives what it returned and what it
-/// made of the frame.
+/// Runs a program once on a frame, in the network namespace of the calling thread. Gives what it
+/// returned, and the frame as it left it.
 ///
 /// # Errors
 ///
-/// What the kernel says; frames below 14 bytes are refused.
+/// The kernel's error. It refuses frames below 14 bytes.
 pub(crate) fn test_run(program: BorrowedFd<'_>, frame: &[u8]) -> io::Result<(u32, Vec<u8>)> {
     let mut out = vec![0; frame.len() + ROOM];
     let mut options = libbpf_sys::bpf_test_run_opts {
@@ -160,22 +161,22 @@ pub(crate) fn test_run(program: BorrowedFd<'_>, frame: &[u8]) -> io::Result<(u32
         repeat: 1,
         ..Default::default()
     };
-    // SAFETY: both buffers live through the call and have the sizes that the options say.
+    // SAFETY: both buffers live through the call and have the sizes that the options state.
     let code = unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &raw mut options) };
     checked(code)?;
     out.truncate(options.data_size_out as usize);
     Ok((options.retval, out))
 }
 
-/// Number that the kernel gave the network namespace of a socket; no other namespace ever has it.
+/// The cookie of a socket's network namespace. The kernel never gives it to another namespace.
 ///
 /// # Errors
 ///
-/// What the kernel says.
+/// The kernel's error.
 pub(crate) fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     let mut cookie = 0_u64;
     let mut length = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes, which is the size of what it writes to.
+    // SAFETY: the kernel writes at most `length` bytes, which is the size of the destination.
     let code = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
@@ -195,18 +196,18 @@ pub(crate) fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
 /// Flag of [`ethtool_flags`]: `ETH_FLAG_RXVLAN`.
 pub(crate) const RX_VLAN_OFFLOAD: u32 = 1 << 8;
 
-/// `ETHTOOL_GFLAGS` of an interface of the socket's network namespace.
+/// `ETHTOOL_GFLAGS` of an interface in the socket's network namespace.
 ///
 /// # Errors
 ///
-/// What the kernel says; a name that is too long is refused.
+/// The kernel's error. A name that is too long is refused.
 pub(crate) fn ethtool_flags(socket: BorrowedFd<'_>, interface: &str) -> io::Result<u32> {
     const SIOCETHTOOL: libc::Ioctl = 0x8946;
     const GFLAGS: u32 = 0x25;
     // `struct ethtool_value`.
     let mut value = [GFLAGS, 0];
     let mut name = [0; libc::IFNAMSIZ];
-    // One byte stays zero.
+    // The last byte stays zero.
     if interface.len() >= name.len() {
         return Err(ErrorKind::InvalidInput.into());
     }
@@ -219,7 +220,8 @@ pub(crate) fn ethtool_flags(socket: BorrowedFd<'_>, interface: &str) -> io::Resu
             ifru_data: value.as_mut_ptr().cast(),
         },
     };
-    // SAFETY: the request names a value of the two words that this command reads and writes; both live through the call.
+    // SAFETY: the request points to a value of the two words that this command reads and writes;
+    // both live through the call.
     let code = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
     if code < 0 {
         return Err(io::Error::last_os_error());
@@ -227,14 +229,15 @@ pub(crate) fn ethtool_flags(socket: BorrowedFd<'_>, interface: &str) -> io::Resu
     Ok(value[1])
 }
 
-/// What a program may add to a frame: a Retry is at most this much longer than what it answers.
+/// The most bytes that a program adds to a frame: a Retry is at most this much longer than the
+/// packet that it answers.
 const ROOM: usize = 256;
 
 fn c_path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
 }
 
-/// libbpf's calls give a descriptor, 0, or a negative error number.
+/// libbpf's calls return a descriptor, 0, or a negative error number.
 fn checked(code: i32) -> io::Result<i32> {
     if code < 0 {
         Err(io::Error::from_raw_os_error(-code))

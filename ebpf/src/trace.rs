@@ -1,6 +1,7 @@
-//! Asks the program what it would do with a frame, and why; changes nothing.
+//! Asks the program for its decision on a frame, and the reason; changes nothing.
 //!
-//! 1. It is the program that is attached, compiled into an entry of its own that neither charges nor counts, on the maps in force.
+//! 1. The program that runs is the attached one, compiled into an entry point that neither charges
+//!    nor counts, on the maps in force.
 //! 2. The frame is not sent anywhere.
 
 use std::io;
@@ -22,20 +23,20 @@ use crate::load::Program;
 use crate::maps::Maps;
 use crate::sys;
 
-/// What the program would do with a frame, and why.
+/// The decision of the program on a frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trace {
     /// Why.
     pub reason: Reason,
-    /// What becomes of it in mode `enforce`.
+    /// What the program does with it in mode `enforce`.
     pub action: Action,
-    /// Whether that is the mode; otherwise it passes.
+    /// Whether the mode is `enforce`. In mode `count` the frame passes.
     pub enforced: bool,
-    /// Which rule decided.
+    /// The rule that decided.
     pub rule: Decider,
-    /// The service that it is for.
+    /// The service that the frame is for.
     pub service: Option<EdgeService>,
-    /// Stress as it holds now: 0, 1 or 2.
+    /// Level of stress: 0, 1 or 2.
     pub stress: u32,
     /// Number of the set in force.
     pub set: u32,
@@ -45,17 +46,17 @@ pub struct Trace {
     pub connections: Connections,
 }
 
-/// Which rule decided.
+/// The rule that decided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Decider {
-    /// None fits, or none was asked.
+    /// The default: no rule matched, or the frame did not get to the rules.
     Default,
     /// The rule with this index.
     Rule(u16),
 }
 
 impl Decider {
-    /// The rule in words; none if no rule decided, or `set` is not the set in force.
+    /// The rule in words; none if no rule decided, or if `set` is not the set in force.
     #[must_use]
     pub fn text(self, set: &Compiled) -> Option<String> {
         match self {
@@ -68,14 +69,14 @@ impl Decider {
     }
 }
 
-/// Connections of a source, and how many it may have; 0: any number.
+/// Connections of a source, and its caps; a cap of 0 is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Connections {
-    /// QUIC, as the last run of the node has written them.
+    /// QUIC connections, as the last run of the node wrote them.
     pub quic: u32,
     /// Cap of QUIC.
     pub quic_max: u32,
-    /// TCP, as the kernel counts them.
+    /// TCP connections, as the kernel counts them.
     pub tcp: u32,
     /// Cap of TCP.
     pub tcp_max: u32,
@@ -88,13 +89,13 @@ pub enum TraceError {
     /// The program could not be run.
     #[error("cannot run the program: {0}; a frame has at least 14 bytes")]
     Run(#[source] io::Error),
-    /// It left what this binary does not know.
+    /// The program left a reason that this binary does not know.
     #[error("the program gives reason {reason}, which this version does not know")]
     Reason {
         /// Its number.
         reason: u32,
     },
-    /// The pins are not to be had.
+    /// The pins could not be locked.
     #[error(transparent)]
     Edge(#[from] EdgeError),
 }
@@ -112,14 +113,14 @@ impl TraceError {
 }
 
 impl Edge {
-    /// Asks what would become of a frame, from its Ethernet header on.
+    /// Returns the decision of the program on a frame, from its Ethernet header on.
     ///
     /// # Errors
     ///
     /// See [`TraceError`].
     pub fn trace(&self, frame: &[u8]) -> Result<Trace, TraceError> {
         let decision = {
-            // One place for what the program says: one trace at a time.
+            // The program leaves its decision in one place, so traces run one at a time.
             let _lock = self.pins().lock_waiting().map_err(EdgeError::from)?;
             sys::test_run(self.program(Program::EdgeTrace), frame).map_err(TraceError::Run)?;
             self.maps().decision.load(0)

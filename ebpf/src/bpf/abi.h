@@ -1,7 +1,8 @@
-/* What the programs and user space share: layouts, constants, the order of reasons.
+/* The layouts, constants and order of reasons that programs and user space share.
  *
- * Mirrored by `ebpf/src/abi.rs`, whose test compares every size and offset with the object's BTF. Times are
- * CLOCK_MONOTONIC nanoseconds. Integers are little-endian (x86-64, aarch64), addresses stay in network order.
+ * `ebpf/src/abi.rs` mirrors them; its test compares every size and offset with the object's BTF.
+ * Times are CLOCK_MONOTONIC nanoseconds. Integers are little-endian (x86-64, aarch64), addresses
+ * stay in network order.
  */
 #ifndef MILLRACE_ABI_H
 #define MILLRACE_ABI_H
@@ -46,7 +47,7 @@ enum edge_purpose {
 	EDGE_PURPOSE_ID = 5,
 };
 
-/* Order is the index of the counter; `policy::Reason` has the same. */
+/* The order is the index of the counter; `policy::Reason` has the same. */
 enum edge_reason {
 	/* passed */
 	R_PASS_OTHER = 0,
@@ -119,7 +120,7 @@ struct edge_service {
 	__u32 pad;
 };
 
-/* One generation of what an operator or the registry says. */
+/* One generation of the settings and rules. */
 struct edge_config {
 	__u32 mode;
 	__u32 scope;
@@ -137,7 +138,7 @@ struct edge_config {
 	__u32 tcp_connections_max;
 };
 
-/* The one value of the map `control`. User space writes; the programs read. */
+/* The one value of the map `control`. User space writes it, the programs read it. */
 struct edge_control {
 	__u32 layout;
 	__u32 active; /* generation in force */
@@ -164,8 +165,9 @@ struct edge_node {
 	__u32 entry[256];
 };
 
-/* A trie node whose entries form few runs: one cache line. `start` ascends from 0; unused runs start at 255 and repeat the
- * last entry, so the run of a byte is the number of the starts but the first that are not above it. */
+/* A trie node whose entries form few runs: one cache line. `start` ascends from 0; unused runs
+ * start at 255 and repeat the last entry. So the run of a byte is the number of starts, without
+ * the first, that are not above the byte. */
 struct edge_sparse {
 	__u32 entry[EDGE_RUNS];
 	__u8 start[EDGE_RUNS];
@@ -186,7 +188,8 @@ struct edge_count {
 	__u32 connections;
 };
 
-/* Sizes that the loader knows and the programs take for constants: section `.rodata.sizes` of each object. */
+/* Sizes that the loader sets and the programs take for constants, in section `.rodata.sizes` of
+ * each object. */
 struct edge_sizes {
 	__u32 limiter_buckets; /* of one generation, a power of two */
 	__u32 rules_max; /* of one generation */
@@ -194,7 +197,8 @@ struct edge_sizes {
 	__u32 pad;
 };
 
-/* The one value of `counters`, per CPU. `counted`: what mode `count` would not have passed. */
+/* The one value of `counters`, for each CPU. `counted`: packets that passed in mode `count` and
+ * would not have in mode `enforce`. */
 struct edge_counters {
 	__u64 acted[EDGE_REASONS];
 	__u64 counted[EDGE_REASONS];
@@ -207,17 +211,19 @@ struct edge_sampling {
 	__u32 pad;
 };
 
-/* A value of `tcp_sources`: connections in the low half; in the high half what tells a reused slot of the hash table from
- * the one that was looked up, and that a slot is about to be deleted. Readers take the low half and ignore dead words. */
+/* A value of `tcp_sources`. The low half counts connections. The high half holds a mark that
+ * tells a reused slot of the hash table from the slot that was looked up, and a bit for a slot
+ * that is about to be deleted. Readers take the low half and ignore dead words. */
 #define EDGE_TCP_CONNECTIONS 0xffffffffull
 #define EDGE_TCP_DEAD (1ull << 63)
 
-/* For how long an answer may come after this host has sent. TCP's is that of RFC 5382: longer than the two hours after which
- * the host itself asks whether the other end still lives. */
+/* How long an answer may come after this host has sent. For TCP it is that of RFC 5382: longer
+ * than the two hours after which the host itself probes the other end. */
 #define EDGE_REPLY_UDP_NS (180 * 1000000000ull)
 #define EDGE_REPLY_TCP_NS (7440 * 1000000000ull)
 
-/* What this host sent, seen from the answer: key of `replies` (scope `host`), whose value says when. Ports are in host order. */
+/* A flow that this host sent, seen from the answer: key of `replies` (scope `host`). The value
+ * is the time of the last packet. Ports are in host order. */
 struct edge_flow {
 	struct edge_source remote;
 	__u16 remote_port;
@@ -226,7 +232,7 @@ struct edge_flow {
 	__u8 pad[3];
 };
 
-/* What `edge_trace` and `edge_test` say of the last packet. */
+/* The decision of `edge_trace` or `edge_test` on the last packet. */
 struct edge_decision {
 	enum edge_reason reason;
 	__u32 action; /* enum xdp_action of the packet in enforce mode */
@@ -237,7 +243,7 @@ struct edge_decision {
 	__u64 now_ns;
 };
 
-/* What `edge_test` takes for its environment. */
+/* The environment of `edge_test`. */
 struct edge_mock {
 	__u64 now_ns;
 	__u32 cookie; /* 0: the kernel gives none; else the sequence number of a cookie */

@@ -1,19 +1,25 @@
-/* TCP connections that each source holds, in the kernel's own truth.
+/* Counts the TCP connections that each source holds, by the kernel's own state.
  *
- * 1. Only passive sockets on local ports that are declared as TCP, in the node's network namespace; a socket is
- *    counted once, when it is established, and given back once, when it closes: its storage says which. So two of
- *    these programs, as at a reload, count like one. Sockets that were established before their port was declared, or
- *    before this was attached, are counted by a walk over all files (`conn_walk`), as often as one likes.
- * 2. Counts are exact on any number of CPUs. A word that falls to zero is marked dead by compare-and-swap before its
- *    slot is deleted; who finds a dead word looks again. A slot of the hash table may meanwhile serve another source:
- *    half of the word is a mark of the source, so that a swap meant for one never hits the other.
- * 3. TIME_WAIT does not count: no socket is left then.
- * 4. The tracepoint runs under the socket's lock, the walk does not: an open file keeps its socket alive. What a file holds
- *    has been established, so that only closing can get in its way: a count is given back by whoever swaps it out of the
- *    storage, and the walk, once it has counted, looks again whether the socket is there. The kernel unhashes it before it
- *    says `TCP_CLOSE`, so the tracepoint finds the storage or the walk the closed socket. Two walks never run at a time.
- * 5. The walk goes over files because `iter/tcp` is not safe beside traffic: the kernel takes references to requests that
- *    have none yet, and locks sockets that a closing listener then resets nevertheless (seen with Linux 6.18).
+ * 1. It counts only passive sockets on local ports that are declared as TCP, in the node's network
+ *    namespace. A socket is counted once, when it is established, and given back once, when it
+ *    closes; the socket's storage records which. So two of these programs, as during a reload,
+ *    count like one. A walk over all files (`conn_walk`) counts sockets that were established
+ *    before their port was declared or before this program was attached; it may run any number of
+ *    times.
+ * 2. Counts are exact on any number of CPUs. A CPU marks a word that falls to zero as dead, by
+ *    compare-and-swap, before it deletes the slot; a CPU that finds a dead word looks the source up
+ *    again. A slot of the hash table may meanwhile serve another source: half of the word is a mark
+ *    of the source, so that a swap meant for one source never hits another.
+ * 3. TIME_WAIT does not count: the socket is gone by then.
+ * 4. The tracepoint runs under the socket's lock. The walk does not; an open file keeps its socket
+ *    alive. A socket in a file has been established, so only its closing can interfere. The side
+ *    that swaps the count out of the storage gives it back; and the walk, once it has counted,
+ *    looks again whether the socket is there. The kernel unhashes a socket before it reports
+ *    `TCP_CLOSE`, so either the tracepoint finds the storage or the walk finds the closed socket.
+ *    Two walks never run at a time.
+ * 5. The walk goes over files because `iter/tcp` is not safe beside traffic: the kernel takes
+ *    references to requests that have none yet, and locks sockets that a closing listener then
+ *    resets nevertheless (seen with Linux 6.18).
  */
 #include "limit.h"
 #include "sources.h"
@@ -22,21 +28,21 @@
 
 char LICENSE[] SEC("license") = "GPL";
 
-/* The window in which a dead word is seen is a few instructions of another CPU. */
+/* A dead word is visible for as long as a few instructions of another CPU take. */
 #define COUNT_TRIES 64
 #define MARK_SHIFT 32
 #define MARK_MASK 0x7fffffffull /* 31 bits, below the one that says dead */
 
-/* The kernel takes no cookie that is older than two periods of a minute. */
+/* The kernel refuses a cookie that is older than two periods of a minute. */
 #define COOKIE_LIFE_NS 120000000000ull
 
-/* In the second word of a storage whose count is being given back: no source ends so. */
+/* In the second word of a storage while its count is given back: no source ends so. */
 #define GIVEN_BACK (~0ull)
 
-/* `SOCK_BINDPORT_LOCK` of the kernel: the port was asked for by `bind`. */
+/* `SOCK_BINDPORT_LOCK` of the kernel: the application chose the port by `bind`. */
 #define BOUND_TO_PORT 8
 
-/* Whose count a socket is in; a socket without it is in none. */
+/* The source that a socket is counted for. A socket without it is not counted. */
 struct counted {
 	union {
 		struct edge_source source;
@@ -105,7 +111,7 @@ EDGE_INLINE void count_remove(const struct edge_source *source)
 	}
 }
 
-/* Whether the socket is the passive end of a connection to a port that is ours. */
+/* Whether the socket is the passive end of a connection to a declared port. */
 EDGE_INLINE bool is_ours(const struct edge_view *view, const struct sock *sk)
 {
 	__u32 service = edge_service_of(view->generation, true, sk->__sk_common.skc_num);
@@ -118,7 +124,8 @@ EDGE_INLINE bool is_ours(const struct edge_view *view, const struct sock *sk)
 	return !namespace || namespace == sk->__sk_common.skc_net.net->net_cookie;
 }
 
-/* The remote address as words; true if it is IPv4, also as a v4-mapped one of a dual-stack socket. */
+/* The remote address as words; true if it is IPv4, also as a v4-mapped one of a dual-stack
+ * socket. */
 EDGE_INLINE bool remote_address(const struct sock *sk, __u64 address[2])
 {
 	const struct sock_common *common = &sk->__sk_common;
@@ -133,12 +140,12 @@ EDGE_INLINE bool remote_address(const struct sock *sk, __u64 address[2])
 	return !address[0] && (__u32)address[1] == V4_MAPPED;
 }
 
-/* A connection of the source; `counted` says so for as long as it is open. */
+/* Counts a connection of the source. `counted` records it for as long as the connection is open. */
 EDGE_INLINE void count_connection(struct sock *sk, const __u64 address[2], bool ipv4)
 {
 	struct counted counted = { .source = source_cap_key(address, ipv4) };
 
-	/* Storage without a count would be given back: it comes second, and whole. */
+	/* A storage without a count would be given back, so the storage comes second, and whole. */
 	if (!count_add(&counted.source))
 		return;
 	if (!bpf_sk_storage_get(&connections, sk, &counted, BPF_SK_STORAGE_GET_F_CREATE))
@@ -150,7 +157,7 @@ EDGE_INLINE bool is_counted(struct sock *sk)
 	return bpf_sk_storage_get(&connections, sk, NULL, 0);
 }
 
-/* The source has answered the handshake: now its limits are charged, and its count goes up. */
+/* The source has answered the handshake: its limits are charged now, and its count goes up. */
 EDGE_INLINE void established(struct sock *sk)
 {
 	struct edge_control *control = edge_control_value();
@@ -165,7 +172,7 @@ EDGE_INLINE void established(struct sock *sk)
 	view_choose_generation(&view, EDGE_TRACEPOINT);
 	if (!is_ours(&view, sk))
 		return;
-	/* While one program takes the other's place, both see the socket. */
+	/* While one program replaces another, both see the socket. */
 	if (is_counted(sk))
 		return;
 	ipv4 = remote_address(sk, address);
@@ -202,7 +209,8 @@ int BPF_PROG(conn_state, struct sock *sk, int from, int to)
 	return 0;
 }
 
-/* Whether the tracepoint has seen a connection open, or would have, and is yet to see it close. */
+/* Whether the tracepoint has seen the connection open, or would have, and has not seen it close
+ * yet. */
 EDGE_INLINE bool is_open(__u8 state)
 {
 	const __u32 open = 1 << TCP_ESTABLISHED | 1 << TCP_FIN_WAIT1 | 1 << TCP_FIN_WAIT2 | 1 << TCP_CLOSE_WAIT |
@@ -211,14 +219,16 @@ EDGE_INLINE bool is_open(__u8 state)
 	return state < 32 && (open >> state & 1);
 }
 
-/* Whoever goes out from a port of ours has bound it: a listener's children are not bound themselves. (The kernel's own choice
- * of a port spares those that somebody is bound to.) */
+/* Whether the socket is passive. An application that connects from a declared port has bound its
+ * socket; the children of a listener are not bound themselves. (When the kernel chooses a port,
+ * it skips those that a socket is bound to.) */
 EDGE_INLINE bool is_passive(const struct sock *sk)
 {
 	return !(BPF_CORE_READ_BITFIELD(sk, sk_userlocks) & BOUND_TO_PORT);
 }
 
-/* Counts what applications hold already; charges no rate: nobody knows when it was opened. */
+/* Counts the connections that applications hold already. It charges no rate: the kernel does not
+ * know when they were opened. */
 SEC("iter/task_file")
 int conn_walk(struct bpf_iter__task_file *ctx)
 {

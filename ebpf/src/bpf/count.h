@@ -1,4 +1,4 @@
-/* What is left of a packet: one counter, a rule's hit, a sampled event, a stamp. */
+/* The traces that a packet leaves: one counter, a rule's hit, a sampled event, a stamp. */
 #ifndef MILLRACE_COUNT_H
 #define MILLRACE_COUNT_H
 
@@ -35,7 +35,8 @@ struct {
 	__uint(max_entries, EVENTS_BYTES);
 } events SEC(".maps");
 
-/* No map has events for values: only this brings their type into the object's BTF, where user space compares layouts. */
+/* No map has events as values. This constant brings their type into the object's BTF, where user
+ * space compares layouts. */
 const struct edge_event event_layout = {};
 
 EDGE_INLINE bool reason_passes(int reason)
@@ -103,10 +104,11 @@ EDGE_INLINE void count_packet(struct xdp_md *ctx, struct edge_view *view, const 
 	}
 }
 
-/* Writes the stamp in front of the frame. One that is there already is written over: runs by `test_run` repeat on one
- * frame.
+/* Writes the stamp in front of the frame, over an earlier one if there is one: `test_run`
+ * repeats on one frame.
  *
- * A refusal is longer than a pass: `stamp.bpf.c` tells them apart by that where it cannot read them. */
+ * A stamp that refuses is longer than one that passes: `stamp.bpf.c` tells them apart by their
+ * length where it cannot read them. */
 EDGE_INLINE bool stamp_write(struct xdp_md *ctx, __u32 kind)
 {
 	__u32 *stamp = (void *)(long)ctx->data_meta;

@@ -1,4 +1,5 @@
-/* The edge: one decision, three entry points. `docs/reference/edge.md` is the specification, section by section. */
+/* The edge: one decision, three entry points. `docs/reference/edge.md` is the specification;
+ * comments name its sections. */
 #include "count.h"
 #include "quic.h"
 #include "replies.h"
@@ -27,7 +28,7 @@ struct {
 	__type(value, struct edge_mock);
 } mock SEC(".maps");
 
-/* What is known of the packet when its reason is. */
+/* The state of the packet when its reason is known. */
 struct edge_verdict {
 	int reason;
 	__u32 rule;
@@ -35,7 +36,7 @@ struct edge_verdict {
 	bool ours;
 };
 
-/* Step 5. Null with R_PASS_OTHER, else the packet is ours. */
+/* Section 1, step 5. Null with R_PASS_OTHER; else the packet is for a declared port. */
 EDGE_INLINE const struct edge_service *find_service(const struct edge_view *view, const struct edge_packet *packet,
 						    struct edge_verdict *verdict)
 {
@@ -70,7 +71,7 @@ EDGE_INLINE int pass_firewall(struct edge_view *view, const struct edge_packet *
 	}
 }
 
-/* A packet of ours, to `service`. Transmits if that is due. */
+/* Decides on a packet for `service`. Transmits the answer if one is due. */
 EDGE_INLINE int decide_ours(struct xdp_md *ctx, struct edge_view *view, struct edge_packet *packet,
 			    const struct edge_service *service, struct edge_verdict *verdict,
 			    const enum edge_program program)
@@ -95,7 +96,7 @@ EDGE_INLINE int decide_ours(struct xdp_md *ctx, struct edge_view *view, struct e
 			return reason;
 	}
 	reason = pass_firewall(view, packet, service, verdict, program);
-	/* A rule that refuses stops what is under way; only the default lets answers in. */
+	/* A rule that denies stops a flow that is under way; only the default lets answers in. */
 	if (reason == R_FIREWALL_DEFAULT && kind == EDGE_KIND_HOST && reply_known(packet, view_now(view, program))) {
 		verdict->ours = false;
 		return R_PASS_REPLY;
@@ -145,7 +146,7 @@ EDGE_INLINE enum xdp_action action_of(int reason)
 	return reason_transmits(reason) ? XDP_TX : XDP_DROP;
 }
 
-/* `edge_trace` and `edge_test` leave what they found. */
+/* `edge_trace` and `edge_test` leave their decision in a map. */
 EDGE_INLINE void leave_decision(struct edge_view *view, const struct edge_verdict *verdict, const enum edge_program program)
 {
 	__u32 zero = 0;
@@ -207,21 +208,21 @@ EDGE_INLINE int run(struct xdp_md *ctx, const enum edge_program program)
 	return act(ctx, &view, &room->packet, &verdict, program);
 }
 
-/* The one that is attached. */
+/* The entry point that is attached. */
 SEC("xdp.frags")
 int edge(struct xdp_md *ctx)
 {
 	return run(ctx, EDGE_LIVE);
 }
 
-/* Says what `edge` would do, and changes nothing. */
+/* Returns the decision of `edge`, and changes nothing. */
 SEC("xdp.frags")
 int edge_trace(struct xdp_md *ctx)
 {
 	return run(ctx, EDGE_TRACE);
 }
 
-/* Does what `edge` does at a time, and with a cookie, that the caller names. */
+/* Decides as `edge` does, at a time and with a cookie that the caller sets. */
 SEC("xdp.frags")
 int edge_test(struct xdp_md *ctx)
 {

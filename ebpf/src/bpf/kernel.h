@@ -1,7 +1,9 @@
-/* What the programs use of the kernel's types: only the fields that are read, relocated to the running kernel.
+/* The kernel's types as the programs use them: only the fields that they read, relocated to the
+ * running kernel.
  *
- * User-space API (contexts, enums, return codes) never moves and stands as the kernel has it. Everything between the
- * pragmas is internal to the kernel: CO-RE finds each field by name in the running kernel's BTF.
+ * The user-space API (contexts, enums, return codes) never moves and stands as the kernel has it.
+ * Everything between the pragmas is internal to the kernel: CO-RE finds each field by name in the
+ * running kernel's BTF.
  */
 #ifndef MILLRACE_KERNEL_H
 #define MILLRACE_KERNEL_H
@@ -64,7 +66,7 @@ struct xdp_md {
 	__u32 egress_ifindex;
 };
 
-/* Its first fields, up to the last that is used. */
+/* The first fields, up to the last one that is used. */
 struct __sk_buff {
 	__u32 len;
 	__u32 pkt_type;
@@ -96,7 +98,7 @@ struct __sk_buff {
 
 struct sk_reuseport_md;
 
-/* Its first fields, up to the last that is used. */
+/* The first fields, up to the last one that is used. */
 struct bpf_sock {
 	__u32 bound_dev_if;
 	__u32 family;

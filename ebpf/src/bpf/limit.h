@@ -1,9 +1,10 @@
-/* Limits: global budgets, and the sketch of sources, peers and IDs. GCRA by one compare-and-swap.
+/* Limits: global budgets, and the sketch of sources, peers and IDs. Each is a GCRA, charged by one
+ * compare-and-swap.
  *
- * 1. Nothing is admitted beyond burst + rate * time, on however many CPUs: a time is moved forward by
- *    compare-and-swap only, and two slots for one key never both count (`sketch_step`).
- * 2. Whoever loses the race four times is refused: somebody else was admitted each time.
- * 3. `read_only` looks where it would charge.
+ * 1. Admissions never exceed burst + rate * time, on any number of CPUs: only a compare-and-swap
+ *    moves a time forward, and two slots for one key never both count (`sketch_step`).
+ * 2. A CPU that loses the race four times refuses: each time another CPU admitted a packet.
+ * 3. With `read_only` the programs look at limits and do not charge them.
  */
 #ifndef MILLRACE_LIMIT_H
 #define MILLRACE_LIMIT_H
@@ -30,7 +31,7 @@ struct {
 	__type(value, struct edge_bucket);
 } limiter SEC(".maps");
 
-/* One bucket each, so that CPUs do not fight over neighbours. */
+/* One bucket each, so that CPUs do not contend for neighbours. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
@@ -49,8 +50,9 @@ EDGE_INLINE bool swap_once(__u64 *word, __u64 old, __u64 new)
 	return __sync_val_compare_and_swap(word, old, new) == old;
 }
 
-/* How far a word is ahead, as far as this limit can have put it there. What lies further ahead was put there by limits
- * that held before, or has gone round (2^48 ns are 78 hours): it counts as a burst that is spent. */
+/* How far a word is ahead, as far as this limit can have put it there. A word that is further
+ * ahead was written under an earlier limit, or its clock has gone round (2^48 ns are 78 hours):
+ * it counts as a spent burst. */
 EDGE_INLINE __u64 limit_ahead(const struct edge_limit *limit, __u64 ahead)
 {
 	if (ahead > limit->tolerance_ns && ahead - limit->tolerance_ns > limit->interval_ns + CLOCK_SLACK_NS)
@@ -104,8 +106,9 @@ EDGE_INLINE __u64 sketch_ahead(__u64 word, __u64 now_ns)
 /* Eight bits, one for each slot of a bucket. */
 typedef __u32 sketch_slots;
 
-/* 1 if the value is zero, else 0; it is below 2^63. Without branches: sources at random would have them all
- * mispredicted, and the verifier would follow eight slots through every combination of them. */
+/* 1 if the value is zero, else 0; the value is below 2^63. It has no branches: random sources
+ * would mispredict all of them, and the verifier would follow eight slots through every
+ * combination. */
 EDGE_INLINE __u32 is_zero(__u64 value)
 {
 	return (value - 1) >> 63;
@@ -135,20 +138,21 @@ EDGE_INLINE sketch_slots sketch_idle(const struct edge_bucket *bucket, __u64 now
 	return idle;
 }
 
-/* The first of the slots, in the order in which a key visits them; `slots` are not none. */
+/* The first of the slots, in the order in which a key visits them; `slots` is not empty. */
 EDGE_INLINE __u32 sketch_first(sketch_slots slots, __u64 hash)
 {
 	__u32 start = hash >> 40 & SLOT_INDEX;
 	__u32 visited = (slots | slots << BUCKET_SLOTS) >> start & 0xff;
 	__u32 lowest = visited & -visited;
-	/* Number of a single bit of eight, by a de Bruijn sequence: its nibbles say which. */
+	/* The index of a single bit of eight, by a de Bruijn sequence: its nibbles hold the
+	 * indices. */
 	__u32 steps = 0x34572610u >> (((lowest * 0x1d & 0xff) >> 5) * 4) & SLOT_INDEX;
 
 	return (start + steps) & SLOT_INDEX;
 }
 
-/* What is asked of the sketch: a key, and by what limits of which generation of the settings. Numbers only: functions
- * that are verified by themselves cannot follow pointers. */
+/* A question to the sketch: a key, and the limits of a generation of the settings. It holds
+ * numbers only, because functions that are verified by themselves cannot follow pointers. */
 struct sketch_ask {
 	__u64 words[2];
 	__u64 now_ns;
@@ -159,7 +163,8 @@ struct sketch_ask {
 	__u64 beyond_ns; /* after a refusal: how long until this limit would admit; all bits: nobody knows */
 };
 
-/* Levels of a source: IPv4 /32 and /24, IPv6 /64, /56 and /48; anything else has one. */
+/* The number of levels of a source: IPv4 /32 and /24, IPv6 /64, /56 and /48. Any other key has
+ * one. */
 EDGE_INLINE __u32 sketch_levels(const struct sketch_ask *ask)
 {
 	if (ask->purpose != EDGE_PURPOSE_QUIC && ask->purpose != EDGE_PURPOSE_TCP)
@@ -167,8 +172,9 @@ EDGE_INLINE __u32 sketch_levels(const struct sketch_ask *ask)
 	return ask->ipv4 ? 2 : EDGE_LEVELS_MAX;
 }
 
-/* The sketch's hash: products and shifts that mix every bit of a key into every bit of the hash. The seed is what
- * makes it unknown; keys of one `a`, as all of IPv4 have, never collide in all 64 bits. */
+/* The hash of the sketch: products and shifts that mix every bit of a key into every bit of the
+ * hash. The seed makes it secret. Keys with the same `a`, as all of IPv4 have, never collide in
+ * all 64 bits. */
 EDGE_INLINE __u64 sketch_mix(const struct edge_key *seed, __u64 a, __u64 b, __u64 kind)
 {
 	__u64 mixed = (a ^ seed->k0) * MIX_SECOND;
@@ -179,7 +185,8 @@ EDGE_INLINE __u64 sketch_mix(const struct edge_key *seed, __u64 a, __u64 b, __u6
 	return mixed ^ mixed >> 31;
 }
 
-/* Hash of one level. Words of addresses are in network order: their first bytes are the low ones. */
+/* Hash of one level. Words of addresses are in network order: their first bytes are the low
+ * ones. */
 EDGE_INLINE __u64 sketch_hash(const struct edge_control *control, const struct sketch_ask *ask, __u32 generation,
 			      __u32 level)
 {
@@ -190,7 +197,8 @@ EDGE_INLINE __u64 sketch_hash(const struct edge_control *control, const struct s
 			  ipv6 ? 0 : ask->words[1] & kept, ask->purpose << 8 | level);
 }
 
-/* What the generation before says of the key; 0 when it is retired or does not know the key. `known`: it does. */
+/* How far ahead the other generation has the key; 0 if that generation no longer counts or does
+ * not have the key. `known`: it has the key. */
 EDGE_INLINE __u64 sketch_old_ahead(const struct edge_control *control, const struct sketch_ask *ask, __u32 level,
 				   bool *known)
 {
@@ -214,7 +222,8 @@ EDGE_INLINE __u64 sketch_old_ahead(const struct edge_control *control, const str
 	return *known ? sketch_ahead(word, ask->now_ns) : 0;
 }
 
-/* Looks at one level. A word that changed hands between two reads counts as admitted: nothing is taken here. */
+/* Looks at one level. A word that changed hands between two reads counts as admitted: a look
+ * takes nothing. */
 EDGE_INLINE bool sketch_admits(const struct edge_control *control, struct sketch_ask *ask, __u32 level,
 			       const struct edge_limit *limit, const struct edge_bucket *bucket, __u64 hash)
 {
@@ -276,12 +285,14 @@ EDGE_INLINE enum sketch_step sketch_step(const struct edge_control *control, con
 	tagged = sketch_tagged(bucket, tag);
 	if (!(tagged & (tagged - 1)))
 		return STEP_ADMITTED;
-	/* Another CPU began the same key elsewhere in the bucket: one of the two slots must not count. */
+	/* Another CPU placed the same key elsewhere in the bucket: one of the two slots must not
+	 * count. */
 	swap_once(word, new, 0);
 	return STEP_AGAIN;
 }
 
-/* The limit of a purpose; those of a source have a level for each prefix. `level` is below EDGE_LEVELS_MAX. */
+/* The limit of a purpose. Purposes of a source have a limit for each level. `level` is below
+ * EDGE_LEVELS_MAX. */
 EDGE_INLINE const struct edge_limit *sketch_limit(const struct edge_config *config, __u32 purpose, __u32 level)
 {
 	switch (purpose) {
@@ -298,8 +309,9 @@ EDGE_INLINE const struct edge_limit *sketch_limit(const struct edge_config *conf
 	}
 }
 
-/* Whether the limits would admit the key at all its levels. Their buckets are all touched first, so that they come from
- * memory at the same time and not one after the other: with sources at random that is the greater part of the cost. */
+/* Whether the limits would admit the key at all its levels. It touches all their buckets first,
+ * so that they come from memory at the same time and not one after the other: with random
+ * sources, that is the greater part of the cost. */
 __noinline int sketch_look(struct sketch_ask *ask)
 {
 	const struct edge_control *control = edge_control_value();
@@ -370,7 +382,7 @@ EDGE_INLINE void sketch_ask(struct sketch_ask *ask, const struct edge_view *view
 	};
 }
 
-/* Takes one from what a peer, a proof or an ID has. */
+/* Takes one from the limit of a peer, a proof or an ID. */
 EDGE_INLINE bool sketch_take(const struct edge_view *view, __u64 a, __u64 b, __u32 purpose)
 {
 	struct sketch_ask ask;
@@ -386,9 +398,10 @@ EDGE_INLINE void sketch_ask_source(struct sketch_ask *ask, const struct edge_vie
 	ask->ipv4 = ipv4;
 }
 
-/* Looks at all levels of a source. Connections are charged by the exact clock, of which the coarse one is behind: the last
- * of a burst within a tick would seem to come before the first, and be refused. So whoever is refused by less than a
- * tick is looked at by the exact clock; to refuse all others costs one comparison. */
+/* Looks at all levels of a source. Connections are charged by the exact clock, and the coarse
+ * clock is behind it: within a tick, the last packet of a burst would seem to come before the
+ * first, and be refused. So a source that is refused by less than a tick is looked at by the
+ * exact clock; for all others that costs one comparison. */
 EDGE_INLINE bool sketch_look_source(struct sketch_ask *ask, const struct edge_view *view, const enum edge_program program)
 {
 	if (sketch_look(ask))
@@ -399,7 +412,8 @@ EDGE_INLINE bool sketch_look_source(struct sketch_ask *ask, const struct edge_vi
 	return sketch_look(ask);
 }
 
-/* Takes one from what a source has at each level, the narrowest first; the first refusal ends it. */
+/* Takes one from the limit of a source at each level, the narrowest first; the first refusal
+ * ends it. */
 EDGE_INLINE bool sketch_take_source(struct sketch_ask *ask, const struct edge_view *view)
 {
 	if (view->read_only)
@@ -407,7 +421,7 @@ EDGE_INLINE bool sketch_take_source(struct sketch_ask *ask, const struct edge_vi
 	return sketch_charge(ask, 0) && sketch_charge(ask, 1) && (ask->ipv4 || sketch_charge(ask, 2));
 }
 
-/* The key that caps count by: IPv4 /32, IPv6 /64. */
+/* The key under which caps count: IPv4 /32, IPv6 /64. */
 EDGE_INLINE struct edge_source source_cap_key(const __u64 address[2], bool ipv4)
 {
 	struct edge_source key;

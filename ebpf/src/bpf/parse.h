@@ -1,12 +1,13 @@
 /* From a frame to addresses, ports and lengths: section 1 of the specification.
  *
- * Functions that are not inline are verified once, by themselves: what they leave in a packet is just numbers to
- * their callers, so that the paths through the program add up instead of multiplying.
+ * The verifier checks functions that are not inline once, by themselves. What they leave in a
+ * packet is just numbers to their callers, so that the paths through the program add up instead of
+ * multiplying.
  *
- * 1. Offsets count from the frame's start. Pointers into the frame are taken afresh at each step: a pull invalidates
- *    them.
- * 2. Lengths are checked against the frame, frags included; what is read lies in its linear part, where
- *    `frame_gather` has brought it.
+ * 1. Offsets count from the start of the frame. Each step takes pointers into the frame afresh: a
+ *    pull invalidates them.
+ * 2. Lengths are checked against the whole frame, its fragments included. What is read lies in the
+ *    linear part, where `frame_gather` has brought it.
  */
 #ifndef MILLRACE_PARSE_H
 #define MILLRACE_PARSE_H
@@ -23,12 +24,14 @@
 #define TCP_BYTES 20
 #define LINK_BYTES_MAX (ETHERNET_BYTES + 2 * VLAN_BYTES)
 #define NETWORK_END_MAX (LINK_BYTES_MAX + IPV6_BYTES)
-/* What is read of a transport header and behind it: UDP, a long QUIC header with its IDs, a token. */
+/* Bytes that are read of a transport header and behind it: UDP, a long QUIC header with its IDs,
+ * a token. */
 #define TRANSPORT_BYTES 128
-/* Last offset at which a transport header is looked at: past it, its extension headers are too many. */
+/* Last offset at which the program reads a transport header: past it, there are too many
+ * extension headers. */
 #define TRANSPORT_MAX (NETWORK_END_MAX + EDGE_EXTENSION_BYTES_MAX)
 #define PULL_BYTES 256
-/* Past all headers that are looked at; the verifier wants a bound. */
+/* An offset past all headers that are read; the verifier wants a bound. */
 #define FRAME_OFFSET_MAX 0x7ff
 
 enum ether_type { ETHER_IPV4 = 0x0800, ETHER_IPV6 = 0x86dd, ETHER_VLAN = 0x8100, ETHER_SERVICE_VLAN = 0x88a8 };
@@ -81,7 +84,7 @@ EDGE_INLINE __u32 frame_linear(const struct xdp_md *ctx)
 	return ctx->data_end - ctx->data;
 }
 
-/* Brings the first `bytes` of a frame that has as many into its linear part. */
+/* Brings the first `bytes` of a frame into its linear part, if the frame has that many. */
 EDGE_INLINE bool frame_gather(struct xdp_md *ctx, __u32 bytes)
 {
 	if (frame_linear(ctx) >= bytes)
@@ -89,7 +92,8 @@ EDGE_INLINE bool frame_gather(struct xdp_md *ctx, __u32 bytes)
 	return bpf_ksym_exists(bpf_xdp_pull_data) && bpf_xdp_pull_data(ctx, bytes) == 0;
 }
 
-/* The ordinary case is first: a frame whose linear part holds the link and network headers needs no call. */
+/* The ordinary case comes first: a frame whose linear part holds the link and network headers
+ * needs no call. */
 EDGE_INLINE void frame_gather_headers(struct xdp_md *ctx)
 {
 	__u64 bytes;
@@ -100,7 +104,7 @@ EDGE_INLINE void frame_gather_headers(struct xdp_md *ctx)
 	frame_gather(ctx, bytes < PULL_BYTES ? bytes : PULL_BYTES);
 }
 
-/* Whether the frame reaches `end`; if so, the headers in front of it are linear. */
+/* Whether the frame reaches `end`. If it does, the headers in front of it are linear. */
 EDGE_INLINE bool frame_reaches(struct xdp_md *ctx, __u32 end)
 {
 	if (end <= frame_linear(ctx))
@@ -137,7 +141,8 @@ EDGE_INLINE int parse_ipv4(struct xdp_md *ctx, struct edge_packet *packet)
 	return fragment & 0x1fff ? R_PASS_OTHER : GO_ON;
 }
 
-/* Walks to the transport header. Extension headers are rare, and may lie past the linear part: they are copied. */
+/* Walks to the transport header. Extension headers are rare and may lie past the linear part, so
+ * they are copied. */
 EDGE_INLINE int parse_extensions(struct xdp_md *ctx, struct edge_packet *packet, __u8 next)
 {
 	__u32 at = packet->transport;
@@ -193,7 +198,8 @@ EDGE_INLINE int parse_ipv6(struct xdp_md *ctx, struct edge_packet *packet)
 	packet->transport = packet->network + IPV6_BYTES;
 	packet->end = packet->transport + payload_bytes;
 	packet->fragment = packet->options = false;
-	/* IPv4 in IPv6, which the host drops too: no packet may have the words of an IPv4 source and the trie of IPv6. */
+	/* IPv4 in IPv6, which the host drops too: no packet may have the words of an IPv4 source
+	 * and the trie of IPv6. */
 	if (!packet->source[0] && (__u32)packet->source[1] == V4_MAPPED)
 		return R_MALFORMED_IP;
 	if (!frame_reaches(ctx, packet->end))
@@ -268,7 +274,7 @@ __noinline int parse_frame(struct xdp_md *ctx, struct edge_packet *packet)
 	return reason == GO_ON ? parse_ports(ctx, packet) : reason;
 }
 
-/* Whether no unicast packet of somebody else has this address. */
+/* Whether no unicast packet of another host has this address. */
 EDGE_INLINE bool address_is_martian(const __u64 address[2], bool ipv4)
 {
 	__u32 word = address[1] >> 32, first = word & 0xff;
@@ -280,7 +286,8 @@ EDGE_INLINE bool address_is_martian(const __u64 address[2], bool ipv4)
 	return !address[0] && (!address[1] || address[1] == 1ull << 56);
 }
 
-/* What the host would never answer, the program must not either: answers swap the addresses, link and network. */
+/* Whether the host would never answer the packet. Then the program must not answer it either: an
+ * answer swaps the addresses, of link and network. */
 EDGE_INLINE bool packet_is_martian(const struct xdp_md *ctx, const struct edge_packet *packet)
 {
 	const __u8 *link = frame_at(ctx, 0, ETHERNET_BYTES);
@@ -292,8 +299,8 @@ EDGE_INLINE bool packet_is_martian(const struct xdp_md *ctx, const struct edge_p
 	       (packet->source[0] == packet->destination[0] && packet->source[1] == packet->destination[1]);
 }
 
-/* Steps 6 and 7. Past it, `TRANSPORT_BYTES` of the packet from its transport header on, or all if there are fewer,
- * are linear. */
+/* Steps 6 and 7. Afterwards `TRANSPORT_BYTES` of the packet from its transport header on are
+ * linear, or all if there are fewer. */
 EDGE_INLINE int parse_transport(struct xdp_md *ctx, struct edge_packet *packet)
 {
 	__u32 held_bytes, header_bytes, wanted;

@@ -1,5 +1,5 @@
-/* QUIC: what RFC 9000 says of a first packet, our connection IDs, tokens and proofs: sections 2 and 4 of the
- * specification. */
+/* QUIC: first packets (RFC 9000), the node's connection IDs, tokens and proofs: sections 2 and 4
+ * of the specification. */
 #ifndef MILLRACE_QUIC_H
 #define MILLRACE_QUIC_H
 
@@ -37,7 +37,7 @@ struct {
 
 enum quic_class { QUIC_DIAL_REQUEST, QUIC_KNOWN, QUIC_VERSION, QUIC_INITIAL };
 
-/* Offsets count from the payload's start. */
+/* Offsets count from the start of the payload. */
 struct quic_header {
 	__u32 class; /* enum quic_class */
 	__u32 id; /* of the destination ID */
@@ -126,14 +126,14 @@ EDGE_INLINE int quic_classify(struct xdp_md *ctx, const struct edge_packet *pack
 
 enum id_state { ID_UNKNOWN, ID_EXPIRED, ID_VALID };
 
-/* When an ID or a token was made, if its tag is right. */
+/* The epoch in which an ID or a token was made, provided that its tag is right. */
 struct quic_made {
 	__u64 epoch; /* the last one up to the present that ends in its five bits: what its tag is over */
 	__u32 age; /* in epochs: holds up to 1 */
 };
 
-/* User space issues by the exact clock, up to a tick ahead of the coarse one: what seems to be of the next epoch is
- * looked at with that. */
+/* User space issues by the exact clock, which is up to a tick ahead of the coarse one. An ID or
+ * a token that seems to be of the next epoch is checked with the exact clock. */
 EDGE_INLINE struct quic_made quic_made_when(struct edge_view *view, const __u32 shift, __u32 low_bits,
 					    const enum edge_program program)
 {
@@ -147,7 +147,8 @@ EDGE_INLINE struct quic_made quic_made_when(struct edge_view *view, const __u32 
 	return made;
 }
 
-/* An ID of 16 bytes, as words: did we give it out, to this address, and does it hold? */
+/* Checks an ID of 16 bytes, given as words: whether this node issued it to this address, and
+ * whether it has expired. */
 EDGE_INLINE enum id_state id_check(struct edge_view *view, const struct edge_packet *packet, const __u64 id[2],
 				   const enum edge_program program)
 {
@@ -172,8 +173,8 @@ EDGE_INLINE enum id_state id_check(struct edge_view *view, const struct edge_pac
 	return made.age <= 1 ? ID_VALID : ID_EXPIRED;
 }
 
-/* A token of 32 bytes, as words: three that are signed, then the tag. It is read where it lies: the stack has no
- * room for it. */
+/* A token of 32 bytes, as words: three that are signed, then the tag. It is read in place: the
+ * stack has no room for it. */
 struct quic_token {
 	__u64 words[4];
 };
@@ -187,7 +188,8 @@ EDGE_INLINE __u64 token_tag(const struct edge_control *control, const struct edg
 	return siphash24(&control->keys[token->words[0] >> 13 & 3], words, 7);
 }
 
-/* Whether its tag is right. A function of its own: the stack of the program has no room for its rounds. */
+/* Whether the tag is right. It is a function of its own, because the stack of the program has no
+ * room for its rounds. */
 static __noinline bool token_signed(const struct edge_control *control, const struct edge_packet *packet,
 				    const struct quic_token *token, __u64 epoch)
 {
@@ -218,7 +220,8 @@ EDGE_INLINE void token_retry_id(const struct quic_token *token, __u64 id[2])
 	id[1] = tag >> 56 | (tag * RETRY_ID_FACTOR) << 8;
 }
 
-/* GO_ON if the token is ours, for this client and this destination ID, and holds. */
+/* GO_ON if this node made the token, for this client and this destination ID, and it has not
+ * expired. */
 EDGE_INLINE int token_check(struct edge_view *view, const struct edge_packet *packet, const struct quic_token *token,
 			    const __u64 id[2], __u32 id_bytes, const enum edge_program program)
 {
@@ -238,8 +241,8 @@ EDGE_INLINE int token_check(struct edge_view *view, const struct edge_packet *pa
 	return made.age <= 1 ? GO_ON : R_QUIC_EXPIRED_TOKEN;
 }
 
-/* A destination ID of 20 bytes: the proof of a registry peer, made for this address, in these minutes? Then its node's
- * tag. */
+/* Whether a destination ID of 20 bytes is the proof of a registry peer, made for this address
+ * and in these minutes. Gives the tag of its node. */
 EDGE_INLINE bool proof_check(struct edge_view *view, const struct edge_packet *packet, const __u8 *id,
 			     const enum edge_program program, __u32 *node)
 {
@@ -256,7 +259,7 @@ EDGE_INLINE bool proof_check(struct edge_view *view, const struct edge_packet *p
 	return key && siphash24(key, words, 5) == load64(id + 12);
 }
 
-/* Whether the source has as many connections as it may, by the word of a node that lives. */
+/* Whether the source has reached its cap of connections, as counted by a node whose lease holds. */
 EDGE_INLINE bool quic_source_full(struct edge_view *view, const struct edge_packet *packet, const enum edge_program program)
 {
 	struct edge_source source = source_cap_key(packet->source, packet->ipv4);
@@ -300,7 +303,7 @@ EDGE_INLINE int quic_find_token(struct xdp_md *ctx, const struct edge_packet *pa
 	return *bytes > packet->payload_bytes - *at ? R_QUIC_MALFORMED : GO_ON;
 }
 
-/* A destination ID of 20 bytes that is a proof. GO_ON: it is none. */
+/* A destination ID of 20 bytes that may be a proof. GO_ON: it is none. */
 EDGE_INLINE int quic_admit_peer(struct xdp_md *ctx, struct edge_view *view, const struct edge_packet *packet,
 				const enum edge_program program)
 {
@@ -321,7 +324,7 @@ EDGE_INLINE int quic_admit_peer(struct xdp_md *ctx, struct edge_view *view, cons
 	return R_PASS_QUIC_PEER;
 }
 
-/* An Initial that carries no ID of ours. R_TX_RETRY: a Retry is due. */
+/* An Initial without an ID of this node. R_TX_RETRY: a Retry is due. */
 EDGE_INLINE int quic_admit_initial(struct xdp_md *ctx, struct edge_view *view, const struct edge_packet *packet,
 				   const struct quic_header *header, const __u64 id[2], __u32 stress,
 				   const enum edge_program program)
@@ -359,7 +362,7 @@ EDGE_INLINE int quic_admit_initial(struct xdp_md *ctx, struct edge_view *view, c
 	sketch_ask_source(&ask, view, packet->source, packet->ipv4, EDGE_PURPOSE_QUIC);
 	if (!sketch_look_source(&ask, view, program))
 		return R_QUIC_SOURCE_RATE;
-	/* Who gets a Retry is asked for its cap when it comes back. */
+	/* A client that gets a Retry is checked against its cap when it comes back. */
 	if (!token_bytes && (stress != EDGE_STRESS_NORMAL || !budget_charge(view, EDGE_BUDGET_UNVALIDATED)))
 		return packet_is_martian(ctx, packet) ? R_MARTIAN : R_TX_RETRY;
 	if (quic_source_full(view, packet, program))

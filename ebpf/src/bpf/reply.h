@@ -1,4 +1,4 @@
-/* Answers made in place: what a Retry and a SYN cookie have in common. */
+/* Answers made in place: the part that a Retry and a SYN cookie have in common. */
 #ifndef MILLRACE_REPLY_H
 #define MILLRACE_REPLY_H
 
@@ -7,8 +7,8 @@
 #define HOP_LIMIT 64
 #define IPV4_DONT_FRAGMENT 0x4000
 
-/* Room that the stack of 512 bytes has not: the packet's view, and an answer while it is made. XDP runs to its end on
- * one CPU: nobody else is in it. */
+/* Memory that the stack of 512 bytes has no room for: the packet's view, and an answer while it
+ * is made. XDP runs to its end on one CPU, so nothing else uses it meanwhile. */
 struct edge_scratch {
 	struct edge_packet packet;
 	__u8 bytes[256];
@@ -43,7 +43,8 @@ EDGE_INLINE __u16 sum_finish(__u64 sum)
 	return ~sum;
 }
 
-/* Of a pseudo header. Those of a v4-mapped address stand for 0xffff each, which is a zero of this arithmetic. */
+/* The sum of a pseudo header. The constant bytes of a v4-mapped address add 0xffff each, which
+ * is a zero of this arithmetic. */
 EDGE_INLINE __u64 reply_pseudo_sum(const struct edge_packet *packet, __u16 transport_bytes)
 {
 	__u64 sum = bpf_htonl(packet->protocol) + bpf_htonl(transport_bytes);
@@ -69,7 +70,8 @@ EDGE_INLINE void reply_ethernet(__u8 *frame)
 	store32(frame + 8, first >> 16 | second << 16);
 }
 
-/* The IP header of an answer with `transport_bytes` behind it. The caller has checked the bounds. */
+/* Writes the IP header of an answer with `transport_bytes` behind it. The caller has checked the
+ * bounds. */
 EDGE_INLINE void reply_network(__u8 *ip, const struct edge_packet *packet, __u16 transport_bytes)
 {
 	__u32 words[5];
@@ -100,9 +102,10 @@ EDGE_INLINE void reply_network(__u8 *ip, const struct edge_packet *packet, __u16
 		store32(ip + 4 * i, words[i]);
 }
 
-/* Cuts or grows the frame so that it ends with the answer, which then is linear. A frame of several buffers grows in its
- * last one, so that one whose first is shorter than the answer is cut down to it before: what goes then lies behind the
- * IP packet, all of whose headers are linear (`parse_transport`). */
+/* Cuts or grows the frame so that it ends with the answer, which then is linear. A frame of
+ * several buffers grows in its last one. If its first is shorter than the answer, the frame is
+ * cut down to the first before: the bytes that go lie behind the IP packet, all of whose headers
+ * are linear (`parse_transport`). */
 EDGE_INLINE bool reply_resize(struct xdp_md *ctx, __u32 bytes)
 {
 	__u32 whole = bpf_xdp_get_buff_len(ctx), linear = frame_linear(ctx);

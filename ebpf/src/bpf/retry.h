@@ -1,9 +1,9 @@
-/* A Retry (RFC 9000, 17.2.5), made in place of the Initial that it answers. No state stays behind: all is in the
- * token.
+/* A Retry (RFC 9000 section 17.2.5), made in place of the Initial that it answers. The program
+ * keeps no state: all of it is in the token.
  *
- * Its integrity tag is AES-128-GCM over nothing but associated data, under a key and a nonce that RFC 9001 prints
- * (5.8). So the block cipher is run once, by `build.rs`: what is left is GHASH, a product in GF(2^128) for each 16
- * bytes, by tables.
+ * The integrity tag is AES-128-GCM over associated data alone, under a key and a nonce that RFC
+ * 9001 prints (section 5.8). So `build.rs` runs the block cipher once; what remains is GHASH, a
+ * product in GF(2^128) for each 16 bytes, by tables.
  */
 #ifndef MILLRACE_RETRY_H
 #define MILLRACE_RETRY_H
@@ -16,7 +16,8 @@
 #define RETRY_FIRST 0xf0
 #define RETRY_FIXED_BYTES 71 /* without the client's ID */
 #define RETRY_BYTES_MAX 96 /* rounded up */
-/* In the scratch: the original ID ends where the Retry begins, which is also the order in which both are signed. */
+/* Offset in the scratch memory. The original ID ends where the Retry begins, which is the order
+ * in which both are signed. */
 #define RETRY_AT 24
 #define SIGNED_BLOCKS_MAX 6 /* 1 + 20 + 55 + 20 bytes */
 
@@ -25,7 +26,8 @@ struct ghash_entry {
 	__u64 second;
 };
 
-/* [position of a byte][its value]: the product with H of a block that is zero but for it. */
+/* [position of a byte][its value]: the product of H and a block that is zero except for this
+ * byte. */
 static const struct ghash_entry ghash_table[BLOCK_BYTES][256] = GHASH_TABLE;
 
 EDGE_INLINE void ghash_multiply(__u64 block[2])
@@ -43,7 +45,8 @@ EDGE_INLINE void ghash_multiply(__u64 block[2])
 	block[1] = second;
 }
 
-/* Signs `bytes` of the scratch that end with the Retry, and puts the tag behind them; the rest is zero. */
+/* Signs the `bytes` of the scratch memory that end with the Retry, and puts the tag behind them;
+ * the rest is zero. */
 EDGE_INLINE bool retry_sign(__u32 start, __u32 bytes)
 {
 	struct edge_scratch *room = reply_scratch();
@@ -80,7 +83,7 @@ EDGE_INLINE void retry_mint(const struct edge_control *control, const struct edg
 	token->words[3] = token_tag(control, packet, token, epoch);
 }
 
-/* Puts the Retry into the scratch, at RETRY_AT; 0, or its length. */
+/* Builds the Retry in the scratch memory, at RETRY_AT. Returns its length, or 0. */
 EDGE_INLINE __u32 retry_make(struct xdp_md *ctx, const struct edge_packet *packet, const struct quic_header *header,
 			     __u64 now_ns)
 {

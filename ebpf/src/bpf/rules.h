@@ -1,5 +1,5 @@
-/* The firewall: one walk through a trie of strides of eight bits gives the rule that decides, or the service's
- * default. */
+/* The firewall: one walk through a trie, eight bits a step, finds the rule that decides, or the
+ * service's default. */
 #ifndef MILLRACE_RULES_H
 #define MILLRACE_RULES_H
 
@@ -23,7 +23,7 @@ struct {
 	__type(value, struct edge_sparse);
 } sparse4 SEC(".maps"), sparse6 SEC(".maps");
 
-/* The entry of a byte: the starts that are not above it are counted, without a branch. */
+/* The entry of a byte: counts the starts that are not above it, without a branch. */
 EDGE_INLINE __u32 sparse_entry(const struct edge_sparse *node, __u32 byte)
 {
 	__u32 run = 0;
@@ -64,7 +64,8 @@ EDGE_INLINE __u32 trie4_find(__u32 root, __u32 address)
 	return ENTRY_NONE;
 }
 
-/* The leaf of an IPv6 address, given as words. Sixteen steps have many exits: verified by itself. */
+/* The leaf of an IPv6 address, given as words. Sixteen steps have many exits, so the verifier
+ * checks this function by itself. */
 __noinline __u32 trie6_find(__u32 root, __u64 first, __u64 second)
 {
 	__u32 entry = root;

@@ -1,5 +1,5 @@
-/* Companions of `edge` in tcx: `stamp` turns its stamp into a mark that nftables can see, `learn` remembers what this
- * host sends. */
+/* Companions of `edge` in tcx: `stamp` turns the stamp of `edge` into a mark that nftables can
+ * read, `learn` remembers the flows that this host sends. */
 #include "replies.h"
 
 char LICENSE[] SEC("license") = "GPL";
@@ -11,9 +11,9 @@ char LICENSE[] SEC("license") = "GPL";
 
 /* The kind of stamp that the program left; 0: none.
  *
- * Generic XDP on Linux 6.9 and later may move a packet to new memory and forget how long its link header is. Then
- * `data` is the network header, and what stands in front of it is the link header, not the stamp; but the length that
- * XDP gave the stamp is there, and says which it is. */
+ * Generic XDP on Linux 6.9 and later may move a packet to new memory and forget how long its
+ * link header is. Then `data` is the network header, and in front of it stands the link header,
+ * not the stamp; but the length of the metadata is there, and tells the kind. */
 EDGE_INLINE __u32 stamp_kind(const struct __sk_buff *skb)
 {
 	const void *start = (void *)(long)skb->data_meta, *end = (void *)(long)skb->data;
@@ -31,7 +31,8 @@ EDGE_INLINE __u32 stamp_kind(const struct __sk_buff *skb)
 	return halves[EDGE_STAMP_REJECT_BYTES / 2 - 1] == skb->protocol ? EDGE_STAMP_REJECT : 0;
 }
 
-/* Ingress. A mark of ours comes from a stamp only: one that the frame already had is taken away. */
+/* Ingress. A mark of the edge comes from a stamp only: one that the frame already had is
+ * removed. */
 SEC("tcx/ingress")
 int stamp(struct __sk_buff *skb)
 {
@@ -46,7 +47,7 @@ int stamp(struct __sk_buff *skb)
 	return TCX_NEXT;
 }
 
-/* One packet on its way out, as its answer would have it. */
+/* An outgoing packet, seen from its answer. */
 struct sent {
 	__u64 remote[2];
 	__u64 local[2];
@@ -55,7 +56,7 @@ struct sent {
 	bool ipv4;
 };
 
-/* Whether somebody listens there: then it was not this host who opened the connection. */
+/* Whether a socket of this host listens there: then another host opened the connection. */
 EDGE_INLINE bool is_served(struct __sk_buff *skb, const struct sent *sent, __be16 port)
 {
 	struct bpf_sock_tuple tuple = {};
@@ -79,9 +80,10 @@ EDGE_INLINE bool is_served(struct __sk_buff *skb, const struct sent *sent, __be1
 	return listens;
 }
 
-/* What this host only answers is not remembered: it would never be asked for, and would push out what is, at the pace of whoever
- * connects. Connections that are older than the scope are known by their next segment, unless they are to a listener. A reset ends
- * one; and it may be how the firewall refuses: remembered, it would let the next packet of that sender in. */
+/* Answers of this host are not remembered: no packet would look them up, and clients could push
+ * out the flows that are needed. Connections that are older than the scope are learned from
+ * their next segment, unless they belong to a listener. A reset ends a flow. The firewall may
+ * also refuse with a reset: remembered, that would let the sender's next packet in. */
 EDGE_INLINE void learn_flow(struct __sk_buff *skb, struct edge_view *view, const struct sent *sent)
 {
 	bool tcp = sent->protocol == IPPROTO_TCP;
@@ -125,7 +127,7 @@ EDGE_INLINE void learn_ipv4(struct __sk_buff *skb, struct edge_view *view)
 	learn_flow(skb, view, &sent);
 }
 
-/* This host sends no extension headers in front of UDP and TCP that an answer would have to follow. */
+/* This host sends no extension headers in front of UDP and TCP that an answer would repeat. */
 EDGE_INLINE void learn_ipv6(struct __sk_buff *skb, struct edge_view *view)
 {
 	struct sent sent = { .transport = ETHERNET_BYTES + IPV6_BYTES };
@@ -141,7 +143,7 @@ EDGE_INLINE void learn_ipv6(struct __sk_buff *skb, struct edge_view *view)
 	learn_flow(skb, view, &sent);
 }
 
-/* Egress. Idle unless the set in force owns the whole host. */
+/* Egress. Does nothing unless the set in force owns the whole host. */
 SEC("tcx/egress")
 int learn(struct __sk_buff *skb)
 {

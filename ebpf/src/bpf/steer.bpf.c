@@ -1,8 +1,9 @@
-/* Chooses the socket of a reuseport group by the datagram's destination connection ID: its first byte, modulo the
- * shards.
+/* Chooses the socket of a reuseport group by the datagram's destination connection ID: its first
+ * byte, modulo the shards.
  *
  * The rule is that of the classic program in `shards/src/socket.rs`, under the same tests
- * (`engine/cli/tests/steering.rs`). It never drops: without a socket in the table, the kernel's own hash chooses.
+ * (`engine/cli/tests/steering.rs`). It never drops: without a socket in the table, the kernel's own
+ * hash chooses.
  */
 #include "kernel.h"
 #include <bpf/bpf_helpers.h>

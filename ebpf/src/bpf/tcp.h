@@ -9,7 +9,7 @@
 #define TCP_BYTES_MAX 60
 #define TCP_MSS_OPTION 0x0204 /* kind 2, 4 bytes */
 #define SYN_ACK_BYTES 24
-/* 20 segments of 1,460 bytes: below what the kernel will grant once the cookie comes back. */
+/* 20 segments of 1,460 bytes: below what the kernel grants once the cookie comes back. */
 #define SYN_ACK_WINDOW 29200
 
 /* GO_ON: the source is within its rates and its cap. */
@@ -46,12 +46,12 @@ EDGE_INLINE struct bpf_sock *find_socket(struct xdp_md *ctx, const struct edge_p
 	return bpf_skc_lookup_tcp(ctx, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
 }
 
-/* What else than a cookie comes of asking for one. */
+/* Results of asking for a cookie other than a cookie. */
 enum { COOKIE_NONE = -1, COOKIE_ROOM = -2 };
 
-/* Why a listener gave no cookie. With `tcp_syncookies` = 1 there is none as long as its request queue has room: then
- * SYNs may go there, for once it is full there will be cookies. With 0 there never will; and a listener whose accept
- * queue is full drops every SYN. */
+/* Why a listener gave no cookie. With `tcp_syncookies` = 1 it gives none while its request queue
+ * has room: then SYNs may go to it, because it gives cookies once the queue is full. With 0 it
+ * never gives any. A listener whose accept queue is full drops every SYN. */
 EDGE_INLINE bool listener_has_room(struct bpf_sock *listener)
 {
 	const struct sock *sk = (const void *)bpf_skc_to_tcp_sock(listener);
@@ -60,7 +60,8 @@ EDGE_INLINE bool listener_has_room(struct bpf_sock *listener)
 	       sk->sk_ack_backlog <= sk->sk_max_ack_backlog;
 }
 
-/* Sequence number in the low half, largest segment in the high one, as the kernel has it; or COOKIE_NONE or COOKIE_ROOM. */
+/* Sequence number in the low half, largest segment in the high half, as the kernel returns it;
+ * or COOKIE_NONE or COOKIE_ROOM. */
 __noinline __s64 cookie_ask_kernel(struct xdp_md *ctx, const struct edge_packet *packet)
 {
 	struct edge_scratch *room = reply_scratch();
@@ -142,7 +143,8 @@ __noinline int cookie_send(struct xdp_md *ctx, const struct edge_packet *packet,
 	return true;
 }
 
-/* Whether no connection takes the segment, but a listener: there it can only be the end of a handshake by a cookie. */
+/* Whether no connection takes the segment, but a listener does: then it can only end a handshake
+ * by a cookie. */
 __noinline int meets_listener_kernel(struct xdp_md *ctx, const struct edge_packet *packet)
 {
 	struct bpf_sock *socket;
@@ -164,8 +166,8 @@ EDGE_INLINE bool meets_listener(struct xdp_md *ctx, const struct edge_view *view
 	return program == EDGE_TEST ? view->mock->meets_listener : meets_listener_kernel(ctx, packet);
 }
 
-/* Section 5, step 1. A cookie can be taken up without a SYN, and again and again while it lasts. Segments of established
- * connections pay for that only while somebody does. */
+/* Section 5, step 1. A client can take up a cookie without a SYN, and again while the cookie
+ * lasts. Segments of established connections pay for this check only while some client does. */
 EDGE_INLINE int tcp_go_on(struct xdp_md *ctx, struct edge_view *view, const struct edge_packet *packet,
 			  const enum edge_program program)
 {
@@ -178,7 +180,8 @@ EDGE_INLINE int tcp_go_on(struct xdp_md *ctx, struct edge_view *view, const stru
 	return reason != GO_ON && meets_listener(ctx, view, packet, program) ? reason : R_PASS_TCP;
 }
 
-/* Section 5. With R_TX_SYN_COOKIE, `cookie` is what to send; `without`: what becomes of the SYN if it cannot be sent. */
+/* Section 5. With R_TX_SYN_COOKIE, `cookie` is what to send. `without`: the reason of the SYN if
+ * the cookie cannot be sent. */
 EDGE_INLINE int tcp_admit(struct xdp_md *ctx, struct edge_view *view, const struct edge_packet *packet,
 			  const enum edge_program program, __s64 *cookie, int *without)
 {

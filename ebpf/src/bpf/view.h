@@ -1,8 +1,9 @@
-/* What one packet meets: what user space has set, the clock, and which of the three entry points is running.
+/* The inputs of a decision: the state that user space has set, the clock, and which of the entry
+ * points is running.
  *
- * `edge` acts on real packets. `edge_trace` looks at it and changes nothing. `edge_test` takes clock and cookie
- * from the map `mock`. The argument `program` is a constant after inlining: each entry point carries only its own
- * branches.
+ * `edge` decides on real packets. `edge_trace` looks at one and changes nothing. `edge_test` takes
+ * clock and cookie from the map `mock`. The argument `program` is a constant after inlining: each
+ * entry point carries only its own branches.
  */
 #ifndef MILLRACE_VIEW_H
 #define MILLRACE_VIEW_H
@@ -15,8 +16,9 @@
 
 #define EDGE_INLINE static __always_inline
 
-/* Makes the compiler take a value as it stands here. It would else rearrange a sum so that the verifier loses sight
- * of its bounds, or compute a pointer twice, of which the verifier has seen one checked. */
+/* Makes the compiler take a value as it stands here. Otherwise it would rearrange a sum so that
+ * the verifier loses its bounds, or compute a pointer twice, of which the verifier has seen one
+ * checked. */
 #define OPAQUE(value) asm volatile("" : "+r"(value))
 
 /* Bytes 8 to 12 of a v4-mapped address, as they are loaded. */
@@ -42,7 +44,7 @@ struct {
 	__type(value, struct edge_ports);
 } ports SEC(".maps");
 
-/* What user space has said, as one packet sees it: read once. */
+/* The state that user space has set, as one packet sees it: read once. */
 struct edge_view {
 	const struct edge_control *control;
 	const struct edge_config *config;
@@ -83,9 +85,10 @@ EDGE_INLINE void store16be(void *at, __u16 value)
 	*(__u16 *)at = bpf_htons(value);
 }
 
-/* A step of the coarse clock is a tick (4 ms at 250 Hz). It costs 14 ns, the exact one 33 ns. Limits lose nothing by
- * it: time that stands still refuses too much, never too little, and their bursts hold many ticks. Only the IDs that
- * user space has just issued need the exact one (`quic.h`). */
+/* A step of the coarse clock is a tick (4 ms at 250 Hz). It costs 14 ns, the exact clock 33 ns.
+ * Limits lose nothing by it: a clock that stands still refuses too much, never too little, and
+ * bursts hold many ticks. Only IDs that user space has just issued need the exact clock
+ * (`quic.h`). */
 EDGE_INLINE __u64 view_now(struct edge_view *view, const enum edge_program program)
 {
 	if (view->now_ns)
@@ -109,7 +112,8 @@ EDGE_INLINE __u32 view_stress(struct edge_view *view, const enum edge_program pr
 	return view_now(view, program) < view->control->lease_until_ns ? view->control->stress : EDGE_STRESS_NORMAL;
 }
 
-/* An active set that nobody confirmed gives way by the clock, whether or not anybody lives to take it back. */
+/* A set on probation that no operator confirmed ends by the clock, whether or not a process
+ * lives to take it back. */
 EDGE_INLINE void view_choose_generation(struct edge_view *view, const enum edge_program program)
 {
 	__u64 revert_at_ns = view->control->revert_at_ns;

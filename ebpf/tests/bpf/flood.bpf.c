@@ -1,8 +1,9 @@
 /* A flood of first packets from made-up sources, and the far end of the wire that it goes over.
  *
- * `generate` runs as live frames (BPF_F_TEST_XDP_LIVE_FRAMES). The kernel reuses their pages, in which a receiver's edits stay, as a Retry
- * written in place: so every packet's headers are written anew. The length that the receiver left stays as well, unless the
- * program changes it: so every packet is cut from a template that is longer.
+ * `generate` runs as live frames (BPF_F_TEST_XDP_LIVE_FRAMES). The kernel reuses their pages, and
+ * edits of a receiver stay in them, as those of a Retry written in place: so `generate` writes
+ * every packet's headers anew. The length that the receiver left stays as well, unless the program
+ * changes it: so it cuts every packet from a template that is longer.
  */
 #include "kernel.h"
 #include <bpf/bpf_endian.h>
@@ -96,7 +97,8 @@ int generate(struct xdp_md *ctx)
 	return bpf_redirect(setup.interface, 0);
 }
 
-/* Takes what is for this host; swallows, and counts, answers to sources that were made up. Native XDP here is also what lets XDP_TX through at the other end. */
+/* Takes what is for this host; swallows, and counts, answers to sources that were made up.
+ * Native XDP here is also what lets XDP_TX through at the other end. */
 SEC("xdp.frags")
 int far_end(struct xdp_md *ctx)
 {

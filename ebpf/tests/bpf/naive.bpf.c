@@ -1,4 +1,5 @@
-/* What the limiter must not be: a load, a decision and a store, without a compare-and-swap. A control for `limiter.rs`. */
+/* What the limiter must not be: a load, a decision and a store, without a compare-and-swap. A
+ * control for `limiter.rs`. */
 #include "kernel.h"
 #include <bpf/bpf_helpers.h>
 

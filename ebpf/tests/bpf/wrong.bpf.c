@@ -1,4 +1,5 @@
-/* The edge with a defect: who is denied gets in, and who is allowed does not. What the self-test must find; for `selftest.rs`. */
+/* The edge with a defect: denied sources get in, and allowed ones do not. The self-test must
+ * find it; for `selftest.rs`. */
 #include "kernel.h"
 #include "abi.h"
 #define EDGE_ALLOW EDGE_DENY

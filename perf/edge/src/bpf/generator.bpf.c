@@ -1,8 +1,10 @@
-/* Hostile packets. `generate` runs as live frames (BPF_F_TEST_XDP_LIVE_FRAMES) and sends each to the veth; `repeat` runs as
- * an ordinary test run and hands each to another program, whose cost is measured.
+/* Hostile packets. `generate` runs as live frames (BPF_F_TEST_XDP_LIVE_FRAMES) and sends each to
+ * the veth; `repeat` runs as an ordinary test run and hands each to another program, whose cost is
+ * measured.
  *
- * The kernel reuses the pages of live frames, and a receiver's edits (a Retry written in place) stay in them. So every
- * packet is written anew up to `written`, whatever was there. Constants are set before loading: the verifier folds them.
+ * The kernel reuses the pages of live frames, and a receiver's edits (a Retry written in place)
+ * stay in them. So every packet is written anew up to `written`. Constants are set before loading:
+ * the verifier folds them.
  */
 #include "xdp.h"
 
@@ -133,8 +135,8 @@ int generate(struct xdp_md *ctx)
 		return XDP_ABORTED;
 	if (interval_ns)
 		pace();
-	/* A receiver that answers in place leaves its length in the frame, and the kernel does not notice. It takes the length
-	 * anew when this program changes it. */
+	/* A receiver that answers in place leaves its length in the frame, and the kernel does
+	 * not notice. It takes the length anew when this program changes it. */
 	if (spare_bytes)
 		bpf_xdp_adjust_tail(ctx, -(int)spare_bytes);
 	state.sent++;

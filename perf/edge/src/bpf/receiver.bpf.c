@@ -1,4 +1,5 @@
-/* What stands at the ends of the veth when the edge does not: programs that pass or drop all, and the attacker's end. */
+/* The programs at the ends of the veth where the edge is not: some pass or drop all, one is the
+ * attacker's end. */
 #include "xdp.h"
 
 #define RETRY_BYTES 124
@@ -56,7 +57,8 @@ int shorten(struct xdp_md *ctx)
 	return XDP_TX;
 }
 
-/* The attacker's end: answers to addresses that the attacker made up are counted and gone; the rest is the client's. */
+/* The attacker's end: answers to addresses that the attacker made up are counted and dropped;
+ * the rest goes to the client. */
 SEC("xdp")
 int attacker(struct xdp_md *ctx)
 {

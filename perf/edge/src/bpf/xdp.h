@@ -1,4 +1,5 @@
-/* The little of the kernel's interface that the testbed's programs use; no dump of the kernel's types. */
+/* The part of the kernel's interface that the testbed's programs use; no dump of the kernel's
+ * types. */
 #ifndef BENCH_XDP_H
 #define BENCH_XDP_H
 
