@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use millrace_protocol::frame::{Class, Limits};
+use millrace_protocol::frame::{Class, Header, Limits};
 use millrace_protocol::rpc::RpcLimits;
 
 /// Congestion control of a path.
@@ -170,11 +170,24 @@ impl Default for TransportConfig {
 }
 
 impl TransportConfig {
-    /// What one connection may make this node hold besides chunks, bytes: queues at their bounds and a window of unread data.
+    /// Bytes that lanes of class latency and of class normal take beyond their bound, for refusals and
+    /// cancellations alone: a header for each request that may be in flight, in either direction. So
+    /// a full queue never keeps a refusal from the peer that waits.
+    pub(crate) fn lane_headroom_bytes(&self) -> [usize; 2] {
+        let (out, inward) = (&self.requests_out_max, &self.requests_in_max);
+        let latency = out.latency.saturating_add(inward.latency);
+        let rest = [out.normal, out.bulk, inward.normal, inward.bulk];
+        let rest = rest.into_iter().fold(0, u32::saturating_add);
+        [latency, rest].map(|requests| requests as usize * Header::BYTES)
+    }
+
+    /// What one connection may make this node hold besides chunks, bytes: queues at their bounds,
+    /// with the headroom of lanes for refusals, and a window of unread data.
     pub fn connection_budget_bytes(&self) -> u64 {
         let queues = self.lane_queue_bytes.latency
             + self.lane_queue_bytes.normal
             + self.lane_queue_bytes.bulk;
-        queues as u64 + self.connection_window_bytes
+        let headroom: usize = self.lane_headroom_bytes().into_iter().sum();
+        (queues + headroom) as u64 + self.connection_window_bytes
     }
 }

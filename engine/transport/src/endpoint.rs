@@ -326,6 +326,7 @@ impl Datapath for Endpoint {
             Command::Request(remote) => self.parts.state.request_remote(*remote),
             Command::Cancel(call) => self.cancel(&call),
             Command::Send(remote) => self.parts.state.send_remote(*remote),
+            Command::OnWritable(remote) => self.parts.state.on_writable_remote(*remote),
         }
     }
 

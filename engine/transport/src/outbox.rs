@@ -5,7 +5,8 @@
 //! loses packets, normal messages take streams of their own instead ([`Outbox::set_lossy`]).
 //!
 //! Invariants
-//! 1. `queued[class]` is the number of bytes in `pending` and `blocked` of that class's lanes, and never exceeds its bound plus one frame.
+//! 1. `queued[class]` is the number of bytes in `pending` and `blocked` of that class's lanes, and never exceeds its bound plus one frame, or plus the
+//!    headroom for refusals and cancellations.
 //! 2. A frame is never torn: a lane's bytes are offered to the path in order until all are taken.
 //! 3. An outbox feeds one kind of path for its life: QUIC, or the memory network.
 
@@ -139,6 +140,28 @@ impl Messages {
             Self::Memory(memory) => memory.is_idle(),
         }
     }
+
+    fn queued(&self, class: Class) -> usize {
+        match self {
+            Self::Streams(streams) => streams.queued(class),
+            Self::Memory(memory) => memory.queued(class),
+        }
+    }
+
+    fn queued_bytes(&self, class: Class) -> u64 {
+        match self {
+            Self::Streams(streams) => streams.queued_bytes(class),
+            Self::Memory(_) => 0,
+        }
+    }
+}
+
+/// The class of the lanes that carry small frames of `class`.
+fn lane_class(class: Class) -> Class {
+    match class {
+        Class::Latency => Class::Latency,
+        Class::Normal | Class::Bulk => Class::Normal,
+    }
 }
 
 /// A message to be taken back.
@@ -156,6 +179,12 @@ pub(crate) struct Outbox {
     turn_lane: usize,
     queued: [usize; 2],
     queue_max: PerClass<usize>,
+    /// Room beyond the bound for refusals and cancellations, for each class of lanes.
+    headroom: [usize; 2],
+    streams_max: PerClass<usize>,
+    /// What refused a message, and was not found writable since: lanes and streams of each class.
+    lanes_refused: [bool; 2],
+    streams_refused: [bool; 3],
     lane_body_max: usize,
     lossy: bool,
     messages: Messages,
@@ -194,6 +223,10 @@ impl Outbox {
             turn_lane: 1,
             queued: [0; 2],
             queue_max: config.lane_queue_bytes,
+            headroom: config.lane_headroom_bytes(),
+            streams_max: config.stream_queue_messages,
+            lanes_refused: [false; 2],
+            streams_refused: [false; 3],
             lane_body_max: config.limits.lane_body_bytes_max as usize,
             lossy: false,
             messages,
@@ -213,41 +246,81 @@ impl Outbox {
         let alone = self.lossy
             && header.class == Class::Normal
             && matches!(header.kind, Kind::Request | Kind::Response);
-        match body.as_slice() {
-            Some(slice) if slice.len() <= self.lane_body_max && !alone => {
-                self.push_frame(header, slice)
-            }
-            _ => self.messages.enqueue(Outgoing { header, body }),
+        if body.len() > self.lane_body_max as u64 || alone {
+            let enqueued = self.messages.enqueue(Outgoing { header, body });
+            self.streams_refused[header.class.index()] |= enqueued.is_err();
+            return enqueued;
         }
-    }
-
-    /// Bytes that wait to be sent, for each class; small frames of class bulk count as normal.
-    pub(crate) fn queued_bytes(&self) -> PerClass<u64> {
-        PerClass {
-            latency: self.queued[0] as u64,
-            normal: self.queued[1] as u64,
-            bulk: 0,
+        match &body {
+            Payload::Empty => self.push_frame(header, &[]),
+            Payload::Bytes(bytes) => self.push_frame(header, bytes),
+            Payload::Chunks(chunks) => {
+                let slice_bytes = self.lane_body_max.max(1);
+                let pending = self.begin_frame(header, chunks.len())?;
+                for slice in chunks.slices(slice_bytes) {
+                    pending.extend_from_slice(slice.as_ref());
+                }
+                Ok(())
+            }
         }
     }
 
     /// Queues a frame on a lane.
     pub(crate) fn push_frame(&mut self, header: Header, body: &[u8]) -> Result<(), QueueFull> {
+        self.begin_frame(header, body.len())?
+            .extend_from_slice(body);
+        Ok(())
+    }
+
+    /// Begins a frame on a lane; the caller appends exactly `body_bytes` to what this returns.
+    fn begin_frame(
+        &mut self,
+        header: Header,
+        body_bytes: usize,
+    ) -> Result<&mut Vec<u8>, QueueFull> {
         // Small frames of the bulk class share the normal lanes, and their bound.
-        let lane = if header.class == Class::Latency {
-            0
-        } else {
-            self.turn_lane
+        let lane = match lane_class(header.class) {
+            Class::Latency => 0,
+            Class::Normal | Class::Bulk => self.turn_lane,
         };
         let lane = &mut self.lanes[lane];
-        let queued = &mut self.queued[lane.class as usize];
-        if *queued >= self.queue_max.of(lane.class) {
+        let class = lane.class.index();
+        // A refusal takes less than the answer that the peer waits for.
+        let is_last_word = matches!(header.kind, Kind::Failure | Kind::Cancel) && body_bytes == 0;
+        let headroom = if is_last_word {
+            self.headroom[class]
+        } else {
+            0
+        };
+        if self.queued[class] >= self.queue_max.of(lane.class) + headroom {
+            self.lanes_refused[class] = true;
             return Err(QueueFull);
         }
-        *queued += Header::BYTES + body.len();
+        self.queued[class] += Header::BYTES + body_bytes;
         self.exchanges |= matches!(header.kind, Kind::Request | Kind::Response);
         lane.pending.extend_from_slice(&header.encode());
-        lane.pending.extend_from_slice(body);
-        Ok(())
+        Ok(&mut lane.pending)
+    }
+
+    /// Whether every queue of `class` that refused a message has fallen under half of its bound.
+    pub(crate) fn is_writable(&mut self, class: Class) -> bool {
+        let is_high = |queued: usize, max: usize| 2 * queued >= max.max(1);
+        let lane = lane_class(class);
+        let (at, max) = (lane.index(), self.queue_max.of(lane));
+        self.lanes_refused[at] &= is_high(self.queued[at], max);
+        let (queued, max) = (self.messages.queued(class), self.streams_max.of(class));
+        self.streams_refused[class.index()] &= is_high(queued, max);
+        !self.lanes_refused[at] && !self.streams_refused[class.index()]
+    }
+
+    /// Bytes that wait to be sent, for each class; small frames of class bulk count as normal.
+    pub(crate) fn queued_bytes(&self) -> PerClass<u64> {
+        let [latency, normal] = self.queued.map(|bytes| bytes as u64);
+        PerClass {
+            latency: latency + self.messages.queued_bytes(Class::Latency),
+            normal: normal + self.messages.queued_bytes(Class::Normal),
+            bulk: self.messages.queued_bytes(Class::Bulk),
+        }
     }
 
     /// Queues a QUIC datagram (RFC 9221); the newest win when too many wait.
@@ -318,7 +391,7 @@ impl Outbox {
                     arg: 0,
                     ..header
                 };
-                // A full queue loses the cancellation: the answer is then dropped as late.
+                // There is headroom for it: no more requests are in flight than it holds.
                 self.push_frame(frame, &[]).ok();
             }
         }

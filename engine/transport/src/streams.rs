@@ -158,6 +158,16 @@ impl StreamCarrier {
         std::mem::take(&mut self.opened)
     }
 
+    /// Body bytes of `class` that quiche has not taken. Adds up over the queue: not for every packet.
+    pub(crate) fn queued_bytes(&self, class: Class) -> u64 {
+        let waiting = self.waiting[class.index()].iter();
+        let waiting = waiting.map(|message| u64::from(message.header.body_bytes));
+        let is_of_class = |active: &&Active| active.message.header.class == class;
+        let active = self.active.iter().filter(is_of_class);
+        let active = active.map(|active| active.total() - active.taken);
+        waiting.chain(active).sum()
+    }
+
     /// Whether nothing waits or flows.
     pub(crate) fn is_idle(&self) -> bool {
         self.active.is_empty() && self.waiting.iter().all(VecDeque::is_empty)

@@ -303,7 +303,7 @@ impl MemoryCarrier {
         true
     }
 
-    fn queued(&self, class: Class) -> usize {
+    pub(crate) fn queued(&self, class: Class) -> usize {
         self.waiting[class.index()].len() + self.open_in[class.index()]
     }
 }

@@ -83,6 +83,15 @@ impl Messenger for MemoryLocal {
         peers.iter().filter_map(send).collect()
     }
 
+    fn on_writable(
+        &self,
+        peer: NodeId,
+        class: Class,
+    ) -> impl Future<Output = Result<(), RpcError>> + 'static {
+        let wait = self.state.on_writable(&peer, class);
+        async move { wait.await.map(drop) }
+    }
+
     fn peers(&self) -> Vec<NodeId> {
         self.state.peers()
     }

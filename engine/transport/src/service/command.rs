@@ -21,6 +21,8 @@ pub(crate) enum Command {
     Cancel(Box<CallId>),
     /// Tells peers of this shard.
     Send(Box<RemoteSend>),
+    /// Waits until a peer's queue takes messages again.
+    OnWritable(Box<RemoteWait>),
 }
 
 /// A request of another shard or thread.
@@ -38,6 +40,14 @@ pub(crate) struct RemoteSend {
     pub(crate) class: Class,
     pub(crate) method: Method,
     pub(crate) body: Payload,
+}
+
+/// A wait of another shard for room to send.
+#[derive(Debug)]
+pub(crate) struct RemoteWait {
+    pub(crate) peer: NodeId,
+    pub(crate) class: Class,
+    pub(crate) completion: RemoteCompletion,
 }
 
 /// Peers of one shard.

@@ -25,6 +25,14 @@ impl Completion {
             Self::Remote(remote) => remote.complete(result),
         }
     }
+
+    /// Whether the asker has dropped its future.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        match self {
+            Self::Local(slot) => Rc::strong_count(slot) == 1,
+            Self::Remote(remote) => !remote.is_wanted(),
+        }
+    }
 }
 
 /// Where a future on this shard finds its answer.

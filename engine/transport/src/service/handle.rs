@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use millrace_protocol::frame::{Class, FailureCode, Header, Kind, Limits, Method};
+use millrace_protocol::frame::{Class, FailureCode, Header, Kind, Method};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_protocol::rpc::{InFlight, RpcError, RpcTable};
 
@@ -28,6 +28,9 @@ use super::message::{Payload, Request};
 use crate::config::TransportConfig;
 use crate::counters::{Counter, Counters, Family};
 use crate::outbox::Outbox;
+
+/// Futures of a connection that wait for room to send; more are refused.
+const WRITABLE_WAITERS_MAX: usize = 1_024;
 
 /// What the connections of one shard share: limits, counters, the turn's time, which of them are up,
 /// and which have something to send.
@@ -138,6 +141,8 @@ pub(crate) struct ConnectionHandle {
     calls: RefCell<RpcTable<(Class, Completion)>>,
     /// Requests of the peer that are answered later, with who is to hear that one was cancelled.
     inbound: RefCell<InFlight<Option<Waker>>>,
+    /// Who waits until a class is writable again.
+    writable: RefCell<Vec<(Class, Completion)>>,
     is_dirty: Cell<bool>,
     is_closed: Cell<bool>,
 }
@@ -171,6 +176,7 @@ impl ConnectionHandle {
                 state.now.get(),
             )),
             inbound: RefCell::new(InFlight::new(config.requests_in_max.rpc_limits())),
+            writable: RefCell::default(),
             is_dirty: Cell::new(false),
             is_closed: Cell::new(false),
         })
@@ -201,9 +207,9 @@ impl ConnectionHandle {
         if self.is_closed.get() {
             return Err((RpcError::NotConnected, completion));
         }
-        let limits = &self.state.config.limits;
-        if request.body.len() > u64::from(limits.body_bytes_max) {
-            return Err((too_large(&request.body, limits), completion));
+        let max_bytes = self.state.config.limits.body_bytes_max;
+        if request.body.len() > u64::from(max_bytes) {
+            return Err((too_large(request.body.len(), max_bytes), completion));
         }
         let body_bytes = request.body.len() as u32;
         let arg = u32::try_from(request.deadline.as_millis()).unwrap_or(u32::MAX);
@@ -265,12 +271,23 @@ impl ConnectionHandle {
         result
     }
 
+    /// The largest body of a one-way message. Those of class latency keep their order because they all
+    /// share one lane: what is too large for a lane is refused.
+    fn send_bytes_max(&self, class: Class) -> u32 {
+        let limits = &self.state.config.limits;
+        match class {
+            Class::Latency => limits.lane_body_bytes_max.min(limits.body_bytes_max),
+            Class::Normal | Class::Bulk => limits.body_bytes_max,
+        }
+    }
+
     fn try_send(&self, class: Class, method: Method, body: Payload) -> Result<(), RpcError> {
         if self.is_closed.get() {
             return Err(RpcError::NotConnected);
         }
-        if body.len() > u64::from(self.state.config.limits.body_bytes_max) {
-            return Err(too_large(&body, &self.state.config.limits));
+        let max_bytes = self.send_bytes_max(class);
+        if body.len() > u64::from(max_bytes) {
+            return Err(too_large(body.len(), max_bytes));
         }
         let body_bytes = body.len() as u32;
         let header = Header {
@@ -357,39 +374,51 @@ impl ConnectionHandle {
         self.mark_dirty();
     }
 
-    /// Sends the answer to the peer's request `id`.
+    /// Sends the answer to the peer's request `id`. An answer that its queue has no room for becomes
+    /// [`FailureCode::Busy`].
     pub(crate) fn answer(&self, class: Class, id: u32, answer: Result<Payload, FailureCode>) {
         if self.is_closed.get() {
             return;
         }
-        let (kind, arg, body) = match answer {
-            Ok(body) if body.len() <= u64::from(self.state.config.limits.body_bytes_max) => {
-                (Kind::Response, 0, body)
-            }
-            Ok(_) => (
-                Kind::Failure,
-                FailureCode::Internal.to_arg(),
-                Payload::Empty,
-            ),
-            Err(code) => (Kind::Failure, code.to_arg(), Payload::Empty),
+        let body = match answer {
+            Ok(body) if body.len() <= u64::from(self.state.config.limits.body_bytes_max) => body,
+            Ok(_) => return self.fail(class, id, FailureCode::Internal),
+            Err(code) => return self.fail(class, id, code),
         };
         let body_bytes = body.len() as u32;
         let header = Header {
-            kind,
+            kind: Kind::Response,
             class,
             method: Method(0),
             id,
             body_bytes,
-            arg,
+            arg: 0,
         };
         if self.out.borrow_mut().push(header, body).is_err() {
-            // The peer's deadline ends its wait.
-            self.state
-                .counters
-                .count(Family::Failed, RpcError::LocalBusy(Class::Latency).reason());
-            return;
+            let counters = &self.state.counters;
+            counters.count(Family::Failed, RpcError::LocalBusy(class).reason());
+            return self.fail(class, id, FailureCode::Busy);
         }
         self.state.counters.sent(class, body_bytes as usize);
+        self.mark_dirty();
+    }
+
+    /// Refuses the peer's request `id`.
+    fn fail(&self, class: Class, id: u32, code: FailureCode) {
+        let header = Header {
+            kind: Kind::Failure,
+            class,
+            method: Method(0),
+            id,
+            body_bytes: 0,
+            arg: code.to_arg(),
+        };
+        if self.out.borrow_mut().push_frame(header, &[]).is_err() {
+            // The peer has more requests in flight than it may, and does not read.
+            self.state.counters.count(Family::Failed, "refusal_unsent");
+            return;
+        }
+        self.state.counters.sent(class, 0);
         self.mark_dirty();
     }
 
@@ -399,6 +428,47 @@ impl ConnectionHandle {
         match completion {
             Some((_, completion)) => completion.complete(result),
             None => self.state.counters.add(Counter::AnswersLate, 1),
+        }
+    }
+
+    /// Completes `completion` once every queue of `class` that refused a message has fallen under half
+    /// of its bound: at once, if none has refused.
+    pub(crate) fn on_writable(&self, class: Class, completion: Completion) {
+        if self.is_closed.get() {
+            return completion.complete(Err(RpcError::NotConnected));
+        }
+        if self.out.borrow_mut().is_writable(class) {
+            return completion.complete(Ok(Payload::Empty));
+        }
+        let mut waiters = self.writable.borrow_mut();
+        if waiters.len() >= WRITABLE_WAITERS_MAX {
+            waiters.retain(|(_, waiter)| !waiter.is_abandoned());
+        }
+        if waiters.len() >= WRITABLE_WAITERS_MAX {
+            drop(waiters);
+            return completion.complete(Err(RpcError::LocalBusy(class)));
+        }
+        waiters.push((class, completion));
+    }
+
+    /// Completes what waits for a class that has become writable. Called after the queues have fallen.
+    #[inline]
+    pub(crate) fn wake_writable(&self) {
+        if !self.writable.borrow().is_empty() {
+            self.wake_waiters();
+        }
+    }
+
+    fn wake_waiters(&self) {
+        let ready = {
+            let mut out = self.out.borrow_mut();
+            let is_writable = Class::ALL.map(|class| out.is_writable(class));
+            let mut waiters = self.writable.borrow_mut();
+            let is_ready = |(class, _): &mut (Class, Completion)| is_writable[class.index()];
+            waiters.extract_if(.., is_ready).collect::<Vec<_>>()
+        };
+        for (_, completion) in ready {
+            completion.complete(Ok(Payload::Empty));
         }
     }
 
@@ -432,6 +502,9 @@ impl ConnectionHandle {
             .borrow_mut()
             .take_all(&mut |_, waker| wakers.extend(waker));
         wakers.into_iter().for_each(Waker::wake);
+        for (_, waiter) in self.writable.take() {
+            waiter.complete(Err(RpcError::ConnectionLost));
+        }
         let mut lost = Vec::new();
         self.calls
             .borrow_mut()
@@ -494,9 +567,9 @@ impl ConnectionHandle {
     }
 }
 
-fn too_large(body: &Payload, limits: &Limits) -> RpcError {
+fn too_large(body_bytes: u64, max_bytes: u32) -> RpcError {
     RpcError::LocalTooLarge {
-        body_bytes: body.len(),
-        max_bytes: limits.body_bytes_max.into(),
+        body_bytes,
+        max_bytes: max_bytes.into(),
     }
 }

@@ -106,6 +106,19 @@ pub trait Messenger: Clone + 'static {
         body: Payload,
     ) -> Vec<(NodeId, RpcError)>;
 
+    /// Ready once a queue of `class` to `peer` that refused a message has fallen under half of its
+    /// bound (`lane_queue_bytes` for small messages, `stream_queue_messages` for the others); at once
+    /// when none has refused. Dropping it ends the wait.
+    ///
+    /// # Errors
+    /// [`RpcError::NotConnected`]; [`RpcError::ConnectionLost`] when the connection ends meanwhile;
+    /// [`RpcError::LocalBusy`] when 1,024 futures wait for the connection already.
+    fn on_writable(
+        &self,
+        peer: NodeId,
+        class: Class,
+    ) -> impl Future<Output = Result<(), RpcError>> + 'static;
+
     /// The peers of the whole node that are up, each once, in the order of their ids.
     fn peers(&self) -> Vec<NodeId>;
 

@@ -53,6 +53,11 @@ impl PendingAnswer {
         )
     }
 
+    /// Ready when `answer` is complete; there is nothing to take back.
+    pub(crate) fn waiting(answer: Rc<AnswerSlot>) -> Self {
+        Self(State::Here { answer, call: None })
+    }
+
     pub(crate) fn failed(error: RpcError) -> Self {
         Self(State::Failed(error))
     }

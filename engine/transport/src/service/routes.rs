@@ -13,7 +13,7 @@ use millrace_protocol::id::NodeId;
 use millrace_protocol::rpc::RpcError;
 use millrace_shards::mailbox::{MailError, MailSender};
 
-use super::command::{Command, Recipients, RemoteRequest, RemoteSend};
+use super::command::{Command, Recipients, RemoteRequest, RemoteSend, RemoteWait};
 use super::message::{Payload, Request};
 use super::remote::{CallId, Canceller, RemoteAnswer, RemoteCompletion};
 use crate::status::StatusBoard;
@@ -94,6 +94,28 @@ impl Routes {
         let shard = self.shard_for(&peer, class);
         let peers = Recipients::One(peer);
         self.post_send(shard, peers, class, method, body)
+    }
+
+    /// Waits until the queue of `class` to `peer` takes messages again, on the shard that owns the
+    /// connection.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub(crate) fn on_writable(
+        self: &Arc<Self>,
+        peer: NodeId,
+        class: Class,
+    ) -> Result<RemoteAnswer, RpcError> {
+        let shard = self.owner_of(&peer);
+        let canceller = Arc::clone(self) as Arc<dyn Canceller>;
+        let (completion, answer) = RemoteCompletion::new(shard, canceller);
+        let wait = RemoteWait {
+            peer,
+            class,
+            completion,
+        };
+        self.post(shard, class, Command::OnWritable(Box::new(wait)))?;
+        Ok(answer)
     }
 
     /// Tells peers of one shard by one mailbox message.

@@ -8,8 +8,8 @@ use millrace_protocol::frame::{Class, Method};
 use millrace_protocol::id::NodeId;
 use millrace_protocol::rpc::RpcError;
 
-use super::command::{RemoteRequest, RemoteSend};
-use super::completion::Completion;
+use super::command::{RemoteRequest, RemoteSend, RemoteWait};
+use super::completion::{AnswerSlot, Completion};
 use super::handle::{ConnectionHandle, ShardState};
 use super::message::{Payload, Request};
 use super::pending::PendingAnswer;
@@ -94,6 +94,29 @@ impl ShardState {
     ) -> Result<(), RpcError> {
         self.handle_for(peer, class)?
             .send_slice(class, method, body)
+    }
+
+    /// See [`Messenger::on_writable`](super::messenger::Messenger::on_writable); the answer is empty.
+    pub fn on_writable(&self, peer: &NodeId, class: Class) -> PendingAnswer {
+        let Some(handle) = self.handle_to(peer, class) else {
+            return PendingAnswer::failed(RpcError::NotConnected);
+        };
+        let answer = Rc::new(AnswerSlot::default());
+        handle.on_writable(class, Completion::Local(Rc::clone(&answer)));
+        PendingAnswer::waiting(answer)
+    }
+
+    /// A wait of another shard.
+    pub(crate) fn on_writable_remote(&self, remote: RemoteWait) {
+        let RemoteWait {
+            peer,
+            class,
+            completion,
+        } = remote;
+        match self.handle_to(&peer, class) {
+            Some(handle) => handle.on_writable(class, Completion::Remote(completion)),
+            None => completion.complete(Err(RpcError::NotConnected)),
+        }
     }
 
     /// A one-way message of another shard or thread.

@@ -18,6 +18,9 @@ use super::messenger::{Messenger, PathInfo};
 use super::pending::PendingAnswer;
 use super::routes::Routes;
 
+/// How often a full mailbox is asked again.
+const MAILBOX_RETRY: Duration = Duration::from_millis(1);
+
 /// The [`Messenger`] of one shard.
 ///
 /// It does not keep the transport running: when the last [`Transport`](crate::Transport) is dropped
@@ -140,6 +143,22 @@ impl Messenger for ShardMessenger {
         refused
     }
 
+    fn on_writable(
+        &self,
+        peer: NodeId,
+        class: Class,
+    ) -> impl Future<Output = Result<(), RpcError>> + 'static {
+        let own = self.own(&peer, class);
+        let here = own.map(|state| state.on_writable(&peer, class));
+        let routes = Arc::clone(&self.parts.routes);
+        async move {
+            match here {
+                Some(wait) => wait.await.map(drop),
+                None => on_writable_elsewhere(&routes, peer, class).await,
+            }
+        }
+    }
+
     fn peers(&self) -> Vec<NodeId> {
         self.parts.routes.board().peer_ids()
     }
@@ -162,5 +181,20 @@ impl Messenger for ShardMessenger {
 
     fn spawn(&self, queue: Queue, task: impl Future<Output = ()> + 'static) {
         self.parts.context.spawn_local(queue, task);
+    }
+}
+
+/// A mailbox that is full is itself a queue that refused: it is asked again until it has room.
+async fn on_writable_elsewhere(
+    routes: &Arc<Routes>,
+    peer: NodeId,
+    class: Class,
+) -> Result<(), RpcError> {
+    loop {
+        match routes.on_writable(peer, class) {
+            Ok(wait) => return wait.await.map(drop),
+            Err(RpcError::LocalBusy(_)) => millrace_shards::sleep(MAILBOX_RETRY).await,
+            Err(error) => return Err(error),
+        }
     }
 }

@@ -256,6 +256,8 @@ impl Session {
             let opened = out.take_streams_opened();
             self.handle.state.counters.add(Counter::StreamsOut, opened);
         }
+        drop(out);
+        self.handle.wake_writable();
         Transmitted {
             progress,
             has_exchanges,

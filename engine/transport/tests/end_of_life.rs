@@ -1,0 +1,62 @@
+//! The end of a transport: dropping its last handle stops its threads and frees its address.
+//!
+//! One test, in a program of its own: it counts the threads of the process.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::net::UdpSocket;
+use std::time::{Duration, Instant};
+
+use common::{Event, HANG, pair, request};
+use millrace_protocol::frame::Class;
+use millrace_testkit::until;
+use millrace_transport::{RpcError, TransportConfig};
+
+/// Threads of shards, by the name that they are given: `millrace-` and the shard's index. Helpers that
+/// a shard's thread starts have its name too.
+fn shard_threads() -> usize {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let names = tasks.filter_map(|task| {
+        // A thread that ends meanwhile has no name any more.
+        std::fs::read_to_string(task.ok()?.path().join("comm")).ok()
+    });
+    let is_shard = |name: &String| {
+        let index = name.trim_end().strip_prefix("millrace-");
+        index.is_some_and(|index| index.parse::<usize>().is_ok())
+    };
+    names.filter(is_shard).count()
+}
+
+// Protects embedders: handles and messengers used to hold each other, so that the threads went on
+// and the address stayed taken.
+#[test]
+fn the_last_handle_stops_the_threads_and_frees_the_address() {
+    let (a, b) = pair(&TransportConfig::default(), 16 << 20);
+    let of_both = shard_threads();
+    assert!(of_both >= 2 && of_both.is_multiple_of(2), "{of_both}");
+    // A request that hangs is not waited for.
+    let hanging = a
+        .transport
+        .request(b.id(), request(HANG, Class::Normal, vec![1]));
+    b.wait_for(|event| matches!(event, Event::Hanging));
+    let address = a.transport.local_addr();
+    assert!(UdpSocket::bind(address).is_err(), "the address is taken");
+    let clone = a.transport.clone();
+    drop(a);
+    assert_eq!(shard_threads(), of_both, "a clone holds the transport");
+    let dropped_at = Instant::now();
+    drop(clone);
+    let of_one = of_both / 2;
+    until("the threads of the shard end", || shard_threads() == of_one);
+    until("the address can be bound", || {
+        UdpSocket::bind(address).is_ok()
+    });
+    // Promised within a second; a test that times allows ten times of it.
+    assert!(dropped_at.elapsed() < Duration::from_secs(10));
+    let lost = hanging.wait(Duration::from_secs(30)).unwrap_err();
+    let ends = [RpcError::ConnectionLost, RpcError::LocalShuttingDown];
+    assert!(ends.contains(&lost), "{lost}");
+    drop(b);
+    until("the other threads end", || shard_threads() == 0);
+}
