@@ -300,9 +300,9 @@ pub struct TransportSection {
     pub initial_window_packets: u64,
     /// Round trip assumed before the first sample.
     pub initial_rtt: Period,
-    /// What a peer may have in flight to us, unread, on a connection.
+    /// Bytes that a peer may have in flight to this node, unread, on a connection.
     pub connection_window_bytes: ByteSize,
-    /// What a peer may have in flight to us, unread, on one stream.
+    /// Bytes that a peer may have in flight to this node, unread, on one stream.
     pub stream_window_bytes: ByteSize,
     /// Unidirectional streams a peer may have open to us.
     pub streams_max: u64,
@@ -359,7 +359,7 @@ pub struct TransportSection {
     pub probe_failures_max: u64,
     /// Connections one shard holds, handshakes included.
     pub connections_max: u64,
-    /// Of them, connections that have not finished their handshake.
+    /// Connections of these that have not finished their handshake.
     pub handshakes_max: u64,
     /// Packets one connection may send in a turn of the shard's loop.
     pub packets_per_turn: u64,

@@ -7,8 +7,8 @@ use crate::parse::Parsed;
 use crate::problem::Position;
 use crate::schema::{self, CORE_NAME, Field, Presence, SHARDS_NAME, Value};
 
-/// Columns of a comment in the default file.
-const COMMENT_COLUMNS: usize = 96;
+/// Columns of a comment in the default file, and of a paragraph of the reference page.
+const COLUMNS: usize = 96;
 
 /// The default config with the documentation of every key above it. Required keys stand with an
 /// example behind a `#`.
@@ -105,7 +105,9 @@ pub fn reference_markdown() -> String {
          --config FILE` prints what is in force and where it comes from.\n",
     );
     for section in schema::sections() {
-        let _ = writeln!(out, "\n## [{}]\n\n{}\n", section.name, section.doc);
+        let _ = writeln!(out, "\n## [{}]\n", section.name);
+        paragraph(&mut out, "", section.doc);
+        out.push('\n');
         table_head(&mut out);
         for field in section.fields {
             row(&mut out, field, &field.value(&defaults));
@@ -162,13 +164,21 @@ fn documented<C>(field: &Field<C>) -> String {
 }
 
 fn comment(out: &mut String, text: &str) {
-    let mut line = String::from("#");
+    paragraph(out, "# ", text);
+}
+
+/// `text` in lines of at most [`COLUMNS`], each after `prefix`.
+fn paragraph(out: &mut String, prefix: &str, text: &str) {
+    let mut line = String::from(prefix);
     for word in text.split_whitespace() {
-        if line.len() + 1 + word.len() > COMMENT_COLUMNS {
-            let _ = writeln!(out, "{line}");
-            line = String::from("#");
+        if line.len() > prefix.len() {
+            if line.len() + 1 + word.len() > COLUMNS {
+                let _ = writeln!(out, "{line}");
+                line.truncate(prefix.len());
+            } else {
+                line.push(' ');
+            }
         }
-        line.push(' ');
         line.push_str(word);
     }
     let _ = writeln!(out, "{line}");

@@ -23,7 +23,7 @@ pub(crate) fn check(config: &NodeConfig, origins: &Origins) -> Vec<Problem> {
     {
         found.error(
             "registry.public_key",
-            "public_key is all zero: nobody holds the key for it".into(),
+            "public_key is all zero, which is no key".into(),
             "copy the line that `millrace registry init` prints".into(),
         );
     }

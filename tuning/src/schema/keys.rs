@@ -75,7 +75,7 @@ pub(super) static CORE: &[Field<CoreProfile>] = with_profile!(
 pub(super) static SECTIONS: &[Section] = &[
     Section {
         name: "node",
-        doc: "Who the node is and where it keeps what.",
+        doc: "The node's identity, and its folders.",
         fields: &[
             field!(
                 NodeConfig,
@@ -130,7 +130,7 @@ pub(super) static SECTIONS: &[Section] = &[
     },
     Section {
         name: "registry",
-        doc: "Where signed registry versions come from.",
+        doc: "Sources of signed registry versions.",
         fields: &[
             field!(
                 NodeConfig,
@@ -145,7 +145,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 registry.public_key,
                 Kind::PublicKey,
                 required "\"<64 hexadecimal digits printed by `millrace registry init`>\"",
-                "The key that signs registry versions. What it did not sign is refused."
+                "The key that signs registry versions. A version that it did not sign is refused."
             ),
             field!(
                 NodeConfig,
@@ -172,7 +172,7 @@ pub(super) static SECTIONS: &[Section] = &[
     },
     Section {
         name: SHARDS_NAME,
-        doc: "Cores that run a shard each, and what a shard may use. `[[shards.core]]` overrides it for one core.",
+        doc: "Cores that run a shard each, and the resources of a shard. `[[shards.core]]` overrides them for one core.",
         fields: with_profile!(
             NodeConfig,
             shards.defaults,
@@ -243,7 +243,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "drain_timeout",
                 transport.drain_timeout,
                 duration(Period::millis(1), Period::secs(60)),
-                "How long a replaced or stopping connection may finish what it carries."
+                "How long a replaced or stopping connection may go on with messages that it has begun."
             ),
             field!(
                 NodeConfig,
@@ -278,21 +278,21 @@ pub(super) static SECTIONS: &[Section] = &[
                 "connection_window_bytes",
                 transport.connection_window_bytes,
                 bytes(ByteSize::kib(64), ByteSize::gib(1)),
-                "What a peer may have in flight to us, unread, on a connection. 4MiB suit a LAN, 8MiB jumbo frames; bandwidth times round trip a WAN."
+                "Bytes that a peer may have in flight to this node, unread, on a connection. 4MiB suit a LAN, 8MiB jumbo frames; bandwidth times round trip a WAN."
             ),
             field!(
                 NodeConfig,
                 "stream_window_bytes",
                 transport.stream_window_bytes,
                 bytes(ByteSize::kib(64), ByteSize::gib(1)),
-                "What a peer may have in flight to us, unread, on one stream: it delays what comes behind it. 1MiB suits a LAN, 4MiB jumbo frames; bandwidth times round trip a WAN."
+                "Bytes that a peer may have in flight to this node, unread, on one stream; they delay later packets. 1MiB suits a LAN, 4MiB jumbo frames; bandwidth times round trip a WAN."
             ),
             field!(
                 NodeConfig,
                 "streams_max",
                 transport.streams_max,
                 integer(8, 65_536),
-                "Unidirectional streams a peer may have open to us."
+                "Unidirectional streams that a peer may have open to this node."
             ),
             field!(
                 NodeConfig,
@@ -355,42 +355,42 @@ pub(super) static SECTIONS: &[Section] = &[
                 "requests_out_latency_max",
                 transport.requests_out_latency_max,
                 integer(1, 65_536),
-                "Our requests of the latency class in flight to a peer."
+                "Requests of this node, latency class, in flight to a peer."
             ),
             field!(
                 NodeConfig,
                 "requests_out_normal_max",
                 transport.requests_out_normal_max,
                 integer(1, 65_536),
-                "Our requests of the normal class in flight to a peer."
+                "Requests of this node, normal class, in flight to a peer."
             ),
             field!(
                 NodeConfig,
                 "requests_out_bulk_max",
                 transport.requests_out_bulk_max,
                 integer(1, 65_536),
-                "Our requests of the bulk class in flight to a peer."
+                "Requests of this node, bulk class, in flight to a peer."
             ),
             field!(
                 NodeConfig,
                 "requests_in_latency_max",
                 transport.requests_in_latency_max,
                 integer(1, 65_536),
-                "A peer's requests of the latency class in flight at us."
+                "Requests of a peer, latency class, that this node serves at a time."
             ),
             field!(
                 NodeConfig,
                 "requests_in_normal_max",
                 transport.requests_in_normal_max,
                 integer(1, 65_536),
-                "A peer's requests of the normal class in flight at us."
+                "Requests of a peer, normal class, that this node serves at a time."
             ),
             field!(
                 NodeConfig,
                 "requests_in_bulk_max",
                 transport.requests_in_bulk_max,
                 integer(1, 65_536),
-                "A peer's requests of the bulk class in flight at us."
+                "Requests of a peer, bulk class, that this node serves at a time."
             ),
             field!(
                 NodeConfig,
@@ -411,7 +411,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "stream_progress_bytes",
                 transport.stream_progress_bytes,
                 bytes(ByteSize(1), ByteSize::mib(128)),
-                "What a message stream must bring in each stream_progress_interval, or be done; otherwise it is refused."
+                "Bytes that a message stream must bring in each stream_progress_interval unless it ends; otherwise it is refused."
             ),
             field!(
                 NodeConfig,
@@ -460,7 +460,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "handshakes_max",
                 transport.handshakes_max,
                 integer(1, 65_535),
-                "Of them, connections that have not finished their handshake; the last sixteenth is for registry peers that prove themselves. The rest, connections_max less this, is what the memory budget counts in full."
+                "Connections of these that have not finished their handshake; the last sixteenth is for registry peers that prove themselves. The memory budget counts the others, connections_max less this, in full."
             ),
             field!(
                 NodeConfig,
@@ -518,7 +518,7 @@ pub(super) static SECTIONS: &[Section] = &[
     },
     Section {
         name: "edge",
-        doc: "What the kernel refuses before it reaches a socket: firewall, rates, caps. See docs/operating/edge.md.",
+        doc: "Firewall, rates and caps that the kernel enforces before a packet reaches a socket. See docs/operating/edge.md.",
         fields: &[
             field!(
                 NodeConfig,
@@ -553,14 +553,14 @@ pub(super) static SECTIONS: &[Section] = &[
                 "pins",
                 edge.pins,
                 Kind::Path,
-                "Folder of pinned programs, maps and links: what stays in force when the node does not."
+                "Folder of pinned programs, maps and links, which stay in force after the node has ended."
             ),
             field!(
                 NodeConfig,
                 "default_action",
                 edge.default_action,
                 Kind::Choice(DefaultAction::WORDS),
-                "What becomes of sources that no rule of the registry names. Registry members are allowed by a rule of their own."
+                "Action for sources that no rule of the registry names. Registry members are allowed by a rule of their own."
             ),
             field!(
                 NodeConfig,
@@ -609,14 +609,14 @@ pub(super) static SECTIONS: &[Section] = &[
                 "quic_half_open_max",
                 edge.quic_half_open_max,
                 integer(2, 65_536),
-                "QUIC handshakes of one source (IPv4 address, IPv6 /64) that may be half open, on all shards together; twice that for its /24 or /56, four times for its /48. At most half of each without a token: more are answered by a Retry. With a token, more are dropped. transport.connect_timeout ends them."
+                "Half-open QUIC handshakes of one source (IPv4 address, IPv6 /64), on all shards together; twice that for its /24 or /56, four times for its /48. At most half of each without a token: more are answered by a Retry. With a token, more are dropped. transport.connect_timeout ends them."
             ),
             field!(
                 NodeConfig,
                 "peer_half_open_max",
                 edge.peer_half_open_max,
                 integer(8, 65_536),
-                "QUIC handshakes of one registry peer that proved itself that may be half open, wherever they come from; no source counts them."
+                "Half-open QUIC handshakes of one registry peer that proved itself, from all addresses together; no source counts them."
             ),
             field!(
                 NodeConfig,
@@ -707,7 +707,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "lease",
                 edge.lease,
                 duration(Period::millis(200), Period::secs(60)),
-                "How long counts and stress hold after the node wrote them last: those of a dead node end."
+                "How long counts and stress hold after the node wrote them last, so that those of a dead node end."
             ),
             field!(
                 NodeConfig,
