@@ -202,11 +202,7 @@ mod tests {
             .map(|p| (p.kind, p.key.as_str()))
             .collect();
         assert_eq!(kinds, [(ProblemKind::MissingKey, "registry.public_key")]);
-        assert!(
-            default_file()
-                .lines()
-                .all(|line| line.len() <= COMMENT_COLUMNS)
-        );
+        assert!(default_file().lines().all(|line| line.len() <= COLUMNS));
     }
 
     #[test]
