@@ -103,7 +103,7 @@ deny:
 
 # Writes the pages that are generated from the code: docs/reference.
 docs:
-	MILLRACE_BLESS=1 $(CARGO) test -q -p millrace --bin millrace reference
+	MILLRACE_BLESS=1 $(CARGO) test -q -p millrace-node --lib -p millrace --bin millrace reference
 
 bench: setup
 	$(CARGO) bench -p millrace-perf -- $(ARGS)

@@ -4,18 +4,20 @@ use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
-use millrace_protocol::id::ArtifactId;
+use indicatif::ProgressBar;
+use millrace_node::ArtifactId;
+use millrace_node::admin::client::{self, Progress};
+use millrace_node::reference::Hasher;
+use millrace_node::status::Published;
 use serde::Serialize;
 
-use crate::admin::client;
-use crate::app::hash::Hasher;
 use crate::cli::{GetArgs, PutArgs};
 use crate::exit::{Exit, Failure};
-use crate::status::Published;
+use crate::load::socket_of;
 use crate::{output, progress};
 
 pub(crate) fn put(args: &PutArgs) -> Result<Exit, Failure> {
-    let socket = client::socket_of(&args.admin)?;
+    let socket = socket_of(&args.admin)?;
     let name = args.file.display();
     let file = File::open(&args.file).map_err(|error| Failure::io(&name, &error))?;
     let length = file
@@ -23,7 +25,7 @@ pub(crate) fn put(args: &PutArgs) -> Result<Exit, Failure> {
         .map_err(|error| Failure::io(&name, &error))?
         .len();
     let bar = progress::bytes("put", length, args.json);
-    let report = client::post_file(&socket, "/artifacts", file, length, &bar)?;
+    let report = client::post_file(&socket, "/artifacts", file, length, shown_on(bar.clone()))?;
     bar.finish_and_clear();
     let published: Published = serde_json::from_str(&report)
         .map_err(|error| Failure::new(Exit::Failed, format!("the node's report: {error}")))?;
@@ -42,6 +44,14 @@ pub(crate) fn put(args: &PutArgs) -> Result<Exit, Failure> {
     })
 }
 
+/// Moves a bar as a transfer goes on.
+fn shown_on(bar: ProgressBar) -> impl Fn(Progress) + 'static {
+    move |progress| match progress {
+        Progress::Total(bytes) => bar.set_length(bytes),
+        Progress::Moved(bytes) => bar.inc(bytes),
+    }
+}
+
 #[derive(Serialize)]
 struct Got {
     id: String,
@@ -54,7 +64,7 @@ pub(crate) fn get(args: &GetArgs) -> Result<Exit, Failure> {
         .id
         .parse()
         .map_err(|error| Failure::new(Exit::Usage, format!("\"{}\": {error}", args.id)))?;
-    let socket = client::socket_of(&args.admin)?;
+    let socket = socket_of(&args.admin)?;
     // The file has its name only when it is whole and its hash is right.
     let folder = args
         .output
@@ -70,7 +80,12 @@ pub(crate) fn get(args: &GetArgs) -> Result<Exit, Failure> {
         hasher: Hasher::new(),
     };
     let bar = progress::bytes("get", 0, args.json);
-    let bytes = client::get_to(&socket, &format!("/artifacts/{id}"), &mut checked, &bar)?;
+    let bytes = client::get_to(
+        &socket,
+        &format!("/artifacts/{id}"),
+        &mut checked,
+        shown_on(bar.clone()),
+    )?;
     bar.finish_and_clear();
     if checked.hasher.finish() != id {
         return Err(Failure::new(

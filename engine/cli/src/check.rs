@@ -3,16 +3,15 @@
 use std::path::Path;
 
 use millrace_edge_policy::settings::{Mode, SettingsError};
+use millrace_node::{budget, host as this_host};
 use millrace_tuning::problem::ProblemKind;
 use millrace_tuning::{HostFacts, MemoryBudget, Parsed, Problem, Severity, host};
 use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 use serde::Serialize;
 
-use crate::budget;
 use crate::cli::CheckArgs;
 use crate::edge::plan;
 use crate::exit::{Exit, Failure};
-use crate::host_facts;
 use crate::load::{Loaded, count, print_problems};
 use crate::output;
 
@@ -25,11 +24,11 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
     let parsed = &loaded.parsed;
     let facts = if args.no_environment {
         HostFacts {
-            cpus: host_facts::usable_cpus(),
+            cpus: this_host::usable_cpus(),
             ..HostFacts::default()
         }
     } else {
-        host_facts::probe(&parsed.config, &loaded.paths())
+        this_host::probe(&parsed.config, &loaded.paths())
     };
     let budget = budget::of(&parsed.config, &facts.cpus);
     let environment = if args.no_environment {

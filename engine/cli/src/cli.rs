@@ -8,9 +8,6 @@ use clap::{Args, Parser, Subcommand};
 use millrace_tuning::ByteSize;
 use millrace_tuning::config::{Choice, EdgeMode};
 
-use crate::exit::{Exit, Failure};
-use crate::{artifacts_cmd, check, config_cmd, keygen, registry_cmd, status};
-
 /// A networking engine for replicated state machines.
 #[derive(Debug, Parser)]
 #[command(name = "millrace", version, about, disable_help_subcommand = true)]
@@ -451,34 +448,14 @@ pub(crate) struct ConfigShowArgs {
     pub(crate) json: bool,
 }
 
-impl Command {
-    pub(crate) fn run(self) -> Result<Exit, Failure> {
-        match self {
-            Self::Dev(args) => crate::dev::run(&args),
-            Self::Node(args) => crate::node::run(&args),
-            Self::Check(args) => check::run(&args),
-            Self::Keygen(args) => keygen::run(&args),
-            Self::Registry(command) => registry_cmd::run(command),
-            Self::Put(args) => artifacts_cmd::put(&args),
-            Self::Get(args) => artifacts_cmd::get(&args),
-            Self::Status(args) => status::run(&args),
-            Self::Xdp(command) => crate::edge::commands::run(command),
-            Self::Config(command) => config_cmd::run(command),
-            Self::EdgeHelper => millrace_edge::helper::serve_stdin()
-                .map(|()| Exit::Ok)
-                .map_err(|error| Failure::io("the edge's helper", &error)),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::fmt::Write;
 
     use clap::CommandFactory;
+    use millrace_testkit::page::is_fresh;
 
     use super::*;
-    use crate::docs_test::is_fresh;
 
     /// The help of a command and of those below it, as a terminal of 100 columns shows it.
     fn pages(command: &clap::Command, path: &str, out: &mut String) {

@@ -1,37 +1,34 @@
 //! `millrace dev`: a whole subnet in this process, with fresh keys and a signed registry, on loopback.
 //!
-//! Shards may share cores here, which a real node never allows; they park instead of spinning then. With `--edge`, the first node stands behind
-//! the edge, on a stage of its own.
+//! Shards may share cores here, which a real node never allows; they park instead of spinning then.
+//! With `--edge`, the first node stands behind the edge, in network namespaces of its own.
 
 mod stage;
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use millrace_protocol::id::{ArtifactId, NodeId};
-use millrace_protocol::identity::SigningKey;
-use millrace_protocol::registry::RegistryConfig;
+use millrace_node::edge::EdgeParts;
+use millrace_node::reference::{Delivery, of_body};
+use millrace_node::{
+    ArtifactId, Body, ByteSize, Draft, Node, NodeConfig, NodeId, NodeParts, PeerStatus,
+    RegistrySource, ShardConfig, SigningKey, folder, host, keys, mapping, registry,
+};
 use millrace_protocol::rng::Rng;
-use millrace_registry::{Draft, Follower, Versions, folder, keys};
-use millrace_shards::chunk::{Body, CHUNK_BYTES};
-use millrace_shards::config::ShardConfig;
+use millrace_shards::chunk::CHUNK_BYTES;
 use millrace_shards::socket::UdpGroupConfig;
-use millrace_tuning::NodeConfig;
 use serde::Serialize;
 use signal_hook::consts::TERM_SIGNALS;
 use signal_hook::iterator::Signals;
 
-use crate::admin::{self, Site};
-use crate::app::hash;
 use crate::cli::DevArgs;
 use crate::edge::keeper::{EdgeView, Keeper};
 use crate::edge::{commands, start};
 use crate::exit::{Exit, Failure};
-use crate::running::{Delivery, Running, Start};
-use crate::{host_facts, mapping, output, progress, versions};
+use crate::{output, progress, versions};
 use stage::{Side, Stage};
 
 /// Chunks beside the payload's: small artifacts that a user puts, answers of the registry.
@@ -70,7 +67,7 @@ pub(crate) fn run(args: &DevArgs) -> Result<Exit, Failure> {
     let exit = if args.once {
         subnet.once(args)?
     } else {
-        subnet.stay(&config, folder.path(), signals)?
+        subnet.stay(signals)?
     };
     subnet.stop();
     Ok(exit)
@@ -83,7 +80,9 @@ fn edge_failure(error: &millrace_edge::edge::EdgeError) -> Failure {
 
 /// The nodes, in the order of their making.
 struct Subnet {
-    nodes: Vec<Arc<Running>>,
+    nodes: Vec<Node>,
+    /// Their admin sockets; none with `--once`.
+    sockets: Vec<PathBuf>,
     /// Keeps the edge of the first node. Before the stage, which takes the edge away.
     keeper: Option<Keeper>,
     stage: Option<Stage>,
@@ -101,7 +100,7 @@ impl Subnet {
         let registry_key = keys::create(&folder.join("registry.key"))?;
         let registry_dir = folder.join("registry");
         std::fs::create_dir(&registry_dir).map_err(|e| Failure::io(registry_dir.display(), &e))?;
-        let mut nodes = Vec::new();
+        let (mut nodes, mut sockets) = (Vec::new(), Vec::new());
         let mut draft = Draft::first("dev")?;
         let subnet = draft.only_subnet()?;
         for index in 0..args.nodes {
@@ -109,19 +108,20 @@ impl Subnet {
             std::fs::create_dir(&state_dir).map_err(|e| Failure::io(state_dir.display(), &e))?;
             let identity = keys::create(&state_dir.join("node.key"))?;
             let public_key = identity.public_key();
-            let follower = Follower::new(
-                Some(registry_dir.clone()),
-                registry_key.public_key(),
-                RegistryConfig::default(),
-            );
-            let versions = Versions::new(&public_key, versions::view(config)?, follower);
             let site = NodeSite {
                 args,
                 config,
                 index,
                 stage: stage.as_ref(),
+                // A client needs it while the subnet stays.
+                admin_socket: (!args.once).then(|| state_dir.join(&config.admin.socket)),
+                registry: RegistrySource {
+                    public_key: registry_key.public_key(),
+                    folder: Some(registry_dir.clone()),
+                },
             };
-            let (node, kept) = site.start(identity, versions)?;
+            sockets.extend(site.admin_socket.clone());
+            let (node, kept) = site.start(identity)?;
             keeper = keeper.or(kept);
             draft.set_node(public_key, subnet, &[node.address()]);
             nodes.push(node);
@@ -133,7 +133,8 @@ impl Subnet {
         )
         .map_err(|error| Failure::io(registry_dir.display(), &error))?;
         for node in &nodes {
-            if !node.versions.poll_folder() || !node.apply_topology() {
+            node.poll_registry();
+            if node.versions().newest() != draft.version().number {
                 return Err(Failure::new(
                     Exit::Failed,
                     "a node did not take the registry",
@@ -142,6 +143,7 @@ impl Subnet {
         }
         Ok(Self {
             nodes,
+            sockets,
             keeper,
             stage,
             connections_per_peer: usize::from(args.shards),
@@ -155,15 +157,15 @@ impl Subnet {
         let until = Instant::now() + timeout;
         for node in &self.nodes {
             let left = until.saturating_duration_since(Instant::now());
-            let all = |peers: &[millrace_transport::PeerStatus]| {
+            let all = |peers: &[PeerStatus]| {
                 let ids: BTreeSet<NodeId> = peers.iter().map(|peer| peer.node_id).collect();
                 ids.len() == others && peers.len() >= others * self.connections_per_peer
             };
-            if !node.transport.status().wait(left, all) {
-                let up = node.transport.status().peers().len();
+            if !node.transport().status().wait(left, all) {
+                let up = node.transport().status().peers().len();
                 let message = format!(
                     "node {} has {up} of {} connections to {others} peers after {timeout:?}",
-                    node.node_id(),
+                    node.id(),
                     others * self.connections_per_peer
                 );
                 return Err(Failure::new(Exit::Failed, message));
@@ -185,8 +187,9 @@ impl Subnet {
                 .stage
                 .as_ref()
                 .map(|stage| scope.spawn(|| stage.flood(&stop, &hostile)));
-            let publishing =
-                scope.spawn(|| futures_lite::future::block_on(self.nodes[0].publish(id, body)));
+            let publishing = scope.spawn(|| {
+                futures_lite::future::block_on(self.nodes[0].artifacts().publish(id, body))
+            });
             self.show_progress(&bar, total, || publishing.is_finished());
             let published = publishing.join();
             stop.store(true, Ordering::Relaxed);
@@ -198,15 +201,16 @@ impl Subnet {
         let seconds = started.elapsed().as_secs_f64();
         bar.finish_and_clear();
         let deliveries = deliveries
-            .map_err(|_| Failure::new(Exit::Failed, "publishing ended with a panic"))??;
+            .map_err(|_| Failure::new(Exit::Failed, "publishing ended with a panic"))?
+            .map_err(|error| Failure::new(Exit::Failed, error.to_string()))?;
         let delivered = deliveries
             .iter()
             .filter(|(_, delivery)| *delivery == Delivery::Delivered)
             .count();
         let hash_ok = self.nodes[1..].iter().all(|node| {
-            node.store
-                .get(&id)
-                .is_some_and(|body| hash::of_body(&body) == id)
+            node.artifacts()
+                .held(&id)
+                .is_some_and(|body| of_body(&body) == id)
         });
         let outcome = Outcome {
             nodes: args.nodes,
@@ -215,7 +219,7 @@ impl Subnet {
             hash_ok,
             seconds_to_all: seconds,
             gbit_per_s: (args.payload.bytes() * delivered as u64 * 8) as f64 / seconds / 1e9,
-            rss_bytes_max: host_facts::peak_rss().map_or(0, |size| size.0),
+            rss_bytes_max: host::peak_rss().map_or(0, |size| size.0),
         };
         if args.json {
             output::json(&outcome)?;
@@ -236,10 +240,10 @@ impl Subnet {
             return;
         }
         while !done() {
-            let publisher = self.nodes[0].node_id();
+            let publisher = self.nodes[0].id();
             let received: u64 = self.nodes[1..]
                 .iter()
-                .flat_map(|node| node.transport.status().peers())
+                .flat_map(|node| node.transport().status().peers())
                 .filter(|peer| peer.node_id == publisher)
                 .map(|peer| peer.bytes_received)
                 .sum();
@@ -250,9 +254,9 @@ impl Subnet {
 
     /// Shards publish their counts ten times a second: the table should not show the ones before the end.
     fn wait_for_counts(&self, payload: u64) {
-        let publisher = self.nodes[0].node_id();
+        let publisher = self.nodes[0].id();
         for node in &self.nodes[1..] {
-            node.transport
+            node.transport()
                 .status()
                 .wait(Duration::from_millis(500), |peers| {
                     let from_publisher = peers.iter().filter(|peer| peer.node_id == publisher);
@@ -265,7 +269,7 @@ impl Subnet {
     fn payload(&self, length: u64) -> Result<(ArtifactId, Body), Failure> {
         let full = || Failure::new(Exit::Failed, "the chunk pool is smaller than the payload");
         let length = usize::try_from(length).map_err(|_| full())?;
-        let mut body = self.nodes[0].reserve(length).ok_or_else(full)?;
+        let mut body = self.nodes[0].artifacts().reserve(length).ok_or_else(full)?;
         let seed = keys::random()?;
         let mut rng = Rng::new(u64::from_le_bytes([
             seed[0], seed[1], seed[2], seed[3], seed[4], seed[5], seed[6], seed[7],
@@ -279,7 +283,7 @@ impl Subnet {
             body.advance(filled);
         }
         let body = body.freeze();
-        Ok((hash::of_body(&body), body))
+        Ok((of_body(&body), body))
     }
 
     fn print(
@@ -292,18 +296,18 @@ impl Subnet {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         output::data(format_args!(
             "artifact  {id}  {}",
-            millrace_tuning::ByteSize(outcome.payload_bytes)
+            ByteSize(outcome.payload_bytes)
         ))?;
         output::data(format_args!(
             "{:<5} {:<21} {:>6} {:>9} {:>12} {:>12}  {}",
             "node", "address", "peers", "rtt us", "sent MiB", "received MiB", "artifact"
         ))?;
         for (index, node) in self.nodes.iter().enumerate() {
-            let peers = node.transport.status().peers();
+            let peers = node.transport().status().peers();
             let rtt = peers.iter().filter_map(|peer| peer.rtt).min();
             let sent: u64 = peers.iter().map(|peer| peer.bytes_sent).sum();
             let received: u64 = peers.iter().map(|peer| peer.bytes_received).sum();
-            let what = match deliveries.iter().find(|(peer, _)| *peer == node.node_id()) {
+            let what = match deliveries.iter().find(|(peer, _)| *peer == node.id()) {
                 Some((_, delivery)) => delivery.reason(),
                 None if index == 0 => "published",
                 None => "not asked",
@@ -330,27 +334,10 @@ impl Subnet {
         ))
     }
 
-    /// Serves admin sockets until a signal comes.
-    fn stay(
-        &self,
-        config: &NodeConfig,
-        folder: &Path,
-        mut signals: Signals,
-    ) -> Result<Exit, Failure> {
-        let sites: Vec<Site> = self
-            .nodes
-            .iter()
-            .enumerate()
-            .map(|(index, node)| Site {
-                socket: folder
-                    .join(format!("node-{index}"))
-                    .join(&config.admin.socket),
-                node: Arc::clone(node),
-            })
-            .collect();
-        let sockets: Vec<_> = sites.iter().map(|site| site.socket.clone()).collect();
-        let admin = admin::serve(sites, &config.admin)?;
-        for (index, (node, socket)) in self.nodes.iter().zip(&sockets).enumerate() {
+    /// Says how to look at the nodes, and waits for a signal.
+    fn stay(&self, mut signals: Signals) -> Result<Exit, Failure> {
+        let sockets = &self.sockets;
+        for (index, (node, socket)) in self.nodes.iter().zip(sockets).enumerate() {
             output::data(format_args!(
                 "node {index}  {}  {}",
                 node.address(),
@@ -370,7 +357,6 @@ impl Subnet {
             last = sockets[sockets.len() - 1].display(),
         ));
         signals.forever().next();
-        drop(admin);
         Ok(Exit::Ok)
     }
 
@@ -378,8 +364,8 @@ impl Subnet {
     fn stop(mut self) {
         drop(self.keeper.take());
         std::thread::scope(|scope| {
-            for node in &self.nodes {
-                scope.spawn(|| node.transport.shutdown());
+            for node in self.nodes.drain(..) {
+                scope.spawn(move || drop(node));
             }
         });
     }
@@ -391,91 +377,102 @@ struct NodeSite<'s> {
     config: &'s NodeConfig,
     index: u16,
     stage: Option<&'s Stage>,
+    admin_socket: Option<PathBuf>,
+    registry: RegistrySource,
 }
 
 impl NodeSite<'_> {
-    fn start(
-        &self,
-        identity: SigningKey,
-        versions: Versions,
-    ) -> Result<(Arc<Running>, Option<Keeper>), Failure> {
+    fn start(&self, identity: SigningKey) -> Result<(Node, Option<Keeper>), Failure> {
+        let config = self.node_config();
+        let parts = self.parts(identity, &config)?;
         let Some(stage) = self.stage else {
-            return Ok((Running::start(self.parts(identity, versions))?, None));
+            return Ok((Node::start(&config, parts)?, None));
         };
         let side = Side::of(self.index);
-        let start = self.parts(identity, versions);
         if side == Side::Outside {
-            return Ok((stage.on(side, || Running::start(start))?, None));
+            let node = stage.on(side, || Ok(Node::start(&config, parts)?))?;
+            return Ok((node, None));
         }
-        let config = stage.config(self.config);
-        let started = stage.on(side, || start_behind_edge(&config, start))?;
+        let started = stage.on(side, || start_behind_edge(&config, parts))?;
         stage.join_far_end()?;
         Ok(started)
     }
 
-    fn parts(&self, identity: SigningKey, versions: Versions) -> Start {
-        let Self { args, config, .. } = self;
-        let payload_chunks = args.payload.bytes().div_ceil(CHUNK_BYTES as u64);
-        let pool_bytes = (payload_chunks + SPARE_CHUNKS) * CHUNK_BYTES as u64;
-        let cpus = host_facts::usable_cpus();
-        let shards = usize::from(args.shards);
-        let oversubscribed = usize::from(args.nodes) * shards > cpus.len();
-        let mut transport = mapping::transport(config);
-        transport.connections_per_peer = args.shards;
-        transport.receive_budget_peer_bytes = pool_bytes;
-        transport.receive_budget_bytes = pool_bytes;
-        let shard = |number: usize| ShardConfig {
-            chunk_pool_bytes: pool_bytes,
-            // Whoever spins on a shared core spins on the time of the one it waits for.
-            spin: if oversubscribed {
-                Duration::ZERO
-            } else {
-                config.shards.defaults.spin.get()
-            },
-            ..mapping::shard(
-                &config.shards.defaults,
-                (!oversubscribed)
-                    .then(|| cpus[(usize::from(self.index) * shards + number) % cpus.len()]),
-            )
-        };
-        let local = match self.stage {
-            Some(_) => Stage::address(self.index),
-            None => std::net::SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 0)),
-        };
-        Start {
-            identity,
-            transport,
-            shards: (0..shards).map(shard).collect(),
-            udp: UdpGroupConfig {
-                local,
-                shards,
-                ..UdpGroupConfig::default()
-            },
-            store_bytes: pool_bytes,
-            body_bytes_max: config.transport.body_bytes_max.bytes(),
-            versions: Arc::new(versions),
-            edge: millrace_transport::EdgeStart::default(),
-            view: None,
+    /// Room for the payload, and something beside it.
+    fn pool_bytes(&self) -> u64 {
+        let payload_chunks = self.args.payload.bytes().div_ceil(CHUNK_BYTES as u64);
+        (payload_chunks + SPARE_CHUNKS) * CHUNK_BYTES as u64
+    }
+
+    fn node_config(&self) -> NodeConfig {
+        let mut config = self.config.clone();
+        config.listen.address = std::net::SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 0));
+        if let Some(stage) = self.stage {
+            if Side::of(self.index) == Side::Inside {
+                config = stage.config(&config);
+            }
+            config.listen.address = Stage::address(self.index);
         }
+        let buffers = UdpGroupConfig::default();
+        config.listen.receive_buffer_bytes = ByteSize(buffers.recv_buffer_bytes as u64);
+        config.listen.send_buffer_bytes = ByteSize(buffers.send_buffer_bytes as u64);
+        let pool_bytes = ByteSize(self.pool_bytes());
+        config.transport.connections_per_peer = self.args.shards.into();
+        config.transport.receive_budget_peer_bytes = pool_bytes;
+        config.transport.receive_budget_bytes = pool_bytes;
+        config.artifacts.store_bytes = pool_bytes;
+        config
+    }
+
+    fn parts(&self, identity: SigningKey, config: &NodeConfig) -> Result<NodeParts, Failure> {
+        let source = self.registry.clone();
+        Ok(NodeParts {
+            versions: registry::versions(&identity.public_key(), config, source)?,
+            identity,
+            admin_socket: self.admin_socket.clone(),
+            shards: Some(self.shards(&config.shards.defaults)),
+            edge: EdgeParts::default(),
+        })
+    }
+
+    fn shards(&self, profile: &millrace_tuning::config::ShardProfile) -> Vec<ShardConfig> {
+        let cpus = host::usable_cpus();
+        let shards = usize::from(self.args.shards);
+        let oversubscribed = usize::from(self.args.nodes) * shards > cpus.len();
+        let shard = |number: usize| {
+            let cpu = usize::from(self.index) * shards + number;
+            let cpu = (!oversubscribed).then(|| cpus[cpu % cpus.len()]);
+            let mut shard = mapping::shard(profile, cpu);
+            shard.chunk_pool_bytes = self.pool_bytes();
+            if oversubscribed {
+                // A shard that spins on a shared core takes the time of the one it waits for.
+                shard.spin = Duration::ZERO;
+            }
+            shard
+        };
+        (0..shards).map(shard).collect()
     }
 }
 
 /// As `millrace node` does it.
 fn start_behind_edge(
     config: &NodeConfig,
-    mut parts: Start,
-) -> Result<(Arc<Running>, Option<Keeper>), Failure> {
+    mut parts: NodeParts,
+) -> Result<(Node, Option<Keeper>), Failure> {
+    let shards = parts.shards.as_ref().map_or(1, Vec::len);
     let firewall = versions::firewall(&parts.versions, &config.edge.roles);
-    let prepared = start::prepare(config, &parts.udp, &firewall)?;
+    let prepared = start::prepare(config, &mapping::udp(config, shards), &firewall)?;
     if prepared.kernel.is_none() {
         let message = "the edge could not be attached; see above";
         return Err(Failure::new(Exit::Failed, message));
     }
     let (edge, kept) = prepared.split();
     let view = Arc::new(EdgeView::of(&kept));
-    parts.edge = edge;
-    parts.view = Some(Arc::clone(&view));
-    let node = Running::start(parts)?;
-    let keeper = Keeper::start(Arc::clone(&node), config.clone(), kept, view)?;
+    parts.edge = EdgeParts {
+        start: edge,
+        report: Some(Arc::clone(&view) as _),
+    };
+    let node = Node::start(config, parts)?;
+    let keeper = Keeper::start(node.clone(), config.clone(), kept, view)?;
     Ok((node, Some(keeper)))
 }

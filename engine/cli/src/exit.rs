@@ -2,9 +2,8 @@
 
 use std::process::ExitCode;
 
-use millrace_registry::{DraftError, KeyError};
-
-use crate::output;
+use millrace_node::admin::client::ClientError;
+use millrace_node::{DraftError, KeyError, StartError};
 
 /// How the process ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,18 +68,35 @@ impl From<KeyError> for Failure {
     }
 }
 
+impl From<StartError> for Failure {
+    fn from(error: StartError) -> Self {
+        let exit = match error {
+            StartError::Key(error) => return error.into(),
+            StartError::Config { .. } => Exit::BadConfig,
+            StartError::NotPermitted { .. } => Exit::NotPermitted,
+            _ => Exit::Failed,
+        };
+        Self::new(exit, error.to_string())
+    }
+}
+
+impl From<ClientError> for Failure {
+    fn from(error: ClientError) -> Self {
+        let exit = match &error {
+            ClientError::NotRunning { .. } => Exit::NotRunning,
+            ClientError::NotPermitted { .. } => Exit::NotPermitted,
+            ClientError::Path { .. } => Exit::Usage,
+            ClientError::Output(error) => return Self::io("output", error),
+            _ => Exit::Failed,
+        };
+        Self::new(exit, error.to_string())
+    }
+}
+
 impl From<DraftError> for Failure {
     fn from(error: DraftError) -> Self {
         Self::new(Exit::Failed, error.to_string())
     }
-}
-
-/// Prints a failure and gives its code.
-pub(crate) fn report(failure: &Failure) -> ExitCode {
-    if !failure.message.is_empty() {
-        output::message(format_args!("millrace: {}", failure.message));
-    }
-    failure.exit.into()
 }
 
 /// What clap says: help and version are no failures.

@@ -2,8 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use millrace_node::Paths;
 use millrace_tuning::{NodeConfig, Parsed, Problem, Severity, parse};
 
+use crate::cli::SocketArgs;
 use crate::exit::{Exit, Failure};
 use crate::output;
 
@@ -64,24 +66,17 @@ impl Loaded {
     }
 }
 
-/// The files of a node, all relative paths resolved.
-#[derive(Debug, Clone)]
-pub(crate) struct Paths {
-    pub(crate) state_dir: PathBuf,
-    pub(crate) key_file: PathBuf,
-    pub(crate) registry_dir: PathBuf,
-    pub(crate) admin_socket: PathBuf,
-}
-
-impl Paths {
-    pub(crate) fn of(config: &NodeConfig, folder: &Path) -> Self {
-        let state_dir = folder.join(&config.node.state_dir);
-        Self {
-            key_file: state_dir.join(&config.node.key_file),
-            registry_dir: state_dir.join(&config.registry.dir),
-            admin_socket: state_dir.join(&config.admin.socket),
-            state_dir,
+/// The admin socket that the arguments name.
+pub(crate) fn socket_of(args: &SocketArgs) -> Result<PathBuf, Failure> {
+    if let Some(socket) = &args.socket {
+        return Ok(socket.clone());
+    }
+    match &args.config {
+        Some(config) => {
+            let (_, paths) = Loaded::read(config)?.usable()?;
+            Ok(paths.admin_socket)
         }
+        None => Err(Failure::new(Exit::Usage, "give --socket or --config")),
     }
 }
 

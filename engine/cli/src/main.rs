@@ -1,30 +1,21 @@
-//! The `millrace` binary: wires configuration, registry, transport and the reference application together.
+//! The binary `millrace`: arguments, printing and exit codes around the library `millrace-node`.
 //!
 //! Data goes to stdout, messages to stderr, and the exit code says what happened; see [`exit`].
 
-mod admin;
-mod app;
 mod artifacts_cmd;
-mod budget;
 mod check;
 mod cli;
 mod config_cmd;
 mod dev;
-#[cfg(test)]
-mod docs_test;
 mod edge;
+mod edge_report;
 mod exit;
-mod host_facts;
 mod keygen;
 mod load;
-mod mapping;
-mod metrics;
 mod node;
 mod output;
-mod poller;
 mod progress;
 mod registry_cmd;
-mod running;
 mod status;
 mod versions;
 
@@ -32,18 +23,39 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+use cli::{Cli, Command};
+use exit::{Exit, Failure};
+
 // Admin bodies, TOML and quiche's packets are small, short-lived allocations on many threads.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    let cli = match cli::Cli::try_parse() {
+    let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return exit::usage(&error),
     };
     output::start_log(&cli.log);
-    match cli.command.run() {
+    match run(cli.command) {
         Ok(exit) => exit.into(),
-        Err(failure) => exit::report(&failure),
+        Err(failure) => output::report(&failure),
+    }
+}
+
+fn run(command: Command) -> Result<Exit, Failure> {
+    match command {
+        Command::Dev(args) => dev::run(&args),
+        Command::Node(args) => node::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Keygen(args) => keygen::run(&args),
+        Command::Registry(command) => registry_cmd::run(command),
+        Command::Put(args) => artifacts_cmd::put(&args),
+        Command::Get(args) => artifacts_cmd::get(&args),
+        Command::Status(args) => status::run(&args),
+        Command::Xdp(command) => edge::commands::run(command),
+        Command::Config(command) => config_cmd::run(command),
+        Command::EdgeHelper => millrace_edge::helper::serve_stdin()
+            .map(|()| Exit::Ok)
+            .map_err(|error| Failure::io("the edge's helper", &error)),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
 
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
@@ -29,6 +30,14 @@ pub(crate) fn json(value: &impl Serialize) -> Result<(), Failure> {
 pub(crate) fn message(line: impl fmt::Display) {
     // Nobody is left to tell that stderr is closed.
     let _ = writeln!(std::io::stderr().lock(), "{line}");
+}
+
+/// Prints a failure and gives its code.
+pub(crate) fn report(failure: &Failure) -> ExitCode {
+    if !failure.message.is_empty() {
+        message(format_args!("millrace: {}", failure.message));
+    }
+    failure.exit.into()
 }
 
 /// Starts the log on stderr with a filter such as `info` or `millrace_transport=debug`.

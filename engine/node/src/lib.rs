@@ -1,1 +1,55 @@
-//! A node of a subnet as a library: transport, registry, services, admin socket and edge, wired together.
+//! A node of a subnet as a library: transport, registry, services, admin socket and edge, wired
+//! together.
+//!
+//! [`Node::start`] starts one from a [`NodeConfig`] and [`NodeParts`]. `docs/embedding.md` walks
+//! through an example. Nothing here prints, ends the process or reads the command line; errors are
+//! enums by whose fault it is.
+//!
+//! | module | job |
+//! |---|---|
+//! | `node`, `parts` | the node: start, handle, end of life |
+//! | `core` | what the threads of a node share |
+//! | `reference` | the reference application: artifacts |
+//! | `registry`, `topology`, `peers` | follows the registry; who is a member, who is near |
+//! | `admin`, `status`, `metrics` | the admin socket and what it shows |
+//! | `edge` | what a node gives to its edge and hears from it |
+//! | `mapping`, `budget`, `host`, `paths` | from the config to the parts; memory, host and files |
+
+pub mod admin;
+pub mod budget;
+mod core;
+pub mod edge;
+mod error;
+pub mod host;
+pub mod mapping;
+mod metrics;
+mod node;
+mod parts;
+mod paths;
+mod payload;
+mod peers;
+pub mod reference;
+pub mod registry;
+pub mod status;
+mod topology;
+
+pub use error::{NotConnected, NotReady, StartError};
+pub use node::Node;
+pub use parts::{NodeParts, RegistrySource};
+pub use paths::Paths;
+
+// What a user of a node needs: one dependency is enough.
+pub use millrace_protocol::frame::{Class, FailureCode, Method};
+pub use millrace_protocol::id::{ArtifactId, ConnectionNumber, NodeId, SubnetId};
+pub use millrace_protocol::identity::{PublicKey, SigningKey};
+pub use millrace_protocol::registry::{RegistryError, RegistryVersion, SignedVersion};
+pub use millrace_registry::{Draft, DraftError, KeyError, Versions, folder, keys};
+pub use millrace_shards::Queue;
+pub use millrace_shards::chunk::{Body, BodyMut, Chunk, ChunkPool};
+pub use millrace_shards::config::ShardConfig;
+pub use millrace_transport::{
+    Answer, Defer, Inbound, InboundBody, Messenger, Payload, PeerStatus, RemoteAnswer, Request,
+    Responder, RpcError, ShardMessenger, StatusBoard, Transport,
+};
+pub use millrace_tuning::config;
+pub use millrace_tuning::{ByteSize, NodeConfig, Period};

@@ -4,10 +4,12 @@
 //! - [`skip`]: says that a test cannot run on this host, and fails where it must run.
 //! - [`net`]: addresses that no other test takes.
 //! - [`ids`]: keys and node ids made from small numbers.
+//! - [`page`]: pages that are generated from the code.
 //! - [`seeds`]: how many seeds a simulation runs, and which one failed.
 
 pub mod ids;
 pub mod net;
+pub mod page;
 pub mod seeds;
 pub mod skip;
 pub mod wait;

@@ -13,7 +13,7 @@ use millrace_edge::publish::{PublishError, Publisher};
 use millrace_edge::state::AttachMode;
 use millrace_edge_policy::rules::{RuleAction, Temporary};
 use millrace_edge_policy::settings::Mode;
-use millrace_registry::keys;
+use millrace_node::{Paths, keys};
 use millrace_tuning::config::XdpMode;
 use millrace_tuning::{NodeConfig, Period};
 use serde::Serialize;
@@ -25,7 +25,7 @@ use crate::cli::{
     XdpApplyArgs, XdpAttachArgs, XdpCommand, XdpPlace, XdpPlaceArgs, XdpTemporaryArgs,
 };
 use crate::exit::{Exit, Failure};
-use crate::load::{Loaded, Paths};
+use crate::load::Loaded;
 use crate::{output, versions};
 
 pub(crate) fn run(command: XdpCommand) -> Result<Exit, Failure> {

@@ -18,6 +18,7 @@ use millrace_edge::publish::{Publisher, Standing};
 use millrace_edge::state::{Interface, Lapsed, State};
 use millrace_edge_policy::rules::Temporary;
 use millrace_edge_policy::settings::Mode;
+use millrace_node::Node;
 use millrace_tuning::NodeConfig;
 use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 
@@ -30,7 +31,6 @@ use super::sets::{self, Origin};
 use super::start::Kernel;
 use super::table::{self, LeftAlone, Nftables, Restored};
 use crate::exit::{Exit, Failure};
-use crate::running::Running;
 use crate::versions;
 
 /// What may come right by itself is left alone for so long: a process that is missing, an interface that is not ready.
@@ -57,7 +57,7 @@ struct Basis {
 }
 
 pub(super) struct Following {
-    node: Arc<Running>,
+    node: Node,
     config: Arc<NodeConfig>,
     kernel: Arc<Kernel>,
     view: Arc<EdgeView>,
@@ -91,7 +91,7 @@ enum Topic {
 
 impl Following {
     pub(super) fn new(
-        node: Arc<Running>,
+        node: Node,
         config: Arc<NodeConfig>,
         kernel: Arc<Kernel>,
         view: Arc<EdgeView>,
@@ -201,8 +201,8 @@ impl Following {
         state.expire(SystemTime::now());
         let applied = self.applied(of_set, in_force, &state);
         let firewall = match applied.onto(&self.config) {
-            Some(config) => versions::firewall(&self.node.versions, &config.edge.roles),
-            None => versions::firewall(&self.node.versions, &self.config.edge.roles),
+            Some(config) => versions::firewall(self.node.versions(), &config.edge.roles),
+            None => versions::firewall(self.node.versions(), &self.config.edge.roles),
         };
         let basis = Basis {
             version: firewall.version,

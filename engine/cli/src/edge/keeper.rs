@@ -20,12 +20,12 @@ use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::settings::{Caps, Limits, Mode};
 use millrace_edge_policy::siphash::Key;
 use millrace_edge_policy::stress::{BudgetLoad, Level, LoadSample, Stress, StressConfig};
+use millrace_node::Node;
 use millrace_tuning::NodeConfig;
 
 use super::follow::Following;
 use super::start::{Kept, Kernel, unpredictable};
 use crate::exit::Failure;
-use crate::running::Running;
 
 /// Wakes in each lease, so that a late one costs nothing.
 const WAKES_PER_LEASE: u32 = 5;
@@ -97,7 +97,7 @@ pub(crate) struct Keeper {
 
 impl Keeper {
     pub(crate) fn start(
-        node: Arc<Running>,
+        node: Node,
         config: NodeConfig,
         kept: Kept,
         view: Arc<EdgeView>,
@@ -105,12 +105,8 @@ impl Keeper {
         let period = config.edge.lease.get() / WAKES_PER_LEASE;
         let (config, kept) = (Arc::new(config), Arc::new(kept));
         let following = kept.kernel.clone().map(|kernel| {
-            let of_follower = Following::new(
-                Arc::clone(&node),
-                Arc::clone(&config),
-                kernel,
-                Arc::clone(&view),
-            );
+            let of_follower =
+                Following::new(node.clone(), Arc::clone(&config), kernel, Arc::clone(&view));
             Ticker::start("millrace-rules", period, move |ticks| {
                 let mut following = of_follower;
                 following.wake();
@@ -216,7 +212,7 @@ impl BudgetCounters {
 const NANOSECONDS: u64 = 1_000_000_000;
 
 struct Keeping<'k> {
-    node: &'k Running,
+    node: &'k Node,
     config: &'k NodeConfig,
     kept: &'k Kept,
     view: &'k EdgeView,
@@ -230,7 +226,7 @@ struct Keeping<'k> {
 }
 
 impl<'k> Keeping<'k> {
-    fn new(node: &'k Running, config: &'k NodeConfig, kept: &'k Kept, view: &'k EdgeView) -> Self {
+    fn new(node: &'k Node, config: &'k NodeConfig, kept: &'k Kept, view: &'k EdgeView) -> Self {
         let presence = kept.kernel.as_ref().map(|kernel| {
             Presence::begin(
                 kernel.edge.maps(),
@@ -294,7 +290,7 @@ impl<'k> Keeping<'k> {
     }
 
     fn judge_stress(&mut self) {
-        let shards = self.node.transport.status().shards();
+        let shards = self.node.transport().status().shards();
         let [quic, syn] = self.budget_loads();
         let sample = LoadSample {
             half_open: shards.iter().map(|shard| shard.handshakes).sum(),
@@ -346,7 +342,7 @@ impl<'k> Keeping<'k> {
         let Some(presence) = &self.presence else {
             return;
         };
-        let peers = self.node.transport.peer_keys();
+        let peers = self.node.transport().peer_keys();
         if self.peers.as_ref() != Some(&peers) {
             match presence.set_peers(&peers) {
                 Ok(()) => self.peers = Some(peers),

@@ -7,27 +7,25 @@ use millrace_protocol::id::{ArtifactId, NodeId};
 use millrace_registry::Versions;
 use millrace_registry::wire::NEWER_THAN;
 use millrace_shards::Queue;
-use millrace_shards::chunk::{Body, Chunk};
+use millrace_shards::chunk::Body;
 use millrace_transport::{
-    Answer, Defer, Inbound, InboundBody, Messenger, Payload, Responder, Service,
+    Answer, Defer, Inbound, InboundBody, Messenger, Responder, Service,
 };
 
 use super::announced::Announced;
 use super::hash;
 use super::store::Store;
 use super::wire::{self, Announce};
+use crate::payload::{SMALL_BYTES_MAX, payload_of};
 
-/// Above this a payload has to be in chunks.
-const SMALL_BYTES_MAX: usize = 64 << 10;
-
-pub(crate) struct App<M> {
+pub(crate) struct ArtifactService<M> {
     messenger: M,
     store: Arc<Store>,
     versions: Arc<Versions>,
     announced: Arc<Announced>,
 }
 
-impl<M: Messenger> App<M> {
+impl<M: Messenger> ArtifactService<M> {
     pub(crate) fn new(
         messenger: M,
         store: Arc<Store>,
@@ -141,26 +139,7 @@ fn keep(
     }
 }
 
-/// A body as a payload; a small one goes as bytes, because it travels beside other small messages.
-pub(crate) fn payload_of(body: Body) -> Payload {
-    if body.len() > SMALL_BYTES_MAX {
-        return Payload::Chunks(body);
-    }
-    match body.chunks() {
-        [] => Payload::Empty,
-        chunks => Payload::Bytes(joined(chunks).into()),
-    }
-}
-
-/// The bytes of a few chunks in one piece.
-pub(crate) fn joined(chunks: &[Chunk]) -> Vec<u8> {
-    chunks
-        .iter()
-        .flat_map(|chunk| chunk.iter().copied())
-        .collect()
-}
-
-impl<M: Messenger> Service for App<M> {
+impl<M: Messenger> Service for ArtifactService<M> {
     fn on_request(&mut self, request: Inbound<'_>, defer: Defer<'_>) -> Answer {
         match request.method {
             wire::ANNOUNCE => self.announce(&request.peer, &request.body),

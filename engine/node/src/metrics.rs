@@ -1,12 +1,10 @@
-//! `/metrics`: OpenMetrics text of what the node counts, under our names and, where the reference has the same
-//! thing, under the reference's.
+//! `/metrics`: OpenMetrics text of what the node counts, under our names and, where the reference
+//! has the same thing, under the reference's.
 //!
 //! Collected when asked: nothing is kept twice.
 //!
-//! Invariants
 //! 1. Every name is in a table: `docs/reference/metrics.md` is generated from the tables.
 
-mod edge;
 #[cfg(test)]
 mod page;
 mod reference;
@@ -24,239 +22,245 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
-use crate::running::Running;
+use crate::core::Core;
+use crate::edge::{EdgeReport, EdgeSample};
 use reference::OfPeer;
 
 /// A metric of ours that is not in the transport's or the shards' tables.
 struct Own {
     name: &'static str,
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the reference page"))]
-    kind: &'static str,
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the reference page"))]
+    kind: Kind,
     label: Option<&'static str>,
     help: &'static str,
+}
+
+/// A metric's type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Gauge,
+    Counter,
 }
 
 const OWN: &[Own] = &[
     Own {
         name: "millrace_transport_connections_open",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: None,
         help: "Connections, handshakes included",
     },
     Own {
         name: "millrace_transport_handshakes_open",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: None,
         help: "Handshakes",
     },
     Own {
         name: "millrace_chunks",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: Some("shard"),
         help: "Chunks of 1 MiB in the pool",
     },
     Own {
         name: "millrace_chunks_free",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: Some("shard"),
         help: "Chunks that nobody holds",
     },
     Own {
         name: "millrace_registry_version",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: None,
         help: "Newest registry version held",
     },
     Own {
         name: "millrace_registry_records_skipped",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: None,
         help: "Records of the newest version that cannot be used",
     },
     Own {
         name: "millrace_registry_versions_refused",
-        kind: "counter",
+        kind: Kind::Counter,
         label: Some("reason"),
         help: "Registry versions that were refused",
     },
     Own {
         name: "millrace_topology_members",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: None,
         help: "Members of the subnet, this node included",
     },
     Own {
         name: "millrace_artifacts_held",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: None,
         help: "Artifacts in the store",
     },
     Own {
         name: "millrace_artifacts_bytes",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: None,
         help: "Chunk memory they take",
     },
     Own {
         name: "millrace_artifacts_dropped",
-        kind: "counter",
+        kind: Kind::Counter,
         label: None,
         help: "Artifacts dropped to make room for new ones",
     },
     Own {
         name: "millrace_path_rtt_seconds",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: Some("peer"),
         help: "Smoothed round trip",
     },
     Own {
         name: "millrace_path_congestion_window",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: Some("peer"),
         help: "Congestion window in bytes",
     },
     Own {
         name: "millrace_path_sent_packets",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: Some("peer"),
         help: "Packets sent",
     },
     Own {
         name: "millrace_path_lost_packets",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: Some("peer"),
         help: "Packets lost",
     },
     Own {
         name: "millrace_path_probe_rtt_seconds",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: Some("peer"),
         help: "Smoothed round trip of health probes",
     },
     Own {
         name: "millrace_edge_in_kernel",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: None,
         help: "1 if the program refuses in the kernel, 0 if user space does by itself",
     },
     Own {
         name: "millrace_edge_stress",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: None,
         help: "0 normal, 1 addresses are validated first (Retry, SYN cookies), 2 registry peers only",
     },
     Own {
         name: "firewall_registry_version",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: None,
         help: "Registry version whose rules are in force (the reference's name)",
     },
     Own {
         name: "millrace_edge_rules_refused",
-        kind: "counter",
+        kind: Kind::Counter,
         label: Some("reason"),
         help: "Rule sets that were refused; the last good one stayed in force",
     },
     Own {
         name: "millrace_edge_tables_restored",
-        kind: "counter",
+        kind: Kind::Counter,
         label: None,
         help: "Times that others changed or removed the edge's table of nftables, and it was put back",
     },
     Own {
         name: "millrace_edge_interfaces_reattached",
-        kind: "counter",
+        kind: Kind::Counter,
         label: None,
         help: "Interfaces that were made anew, and that the program was put on again",
     },
     Own {
         name: "millrace_edge_attach_failures",
-        kind: "counter",
+        kind: Kind::Counter,
         label: None,
         help: "Times that the program could not be put on such an interface",
     },
     Own {
         name: "millrace_edge_interfaces_gone",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: None,
         help: "Interfaces that the program should be on and is not",
     },
     Own {
         name: "millrace_edge_packets",
-        kind: "counter",
+        kind: Kind::Counter,
         label: Some("reason"),
         help: "Packets that the program passed, answered or dropped, by reason; see below",
     },
     Own {
         name: "millrace_edge_packets_counted",
-        kind: "counter",
+        kind: Kind::Counter,
         label: Some("reason"),
         help: "Packets that mode `count` passed and mode `enforce` would not have",
     },
     Own {
         name: "millrace_edge_enforcing",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: None,
         help: "1 in mode `enforce`, 0 in mode `count`",
     },
     Own {
         name: "millrace_edge_set",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: None,
         help: "Number of the rule set in force",
     },
     Own {
         name: "millrace_edge_quic_sources",
-        kind: "gauge",
+        kind: Kind::Gauge,
         label: None,
         help: "Sources with QUIC connections, as the kernel is told",
     },
     Own {
         name: "millrace_edge_counts_missed",
-        kind: "counter",
+        kind: Kind::Counter,
         label: None,
         help: "Changes of connection counts that the kernel could not be told",
     },
     Own {
         name: "millrace_edge_rule_hits",
-        kind: "counter",
+        kind: Kind::Counter,
         label: Some("rule"),
         help: "Packets that a rule decided, since its set was published; `millrace xdp rules` shows the rules",
     },
 ];
 
 /// All metrics of a node.
-pub(crate) fn render(node: &Arc<Running>) -> Result<String, fmt::Error> {
+pub(crate) fn render(core: &Arc<Core>) -> Result<String, fmt::Error> {
     let mut registry = Registry::default();
-    registry.register_collector(Box::new(NodeCollector(Arc::clone(node))));
+    registry.register_collector(Box::new(CoreCollector(Arc::clone(core))));
     let mut out = String::new();
     text::encode(&mut out, &registry)?;
     Ok(out)
 }
 
-struct NodeCollector(Arc<Running>);
+struct CoreCollector(Arc<Core>);
 
-impl fmt::Debug for NodeCollector {
+impl fmt::Debug for CoreCollector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("NodeCollector")
+        f.write_str("CoreCollector")
     }
 }
 
-impl Collector for NodeCollector {
+impl Collector for CoreCollector {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut out = Out(encoder);
-        let node = &self.0;
-        transport(node, &mut out)?;
-        shards(node, &mut out)?;
-        registry(node, &mut out)?;
-        artifacts(node, &mut out)?;
-        if let Some(view) = &node.edge {
-            edge::write(view, &mut out)?;
+        let core = &self.0;
+        transport(core, &mut out)?;
+        shards(core, &mut out)?;
+        registry(core, &mut out)?;
+        artifacts(core, &mut out)?;
+        if let Some(report) = &core.edge {
+            edge(report.as_ref(), &mut out)?;
         }
-        let peers = node.transport.status().peers();
+        let peers = core.transport.status().peers();
         paths(&peers, &mut out)?;
-        reference::write(node, &peers, &mut out)
+        reference::write(core, &peers, &mut out)
     }
 }
 
@@ -325,30 +329,30 @@ impl Out<'_> {
     }
 }
 
-fn transport(node: &Running, out: &mut Out<'_>) -> fmt::Result {
+fn transport(core: &Core, out: &mut Out<'_>) -> fmt::Result {
     for same_name in COUNTERS.chunk_by(|a, b| a.name == b.name) {
         let values = same_name.iter().map(|info| {
             let label = info.label.map(|(key, value)| (key, value.to_owned()));
-            (label, total(node, info.counter))
+            (label, total(core, info.counter))
         });
         out.counters(same_name[0].name, same_name[0].help, values)?;
     }
-    for (family, reasons) in reasons(node) {
+    for (family, reasons) in reasons(core) {
         let values = reasons
             .iter()
             .map(|(reason, n)| (Some(("reason", (*reason).to_owned())), *n));
         out.counters(family.name(), family.help(), values)?;
     }
-    let shards = node.transport.status().shards();
+    let shards = core.transport.status().shards();
     let connections = shards.iter().map(|shard| shard.connections as u64).sum();
     let handshakes = shards.iter().map(|shard| shard.handshakes as u64).sum();
     out.gauge("millrace_transport_connections_open", connections)?;
     out.gauge("millrace_transport_handshakes_open", handshakes)
 }
 
-fn shards(node: &Running, out: &mut Out<'_>) -> fmt::Result {
+fn shards(core: &Core, out: &mut Out<'_>) -> fmt::Result {
     let mut by_name: BTreeMap<&'static str, Vec<(Label<'_>, u64)>> = BTreeMap::new();
-    for (index, stats) in node.transport.shard_stats().iter().enumerate() {
+    for (index, stats) in core.transport.shard_stats().iter().enumerate() {
         for (name, value) in stats.snapshot().iter() {
             by_name
                 .entry(name)
@@ -360,8 +364,8 @@ fn shards(node: &Running, out: &mut Out<'_>) -> fmt::Result {
         out.counters(&format!("millrace_shard_{name}"), &shard_help(name), values)?;
     }
     let pools = |value: fn(&millrace_shards::chunk::ChunkPool) -> usize| {
-        let pools = (0..node.transport.shards()).filter_map(|shard| {
-            let pool = node.transport.pool(shard)?;
+        let pools = (0..core.transport.shards()).filter_map(|shard| {
+            let pool = core.transport.pool(shard)?;
             Some((Some(("shard", shard.to_string())), value(pool) as f64))
         });
         pools.collect::<Vec<_>>()
@@ -378,8 +382,8 @@ fn shards(node: &Running, out: &mut Out<'_>) -> fmt::Result {
     )
 }
 
-fn registry(node: &Running, out: &mut Out<'_>) -> fmt::Result {
-    let summary = node.versions.summary();
+fn registry(core: &Core, out: &mut Out<'_>) -> fmt::Result {
+    let summary = core.versions.summary();
     out.gauge("millrace_registry_version", summary.newest)?;
     out.gauge("millrace_registry_records_skipped", summary.skipped)?;
     let refused = summary
@@ -391,18 +395,40 @@ fn registry(node: &Running, out: &mut Out<'_>) -> fmt::Result {
         help_of("millrace_registry_versions_refused"),
         refused,
     )?;
-    let members = node.topology.members.load(Ordering::Relaxed);
+    let members = core.topology.members.load(Ordering::Relaxed);
     out.gauge("millrace_topology_members", members)
 }
 
-fn artifacts(node: &Running, out: &mut Out<'_>) -> fmt::Result {
-    let usage = node.store.usage();
+fn artifacts(core: &Core, out: &mut Out<'_>) -> fmt::Result {
+    let usage = core.artifacts.usage();
     out.gauge("millrace_artifacts_held", usage.artifacts)?;
     out.gauge("millrace_artifacts_bytes", usage.bytes)?;
     out.counter("millrace_artifacts_dropped", usage.dropped)
 }
 
-/// Of each peer's first connection.
+fn edge(report: &dyn EdgeReport, out: &mut Out<'_>) -> fmt::Result {
+    let samples = report.samples();
+    for same_name in samples.chunk_by(|a, b| a.name == b.name) {
+        let Some(own) = OWN.iter().find(|own| own.name == same_name[0].name) else {
+            continue;
+        };
+        let label = |sample: &EdgeSample| Some((own.label?, sample.label.clone()?));
+        let values = same_name.iter();
+        match own.kind {
+            Kind::Gauge => {
+                let values = values.map(|sample| (label(sample), sample.value as f64));
+                out.gauges(own.name, own.help, values)?;
+            }
+            Kind::Counter => {
+                let values = values.map(|sample| (label(sample), sample.value));
+                out.counters(own.name, own.help, values)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Those of each peer's first connection.
 fn paths(peers: &[PeerStatus], out: &mut Out<'_>) -> fmt::Result {
     let values: [(&str, OfPeer); 5] = [
         ("millrace_path_rtt_seconds", |peer| {
@@ -437,8 +463,8 @@ fn shard_help(name: &str) -> String {
     format!("Shard runtime: {}", name.replace('_', " "))
 }
 
-fn total(node: &Running, counter: Counter) -> u64 {
-    node.transport
+fn total(core: &Core, counter: Counter) -> u64 {
+    core.transport
         .counters()
         .iter()
         .map(|counters| counters.get(counter))
@@ -446,9 +472,9 @@ fn total(node: &Running, counter: Counter) -> u64 {
 }
 
 /// Reasons of all shards, summed.
-fn reasons(node: &Running) -> BTreeMap<Family, BTreeMap<&'static str, u64>> {
+fn reasons(core: &Core) -> BTreeMap<Family, BTreeMap<&'static str, u64>> {
     let mut all: BTreeMap<Family, BTreeMap<&'static str, u64>> = BTreeMap::new();
-    for counters in node.transport.counters() {
+    for counters in core.transport.counters() {
         for (family, reason, count) in counters.reasons() {
             *all.entry(family).or_default().entry(reason).or_default() += count;
         }

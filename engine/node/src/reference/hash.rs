@@ -5,18 +5,34 @@ use millrace_shards::chunk::Body;
 use ring::digest::{Context, SHA256};
 
 /// A hash that is being computed.
-pub(crate) struct Hasher(Context);
+#[derive(Clone)]
+pub struct Hasher(Context);
+
+impl std::fmt::Debug for Hasher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hasher")
+    }
+}
+
+impl Default for Hasher {
+    fn default() -> Self {
+        Self::new()
+    }
+}
 
 impl Hasher {
-    pub(crate) fn new() -> Self {
+    /// The hash of no bytes.
+    pub fn new() -> Self {
         Self(Context::new(&SHA256))
     }
 
-    pub(crate) fn update(&mut self, bytes: &[u8]) {
+    /// Adds the next bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
         self.0.update(bytes);
     }
 
-    pub(crate) fn finish(self) -> ArtifactId {
+    /// The id of all bytes.
+    pub fn finish(self) -> ArtifactId {
         let digest = self.0.finish();
         let mut hash = [0; 32];
         hash.copy_from_slice(digest.as_ref());
@@ -25,7 +41,7 @@ impl Hasher {
 }
 
 /// The id of a body, at once: for threads that are no shard.
-pub(crate) fn of_body(body: &Body) -> ArtifactId {
+pub fn of_body(body: &Body) -> ArtifactId {
     let mut hasher = Hasher::new();
     for chunk in body.chunks() {
         hasher.update(chunk);

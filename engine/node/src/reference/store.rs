@@ -1,6 +1,5 @@
 //! Artifacts that this node holds: bodies in chunks, bounded, the oldest dropped for new ones.
 //!
-//! Invariants
 //! 1. What all bodies take is at most `bytes_max`; a body counts in units of 64 KiB, as in the pool.
 //! 2. `order` lists exactly the ids of `bodies`, oldest first.
 
@@ -13,9 +12,11 @@ use millrace_shards::chunk::{Body, taken_bytes};
 /// The body is larger than the whole store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the body takes {needed_bytes} bytes, the store holds {bytes_max}")]
-pub(crate) struct TooLarge {
-    pub(crate) needed_bytes: u64,
-    pub(crate) bytes_max: u64,
+pub struct TooLarge {
+    /// What the body takes, in units of 64 KiB.
+    pub needed_bytes: u64,
+    /// What the store may hold.
+    pub bytes_max: u64,
 }
 
 #[derive(Debug, Default)]
@@ -34,11 +35,15 @@ pub(crate) struct Store {
 
 /// How full the store is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Usage {
-    pub(crate) artifacts: u64,
-    pub(crate) bytes: u64,
-    pub(crate) bytes_max: u64,
-    pub(crate) dropped: u64,
+pub struct Usage {
+    /// Artifacts held.
+    pub artifacts: u64,
+    /// Bytes they take, in units of 64 KiB.
+    pub bytes: u64,
+    /// What the store may hold.
+    pub bytes_max: u64,
+    /// Artifacts that were dropped to make room for new ones.
+    pub dropped: u64,
 }
 
 impl Store {

@@ -7,8 +7,8 @@ use millrace_shards::stats::ShardStats;
 use millrace_transport::counters::{COUNTERS, Family};
 
 use super::reference::{ABSENT, Read, TABLE};
-use super::{OWN, shard_help};
-use crate::docs_test::is_fresh;
+use super::{Kind, OWN, shard_help};
+use millrace_testkit::page::is_fresh;
 
 const HEAD: &str = "# Metrics
 
@@ -77,7 +77,11 @@ fn the_metrics_reference_is_fresh() {
     }
     for own in OWN {
         let label = own.label.map_or(String::new(), |key| format!("`{key}`"));
-        row(own.name, own.kind, &label, own.help);
+        let kind = match own.kind {
+            Kind::Gauge => "gauge",
+            Kind::Counter => "counter",
+        };
+        row(own.name, kind, &label, own.help);
     }
     for (name, _) in ShardStats::default().snapshot().iter() {
         row(

@@ -2,12 +2,13 @@
 
 use millrace_protocol::frame::Limits;
 use millrace_shards::config::{HugePages, ShardConfig};
+use millrace_shards::socket::UdpGroupConfig;
 use millrace_transport::config::{CongestionControl, PerClass, TransportConfig};
 use millrace_tuning::NodeConfig;
 use millrace_tuning::config::{self, ShardProfile};
 
-/// One shard per core.
-pub(crate) fn shards(config: &NodeConfig, cpus: &[u64]) -> Vec<ShardConfig> {
+/// One shard for each core that the config names, or for each of `cpus`.
+pub fn shards(config: &NodeConfig, cpus: &[u64]) -> Vec<ShardConfig> {
     let cpus = config.shards.cpus(cpus);
     cpus.iter()
         .map(|cpu| shard(config.shards.profile_of(*cpu), Some(*cpu)))
@@ -15,7 +16,7 @@ pub(crate) fn shards(config: &NodeConfig, cpus: &[u64]) -> Vec<ShardConfig> {
 }
 
 /// One shard; without a core it is not pinned.
-pub(crate) fn shard(profile: &ShardProfile, cpu: Option<u64>) -> ShardConfig {
+pub fn shard(profile: &ShardProfile, cpu: Option<u64>) -> ShardConfig {
     ShardConfig {
         cpu: cpu.map(to_usize),
         spin: profile.spin.get(),
@@ -36,7 +37,19 @@ pub(crate) fn shard(profile: &ShardProfile, cpu: Option<u64>) -> ShardConfig {
     }
 }
 
-pub(crate) fn transport(config: &NodeConfig) -> TransportConfig {
+/// The transport's sockets.
+pub fn udp(config: &NodeConfig, shards: usize) -> UdpGroupConfig {
+    UdpGroupConfig {
+        local: config.listen.address,
+        shards,
+        recv_buffer_bytes: to_usize(config.listen.receive_buffer_bytes.bytes()),
+        send_buffer_bytes: to_usize(config.listen.send_buffer_bytes.bytes()),
+        ..UdpGroupConfig::default()
+    }
+}
+
+/// The transport's limits, windows and times.
+pub fn transport(config: &NodeConfig) -> TransportConfig {
     let from = &config.transport;
     TransportConfig {
         udp_payload_bytes_max: to_usize(from.udp_payload_bytes_max.bytes()),

@@ -1,4 +1,6 @@
-//! The other end of the admin socket: what `put`, `get` and `status` use.
+//! The other end of the admin socket, for programs that look at a running node.
+//!
+//! Each call blocks its thread, on an executor and a connection of its own.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -14,12 +16,8 @@ use http_body_util::BodyExt;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::client::conn::http1;
 use hyper::{Method, Request, Response, StatusCode};
-use indicatif::ProgressBar;
 
 use super::io::HyperStream;
-use crate::cli::SocketArgs;
-use crate::exit::{Exit, Failure};
-use crate::load::Loaded;
 
 /// Bytes read from a file at once.
 const READ_BYTES: usize = 256 << 10;
@@ -27,22 +25,75 @@ const READ_BYTES: usize = 256 << 10;
 /// An answer that is held in memory: status, refusals, reports.
 const TEXT_BYTES_MAX: usize = 16 << 20;
 
-/// The admin socket that the arguments name.
-pub(crate) fn socket_of(args: &SocketArgs) -> Result<PathBuf, Failure> {
-    if let Some(socket) = &args.socket {
-        return Ok(socket.clone());
-    }
-    match &args.config {
-        Some(config) => {
-            let (_, paths) = Loaded::read(config)?.usable()?;
-            Ok(paths.admin_socket)
-        }
-        None => Err(Failure::new(Exit::Usage, "give --socket or --config")),
-    }
+/// Why a node's admin socket gave no answer, by whose fault it is.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClientError {
+    /// No node: nothing listens there.
+    #[error("no node answers at {}: {reason}", .socket.display())]
+    NotRunning {
+        /// The admin socket.
+        socket: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+    /// The system's rules: they do not permit to connect.
+    #[error("no node answers at {}: {reason}", .socket.display())]
+    NotPermitted {
+        /// The admin socket.
+        socket: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+    /// The node's: it refused.
+    #[error("the node says {status}: {reason}")]
+    Refused {
+        /// Status line of its answer.
+        status: StatusCode,
+        /// Its own words.
+        reason: String,
+    },
+    /// The node's: it went away, or answered what makes no sense.
+    #[error("{what}: {reason}")]
+    Lost {
+        /// What was lost.
+        what: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// The host's: it has no io_uring.
+    #[error("cannot make an io_uring: {reason}")]
+    Host {
+        /// What the system said.
+        reason: String,
+    },
+    /// The caller's: the path is none.
+    #[error("{path}: {reason}")]
+    Path {
+        /// The path.
+        path: String,
+        /// Why.
+        reason: String,
+    },
+    /// The caller's: what the answer is written to.
+    #[error("output: {0}")]
+    Output(std::io::Error),
 }
 
-/// Fetches a text; an answer other than 200 is a failure with the node's own words.
-pub(crate) fn get_text(socket: &Path, path: &str) -> Result<String, Failure> {
+/// What a transfer reports while it goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// The whole is so many bytes long.
+    Total(u64),
+    /// So many bytes more have gone.
+    Moved(u64),
+}
+
+/// Fetches a text of at most 16 MiB.
+///
+/// # Errors
+/// [`ClientError`]; an answer other than 200 is [`ClientError::Refused`].
+pub fn get_text(socket: &Path, path: &str) -> Result<String, ClientError> {
     talk(
         socket,
         request(Method::GET, path, Upload::None)?,
@@ -53,18 +104,21 @@ pub(crate) fn get_text(socket: &Path, path: &str) -> Result<String, Failure> {
     )
 }
 
-/// Sends a file; gives the node's report.
-pub(crate) fn post_file(
+/// Sends `length` bytes of a file; gives the node's report.
+///
+/// # Errors
+/// [`ClientError`]; an answer other than 200 is [`ClientError::Refused`].
+pub fn post_file(
     socket: &Path,
     path: &str,
     file: File,
     length: u64,
-    bar: &ProgressBar,
-) -> Result<String, Failure> {
+    progress: impl Fn(Progress) + 'static,
+) -> Result<String, ClientError> {
     let upload = Upload::File {
         file,
         left: length,
-        bar: bar.clone(),
+        progress: Box::new(progress),
     };
     talk(
         socket,
@@ -76,27 +130,29 @@ pub(crate) fn post_file(
     )
 }
 
-/// Writes the body of an answer; gives its length.
-pub(crate) fn get_to(
+/// Writes the body of an answer; gives its length in bytes.
+///
+/// # Errors
+/// [`ClientError`]; an answer other than 200 is [`ClientError::Refused`].
+pub fn get_to(
     socket: &Path,
     path: &str,
     out: &mut impl Write,
-    bar: &ProgressBar,
-) -> Result<u64, Failure> {
+    progress: impl Fn(Progress),
+) -> Result<u64, ClientError> {
     talk(
         socket,
         request(Method::GET, path, Upload::None)?,
         async |answer| {
             let mut incoming = accepted(answer).await?.into_body();
-            bar.set_length(incoming.size_hint().exact().unwrap_or(0));
+            progress(Progress::Total(incoming.size_hint().exact().unwrap_or(0)));
             let mut written = 0;
             while let Some(frame) = incoming.frame().await {
                 let frame = frame.map_err(|error| lost(&error))?;
                 if let Ok(data) = frame.into_data() {
-                    out.write_all(&data)
-                        .map_err(|error| Failure::io("output", &error))?;
+                    out.write_all(&data).map_err(ClientError::Output)?;
                     written += data.len() as u64;
-                    bar.inc(data.len() as u64);
+                    progress(Progress::Moved(data.len() as u64));
                 }
             }
             Ok(written)
@@ -108,13 +164,15 @@ pub(crate) fn get_to(
 fn talk<T: 'static>(
     socket: &Path,
     request: Request<Upload>,
-    take: impl AsyncFnOnce(Response<Incoming>) -> Result<T, Failure>,
-) -> Result<T, Failure> {
+    take: impl AsyncFnOnce(Response<Incoming>) -> Result<T, ClientError>,
+) -> Result<T, ClientError> {
     let executor = LocalExecutorBuilder::new(Placement::Unbound)
         .preempt_timer(Duration::from_secs(1))
         .io_memory(256 << 10)
         .make()
-        .map_err(|error| Failure::new(Exit::Failed, format!("cannot make an io_uring: {error}")))?;
+        .map_err(|error| ClientError::Host {
+            reason: error.to_string(),
+        })?;
     executor.run(async {
         let stream = UnixStream::connect(socket)
             .await
@@ -137,7 +195,7 @@ fn talk<T: 'static>(
     })
 }
 
-fn request(method: Method, path: &str, upload: Upload) -> Result<Request<Upload>, Failure> {
+fn request(method: Method, path: &str, upload: Upload) -> Result<Request<Upload>, ClientError> {
     let mut builder = Request::builder()
         .method(method)
         .uri(path)
@@ -146,53 +204,54 @@ fn request(method: Method, path: &str, upload: Upload) -> Result<Request<Upload>
         // hyper leaves the header out for an empty body, and the node wants every length announced.
         builder = builder.header("content-length", *left);
     }
-    builder
-        .body(upload)
-        .map_err(|error| Failure::new(Exit::Usage, format!("{path}: {error}")))
+    builder.body(upload).map_err(|error| ClientError::Path {
+        path: path.to_owned(),
+        reason: error.to_string(),
+    })
 }
 
-async fn accepted(answer: Response<Incoming>) -> Result<Response<Incoming>, Failure> {
+async fn accepted(answer: Response<Incoming>) -> Result<Response<Incoming>, ClientError> {
     if answer.status() == StatusCode::OK {
         return Ok(answer);
     }
     let status = answer.status();
     let why = collect(answer).await?;
-    Err(Failure::new(
-        Exit::Failed,
-        format!("the node says {status}: {}", why.trim_end()),
-    ))
+    Err(ClientError::Refused {
+        status,
+        reason: why.trim_end().to_owned(),
+    })
 }
 
-async fn collect(answer: Response<Incoming>) -> Result<String, Failure> {
+async fn collect(answer: Response<Incoming>) -> Result<String, ClientError> {
     let body = http_body_util::Limited::new(answer.into_body(), TEXT_BYTES_MAX);
     let bytes = body
         .collect()
         .await
-        .map_err(|error| Failure::new(Exit::Failed, format!("the answer was cut: {error}")))?
+        .map_err(|error| broken("the answer was cut", &*error))?
         .to_bytes();
-    String::from_utf8(bytes.into())
-        .map_err(|_| Failure::new(Exit::Failed, "the answer is not text"))
+    String::from_utf8(bytes.into()).map_err(|error| broken("the answer is not text", &error))
 }
 
-fn not_running(socket: &Path, error: &glommio::GlommioError<()>) -> Failure {
+fn not_running(socket: &Path, error: &glommio::GlommioError<()>) -> ClientError {
     let denied = matches!(error, glommio::GlommioError::IoError(error)
         if error.kind() == std::io::ErrorKind::PermissionDenied);
-    let exit = if denied {
-        Exit::NotPermitted
+    let (socket, reason) = (socket.to_owned(), error.to_string());
+    if denied {
+        ClientError::NotPermitted { socket, reason }
     } else {
-        Exit::NotRunning
-    };
-    Failure::new(
-        exit,
-        format!("no node answers at {}: {error}", socket.display()),
-    )
+        ClientError::NotRunning { socket, reason }
+    }
 }
 
-fn lost(error: &hyper::Error) -> Failure {
-    Failure::new(
-        Exit::Failed,
-        format!("the connection to the node ended: {error}"),
-    )
+fn lost(error: &hyper::Error) -> ClientError {
+    broken("the connection to the node ended", error)
+}
+
+fn broken(what: &'static str, error: &dyn std::error::Error) -> ClientError {
+    ClientError::Lost {
+        what,
+        reason: error.to_string(),
+    }
 }
 
 /// The body of a request.
@@ -201,7 +260,7 @@ enum Upload {
     File {
         file: File,
         left: u64,
-        bar: ProgressBar,
+        progress: Box<dyn Fn(Progress)>,
     },
 }
 
@@ -213,13 +272,18 @@ impl Body for Upload {
         mut self: Pin<&mut Self>,
         _context: &mut Context<'_>,
     ) -> Poll<Option<std::io::Result<Frame<Bytes>>>> {
-        let Self::File { file, left, bar } = &mut *self else {
+        let Self::File {
+            file,
+            left,
+            progress,
+        } = &mut *self
+        else {
             return Poll::Ready(None);
         };
         if *left == 0 {
             return Poll::Ready(None);
         }
-        // A command-line client has nothing else to do while the disk reads.
+        // The thread has nothing else to do while the disk reads.
         let mut part = Vec::with_capacity(READ_BYTES);
         let read = file
             .take((*left).min(READ_BYTES as u64))
@@ -230,7 +294,7 @@ impl Body for Upload {
             ))),
             Ok(bytes) => {
                 *left -= bytes as u64;
-                bar.inc(bytes as u64);
+                progress(Progress::Moved(bytes as u64));
                 Some(Ok(Frame::data(part.into())))
             }
             Err(error) => Some(Err(error)),

@@ -10,11 +10,11 @@ use hyper::{Method, Request, StatusCode, header};
 use millrace_protocol::id::ArtifactId;
 use millrace_shards::chunk::Body;
 
-use super::patience::Patience;
+use super::idle_deadline::IdleDeadline;
 use super::reply::{self, Answer};
-use crate::app::hash::Hasher;
+use crate::core::Core;
 use crate::metrics;
-use crate::running::{FetchError, Running};
+use crate::reference::{FetchError, Hasher};
 use crate::status::{self, Published};
 
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -22,25 +22,25 @@ const PLAIN: &str = "text/plain; charset=utf-8";
 
 pub(super) async fn answer(
     request: Request<Incoming>,
-    node: Arc<Running>,
-    patience: Rc<Patience>,
+    core: Arc<Core>,
+    deadline: Rc<IdleDeadline>,
 ) -> Result<Answer, Infallible> {
     let path = request.uri().path().to_owned();
     let method = request.method().clone();
     let artifact = path.strip_prefix("/artifacts/");
     Ok(match (method, path.as_str(), artifact) {
-        (Method::GET, "/metrics", _) => match metrics::render(&node) {
+        (Method::GET, "/metrics", _) => match metrics::render(&core) {
             Ok(text) => reply::text(StatusCode::OK, OPEN_METRICS, text),
             Err(error) => reply::refusal(StatusCode::INTERNAL_SERVER_ERROR, error),
         },
         (Method::GET, "/healthz", _) => reply::text(StatusCode::OK, PLAIN, "ok\n".into()),
-        (Method::GET, "/readyz", _) => match node.readiness() {
+        (Method::GET, "/readyz", _) => match core.readiness() {
             Ok(()) => reply::text(StatusCode::OK, PLAIN, "ready\n".into()),
             Err(why) => reply::refusal(StatusCode::SERVICE_UNAVAILABLE, why),
         },
-        (Method::GET, "/status", _) => reply::json(&status::of(&node)),
-        (Method::GET, _, Some(id)) => get(id, &node, patience).await,
-        (Method::POST, "/artifacts", _) => put(request, &node, &patience).await,
+        (Method::GET, "/status", _) => reply::json(&status::of(&core)),
+        (Method::GET, _, Some(id)) => get(id, &core, deadline).await,
+        (Method::POST, "/artifacts", _) => put(request, &core, &deadline).await,
         (_, "/metrics" | "/healthz" | "/readyz" | "/status" | "/artifacts", _)
         | (_, _, Some(_)) => reply::refusal(
             StatusCode::METHOD_NOT_ALLOWED,
@@ -53,34 +53,34 @@ pub(super) async fn answer(
     })
 }
 
-async fn get(id: &str, node: &Running, patience: Rc<Patience>) -> Answer {
+async fn get(id: &str, core: &Core, deadline: Rc<IdleDeadline>) -> Answer {
     let Ok(id) = id.parse::<ArtifactId>() else {
         return reply::refusal(StatusCode::BAD_REQUEST, "an id is 64 hexadecimal digits");
     };
-    match node.fetch(id).await {
-        Ok(body) => reply::artifact(&body, patience),
+    match core.artifacts.fetch(id).await {
+        Ok(body) => reply::artifact(&body, deadline),
         Err(error @ FetchError::NotFound { .. }) => reply::refusal(StatusCode::NOT_FOUND, error),
         Err(error @ FetchError::PoolFull) => reply::refusal(StatusCode::SERVICE_UNAVAILABLE, error),
     }
 }
 
-async fn put(request: Request<Incoming>, node: &Running, patience: &Patience) -> Answer {
-    let length = match announced_length(&request, node) {
+async fn put(request: Request<Incoming>, core: &Core, deadline: &IdleDeadline) -> Answer {
+    let length = match announced_length(&request, core) {
         Ok(length) => length,
         Err(refusal) => return *refusal,
     };
-    let (id, body) = match receive(request.into_body(), length, node, patience).await {
+    let (id, body) = match receive(request.into_body(), length, core, deadline).await {
         Ok(received) => received,
         Err(refusal) => return *refusal,
     };
     let bytes = body.len() as u64;
-    match node.publish(id, body).await {
+    match core.artifacts.publish(id, body).await {
         Ok(deliveries) => reply::json(&Published::of(id, bytes, &deliveries)),
         Err(failure) => reply::refusal(StatusCode::PAYLOAD_TOO_LARGE, failure),
     }
 }
 
-fn announced_length(request: &Request<Incoming>, node: &Running) -> Result<usize, Box<Answer>> {
+fn announced_length(request: &Request<Incoming>, core: &Core) -> Result<usize, Box<Answer>> {
     let announced = request
         .headers()
         .get(header::CONTENT_LENGTH)
@@ -91,11 +91,11 @@ fn announced_length(request: &Request<Incoming>, node: &Running) -> Result<usize
     };
     let length = usize::try_from(announced)
         .ok()
-        .filter(|_| announced <= node.body_bytes_max);
+        .filter(|_| announced <= core.artifacts.body_bytes_max());
     length.ok_or_else(|| {
         let why = format!(
             "{announced} bytes; at most {} are accepted",
-            node.body_bytes_max
+            core.artifacts.body_bytes_max()
         );
         Box::new(reply::refusal(StatusCode::PAYLOAD_TOO_LARGE, why))
     })
@@ -105,23 +105,23 @@ fn announced_length(request: &Request<Incoming>, node: &Running) -> Result<usize
 async fn receive(
     mut incoming: Incoming,
     length: usize,
-    node: &Running,
-    patience: &Patience,
+    core: &Core,
+    deadline: &IdleDeadline,
 ) -> Result<(ArtifactId, Body), Box<Answer>> {
     let refuse = |status, why: &str| Box::new(reply::refusal(status, why));
-    let Some(mut body) = node.reserve(length) else {
+    let Some(mut body) = core.artifacts.reserve(length) else {
         return Err(refuse(
             StatusCode::SERVICE_UNAVAILABLE,
             "the chunk pool is full",
         ));
     };
     let mut hasher = Hasher::new();
-    patience.expect_client();
+    deadline.extend();
     while let Some(frame) = incoming.frame().await {
         let Ok(frame) = frame else {
             return Err(refuse(StatusCode::BAD_REQUEST, "the body ended early"));
         };
-        patience.expect_client();
+        deadline.extend();
         let Ok(data) = frame.into_data() else {
             continue;
         };
@@ -141,7 +141,7 @@ async fn receive(
             rest = later;
         }
     }
-    patience.node_works();
+    deadline.suspend();
     if !body.is_full() {
         return Err(refuse(
             StatusCode::BAD_REQUEST,

@@ -34,7 +34,8 @@ const HELPER_BYTES: ByteSize =
 /// `LoadOptions::replies_max`, which no key sets.
 const FLOWS: u64 = 65_536;
 
-pub(crate) fn of(config: &NodeConfig, cpus: &[u64]) -> MemoryBudget {
+/// The sum that the config allows on a host with these cores.
+pub fn of(config: &NodeConfig, cpus: &[u64]) -> MemoryBudget {
     let transport = mapping::transport(config);
     let shards = mapping::shards(config, cpus);
     let count = shards.len() as u64;

@@ -1,7 +1,7 @@
 //! A glommio Unix stream as hyper wants it.
 //!
-//! Reads go through the stream's own buffer, which is made once: hyper hands out uninitialised memory, and filling
-//! that with zeros before every read would touch each byte twice.
+//! Reads go through the stream's own buffer, which is made once: hyper hands out uninitialised
+//! memory, and filling that with zeros before every read would touch each byte twice.
 
 use std::io;
 use std::pin::Pin;

@@ -2,7 +2,11 @@
 
 use std::path::Path;
 
-pub(crate) fn is_fresh(page: &str, expected: &str) {
+/// Compares a page of the tree with what it should be.
+///
+/// # Panics
+/// If the page is another one.
+pub fn is_fresh(page: &str, expected: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../..")
         .join(page);

@@ -1,9 +1,8 @@
-//! What peers announced and have not sent yet, over all shards of the node: with several connections to a peer, an
-//! announcement and its body arrive on different ones.
+//! What peers announced and have not sent yet, over all shards of the node: with several
+//! connections to a peer, an announcement and its body arrive on different ones.
 //!
-//! Touched twice for each artifact and peer, so one lock for the node is not felt.
+//! The lock is taken twice for each artifact and peer, so one for the node is enough.
 //!
-//! Invariants
 //! 1. Only members have a list; a node that leaves the topology loses it at once, and cannot get another.
 //! 2. A list has at most `ANNOUNCED_MAX` entries; a new one takes the place of the oldest.
 
@@ -15,12 +14,13 @@ use millrace_protocol::topology::Topology;
 
 use super::wire::Announce;
 
-/// As many bodies as a peer may be sending at a time by default: only announcements without a body are ever evicted.
+/// As many bodies as a peer may be sending at a time by default: only announcements without a body
+/// are ever evicted.
 pub(crate) const ANNOUNCED_MAX: usize = 256;
 
 #[derive(Debug)]
 pub(crate) struct Announced {
-    /// Of every member, oldest first.
+    /// Each member's, the oldest first.
     lists: Mutex<BTreeMap<NodeId, VecDeque<Announce>>>,
 }
 
@@ -33,7 +33,8 @@ impl Announced {
         announced
     }
 
-    /// Keeps the lists of those who stay; to be called before the transport learns of a new topology.
+    /// Keeps the lists of the members that stay. Call it before the transport learns of a new
+    /// topology.
     pub(crate) fn set_members(&self, topology: &Topology) {
         let mut lists = self.lock();
         let mut before = std::mem::take(&mut *lists);
@@ -43,7 +44,8 @@ impl Announced {
             .collect();
     }
 
-    /// Whether the announcement was noted. One that is made twice counts twice: the peer may send the body twice.
+    /// Whether the announcement was noted. One that is made twice counts twice: the peer may send
+    /// the body twice.
     pub(crate) fn push(&self, peer: &NodeId, announce: Announce) -> bool {
         let mut lists = self.lock();
         let Some(list) = lists.get_mut(peer) else {
@@ -56,7 +58,8 @@ impl Announced {
         true
     }
 
-    /// Whether the peer announced a body of this length. The body's id is known only after it was hashed.
+    /// Whether the peer announced a body of this length. The body's id is known only after it was
+    /// hashed.
     pub(crate) fn has_length(&self, peer: &NodeId, length: u64) -> bool {
         let lists = self.lock();
         lists

@@ -1,4 +1,4 @@
-//! Finds out what `millrace check` has to know about this host. What cannot be found out is left open.
+//! What this host has for a node. What cannot be found out is left open.
 
 use std::net::UdpSocket;
 use std::path::Path;
@@ -6,12 +6,13 @@ use std::path::Path;
 use millrace_registry::{folder, keys};
 use millrace_tuning::{ByteSize, HostFacts, NodeConfig};
 
-use crate::load::Paths;
+use crate::paths::Paths;
 
 /// The bit of CAP_NET_ADMIN, which lifts the limits of socket buffers.
 const CAP_NET_ADMIN: u64 = 1 << 12;
 
-pub(crate) fn probe(config: &NodeConfig, paths: &Paths) -> HostFacts {
+/// What a check of the config has to know about this host.
+pub fn probe(config: &NodeConfig, paths: &Paths) -> HostFacts {
     let net_admin = capabilities().is_some_and(|bits| bits & CAP_NET_ADMIN != 0);
     let buffer_max = |name: &str| {
         (!net_admin)
@@ -41,14 +42,14 @@ pub(crate) fn probe(config: &NodeConfig, paths: &Paths) -> HostFacts {
     }
 }
 
-/// Cores this process may run on.
-pub(crate) fn usable_cpus() -> Vec<u64> {
+/// Cores that this process may run on.
+pub fn usable_cpus() -> Vec<u64> {
     let list = field("/proc/self/status", "Cpus_allowed_list:");
     list.as_deref().map(parse_cpu_list).unwrap_or_default()
 }
 
 /// The process's largest resident set so far.
-pub(crate) fn peak_rss() -> Option<ByteSize> {
+pub fn peak_rss() -> Option<ByteSize> {
     memory_line("/proc/self/status", "VmHWM:")
 }
 

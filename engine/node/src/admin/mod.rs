@@ -1,14 +1,14 @@
 //! The admin socket: HTTP/1.1 on a Unix socket, served by a control thread of its own.
 //!
-//! Invariants
 //! 1. The control thread is no shard: nothing here delays a packet.
 //! 2. At most `connections_max` clients are served at once; each makes one request.
 //! 3. A client that is silent for longer than its timeout is dropped, in the header and in the body.
 //! 4. A body announces its length, and its chunks are reserved before its first byte is read.
 
-pub(crate) mod client;
+pub mod client;
+mod idle_deadline;
 mod io;
-mod patience;
+
 mod reply;
 mod routes;
 
@@ -16,6 +16,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -27,77 +28,72 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use millrace_tuning::config::AdminSection;
 
-use crate::exit::{Exit, Failure};
-use crate::running::Running;
+use crate::core::Core;
+use crate::error::StartError;
+use idle_deadline::IdleDeadline;
 use io::HyperStream;
-use patience::Patience;
 
 /// Longest header of a request.
 const HEADER_BYTES_MAX: usize = 64 << 10;
 
-/// One node's socket.
-pub(crate) struct Site {
-    pub(crate) socket: PathBuf,
-    pub(crate) node: Arc<Running>,
-}
-
 /// A running admin server; stops when dropped.
-pub(crate) struct Server {
+#[derive(Debug)]
+pub(crate) struct AdminServer {
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
-    sockets: Vec<PathBuf>,
+    socket: PathBuf,
 }
 
-/// Starts the control thread and listens on every site's socket.
-pub(crate) fn serve(sites: Vec<Site>, limits: &AdminSection) -> Result<Server, Failure> {
-    let sockets: Vec<PathBuf> = sites.iter().map(|site| site.socket.clone()).collect();
-    for socket in &sockets {
-        remove_stale(socket)?;
-    }
-    let limits = limits.clone();
+/// Starts the control thread and listens on the socket.
+pub(crate) fn serve(
+    socket: PathBuf,
+    core: Arc<Core>,
+    limits: &AdminSection,
+) -> Result<AdminServer, StartError> {
+    remove_stale(&socket)?;
+    let (limits, path) = (limits.clone(), socket.clone());
     let (stop, stopped) = oneshot::channel();
     let (started, ready) = std::sync::mpsc::sync_channel(1);
     let thread = std::thread::Builder::new()
         .name("millrace-admin".into())
-        .spawn(move || run(sites, &limits, stopped, &started))
-        .map_err(|error| Failure::io("the admin thread", &error))?;
-    let server = Server {
+        .spawn(move || run(&path, &core, &limits, stopped, &started))
+        .map_err(|error| StartError::io("the admin thread", error))?;
+    let server = AdminServer {
         stop: Some(stop),
         thread: Some(thread),
-        sockets,
+        socket,
     };
     match ready.recv() {
         Ok(Ok(())) => Ok(server),
-        Ok(Err(failure)) => Err(failure),
-        Err(_) => Err(Failure::new(
-            Exit::Failed,
-            "the admin thread ended at its start",
+        Ok(Err(error)) => Err(error),
+        Err(_) => Err(StartError::host(
+            "the admin thread",
+            "it ended at its start",
         )),
     }
 }
 
-impl Drop for Server {
+impl Drop for AdminServer {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
             // A panic there was reported there.
             let _ = thread.join();
         }
-        for socket in &self.sockets {
-            // A socket that is gone already is what we want.
-            let _ = std::fs::remove_file(socket);
-        }
+        // A socket that is gone already is what we want.
+        let _ = std::fs::remove_file(&self.socket);
     }
 }
 
 fn run(
-    sites: Vec<Site>,
+    socket: &Path,
+    core: &Arc<Core>,
     limits: &AdminSection,
     stopped: oneshot::Receiver<()>,
-    started: &std::sync::mpsc::SyncSender<Result<(), Failure>>,
+    started: &SyncSender<Result<(), StartError>>,
 ) {
-    // A long preempt timer: with a short one glommio can sleep although tasks are runnable. Little io memory: the
-    // default would lock 10 MiB.
+    // A long preempt timer: with a short one glommio can sleep although tasks are runnable. Little
+    // io memory: the default would lock 10 MiB.
     let executor = LocalExecutorBuilder::new(Placement::Unbound)
         .preempt_timer(Duration::from_secs(1))
         .io_memory(256 << 10)
@@ -106,44 +102,33 @@ fn run(
     let executor = match executor {
         Ok(executor) => executor,
         Err(error) => {
-            let message = format!("the admin thread cannot make an io_uring: {error}");
-            let _ = started.send(Err(Failure::new(Exit::Failed, message)));
+            let what = "the admin thread cannot make an io_uring";
+            let _ = started.send(Err(StartError::host(what, error.to_string())));
             return;
         }
     };
     executor.run(async {
-        let permits = Rc::new(Semaphore::new(limits.connections_max));
-        let mut accepting = Vec::new();
-        for site in sites {
-            match UnixListener::bind(&site.socket) {
-                Ok(listener) => accepting.push(
-                    glommio::spawn_local(accept(
-                        listener,
-                        site.node,
-                        Rc::clone(&permits),
-                        limits.clone(),
-                    ))
-                    .detach(),
-                ),
-                Err(error) => {
-                    let message = format!("{}: {error}", site.socket.display());
-                    let _ = started.send(Err(Failure::new(Exit::Failed, message)));
-                    return;
-                }
+        let listener = match UnixListener::bind(socket) {
+            Ok(listener) => listener,
+            Err(error) => {
+                let failed = StartError::host(socket.display(), error.to_string());
+                let _ = started.send(Err(failed));
+                return;
             }
-        }
+        };
+        let permits = Rc::new(Semaphore::new(limits.connections_max));
+        let accepting = accept(listener, Arc::clone(core), permits, limits.clone());
+        let accepting = glommio::spawn_local(accepting).detach();
         let _ = started.send(Ok(()));
         // Dropping the sender is the stop.
         let _ = stopped.await;
-        for task in accepting {
-            task.cancel();
-        }
+        accepting.cancel();
     });
 }
 
 async fn accept(
     listener: UnixListener,
-    node: Arc<Running>,
+    core: Arc<Core>,
     permits: Rc<Semaphore>,
     limits: AdminSection,
 ) {
@@ -154,9 +139,9 @@ async fn accept(
         };
         match listener.accept().await {
             Ok(stream) => {
-                let (node, limits) = (Arc::clone(&node), limits.clone());
+                let (core, limits) = (Arc::clone(&core), limits.clone());
                 glommio::spawn_local(async move {
-                    serve_connection(stream, node, &limits).await;
+                    serve_connection(stream, core, &limits).await;
                     drop(permit);
                 })
                 .detach();
@@ -170,14 +155,14 @@ async fn accept(
     }
 }
 
-async fn serve_connection(stream: UnixStream, node: Arc<Running>, limits: &AdminSection) {
-    let patience = Rc::new(Patience::new(
+async fn serve_connection(stream: UnixStream, core: Arc<Core>, limits: &AdminSection) {
+    let deadline = Rc::new(IdleDeadline::new(
         limits.header_timeout.get(),
         limits.body_timeout.get(),
     ));
     let service = service_fn(|request| {
-        patience.node_works();
-        routes::answer(request, Arc::clone(&node), Rc::clone(&patience))
+        deadline.suspend();
+        routes::answer(request, Arc::clone(&core), Rc::clone(&deadline))
     });
     let connection = http1::Builder::new()
         .keep_alive(false)
@@ -190,28 +175,26 @@ async fn serve_connection(stream: UnixStream, node: Arc<Running>, limits: &Admin
         }
     };
     let gave_up = async {
-        patience.run_out().await;
+        deadline.passed().await;
         tracing::debug!("admin client was silent for too long");
     };
     futures_lite::future::or(served, gave_up).await;
 }
 
-/// Removes a socket file that nobody listens on any more; refuses to take one from a running node.
-fn remove_stale(socket: &Path) -> Result<(), Failure> {
+/// Removes a socket file that no process listens on; refuses to take one from a running node.
+fn remove_stale(socket: &Path) -> Result<(), StartError> {
+    let name = socket.display();
     match std::fs::symlink_metadata(socket) {
         Err(_) => return Ok(()),
         Ok(metadata) if !metadata.file_type().is_socket() => {
-            let message = format!(
-                "{} is not a socket; remove it or choose another",
-                socket.display()
-            );
-            return Err(Failure::new(Exit::Failed, message));
+            let what = format!("{name} is not a socket; remove it or choose another");
+            return Err(StartError::Taken { what });
         }
         Ok(_) => {}
     }
     if std::os::unix::net::UnixStream::connect(socket).is_ok() {
-        let message = format!("{}: a node is running with this socket", socket.display());
-        return Err(Failure::new(Exit::Failed, message));
+        let what = format!("{name}: a node is running with this socket");
+        return Err(StartError::Taken { what });
     }
-    std::fs::remove_file(socket).map_err(|error| Failure::io(socket.display(), &error))
+    std::fs::remove_file(socket).map_err(|error| StartError::io(name, error))
 }

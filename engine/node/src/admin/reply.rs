@@ -11,7 +11,7 @@ use hyper::{Response, StatusCode, header};
 use millrace_shards::chunk::{Body, BodySlices};
 use serde::Serialize;
 
-use super::patience::Patience;
+use super::idle_deadline::IdleDeadline;
 
 /// Bytes handed to hyper at once.
 const SLICE_BYTES: usize = 256 << 10;
@@ -22,7 +22,7 @@ pub(super) enum Reply {
     Artifact {
         slices: BodySlices,
         left: u64,
-        patience: Rc<Patience>,
+        deadline: Rc<IdleDeadline>,
     },
 }
 
@@ -39,10 +39,10 @@ impl HttpBody for Reply {
             Self::Artifact {
                 slices,
                 left,
-                patience,
+                deadline,
             } => {
                 // hyper asks for more when the client has taken most of what it was given.
-                patience.expect_client();
+                deadline.extend();
                 slices.next().map(|slice| {
                     *left -= slice.len() as u64;
                     Bytes::from_owner(slice)
@@ -78,12 +78,12 @@ pub(super) fn json(value: &impl Serialize) -> Answer {
     }
 }
 
-pub(super) fn artifact(body: &Body, patience: Rc<Patience>) -> Answer {
+pub(super) fn artifact(body: &Body, deadline: Rc<IdleDeadline>) -> Answer {
     let slices = body.slices(SLICE_BYTES);
     let reply = Reply::Artifact {
         slices,
         left: body.len() as u64,
-        patience,
+        deadline,
     };
     with(StatusCode::OK, "application/octet-stream", reply)
 }

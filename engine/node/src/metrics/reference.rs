@@ -11,7 +11,8 @@ use millrace_transport::PeerStatus;
 use millrace_transport::counters::{Counter, Family};
 
 use super::{Label, Out, reasons, total};
-use crate::running::Running;
+use crate::core::Core;
+use crate::peers::nearest;
 
 /// One of the reference's metrics.
 pub(super) struct Row {
@@ -29,9 +30,9 @@ pub(super) type OfPeer = fn(&PeerStatus) -> Option<f64>;
 
 /// How its values are had, and thereby its type.
 pub(super) enum Read {
-    Gauge(fn(&Running) -> u64),
-    Counter(fn(&Running) -> u64),
-    Counters(fn(&Running) -> Vec<(Label<'static>, u64)>),
+    Gauge(fn(&Core) -> u64),
+    Counter(fn(&Core) -> u64),
+    Counters(fn(&Core) -> Vec<(Label<'static>, u64)>),
     /// One value for each peer.
     Path(OfPeer),
 }
@@ -75,8 +76,8 @@ pub(super) const TABLE: &[Row] = &[
         name: "active_connections",
         help: "Connections that are up",
         from: "`/status`, `peers`",
-        read: Read::Gauge(|node| {
-            let shards = node.transport.status().shards();
+        read: Read::Gauge(|core| {
+            let shards = core.transport.status().shards();
             shards.iter().map(|shard| shard.peers.len() as u64).sum()
         }),
     },
@@ -84,21 +85,21 @@ pub(super) const TABLE: &[Row] = &[
         name: "peer_map_size",
         help: "Peers that are connected",
         from: "`/status`, different `node_id`s of `peers`",
-        read: Read::Gauge(|node| node.peers().len() as u64),
+        read: Read::Gauge(|core| nearest(&core.transport).len() as u64),
     },
     // The reference spells it so.
     Row {
         name: "toplogy_size",
         help: "Members of the subnet",
         from: "`millrace_topology_members`",
-        read: Read::Gauge(|node| node.topology.members.load(Ordering::Relaxed)),
+        read: Read::Gauge(|core| core.topology.members.load(Ordering::Relaxed)),
     },
     Row {
         name: "connecting_connections",
         help: "Handshakes",
         from: "`millrace_transport_handshakes_open`",
-        read: Read::Gauge(|node| {
-            let shards = node.transport.status().shards();
+        read: Read::Gauge(|core| {
+            let shards = core.transport.status().shards();
             shards.iter().map(|shard| shard.handshakes as u64).sum()
         }),
     },
@@ -106,35 +107,35 @@ pub(super) const TABLE: &[Row] = &[
         name: "topology_changes",
         help: "Topology changes",
         from: "topologies that differ from the one before",
-        read: Read::Counter(|node| node.topology.changes.load(Ordering::Relaxed)),
+        read: Read::Counter(|core| core.topology.changes.load(Ordering::Relaxed)),
     },
     Row {
         name: "peers_removed",
         help: "Peers removed",
         from: "members that a topology change took away",
-        read: Read::Counter(|node| node.topology.removed.load(Ordering::Relaxed)),
+        read: Read::Counter(|core| core.topology.removed.load(Ordering::Relaxed)),
     },
     Row {
         name: "inbound_connection",
         help: "Connections that peers opened",
         from: "`millrace_transport_connections{direction=\"in\"}`",
-        read: Read::Counter(|node| total(node, Counter::ConnectionsIn)),
+        read: Read::Counter(|core| total(core, Counter::ConnectionsIn)),
     },
     Row {
         name: "outbound_connection",
         help: "Connections that we opened",
         from: "`millrace_transport_connections{direction=\"out\"}`",
-        read: Read::Counter(|node| total(node, Counter::ConnectionsOut)),
+        read: Read::Counter(|core| total(core, Counter::ConnectionsOut)),
     },
     Row {
         name: "connection_results",
         help: "Handshakes by result",
         from: "`status=\"success\"`: `millrace_transport_connections`; `status=\"failed\"`: \
                `millrace_transport_connections_refused`",
-        read: Read::Counters(|node| {
+        read: Read::Counters(|core| {
             let succeeded =
-                total(node, Counter::ConnectionsIn) + total(node, Counter::ConnectionsOut);
-            let failed = sum(node, Family::Refused);
+                total(core, Counter::ConnectionsIn) + total(core, Counter::ConnectionsOut);
+            let failed = sum(core, Family::Refused);
             [("success", succeeded), ("failed", failed)]
                 .map(|(status, count)| (Some(("status", status.to_owned())), count))
                 .to_vec()
@@ -144,57 +145,57 @@ pub(super) const TABLE: &[Row] = &[
         name: "closed_request_handler",
         help: "Connections whose requests are no longer answered",
         from: "`millrace_transport_connections_closed`, all reasons",
-        read: Read::Counter(|node| sum(node, Family::Closed)),
+        read: Read::Counter(|core| sum(core, Family::Closed)),
     },
     Row {
         name: "connection_handle_errors",
         help: "Connections by how they ended",
         from: "`millrace_transport_connections_closed`, by `reason`",
-        read: Read::Counters(|node| labelled(node, Family::Closed, ENDED)),
+        read: Read::Counters(|core| labelled(core, Family::Closed, ENDED)),
     },
     Row {
         name: "request_handle_errors",
         help: "Streams of peers that ended early",
         from: "`millrace_transport_messages_rejected{reason=\"peer_reset\"}`; answers on streams are in it",
-        read: Read::Counters(|node| labelled(node, Family::Rejected, REFUSED)),
+        read: Read::Counters(|core| labelled(core, Family::Rejected, REFUSED)),
     },
     Row {
         name: "connection_handle_bytes_sent",
         help: "Body bytes sent, by class",
         from: "`millrace_transport_body_bytes_sent`; `handler` is the class, answers are in it",
-        read: Read::Counters(|node| {
+        read: Read::Counters(|core| {
             let counters = [
                 Counter::SentBytesLatency,
                 Counter::SentBytesNormal,
                 Counter::SentBytesBulk,
             ];
-            by_class(node, counters)
+            by_class(core, counters)
         }),
     },
     Row {
         name: "connection_handle_bytes_received",
         help: "Body bytes received, by class",
         from: "`millrace_transport_body_bytes_received`; `handler` is the class, requests are in it",
-        read: Read::Counters(|node| {
+        read: Read::Counters(|core| {
             let counters = [
                 Counter::ReceivedBytesLatency,
                 Counter::ReceivedBytesNormal,
                 Counter::ReceivedBytesBulk,
             ];
-            by_class(node, counters)
+            by_class(core, counters)
         }),
     },
     Row {
         name: "incoming_streams",
         help: "Streams opened by peers",
         from: "`millrace_transport_streams{direction=\"in\"}`",
-        read: Read::Counter(|node| total(node, Counter::StreamsIn)),
+        read: Read::Counter(|core| total(core, Counter::StreamsIn)),
     },
     Row {
         name: "outgoing_streams",
         help: "Streams opened by us",
         from: "`millrace_transport_streams{direction=\"out\"}`",
-        read: Read::Counter(|node| total(node, Counter::StreamsOut)),
+        read: Read::Counter(|core| total(core, Counter::StreamsOut)),
     },
     Row {
         name: "quinn_path_rtt_seconds",
@@ -222,13 +223,13 @@ pub(super) const TABLE: &[Row] = &[
     },
 ];
 
-pub(super) fn write(node: &Running, peers: &[PeerStatus], out: &mut Out<'_>) -> fmt::Result {
+pub(super) fn write(core: &Core, peers: &[PeerStatus], out: &mut Out<'_>) -> fmt::Result {
     for row in TABLE {
         let name = format!("quic_transport_{}", row.name);
         match row.read {
-            Read::Gauge(value) => out.gauges(&name, row.help, [(None, value(node) as f64)])?,
-            Read::Counter(value) => out.counters(&name, row.help, [(None, value(node))])?,
-            Read::Counters(values) => out.counters(&name, row.help, values(node))?,
+            Read::Gauge(value) => out.gauges(&name, row.help, [(None, value(core) as f64)])?,
+            Read::Counter(value) => out.counters(&name, row.help, [(None, value(core))])?,
+            Read::Counters(values) => out.counters(&name, row.help, values(core))?,
             Read::Path(value) => out.gauges(&name, row.help, each_peer(peers, value))?,
         }
     }
@@ -245,26 +246,26 @@ pub(super) fn each_peer(peers: &[PeerStatus], value: OfPeer) -> Vec<(Label<'stat
         .collect()
 }
 
-fn by_class(node: &Running, counters: [Counter; 3]) -> Vec<(Label<'static>, u64)> {
+fn by_class(core: &Core, counters: [Counter; 3]) -> Vec<(Label<'static>, u64)> {
     let classes = ["latency", "normal", "bulk"].into_iter().zip(counters);
     classes
-        .map(|(class, counter)| (Some(("handler", class.to_owned())), total(node, counter)))
+        .map(|(class, counter)| (Some(("handler", class.to_owned())), total(core, counter)))
         .collect()
 }
 
-fn sum(node: &Running, family: Family) -> u64 {
-    reasons(node)
+fn sum(core: &Core, family: Family) -> u64 {
+    reasons(core)
         .get(&family)
         .map_or(0, |all| all.values().sum())
 }
 
 /// The reasons of a family under the reference's labels, those that have none left out.
 fn labelled(
-    node: &Running,
+    core: &Core,
     family: Family,
     labels: &[(&str, &'static str)],
 ) -> Vec<(Label<'static>, u64)> {
-    let all = reasons(node).remove(&family).unwrap_or_default();
+    let all = reasons(core).remove(&family).unwrap_or_default();
     let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
     for (reason, label) in labels {
         *counts.entry(label).or_default() += all.get(reason).copied().unwrap_or(0);

@@ -1,0 +1,296 @@
+//! A running node, and how it starts and ends.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use millrace_protocol::id::NodeId;
+use millrace_protocol::identity::PublicKey;
+use millrace_protocol::registry::{RegistryError, SignedVersion};
+use millrace_shards::chunk::Body;
+use millrace_shards::socket::SocketError;
+use millrace_transport::{
+    RemoteAnswer, Request, Router, StartError as TransportError, Transport, TransportStart,
+};
+use millrace_tuning::NodeConfig;
+
+use crate::admin::{self, AdminServer};
+use crate::core::Core;
+use crate::error::{NotConnected, NotReady, StartError};
+use crate::parts::NodeParts;
+use crate::reference::Artifacts;
+use crate::reference::announced::Announced;
+use crate::reference::service::ArtifactService;
+use crate::reference::store::Store;
+use crate::reference::wire;
+use crate::registry::RegistryThread;
+use crate::status::Status;
+use crate::topology::TopologyChanges;
+use crate::{host, mapping, metrics, peers, status};
+
+/// A running node. Any thread may hold and clone the handle.
+///
+/// # End of life
+/// Dropping the last handle stops the node: its admin socket is removed, its connections are closed
+/// cleanly, and its threads (shards, admin, registry) have ended when the drop returns. With idle
+/// peers that takes less than a second; a connection that still carries something is given
+/// `transport.drain_timeout`. The address can be bound again then. A [`Transport`] or a
+/// [`RemoteAnswer`] that outlives the node answers with
+/// [`RpcError::LocalShuttingDown`](millrace_transport::RpcError::LocalShuttingDown).
+///
+/// The drop waits for the node's threads, so the last handle must not be dropped on one of them: a
+/// service that runs on a shard keeps no `Node`.
+#[derive(Debug, Clone)]
+pub struct Node {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    core: Arc<Core>,
+    admin: Option<AdminServer>,
+    registry: RegistryThread,
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Node")
+            .field("id", &self.core.transport.node_id())
+            .field("address", &self.core.transport.local_addr())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        drop(self.admin.take());
+        // Its question to a peer ends with the transport.
+        self.registry.stop();
+        self.core.transport.shutdown();
+    }
+}
+
+impl Node {
+    /// Binds the address, starts the shards, begins to dial the members, and starts the threads of
+    /// the registry and of the admin socket.
+    ///
+    /// With port 0 in `listen.address` the kernel chooses; [`address`](Self::address) says which.
+    ///
+    /// # Errors
+    /// [`StartError`], by whose fault it is. Nothing is left running then.
+    pub fn start(config: &NodeConfig, parts: NodeParts) -> Result<Self, StartError> {
+        let cpus = host::usable_cpus();
+        let shards = parts
+            .shards
+            .unwrap_or_else(|| mapping::shards(config, &cpus));
+        let store = Arc::new(Store::new(config.artifacts.store_bytes.bytes()));
+        let versions = Arc::new(parts.versions);
+        let topology = Arc::new(versions.topology());
+        let announced = Arc::new(Announced::new(&topology));
+        let changes = TopologyChanges::new(&topology);
+        let public_key = parts.identity.public_key();
+        let start = TransportStart {
+            identity: parts.identity,
+            config: mapping::transport(config),
+            udp: mapping::udp(config, shards.len()),
+            shards,
+            topology,
+            edge: parts.edge.start,
+        };
+        let of_shards = (
+            Arc::clone(&store),
+            Arc::clone(&versions),
+            Arc::clone(&announced),
+        );
+        let transport = Transport::start(start, move |messenger| {
+            let (store, versions, announced) = of_shards.clone();
+            let artifacts = ArtifactService::new(messenger, store, versions, announced);
+            Router::new().serve(wire::METHODS, artifacts)
+        })
+        .map_err(transport_failed)?;
+        let body_bytes_max = config.transport.body_bytes_max.bytes();
+        let core = Arc::new(Core {
+            public_key,
+            artifacts: Artifacts::new(transport.clone(), store, announced, body_bytes_max),
+            transport,
+            versions,
+            started: Instant::now(),
+            topology: changes,
+            edge: parts.edge.report,
+            is_behind: AtomicBool::new(false),
+        });
+        let threads = threads(config, &core, parts.admin_socket);
+        let (registry, admin) = threads.inspect_err(|_| core.transport.shutdown())?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                core,
+                admin,
+                registry,
+            }),
+        })
+    }
+
+    /// The node's id.
+    pub fn id(&self) -> NodeId {
+        self.transport().node_id()
+    }
+
+    /// The node's public key: what its registry record names.
+    pub fn public_key(&self) -> PublicKey {
+        self.inner.core.public_key
+    }
+
+    /// The address that the node listens on, with the port that the kernel chose for port 0.
+    pub fn address(&self) -> SocketAddr {
+        self.transport().local_addr()
+    }
+
+    /// The transport: counters, pools, status of connections.
+    pub fn transport(&self) -> &Transport {
+        &self.inner.core.transport
+    }
+
+    /// The registry versions that the node holds.
+    pub fn versions(&self) -> &millrace_registry::Versions {
+        &self.inner.core.versions
+    }
+
+    /// The artifacts of the reference application.
+    pub fn artifacts(&self) -> &Artifacts {
+        &self.inner.core.artifacts
+    }
+
+    /// Asks `peer`. The request's deadline bounds the wait for the answer.
+    pub fn request(&self, peer: NodeId, request: Request) -> RemoteAnswer {
+        self.transport().request(peer, request)
+    }
+
+    /// Copies bytes into chunks, for a body of more than 64 KiB; none if the pools have no room.
+    pub fn body(&self, bytes: &[u8]) -> Option<Body> {
+        let mut body = self.artifacts().reserve(bytes.len())?;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let spare = body.spare();
+            let (now, later) = rest.split_at(rest.len().min(spare.len()));
+            spare[..now.len()].copy_from_slice(now);
+            body.advance(now.len());
+            rest = later;
+        }
+        Some(body.freeze())
+    }
+
+    /// The peers that are up, each once, by ascending round trip.
+    pub fn peers(&self) -> Vec<NodeId> {
+        peers::nearest(self.transport())
+    }
+
+    /// Waits until at least `wanted` peers are up.
+    ///
+    /// # Errors
+    /// [`NotConnected::Few`] if they are not after `limit`.
+    pub fn wait_for_peers(&self, wanted: usize, limit: Duration) -> Result<(), NotConnected> {
+        let status = self.transport().status();
+        let mut up = 0;
+        let enough = status.wait(limit, |connections| {
+            up = peers::distinct(connections);
+            up >= wanted
+        });
+        if enough {
+            Ok(())
+        } else {
+            Err(NotConnected::Few { up, wanted })
+        }
+    }
+
+    /// Waits until `peer` is up.
+    ///
+    /// # Errors
+    /// [`NotConnected::Peer`] if it is not after `limit`.
+    pub fn wait_for_peer(&self, peer: NodeId, limit: Duration) -> Result<(), NotConnected> {
+        let status = self.transport().status();
+        let is_up = status.wait(limit, |connections| {
+            connections.iter().any(|one| one.node_id == peer)
+        });
+        if is_up {
+            Ok(())
+        } else {
+            Err(NotConnected::Peer { peer })
+        }
+    }
+
+    /// Takes a registry version and applies its members; whether it was new. The node's peers ask
+    /// for it.
+    ///
+    /// # Errors
+    /// Why the version is refused; it is counted.
+    pub fn offer_version(&self, version: SignedVersion) -> Result<bool, RegistryError> {
+        let changed = self.versions().offer(version)?;
+        if changed {
+            self.inner.core.apply_topology();
+        }
+        Ok(changed)
+    }
+
+    /// Looks into the registry folder now, and applies what is new; whether something was.
+    pub fn poll_registry(&self) -> bool {
+        let changed = self.versions().poll_folder();
+        if changed {
+            self.inner.core.apply_topology();
+        }
+        changed
+    }
+
+    /// Whether the node can do its work.
+    ///
+    /// # Errors
+    /// [`NotReady`]: why not.
+    pub fn readiness(&self) -> Result<(), NotReady> {
+        self.inner.core.readiness()
+    }
+
+    /// What `/status` shows.
+    pub fn status(&self) -> Status {
+        status::of(&self.inner.core)
+    }
+
+    /// What `/metrics` shows: OpenMetrics text.
+    ///
+    /// # Errors
+    /// None that is known; formatting text may fail by its type.
+    pub fn metrics(&self) -> Result<String, fmt::Error> {
+        metrics::render(&self.inner.core)
+    }
+}
+
+type Threads = (RegistryThread, Option<AdminServer>);
+
+fn threads(
+    config: &NodeConfig,
+    core: &Arc<Core>,
+    admin_socket: Option<PathBuf>,
+) -> Result<Threads, StartError> {
+    let interval = config.registry.poll_interval.get();
+    let registry = RegistryThread::start(Arc::clone(core), interval)?;
+    let admin = admin_socket.map(|socket| admin::serve(socket, Arc::clone(core), &config.admin));
+    Ok((registry, admin.transpose()?))
+}
+
+fn transport_failed(error: TransportError) -> StartError {
+    let what = "the transport did not start";
+    match error {
+        TransportError::NoShards => StartError::Config {
+            key: what.to_owned(),
+            reason: error.to_string(),
+        },
+        TransportError::Socket(SocketError::Bind { ref source, .. })
+            if source.kind() == std::io::ErrorKind::AddrInUse =>
+        {
+            StartError::Taken {
+                what: format!("{what}: {error}"),
+            }
+        }
+        error => StartError::host(what, error),
+    }
+}

@@ -1,0 +1,246 @@
+//! Publishes artifacts to peers and fetches them.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use millrace_protocol::frame::Class;
+use millrace_protocol::id::{ArtifactId, NodeId};
+use millrace_shards::chunk::{Body, BodyMut, ChunkPool};
+use millrace_transport::{Payload, Request, RpcError, Transport};
+
+use super::announced::Announced;
+use super::hash;
+use super::store::{Store, TooLarge, Usage};
+use super::wire::{self, Announce};
+use crate::payload::payload_of;
+use crate::peers::nearest;
+
+/// A small question to a peer.
+const ASK_DEADLINE: Duration = Duration::from_secs(5);
+/// A body of 128 MiB at a hundredth of a Gbit/s.
+const BODY_DEADLINE: Duration = Duration::from_secs(120);
+
+/// What became of an artifact at one peer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Delivery {
+    /// The peer holds it, and computed its hash.
+    Delivered,
+    /// The peer held it before.
+    Held,
+    /// It did not arrive; why.
+    Failed(&'static str),
+}
+
+impl Delivery {
+    /// The outcome as a label.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Delivered => "delivered",
+            Self::Held => "held",
+            Self::Failed(reason) => reason,
+        }
+    }
+
+    /// Whether the peer holds the artifact now.
+    pub fn is_there(&self) -> bool {
+        !matches!(self, Self::Failed(_))
+    }
+}
+
+/// Why an artifact could not be fetched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FetchError {
+    /// Neither this node nor a connected peer has it.
+    #[error("neither this node nor one of its {asked} connected peers has it")]
+    NotFound {
+        /// Peers that were asked.
+        asked: usize,
+    },
+    /// The chunk pool has no room for it.
+    #[error("the chunk pool is full")]
+    PoolFull,
+}
+
+/// The artifacts of a node: its store, and the way to those of its peers. For threads that are no
+/// shard.
+#[derive(Debug)]
+pub struct Artifacts {
+    transport: Transport,
+    pub(crate) store: Arc<Store>,
+    pub(crate) announced: Arc<Announced>,
+    body_bytes_max: u64,
+}
+
+impl Artifacts {
+    pub(crate) fn new(
+        transport: Transport,
+        store: Arc<Store>,
+        announced: Arc<Announced>,
+        body_bytes_max: u64,
+    ) -> Self {
+        Self {
+            transport,
+            store,
+            announced,
+            body_bytes_max,
+        }
+    }
+
+    /// Longest body that peers accept.
+    pub fn body_bytes_max(&self) -> u64 {
+        self.body_bytes_max
+    }
+
+    /// An artifact that this node holds.
+    pub fn held(&self, id: &ArtifactId) -> Option<Body> {
+        self.store.get(id)
+    }
+
+    /// How full the store is.
+    pub fn usage(&self) -> Usage {
+        self.store.usage()
+    }
+
+    /// The pool with the most free chunks.
+    fn pool(&self) -> Option<&ChunkPool> {
+        let pools = (0..self.transport.shards()).filter_map(|shard| self.transport.pool(shard));
+        pools.max_by_key(|pool| pool.free_chunks())
+    }
+
+    /// Chunks for a body of `length` bytes; none if the pools have no room for it.
+    pub fn reserve(&self, length: usize) -> Option<BodyMut> {
+        BodyMut::with_len(self.pool()?, length)
+    }
+
+    /// Holds a hashed body and sends it to every peer that is up.
+    ///
+    /// # Errors
+    /// [`TooLarge`] if the store cannot hold it.
+    pub async fn publish(
+        &self,
+        id: ArtifactId,
+        body: Body,
+    ) -> Result<Vec<(NodeId, Delivery)>, TooLarge> {
+        self.store.insert(id, body.clone())?;
+        let payload = payload_of(body);
+        let deliveries = nearest(&self.transport).into_iter().map(|peer| {
+            let payload = payload.clone();
+            async move { (peer, self.deliver(peer, id, payload).await) }
+        });
+        Ok(join_all(deliveries).await)
+    }
+
+    async fn deliver(&self, peer: NodeId, id: ArtifactId, body: Payload) -> Delivery {
+        match self.try_deliver(peer, id, body).await {
+            Ok(delivery) => delivery,
+            Err(error) => Delivery::Failed(error.reason()),
+        }
+    }
+
+    async fn try_deliver(
+        &self,
+        peer: NodeId,
+        id: ArtifactId,
+        body: Payload,
+    ) -> Result<Delivery, RpcError> {
+        let announce = Announce {
+            id,
+            length: body.len(),
+        };
+        let ask = Request {
+            class: Class::Normal,
+            method: wire::ANNOUNCE,
+            body: announce.encode().into(),
+            deadline: ASK_DEADLINE,
+        };
+        let answer = self.transport.request(peer, ask).await?;
+        if answer.as_slice() == Some(wire::HELD) {
+            return Ok(Delivery::Held);
+        }
+        let put = Request {
+            class: Class::Bulk,
+            method: wire::PUT,
+            body,
+            deadline: BODY_DEADLINE,
+        };
+        let answer = self.transport.request(peer, put).await?;
+        let echoed = answer.as_slice().and_then(wire::decode_id);
+        Ok(if echoed == Some(id) {
+            Delivery::Delivered
+        } else {
+            Delivery::Failed("wrong_hash")
+        })
+    }
+
+    /// An artifact from the store, or from the nearest peer that has it.
+    ///
+    /// # Errors
+    /// [`FetchError`].
+    pub async fn fetch(&self, id: ArtifactId) -> Result<Body, FetchError> {
+        if let Some(body) = self.store.get(&id) {
+            return Ok(body);
+        }
+        let peers = nearest(&self.transport);
+        for peer in &peers {
+            let ask = Request {
+                class: Class::Bulk,
+                method: wire::GET,
+                body: id.as_bytes().to_vec().into(),
+                deadline: BODY_DEADLINE,
+            };
+            let answer = match self.transport.request(*peer, ask).await {
+                Ok(answer) => answer,
+                Err(error) => {
+                    let reason = error.reason();
+                    tracing::debug!(%peer, reason, "peer does not give the artifact");
+                    continue;
+                }
+            };
+            let body = self.body_of(answer).ok_or(FetchError::PoolFull)?;
+            if hash::of_body(&body) == id {
+                // A body too large for the store is still given to the client.
+                if let Err(error) = self.store.insert(id, body.clone()) {
+                    tracing::debug!(%error, "fetched body is not held");
+                }
+                return Ok(body);
+            }
+            tracing::warn!(%peer, %id, "a peer answered with other bytes");
+        }
+        Err(FetchError::NotFound { asked: peers.len() })
+    }
+
+    fn body_of(&self, payload: Payload) -> Option<Body> {
+        match payload {
+            Payload::Chunks(body) => Some(body),
+            Payload::Bytes(bytes) => Body::copy_from_slice(self.pool()?, &bytes),
+            Payload::Empty => Body::from_chunks(Vec::new()),
+        }
+    }
+}
+
+/// All outputs, in order; every future makes progress while the others wait.
+async fn join_all<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Output> {
+    let mut running: Vec<Pin<Box<F>>> = futures.into_iter().map(Box::pin).collect();
+    let mut outputs: Vec<Option<F::Output>> = running.iter().map(|_| None).collect();
+    std::future::poll_fn(|context| {
+        let mut pending = false;
+        for (future, output) in running.iter_mut().zip(&mut outputs) {
+            if output.is_none() {
+                match future.as_mut().poll(context) {
+                    Poll::Ready(value) => *output = Some(value),
+                    Poll::Pending => pending = true,
+                }
+            }
+        }
+        if pending {
+            Poll::Pending
+        } else {
+            Poll::Ready(())
+        }
+    })
+    .await;
+    outputs.into_iter().flatten().collect()
+}

@@ -1,0 +1,236 @@
+//! What a node says of itself: `/status`.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+
+use millrace_edge::state::Refused;
+use millrace_protocol::id::{ArtifactId, NodeId};
+use serde::{Deserialize, Serialize};
+
+use crate::core::Core;
+use crate::host;
+use crate::reference::Delivery;
+
+/// The whole document.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// The node's id.
+    pub node_id: String,
+    /// Where the node listens.
+    pub address: String,
+    /// The program's version.
+    pub version: String,
+    /// Seconds since the start.
+    pub uptime_seconds: f64,
+    /// Whether the node can do its work.
+    pub ready: bool,
+    /// Why not.
+    pub not_ready_because: Option<String>,
+    /// Registry.
+    pub registry: RegistryStatus,
+    /// Connections that are up.
+    pub peers: Vec<Peer>,
+    /// Shards.
+    pub shards: Vec<Shard>,
+    /// Artifacts.
+    pub artifacts: Artifacts,
+    /// The edge; none for a node without one.
+    pub edge: Option<EdgeStatus>,
+    /// Largest resident set of the process so far, bytes.
+    pub rss_bytes_max: u64,
+}
+
+/// The registry, as the node sees it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct RegistryStatus {
+    /// Newest version held; 0 before the first.
+    pub newest_version: u64,
+    /// Members of the subnet, this node included.
+    pub members: u64,
+    /// Records of the newest version that cannot be used.
+    pub skipped_records: u64,
+    /// How many versions were refused, by reason.
+    pub refused_versions: BTreeMap<String, u64>,
+}
+
+/// A connection that is up.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Peer {
+    /// The node's id.
+    pub node_id: String,
+    /// Number of the connection; larger is later.
+    pub connection: u64,
+    /// Where the peer is.
+    pub address: Option<String>,
+    /// The shard that owns the connection.
+    pub shard: usize,
+    /// Smoothed round trip of the path, microseconds.
+    pub rtt_us: Option<u64>,
+    /// Smoothed round trip of the health probes, microseconds.
+    pub probe_rtt_us: Option<u64>,
+    /// Congestion window, bytes.
+    pub congestion_window_bytes: u64,
+    /// Packets sent.
+    pub packets_sent: u64,
+    /// Packets lost.
+    pub packets_lost: u64,
+    /// Bytes sent.
+    pub bytes_sent: u64,
+    /// Bytes received.
+    pub bytes_received: u64,
+}
+
+/// A shard.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Shard {
+    /// Connections, handshakes included.
+    pub connections: usize,
+    /// Handshakes.
+    pub handshakes: usize,
+    /// Chunks of 1 MiB in the pool.
+    pub chunks: usize,
+    /// Chunks that are free.
+    pub chunks_free: usize,
+    /// Pages that the pool lies on.
+    pub pages: String,
+}
+
+/// The store of the reference application.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Artifacts {
+    /// Artifacts held.
+    pub held: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// Bytes that the store may hold.
+    pub bytes_max: u64,
+    /// Artifacts dropped to make room for new ones.
+    pub dropped: u64,
+}
+
+/// Who refuses at the node's edge; `millrace xdp status` says more.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct EdgeStatus {
+    /// `kernel`, or `user_space`: caps and rates alone, behind the socket.
+    pub place: String,
+    /// How packets find their shard: `ebpf`, `classic`, `none`.
+    pub steering: String,
+    /// 0 normal, 1 addresses are validated first, 2 registry peers only.
+    pub stress: u32,
+    /// Of the rules in force.
+    pub registry_version: u64,
+    /// A newer version whose rules are refused, and why.
+    pub refused: Option<Refused>,
+    /// Interfaces that were removed; the program is put on them again when they are back.
+    pub interfaces_gone: Vec<String>,
+}
+
+/// The report of a `put`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Published {
+    /// The artifact's id.
+    pub id: String,
+    /// Bytes.
+    pub bytes: u64,
+    /// What became of it at each peer.
+    pub peers: Vec<PublishedPeer>,
+}
+
+/// What became of a `put` at one peer.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct PublishedPeer {
+    /// The node's id.
+    pub node_id: String,
+    /// Whether the peer holds the artifact now.
+    pub there: bool,
+    /// The outcome as a label.
+    pub outcome: String,
+}
+
+impl Published {
+    pub(crate) fn of(id: ArtifactId, bytes: u64, deliveries: &[(NodeId, Delivery)]) -> Self {
+        let peers = deliveries.iter().map(|(peer, delivery)| PublishedPeer {
+            node_id: peer.to_string(),
+            there: delivery.is_there(),
+            outcome: delivery.reason().to_owned(),
+        });
+        Self {
+            id: id.to_string(),
+            bytes,
+            peers: peers.collect(),
+        }
+    }
+}
+
+pub(crate) fn of(core: &Core) -> Status {
+    let summary = core.versions.summary();
+    let readiness = core.readiness();
+    let usage = core.artifacts.usage();
+    Status {
+        node_id: core.transport.node_id().to_string(),
+        address: core.transport.local_addr().to_string(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        uptime_seconds: core.started.elapsed().as_secs_f64(),
+        ready: readiness.is_ok(),
+        not_ready_because: readiness.err().map(|why| why.to_string()),
+        registry: RegistryStatus {
+            newest_version: summary.newest,
+            members: core.topology.members.load(Ordering::Relaxed),
+            skipped_records: summary.skipped,
+            refused_versions: summary
+                .refused
+                .into_iter()
+                .map(|(reason, count)| (reason.to_owned(), count))
+                .collect(),
+        },
+        peers: peers(core),
+        shards: shards(core),
+        artifacts: Artifacts {
+            held: usage.artifacts,
+            bytes: usage.bytes,
+            bytes_max: usage.bytes_max,
+            dropped: usage.dropped,
+        },
+        edge: core.edge.as_ref().map(|report| report.status()),
+        rss_bytes_max: host::peak_rss().map_or(0, |size| size.0),
+    }
+}
+
+fn peers(core: &Core) -> Vec<Peer> {
+    let micros = |duration: std::time::Duration| u64::try_from(duration.as_micros()).unwrap_or(0);
+    let peers = core
+        .transport
+        .status()
+        .peers()
+        .into_iter()
+        .map(|peer| Peer {
+            node_id: peer.node_id.to_string(),
+            connection: peer.connection.0,
+            address: peer.address.map(|address| address.to_string()),
+            shard: peer.shard,
+            rtt_us: peer.rtt.map(micros),
+            probe_rtt_us: peer.probe_rtt.map(micros),
+            congestion_window_bytes: peer.congestion_window_bytes,
+            packets_sent: peer.packets_sent,
+            packets_lost: peer.packets_lost,
+            bytes_sent: peer.bytes_sent,
+            bytes_received: peer.bytes_received,
+        });
+    peers.collect()
+}
+
+fn shards(core: &Core) -> Vec<Shard> {
+    let shards = core.transport.status().shards().into_iter().enumerate();
+    shards
+        .map(|(index, shard)| {
+            let pool = core.transport.pool(index);
+            Shard {
+                connections: shard.connections,
+                handshakes: shard.handshakes,
+                chunks: pool.map_or(0, |pool| pool.total_chunks()),
+                chunks_free: pool.map_or(0, |pool| pool.free_chunks()),
+                pages: pool.map_or_else(String::new, |pool| format!("{:?}", pool.page_kind())),
+            }
+        })
+        .collect()
+}
