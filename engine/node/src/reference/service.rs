@@ -8,9 +8,7 @@ use millrace_registry::Versions;
 use millrace_registry::wire::NEWER_THAN;
 use millrace_shards::Queue;
 use millrace_shards::chunk::Body;
-use millrace_transport::{
-    Answer, Defer, Inbound, InboundBody, Messenger, Responder, Service,
-};
+use millrace_transport::{Answer, Defer, Inbound, InboundBody, Messenger, Responder, Service};
 
 use super::announced::Announced;
 use super::hash;
