@@ -1,15 +1,19 @@
-//! Where the peer of a connection is, and what it takes to believe that it is elsewhere now.
+//! The address of a connection's peer, and the check of a new one.
 //!
-//! A NAT may give a peer another port at any time, in the middle of a transfer; the peer does not notice (RFC 9000, 9.3). Its authentic packets
-//! then come from there, and so it is answered there: with three times what came from there at most, until it has repeated a number that
-//! was sent there (8.2). quiche hears of none of this: its own migration forgets flow control that was in flight to the old port, which
-//! stalls a body now and then, and takes a path of few for each port. As only the port changes, congestion control goes on as it was (9.4).
+//! A NAT may give a peer another port at any time, in the middle of a transfer; the peer does not
+//! notice (RFC 9000, 9.3). Its authentic packets then come from the new port, and we answer there.
+//! Until the peer has repeated a number that we sent there (8.2), we send at most three times what
+//! came from there. quiche is not told: its own migration forgets flow control that was in flight
+//! to the old port, which stalls a body now and then, and it uses up one of a few paths for each
+//! port. Only the port changes, so congestion control goes on unchanged (9.4).
 //!
 //! Invariants
-//! 1. Only packets from the peer's IP address count, so its source stays what it was admitted and counted as; who moves further
-//!    dials again.
-//! 2. Whoever repeats packets of the peer from another port gains nothing: they are not authentic a second time.
-//! 3. One guess at each number: a wrong one ends the move, and the next packet begins another with another number.
+//! 1. Only packets from the peer's IP address count: the peer stays the source that was admitted
+//!    and counted. A peer that gets another IP address dials again.
+//! 2. An attacker that repeats the peer's packets from another port gains nothing: quiche rejects
+//!    them as duplicates.
+//! 3. A challenge allows one guess: a wrong number ends the move, and the next packet begins
+//!    another move with another number.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -17,13 +21,14 @@ use std::time::{Duration, Instant};
 /// Set in every challenge, and in no sequence number of a health probe.
 const CHALLENGE: u32 = 1 << 31;
 
-/// RFC 9000, 8.1: what may be sent to an address that is not validated, as a multiple of what came from there.
+/// Bytes that may be sent to an address that is not validated, as a multiple of the bytes that came
+/// from there (RFC 9000, 8.1).
 const AMPLIFICATION_MAX: usize = 3;
 
 /// A challenge is repeated when packets come later than this after it.
 const REPEAT_AFTER: Duration = Duration::from_millis(20);
 
-/// Where a peer is.
+/// The address of a peer.
 #[derive(Clone, Debug)]
 pub(crate) struct PeerAddress {
     first: SocketAddr,
@@ -31,7 +36,7 @@ pub(crate) struct PeerAddress {
     moving: Option<Move>,
 }
 
-/// To where it may have moved.
+/// The address that it may have moved to.
 #[derive(Clone, Debug)]
 struct Move {
     to: SocketAddr,
@@ -50,7 +55,7 @@ impl PeerAddress {
         }
     }
 
-    /// What quiche takes for the peer's address, all the time.
+    /// The address that quiche is told, for the connection's whole life.
     pub(crate) fn first(&self) -> SocketAddr {
         self.first
     }
@@ -65,12 +70,13 @@ impl PeerAddress {
         from.ip() == self.current.ip()
     }
 
-    /// Whether packets from here are nothing new.
+    /// Whether the peer is known to be here.
     pub(crate) fn is_settled_at(&self, from: SocketAddr) -> bool {
         self.current == from && self.moving.is_none()
     }
 
-    /// Authentic packets came from `from`. What the peer is to repeat, if it is to be asked now.
+    /// Authentic packets came from `from`. Returns the number that the peer is to repeat, if it is
+    /// to be asked now.
     pub(crate) fn seen(
         &mut self,
         from: SocketAddr,
@@ -129,7 +135,7 @@ impl PeerAddress {
         }
     }
 
-    /// So much was sent to the [`Self::target`].
+    /// `bytes` were sent to the [`Self::target`].
     #[inline]
     pub(crate) fn sent(&mut self, bytes: usize) {
         if let Some(moving) = &mut self.moving {
@@ -146,7 +152,8 @@ mod tests {
         SocketAddr::from(([192, 0, 2, 1], port))
     }
 
-    // Protects against a reflector: nothing but the right number makes an address the peer's, and until then little goes there.
+    // Protects against reflection: only the right number makes an address the peer's, and until
+    // then few bytes go there.
     #[test]
     fn a_move_is_believed_when_its_number_comes_back() {
         let now = Instant::now();

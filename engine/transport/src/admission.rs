@@ -1,9 +1,12 @@
-//! The transport's side of admission: who may open a connection, and the count of those that are open.
+//! The transport's side of admission: who may open a connection, and the count of those that are
+//! open.
 //!
 //! Invariants
-//! 1. A connection is counted from the end of its handshake until it is removed, whatever removes it: the count is a guard that it owns.
-//! 2. So is a handshake that a peer began, from its first packet until it is done or the connection is removed.
-//! 3. Nothing here is asked for a packet of a connection that is known.
+//! 1. A connection is counted from the end of its handshake until it is removed, for any reason:
+//!    the connection owns the permit that counts it.
+//! 2. A handshake that a peer began is counted from its first packet until it is done or the
+//!    connection is removed.
+//! 3. A packet of a known connection asks nothing of this module.
 
 use std::fmt::Debug;
 use std::net::SocketAddr;
@@ -14,7 +17,7 @@ use millrace_edge_policy::cid::Keys;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::source::Source;
 
-/// Who wants to hear of every counted connection: the edge, which tells the kernel.
+/// Hears of every counted connection: the edge implements it, and tells the kernel.
 ///
 /// Called on the shards, once for each connection that opens or closes: must not block.
 pub trait ConnectionCounts: Debug + Send + Sync {
@@ -24,11 +27,13 @@ pub trait ConnectionCounts: Debug + Send + Sync {
     /// A connection that was [`opened`](Self::opened) is over.
     fn closed(&self, source: Source);
 
-    /// A source that came without token or proof has shown that the address is its own: it is charged now.
+    /// A source that came without token or proof has shown that the address is its own. The
+    /// implementor charges it now.
     fn validated(&self, source: Source);
 }
 
-/// The admission of all shards, and who listens.
+/// Decides which connections may open, for one shard: the policy of the node, and the edge that
+/// hears of its counts.
 #[derive(Clone, Debug)]
 pub(crate) struct AdmissionControl {
     pub(crate) policy: Arc<Admission>,
@@ -40,8 +45,8 @@ impl AdmissionControl {
         self.policy.keys()
     }
 
-    /// What becomes of a packet that may begin a connection; see [`Admission::first_packet`]. What is accepted is to be
-    /// [held](Self::hold) at once.
+    /// Judges a packet that may begin a connection; see [`Admission::first_packet`]. The caller
+    /// takes a permit for what is accepted, by [`Self::hold`], at once.
     pub(crate) fn first_packet(
         &self,
         header: &quiche::Header<'_>,
@@ -55,7 +60,8 @@ impl AdmissionControl {
             .first_packet(from, &header.dcid, token, half_open, now_ns, wall_ns)
     }
 
-    /// A handshake that [`Self::first_packet`] accepted: half open for as long as what this returns lives.
+    /// Counts a handshake that [`Self::first_packet`] accepted as half open, for as long as the
+    /// permit lives.
     pub(crate) fn hold(&self, from: SocketAddr, by: Entitlement) -> HandshakePermit {
         HandshakePermit {
             policy: Arc::clone(&self.policy),
@@ -72,7 +78,7 @@ impl AdmissionControl {
         }
     }
 
-    /// Counts a connection for as long as what this returns lives; refused at the cap of its source.
+    /// Counts a connection for as long as the permit lives; refused at the cap of its source.
     pub(crate) fn open(&self, from: SocketAddr) -> Result<ConnectionPermit, Reason> {
         self.policy.opened(from)?;
         if let Some(counts) = &self.counts {
@@ -85,7 +91,7 @@ impl AdmissionControl {
     }
 }
 
-/// A handshake that is counted.
+/// Counts a handshake as half open while it lives.
 #[derive(Debug)]
 pub(crate) struct HandshakePermit {
     policy: Arc<Admission>,
@@ -99,7 +105,7 @@ impl Drop for HandshakePermit {
     }
 }
 
-/// A connection that is counted.
+/// Counts a connection while it lives.
 #[derive(Debug)]
 pub(crate) struct ConnectionPermit {
     control: AdmissionControl,

@@ -1,7 +1,9 @@
-//! The buffers that quiche holds for us while they are in flight: slices of chunks, or small owned bytes.
+//! The buffers that quiche holds for us while they are in flight: slices of chunks, or small owned
+//! bytes.
 //!
 //! Invariants
-//! 1. A body is never copied into a buffer: a [`StreamBuffer::Chunk`] keeps its chunk alive until the peer acknowledged it.
+//! 1. A body is never copied into a buffer: a [`StreamBuffer::Chunk`] keeps its chunk alive until
+//!    the peer acknowledged it.
 //! 2. Nothing here allocates per packet: cloning and splitting count references.
 
 use bytes::Bytes;

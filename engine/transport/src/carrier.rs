@@ -2,8 +2,8 @@
 //!
 //! A message is enqueued, waits in its class's queue, becomes active, and is moved into the path a
 //! slice at a time, straight from its chunks. `streams` carries messages on QUIC streams. A chunk
-//! plane (datagrams keyed by the TLS exporter of the connection) is to be a second way; nothing above
-//! knows which one is at work.
+//! plane (datagrams keyed by the TLS exporter of the connection) is to be a second way; nothing
+//! above knows which one is at work.
 
 use millrace_protocol::frame::{Class, Header};
 

@@ -1,4 +1,5 @@
-//! The time that connection IDs, tokens and limits are made with: the kernel's, so that its programs and this crate agree.
+//! The clock of connection IDs, tokens and limits: the kernel's, so that the edge's programs and
+//! this crate agree.
 //!
 //! 1. A clock never goes back.
 //! 2. Clones are one clock.
@@ -43,7 +44,8 @@ impl Clock {
         self.anchor_ns + since + self.skipped_ns.load(Ordering::Relaxed)
     }
 
-    /// Goes on as if `by` had passed: how a test sees IDs and tokens age. Timers do not notice.
+    /// Moves the clock forward by `by`, so that a test sees IDs and tokens age. Timers do not
+    /// notice.
     pub fn skip(&self, by: Duration) {
         self.skipped_ns
             .fetch_add(by.as_nanos() as u64, Ordering::Relaxed);
@@ -53,7 +55,8 @@ impl Clock {
 /// Nanoseconds since 1970, which two nodes agree about within a minute.
 pub(crate) fn wall_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    // A clock before 1970 makes proofs that nobody believes; the node is then treated as any client.
+    // A clock before 1970 makes proofs that no peer accepts; peers then treat this node as any
+    // client.
     since.map_or(0, |since| since.as_nanos() as u64)
 }
 
@@ -61,7 +64,8 @@ pub(crate) fn wall_ns() -> u64 {
 mod tests {
     use super::*;
 
-    // Protects the agreement with the kernel, which reads the same clock: a reading lies between two of its own.
+    // Protects the agreement with the kernel, which reads the same clock: a reading lies between
+    // two of its own.
     #[test]
     fn is_the_kernels_clock() {
         let read = || {
@@ -71,7 +75,8 @@ mod tests {
         let before = read();
         let clock = Clock::new();
         let between = clock.ns(Instant::now());
-        // The anchor's two readings are taken one after the other: by so much may it be ahead.
+        // The anchor takes its two readings one after the other: it may be ahead by the time
+        // between.
         let slack = read() - before;
         assert!(before <= between && between <= read() + slack);
         let other = clock.clone();

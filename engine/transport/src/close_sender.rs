@@ -1,12 +1,14 @@
-//! How much a connection that closes may still send.
+//! The bound of what a closing connection may still send.
 //!
-//! quiche ends by itself once the closing frame is out. It does not get there while its peer has not confirmed the handshake and a probe is
-//! due: it acknowledges, again and again, because it is to ask for an answer and a closing connection asks for none. Each of these packets
-//! is kept in memory.
+//! quiche ends by itself once the closing frame is out. It does not get there while the peer has
+//! not confirmed the handshake and a probe is due: quiche then wants to ask for an answer, a
+//! closing connection asks for none, and so it sends acknowledgements without end. It keeps each of
+//! these packets in memory.
 
 use crate::buffers::QuicConnection;
 
-/// More than what is left of a handshake takes, with the probes of its spaces and the closing frame.
+/// More packets than the rest of a handshake takes, with the probes of its packet number spaces and
+/// the closing frame.
 const PACKETS_MAX: u32 = 16;
 
 /// The last packets of a connection.
@@ -16,7 +18,10 @@ pub(crate) struct CloseSender {
 }
 
 impl CloseSender {
-    /// Builds the next packet of a closing connection; its length. [`quiche::Error::Done`] too when it has had its share.
+    /// Builds the next packet of a closing connection and returns its length.
+    ///
+    /// # Errors
+    /// quiche's own; [`quiche::Error::Done`] also at the bound.
     pub(crate) fn send(
         &mut self,
         quic: &mut QuicConnection,
@@ -60,7 +65,7 @@ mod tests {
         text.parse().unwrap()
     }
 
-    /// A dialler and a listener that have said nothing yet.
+    /// A dialler and a listener that have sent nothing yet.
     fn pair() -> [QuicConnection; 2] {
         let keys = [1, 2].map(|seed| SigningKey::from_seed([seed; 32]));
         let [dialler, listener] = keys.each_ref().map(|key| Credentials::new(key).unwrap());
@@ -93,7 +98,7 @@ mod tests {
         [client, server]
     }
 
-    /// All that one has to say; the other hears it if it is there.
+    /// Sends all that `speaker` has; the listener receives it if there is one.
     fn say(speaker: &mut QuicConnection, mut listener: Option<&mut QuicConnection>) {
         let mut packet = [0; 2_000];
         while let Ok((len, info)) = speaker.send(&mut packet) {
@@ -113,7 +118,8 @@ mod tests {
         sent.take_while(Result::is_ok).take(1_000).count() as u32
     }
 
-    // Protects the shard, and its memory, from a connection that is closed before its handshake is confirmed.
+    // Protects the shard, and its memory, from a connection that is closed before its handshake is
+    // confirmed.
     #[test]
     fn it_ends_although_quiche_goes_on() {
         let [mut client, mut server] = pair();
@@ -121,7 +127,7 @@ mod tests {
             say(&mut client, Some(&mut server));
             say(&mut server, Some(&mut client));
         }
-        // What ends the handshake is lost, and a probe is due.
+        // The packet that confirms the handshake is lost, and a probe is due.
         say(&mut client, None);
         while let Some(left) = client.timeout().filter(|left| !left.is_zero()) {
             std::thread::sleep(left);

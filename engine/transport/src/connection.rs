@@ -1,7 +1,7 @@
 //! One QUIC connection of a shard: quiche, what routes to it, and what it sends when.
 //!
-//! What the connection carries is its [`Session`]'s, from when TLS has said who the peer is; how far
-//! it has come is its [`Phase`].
+//! What the connection carries is its [`Session`]'s, from when TLS has said who the peer is; how
+//! far it has come is its [`Phase`].
 //!
 //! Invariant: `timer` is armed at the earliest thing this connection waits for.
 
@@ -24,13 +24,16 @@ use crate::phase::Phase;
 use crate::quic::CloseCode;
 use crate::session::{self, Session};
 
-/// The part of a stream's window that is acknowledged together while a body streams in: three trains of 1 MiB.
+/// While a body streams in, a sixth of a stream's window is acknowledged together: three trains of
+/// a window of 1 MiB.
 const ACK_WINDOW_PART: u64 = 6;
-/// How long their acknowledgement may wait; a hundredth of the delay that we announce (`max_ack_delay`, 25 ms).
+/// How long that acknowledgement may wait: a hundredth of the delay that we announce
+/// (`max_ack_delay`, 25 ms).
 const ACK_DELAY: Duration = Duration::from_micros(250);
 
-/// Requests and answers leave in trains of this many packets, and are taken up in turns of as many, so that both ends work at the same
-/// time: with 64 in flight, one long train each way would leave each end idle while the other works.
+/// Requests and answers leave in trains of this many packets, and a shard receives as many before
+/// it sends: so both ends work at the same time. With 64 in flight, one long train each way would
+/// leave each end idle while the other works.
 pub(crate) const EXCHANGE_PACKETS: usize = 16;
 
 /// How a connection's turn to send ended.
@@ -52,10 +55,12 @@ pub(crate) struct Connection {
     pub(crate) address: PeerAddress,
     /// Our connection IDs.
     pub(crate) ids: LiveIds,
-    /// The ID that the client chose for its first packets, on the listening side until the handshake is done.
+    /// On the listening side, until the handshake is done: the ID that the client chose for its
+    /// first packets.
     pub(crate) initial: Option<Vec<u8>>,
     pub(crate) is_server: bool,
-    /// The source of an inbound connection is still to be charged for it: it brought no token and no proof.
+    /// The source of an inbound connection came without token and proof, and is not charged for it
+    /// yet.
     pub(crate) is_uncharged: bool,
     /// Until the handshake of an inbound connection is over.
     pub(crate) handshake_permit: Option<HandshakePermit>,
@@ -77,7 +82,7 @@ pub(crate) struct Connection {
     pub(crate) session: Option<Session>,
     pub(crate) timer: Option<TimerId>,
     pub(crate) is_dirty: bool,
-    /// What it may still send once it closes.
+    /// Sends the last packets once it closes.
     pub(crate) close_sender: CloseSender,
 }
 
@@ -129,9 +134,10 @@ impl Connection {
             .ok();
     }
 
-    /// Whether the acknowledgements that are due may wait for more packets: while a body streams in, nothing else is to be said and
-    /// less than a part of its window came. quiche acknowledges whenever it is asked to send, and every acknowledgement costs both sides
-    /// about as much as three packets of data.
+    /// Whether the acknowledgements that are due may wait for more packets. They may while a body
+    /// streams in, there is nothing else to send, and less than [`ACK_WINDOW_PART`] of its window
+    /// came. quiche acknowledges whenever it is asked to send, and each acknowledgement costs both
+    /// sides about as much as three packets of data.
     pub(crate) fn may_delay_ack(&mut self, config: &TransportConfig, now: Instant) -> bool {
         let Some(session) = &mut self.session else {
             return false;
@@ -184,7 +190,7 @@ impl Connection {
             if packets == config.packets_per_turn {
                 break Sent::Budget;
             }
-            // Goes on when more came from there.
+            // Goes on when more has come from that address.
             if sent_bytes >= allowed_bytes {
                 break Sent::All;
             }
@@ -243,6 +249,7 @@ impl Connection {
     pub(crate) fn path(&self) -> Option<quiche::PathStats> {
         self.quic.path_stats().find(|path| path.active)
     }
+
     /// How long the last bytes and their repeats may take.
     pub(crate) fn linger(&self) -> Duration {
         session::linger(&self.quic)

@@ -1,7 +1,9 @@
-//! What the transport counts: one table of plain counters for the hot path, one map of reasons for what was refused or lost.
+//! The counters of the transport: a table of plain counters for the hot path, and a map of reasons
+//! for what was refused or lost.
 //!
 //! Invariants
-//! 1. A counter of the table is written by its shard only, relaxed; a reader may be one turn behind.
+//! 1. A counter of the table is written by its shard only, relaxed; a reader may be one turn
+//!    behind.
 //! 2. Reasons are `&'static str`s of our own code: no peer can grow the map.
 
 use std::collections::BTreeMap;

@@ -1,16 +1,19 @@
-//! The connection IDs that the peer of one connection may use: what routes its packets to us.
+//! The connection IDs that the peer of one connection may use: they route its packets to us.
 //!
-//! A connection begins with a handshake ID, which holds for one address and for half a minute. When the handshake has completed the peer
-//! gets roaming IDs, and from then on fresh ones before the old ones end; quiche asks it to give up the oldest for each one
-//! beyond the limit (*retire prior to*, RFC 9000, 5.1.1).
+//! A connection begins with a handshake ID, which holds for one address and for half a minute. When
+//! the handshake has completed the peer gets roaming IDs, and from then on fresh ones before the
+//! old ones end; quiche asks it to give up the oldest for each one beyond the limit (*retire prior
+//! to*, RFC 9000, 5.1.1).
 //!
 //! Invariants
 //! 1. An ID is live from when it is issued until the peer has given it up (RETIRE_CONNECTION_ID).
-//! 2. There is always one, and never more than [`LIVE_MAX`]: those that the peer may hold, and those that it was asked to give up.
+//! 2. There is always one, and never more than [`LIVE_MAX`]: those that the peer may hold, and
+//!    those that quiche asked it to give up.
 
 use millrace_edge_policy::cid::LocalCid;
 
-/// IDs that we let a peer give us, and so what a peer of ours takes: as few as RFC 9000 (18.2) allows, since nobody moves by choice.
+/// IDs that we let a peer give us, and that a peer of ours takes: as few as RFC 9000 (18.2) allows,
+/// since no node changes its address by choice.
 pub(crate) const ACTIVE_IDS: u64 = 2;
 
 /// quiche keeps this many of its own while some are being replaced.
@@ -118,7 +121,8 @@ mod tests {
         assert_eq!(fill(&mut ids, 5, 10), 0, "all are fresh");
     }
 
-    // Protects the peer's limit: never more than it holds and was asked to give up, however late it answers.
+    // Protects the peer's limit: it never has more IDs than it may hold and was asked to give up,
+    // however late it answers.
     #[test]
     fn replaces_all_within_bounds() {
         let mut ids = LiveIds::new(id(0));

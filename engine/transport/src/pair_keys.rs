@@ -1,6 +1,7 @@
-//! The keys that this node shares with each member, worked out when the members change.
+//! The keys that this node shares with each member, computed when the members change.
 //!
-//! A key costs a scalar multiplication, so those of members that stay are kept. Never on a shard.
+//! A key costs a scalar multiplication, so the keys of members that stay are kept. A shard never
+//! computes them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -46,8 +47,9 @@ impl PairKeys {
         Arc::clone(&self.by_member)
     }
 
-    /// The same keys as a listener looks them up: by the tag that stands for a node in a proof. Of two members with one tag, the one
-    /// with the higher ID proves itself; the other is treated as any client.
+    /// The same keys by the tag that stands for a node in a proof, as a listener looks them up. Of
+    /// two members with one tag, the one with the higher ID proves itself; a listener treats the
+    /// other as any client.
     pub(crate) fn by_tag(&self) -> BTreeMap<u32, Key> {
         let tagged = |(id, key): (&NodeId, &Key)| (node_tag_of(id.as_bytes()), *key);
         self.by_member.iter().map(tagged).collect()
@@ -59,7 +61,8 @@ mod tests {
     use super::*;
     use millrace_protocol::topology::Member;
 
-    // Protects proofs: what one end dials with is what the other looks up, and a member that left has no key.
+    // Protects proofs: the key that one end dials with is the key that the other looks up, and a
+    // member that left has none.
     #[test]
     fn both_ends_hold_the_same_key() {
         let [a, b] = [1, 2].map(|n| SigningKey::from_seed([n; 32]));

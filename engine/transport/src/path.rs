@@ -49,8 +49,8 @@ pub struct PathStats {
 
 /// The streams and datagrams of one connection. Stream ids are those of RFC 9000, 2.1.
 pub trait StreamPath {
-    /// Sets how urgent a stream of ours is, 0 first (RFC 9218, with 256 levels); opens the stream if
-    /// it is not open.
+    /// Sets how urgent a stream of ours is, 0 first (RFC 9218, with 256 levels); opens the stream
+    /// if it is not open.
     ///
     /// # Errors
     /// When the peer's limit of streams is reached, or the connection is closing.
@@ -77,19 +77,20 @@ pub trait StreamPath {
     /// Bytes that a stream of ours would take now.
     ///
     /// # Errors
-    /// [`StreamError::Stopped`] and [`StreamError::Ended`]: it will never take any. A stream that the
-    /// peer stopped is freed by this call.
+    /// [`StreamError::Stopped`] and [`StreamError::Ended`]: it will never take any. A stream that
+    /// the peer stopped is freed by this call.
     fn stream_capacity(&mut self, stream: u64) -> Result<usize, StreamError>;
 
-    /// Ends a stream of ours without its rest (RESET_STREAM; RFC 9000, 19.4). Nothing happens to one
-    /// that has ended.
+    /// Ends a stream of ours without its rest (RESET_STREAM; RFC 9000, 19.4). Nothing happens to
+    /// one that has ended.
     fn stream_reset(&mut self, stream: u64, code: u64);
 
     /// Reads what has arrived in order on a stream of the peer; the bytes read, and whether the
     /// stream ends after them.
     ///
     /// # Errors
-    /// [`StreamError::Blocked`] when nothing is there, [`StreamError::Ended`] when the peer reset it.
+    /// [`StreamError::Blocked`] when nothing is there, [`StreamError::Ended`] when the peer reset
+    /// it.
     fn stream_recv(&mut self, stream: u64, out: &mut [u8]) -> Result<(usize, bool), StreamError>;
 
     /// As [`Self::stream_recv`], and throws the bytes away.

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Invariants
-//! 1. A connection is `Up` from the peer's hello on, not from the end of the handshake, which a client
-//!    sees before the server judged it.
+//! 1. A connection is `Up` from the peer's hello on, not from the end of the handshake, which a
+//!    client sees before the server judged it.
 //! 2. Nothing leaves `Closing`.
 
 use std::time::Instant;

@@ -1,4 +1,6 @@
-//! What each shard says of its connections, for `/status`, metrics and `wait until connected`; written every housekeeping turn.
+//! The published state of each shard's connections, for `/status`, metrics and waiting until
+//! connected. A shard writes it in every housekeeping turn, about every 100 ms, and when a
+//! connection comes up.
 
 use std::net::SocketAddr;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -18,27 +20,27 @@ pub struct PeerStatus {
     pub connection: ConnectionNumber,
     /// Where the peer is.
     pub address: Option<SocketAddr>,
-    /// Smoothed RTT of the path, as QUIC measures it.
+    /// Smoothed RTT of the path, as QUIC measures it (RFC 9002, 5.3).
     pub rtt: Option<Duration>,
-    /// Smoothed RTT of the health probes: what the peer's shard adds is in it.
+    /// Smoothed RTT of the health probes: it includes the delay of the peer's shard.
     pub probe_rtt: Option<Duration>,
     /// Congestion window, bytes.
     pub congestion_window_bytes: u64,
     /// Bytes that wait to be sent, for each class; small frames of class bulk count as normal.
     pub queued_bytes: PerClass<u64>,
-    /// Packets sent.
+    /// Packets sent since the connection began.
     pub packets_sent: u64,
-    /// Packets lost.
+    /// Of them, packets that were declared lost.
     pub packets_lost: u64,
-    /// Bytes sent.
+    /// UDP payload bytes sent.
     pub bytes_sent: u64,
-    /// Bytes received.
+    /// UDP payload bytes received.
     pub bytes_received: u64,
     /// The shard that owns the connection.
     pub shard: usize,
 }
 
-/// What one shard published last.
+/// The state that one shard published last.
 #[derive(Clone, Debug, Default)]
 pub struct ShardStatus {
     /// Its connections that are up.
@@ -109,7 +111,7 @@ impl StatusBoard {
         ids
     }
 
-    /// What the connections to `peer` say together: the shortest round trip, the sum of the rest.
+    /// The connections to `peer` together: the shortest round trip, the sum of the rest.
     pub(crate) fn path(&self, peer: &NodeId) -> Option<PathInfo> {
         let shards = self.lock();
         let up = shards.iter().flat_map(|shard| &shard.peers);
@@ -124,7 +126,7 @@ impl StatusBoard {
         paths.reduce(|one, other| one.beside(&other))
     }
 
-    /// A connection went out of use; the shard publishes the rest in its next housekeeping.
+    /// A connection takes no new messages; the shard publishes the rest in its next housekeeping.
     pub(crate) fn take_down(&self, shard: usize, peer: &NodeId, connection: ConnectionNumber) {
         if let Some(held) = self.lock().get_mut(shard) {
             held.peers
@@ -141,7 +143,8 @@ impl StatusBoard {
             .collect()
     }
 
-    /// Waits until `condition` holds for the peers that are up, at most `timeout`; whether it held.
+    /// Blocks this thread until `condition` holds for the peers that are up, at most for `timeout`.
+    /// Returns whether it held. Not for a shard's thread.
     pub fn wait(
         &self,
         timeout: Duration,

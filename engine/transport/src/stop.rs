@@ -3,11 +3,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// What a transport that nobody holds any more leaves its connections: its address is to be free
-/// within a second.
+/// Time for connections to finish when the last handle of a transport was dropped: its address is
+/// to be free within a second.
 const ABANDONED: Duration = Duration::from_millis(500);
 
-/// The bound of a stop, set before the shards are asked to stop.
+/// How long a stop may take; set before the shards are asked to stop.
 #[derive(Debug)]
 pub(crate) struct StopLimit(AtomicU64);
 
@@ -24,7 +24,7 @@ impl StopLimit {
         self.0.store(ms, Ordering::Release);
     }
 
-    /// The longest time that a stop may take.
+    /// The longest time that the stop may take.
     pub(crate) fn get(&self) -> Duration {
         Duration::from_millis(self.0.load(Ordering::Acquire))
     }

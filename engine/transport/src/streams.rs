@@ -1,11 +1,15 @@
-//! The QUIC stream carrier: each message on a unidirectional stream of its own, so that none blocks another.
+//! The QUIC stream carrier: each message on a unidirectional stream of its own, so that none blocks
+//! another.
 //!
-//! A stream is: one byte [`StreamKind::Message`], the 16-byte header, the body, FIN. Called once per turn and connection with something to
-//! send; O(active streams), and no allocation per packet: bodies go as slices of their chunks.
+//! A stream is: one byte [`StreamKind::Message`], the 16-byte header, the body, FIN. The carrier
+//! runs once for each turn and connection with something to send. It costs O(active streams), and
+//! no allocation per packet: bodies go as slices of their chunks.
 //!
 //! Invariants
-//! 1. At most `active_max` streams of a class are fed at a time, oldest first; the rest waits in order.
-//! 2. A body never takes all of the connection's send capacity: half of what is left, up to [`RESERVE_BYTES`], is kept for lanes.
+//! 1. At most `active_max` streams of a class are fed at a time, oldest first; the rest waits in
+//!    order.
+//! 2. A body never takes all of the connection's send capacity: half of what is left, up to
+//!    [`RESERVE_BYTES`], is kept for lanes.
 //! 3. Waiting plus active messages of a class never exceed its bound.
 
 use std::collections::VecDeque;
@@ -76,10 +80,12 @@ impl Active {
     }
 }
 
-/// Which body bytes quiche will put into the next packets, as far as can be told from outside: those that it was given first.
+/// Prefetches the body bytes that quiche will put into the next packets: presumably those that it
+/// was given first.
 ///
-/// A body comes from memory, not from a cache, and copying it into packets is a quarter of a sender's time. Asking for the bytes a few
-/// packets early hides most of the wait. A wrong guess (repeats, other frames in between) costs a few useless hints.
+/// A body comes from memory, not from a cache, and copying it into packets is a quarter of a
+/// sender's time. Asking for the bytes a few packets early hides most of the wait. A wrong guess
+/// (repeats, other frames in between) costs a few useless hints.
 #[derive(Debug, Default)]
 struct Prefetcher {
     slices: VecDeque<ChunkSlice>,
@@ -147,7 +153,8 @@ impl StreamCarrier {
         }
     }
 
-    /// Asks the processor for the body bytes of packets to come, `packet_bytes` having been sent.
+    /// Asks the processor for the body bytes of packets to come. `packet_bytes` have just been
+    /// sent.
     #[inline]
     pub(crate) fn prefetch(&mut self, packet_bytes: usize) {
         self.prefetcher.advance(packet_bytes);
@@ -158,7 +165,8 @@ impl StreamCarrier {
         std::mem::take(&mut self.opened)
     }
 
-    /// Body bytes of `class` that quiche has not taken. Adds up over the queue: not for every packet.
+    /// Body bytes of `class` that quiche has not taken. Adds up over the queue: not for every
+    /// packet.
     pub(crate) fn queued_bytes(&self, class: Class) -> u64 {
         let waiting = self.waiting[class.index()].iter();
         let waiting = waiting.map(|message| u64::from(message.header.body_bytes));

@@ -1,13 +1,16 @@
-//! Pinned mutual TLS: who may connect, and as whom.
+//! Pinned mutual TLS: which nodes may connect, and which node a connection belongs to.
 //!
-//! A certificate is self-signed by the node's Ed25519 key; nothing in it counts but that key. The dialler accepts exactly the key of the
-//! node that it dials; the listener accepts any key that is in the current [`Members`], and the node id follows from the key.
-//! BoringSSL checks the CertificateVerify signature after the callback here said yes.
+//! A certificate is self-signed by the node's Ed25519 key, and only that key counts. The dialler
+//! accepts exactly the key of the node that it dials. The listener accepts any key of the current
+//! [`Members`]; the node id follows from the key. BoringSSL checks the CertificateVerify signature
+//! (RFC 8446, 4.4.3) after the callback here has accepted the key.
 //!
 //! Invariants
-//! 1. Both sides present a certificate; none is a refusal, counted apart from a wrong one.
-//! 2. No session is ever resumed: a resumed session skips the callback, and so would let a removed node in.
-//! 3. Only Ed25519 signatures, only X25519 (one packet less in each direction than the hybrid default).
+//! 1. Both sides present a certificate. A peer without one is refused, and counted apart from a
+//!    peer with a wrong one.
+//! 2. No session is resumed: a resumed session skips the callback, and would let a removed node in.
+//! 3. Only Ed25519 signatures, only X25519 (one packet less in each direction than the hybrid
+//!    default).
 
 use std::sync::{Arc, RwLock};
 
@@ -41,7 +44,8 @@ pub enum TlsError {
     Quic(#[from] quiche::Error),
 }
 
-/// The members that may connect now, shared with the verify callback, which runs inside BoringSSL on the shard's thread.
+/// The members that may connect now, shared with the verify callback, which runs inside BoringSSL
+/// on the shard's thread.
 ///
 /// Written on a registry change only; read once in a handshake.
 #[derive(Clone, Debug)]
@@ -76,7 +80,8 @@ pub(crate) struct Credentials {
 
 impl Credentials {
     pub(crate) fn new(key: &SigningKey) -> Result<Self, TlsError> {
-        // Version 0 of PKCS #8, without the public key: BoringSSL refuses version 1, which ring and rcgen write.
+        // Version 0 of PKCS #8, without the public key: BoringSSL refuses version 1, which ring and
+        // rcgen write.
         let der = key.pkcs8_v0_der();
         let pair = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(
             &der.as_slice().into(),
@@ -154,7 +159,8 @@ pub(crate) fn pin(ssl: &mut SslRef, expected: PublicKey, counters: &Arc<Counters
     });
 }
 
-/// The Ed25519 key of the peer's certificate; `None` when there is no certificate or its key is of another kind.
+/// The Ed25519 key of the peer's certificate; `None` when there is no certificate or its key is of
+/// another kind.
 pub(crate) fn peer_key(ssl: &SslRef) -> Option<PublicKey> {
     let key = ssl.peer_certificate()?.public_key().ok()?;
     if key.id() != Id::ED25519 {

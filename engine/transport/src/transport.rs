@@ -29,7 +29,7 @@ use crate::stop::StopLimit;
 /// The transport runs until [`shutdown`](Self::shutdown) or until the last clone is dropped. A drop
 /// does not wait: the shards' threads end and the address is free within a second, and connections
 /// get half a second of it to finish what they carry. Messengers and services do not keep the
-/// transport running; a service that holds a clone of it would, for ever.
+/// transport running. A service must not hold a clone of it: the transport would then never end.
 #[derive(Clone, Debug)]
 pub struct Transport {
     inner: Arc<Inner>,
@@ -51,7 +51,7 @@ pub(crate) struct Inner {
     pub(crate) registry_version: Arc<AtomicU64>,
 }
 
-/// The threads of the shards. Dropped, they are asked to stop, and nobody waits for them.
+/// The threads of the shards. A drop asks them to stop and does not wait for them.
 #[derive(Debug)]
 pub(crate) struct Shards {
     handles: Mutex<Vec<ShardHandle<Command>>>,
@@ -115,28 +115,28 @@ impl Transport {
         self.inner.counters.len()
     }
 
-    /// The chunk pool of a shard.
+    /// The chunk pool of a shard; `None` for an index that no shard has.
     pub fn pool(&self, shard: usize) -> Option<&ChunkPool> {
         self.inner.pools.get(shard)
     }
 
-    /// What the transport counted, for each shard.
+    /// The transport's counters, for each shard.
     pub fn counters(&self) -> &[Arc<Counters>] {
         &self.inner.counters
     }
 
-    /// What the runtime counted, for each shard.
+    /// The runtime's counters, for each shard.
     pub fn shard_stats(&self) -> &[Arc<ShardStats>] {
         &self.inner.stats
     }
 
-    /// What the shards published of their connections.
+    /// The state of the connections, as the shards published it.
     pub fn status(&self) -> &StatusBoard {
         self.inner.routes.board()
     }
 
-    /// Replaces the members: removed peers are cut, added ones dialled. False when a shard's mailbox
-    /// was full, or a shard has stopped; call again then.
+    /// Replaces the members: removed peers are cut, added ones dialled. False when a shard's
+    /// mailbox was full, or a shard has stopped; call again then.
     #[must_use]
     pub fn update_topology(&self, topology: &Arc<Topology>) -> bool {
         self.set_registry_version(topology.newest_version());
@@ -152,8 +152,8 @@ impl Transport {
 
     /// Sets the registry version that this node says it holds, on connections to come; a peer that
     /// holds an older one asks for it (see [`Service::on_up`](crate::Service::on_up)). It never
-    /// falls: an older version is ignored. [`Self::update_topology`] sets it to the newest version of
-    /// the topology.
+    /// falls: an older version is ignored. [`Self::update_topology`] sets it to the newest version
+    /// of the topology.
     pub fn set_registry_version(&self, version: u64) {
         let held = &self.inner.registry_version;
         held.fetch_max(version, Ordering::Relaxed);
@@ -165,7 +165,7 @@ impl Transport {
         self.pair_keys().by_tag()
     }
 
-    /// Who may open connections.
+    /// The policy that decides which connections may open.
     pub fn admission(&self) -> &Arc<Admission> {
         &self.inner.admission
     }
@@ -175,16 +175,18 @@ impl Transport {
         pair_keys.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks `peer`, from any thread. Dropping the answer takes the request back.
+    /// Asks `peer`, from any thread. Returns at once; the errors come by the answer. Dropping the
+    /// answer takes the request back.
     pub fn request(&self, peer: NodeId, request: Request) -> RemoteAnswer {
         self.inner.routes.request(peer, request)
     }
 
-    /// Tells `peer`, from any thread; see [`Messenger`](crate::Messenger) for the order of messages.
+    /// Tells `peer`, from any thread; see [`Messenger`](crate::Messenger) for the order of
+    /// messages.
     ///
     /// # Errors
-    /// [`RpcError::LocalBusy`] when the shard's mailbox is full, [`RpcError::LocalShuttingDown`] when
-    /// the shard has stopped. What the shard refuses later is counted there.
+    /// [`RpcError::LocalBusy`] when the shard's mailbox is full, [`RpcError::LocalShuttingDown`]
+    /// when the shard has stopped. What the shard refuses later is counted there.
     pub fn send(
         &self,
         peer: NodeId,
@@ -208,8 +210,8 @@ impl Transport {
         self.inner.routes.send_to_all(peers, class, method, body)
     }
 
-    /// Closes all connections cleanly and stops the shards. Returns when their threads have ended,
-    /// which the config's `drain_timeout` bounds.
+    /// Closes all connections cleanly and stops the shards. Blocks until their threads have ended;
+    /// the config's `drain_timeout` bounds it. Not for a shard's thread.
     pub fn shutdown(&self) {
         self.inner.shards.stop();
     }

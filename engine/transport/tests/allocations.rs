@@ -1,7 +1,8 @@
 //! A steady bulk transfer allocates nothing per packet in our own code.
 //!
-//! Every allocation during the transfer is attributed to the innermost frame that is ours or quiche's; what quiche allocates is its own
-//! affair and is printed beside (docs/decisions lists it).
+//! Every allocation during the transfer is attributed to the innermost frame that is ours or
+//! quiche's; what quiche allocates is its own affair and is printed beside (docs/decisions lists
+//! it).
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -96,7 +97,8 @@ fn a_bulk_transfer_allocates_nothing_per_packet() {
         theirs > packets / 2,
         "the attribution works: quiche allocates for each packet it receives"
     );
-    // One per message, per housekeeping turn and per slice of 256 KiB is allowed; one per packet, or per train of 45, is not.
+    // One per message, per housekeeping turn and per slice of 256 KiB is allowed; one per packet,
+    // or per train of 45, is not.
     assert!(
         ours < packets / 45,
         "{ours} allocations for {packets} packets"

@@ -1,4 +1,5 @@
-//! What stands before a handshake: Retry, tokens, proofs, caps; and connection IDs from the first to the last.
+//! What stands before a handshake: Retry, tokens, proofs, caps; and connection IDs from the first
+//! to the last.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
@@ -187,7 +188,8 @@ fn a_source_holds_as_many_connections_as_its_cap() {
     assert_eq!(scene.admission.connections(here()), 1);
     assert_eq!(scene.heard.open(here()), 1);
 
-    // The listener has given it other IDs, and with that confirmed the handshake: before, quiche does not say that it closes.
+    // The listener has given it other IDs, and with that confirmed the handshake: before, quiche
+    // does not say that it closes.
     assert!(first.drive(LIMIT, |quic| quic.available_dcids() > 0));
     first.quic.close(true, 0, b"done").unwrap();
     let status = scene.listener.transport.status();

@@ -13,8 +13,8 @@ use millrace_protocol::frame::Class;
 use millrace_testkit::until;
 use millrace_transport::{RpcError, TransportConfig};
 
-/// Threads of shards, by the name that they are given: `millrace-` and the shard's index. Helpers that
-/// a shard's thread starts have its name too.
+/// Threads of shards, by the name that they are given: `millrace-` and the shard's index. Helpers
+/// that a shard's thread starts have its name too.
 fn shard_threads() -> usize {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     let names = tasks.filter_map(|task| {

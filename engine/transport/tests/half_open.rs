@@ -1,4 +1,5 @@
-//! Handshakes that are begun and not finished: how many a source may hold, who else gets in, and that all of them are given back.
+//! Handshakes that are begun and not finished: how many a source may hold, who else gets in, and
+//! that all of them are given back.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
@@ -67,7 +68,8 @@ fn send_all(raw: &mut Raw) {
     }
 }
 
-/// Sends a first packet, and never another one but that with the token, if it is asked for one; whether it was.
+/// Sends a first packet, and never another one but that with the token, if it is asked for one;
+/// whether it was.
 fn begin(raw: &mut Raw) -> bool {
     send_all(raw);
     let first = raw.receive_one(LIMIT).expect("an answer");
@@ -140,7 +142,8 @@ fn one_address_holds_its_bound_and_shuts_nobody_else_out() {
     );
 }
 
-// Whether or not the listener may still tell them so: two seconds are more than it may repeat its first answer to who shows no address.
+// Whether or not the listener may still tell them so: two seconds are more than it may repeat its
+// first answer to who shows no address.
 #[test]
 fn silent_handshakes_end_with_their_time() {
     let config = TransportConfig {

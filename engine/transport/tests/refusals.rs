@@ -1,4 +1,5 @@
-//! Who is not let in: a wrong key, a stranger, nobody at all, a former member with a ticket; each refused with its counter.
+//! Who is not let in: a wrong key, a stranger, nobody at all, a former member with a ticket; each
+//! refused with its counter.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -131,7 +132,8 @@ fn a_removed_node_cannot_come_back_by_a_session() {
         raw.drive(LIMIT, |quic| quic.peer_error().is_some()),
         "cut at the change of the registry"
     );
-    // A session of another listener with the same ticket key would be worth nothing either: the full handshake is asked for.
+    // A session of another listener with the same ticket key would be worth nothing either: the
+    // full handshake is asked for.
     let mut again = Raw::dial(
         node.transport.local_addr(),
         &RawOptions {

@@ -1,4 +1,5 @@
-//! Connection IDs after the handshake: they follow a peer whose NAT gives it another port, and they are replaced before they end.
+//! Connection IDs after the handshake: they follow a peer whose NAT gives it another port, and they
+//! are replaced before they end.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
@@ -57,7 +58,8 @@ impl Scene {
         }
     }
 
-    /// Waits until both directions use IDs for which `wanted` holds, and nothing else, while small requests go to and fro.
+    /// Waits until both directions use IDs for which `wanted` holds, and nothing else, while small
+    /// requests go to and fro.
     fn wait_for_ids(&self, wanted: impl Fn(Kind, u8) -> bool) {
         let until = std::time::Instant::now() + PATIENCE;
         loop {
@@ -167,7 +169,8 @@ fn ids_are_replaced_before_they_end() {
     scene.wait_for_ids(|kind, _| kind == Kind::Roaming);
     for _ in 0..3 {
         let before = epoch(&scene.clock);
-        // Longer than any ID may go without being replaced, so that they are issued in a later epoch.
+        // Longer than any ID may go without being replaced, so that they are issued in a later
+        // epoch.
         scene
             .clock
             .skip(Duration::from_nanos(3 << (ROAMING_EPOCH_SHIFT - 1)));

@@ -1,5 +1,5 @@
-//! What the service interface promises, over real sockets: the scenarios that the simulator runs too,
-//! on the shard that owns a peer and on the others, and what only threads and mailboxes have.
+//! What the service interface promises, over real sockets: the scenarios that the simulator runs
+//! too, on the shard that owns a peer and on the others, and what only threads and mailboxes have.
 #![allow(clippy::unwrap_used)]
 
 mod common;

@@ -1,7 +1,9 @@
-//! When TLS has said who the peer is: whether it may stay, and what it gets if so.
+//! The end of a handshake: TLS has proven the peer's identity, and `Peers` decides whether it may
+//! stay.
 //!
 //! Invariants
-//! 1. Nothing is counted against a source before the handshake has shown that the address is its own.
+//! 1. Nothing is counted against a source before the handshake has shown that the address is its
+//!    own.
 //! 2. A peer that stays has a session and roaming IDs; one that may not is told why.
 
 use std::sync::atomic::Ordering;
@@ -20,7 +22,7 @@ use crate::session::Session;
 use crate::tls;
 
 impl Endpoint {
-    /// TLS is done on our side: learn who it is, and ask whether it may stay.
+    /// TLS is done on our side: learns the peer's identity, and asks whether it may stay.
     pub(super) fn on_established(&mut self, slot: usize, now: Instant) {
         let Some(mut connection) = self.connections.get_mut(slot).and_then(Option::take) else {
             return;
@@ -41,7 +43,8 @@ impl Endpoint {
         }
     }
 
-    /// The proven peer, if it may stay; else what it is told, and what is counted.
+    /// The proven peer, if it may stay; else the code that closes the connection, and the reason
+    /// that is counted.
     fn judge(
         &mut self,
         connection: &mut Connection,
@@ -56,7 +59,7 @@ impl Endpoint {
         self.charge(connection, now);
         let key = tls::peer_key(connection.quic.as_mut());
         let Some(peer) = key.and_then(|key| self.topology.node_of_key(&key)) else {
-            // Passed the callback, and left the registry since.
+            // The peer passed the callback, and has left the registry since.
             return Err((CloseCode::NotAMember, CloseCode::NotAMember.reason()));
         };
         let direction = match connection.attempt.take() {
@@ -85,7 +88,7 @@ impl Endpoint {
         Ok(peer)
     }
 
-    /// From here on there is a session, and a hello on its way.
+    /// Begins the session, with our hello.
     fn introduce(&self, slot: usize, connection: &mut Connection, peer: NodeId) {
         connection.phase = Phase::AwaitHello;
         // Relaxed: a number on its own; a peer that hears an older one asks a little later.
@@ -95,7 +98,8 @@ impl Endpoint {
         connection.session = Some(session);
     }
 
-    /// The source of a connection has shown that its address is its own. More than once does no harm.
+    /// Charges the source of a connection, which has shown that its address is its own. More than
+    /// one call does no harm.
     pub(super) fn charge(&self, connection: &mut Connection, now: Instant) {
         if std::mem::take(&mut connection.is_uncharged) {
             let from = connection.address.first();
@@ -105,7 +109,7 @@ impl Endpoint {
         }
     }
 
-    /// The handshake is over, well or badly. More than once does no harm.
+    /// Ends the handshake, whether it succeeded or not. More than one call does no harm.
     pub(super) fn end_handshake(&mut self, connection: &mut Connection) {
         if std::mem::take(&mut connection.is_handshaking) {
             self.handshakes -= 1;

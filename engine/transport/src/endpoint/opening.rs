@@ -1,11 +1,13 @@
 //! How connections begin: accepting and dialling.
 //!
 //! Invariants
-//! 1. A datagram opens a connection only when it has the size and the IDs that RFC 9000 asks of a client's first one, and when
-//!    [`Admission`](millrace_edge_policy::admission::Admission) lets it.
-//! 2. Handshakes and connections are bounded before anything is allocated for a new one, those of each source and of each peer too;
-//!    strangers get a Retry, which costs no memory, long before the bound.
-//! 3. A dial proves in its first packet who it comes from.
+//! 1. A datagram opens a connection only when it has the size and the IDs that RFC 9000 requires of
+//!    a client's first one, and when [`Admission`](millrace_edge_policy::admission::Admission)
+//!    accepts it.
+//! 2. Handshakes and connections are bounded before anything is allocated for a new one, for each
+//!    source and each peer too. Non-members get a Retry, which costs no memory, long before the
+//!    bound.
+//! 3. A dial proves in its first packet which node it comes from.
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -36,7 +38,7 @@ impl Endpoint {
         self.connections[slot] = Some(Box::new(connection));
     }
 
-    /// A datagram for no connection that is known: opens one if it may.
+    /// Opens a connection for a datagram that belongs to none, if admission accepts it.
     pub(super) fn accept(
         &mut self,
         datagram: &mut [u8],
@@ -68,7 +70,7 @@ impl Endpoint {
                 self.retry(&header, &minted, from);
                 None
             }
-            // Late: the connection that had this ID is gone.
+            // A late packet: the connection that had this ID is gone.
             First::Drop(Reason::QuicUnknownId) => {
                 self.counters().add(Counter::DatagramsUnroutable, 1);
                 None
@@ -84,13 +86,15 @@ impl Endpoint {
         }
     }
 
-    /// The header of a datagram that a client may begin with; what else there is, is counted or answered.
+    /// The header of a datagram that a client may begin with. Any other datagram is counted, or
+    /// answered.
     fn first_header<'d>(
         &mut self,
         datagram: &'d mut [u8],
         from: SocketAddr,
     ) -> Option<quiche::Header<'d>> {
-        // RFC 9000, 14.1: a datagram that opens a connection has at least 1,200 bytes, and so has one that asks for a version.
+        // RFC 9000, 14.1: a datagram that opens a connection or asks for a version has at least
+        // 1,200 bytes.
         const OPENING_BYTES_MIN: usize = 1_200;
         let len = datagram.len();
         let header = quiche::Header::from_slice(datagram, LocalCid::BYTES);
@@ -111,7 +115,8 @@ impl Endpoint {
         is_supported.then_some(header)
     }
 
-    /// Begins a connection with a client; `original` is the ID that it began with, if a Retry came between.
+    /// Begins a connection with a client. `original` is the ID of the client's first packet before
+    /// a Retry.
     fn open(
         &mut self,
         header: &quiche::Header<'_>,
@@ -151,7 +156,7 @@ impl Endpoint {
         Some(slot)
     }
 
-    /// Asks a client to show that it is where it says; keeps nothing.
+    /// Asks a client to show that its address is its own. Keeps no state.
     fn retry(&mut self, header: &quiche::Header<'_>, minted: &Minted, to: SocketAddr) {
         let mut reply = vec![0; 128];
         let written = quiche::retry(
@@ -195,7 +200,7 @@ impl Endpoint {
             self.parts.peers[index].dial_failed(attempt, now);
             return;
         };
-        // As the shard's socket will name the peer.
+        // The form in which the shard's socket will name the peer.
         let to = SocketAddr::new(to.ip().to_canonical(), to.port());
         let slot = self.take_slot();
         let id = self.handshake_id(slot, to, now);
@@ -223,8 +228,8 @@ impl Endpoint {
         self.mark_dirty(slot);
     }
 
-    /// The destination ID of a dial's first packets: steers them to the shard that will own the connection, and proves who dials. Where
-    /// no proof can be made the dial goes on as any client's.
+    /// The destination ID of a dial's first packets: it steers them to the shard that will own the
+    /// connection, and proves which node dials. Without a proof the dial goes on as any client's.
     fn first_id(&self, index: usize, peer: &NodeId, to: SocketAddr) -> ConnectionId<'static> {
         let me = self.parts.me;
         let steer = me.spread().wrapping_add(index as u8);

@@ -1,10 +1,13 @@
-//! Which connection a datagram is for: connection IDs from their issue to their retirement, and peers that change their address.
+//! Finds the connection of a datagram: connection IDs from their issue to their retirement, and
+//! peers that change their address.
 //!
 //! Invariants
-//! 1. An ID of ours names a slot and is compared whole with the live IDs of its connection: a packet for an older tenant finds nobody.
-//! 2. Until its handshake is done, a peer has an ID that holds for its address only; roaming IDs are for proven peers.
-//! 3. A connection follows its peer to another port once the peer has shown that it is there; it keeps its shard, since its ID
-//!    steers.
+//! 1. An ID of ours names a slot and is compared whole with the live IDs of the slot's connection:
+//!    a packet for an older tenant of the slot finds no connection.
+//! 2. Until its handshake is done, a peer has an ID that holds for its address only; roaming IDs
+//!    are for proven peers.
+//! 3. A connection follows its peer to another port once the peer has shown that it is there; it
+//!    keeps its shard, since its ID steers.
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -51,7 +54,8 @@ impl Endpoint {
         }
     }
 
-    /// Gives the peer of an established connection fresh IDs for those that it lacks, or that will end.
+    /// Gives the peer of an established connection fresh IDs for those that it lacks, or that will
+    /// end.
     pub(super) fn renew_ids(&mut self, slot: usize, now: Instant) {
         let now_ns = self.parts.clock.ns(now);
         let place = self.place(slot);
@@ -67,7 +71,7 @@ impl Endpoint {
             let id = LocalCid::issue_roaming(place, self.issued, &keys, now_ns);
             let reset_token = u128::from_le_bytes(random_bytes());
             let scid = quiche::ConnectionId::from_ref(&id);
-            // Only for reasons that `wants_another` has ruled out.
+            // It fails only for reasons that `wants_another` has ruled out.
             if connection.quic.new_scid(&scid, reset_token, true).is_err() {
                 break;
             }
@@ -76,7 +80,7 @@ impl Endpoint {
         self.mark_dirty(slot);
     }
 
-    /// Renews what is due, of all connections.
+    /// Renews the IDs of all connections whose IDs are due.
     pub(super) fn renew_all_ids(&mut self, now: Instant) {
         let now_ns = self.parts.clock.ns(now);
         for slot in 0..self.connections.len() {
@@ -88,7 +92,7 @@ impl Endpoint {
         }
     }
 
-    /// After packets: takes up which IDs the peer gave up.
+    /// After packets: retires the IDs that the peer gave up.
     pub(super) fn drop_retired_ids(&mut self, slot: usize, now: Instant) {
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;
@@ -103,7 +107,8 @@ impl Endpoint {
         }
     }
 
-    /// Authentic packets came from where the peer was not before: it may be there now. Asks it, if it is to be asked.
+    /// Authentic packets came from a new port of the peer: it may have moved there. Challenges it,
+    /// if that is due.
     pub(super) fn follow_peer(
         &mut self,
         slot: usize,
@@ -114,7 +119,7 @@ impl Endpoint {
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;
         };
-        // Nobody moves before it is known who it is.
+        // A peer may move only once it has proven its identity.
         let Some(session) = &connection.session else {
             return;
         };

@@ -10,7 +10,8 @@ use super::message::{Payload, Request};
 use super::remote::{CallId, RemoteCompletion};
 use crate::pair_keys::DialKeys;
 
-/// A message to a shard. Small, since its mailbox holds room for thousands: what is larger is boxed.
+/// A message to a shard. Small, since its mailbox holds room for thousands: what is larger is
+/// boxed.
 #[derive(Debug)]
 pub(crate) enum Command {
     /// Who the members are now, and what dials to them prove themselves with.

@@ -4,10 +4,10 @@
 //!
 //! Messages of class [`Class::Latency`] that one messenger, or one thread with a
 //! [`Transport`](crate::Transport), sends to a peer arrive in the order in which they were sent.
-//! Messages of the classes normal and bulk arrive in any order: a later one may come first. The order
-//! holds within a connection, which [`Inbound::connection`](crate::Inbound::connection) names: when
-//! it ends, its last messages are lost, and a connection that is replaced may still deliver some of
-//! them after the first of the new one. Requests and answers keep no order.
+//! Messages of the classes normal and bulk arrive in any order: a later one may come first. The
+//! order holds within a connection, which [`Inbound::connection`](crate::Inbound::connection)
+//! names: when it ends, its last messages are lost, and a connection that is replaced may still
+//! deliver some of them after the first of the new one. Requests and answers keep no order.
 
 use std::future::Future;
 use std::time::{Duration, Instant};
@@ -26,7 +26,8 @@ use crate::config::PerClass;
 /// What is known of the way to a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PathInfo {
-    /// Smoothed round-trip time as QUIC measures it (RFC 9002, 5.3); `None` before the first sample.
+    /// Smoothed round-trip time as QUIC measures it (RFC 9002, 5.3); `None` before the first
+    /// sample.
     pub rtt: Option<Duration>,
     /// Body and frame bytes that wait to be sent, for each class; small frames of class bulk count
     /// as normal.
@@ -71,8 +72,8 @@ pub trait Messenger: Clone + 'static {
     ///
     /// # Errors
     /// [`RpcError::NotConnected`]; [`RpcError::LocalBusy`] when the queue of its class is full;
-    /// [`RpcError::LocalTooLarge`]. For a peer of another shard only what its mailbox says: what the
-    /// shard refuses later is counted there.
+    /// [`RpcError::LocalTooLarge`]. For a peer of another shard only what its mailbox says: what
+    /// the shard refuses later is counted there.
     fn send(
         &self,
         peer: NodeId,
@@ -107,8 +108,8 @@ pub trait Messenger: Clone + 'static {
     ) -> Vec<(NodeId, RpcError)>;
 
     /// Ready once a queue of `class` to `peer` that refused a message has fallen under half of its
-    /// bound (`lane_queue_bytes` for small messages, `stream_queue_messages` for the others); at once
-    /// when none has refused. Dropping it ends the wait.
+    /// bound (`lane_queue_bytes` for small messages, `stream_queue_messages` for the others); at
+    /// once when none has refused. Dropping it ends the wait.
     ///
     /// # Errors
     /// [`RpcError::NotConnected`]; [`RpcError::ConnectionLost`] when the connection ends meanwhile;

@@ -148,11 +148,12 @@ impl RemoteAnswer {
         self.state.complete(Err(error));
     }
 
-    /// Blocks this thread until the answer is there. The request's deadline bounds the wait; `limit`
-    /// bounds it a second time, for a shard that has hung. Not for a shard's thread.
+    /// Blocks this thread until the answer is there. The request's deadline bounds the wait;
+    /// `limit` bounds it a second time, for a shard that has hung. Not for a shard's thread.
     ///
     /// # Errors
-    /// As the request's answer; [`RpcError::Timeout`] also at `limit`, which takes the request back.
+    /// As the request's answer; [`RpcError::Timeout`] also at `limit`, which takes the request
+    /// back.
     pub fn wait(self, limit: Duration) -> Result<Payload, RpcError> {
         let until = Instant::now() + limit;
         let mut slot = self.state.lock();

@@ -96,7 +96,8 @@ impl ShardState {
             .send_slice(class, method, body)
     }
 
-    /// See [`Messenger::on_writable`](super::messenger::Messenger::on_writable); the answer is empty.
+    /// See [`Messenger::on_writable`](super::messenger::Messenger::on_writable); the answer is
+    /// empty.
     pub fn on_writable(&self, peer: &NodeId, class: Class) -> PendingAnswer {
         let Some(handle) = self.handle_to(peer, class) else {
             return PendingAnswer::failed(RpcError::NotConnected);

@@ -1,5 +1,5 @@
-//! A NAT: forwards datagrams between a dialler and a listener, from a port that changes when the test says so, and notes the
-//! connection IDs that pass.
+//! A NAT: forwards datagrams between a dialler and a listener, from a port that changes when the
+//! test says so, and notes the connection IDs that pass.
 #![allow(dead_code, clippy::unwrap_used)]
 
 use std::collections::BTreeSet;
