@@ -1,4 +1,5 @@
-//! QUIC connections on shards: mutual TLS pinned to the registry, lanes, message streams, RPC, bulk bodies.
+//! QUIC connections on shards: mutual TLS pinned to the registry, lanes, message streams, RPC, bulk
+//! bodies.
 //!
 //! One `endpoint` for each shard plugs into the shard's loop. What speaks to peers is a [`Service`]:
 //! it owns a range of methods in the [`Router`] of each shard and talks through a [`Messenger`].
@@ -7,8 +8,10 @@
 //! Invariants of the crate
 //! 1. A connection belongs to one shard from its first packet to its last; nothing of it is shared.
 //! 2. A body is received into chunks and sent from chunks: there is no `Vec<u8>` of it anywhere.
-//! 3. Whatever a peer can make grow has a bound in [`TransportConfig`], and a counter with a reason when the bound is hit.
+//! 3. What a peer can make grow has a bound in [`TransportConfig`], and a counter with a reason for
+//!    what the bound refused.
 #![forbid(unsafe_code)]
+#![warn(clippy::missing_errors_doc)]
 
 mod address;
 mod admission;
