@@ -269,7 +269,7 @@ impl Edge {
     /// [`Self::count_open`] after ports came into force. They stay in force if it fails.
     fn count_older(&self, lock: &Lock) {
         if let Err(error) = self.walk(lock) {
-            tracing::warn!(%error, "a source may hold more connections than its cap until those it has close");
+            tracing::warn!(%error, "sources may hold more connections than their cap until older ones close");
         }
     }
 
@@ -625,7 +625,7 @@ fn clear_unfinished(pins: &Pins) -> Result<(), EdgeError> {
         let source = io::ErrorKind::NotFound.into();
         return Err(EdgeError::Incomplete { path, source });
     }
-    tracing::info!(path = %path.display(), "clearing away what an attempt to attach has left");
+    tracing::info!(path = %path.display(), "removing what an unfinished attach left");
     Ok(pins.remove_own()?)
 }
 

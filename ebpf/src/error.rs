@@ -38,7 +38,7 @@ pub enum EdgeError {
     #[error("cannot hold a program: {0}; raise the limit of open files (ulimit -n)")]
     Handle(#[source] libbpf_rs::Error),
     /// An edge is attached already.
-    #[error("an edge is pinned at {}; detach it (millrace xdp detach), or go on with it", .root.display())]
+    #[error("an edge is pinned at {}; detach it (millrace xdp detach), or keep it", .root.display())]
     Present {
         /// The folder of pins.
         root: PathBuf,
@@ -74,13 +74,13 @@ pub enum EdgeError {
         namespace: NetworkNamespace,
     },
     /// The pins are in a mount namespace that is not the caller's.
-    #[error("the pins of the edge at {} are out of sight here; give the command in the mount namespace of process 1 (nsenter --mount=/proc/1/ns/mnt)", .root.display())]
+    #[error("the pins of the edge at {} are not visible here; give the command in the mount namespace of process 1 (nsenter --mount=/proc/1/ns/mnt)", .root.display())]
     OutOfSight {
         /// The folder of pins.
         root: PathBuf,
     },
     /// The network namespace has no such interface.
-    #[error("no interface {name}: {source}; `ip link` shows those that there are")]
+    #[error("no interface {name}: {source}; `ip link` lists the interfaces")]
     Interface {
         /// Its name.
         name: String,
@@ -124,7 +124,7 @@ pub enum EdgeError {
         source: io::Error,
     },
     /// The kernel does not say which network namespace this is.
-    #[error("cannot tell the network namespace: {source}; it takes Linux 5.14")]
+    #[error("cannot read the network namespace: {source}; it takes Linux 5.14")]
     Namespace {
         /// What the kernel said.
         source: io::Error,

@@ -268,7 +268,7 @@ pub fn serve(mut socket: UnixStream) -> io::Result<()> {
         let done = perform(&setup, &request);
         if let Answer::Failed { message, .. } = &done {
             // The node logs the error, once.
-            tracing::debug!(message, "the helper could not do what was asked");
+            tracing::debug!(message, "the helper could not serve the request");
         }
         answer(&mut socket, &done)?;
     }

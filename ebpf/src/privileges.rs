@@ -36,7 +36,7 @@ pub fn missing() -> Vec<Capability> {
 #[non_exhaustive]
 pub enum PrivilegesError {
     /// The kernel refused to drop capabilities.
-    #[error("cannot give capabilities up: {0}")]
+    #[error("cannot drop capabilities: {0}")]
     Capabilities(#[from] CapsError),
     /// The kernel refused `no_new_privs`.
     #[error("cannot set no_new_privs: {0}")]

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! settled     revert_at_ns = 0              `active` is in force, for good
-//! probation   revert_at_ns in the future    `active` is in force; the program goes back by its clock
+//! probation   revert_at_ns in the future    `active` is in force; its clock takes it back
 //! lapsed      revert_at_ns in the past      the other one is in force, for good
 //! ```
 //!

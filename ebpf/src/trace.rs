@@ -90,7 +90,7 @@ pub enum TraceError {
     #[error("cannot run the program: {0}; a frame has at least 14 bytes")]
     Run(#[source] io::Error),
     /// The program left a reason that this binary does not know.
-    #[error("the program gives reason {reason}, which this version does not know")]
+    #[error("the program left reason {reason}, which this version does not know")]
     Reason {
         /// Its number.
         reason: u32,

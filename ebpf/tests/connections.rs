@@ -1,4 +1,4 @@
-//! TCP connections are counted by the kernel, exactly, with real sockets.
+//! The kernel counts TCP connections exactly, with real sockets.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 use std::net::{IpAddr, Shutdown, TcpListener, TcpStream};
@@ -13,7 +13,8 @@ use millrace_testkit::{skip, until};
 
 const KIND_TCP: u8 = 2;
 
-/// The programs, with one service: ports become its own as the tests bind them. None without the rights.
+/// The programs, with one service: ports become its own as the tests bind them. None without the
+/// privileges.
 fn load() -> Option<Loaded> {
     if !skip::has_all("connections", &missing()) {
         return None;
@@ -58,7 +59,7 @@ fn connections(loaded: &Loaded, source: IpAddr) -> u64 {
 fn connections_are_counted_by_source_and_given_back() {
     let Some(loaded) = load() else { return };
     let _link = loaded.count_connections().unwrap();
-    // An address of IPv6 for all is there also where none is of one's own.
+    // The unspecified IPv6 address exists also where the host has none of its own.
     if TcpListener::bind("[::1]:0").is_err() {
         skip::skip("connections_are_counted_by_source_and_given_back", "IPv6");
         return;
@@ -110,7 +111,8 @@ fn counts_stay_exact_while_two_threads_open_and_close() {
             .maps()
             .set_port(0, true, listener.local_addr().unwrap().port(), Some(0));
     }
-    // The count falls to zero and rises again all the time: that is where an entry is deleted under somebody's eyes.
+    // The count falls to zero and rises again all the time: then one CPU deletes an entry while
+    // another reads it.
     thread::scope(|scope| {
         for listener in &listeners {
             scope.spawn(|| {

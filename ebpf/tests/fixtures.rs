@@ -1,4 +1,4 @@
-//! Packets with a name: what the specification says of each, what the model says, and what the kernel does are the same.
+//! Packets with a name: specification, model and kernel decide the same on each.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 #[path = "fixtures/ethernet.rs"]

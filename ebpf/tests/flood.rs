@@ -1,5 +1,5 @@
-//! A flood from made-up sources all over IPv4, over a wire into the attached program: nothing grows, every packet is accounted for,
-//! and clients that keep to half their limits are served.
+//! A flood from made-up sources all over IPv4, over a wire into the attached program: nothing
+//! grows, every packet is accounted for, and clients that keep to half their limits are served.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
@@ -32,11 +32,13 @@ const SECOND: Duration = Duration::from_secs(1);
 /// Connections of each protocol that a source may open, and hold.
 const RATE: u32 = 1_000;
 const CAP: u32 = 20;
-/// Handshakes that each client tries: with none lost of so many, less than one in 1,000 is (with 95 % confidence).
+/// Handshakes that each client tries: if none of so many is lost, the loss is below one in 1,000
+/// (with 95 % confidence).
 const ATTEMPTS: u32 = 3_000;
-/// Hostile packets beside each of them, at least. A generator that nobody slows down sends ten times as many.
+/// The least number of hostile packets beside each handshake. A generator that nothing slows down
+/// sends ten times as many.
 const HOSTILE_EACH: u64 = 100;
-/// Packets of the part of the flood that nothing else goes on beside.
+/// Packets of the part of the flood that runs alone.
 const ALONE: u32 = 1 << 21;
 /// Packets that are generated between two looks at the time.
 const CHUNK: u32 = 1 << 15;
@@ -90,7 +92,7 @@ fn a_flood_costs_no_memory_and_no_handshake() {
             "{refusal:?}: only clients could be refused so"
         );
     }
-    // Whatever came over the wire is in one counter.
+    // Every packet that came over the wire is in one counter.
     let arrived = |wire: &Wire| Wire::of(&node).packets - wire.packets;
     let in_counters = || counters(&node.edge).packets() - counted.packets();
     until("every packet is in one counter", || {
@@ -100,7 +102,8 @@ fn a_flood_costs_no_memory_and_no_handshake() {
     drop(counts);
 }
 
-/// Waits until the kernel counts nobody. If it does in vain: with connections left they linger, without it has miscounted.
+/// Waits until the kernel counts no connection. If that fails: with connections left they linger,
+/// without them the kernel has miscounted.
 fn clients_leave(node: &Node, echo: &Echo) {
     let begun = Instant::now();
     while node.kernel_sources() > 0 {
@@ -135,7 +138,7 @@ fn far(node: &Node) -> &FarEnd {
     node.far.as_ref().unwrap()
 }
 
-/// The client is held to have half of the connections that it may.
+/// The client keeps to half of the connections that it may have.
 fn half_of_the_quic_cap(node: &Node) -> Counts {
     let map = node.edge.maps().quic_sources();
     let handle = libbpf_rs::MapHandle::try_from(map).unwrap();
@@ -146,7 +149,7 @@ fn half_of_the_quic_cap(node: &Node) -> Counts {
     counts
 }
 
-/// Bytes that the kernel has for each map, and the entries of those that grow.
+/// Bytes that the kernel uses for each map, and the entries of those that grow.
 fn map_memory(maps: &Maps) -> Vec<(&'static str, u64, usize)> {
     let memory = |name| {
         let map = maps.handle(name);
@@ -188,7 +191,8 @@ impl Wire {
     }
 }
 
-/// The flood by itself: its bursts are spent, each of its packets is in one counter, and no byte is spent on one.
+/// The flood by itself: its bursts are spent, each of its packets is in one counter, and none takes
+/// a byte of memory.
 fn flood_alone(node: &Node) {
     let generate = |packets| {
         node.pair.remote.enter(|| {
@@ -217,7 +221,7 @@ fn flood_alone(node: &Node) {
     let now = look();
     let sent = now.0 - spent.0;
     assert_eq!(sent, u64::from(ALONE));
-    // The stacks at both ends say something of their own now and then.
+    // The stacks at both ends send packets of their own now and then.
     let of_flood = |counters: &Counters| counters.packets() - counters.acted_on(Reason::PassOther);
     let counted = of_flood(&now.2) - of_flood(&spent.2);
     assert_eq!(
@@ -251,7 +255,8 @@ fn reasons(before: &Counters, after: &Counters) -> Vec<(Reason, u64)> {
 #[derive(Debug, Default)]
 struct Served {
     completed: u32,
-    /// Of these, those of which a packet had to be sent again: the ring was full, or the host busy. Late, and not lost.
+    /// Number of these whose packets had to be sent again: the ring was full, or the host busy.
+    /// They are late, and not lost.
     repeated: u32,
 }
 
@@ -320,13 +325,14 @@ fn tcp_client() -> Served {
     served
 }
 
-/// Closes a connection, and waits for the other end: what is counted is what is held there, however late its thread may run.
+/// Closes a connection, and waits for the other end, so that the counts of both ends agree however
+/// late its thread runs.
 fn hang_up(mut stream: TcpStream) {
     stream.shutdown(Shutdown::Write).unwrap();
     assert_eq!(stream.read(&mut [0; 8]).unwrap(), 0);
 }
 
-/// What the stand-in for a QUIC server says to everybody that gets through to it.
+/// The answer of the stand-in for a QUIC server to every packet that reaches it.
 const SERVED: &[u8] = b"served";
 
 /// Serves until the process ends.
@@ -343,7 +349,7 @@ fn serve_quic(node: &Node) {
     });
 }
 
-/// A client that is in no registry: answers a Retry, with a new port for each attempt.
+/// A client that is in no registry: it answers a Retry, with a new port for each attempt.
 fn quic_client() -> Served {
     let mut served = Served::default();
     at_half_the_rate(|number| {
@@ -363,7 +369,7 @@ fn quic_client() -> Served {
     served
 }
 
-/// Sends until there is an answer; gives it, and how often that was.
+/// Sends until there is an answer; returns the answer and the number of attempts.
 fn exchange(socket: &UdpSocket, payload: &[u8]) -> (Vec<u8>, u32) {
     let begun = Instant::now();
     let mut answer = vec![0; 2_048];

@@ -18,10 +18,10 @@ use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::rules::{Compiled, RuleAction};
 use millrace_edge_policy::settings::Mode;
 
-/// Behind each cable, what the node and the remote host have there.
+/// The addresses of the node and the remote host on each cable.
 const CABLES: [(&str, &str); 2] = [("10.77.0.1", "10.77.0.2"), ("10.78.0.1", "10.78.0.2")];
 
-/// An edge on `mr0` and `mr2` of a node, and what sends and receives over each.
+/// An edge on `mr0` and `mr2` of a node, with a sender and a receiver on each.
 struct Testbed {
     edge: Edge,
     ends: [Ends; 2],
@@ -102,7 +102,7 @@ impl Testbed {
         }
     }
 
-    /// Identity of every program that runs, by its link, and of every one that is pinned by its name.
+    /// Identity of every running program, by its link, and of every pinned program, by its name.
     fn programs(&self) -> BTreeMap<String, u32> {
         let pins = &self.home.pins;
         let mut programs = BTreeMap::new();
@@ -133,7 +133,8 @@ fn from_both(action: RuleAction) -> Compiled {
     set_of(Mode::Enforce, &["10.77.0.0/24", "10.78.0.0/24"], action)
 }
 
-// Protects a node with several ways in: rules hold on each, whatever is changed on one, and none is left when it is detached.
+// Protects a node with several interfaces: rules hold on each, whatever changes on one, and
+// detaching leaves none.
 #[test]
 fn rules_hold_on_every_interface() {
     let Some(mut testbed) = Testbed::new("rules_hold_on_every_interface") else {
@@ -174,7 +175,8 @@ fn rules_hold_on_every_interface() {
     }
 }
 
-// Protects an edge whose new program does not get everywhere: all links have the old one again, whichever refuses.
+// Protects an edge whose new program a link refuses: all links have the old one again, whichever
+// refuses.
 #[test]
 fn a_link_that_refuses_leaves_every_program_as_it_was() {
     let Some(mut testbed) = Testbed::new("a_link_that_refuses_leaves_every_program_as_it_was")
@@ -187,8 +189,8 @@ fn a_link_that_refuses_leaves_every_program_as_it_was() {
         .unwrap();
     let (programs, state) = (testbed.programs(), testbed.state());
     let loaded = testbed.edge.load_beside().unwrap();
-    // A link of XDP by the name of another program's: the kernel refuses that program there. In order of names they come after
-    // the first links, and after all.
+    // A link of XDP under the name of another program's: the kernel refuses that program there. In
+    // the order of names, one comes after the first links, one after all.
     for name in ["learn-0", "stamp-a"] {
         let planted = testbed.home.pins.path(Kind::Link, name);
         std::fs::hard_link(testbed.link("edge", 0), &planted).unwrap();
@@ -215,7 +217,8 @@ fn a_link_that_refuses_leaves_every_program_as_it_was() {
     testbed.assert_denies();
 }
 
-// Protects whoever adopts an edge after a failed reload: programs that run, and the names by which others find them, are of one version.
+// Protects a process that adopts an edge after a failed reload: running programs and pinned names
+// are of one version.
 #[test]
 fn a_name_that_cannot_be_given_leaves_every_program_as_it_was() {
     let Some(mut testbed) =
@@ -233,7 +236,7 @@ fn a_name_that_cannot_be_given_leaves_every_program_as_it_was() {
     let names = pins.names(Kind::Program).unwrap();
     let names = names.iter().map(|name| (Kind::Program, name.as_str()));
     for (kind, name) in names.chain([(Kind::Link, "conn_state")]) {
-        // A folder in the place of what is pinned first, and renamed then.
+        // A folder in the place of the pin that is made first and renamed later.
         let in_the_way = pins.path(kind, &format!("{name}-new"));
         std::fs::create_dir(&in_the_way).unwrap();
         let error = testbed.edge.replace(&loaded).unwrap_err();
@@ -249,7 +252,8 @@ fn a_name_that_cannot_be_given_leaves_every_program_as_it_was() {
     drop(Edge::adopt(&pins).unwrap());
 }
 
-// Protects a node one of whose interfaces disappears: what is left of it gets the new program, and the edge goes on.
+// Protects a node that loses one of its interfaces: the others get the new program, and the edge
+// goes on.
 #[test]
 fn an_interface_that_is_gone_does_not_keep_the_others_back() {
     let Some(mut testbed) = Testbed::new("an_interface_that_is_gone_does_not_keep_the_others_back")
@@ -277,7 +281,7 @@ fn an_interface_that_is_gone_does_not_keep_the_others_back() {
     testbed.edge.reload().unwrap();
 }
 
-// Protects what runs: the self-test comes first, and where it cannot be passed nothing is touched.
+// Protects running programs: the self-test comes first, and where it fails nothing is touched.
 #[test]
 fn without_a_self_test_nothing_is_replaced() {
     let Some(mut testbed) = Testbed::new("without_a_self_test_nothing_is_replaced") else {
@@ -288,7 +292,8 @@ fn without_a_self_test_nothing_is_replaced() {
         .publish(&from_both(RuleAction::Deny), 1, None)
         .unwrap();
     let (programs, state) = (testbed.programs(), testbed.state());
-    // Capabilities belong to a thread; without them nothing can be loaded, to be tested or otherwise.
+    // Capabilities belong to a thread; without them it cannot load programs, for a test or
+    // otherwise.
     let error = std::thread::scope(|scope| {
         let powerless = scope.spawn(|| {
             drop_capabilities(&[]).unwrap();
@@ -301,8 +306,9 @@ fn without_a_self_test_nothing_is_replaced() {
     testbed.assert_denies();
 }
 
-// Protects a node that somebody detached a companion from: without the stamp, its table drops what the program passes. Such an interface is
-// not live, whichever program is missing, and attaching again gives it all three.
+// Protects a node that lost a companion program: without the stamp, its table drops what the
+// program passes. Such an interface is not live, whichever program is missing, and attaching again
+// gives it all three.
 #[test]
 fn an_interface_that_lost_one_program_is_attached_again() {
     let Some(mut testbed) = Testbed::new("an_interface_that_lost_one_program_is_attached_again")

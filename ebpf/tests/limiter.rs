@@ -1,4 +1,5 @@
-//! The kernel's limiter by a clock that the test sets: exact on one CPU, never above that on two, and fair to innocents.
+//! The kernel's limiter by a clock that the test sets: exact on one CPU, never exceeded on two, and
+//! fair to innocent sources.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
@@ -31,7 +32,7 @@ fn limits() -> [Limit; 5] {
     ]
 }
 
-/// What a limit admits in this time to one who asks without pause.
+/// The number of packets that a limit admits in this time if they come without pause.
 fn allowance(limit: Limit, elapsed_ns: u64) -> u64 {
     limit.burst() + elapsed_ns / limit.interval_ns
 }
@@ -45,7 +46,8 @@ struct Probe {
     admitted: Reason,
     refused: Reason,
     stress: u32,
-    /// Whether each packet is made anew. Else all are the first one, and count as long as what it carries is valid.
+    /// Whether each packet is made anew. Otherwise all are the first one, and its ID or token must
+    /// stay valid.
     fresh: bool,
     /// How long the first packet is valid.
     valid_ns: u64,
@@ -72,7 +74,7 @@ fn v6(network: u16, number: u64) -> IpAddr {
     Ipv6Addr::new(0x2001, 0xdb8, 1, 0x200 ^ network, 0, 0, 9, host).into()
 }
 
-/// Every limit of the edge but those of TCP sources, which its real sockets charge.
+/// Every limit of the edge except those of TCP sources, which only real sockets charge.
 fn probes() -> Vec<Probe> {
     let budget = |budget: Budget| Probe {
         name: match budget {
@@ -187,7 +189,8 @@ fn probes() -> Vec<Probe> {
     ]
 }
 
-/// Offers packets at every quarter of an interval, more than can be admitted; returns how many were.
+/// Offers packets at every quarter of an interval, more than the limit admits; returns how many it
+/// admitted.
 fn admitted(mocked: &Mocked, probe: &Probe, limit: Limit, elapsed_ns: u64) -> u64 {
     let step_ns = limit.interval_ns / 4;
     let mut number = 0;
@@ -212,7 +215,7 @@ fn admitted(mocked: &Mocked, probe: &Probe, limit: Limit, elapsed_ns: u64) -> u6
     admitted
 }
 
-// Protects the promise that everybody gets all of what they may, and nothing beyond.
+// Protects the promise that every source gets all that its limit allows, and nothing beyond.
 #[test]
 fn admits_burst_and_rate() {
     const INTERVALS: u64 = 60;
@@ -254,7 +257,7 @@ trait Contest: Sync {
     fn admitted(&self) -> u64;
 }
 
-/// Packets that each of the two offers in a round: a multiple of what a round admits.
+/// Packets that each of the two CPUs offers in a round: a multiple of what a round admits.
 const OFFERED: u32 = 150;
 
 /// One round: both CPUs, from the same moment on.
@@ -312,7 +315,7 @@ impl Contest for OnePacket<'_> {
     }
 }
 
-/// What a rate makes in a race: so many at once, and as many more each round, which is so long.
+/// The limit of a race: so many at once, and as many more in each round, which is so long.
 fn contested(rate: Limit, each_round: u64) -> (Limit, u64) {
     let limit = Limit {
         tolerance_ns: (each_round - 1) * rate.interval_ns,
@@ -366,7 +369,7 @@ fn two_cpus_get_no_more_than_one() {
             for round in 0..ROUNDS.min(valid_ns / round_ns + 1) {
                 let elapsed_ns = round * round_ns;
                 race(&contest, START_NS + elapsed_ns);
-                // Who loses four races is refused, but packets behind it get what is left.
+                // A packet that loses four races is refused, but later packets get what is left.
                 let (admitted, allowed) = (contest.admitted(), allowance(limit, elapsed_ns));
                 assert_eq!(admitted, allowed, "{reason:?} {limit:?} in round {round}");
             }
@@ -470,8 +473,8 @@ fn control_without_compare_and_swap_exceeds() {
     });
 }
 
-/// A permutation of 32 bits that looks random (MurmurHash3's last step): numbers in a row by one factor would lie in the sketch more
-/// evenly than sources do.
+/// A permutation of 32 bits that looks random (MurmurHash3's last step): multiples of one factor
+/// would spread over the sketch more evenly than sources do.
 fn scattered(number: u32) -> u32 {
     let x = (number ^ number >> 16).wrapping_mul(0x85eb_ca6b);
     let x = (x ^ x >> 13).wrapping_mul(0xc2b2_ae35);
@@ -479,18 +482,19 @@ fn scattered(number: u32) -> u32 {
 }
 
 /// An address for every number.
-type Somebody = fn(u32) -> IpAddr;
+type AddressOf = fn(u32) -> IpAddr;
 
-/// An IPv4 address of somebody, hardly ever two in a /24.
-fn somebody4(number: u32) -> IpAddr {
+/// An IPv4 address; hardly ever two of them are in one /24.
+fn random4(number: u32) -> IpAddr {
     let [first, rest @ ..] = scattered(number).to_be_bytes();
     // Neither loopback nor multicast.
     let [b, c, d] = rest;
     Ipv4Addr::new(128 + first % 96, b, c, d).into()
 }
 
-/// A different IPv6 /48 for every number: three places in the sketch, the most that a source takes.
-fn somebody6(number: u32) -> IpAddr {
+/// A different IPv6 /48 for every number: it takes three slots of the sketch, the most that a
+/// source takes.
+fn random6(number: u32) -> IpAddr {
     let network = u128::from(scattered(number)) << 80;
     Ipv6Addr::from_bits(0x2001 << 112 | network | 1).into()
 }
@@ -510,13 +514,13 @@ fn busy_sources_hardly_ever_limit_innocent_ones() {
             *place = limit.into();
         }
     });
-    for (family, somebody) in [("IPv4", somebody4 as Somebody), ("IPv6", somebody6)] {
+    for (family, address_of) in [("IPv4", random4 as AddressOf), ("IPv6", random6)] {
         mocked.forget();
         mocked.set_clock(START_NS);
         let refusals = || mocked.counters().acted_on(Reason::QuicSourceRate);
         let before = refusals();
         for number in 0..BUSY {
-            let frame = mocked::initial_with_token(somebody(number), START_NS);
+            let frame = mocked::initial_with_token(address_of(number), START_NS);
             for _ in 0..OFFERED_EACH {
                 mocked.run(&frame);
             }
@@ -528,9 +532,9 @@ fn busy_sources_hardly_ever_limit_innocent_ones() {
 
         mocked.set_environment(START_NS, true);
         let before = refusals();
-        let mut frame = mocked::initial(somebody(0));
+        let mut frame = mocked::initial(address_of(0));
         for number in BUSY..BUSY + INNOCENT {
-            mocked::set_source(&mut frame, somebody(number));
+            mocked::set_source(&mut frame, address_of(number));
             mocked.run(&frame);
         }
         let limited = refusals() - before;
@@ -542,7 +546,8 @@ fn busy_sources_hardly_ever_limit_innocent_ones() {
     }
 }
 
-// Protects the limits while the sketch changes its seed: who was at the limit still is, who was not has what was left.
+// Protects the limits while the sketch changes its seed: a source at its limit stays there, and any
+// other keeps what it had left.
 #[test]
 fn a_turn_of_the_sketch_forgets_nobody() {
     const SOURCES: u64 = 50;
@@ -559,7 +564,7 @@ fn a_turn_of_the_sketch_forgets_nobody() {
             .filter(|reason| *reason == Reason::PassQuicToken)
             .count() as u64
     };
-    // Each takes another part of its burst before the turn.
+    // Each source uses another part of its burst before the turn.
     let taken = |source: u64| source % (limit.burst() + 1);
     for turn in 0..4 {
         // By then everything is past.

@@ -1,6 +1,5 @@
-//! A million packets of all shapes: the program in the kernel and its model decide alike, and each is counted once.
-//!
-//! `MILLRACE_SEED` repeats a run, `MILLRACE_PACKETS` makes it longer.
+//! A million packets of all shapes: the program in the kernel and its model decide alike, and each
+//! packet is counted once.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 #[path = "common/frames.rs"]
@@ -33,14 +32,15 @@ const PACKETS_OF_A_SPLIT: u64 = 8;
 /// Far from zero, in the middle of an epoch of each kind.
 const START_NS: u64 = (69 << 42) + (7 << 34) + (1 << 33);
 
-/// Never seen here: a Retry always fits into the packet that it answers, and nothing else makes it fail.
+/// Reasons that cannot occur here: a Retry always fits into the packet that it answers, and nothing
+/// else makes it fail.
 const IMPOSSIBLE: [Reason; 1] = [Reason::QuicRetryFailed];
 
 fn number(variable: &str, otherwise: u64) -> u64 {
     env::var(variable).map_or(otherwise, |text| text.parse().unwrap())
 }
 
-// Protects everything: what the model says is what the kernel does, packet by packet, count by count.
+// Protects everything: kernel and model agree, packet by packet, count by count.
 #[test]
 fn kernel_and_model_agree_on_a_million_packets() {
     let Some(mut both) = Lockstep::load("kernel_and_model_agree_on_a_million_packets") else {
@@ -231,7 +231,7 @@ fn frames_end_at_every_byte() {
     both.audit();
 }
 
-// The same with right lengths in every header, so that what ends is the innermost of them.
+// The same with right lengths in every header, so that only the innermost header is cut short.
 #[test]
 fn packets_end_at_every_byte() {
     let Some(mut both) = open_testbed("packets_end_at_every_byte") else {

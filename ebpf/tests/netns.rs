@@ -1,4 +1,5 @@
-//! Where an edge is, and whose: other layouts, other namespaces, attempts that were cut short.
+//! The place and the owner of an edge: other layouts, other namespaces, attempts that were cut
+//! short.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
@@ -23,7 +24,8 @@ fn layout(pins: &Pins) -> PathBuf {
     maps.parent().unwrap().to_owned()
 }
 
-// Protects an edge of another version: an attempt to attach beside it is refused before it touches anything.
+// Protects an edge of another version: an attempt to attach beside it is refused before it touches
+// anything.
 #[test]
 fn an_edge_of_another_layout_outlives_an_attempt_to_attach() {
     if !privileged("an_edge_of_another_layout_outlives_an_attempt_to_attach") {
@@ -52,7 +54,8 @@ fn an_edge_of_another_layout_outlives_an_attempt_to_attach() {
     Edge::adopt(&home.pins).unwrap();
 }
 
-// Protects whoever comes after an attempt that was killed: what is on no interface is cleared away, and nothing else.
+// Protects the process after a killed attempt: it removes what is on no interface, and nothing
+// else.
 #[test]
 fn what_a_killed_attempt_left_is_cleared_by_the_next() {
     if !privileged("what_a_killed_attempt_left_is_cleared_by_the_next") {
@@ -63,7 +66,7 @@ fn what_a_killed_attempt_left_is_cleared_by_the_next() {
         pair.node
             .enter(|| Edge::attach(&home.pins, &options(AttachMode::Auto)))
     };
-    // Folders alone; some maps; all maps and some programs; all but the link by which TCP is counted.
+    // Folders alone; some maps; all maps and some programs; all but the link that counts TCP.
     let cuts = [
         (Kind::Map, "control"),
         (Kind::Map, "budgets"),
@@ -81,7 +84,7 @@ fn what_a_killed_attempt_left_is_cleared_by_the_next() {
                 fs::remove_file(home.pins.path(Kind::Link, &name)).unwrap();
             }
         }
-        // The kernel lets go of a link some time after its last name is gone.
+        // The kernel removes a link some time after its last name is gone.
         until("nothing is attached", || {
             !pair.node.ip("link show mr0").contains(" xdp")
         });
@@ -95,7 +98,7 @@ fn what_a_killed_attempt_left_is_cleared_by_the_next() {
         assert_eq!(edge.interfaces().unwrap().len(), 1, "without {missing}");
         Edge::detach(&home.pins).unwrap();
     }
-    // On an interface: it may be in force, and is not taken away behind anybody's back.
+    // It is on an interface, so it may be in force, and is not removed.
     attach().unwrap();
     fs::remove_file(home.pins.path(Kind::Map, "budgets")).unwrap();
     let error = attach().unwrap_err();
@@ -103,7 +106,8 @@ fn what_a_killed_attempt_left_is_cleared_by_the_next() {
     assert!(pair.node.ip("link show mr0").contains(" xdp"));
 }
 
-// Protects the interfaces of one namespace from commands that are given in another, where the same names mean others.
+// Protects the interfaces of one namespace from commands in another, where the same names mean
+// other interfaces.
 #[test]
 fn an_edge_belongs_to_one_network_namespace() {
     if !privileged("an_edge_belongs_to_one_network_namespace") {
@@ -136,7 +140,7 @@ fn an_edge_belongs_to_one_network_namespace() {
     let own = layout(&home.pins);
     fs::rename(&own, own.with_file_name("layout-999")).unwrap();
     refused(other.enter(|| Edge::may_detach(&home.pins)).unwrap_err());
-    // On no interface any more, it can be taken away from anywhere: nobody may be left there.
+    // Once it is on no interface, it can be detached from anywhere: its namespace may be gone.
     pair.node.ip("link del mr0");
     let elsewhere = other.enter(|| Edge::may_detach(&home.pins)).unwrap();
     let there = pair
@@ -152,7 +156,8 @@ fn program_id(pair: &Pair) -> u64 {
     shown[0]["xdp"]["prog"]["id"].as_u64().unwrap()
 }
 
-// Protects upgrades: whether the programs that run are this binary's is known, and a link that refuses leaves all with what they had.
+// Protects upgrades: a process knows whether the running programs are its binary's, and a link that
+// refuses leaves all with their old ones.
 #[test]
 fn programs_of_another_build_are_told_and_replaced_all_or_none() {
     if !privileged("programs_of_another_build_are_told_and_replaced_all_or_none") {
@@ -173,7 +178,7 @@ fn programs_of_another_build_are_told_and_replaced_all_or_none() {
     fs::rename(label(&this), label("0")).unwrap();
     assert!(!Edge::adopt(&home.pins).unwrap().is_current());
 
-    // A link of a kind that takes no other program, and comes last: those before it go back.
+    // A link of a kind that takes no other program, and comes last: the links before it go back.
     let before = program_id(&pair);
     let refusing = home.pins.path(Kind::Link, "stamp-999999");
     let mut link = libbpf_rs::Link::open(home.pins.path(Kind::Link, "conn_state")).unwrap();
@@ -198,7 +203,7 @@ fn programs_of_another_build_are_told_and_replaced_all_or_none() {
     assert_eq!(ends.arrived(), 0, "what was in force is");
 }
 
-// Protects answers on VLANs: whether the card hides tags from the program is asked of the card.
+// Protects answers on VLANs: the card says whether it hides tags from the program.
 #[test]
 fn an_offload_that_hides_tags_is_seen() {
     if !privileged("an_offload_that_hides_tags_is_seen") {
@@ -221,8 +226,8 @@ fn an_offload_that_hides_tags_is_seen() {
     assert!(takes_vlan_tags("a-name-that-is-too-long").is_err());
 }
 
-// Protects a running edge from commands where its pins cannot be seen, as in a mount namespace that was made before: they are refused,
-// and take nothing of it away.
+// Protects a running edge from commands where its pins are not visible, as in a mount namespace
+// that was made before: they refuse, and remove nothing of it.
 #[test]
 fn an_edge_out_of_sight_loses_nothing() {
     if !privileged("an_edge_out_of_sight_loses_nothing") {

@@ -1,4 +1,5 @@
-//! The table `inet millrace` in real namespaces: what it lets pass, refuses and leaves alone.
+//! The table `inet millrace` in real namespaces: the packets that it passes and refuses, and what
+//! it does not touch.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
@@ -45,7 +46,7 @@ fn user(text: &str) -> Option<User> {
     Some(User::try_from(text.to_owned()).unwrap())
 }
 
-/// What is in force in the calling thread's namespace, without the counters' values.
+/// The ruleset of the calling thread's namespace, without the values of counters.
 fn ruleset(table: &str) -> String {
     let output = Command::new("nft")
         .args(["-s", "list", "ruleset"])
@@ -114,7 +115,8 @@ impl Ends {
     }
 }
 
-// Protects a table that others change: they are noticed, and packets are not taken for them.
+// Protects a table that other programs change: the edge notices changes, and does not take packets
+// for changes.
 #[test]
 fn changes_of_the_table_are_noticed_and_packets_are_none() {
     if !privileged("changes_of_the_table_are_noticed_and_packets_are_none") {
@@ -158,7 +160,7 @@ fn changes_of_the_table_are_noticed_and_packets_are_none() {
     });
 }
 
-// Protects a node whose program was detached: what carries no stamp is not let in.
+// Protects a node whose program was detached: the table lets no packet in without a stamp.
 #[test]
 fn unstamped_packets_are_dropped_only_where_enforced() {
     if !privileged("unstamped_packets_are_dropped_only_where_enforced") {
@@ -187,8 +189,9 @@ fn unstamped_packets_are_dropped_only_where_enforced() {
     pair.node.enter(|| Nft::default().remove().unwrap());
 }
 
-// Protects rule `reject`: the sender is told, and nothing gets in; also while the table is that of a set before, which only counted or had
-// other ports, and for ports that are not declared, which the program marks with scope `host`.
+// Protects rule `reject`: the sender gets an answer, and nothing gets in. That holds also while the
+// table is that of an earlier set, which only counted or had other ports, and for undeclared ports,
+// which the program marks with scope `host`.
 #[test]
 fn packets_marked_reject_are_answered() {
     if !privileged("packets_marked_reject_are_answered") {
@@ -350,7 +353,8 @@ fn a_refused_table_names_the_rule_and_changes_nothing() {
     });
 }
 
-// Protects whoever waits for the turn of one that waits for `nft`: it is killed, and nothing of it is left.
+// Protects processes that wait for the lock of one that waits for `nft`: `nft` is killed, and
+// leaves nothing.
 #[test]
 fn an_nft_that_hangs_is_killed() {
     type Call = fn(&Nft) -> Result<(), NftError>;
@@ -358,7 +362,7 @@ fn an_nft_that_hangs_is_killed() {
     let (program, pid) = (folder.path().join("nft"), folder.path().join("pid"));
     let script =
         "printf '#!/bin/sh\\necho $$ > %s\\nexec sleep 60\\n' \"$2\" > \"$1\" && chmod +x \"$1\"";
-    // By another process: a file that is open for writing here cannot be run.
+    // Another process writes it: a file that is open for writing here cannot be run.
     ok(Command::new("sh")
         .args(["-c", script, "sh"])
         .args([&program, &pid]));
@@ -386,7 +390,7 @@ fn an_nft_that_hangs_is_killed() {
             if written.ends_with('\n') {
                 break written;
             }
-            // Killed before it could say who it is.
+            // It was killed before it could write its process number.
             within *= 2;
         };
         let process = format!("/proc/{}", pid.trim());
@@ -405,7 +409,8 @@ fn a_missing_nft_is_named() {
     assert!(error.to_string().contains("/nonexistent/nft"), "{error}");
 }
 
-// Protects the guard of an edge from its neighbours: each has a table of its own, found again by every name of its pins.
+// Protects the table of an edge from its neighbours: each has its own, found again by every name of
+// its pins.
 #[test]
 fn every_edge_has_a_table_of_its_own() {
     if !privileged("every_edge_has_a_table_of_its_own") {

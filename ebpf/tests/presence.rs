@@ -1,4 +1,5 @@
-//! What a live node changes under the program: the sketch's turns, the generations of sets, secrets.
+//! State that a live node changes under the program: turns of the sketch, generations of sets,
+//! secrets.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
@@ -38,7 +39,8 @@ fn source(number: u8) -> IpAddr {
     Ipv4Addr::new(198, 51, number, 1).into()
 }
 
-/// The program, and the sketch as its owner turns it. The program's clock is the test's; the owner has begun by the host's.
+/// The program, and the sketch as its owner turns it. The test sets the program's clock; the owner
+/// began by the host's.
 struct Testbed {
     mocked: Mocked,
 }
@@ -55,7 +57,7 @@ impl Testbed {
         Presence::begin(maps, 1, lease, limits, &mocked::keys())
     }
 
-    /// Of so many handshakes that a source completes now, those that are admitted.
+    /// Number of admitted ones among so many handshakes that a source completes now.
     fn admitted(&self, source: IpAddr, now_ns: u64, offered: u64) -> u64 {
         self.mocked.set_clock(now_ns);
         let frame = mocked::initial_with_token(source, now_ns);
@@ -70,7 +72,8 @@ impl Testbed {
     }
 }
 
-// Protects the limits from their own upkeep: whoever is at the limit when the sketch turns still is, and no longer than without a turn.
+// Protects the limits from their own upkeep: a source that is at its limit when the sketch turns
+// stays there, and for no longer than without a turn.
 #[test]
 fn a_tick_that_turns_the_sketch_forgets_nobody() {
     let Some(testbed) = Testbed::new("a_tick_that_turns_the_sketch_forgets_nobody") else {
@@ -85,7 +88,8 @@ fn a_tick_that_turns_the_sketch_forgets_nobody() {
         presence.tick_at(now_ns + PERIOD_MIN_NS, || [1; 16]);
         assert_eq!(testbed.control().limiter_active, before.limiter_active);
 
-        // The turn comes when it is due; who has spent the burst just before it is refused behind it.
+        // The turn comes when it is due; a source that has spent its burst just before it is
+        // refused after it.
         now_ns += hourly().reach_ns() + PERIOD_MIN_NS;
         assert_eq!(testbed.admitted(source(turn), now_ns, 9), BURST);
         assert_eq!(testbed.admitted(source(100 + turn), now_ns, 1), 1);
@@ -110,7 +114,8 @@ fn a_tick_that_turns_the_sketch_forgets_nobody() {
     }
 }
 
-// Protects the limits of a set that was published later: the sketch's next turn waits for the slowest of them.
+// Protects the limits of a set that was published later: the next turn of the sketch waits for the
+// slowest of them.
 #[test]
 fn slower_limits_put_the_turn_off() {
     let Some(testbed) = Testbed::new("slower_limits_put_the_turn_off") else {
@@ -134,7 +139,8 @@ fn slower_limits_put_the_turn_off() {
     assert_eq!(testbed.admitted(source(1), minute_later_ns, 9), 0);
 }
 
-// Protects packets on their way: what they began under is not written while they may still read it.
+// Protects packets on their way: no publisher writes the generation that they began under while
+// they may still read it.
 #[test]
 fn a_generation_is_left_alone_for_a_while() {
     let Some(mocked) = Mocked::load("a_generation_is_left_alone_for_a_while") else {
@@ -147,7 +153,8 @@ fn a_generation_is_left_alone_for_a_while() {
         let left = publisher.in_force();
         publisher.publish(&set, number, None).unwrap();
         assert_ne!(publisher.in_force(), left);
-        // It was in force until now at the latest. Who looks sees a write at its time or later, never before.
+        // It was in force until now at the latest. A reader sees a write at its time or later,
+        // never before.
         let (since, unwritten) = (Instant::now(), maps.load_config(left).set);
         let rested = thread::scope(|scope| {
             let looking = scope.spawn(|| {
@@ -161,7 +168,7 @@ fn a_generation_is_left_alone_for_a_while() {
     }
 }
 
-// Protects a host from before the first node comes: tokens and places in the sketch cannot be foretold.
+// Protects a host before its first node starts: tokens and slots of the sketch cannot be predicted.
 #[test]
 fn every_edge_has_secrets_of_its_own() {
     if !privileged("every_edge_has_secrets_of_its_own") {

@@ -1,4 +1,5 @@
-//! A node without capabilities: what it can still do with what it holds, and what its helper does for it.
+//! A node without capabilities: what it can still do with the descriptors that it holds, and what
+//! its helper does for it.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
@@ -19,7 +20,8 @@ use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::rules::RuleAction;
 use millrace_edge_policy::settings::Mode;
 
-// Protects the node's main promise about privileges: it drops all, and goes on deciding, counting, tracing and publishing.
+// Protects the node's main promise about privileges: it drops all capabilities, and goes on
+// deciding, counting, tracing and publishing.
 #[test]
 fn without_capabilities_the_node_goes_on() {
     if !privileged("without_capabilities_the_node_goes_on") {
@@ -35,7 +37,8 @@ fn without_capabilities_the_node_goes_on() {
         .unwrap();
     assert!(child.wait().unwrap().success());
 
-    // What the child left: its last set and programs, the helper's table, the interface that the helper attached to.
+    // The process left its last set and programs, the helper's table, and the interface that the
+    // helper attached to.
     let edge = Edge::adopt(&home.pins).unwrap();
     assert_eq!(Publisher::new(edge.maps()).config().set, 3);
     assert!(ends.arrives());
@@ -51,7 +54,8 @@ fn without_capabilities_the_node_goes_on() {
     assert_eq!(ends.arrived(), 0);
 }
 
-// Protects the helper's privileges: it ends with the node, and takes nothing from who speaks otherwise.
+// Protects the helper's privileges: it ends with the node, and takes nothing from a process that
+// speaks otherwise.
 #[test]
 fn the_helper_ends_with_the_conversation() {
     let mut helper = process::command("helper")
@@ -69,7 +73,7 @@ fn the_helper_ends_with_the_conversation() {
     assert_eq!(heard(&mut ours), None);
 }
 
-/// A helper that has been told nothing yet, and our end of its socket.
+/// A helper without a setup, and this test's end of its socket.
 fn talked_to() -> (UnixStream, Child) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut command = process::command("helper");
@@ -97,7 +101,8 @@ fn heard(socket: &mut UnixStream) -> Option<String> {
     Some(String::from_utf8(message).unwrap())
 }
 
-// Protects the firewall from a node that somebody else speaks for: the helper takes nothing away, and does not listen to who asks for it.
+// Protects the firewall from a node that an attacker controls: the helper removes nothing, and
+// hears no more after a request for it.
 #[test]
 fn who_asks_for_what_the_node_never_asks_is_not_heard_again() {
     let setup = Setup {

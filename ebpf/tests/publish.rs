@@ -1,4 +1,5 @@
-//! Sets on their way into force: probation, interruption, what does not fit; and what operators then read.
+//! Sets on their way into force: probation, interruption, sets that do not fit; and the values that
+//! operators read afterwards.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
@@ -59,7 +60,7 @@ fn a_set_on_probation_lapses_unless_it_is_confirmed() {
         let EdgeError::Publish(PublishError::Probation { set: 2, .. }) = refused else {
             panic!("{refused}")
         };
-        // Its end, moved to where nobody has to wait for it.
+        // The end of the probation, moved so that the test need not wait for it.
         let soon_ns = now_ns() + 1_000_000;
         edge.maps().control.store_part(0, revert_at, &soon_ns);
         until("it lapses", || publisher.standing() == Standing::Lapsed);
@@ -98,7 +99,8 @@ fn a_set_on_probation_lapses_unless_it_is_confirmed() {
     assert!(ends.arrives());
 }
 
-// Protects invariant 1 of publishing: a process that died on its way to a probation has left the old set in force, twice.
+// Protects invariant 1 of publishing: a process that died on its way to a probation has left the
+// old set in force, twice.
 #[test]
 fn a_publisher_that_died_halfway_has_changed_nothing() {
     if !privileged("a_publisher_that_died_halfway_has_changed_nothing") {
@@ -137,7 +139,8 @@ fn a_publisher_that_died_halfway_has_changed_nothing() {
     assert_eq!(counters(&edge).acted_on(Reason::Internal), 0);
 }
 
-// Protects the last good set: what does not fit is refused whole, and says what to raise.
+// Protects the last good set: a set that does not fit is refused whole, and the error says what to
+// raise.
 #[test]
 fn a_set_that_does_not_fit_changes_nothing() {
     if !privileged("a_set_that_does_not_fit_changes_nothing") {
@@ -166,7 +169,8 @@ fn a_set_that_does_not_fit_changes_nothing() {
     }
 }
 
-// Protects what operators read: hits belong to the set in force, a trace changes nothing.
+// Protects the values that operators read: hits belong to the set in force, a trace changes
+// nothing.
 #[test]
 fn hits_and_traces_tell_the_rule() {
     if !privileged("hits_and_traces_tell_the_rule") {
@@ -231,7 +235,8 @@ fn hits_and_traces_tell_the_rule() {
     }
 }
 
-// Protects sources from a run that died: its counts hold for nobody, and a full map costs accuracy, never a connection.
+// Protects sources from a run that died: its counts are not valid, and a full map costs accuracy,
+// never a connection.
 #[test]
 fn counts_are_those_of_this_run() {
     if !privileged("counts_are_those_of_this_run") {

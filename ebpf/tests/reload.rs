@@ -29,7 +29,8 @@ use millrace_edge_policy::settings::{Mode, levels};
 use millrace_edge_policy::siphash::Key;
 use millrace_edge_policy::source::Source;
 
-// Protects the first use: native and generic, nothing refused before a set is published, nothing left afterwards.
+// Protects the first use: native and generic, nothing refused before a set is published, nothing
+// left afterwards.
 #[test]
 fn attaches_natively_and_generically() {
     if !privileged("attaches_natively_and_generically") {
@@ -44,7 +45,7 @@ fn attaches_natively_and_generically() {
         let edge = attached(&pair, &home, mode);
         assert!(pair.node.ip("link show mr0").contains(shown), "{mode:?}");
         assert_eq!(edge.interfaces().unwrap()[0].mode, mode);
-        // Nobody else gets at the pins.
+        // No other user gets at the pins.
         let root = std::fs::metadata(home.pins.root()).unwrap();
         assert_eq!(root.permissions().mode() & 0o777, 0o700);
         assert!(ends.arrives());
@@ -74,7 +75,7 @@ fn attaches_natively_and_generically() {
     }
 }
 
-// Protects a node whose process dies: what it put in force stays, and the next one takes it over.
+// Protects a node whose process dies: its set stays in force, and the next process adopts it.
 #[test]
 fn killed_it_stays_in_force_and_is_adopted() {
     if !privileged("killed_it_stays_in_force_and_is_adopted") {
@@ -109,7 +110,8 @@ fn killed_it_stays_in_force_and_is_adopted() {
     ));
 }
 
-// Protects against sources that have spent what they may: neither a node's death nor its successor gives it back before its time.
+// Protects against sources that have spent their rate: neither a node's death nor its successor
+// gives it back early.
 #[test]
 fn killed_it_leaves_rates_in_force() {
     if !privileged("killed_it_leaves_rates_in_force") {
@@ -171,7 +173,8 @@ fn killed_it_leaves_rates_in_force() {
     }
 }
 
-/// Packets between two looks at what was counted: fewer than the ring of a veth holds, so that none is lost on the way.
+/// Packets between two looks at the counters: fewer than the ring of a veth holds, so that none is
+/// lost on the way.
 const ON_THE_WAY_MAX: u64 = 128;
 
 // Protects the reload: every packet meets one program, the old or the new, and is counted once.
@@ -227,7 +230,7 @@ impl Drop for Stop<'_> {
     }
 }
 
-// Protects traffic that is allowed: a packet whose stamp is lost in a swap would be dropped by the table.
+// Protects traffic that is allowed: the table would drop a packet that loses its stamp in a swap.
 #[test]
 fn two_hundred_swaps_under_load_lose_nothing_that_passes() {
     if !privileged("two_hundred_swaps_under_load_lose_nothing_that_passes") {
@@ -283,7 +286,7 @@ fn two_hundred_swaps_under_load_lose_nothing_that_passes() {
     }
 }
 
-// Protects caps across a reload: while two programs see a connection open or close, it is counted once.
+// Protects caps across a reload: a connection that two programs see open or close is counted once.
 #[test]
 fn connections_that_open_during_a_swap_are_counted_once() {
     if !privileged("connections_that_open_during_a_swap_are_counted_once") {
@@ -304,7 +307,7 @@ fn connections_that_open_during_a_swap_are_counted_once() {
     };
 
     let before = connect();
-    // Holding the old link keeps the moment in which both programs are attached.
+    // The old link is held, so that both programs stay attached.
     let old = Link::open(home.pins.path(Kind::Link, "conn_state")).unwrap();
     edge.reload().unwrap();
     let between = [connect(), connect(), connect()];
@@ -331,7 +334,8 @@ fn tcp_connections(edge: &Edge) -> u32 {
     edge.trace(&packet.frame()).unwrap().connections.tcp
 }
 
-// Protects a node whose program is gone from an interface: the table lets nothing pass that has no stamp.
+// Protects a node that lost its program on an interface: the table passes no packet without a
+// stamp.
 #[test]
 fn the_table_closes_what_the_program_left() {
     if !privileged("the_table_closes_what_the_program_left") {
@@ -361,7 +365,7 @@ fn the_table_closes_what_the_program_left() {
             .enter(|| edge.attach_interface("mr0", mode).unwrap());
         assert!(ends.arrives(), "stamped again, {mode:?}");
 
-        // A rejected packet is answered by the table.
+        // The table answers a rejected packet.
         edge.publish(&set(Mode::Enforce, RuleAction::Reject), 2, None)
             .unwrap();
         ends.send();
@@ -372,7 +376,8 @@ fn the_table_closes_what_the_program_left() {
     }
 }
 
-// Protects a node whose interface was made anew, as when a driver is loaded again: neither its name nor its index is enough to be attached.
+// Protects a node whose interface was made anew, as when a driver is loaded again: neither its name
+// nor its index alone means that it is attached.
 #[test]
 fn an_interface_that_was_made_anew_is_attached_again() {
     if !privileged("an_interface_that_was_made_anew_is_attached_again") {
@@ -401,7 +406,8 @@ fn an_interface_that_was_made_anew_is_attached_again() {
     assert_eq!(links.len(), 4, "{links:?}");
 }
 
-// Protects whoever attaches while another thread starts a process: that process has a copy of the lock for a moment.
+// Protects a process that attaches while another of its threads starts a process, which has a copy
+// of the lock for a moment.
 #[test]
 fn attaching_waits_for_the_lock() {
     if !privileged("attaching_waits_for_the_lock") {
@@ -413,7 +419,7 @@ fn attaching_waits_for_the_lock() {
     let waiter = format!(":{} ", file.ino());
     thread::scope(|scope| {
         let attaching = scope.spawn(|| attached(&pair, &home, AttachMode::Native));
-        until("somebody waits for it", || {
+        until("the attaching thread waits for it", || {
             let locks = std::fs::read_to_string("/proc/locks").unwrap();
             let mut waiting = locks.lines().filter(|line| line.contains("->"));
             attaching.is_finished() || waiting.any(|line| line.contains(&waiter))
@@ -424,7 +430,7 @@ fn attaching_waits_for_the_lock() {
     });
 }
 
-// Protects an operator from guessing: what is wrong is named, and nothing is left behind.
+// Protects an operator from guessing: errors name the fault, and nothing is left behind.
 #[test]
 fn what_cannot_be_attached_or_adopted_is_named() {
     if !privileged("what_cannot_be_attached_or_adopted_is_named") {

@@ -1,5 +1,5 @@
-//! Scope `host` in real namespaces: what this host asked for gets in, for a while and unless a rule refuses it; what it only
-//! answered does not.
+//! Scope `host` in real namespaces: answers to this host get in, for a while and unless a rule
+//! denies them; packets that follow this host's own answers do not.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
@@ -22,15 +22,15 @@ use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 
 /// Not declared.
 const HOST_PORT: u16 = 9_000;
-/// Of a sender who tries again.
+/// Source port of a sender that tries again.
 const SOURCE_PORT: u16 = 40_000;
 
-/// Puts a set with scope `host` in force, in kernel and table. Its rules speak for the remote host.
+/// Puts a set with scope `host` in force, in kernel and table. Its rules match the remote host.
 fn enforce(pair: &Pair, edge: &Edge, action: RuleAction, number: u32) {
     enforce_for(pair, edge, &["10.77.0.0/24", "fd77::/64"], action, number);
 }
 
-/// With rules for these prefixes; to others the default says no.
+/// A set with rules for these prefixes; the default denies all others.
 fn enforce_for(pair: &Pair, edge: &Edge, prefixes: &[&str], action: RuleAction, number: u32) {
     let mut set = set_of(Mode::Enforce, prefixes, action);
     set.settings.scope = Scope::Host;
@@ -57,7 +57,8 @@ fn remembered(edge: &Edge) -> Vec<u16> {
         .collect()
 }
 
-// Protects rule `reject` with scope `host`: the reset that refuses a sender must not open the way for its next packet.
+// Protects rule `reject` with scope `host`: the reset that refuses a sender must not open the way
+// for its next packet.
 #[test]
 fn who_was_refused_is_refused_again() {
     if !privileged("who_was_refused_is_refused_again") {
@@ -80,7 +81,7 @@ fn who_was_refused_is_refused_again() {
     assert!(remembered(&edge).is_empty());
 }
 
-/// A prefix that nobody here is in: what the default says holds for all.
+/// A prefix without a host in these tests, so that the default decides on all packets.
 const NOBODY: &[&str] = &["203.0.113.0/24"];
 
 /// A socket of the node on a port of its own, and one of the remote host that it talks to.
@@ -120,7 +121,8 @@ impl Talk {
     }
 }
 
-// Protects an operator who denies: it stops a sender at once, whatever the host has asked him before.
+// Protects an operator who denies: the rule stops a sender at once, whatever the host asked it
+// before.
 #[test]
 fn a_deny_stops_what_is_under_way() {
     if !privileged("a_deny_stops_what_is_under_way") {
@@ -146,7 +148,8 @@ fn a_deny_stops_what_is_under_way() {
     assert!(talk.is_answered());
 }
 
-// Protects ports that once asked: a remote host that was asked long ago is refused again, until it is asked anew.
+// Protects ports that once sent: a remote host that this host asked long ago is refused again,
+// until it is asked anew.
 #[test]
 fn an_answer_that_is_too_late_is_none() {
     if !privileged("an_answer_that_is_too_late_is_none") {
@@ -188,7 +191,8 @@ fn an_answer_that_is_too_late_is_none() {
     assert!(talk.is_answered());
 }
 
-// Protects the room for what the host opens: who connects to its listeners, on ports that are not declared, takes none.
+// Protects the room for flows that the host opens: clients of its listeners on undeclared ports
+// take none.
 #[test]
 fn connections_of_others_are_not_remembered() {
     if !privileged("connections_of_others_are_not_remembered") {
@@ -214,7 +218,8 @@ fn connections_of_others_are_not_remembered() {
     }
 }
 
-// Protects what is open when an operator chooses the scope: the host's own connections go on, and are forgotten once reset.
+// Protects connections that are open when an operator chooses the scope: the host's own go on, and
+// are forgotten once reset.
 #[test]
 fn connections_of_before_are_learned() {
     if !privileged("connections_of_before_are_learned") {
@@ -242,7 +247,8 @@ fn connections_of_before_are_learned() {
     until("the reset is seen", || remembered(&edge).is_empty());
 }
 
-// Protects what the host itself opens, and the room for it: clients of a declared port, however many, push nothing out.
+// Protects flows that the host opens, and the room for them: clients of a declared port, however
+// many, push none out.
 #[test]
 fn only_what_the_host_opens_is_remembered() {
     if !privileged("only_what_the_host_opens_is_remembered") {

@@ -1,7 +1,4 @@
-//! Rules compiled by us against the same rules in nftables: for each packet, the same one decides.
-//!
-//! nftables walks a list from the first rule to the last, which is what our tries only pretend to do. A thousand short lists stand in one
-//! chain each; packets that a raw socket makes up come over the loopback, and a set keeps which rule each of them ended at.
+//! Compiled rules against the same rules in nftables: for each packet, the same rule decides.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
@@ -31,7 +28,7 @@ const PROBES_OF_A_LIST: usize = 10;
 const RULES_MAX: usize = 12;
 const SEED: &[u8; 16] = b"millrace and nft";
 
-/// Declared ports; each list of rules speaks for all of them.
+/// Declared ports; each list of rules covers all of them.
 const SERVICES: [(u16, Kind); 5] = [
     (4_100, Kind::Quic),
     (9_000, Kind::Udp),
@@ -51,7 +48,7 @@ struct Probe {
     port: u16,
 }
 
-// Protects whoever reads rules as a list: the tries mean what the list says.
+// Protects readers of a list of rules: the tries mean what the list says.
 #[test]
 fn compiled_rules_decide_as_nftables_does() {
     if !privileged("compiled_rules_decide_as_nftables_does") {
@@ -190,7 +187,7 @@ fn address(rng: &mut TestRng) -> IpAddr {
     Ipv6Addr::from(base ^ one_of(rng, &[0, flipped])).into()
 }
 
-/// To one of the services; half of the time from the edge of a prefix.
+/// A packet to one of the services; half of the time from the edge of a prefix.
 fn probe(rng: &mut TestRng, number: u16, rules: &[Rule]) -> Probe {
     let (port, kind) = one_of(rng, &SERVICES);
     let prefixes: Vec<IpNet> = rules
@@ -267,7 +264,8 @@ fn ask_nftables(lists: &[Vec<Rule>], probes: &[Probe]) -> BTreeMap<u16, u16> {
     found
 }
 
-/// The list as nftables reads it. A packet that fits is marked with the number of the rule, and leaves the list.
+/// The list for nftables. A packet that matches gets the number of the rule as its mark, and leaves
+/// the list.
 fn text(rules: &[Rule]) -> String {
     let mut text = String::new();
     for (number, rule) in rules.iter().enumerate() {
@@ -319,7 +317,7 @@ fn run_script(script: &str) {
     assert!(child.wait().unwrap().success(), "{script}");
 }
 
-/// What nftables keeps of the packets that have come: sender's port, rule.
+/// What nftables recorded of the packets: sender's port, rule.
 fn seen() -> BTreeMap<u16, u16> {
     let json = ok(Command::new("nft").args(["-j", "list", "set", "inet", "probe", "seen"]));
     let listed: serde_json::Value = serde_json::from_str(&json).unwrap();

@@ -1,4 +1,5 @@
-//! Every program loads, and decides a few packets of each kind as the specification says. What is exhaustive is `model.rs`.
+//! Every program loads, and decides on a few packets of each kind as specified. The exhaustive test
+//! is `model.rs`.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 use std::mem::offset_of;
@@ -33,7 +34,8 @@ const UDP_PORT: u16 = 5300;
 /// Far from zero, in the middle of an epoch of each kind.
 const NOW_NS: u64 = (5 << 42) + (7 << 34) + (1 << 33);
 const COOKIE: u32 = 0x1234_5678;
-/// By first byte of the source: 10 is allowed by rule 0, 11 denied by rule 1, 12 rejected by rule 2; IPv6 2000::/8 is allowed by rule 0.
+/// By the first byte of the source: rule 0 allows 10, rule 1 denies 11, rule 2 rejects 12; rule 0
+/// also allows IPv6 2000::/8.
 const ALLOWED: &str = "10.1.2.3";
 const ALLOWED6: &str = "2001:db8:1:2::7";
 const LOCAL: &str = "192.0.2.1";
@@ -86,7 +88,7 @@ fn leaf(action: u32, rule: u32) -> u32 {
     abi::LEAF | action << 16 | rule
 }
 
-/// The programs, with the rules above. None without the rights or a kernel for it.
+/// The programs, with the rules above. None without the privileges or the kernel for it.
 struct Edge {
     loaded: Loaded,
 }
@@ -465,7 +467,8 @@ fn limits_refuse_and_reading_takes_nothing() {
     assert_eq!(edge.reason(&other), Reason::TxRetry);
 }
 
-// Protects the last of a burst: it is charged for by the exact clock, and looked at by one that is up to a tick behind.
+// Protects the last packet of a burst: it is charged by the exact clock, and looked at by one that
+// is up to a tick behind.
 #[test]
 fn a_source_has_its_burst_within_a_tick() {
     const SOURCES: u8 = 100;
@@ -602,7 +605,8 @@ fn every_nth_drop_is_an_event() {
             })
             .unwrap();
         let ring = builder.build().unwrap();
-        // Drops are counted for each CPU, and a test may be moved: of 100 on any two of them, 49 or 50 are events.
+        // Drops are counted for each CPU, and the scheduler may move a test: of 100 on any two
+        // CPUs, 49 or 50 are events.
         for _ in 0..100 {
             edge.reason(&udp_from("11.9.9.9", UDP_PORT, b"x"));
         }

@@ -1,4 +1,5 @@
-//! TCP through the edge, with real sockets in namespaces: counts, caps, rates, cookies, and the table behind the program.
+//! TCP through the edge, with real sockets in namespaces: counts, caps, rates, cookies, and the
+//! table behind the program.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
@@ -62,7 +63,8 @@ impl Both {
     }
 }
 
-// Protects the cap: what the program counts is what the application holds, however connections end.
+// Protects the cap: the program counts exactly the connections that the application holds, however
+// they end.
 #[test]
 fn the_kernels_count_is_what_the_application_holds() {
     if !privileged("the_kernels_count_is_what_the_application_holds") {
@@ -88,13 +90,14 @@ fn the_kernels_count_is_what_the_application_holds() {
             // Closed by the client, which keeps TIME_WAIT.
             held.pop().unwrap().close();
             counts(9);
-            // Closed by the server: TIME_WAIT is the node's, and is no connection.
+            // The server closes it: TIME_WAIT is the node's, and is no connection.
             let Both { client, server } = held.pop().unwrap();
             drop(server);
             assert_eq!((&client).read(&mut [0; 8]).unwrap(), 0);
             drop(client);
             counts(8);
-            // Half-closed by the client, then by the server: a connection until the other half follows.
+            // Half-closed by the client, then by the server: a connection until the other half
+            // follows.
             let Both { client, server } = held.pop().unwrap();
             client.shutdown(Shutdown::Write).unwrap();
             assert_eq!((&server).read(&mut [0; 8]).unwrap(), 0);
@@ -116,7 +119,7 @@ fn the_kernels_count_is_what_the_application_holds() {
             drop(server);
             reset(held.pop().unwrap().server);
             counts(4);
-            // Established, and nobody has accepted it yet.
+            // Established, and not accepted yet.
             let waiting = node.connect(to, listener.local_addr().unwrap().port());
             counts(5);
             drop(listener.accept().unwrap());
@@ -181,7 +184,7 @@ fn busy_client(thread: usize, rounds: usize) -> Vec<TcpStream> {
     (0..3).map(|_| open()).collect()
 }
 
-// Protects everybody else: what is not a connection to this node's service is in no count.
+// Protects all other connections: one that is not to this node's service is in no count.
 #[test]
 fn other_connections_are_not_counted() {
     if !privileged("other_connections_are_not_counted") {
@@ -199,7 +202,7 @@ fn other_connections_are_not_counted() {
         .enter(|| connect((REMOTE4, TCP_PORT).into()))
         .unwrap();
     let incoming = theirs.accept().unwrap();
-    // The node goes out from a port that is a service's.
+    // The node connects from the port of a service.
     let from_service = node.pair.node.enter(|| {
         let from = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
         sockopt::set_socket_reuseaddr(&from, true).unwrap();
@@ -214,7 +217,7 @@ fn other_connections_are_not_counted() {
     let third = Both::open(&node, &other, NODE4);
     assert_eq!(node.kernel_sources(), 0);
 
-    // One that is counted shows that counting works, and that nothing of the above ends it.
+    // A counted connection shows that counting works, and that none of the above ends it.
     let ours = node.listen(ANY4, TCP_PORT);
     let counted = Both::open(&node, &ours, NODE4);
     until("it is counted", || node.kernel_count(REMOTE4) == 1);
@@ -225,7 +228,8 @@ fn other_connections_are_not_counted() {
     until("nothing is left", || node.kernel_sources() == 0);
 }
 
-// Protects the application: it never holds more of a source than the cap, whatever the source does.
+// Protects the application: it never holds more connections of a source than the cap, whatever the
+// source does.
 #[test]
 fn the_application_never_holds_more_than_the_cap() {
     const CAP: usize = 6;
@@ -290,14 +294,14 @@ fn the_application_never_holds_more_than_the_cap() {
     assert_eq!((echo.held(), echo.peak()), (0, CAP));
 }
 
-/// Opens so many at the same time; gives those that are served.
+/// Opens so many at the same time; returns those that are served.
 fn burst(node: &Node, connections: usize) -> Vec<TcpStream> {
     const SERVED_WITHIN: Duration = Duration::from_secs(2);
     let attempt = || {
         node.pair.remote.enter(|| {
             let to = SocketAddr::from((NODE4, TCP_PORT));
             let stream = TcpStream::connect_timeout(&to, SERVED_WITHIN).ok()?;
-            // Who is not served hears of it.
+            // A client that is not served gets an error.
             stream.set_read_timeout(Some(PATIENCE)).unwrap();
             echoes(&stream).then_some(stream)
         })
@@ -311,7 +315,8 @@ fn burst(node: &Node, connections: usize) -> Vec<TcpStream> {
     })
 }
 
-// Protects the listener from one source that opens and closes without end; and others from it.
+// Protects the listener from one source that opens and closes without end, and other sources from
+// it.
 #[test]
 fn syns_beyond_the_rate_are_dropped() {
     const BURST: u64 = 2;
@@ -329,7 +334,7 @@ fn syns_beyond_the_rate_are_dropped() {
         for _ in 0..BURST {
             Both::open(&node, &listener, to).close();
         }
-        // Within the burst none is dropped, however close they follow each other.
+        // Within the burst none is dropped, however closely they follow each other.
         assert_eq!(node.packets(Reason::PassTcpSyn), BURST * number);
         assert_eq!(node.packets(Reason::TcpSourceRate), dropped, "{to}");
         assert!(node.refuses(to, DUAL_PORT));
@@ -340,7 +345,8 @@ fn syns_beyond_the_rate_are_dropped() {
     assert_eq!(node.packets(Reason::TcpSourceCap), 0);
 }
 
-// Protects the listener from a source with many addresses: its prefix has a limit, which its neighbours have spent together.
+// Protects the listener from a source with many addresses: its prefix has a limit, which its
+// neighbours have spent together.
 #[test]
 fn a_prefix_has_a_limit_of_its_own() {
     // The /24 and the /56 have four times as many.
@@ -362,7 +368,7 @@ fn a_prefix_has_a_limit_of_its_own() {
     prefix_is_limited(&node, &listener, BURST, NODE6, &[0, 1, 2, 3, 4].map(v6));
 }
 
-/// All but the last of these neighbours spend the burst of each, and with it that of all.
+/// All but the last of these neighbours spend their own bursts, and with them that of the prefix.
 fn prefix_is_limited(
     node: &Node,
     listener: &TcpListener,
@@ -402,7 +408,8 @@ fn prefix_is_limited(
     });
 }
 
-/// A connection to [`DUAL_PORT`] from one of several addresses; none if there is none in that time.
+/// A connection to [`DUAL_PORT`] from one of several addresses; none if it is not established in
+/// that time.
 fn connect_from(source: IpAddr, to: IpAddr, patience: Duration) -> Option<TcpStream> {
     let family = if source.is_ipv6() {
         AddressFamily::INET6
@@ -417,7 +424,8 @@ fn connect_from(source: IpAddr, to: IpAddr, patience: Duration) -> Option<TcpStr
     Some(client.into())
 }
 
-// Protects a spoofed source's owner: a SYN alone costs nothing, only who has answered is charged.
+// Protects the owner of a spoofed source: a SYN alone costs nothing; only a source that has
+// answered is charged.
 #[test]
 fn a_syn_that_is_not_followed_up_costs_nothing() {
     const BURST: u64 = 2;
@@ -429,7 +437,7 @@ fn a_syn_that_is_not_followed_up_costs_nothing() {
         ..generous()
     };
     let node = Node::new("tcp", AttachMode::Native, limits, NO_CAP);
-    // Nobody listens: each SYN is answered by a reset, none is established.
+    // Without a listener: a reset answers each SYN, and none is established.
     for _ in 0..BURST * 5 {
         assert!(node.refuses(NODE4, SILENT_PORT));
     }
@@ -441,7 +449,8 @@ fn a_syn_that_is_not_followed_up_costs_nothing() {
     assert!(node.refuses(NODE4, TCP_PORT));
 }
 
-// Protects service under attack: the program answers SYNs itself, and the stack takes up what comes back.
+// Protects service under attack: the program answers SYNs itself, and the stack takes up the
+// cookies that come back.
 #[test]
 fn connections_complete_through_cookies() {
     if !privileged("connections_complete_through_cookies") {
@@ -464,7 +473,7 @@ fn connections_complete_through_cookies() {
             // The stack took up a cookie that it had not sent itself.
             assert_eq!(stack(), [sent, received + 1], "{case}");
             assert_eq!((echo.held(), node.kernel_count(from)), (1, 1), "{case}");
-            // Nobody listens: the kernel has no cookie to give, and says so to the client itself.
+            // Without a listener the kernel has no cookie to give, and answers the client itself.
             assert!(node.refuses(to, SILENT_PORT));
             presence.set_stress(Level::Normal);
             let plain = node.connect(to, DUAL_PORT).unwrap();
@@ -497,7 +506,7 @@ fn one_syn() -> Limits {
     }
 }
 
-/// Floods the node with SYNs of nobody for as long as it lives.
+/// Floods the node with SYNs of made-up sources for as long as it lives.
 struct Flooding<'a>(&'a AtomicBool);
 
 impl<'a> Flooding<'a> {
@@ -522,7 +531,8 @@ impl Drop for Flooding<'_> {
     }
 }
 
-// Protects clients under the kernel's default: while the listener's queue has room it is the bound, then there are cookies.
+// Protects clients under the kernel's default: while the listener's queue has room the queue is the
+// bound, then there are cookies.
 #[test]
 fn a_flood_of_syns_locks_nobody_out() {
     /// Of each family, at each level of stress.
@@ -532,7 +542,7 @@ fn a_flood_of_syns_locks_nobody_out() {
         return;
     }
     let node = Node::new("tcp", AttachMode::Native, one_syn(), NO_CAP);
-    // Else the stack has no way back to who is made up, and keeps no SYN of theirs.
+    // Otherwise the stack has no route to a made-up source, and keeps no SYN of it.
     node.pair.node.ip("route add default via 10.77.0.2");
     let echo = Echo::serve(listen_with_backlog(&node, BACKLOG), TcpCap::new(0));
     node.set_syncookies(0);
@@ -550,7 +560,7 @@ fn a_flood_of_syns_locks_nobody_out() {
         assert_eq!(node.packets(Reason::PassTcpSyn), 1);
         assert_eq!(node.packets(Reason::TxSynCookie), 0);
 
-        // From now on, and nobody has told the program.
+        // The value changes now, and the program is not told.
         node.set_syncookies(1);
         until("the queue is full", || {
             node.packets(Reason::TxSynCookie) > 0
@@ -581,7 +591,8 @@ fn a_flood_of_syns_locks_nobody_out() {
     assert!(echo.peak() > 0);
 }
 
-// Protects the stack: what it would drop for want of an application that accepts is dropped before.
+// Protects the stack: the program drops SYNs that the stack would drop because no application
+// accepts.
 #[test]
 fn a_full_accept_queue_takes_no_syns() {
     const BACKLOG: i32 = 1;
@@ -592,7 +603,7 @@ fn a_full_accept_queue_takes_no_syns() {
         let node = Node::new("tcp", AttachMode::Native, one_syn(), NO_CAP);
         node.set_syncookies(cookies);
         let listener = listen_with_backlog(&node, BACKLOG);
-        // It holds one more than it is told.
+        // The queue holds one more than the backlog.
         let waiting = [0, 1].map(|_| node.connect(NODE4, TCP_PORT).unwrap());
         until("both wait", || node.kernel_count(REMOTE4) == 2);
         let passed = node.packets(Reason::PassTcpSyn);
@@ -622,7 +633,7 @@ fn unstamped(node: &Node) -> u64 {
         .sum()
 }
 
-// Protects a node whose program is gone: its services are closed, and nothing else is.
+// Protects a node that lost its program: its services are closed, and nothing else is.
 #[test]
 fn a_detached_program_leaves_no_open_node() {
     if !privileged("a_detached_program_leaves_no_open_node") {
@@ -651,7 +662,7 @@ fn a_detached_program_leaves_no_open_node() {
     }
 }
 
-/// A client without a TCP stack: it says what it likes, and its host does not reset what it opens.
+/// A client without a TCP stack: it sends any segment, and its host does not reset its connections.
 struct Forger {
     socket: OwnedFd,
     port: u16,
@@ -712,7 +723,8 @@ impl Forger {
     }
 }
 
-// Protects rate and cap: a cookie that was fetched once opens connections without a SYN, as often as it is shown.
+// Protects rate and cap: a cookie that a client fetched once opens connections without a SYN, as
+// often as the client shows it.
 #[test]
 fn a_cookie_is_taken_up_within_the_limits() {
     const BURST: u64 = 3;
@@ -743,12 +755,12 @@ fn a_cookie_is_taken_up_within_the_limits() {
     for _ in 0..SHOWN {
         let before = seen();
         forger.say(Some(cookie), |_| ());
-        // Resets the connection, if there is one: the next takes its place.
+        // Resets the connection, if there is one, so that the next can take its place.
         forger.say(Some(cookie), |header| header.rst = true);
         until("both were seen", || seen() >= before + 2);
     }
     let taken = node.netstat("SyncookiesRecv") - taken;
-    // What is left of the burst, and the one that shows that somebody goes beyond it.
+    // The rest of the burst, and one more, which shows that a source exceeds it.
     assert!(taken <= BURST, "taken up {taken} times");
     assert!(taken > 1, "the cookie was right");
     assert!(node.packets(Reason::TcpSourceRate) >= SHOWN - BURST);

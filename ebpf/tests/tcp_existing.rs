@@ -1,4 +1,5 @@
-//! TCP connections that are older than the program, or than their port's declaration: counted once, and given back once.
+//! TCP connections that are older than the program, or than their port's declaration: counted once,
+//! and given back once.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
@@ -31,7 +32,8 @@ const ANY4: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
 const ANY6: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
 const ALL_PORTS: [u16; 3] = [TCP_PORT, DUAL_PORT, SILENT_PORT];
 
-/// These ports are services, open to all within a cap. With a rate that nothing but the walk stays within: it charges none.
+/// A set with these ports as services, open to all sources within a cap, and with a rate that only
+/// the walk stays within: the walk charges none.
 fn services(ports: &[u16], cap: u32, source_tcp: Limit) -> Compiled {
     let service = |port: &u16| Service {
         port: *port,
@@ -87,7 +89,7 @@ fn ended(mut stream: &TcpStream) -> bool {
     stream.read(&mut [0; 8]).unwrap() == 0
 }
 
-/// A socket that goes out from a port of its own choice.
+/// A socket that connects from a port of its own choice.
 fn dial_from(namespace: &Namespace, port: u16, to: SocketAddr) -> OwnedFd {
     namespace.enter(|| {
         let from = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
@@ -98,8 +100,8 @@ fn dial_from(namespace: &Namespace, port: u16, to: SocketAddr) -> OwnedFd {
     })
 }
 
-// Protects the cap from those who were there first: their connections count as if the program had seen them open, whatever
-// state they are in by now, and count no more once they are closed.
+// Protects the cap from older connections: they count as if the program had seen them open,
+// whatever state they are in by now, and no longer once they are closed.
 #[test]
 fn connections_that_are_older_than_the_program_are_counted() {
     const CAP: u32 = 6;
@@ -120,8 +122,8 @@ fn connections_that_are_older_than_the_program_are_counted() {
     assert!(ended(&by_server.0));
     let six = [open(&pair, &dual, NODE6), open(&pair, &dual, NODE6)];
 
-    // No connections to this node's services: closed (TIME_WAIT is the node's), to another port, outwards, outwards from a
-    // service's port.
+    // No connections to this node's services: closed (TIME_WAIT is the node's), to another port,
+    // outgoing, outgoing from a service's port.
     let (client, server) = open(&pair, &only4, NODE4);
     drop(server);
     assert!(ended(&client));
@@ -133,7 +135,7 @@ fn connections_that_are_older_than_the_program_are_counted() {
         .enter(|| TcpListener::bind((ANY4, OTHER_PORT)).unwrap());
     let outwards = dial(&pair.node, REMOTE4, &theirs);
     let from_service = dial_from(&pair.node, SILENT_PORT, (REMOTE4, OTHER_PORT).into());
-    // Established, and nobody has accepted it yet.
+    // Established, and not accepted yet.
     let waiting = dial(&pair.remote, NODE4, &only4);
 
     let home = Home::new();
@@ -151,7 +153,7 @@ fn connections_that_are_older_than_the_program_are_counted() {
     };
     let counts = || [REMOTE4, REMOTE6].map(|source| node.kernel_count(source));
     assert_eq!((counts(), node.kernel_sources()), ([4, 2], 2));
-    // As often as one likes; by now there is one more.
+    // The walk may run any number of times; by now there is one connection more.
     let waiting = (waiting, only4.accept().unwrap().0);
     for _ in 0..2 {
         node.edge.count_open().unwrap();
@@ -194,7 +196,7 @@ fn attached_again_it_counts_what_is_open() {
     let mut held: Vec<_> = (0..3).map(|_| open(&pair, &listener, NODE4)).collect();
     Edge::detach(&home.pins).unwrap();
     drop(edge);
-    // Nobody sees this.
+    // No program sees this.
     drop(held.pop());
     held.extend([(); 2].map(|()| open(&pair, &listener, NODE4)));
 
@@ -218,8 +220,8 @@ fn attached_again_it_counts_what_is_open() {
     until("nothing is left", || node.kernel_sources() == 0);
 }
 
-// Protects the cap of a port that becomes a service while the node runs, which by then has no capability any more; and of one that
-// is a service again, since a set is taken back.
+// Protects the cap of a port that becomes a service while the node runs, which has no capabilities
+// by then; and of a port that is a service again after a set is taken back.
 #[test]
 fn a_port_that_is_declared_later_brings_its_connections() {
     if !privileged("a_port_that_is_declared_later_brings_its_connections") {
@@ -262,8 +264,9 @@ fn a_port_that_is_declared_later_brings_its_connections() {
     until("nothing is left", || node.kernel_sources() == 0);
 }
 
-// Protects counts from races: connections open and close on both CPUs, also in the queue of a listener that closes, while the walk is
-// on its way, programs are replaced, and the edge is detached and attached again.
+// Protects counts from races: connections open and close on both CPUs, also in the queue of a
+// listener that closes, while the walk runs, programs are replaced, and the edge is detached and
+// attached again.
 #[test]
 fn a_walk_among_opening_and_closing_connections_counts_each_once() {
     const ATTACHES: usize = 2;
@@ -307,7 +310,7 @@ fn a_walk_among_opening_and_closing_connections_counts_each_once() {
     until("all have ended", || node.kernel_sources() == 0);
 }
 
-/// Acts while connections open and end; gives those that were open all the time.
+/// Acts while connections open and end; returns those that were open all the time.
 fn beside_churn<T>(pair: &Pair, act: impl FnOnce() -> T) -> (T, Vec<TcpStream>) {
     const THREADS: usize = 2;
     const HELD: usize = 3;
@@ -358,7 +361,7 @@ fn open_and_end() {
     drop(third);
 }
 
-/// Closes listeners with connections that nobody has accepted; the client is the node itself.
+/// Closes listeners with connections that no process has accepted; the client is the node itself.
 fn close_listeners(done: &AtomicBool) {
     while !done.load(Ordering::Relaxed) {
         // A file that the walk looks at is closed when the walk is over.

@@ -89,10 +89,10 @@ pub struct LocalCid {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadId {
     /// This node did not issue it, or not to this address.
-    #[error("the connection ID was not given to this address")]
+    #[error("the connection ID was not issued to this address")]
     Unknown,
     /// It has expired.
-    #[error("the connection ID's time is over")]
+    #[error("the connection ID has expired")]
     Expired,
 }
 

@@ -1,7 +1,8 @@
 //! Firewall rules, and what they compile to.
 //!
 //! ```text
-//! registry tables -> RuleSet -> for one node, in order -> compile -> tries, inbound rules, outbound rules
+//! registry tables -> RuleSet -> rules of one node, in order
+//!     -> compile -> tries, inbound rules, outbound rules
 //! ```
 //!
 //! 1. The first rule that matches decides. Order: temporary rules (the newest first), the members
@@ -167,7 +168,7 @@ pub enum RulesError {
     },
     /// More rules apply to this node than the kernel keeps apart.
     #[error(
-        "{rules} inbound rules apply, at most {rules_max} are kept; merge prefixes into one rule, or raise rules_max"
+        "{rules} inbound rules apply to this node, the limit is {rules_max}; merge prefixes into one rule, or raise rules_max"
     )]
     TooManyRules {
         /// Number of rules that apply.
@@ -392,7 +393,7 @@ impl fmt::Display for Sources {
             return f.write_str("any");
         };
         if prefixes.is_empty() {
-            return f.write_str("nobody");
+            return f.write_str("no address");
         }
         let shown = prefixes.len().min(PREFIXES_SHOWN);
         list(f, &prefixes[..shown], |f, prefix| prefix.fmt(f))?;

@@ -157,7 +157,7 @@ pub struct Settings {
 #[non_exhaustive]
 pub enum SettingsError {
     /// More services than the kernel's table holds.
-    #[error("{services} services are declared, at most {SERVICES_MAX} are kept apart")]
+    #[error("{services} services are declared, the limit is {SERVICES_MAX}")]
     Services {
         /// Number of declared services.
         services: usize,

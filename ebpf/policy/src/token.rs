@@ -74,7 +74,7 @@ pub enum BadToken {
     #[error("the token was not given to this address")]
     Forged,
     /// It was valid, and has expired.
-    #[error("the token's time is over")]
+    #[error("the token has expired")]
     Expired,
 }
 

@@ -10,7 +10,7 @@ use super::*;
 
 static OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/edge.bpf.o"));
 
-/// Size of a structure in C, and where its members are, in bytes.
+/// Size of a structure in C, and the offsets of its members, in bytes.
 fn in_c(btf: &Btf<'_>, name: &str) -> (usize, BTreeMap<String, usize>) {
     let found: Struct<'_> = btf
         .type_by_name(name)

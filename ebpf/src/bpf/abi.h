@@ -7,7 +7,7 @@
 #ifndef MILLRACE_ABI_H
 #define MILLRACE_ABI_H
 
-#define EDGE_LAYOUT 4 /* goes up with any change below: pinned maps of another layout are not adopted */
+#define EDGE_LAYOUT 4 /* changes with any change below; maps pinned under another are not adopted */
 
 #define EDGE_GENERATIONS 2
 #define EDGE_SERVICES_MAX 16
@@ -19,8 +19,8 @@
 #define EDGE_MOCK_MSS 1460 /* `edge_test` puts it into SYN cookies */
 
 #define EDGE_RULE_DEFAULT 0xffff
-#define EDGE_LEAF 0x80000000u /* trie entry: rule in bits 0..16, action in bits 16..18; without it: a node's index */
-#define EDGE_SPARSE 0x40000000u /* entry that is no leaf: the index, in bits 0..30, is of a sparse node */
+#define EDGE_LEAF 0x80000000u /* leaf: rule in bits 0..16, action in 16..18; else: a node's index */
+#define EDGE_SPARSE 0x40000000u /* no leaf: bits 0..30 are the index of a sparse node */
 #define EDGE_RUNS 12
 
 enum edge_mode { EDGE_COUNT = 0, EDGE_ENFORCE = 1 };
@@ -153,7 +153,7 @@ struct edge_control {
 	__u64 limiter_old_until_ns;
 	struct edge_key keys[EDGE_KEYS];
 	__u64 netns_cookie; /* connections of other namespaces are not counted; 0: all are */
-	__u64 cookies_watched_until_ns; /* the programs' own: somebody was established beyond rate or cap */
+	__u64 cookies_watched_until_ns; /* written by the programs */
 	struct edge_config config[EDGE_GENERATIONS];
 };
 

@@ -67,7 +67,7 @@ EDGE_INLINE void count_event(struct xdp_md *ctx, struct edge_view *view, const s
 	struct edge_event *event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
 
 	if (!event)
-		return; /* nobody reads fast enough: an event is lost, never a packet */
+		return; /* the reader is too slow: the program loses the event, never the packet */
 	__builtin_memset(event, 0, sizeof(*event));
 	event->now_ns = view_now(view, program);
 	event->reason = reason;

@@ -18,7 +18,7 @@
 #define AHEAD_BITS 46 /* a time more than 2^46 ahead lies in the past */
 #define SLOT_INDEX 7
 #define TICK_NS_MAX 10000000 /* of the coarse clock, at 100 Hz */
-#define CLOCK_SLACK_NS 60000000000ull /* a thread that read the clock may be stopped before it goes on */
+#define CLOCK_SLACK_NS 60000000000ull /* a thread may be stopped after it read the clock */
 #define MIX_KIND 0x9e3779b97f4a7c15ull
 #define MIX_FIRST 0xbf58476d1ce4e5b9ull
 #define MIX_SECOND 0x94d049bb133111ebull
@@ -160,7 +160,7 @@ struct sketch_ask {
 	__u32 purpose;
 	__u32 ipv4; /* of a source */
 	__u32 pad;
-	__u64 beyond_ns; /* after a refusal: how long until this limit would admit; all bits: nobody knows */
+	__u64 beyond_ns; /* after a refusal: time until this limit would admit; all bits: unknown */
 };
 
 /* The number of levels of a source: IPv4 /32 and /24, IPv6 /64, /56 and /48. Any other key has

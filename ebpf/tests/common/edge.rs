@@ -62,7 +62,7 @@ impl Ends {
         self.server.recv(&mut [0; 64]).is_ok()
     }
 
-    /// Datagrams that are in the socket, which is empty afterwards.
+    /// Number of datagrams in the socket, which is empty afterwards.
     pub fn arrived(&self) -> usize {
         self.server.set_nonblocking(true).unwrap();
         let received = std::iter::repeat_with(|| self.server.recv(&mut [0; 64]));

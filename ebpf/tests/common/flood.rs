@@ -10,7 +10,8 @@ use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 use super::{NODE, Pair, REMOTE};
 
 const OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flood.bpf.o"));
-/// `BPF_F_TEST_XDP_LIVE_FRAMES`: what the program says is done, instead of being returned.
+/// `BPF_F_TEST_XDP_LIVE_FRAMES`: the kernel carries out the program's verdict, instead of returning
+/// it.
 const LIVE_FRAMES: u32 = 1 << 1;
 /// What the program writes anew in each packet.
 const HEADER: usize = 64;
@@ -22,7 +23,8 @@ const WORLD_MAC: [u8; 6] = [2, 0x77, 0, 0, 0, 2];
 /// Any seed but zero.
 const SEED: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// The remote end of a pair's wire: native XDP, which answers that the node's program transmits need to arrive; and a generator.
+/// The remote end of a pair's wire: a native XDP program, without which the node's transmitted
+/// answers do not arrive, and a generator.
 pub struct FarEnd {
     object: Object,
     /// What packets are cut from.
@@ -68,7 +70,8 @@ impl FarEnd {
         })
     }
 
-    /// Sends so many packets, as fast as they go, from the calling thread and its CPU; it must be in the remote namespace.
+    /// Sends so many packets, as fast as possible, from the calling thread and its CPU; the thread
+    /// must be in the remote namespace.
     pub fn send(&self, packets: u32) {
         let program = self
             .object
@@ -135,7 +138,8 @@ fn ip() -> etherparse::PacketBuilderStep<etherparse::IpHeaders> {
     PacketBuilder::ethernet2(WORLD_MAC, NODE_MAC).ipv4([0; 4], node.octets(), 64)
 }
 
-/// A client's first packet: version 1, an ID of 8 bytes, none of its own, no token. All that is read of it is in [`HEADER`].
+/// A client's first packet: version 1, an ID of 8 bytes, no source ID, no token. The program reads
+/// only what is in [`HEADER`].
 fn initial(port: u16) -> Vec<u8> {
     let mut payload = vec![0xc3, 0, 0, 0, 1];
     payload.extend([8; 9]);

@@ -1,6 +1,5 @@
-//! Frames as tests want them: each field may be wrong, and what is not said is right.
-//!
-//! Checksums stay zero: the edge leaves them to the host.
+//! Frames as tests want them: each field may be wrong, and a field that a test does not set is
+//! right.
 #![allow(dead_code, unreachable_pub, reason = "each test takes what it needs")]
 
 use std::net::{IpAddr, SocketAddr};
@@ -54,7 +53,7 @@ pub struct Frame {
     pub extensions: Vec<(u8, Vec<u8>)>,
     /// Last *next header* or protocol; none: that of the body.
     pub protocol: Option<u8>,
-    /// IPv4 total length or IPv6 payload length: how much more than it should be.
+    /// IPv4 total length or IPv6 payload length: the difference from the right value.
     pub length_error: i32,
     /// What the IP packet holds.
     pub body: Body,
@@ -125,7 +124,7 @@ impl Frame {
         Self::new(source, body)
     }
 
-    /// Neither UDP nor TCP as they should be: `body` stands where the transport header would.
+    /// Neither UDP nor TCP: `body` stands where the transport header would.
     pub fn raw(source: SocketAddr, protocol: u8, body: &[u8]) -> Self {
         let mut frame = Self::new(source, Body::Raw(body.to_vec()));
         frame.protocol = Some(protocol);
@@ -339,7 +338,7 @@ pub fn dial_request() -> Vec<u8> {
     dial_request
 }
 
-/// A number in 1, 2, 4 or 8 bytes (RFC 9000, section 16); what does not fit is cut.
+/// A number in 1, 2, 4 or 8 bytes (RFC 9000, section 16); higher bits are cut off.
 pub fn varint(value: u64, bytes: usize) -> Vec<u8> {
     let (prefix, kept) = match bytes {
         1 => (0, 0x3f),

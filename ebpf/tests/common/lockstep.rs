@@ -1,8 +1,4 @@
-//! The kernel's program and its model in lockstep: one state, one packet at a time, not one difference.
-//!
-//! 1. The state stands in the model; [`Lockstep::change`] writes it to the program's maps as well.
-//! 2. Each packet is compared by itself: what was decided, why, by which rule, and the frame that is left.
-//! 3. [`Lockstep::audit`] compares what has added up: every counter, every hit, every word of the limits.
+//! The kernel's program and its model in lockstep: one state, one packet at a time, no difference.
 #![allow(dead_code, unreachable_pub, reason = "each test takes what it needs")]
 
 use etherparse::{NetSlice, SlicedPacket, TcpOptionElement, TransportSlice};
@@ -60,7 +56,7 @@ impl Lockstep {
             ..LoadOptions::default()
         };
         let loaded = Loaded::load(&options).unwrap_or_else(|error| panic!("{error}"));
-        // It changes nothing that is compared.
+        // A test run that changes nothing which is compared.
         let splits = loaded.run_split(Program::EdgeTrace, &[0; 64], 32).is_ok();
         if !splits {
             skip::skip(test, "Linux 6.18 to split frames, and leaves them whole");
@@ -80,7 +76,7 @@ impl Lockstep {
         changed
     }
 
-    /// Puts a set into force for both; what was on probation is settled before.
+    /// Puts a set in force for both. A probation is settled before.
     pub fn publish(&mut self, set: Compiled) {
         self.change(|model| model.revert_at_ns = 0);
         self.audit_hits();
@@ -116,7 +112,7 @@ impl Lockstep {
         self.model.quic_sources.insert(key, count);
     }
 
-    /// `mark` is what the program that counts keeps beside the count.
+    /// `mark` is the mark of the source that the counting program keeps beside the count.
     pub fn tcp_connections(&mut self, source: Source, connections: u32, mark: u32) {
         let key = source.cap_key();
         let word = u64::from(mark) << 32 | u64::from(connections);
@@ -167,14 +163,14 @@ impl Lockstep {
         }
     }
 
-    /// Decides on a frame both ways; says how they differ.
+    /// Decides on a frame both ways, and returns how the decisions differ.
     pub fn decide(&mut self, frame: &[u8], environment: Environment) -> Result<Decision, String> {
         self.decide_by(frame, environment, |loaded| {
             loaded.run(Program::EdgeTest, frame, 1)
         })
     }
 
-    /// The same, with no more than `linear` bytes of the frame in one piece of memory, if the kernel can do that.
+    /// The same, with at most `linear` bytes of the frame contiguous, if the kernel supports that.
     pub fn decide_split(
         &mut self,
         frame: &[u8],
@@ -227,10 +223,8 @@ impl Lockstep {
         }
     }
 
-    /// Compares the counters. Each packet has added one to one of the model's, so it has to one of the kernel's.
-    ///
-    /// # Panics
-    /// When they differ.
+    /// Compares the counters. Each packet added one to one of the model's counters, so it must have
+    /// to one of the kernel's.
     pub fn audit_counters(&self) {
         let counters = Counters::read(self.loaded.maps().counters()).unwrap();
         assert_eq!(counters.packets(), self.packets, "a packet is one count");
@@ -287,7 +281,7 @@ impl Lockstep {
         }
     }
 
-    /// Forgets everything that packets have left, but for counters and hits.
+    /// Removes every trace of earlier packets, except counters and hits.
     pub fn renew(&mut self) {
         let maps = self.loaded.maps();
         for index in 0..self.model.buckets.count() {
@@ -311,7 +305,7 @@ impl Lockstep {
         self.forget_replies();
     }
 
-    /// Both generations of the sketch are emptied but for the one in use; it changes to the other one, with a new seed.
+    /// Clears the idle generation of the sketch, and makes it active with a new seed.
     pub fn turn_sketch(&mut self, seed: Key, old_until_ns: u64) {
         let idle = self.model.limiter_active ^ 1;
         let half = self.model.buckets.count() / 2;
@@ -426,7 +420,7 @@ fn sequence_of_cookie(cookie: Cookie) -> u32 {
     }
 }
 
-/// The model does not make cookies' frames: another library reads the kernel's.
+/// The model does not build frames of cookies: another library reads the kernel's.
 fn syn_ack(frame: &[u8], answer: &[u8], cookie: u32) -> Result<(), &'static str> {
     let same = |equal: bool, what| if equal { Ok(()) } else { Err(what) };
     let asked = Packet::parse(frame).map_err(|_| "SYN")?;

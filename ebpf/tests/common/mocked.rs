@@ -1,4 +1,4 @@
-//! The programs with a clock that tests set, and the packets that they are shown.
+//! The programs with a clock that tests set, and packets for them.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -28,7 +28,8 @@ const PEER: u32 = 0xabcd;
 const CLIENT_PORT: u16 = 40_000;
 const INITIAL_BYTES: usize = 1_200;
 
-/// The programs in the kernel, attached to nothing; everybody may send to a QUIC and a TCP port, and nothing is limited.
+/// The programs in the kernel, attached to nothing. Every source may send to a QUIC and a TCP port,
+/// without limits.
 #[derive(Debug)]
 pub struct Mocked {
     pub loaded: Loaded,
@@ -102,7 +103,8 @@ impl Mocked {
         }
     }
 
-    /// What becomes of one packet. For one thread at a time: the kernel leaves its decision in a map.
+    /// The decision on one packet. For one thread at a time: the kernel leaves its decision in a
+    /// map.
     pub fn reason(&self, frame: &[u8]) -> Reason {
         self.run(frame);
         Reason::from_index(self.loaded.maps().decision.load(0).reason).unwrap()
@@ -110,8 +112,8 @@ impl Mocked {
 
     /// Shows a packet to the program, on the calling thread's CPU.
     ///
-    /// Never several times in one call: for that the kernel changes its own code first, which takes milliseconds and a lock, and two
-    /// threads would hardly ever be at it together.
+    /// Never several times in one call: for that the kernel changes its own code first, which takes
+    /// milliseconds and a lock, and two threads would hardly ever be at it together.
     pub fn run(&self, frame: &[u8]) -> Run {
         self.loaded.run(Program::EdgeTest, frame, 1).unwrap()
     }
@@ -195,7 +197,7 @@ fn frame(source: IpAddr, payload: Option<&[u8]>) -> Vec<u8> {
     frame
 }
 
-/// Gives a frame of ours another source of its family; its checksums are nobody's concern.
+/// Gives a frame of this module another source of its family. The program does not check checksums.
 pub fn set_source(frame: &mut [u8], source: IpAddr) {
     match source {
         IpAddr::V4(source) => frame[26..30].copy_from_slice(&source.octets()),

@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 pub use enter::enter;
 pub use millrace_testkit::{PATIENCE, skip, until};
 
-/// Whether the test can run here; says what it lacks otherwise.
+/// Whether the test can run here; otherwise it reports what is missing.
 pub fn privileged(test: &str) -> bool {
     skip::has_all(test, &millrace_edge::privileges::missing())
 }
@@ -90,7 +90,8 @@ impl Pair {
             namespace.ip(&format!("addr add fd77::{host}/64 dev {interface} nodad"));
             namespace.ip(&format!("link set {interface} up"));
         }
-        // The kernel lets packets out some time after that: what is sent before is lost, and said again after a second.
+        // The kernel sends packets only some time after that: it would lose an earlier one, which
+        // is repeated after a second.
         for (namespace, interface) in [(&pair.node, "mr0"), (&pair.remote, "mr1")] {
             until("the cable carries packets", || {
                 let shown = namespace.ip(&format!("link show dev {interface}"));

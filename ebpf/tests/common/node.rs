@@ -36,10 +36,11 @@ pub const NODE4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 1));
 pub const NODE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 1));
 pub const REMOTE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 2));
 
-/// How long a client waits for a connection that it is not to have.
+/// How long a client waits for a connection that the edge refuses.
 pub const REFUSED: Duration = Duration::from_millis(300);
 
-/// The edge in force on the node's interface, and the far end of its wire. Fields are dropped in this order.
+/// The edge in force on the node's interface, and the far end of its wire. Fields are dropped in
+/// this order.
 #[derive(Debug)]
 pub struct Node {
     pub edge: Edge,
@@ -50,10 +51,11 @@ pub struct Node {
 }
 
 impl Node {
-    /// Everybody may use its services, within limits and caps.
+    /// A node whose services every source may use, within limits and caps.
     pub fn new(label: &str, mode: AttachMode, limits: Limits, caps: Caps) -> Self {
         let pair = Pair::new(label);
-        // The program in generic mode transmits through the stack, which needs nothing at the other end.
+        // The program in generic mode transmits through the stack, which needs nothing at the other
+        // end.
         let far = (mode == AttachMode::Native).then(|| FarEnd::attach(&pair, QUIC_PORT, TCP_PORT));
         let home = Home::new();
         let options = AttachOptions {
@@ -108,7 +110,7 @@ impl Node {
         self.edge.maps().tcp_sources().keys().count()
     }
 
-    /// Packets that were acted on for this reason.
+    /// Packets that the program acted on for this reason.
     pub fn packets(&self, reason: millrace_edge_policy::reason::Reason) -> u64 {
         counters(&self.edge).acted_on(reason)
     }
@@ -124,7 +126,7 @@ impl Node {
         self.pair.remote.enter(|| connect((address, port).into()))
     }
 
-    /// Whether the remote host is refused a connection.
+    /// Whether the edge refuses a connection of the remote host.
     pub fn refuses(&self, address: IpAddr, port: u16) -> bool {
         let to = SocketAddr::from((address, port));
         self.pair
@@ -171,7 +173,8 @@ pub fn echoes(mut stream: &TcpStream) -> bool {
     stream.write_all(b"ping").is_ok() && stream.read_exact(&mut back).is_ok() && &back == b"ping"
 }
 
-/// An application: takes a connection if the cap has a guard for it, and echoes. It keeps its own books.
+/// An application: it accepts a connection if the cap gives a guard for it, and echoes. It keeps
+/// its own count.
 #[derive(Debug, Default)]
 pub struct Echo {
     held: AtomicUsize,
@@ -179,7 +182,7 @@ pub struct Echo {
 }
 
 impl Echo {
-    /// Serves until the process ends; its threads wait for nobody.
+    /// Serves until the process ends; no test joins its threads.
     pub fn serve(listener: TcpListener, cap: Arc<TcpCap>) -> Arc<Self> {
         let echo = Arc::new(Self::default());
         let serving = Arc::clone(&echo);

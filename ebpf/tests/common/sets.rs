@@ -13,12 +13,12 @@ use millrace_edge_policy::settings::{Caps, DefaultAction, Kind, Limits, Mode, Se
 
 /// Where the service of UDP listens.
 pub const PORT: u16 = 4200;
-/// Where the service of TCP listens, open to all whom no rule names.
+/// The port of the TCP service, open to all sources that no rule matches.
 pub const TCP_PORT: u16 = 8080;
 pub const QUIC_PORT: u16 = 4100;
 /// A service with a listener for both families.
 pub const DUAL_PORT: u16 = 8081;
-/// A service where nobody listens.
+/// A service without a listener.
 pub const SILENT_PORT: u16 = 8082;
 /// The remote end of a pair of namespaces.
 pub const REMOTE4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 2));
@@ -46,7 +46,7 @@ pub fn options(mode: AttachMode) -> AttachOptions {
     }
 }
 
-/// UDP to [`PORT`] is allowed or denied from every remote address, by a rule.
+/// A set in which one rule allows or denies UDP to [`PORT`] from every remote address.
 pub fn set(mode: Mode, action: RuleAction) -> Compiled {
     set_of(mode, &["10.77.0.0/24"], action)
 }

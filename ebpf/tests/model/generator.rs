@@ -1,4 +1,5 @@
-//! Packets of all shapes, most of them nearly right: what is wrong everywhere ends at the first check.
+//! Packets of all shapes, most of them nearly right: a packet with many faults ends at the first
+//! check.
 
 use millrace_edge_policy::cid::{HANDSHAKE_EPOCH_SHIFT, LocalCid, Place, ROAMING_EPOCH_SHIFT};
 use millrace_edge_policy::model::{Cookie, Model};
@@ -35,7 +36,7 @@ impl Generator {
         }
     }
 
-    /// May bring this frame again: replays are what budgets are for.
+    /// May return this frame again: budgets are for replays too.
     pub(crate) fn remember(&mut self, frame: Vec<u8>) {
         if self.remembered.len() < REMEMBERED {
             self.remembered.push(frame);
@@ -91,7 +92,7 @@ impl Generator {
         }
     }
 
-    /// Few, in few prefixes, so that they meet their limits; now and then anybody.
+    /// Few sources in few prefixes, so that they meet their limits; now and then any source.
     pub(crate) fn address(&mut self) -> IpAddr {
         let low = self.below(4) as u8;
         let next = self.below(3) as u8;
@@ -173,7 +174,7 @@ impl Generator {
         bytes
     }
 
-    /// Of the family of `like`, at the bounds of what is martian, on either side.
+    /// An address of the family of `like`, at the bounds of martians, on either side.
     fn martian(&mut self, like: IpAddr) -> IpAddr {
         let text = match like {
             IpAddr::V4(_) => self.one_of(&[
@@ -309,7 +310,7 @@ impl Generator {
             let count = self.below(40) as usize;
             self.bytes(count)
         };
-        // Cut with the lengths right: the QUIC reader meets the end, and no other does.
+        // Cut short with right lengths: only the QUIC reader meets the end.
         if self.once_in(12) {
             let end = self.one_of(&[payload.len(), 80]) as u64;
             payload.truncate(self.below(end + 1) as usize);
@@ -429,7 +430,8 @@ impl Generator {
         long.bytes()
     }
 
-    /// An ID of ours: valid, of another address, expired, of the future, forged; or of another length.
+    /// An ID of this node: valid, of another address, expired, of the future, forged; or of another
+    /// length.
     fn own_id(&mut self, model: &Model, source: SocketAddr, now_ns: u64) -> Vec<u8> {
         let place = Place {
             shard: self.below(4) as u8,
@@ -462,7 +464,7 @@ impl Generator {
         id
     }
 
-    /// A time that is mostly of this epoch, else of one nearby, or of one that has the same low bits.
+    /// A time that is mostly in this epoch, else in one nearby, or in one with the same low bits.
     fn around(&mut self, now_ns: u64, shift: u32) -> u64 {
         let epochs = self.one_of(&[0, 0, 0, 0, 0, 1, 1, 2, 3, 31, 32, 33, 64, 255, 256, 257]);
         let step = epochs << shift;

@@ -1,4 +1,4 @@
-//! What changes around the packets: sets of rules, limits, stress, clocks, keys, counts.
+//! Changes of the state around the packets: sets of rules, limits, stress, clocks, keys, counts.
 
 use ipnet::IpNet;
 use millrace_edge_policy::limiter::Limit;
@@ -26,7 +26,7 @@ pub(crate) fn set(generator: &mut Generator) -> Compiled {
     let rules: Vec<Rule> = (0..generator.below(8)).map(|_| rule(generator)).collect();
     let mut set = compile(&settings, &rules, BOUNDS).unwrap();
     if generator.once_in(40) {
-        // What no compiler makes: a service without a trie.
+        // A set that no compiler makes: a service without a trie.
         if let Some(roots) = set.services.first_mut() {
             roots.root4 = 1 << 20;
         }
@@ -101,7 +101,7 @@ fn limit(generator: &mut Generator) -> Limit {
     }
 }
 
-/// Over the prefixes that the generator's sources are in, and some that hold few of them.
+/// A rule over the prefixes of the generator's sources, or over some that hold few of them.
 pub(crate) fn rule(generator: &mut Generator) -> Rule {
     let prefixes = if generator.once_in(4) {
         crowd(generator)
@@ -136,7 +136,8 @@ pub(crate) fn rule(generator: &mut Generator) -> Rule {
     }
 }
 
-/// Prefixes that differ in one byte, more than a sparse node holds apart: its node is dense, also where it is no root.
+/// Prefixes that differ in one byte, more than a sparse node holds apart: its node is dense, also
+/// where it is no root.
 fn crowd(generator: &mut Generator) -> Vec<IpNet> {
     let mut bytes = match generator.address().to_canonical() {
         IpAddr::V4(address) => address.octets().to_vec(),
@@ -255,7 +256,7 @@ pub(crate) fn change(generator: &mut Generator, both: &mut Lockstep, now_ns: &mu
                 Protocol::Tcp => REPLY_TCP_NS,
             };
             let ago_ns = generator.one_of(&[0, SECOND, lives_ns - SECOND, lives_ns, lives_ns + 1]);
-            // Also a little ahead, as a clock that was read later.
+            // Also a little ahead, like a clock that was read later.
             let sent_ns = *now_ns + generator.below(2) * 1_000 - ago_ns;
             both.reply(flow, sent_ns);
         }

@@ -1,5 +1,5 @@
-//! What the tests of this crate start as processes of their own. The first argument is the job; a job
-//! that fails panics, which its exit status tells.
+//! The program that tests of this crate start as processes of their own. The first argument is the
+//! job; a job that fails panics, which its exit status shows.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 #[path = "../common/enter.rs"]
@@ -36,7 +36,8 @@ fn main() {
         }),
         ["limit-and-wait", netns, root] => attach_and_wait(netns, root, |edge| {
             edge.publish(&limited(), 7, None).unwrap();
-            // As the node charges handshakes of QUIC that complete; the kernel charges those of TCP.
+            // As the node charges handshakes of QUIC that complete; the kernel charges those of
+            // TCP.
             for _ in 0..BURST {
                 let limit = limited().settings.limits.source_quic;
                 charge_validated(edge.maps(), Source::of(REMOTE4), limit);
@@ -60,8 +61,8 @@ fn attach_and_wait(netns: &str, root: &str, put_in_force: impl FnOnce(&Edge) + S
     });
 }
 
-/// Looks for an edge before and after another process attaches it where this process's mounts do not
-/// show its pins.
+/// Looks for an edge before and after another process attaches it where this process's mounts do
+/// not show its pins.
 fn out_of_sight(pins: &Pins) {
     // Nothing is there yet.
     assert_eq!(Edge::may_detach(pins).unwrap(), None);

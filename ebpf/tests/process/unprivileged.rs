@@ -80,7 +80,7 @@ fn can_use_what_it_holds(mut edge: Edge, loaded: &Loaded) {
         (Reason::FirewallDefault, 1)
     );
 
-    // Programs that were loaded before take the place of those that run.
+    // Programs that were loaded before replace the running ones.
     edge.replace(loaded).unwrap();
     assert_eq!(
         edge.trace(&packet.frame()).unwrap().reason,
@@ -126,7 +126,7 @@ fn asks_its_helper(helper: &Helper, pins: &Pins) {
     assert!(message.contains("nowhere"), "{message}");
     attach("mr0").unwrap();
 
-    // The pins are for whoever owns the folder.
+    // The owner of the folder may use the pins.
     let edge = Edge::adopt(pins).unwrap();
     edge.publish(&set(Mode::Enforce, RuleAction::Allow), 3, None)
         .unwrap();

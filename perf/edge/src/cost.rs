@@ -1,4 +1,5 @@
-//! What the edge's program costs by itself: test runs over generated packets, without veth and without stack.
+//! The cost of the edge's program by itself: test runs over generated packets, without veth and
+//! without stack.
 
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
@@ -13,7 +14,7 @@ use crate::rows::EXPECTED_SHARE;
 /// Runs of each measurement; the least counts.
 const RUNS: usize = 5;
 
-/// What is run, over packets of so many sources.
+/// The program that runs, and the number of sources of its packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Subject {
     pub(crate) case: Case,
@@ -23,7 +24,7 @@ pub(crate) struct Subject {
 /// One measurement.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cost {
-    /// Mean for a packet, loop and generator included.
+    /// Mean for a packet, with the loop and the generator.
     pub(crate) gross_ns: f64,
     /// The loop, the generator and an empty program.
     pub(crate) loop_ns: f64,
@@ -35,7 +36,7 @@ impl Cost {
     }
 }
 
-/// Everything that is run.
+/// All measurements.
 pub(crate) fn all() -> Vec<Subject> {
     use Sources as S;
     let of = |case, sources: &[S]| -> Vec<_> {
@@ -67,10 +68,11 @@ impl Subject {
         )
     }
 
-    /// Measures it over `packets` packets, some times.
+    /// Measures it over `packets` packets, several times.
     ///
     /// # Errors
-    /// If not every packet went the way that this is about.
+    ///
+    /// If one packet got another decision than the row is about.
     pub(crate) fn measure(
         self,
         edges: &Edges,
@@ -87,7 +89,8 @@ impl Subject {
             is_answered: false,
         };
         let generator = Generator::load(&mut object, traffic)?;
-        // A Retry is shorter than what it answers, and the next run has to make the frame long again.
+        // A Retry is shorter than the packet that it answers, so the next run must make the frame
+        // long again.
         let empty = match self.case {
             Case::Retry => receiver.shorten(),
             _ => receiver.nothing(),
@@ -96,7 +99,7 @@ impl Subject {
             gross_ns: f64::MAX,
             loop_ns: f64::MAX,
         };
-        // The first run is a warm-up as well; the least does not see it.
+        // The first run also warms up; the least does not contain it.
         for _ in 0..RUNS {
             cost.loop_ns = cost
                 .loop_ns

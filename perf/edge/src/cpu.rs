@@ -1,8 +1,9 @@
 //! Cores and their time.
 //!
-//! A packet's whole way (generator, veth, filter, stack) is softirq work on the generator's core: inside the generating
-//! thread, or in `ksoftirqd` when that takes over. Both threads' run time in nanoseconds (`schedstat`) is what a row cost;
-//! time stolen by the host or spent on other processes is in neither.
+//! A packet's whole way (generator, veth, filter, stack) is softirq work on the generator's core:
+//! inside the generating thread, or in `ksoftirqd` when that takes over. The cost of a row is the
+//! run time of both threads in nanoseconds (`schedstat`); it does not contain time that the host
+//! stole or other processes used.
 
 use std::fs;
 use std::time::Duration;
@@ -12,7 +13,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::Result;
 
-/// Keeps the calling thread, and every process and thread it starts later, on one core.
+/// Keeps the calling thread on one core, and every process and thread that it starts later.
 pub(crate) fn pin_to(cpu: usize) -> Result<()> {
     pin(None, cpu)
 }
@@ -24,8 +25,8 @@ pub(crate) fn pin(thread: Option<Pid>, cpu: usize) -> Result<()> {
     Ok(sched_setaffinity(thread, &set)?)
 }
 
-/// Lets a thread (none: the calling one) run before all ordinary ones, as a softirq does; processes that it starts are ordinary.
-/// The kernel's reserve for ordinary threads, a twentieth, stays.
+/// Lets a thread (none: the calling one) run before all ordinary ones, as a softirq does; processes
+/// that it starts are ordinary. The kernel's reserve for ordinary threads, a twentieth, stays.
 #[cfg(feature = "goodput")]
 pub(crate) fn go_first(thread: Option<Pid>) -> Result<()> {
     let thread = thread
@@ -39,12 +40,12 @@ pub(crate) fn go_first(thread: Option<Pid>) -> Result<()> {
     .map(drop)
 }
 
-/// Processes, threads of the kernel among them, whose name begins like this.
+/// Processes and kernel threads whose name begins like this.
 pub(crate) fn threads_named(prefix: &str) -> Result<Vec<Pid>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let path = entry?.path();
-        // Not a process, or gone.
+        // It is no process, or it is gone.
         let Ok(name) = fs::read_to_string(path.join("comm")) else {
             continue;
         };
@@ -67,7 +68,7 @@ pub(crate) struct Clock {
 impl Clock {
     /// The calling thread must stay on `cpu`.
     pub(crate) fn of(cpu: usize) -> Result<Self> {
-        // With the line's end: 1 is not 10.
+        // With the end of the line, so that 1 does not match 10.
         let name = format!("ksoftirqd/{cpu}\n");
         let [thread] = threads_named(&name)?[..] else {
             return Err(format!("no thread {}: is this the host's /proc?", name.trim()).into());

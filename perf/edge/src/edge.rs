@@ -1,7 +1,8 @@
-//! The edge, set up so that all packets of a row meet one verdict.
+//! The edge, set up so that all packets of a row get one verdict.
 //!
-//! Each is loaded and published of its own, by what a node publishes with: rules like those that the reference is given, limits
-//! that decide the row, and state that a long attack would have left: bursts spent, budgets spent, connections counted.
+//! Each edge is loaded and published separately, by the code that a node uses: with rules like
+//! those that the reference gets, with limits that decide the row, and with the state that a long
+//! attack would leave: spent bursts, spent budgets, counted connections.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -37,19 +38,21 @@ use crate::{Result, testbed};
 /// Prefixes of [`Case::Prefixes`].
 const PREFIXES: u32 = 100_000;
 
-/// Which verdict of the edge a row is about.
+/// The verdict of the edge that a row is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Case {
     /// No rule allows the source.
     Deny,
-    /// Firewall and all levels of a source that has spent its burst, where the reference's rules end as well.
+    /// Firewall and all levels of a source that has spent its burst. The reference's rules end
+    /// there as well.
     Rate,
     /// The same over IPv6.
     Rate6,
-    /// Firewall, all levels of a source that keeps to its rate, and its count of connections, which is at the cap.
+    /// Firewall, all levels of a source that keeps to its rate, and its count of connections, which
+    /// is at the cap.
     Cap,
-    /// Firewall, all levels of a fresh source, its count, the global budget: passed.
+    /// Firewall, all levels of a fresh source, its count, the global budget: admitted.
     Admitted,
     /// The same over IPv6.
     Admitted6,
@@ -57,11 +60,12 @@ pub(crate) enum Case {
     Prefixes,
     /// Firewall, levels, count, and a global budget that is spent: answered in place.
     Retry,
-    /// A connection ID that nobody gave out.
+    /// A connection ID that no node issued.
     Garbage,
-    /// A SYN beyond the budget, with nobody listening.
+    /// A SYN beyond the budget, to a port where no socket listens.
     Syn,
-    /// What a node under attack has that allows everybody, and nobody without having shown an address: for goodput.
+    /// A node under attack that allows every source, but none without a validated address: for
+    /// goodput.
     #[cfg(feature = "goodput")]
     Open,
 }
@@ -84,7 +88,7 @@ impl Case {
         }
     }
 
-    /// What every packet of the row is counted as.
+    /// The reason under which every packet of the row is counted.
     fn reason(self) -> Reason {
         match self {
             Self::Deny => Reason::FirewallDefault,
@@ -99,7 +103,8 @@ impl Case {
         }
     }
 
-    /// Whether the node has seen that it is attacked, as it does within a fifth of its lease.
+    /// Whether the level of stress is that of a node under attack. A node raises it within a fifth
+    /// of its lease.
     fn is_under_stress(self) -> bool {
         match self {
             #[cfg(feature = "goodput")]
@@ -108,7 +113,7 @@ impl Case {
         }
     }
 
-    /// The packets that it is about.
+    /// The packets of the row.
     pub(crate) fn shape(self) -> Shape {
         match self {
             Self::Garbage => Shape::ShortHeader,
@@ -118,7 +123,8 @@ impl Case {
         }
     }
 
-    /// Whether it is another edge for other sources: each of them has been charged or counted before.
+    /// Whether the edge depends on the number of sources: each of them is charged or counted
+    /// before.
     fn knows_sources(self) -> bool {
         matches!(self, Self::Rate | Self::Rate6 | Self::Cap)
     }
@@ -131,7 +137,7 @@ impl Case {
         let always = Limit::per(1_000_000_000, Duration::from_secs(1), 1_000_000_000);
         let defaults = Limits::default();
         let limits = match self {
-            // One packet of a source in nine hours: what was charged before the row stays spent through it.
+            // One packet of a source in nine hours: a charge before the row stays spent through it.
             Self::Rate | Self::Rate6 => Limits {
                 source_quic: never,
                 ..defaults
@@ -151,7 +157,8 @@ impl Case {
             _ => defaults,
         };
         let caps = match self {
-            // One system call for each connection: with the default a million sources would take minutes.
+            // One system call for each connection: with the default a million sources would take
+            // minutes.
             Self::Cap => Caps {
                 quic: 1,
                 ..Caps::default()
@@ -177,7 +184,8 @@ impl Case {
         }
     }
 
-    /// The nodes and the honest clients that the reference's rules list as well; or many prefixes.
+    /// A rule for the nodes and honest clients that the reference's rules list as well; or for many
+    /// prefixes.
     fn rule(self) -> Rule {
         let of = |address, bits| Ipv4Net::new(address, bits).map(IpNet::from);
         let honest = [Ok(IpNet::from(testbed::HONEST))];
@@ -216,7 +224,7 @@ pub(crate) struct Edge {
     program: ProgramHandle,
 }
 
-/// The edge is attached to a device until this is dropped.
+/// The edge, attached to a device until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Attached<'e> {
     edge: &'e Edge,
@@ -224,12 +232,12 @@ pub(crate) struct Attached<'e> {
 }
 
 impl Edge {
-    /// Loads it, publishes its set as a live node does, and brings it into the state that a long attack from `sources` would
-    /// have left.
+    /// Loads an edge, publishes its set as a live node does, and brings it into the state that a
+    /// long attack from `sources` would leave.
     pub(crate) fn load(case: Case, sources: Sources) -> Result<Self> {
         let mut options = LoadOptions::default();
         match case {
-            // What a node keeps unless it is told otherwise.
+            // The default size of a node's config.
             Case::Prefixes => options.trie_nodes4 = 1 << 14,
             Case::Cap => options.sources_max = options.sources_max.max(sources.count()?),
             _ => {}
@@ -252,7 +260,7 @@ impl Edge {
         Publisher::new(maps).publish(&compiled, 1, None)?;
         let limits = &compiled.settings.limits;
         let keys = KeySchedule::new(now_ns(), known_bytes()).keys();
-        // A run takes longer than a node's lease, and nobody renews it.
+        // A run takes longer than a node's lease, and no node renews it.
         let presence = Presence::begin(maps, RUN, Duration::MAX, limits, &keys);
         if case.is_under_stress() {
             presence.set_stress(Level::Retry);
@@ -279,7 +287,7 @@ impl Edge {
         Ok(Attached { edge: self, device })
     }
 
-    /// What it has counted.
+    /// Its counters.
     pub(crate) fn tally(&self) -> Result<Tally> {
         let counters = Counters::read(self.loaded.maps().counters())?;
         let answered = [Reason::TxRetry, Reason::TxSynCookie];
@@ -297,11 +305,11 @@ impl Edge {
         })
     }
 
-    /// Charges every source once, as a connection that it has opened does.
+    /// Charges every source once, as a connection that it opens does.
     fn spend(&self, limits: &Limits, sources: Sources) {
         for address in sources.addresses() {
             let source = Source::of(self.address(address));
-            // Refused at a wider level: as spent as it gets.
+            // A charge that a wider level refuses leaves the source as spent as it can be.
             charge_validated(self.loaded.maps(), source, limits.source_quic);
         }
     }
@@ -319,7 +327,7 @@ impl Edge {
         }
     }
 
-    /// As the generator writes it.
+    /// The address of a number, as the generator writes it.
     fn address(&self, address: u32) -> IpAddr {
         match self.case.shape() {
             Shape::Initial6 => in_ipv6(address).into(),
@@ -328,14 +336,16 @@ impl Edge {
     }
 }
 
-/// A permutation without a pattern (the last steps of MurmurHash3): neighbours differ in how many of them a node holds.
+/// A permutation without a pattern (the last steps of MurmurHash3): neighbouring networks hold
+/// different numbers of its values.
 fn scattered(number: u32) -> u32 {
     let number = (number ^ number >> 16).wrapping_mul(0x85eb_ca6b);
     let number = (number ^ number >> 13).wrapping_mul(0xc2b2_ae35);
     number ^ number >> 16
 }
 
-/// In place of random bytes: keys that the edge and the attacked node, another process, both know.
+/// Known keys in place of random bytes: the edge and the attacked node, which is another process,
+/// must share them.
 pub(crate) fn known_bytes() -> impl FnMut() -> [u8; 16] {
     let mut next = 0;
     move || {
@@ -344,7 +354,7 @@ pub(crate) fn known_bytes() -> impl FnMut() -> [u8; 16] {
     }
 }
 
-/// The number that counts are written under.
+/// The run under which counts are written.
 const RUN: u32 = 1;
 
 impl Drop for Attached<'_> {
@@ -360,7 +370,7 @@ impl Drop for Attached<'_> {
 pub(crate) struct Edges(BTreeMap<(Case, Option<Sources>), Edge>);
 
 impl Edges {
-    /// Loads one, unless it is there.
+    /// Loads one, unless it is loaded already.
     pub(crate) fn prepare(&mut self, case: Case, sources: Sources) -> Result<()> {
         if let Entry::Vacant(place) = self.0.entry(key_of(case, sources)) {
             place.insert(Edge::load(case, sources)?);

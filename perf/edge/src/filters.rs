@@ -1,4 +1,4 @@
-//! What stands at the node's end in a row: put there, read, and taken away again.
+//! The filters at the node's end: each is put in force for a row, read, and removed again.
 
 use libbpf_rs::Link;
 use serde::{Deserialize, Serialize};
@@ -16,9 +16,9 @@ use crate::testbed::Testbed;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Filter {
-    /// An XDP program that drops all: what generator and veth cost, and part of every row.
+    /// An XDP program that drops all: the cost of generator and veth, which is part of every row.
     Floor,
-    /// The edge, one verdict of it.
+    /// The edge, with one verdict.
     Edge(Case),
     /// xdp-filter of xdp-tools, one port.
     XdpTools,
@@ -26,14 +26,14 @@ pub(crate) enum Filter {
     NftIngress,
     /// nftables with the reference's rules; the attacker is on no list.
     Reference,
-    /// The same; the attacker's addresses are on the whitelist, and more than [`reference::SET_SIZE`] of them pass, whatever their
-    /// rate.
+    /// The same, with the attacker's addresses on the whitelist: more than [`reference::SET_SIZE`]
+    /// of them pass, whatever their rate.
     ReferenceListed,
     /// No filter: an XDP program that passes all, and a closed port.
     Pass,
 }
 
-/// Everything that filters are made of.
+/// The parts that filters are made of.
 #[derive(Debug)]
 pub(crate) struct Parts<'a> {
     pub(crate) testbed: &'a Testbed,
@@ -70,13 +70,13 @@ impl Filter {
         }
     }
 
-    /// Why it cannot be measured here.
+    /// Why the filter cannot be measured on this host.
     pub(crate) fn missing(self) -> Option<&'static str> {
         (self == Self::XdpTools && !reference::has_xdp_filter())
             .then_some("xdp-filter is not installed (Debian: xdp-tools)")
     }
 
-    /// Puts it in force at the node's end, against packets of so many sources.
+    /// Puts it in force at the node's end, against packets of `sources`.
     pub(crate) fn stand<'a>(self, parts: &'a Parts<'a>, sources: Sources) -> Result<Standing<'a>> {
         let _node = parts.testbed.enter_node()?;
         let device = parts.testbed.node_device();
@@ -106,9 +106,10 @@ impl Filter {
 }
 
 impl Standing<'_> {
-    /// What has to be true of the filter once the attack has gone on for a while.
+    /// Checks the state of the filter once the attack has gone on for a while.
     ///
     /// # Errors
+    ///
     /// If the reference's set of rates is not in the state that the row is about.
     pub(crate) fn check(&self) -> Result<()> {
         if self.filter != Filter::ReferenceListed {
@@ -126,7 +127,7 @@ impl Standing<'_> {
         .into())
     }
 
-    /// What it has seen since the testbed was built, or since it was put in force.
+    /// Its counters since the testbed was built, or since it was put in force.
     pub(crate) fn tally(&self) -> Result<Tally> {
         let _node = self.parts.testbed.enter_node()?;
         match self.filter {
@@ -171,7 +172,8 @@ impl Standing<'_> {
             }
             Filter::ReferenceListed => {
                 let counted = reference::counted()?;
-                // Flows that were let through fill conntrack's table, which refuses before any rule sees the packet.
+                // Flows that were let through fill the table of conntrack, which then refuses
+                // packets before any rule sees them.
                 let seen = counted.packets + reference::refused_by_conntrack()?;
                 let passed = counted.accepted;
                 let expected = if self.sources.fill_reference() {
@@ -193,7 +195,8 @@ impl Standing<'_> {
 impl Drop for Standing<'_> {
     fn drop(&mut self) {
         let gone = self.parts.testbed.enter_node().and_then(|_node| {
-            // While the thread is in the namespace that the device's number means something in.
+            // This happens while the thread is in the namespace in which the device's number is
+            // valid.
             self.held = None;
             match self.filter {
                 Filter::XdpTools => reference::unload_xdp_filter(self.parts.testbed.node_device()),
@@ -212,13 +215,13 @@ impl Drop for Standing<'_> {
     }
 }
 
-/// Each begins with an empty table of conntrack, as with empty sets.
+/// Each row begins with an empty table of conntrack, and with empty sets.
 fn load_reference(attacker: Attacker) -> Result<()> {
     reference::forget_flows()?;
     reference::load(&reference::replica(attacker))
 }
 
-/// What has reached the stack of the calling thread's namespace.
+/// Packets that reached the stack of the calling thread's namespace.
 #[derive(Debug)]
 struct Stack {
     received: u64,

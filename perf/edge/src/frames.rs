@@ -1,4 +1,4 @@
-//! Hostile frames: the shapes, and what the generator has to know to vary them.
+//! Hostile frames: the shapes, and the data that the generator needs to vary them.
 
 use std::net::Ipv6Addr;
 
@@ -12,37 +12,38 @@ use crate::testbed::{CLIENT_MAC, NODE, NODE_MAC};
 pub(crate) const OPEN_PORT: u16 = 4100;
 /// The node's TCP port.
 pub(crate) const TCP_PORT: u16 = 8080;
-/// Payload of a first packet; RFC 9000 asks for 1,200.
+/// Payload of a first packet; RFC 9000 section 14.1 demands 1,200 bytes.
 const INITIAL_BYTES: usize = 1200;
 
 const ETHERNET: usize = 14;
 const IP: usize = 20;
 const IP6: usize = 40;
 const UDP: usize = 8;
-/// What the generator can rewrite, and the least it does.
+/// The numbers of bytes that the generator can rewrite; it takes the least that suffices.
 const REWRITTEN: [usize; 2] = [64, 128];
 
-/// What a hostile packet looks like.
+/// The shape of a hostile packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Shape {
     /// A first packet without token: 1,242 bytes, a new destination ID each.
     Initial,
-    /// The same over IPv6, for test runs alone: without UDP checksum, which the stack would want.
+    /// The same over IPv6, for test runs alone: without the UDP checksum that the stack would
+    /// demand.
     Initial6,
-    /// The first one to a port that nobody declared.
+    /// The first shape, to a port that the node does not declare.
     InitialElsewhere,
-    /// A short header with a connection ID that nobody gave out.
+    /// A short header with a connection ID that no node issued.
     ShortHeader,
     /// A connection attempt.
     Syn,
 }
 
-/// A frame with source address, source port and checksums 0, and what goes into them.
+/// A frame whose source address, source port and checksums are 0, and the data to fill them in.
 #[derive(Debug)]
 pub(crate) struct Template {
     pub(crate) bytes: Vec<u8>,
-    /// How much of it is written for each packet.
+    /// Bytes that are written for each packet.
     pub(crate) written: usize,
     /// Offset of the source port.
     pub(crate) port_at: usize,
@@ -139,8 +140,8 @@ fn udp6(port: u16, payload: &[u8]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The source of IPv6 packets that stands for a number: each has a /64 of its own. The generator writes its bytes 4..8, which
-/// stand in the frame where the whole of an IPv4 source does.
+/// The source of IPv6 packets for a number: each has its own /64. The generator writes its bytes
+/// 4..8, which stand in the frame where the whole of an IPv4 source does.
 pub(crate) fn in_ipv6(number: u32) -> Ipv6Addr {
     Ipv6Addr::from_bits(0x2a00_0001 << 96 | u128::from(number) << 64 | 1)
 }

@@ -1,7 +1,8 @@
-//! Hostile traffic from one core: a BPF program, run over live frames, writes every packet anew and sends it into the veth.
+//! Hostile traffic from one core: a BPF program, run over live frames, writes every packet anew and
+//! sends it into the veth.
 //!
-//! The kernel runs the filter of the other end on the same core before the call returns, so that what a call cost is what
-//! the packets cost, generator included.
+//! The kernel runs the filter of the other end on the same core before the call returns. So the
+//! cost of a call is the cost of its packets, generator included.
 
 use std::mem::MaybeUninit;
 use std::num::NonZeroU32;
@@ -40,13 +41,14 @@ mod skeleton {
 
 use skeleton::{GeneratorSkel, GeneratorSkelBuilder};
 
-/// `BPF_F_TEST_XDP_LIVE_FRAMES`: what the program says is done, instead of being returned.
+/// `BPF_F_TEST_XDP_LIVE_FRAMES`: the kernel carries out the program's verdict, instead of returning
+/// it.
 const LIVE_FRAMES: u32 = 1 << 1;
 const NANOSECONDS: u32 = 1_000_000_000;
 /// First of the made-up sources.
 const SOURCE_BASE: u32 = 0x1000_0000;
 
-/// How many addresses the packets of a row come from.
+/// The number of addresses that send the packets of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(transparent)]
 pub(crate) struct Sources(u64);
@@ -75,15 +77,17 @@ impl Sources {
         u32::try_from(self.0 - 1).unwrap_or(u32::MAX)
     }
 
-    /// Whether the reference's set of rates is full of them before a measurement begins, and sees no source that comes later.
+    /// Whether these sources fill the reference's set of rates before a measurement begins, so that
+    /// it limits no later source.
     pub(crate) fn fill_reference(self) -> bool {
         self >= Self::MILLION
     }
 
-    /// How many.
+    /// The number of sources.
     ///
     /// # Errors
-    /// For [`Sources::ALL`]: nothing is kept for each of so many.
+    ///
+    /// For [`Sources::ALL`]: no filter keeps state for each of so many.
     pub(crate) fn count(self) -> Result<u32> {
         Ok(u32::try_from(self.0)?)
     }
@@ -99,11 +103,12 @@ impl Sources {
 pub(crate) struct Traffic {
     pub(crate) shape: Shape,
     pub(crate) sources: Sources,
-    /// The attacker's end of the veth; 0 if only test runs are wanted.
+    /// Index of the attacker's end of the veth; 0 for test runs alone.
     pub(crate) interface: u32,
-    /// At full speed if none.
+    /// The rate; none: at full speed.
     pub(crate) packets_per_second: Option<NonZeroU32>,
-    /// The receiver sends frames back, at another length: each has to be given its own again, which costs a little.
+    /// The receiver sends frames back with another length: each must get its own again, which costs
+    /// a little.
     pub(crate) is_answered: bool,
 }
 
@@ -142,7 +147,7 @@ impl<'o> Generator<'o> {
             template.bytes.push(0);
         }
         let state = open.maps.bss_data.as_deref_mut().ok_or("no state")?;
-        // Any seed but zero; rows are alike from run to run.
+        // Any seed but zero. It is fixed, so that rows are alike from run to run.
         state.state.random = 0x9e37_79b9_7f4a_7c15;
         Ok(Self {
             skeleton: open.load()?,
@@ -161,13 +166,13 @@ impl<'o> Generator<'o> {
         Ok(())
     }
 
-    /// How many packets have been handed to the veth.
+    /// Number of packets that were handed to the veth.
     pub(crate) fn sent(&self) -> Result<u64> {
         let [_random, sent, ..] = self.state()?;
         Ok(sent)
     }
 
-    /// Packets per second that a paced generator has kept up, from the first to the last.
+    /// Packets per second that a paced generator achieved, from the first packet to the last.
     #[cfg(feature = "goodput")]
     pub(crate) fn rate(&self) -> Result<f64> {
         let [_random, sent, next_ns, first_ns] = self.state()?;
@@ -195,7 +200,8 @@ impl<'o> Generator<'o> {
         Ok(state)
     }
 
-    /// Mean cost of a packet when `program` is run over `packets` generated ones, the loop and the rewriting included.
+    /// Mean cost of a packet when `program` runs over `packets` generated ones, with the loop and
+    /// the rewriting.
     pub(crate) fn cost(&self, program: &impl AsFd, packets: u32) -> Result<Duration> {
         let descriptor = program.as_fd().as_raw_fd().to_ne_bytes();
         self.skeleton

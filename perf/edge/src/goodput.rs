@@ -1,10 +1,12 @@
-//! Goodput under attack: what honest clients of the node still get while hostile packets arrive at a fixed rate.
+//! Goodput under attack: the service that honest clients of the node still get while hostile
+//! packets arrive at a fixed rate.
 //!
-//! The attacker has one core. The other one is the host's: a thread that receives for the node's device and filters, the
-//! node (QUIC RPC, TCP echo) and its clients. The clients offer a fixed load, far from what the core could do, so that what
-//! is missing from it is what the attack took. Either they are connected before the attack begins and its packets are denied
-//! (the cheapest for the edge), or everybody is allowed and the clients open new connections while it goes on (the dearest): see
-//! [`Series`].
+//! The attacker has one core. The other one is the host's: a thread that receives for the node's
+//! device and filters, the node (QUIC RPC, TCP echo) and its clients. The clients offer a fixed
+//! load, far below what the core could do, so that the missing load was lost to the attack. In one
+//! series they are connected before the attack begins, and the edge denies its packets (the
+//! cheapest for the edge). In the others rules allow every source, and the clients open new
+//! connections during the attack (the dearest): see [`Series`].
 
 mod client;
 mod connect_probe;
@@ -37,24 +39,28 @@ use crate::receiver::Receiver;
 use crate::testbed::{self, Testbed};
 use crate::{Result, cpu, namespace, write_json};
 
-/// Unless told otherwise.
+/// The default rates.
 const RATES: [u32; 4] = [0, 500_000, 1_000_000, 2_000_000];
-/// The attack goes on around the measurement by this much.
+/// Time for which the attack runs before and after the measurement.
 const LEAD: Duration = Duration::from_millis(200);
 
-/// Of the rate that was asked for. A twentieth may go to others on the attacker's core (see [`cpu::go_first`]).
+/// Share of the requested rate that the generator must achieve. A twentieth may go to other threads
+/// on the attacker's core (see [`cpu::go_first`]).
 const KEPT_UP: f64 = 0.9;
 
-/// Of what the edge sees while it is open to all, what it must have answered by itself: else the attack did not spend the budgets.
+/// Share of the packets that the edge must answer by itself while it is open to all: otherwise the
+/// attack did not spend the budgets.
 const ANSWERED: f64 = 0.9;
 
-/// Who attacks whom.
+/// The attack and the clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Series {
-    /// Initials from a million sources that the firewall denies, beside clients that were connected before.
+    /// Initials from a million sources that the firewall denies, beside clients that were connected
+    /// before.
     Connected,
-    /// Initials from a million sources that may come in, under stress: both sides get a Retry. Clients connect anew.
+    /// Initials from a million sources that rules allow, under stress: both sides get a Retry.
+    /// Clients connect anew.
     NewByQuic,
     /// The same with SYNs, and SYN cookies.
     NewByTcp,
@@ -71,7 +77,7 @@ impl Series {
         }
     }
 
-    /// What is compared.
+    /// The filters that are compared.
     fn filters(self) -> [Filter; 3] {
         let case = match self {
             Self::Connected => Case::Deny,
@@ -88,7 +94,7 @@ impl Series {
     }
 }
 
-/// A run's points, and where they were measured.
+/// The points of a run, and the machine that measured them.
 #[derive(Debug, Serialize)]
 struct Report<'a> {
     host: Host,
@@ -105,9 +111,9 @@ pub(crate) struct Point {
     pub(crate) filter: Filter,
     /// Hostile packets per second.
     pub(crate) rate: u32,
-    /// Share of what came in that found the node's ring full, hostile or not.
+    /// Share of all incoming packets that found the node's ring full.
     pub(crate) ring_full: f64,
-    /// Share of what the filter saw that it answered by itself.
+    /// Share of the packets seen by the filter that it answered by itself.
     pub(crate) answered: f64,
     pub(crate) quic: Load,
     pub(crate) tcp: Load,
@@ -117,7 +123,7 @@ fn label<S: Serializer>(filter: &Filter, serializer: S) -> std::result::Result<S
     serializer.serialize_str(&filter.label())
 }
 
-/// What to run.
+/// Options of a run.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Run {
     /// Interleaved rounds; the median of each point counts.
@@ -129,7 +135,7 @@ pub(crate) struct Run {
     /// Hostile packets per second.
     #[arg(long, value_delimiter = ',', default_values_t = RATES)]
     rates: Vec<u32>,
-    /// Only what has one of these in its name, `SERIES: FILTER`.
+    /// Only points whose name, `SERIES: FILTER`, contains one of these.
     #[arg(long, value_delimiter = ';')]
     only: Vec<String>,
     /// Core of the attacker.
@@ -138,27 +144,27 @@ pub(crate) struct Run {
     /// Core of the node, its receiving thread and its clients.
     #[arg(long, default_value_t = 0)]
     host_cpu: usize,
-    /// Where the plots go, and the figures that they were drawn from.
+    /// Folder for the plots, and for the figures that they show.
     #[arg(long, default_value = "docs/operating")]
     plots: PathBuf,
 }
 
-/// What a child is told.
+/// Options of a child process.
 #[derive(Debug, clap::Args)]
 pub(crate) struct RoleArgs {
     #[arg(long)]
     cpu: usize,
     #[arg(long)]
     seconds: f64,
-    /// The edge in front of the node charges sources: the node does not.
+    /// The edge in front of the node charges sources, so the node does not.
     #[arg(long)]
     kernel_charges: bool,
-    /// Clients open new connections, instead of asking over those that they have.
+    /// Clients open new connections, instead of sending requests over open ones.
     #[arg(long)]
     probes: bool,
 }
 
-/// Measures every series, filter and rate, prints, and plots.
+/// Measures every series, filter and rate; prints and plots the results.
 pub(crate) fn run(run: &Run) -> Result<()> {
     namespace::guard()?;
     let host = Host::read()?;
@@ -258,7 +264,8 @@ fn print(points: &[Point]) {
     }
 }
 
-/// Measures one filter at one rate for `lasts`. The host's core is `cpu`; the calling thread is the attacker.
+/// Measures one filter at one rate for `lasts`. The host's core is `cpu`; the calling thread is the
+/// attacker.
 pub(crate) fn measure(
     parts: &Parts<'_>,
     (series, filter): (Series, Filter),
@@ -354,8 +361,9 @@ impl Role {
         Ok(role)
     }
 
-    /// Says when to measure, in nanoseconds of CLOCK_MONOTONIC. The host may get no time to look at its clock meanwhile: a
-    /// window of its own choosing would begin when the attack is over.
+    /// Tells the child when to measure, in nanoseconds of CLOCK_MONOTONIC. The child may get no
+    /// time to read its clock meanwhile: a window that it chose itself would begin after the
+    /// attack.
     fn go(&mut self, from_ns: u64, until_ns: u64) -> Result<()> {
         let stdin = self.stdin.as_mut().ok_or("no input of a child")?;
         writeln!(stdin, "[{from_ns},{until_ns}]")?;
@@ -373,7 +381,7 @@ impl Role {
 
 impl Drop for Role {
     fn drop(&mut self) {
-        // It ends when its input does, and its output with it; one that hangs is killed.
+        // The child ends when its input does, and its output with it; a child that hangs is killed.
         drop(self.stdin.take());
         if self.stdout.read_to_end(&mut Vec::new()).is_err() {
             let _gone = self.child.kill();

@@ -1,4 +1,4 @@
-//! The machine that figures were measured on: figures without it say nothing.
+//! The machine of a measurement: figures without it mean nothing.
 
 use std::fmt;
 use std::fs;
@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::Result;
 
-/// What figures depend on most.
+/// The properties that figures depend on most.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Host {
     pub(crate) cpu: String,
@@ -17,7 +17,7 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    /// The one that this runs on.
+    /// The machine that this process runs on.
     pub(crate) fn read() -> Result<Self> {
         Ok(Self {
             cpu: model_of(&fs::read_to_string("/proc/cpuinfo")?).to_owned(),
@@ -29,7 +29,7 @@ impl Host {
     }
 }
 
-/// The first core's; architectures that name none have other lines.
+/// The model of the first core. Architectures without model names have other lines.
 fn model_of(cpuinfo: &str) -> &str {
     cpuinfo
         .lines()

@@ -1,8 +1,9 @@
-//! The edge against nftables and xdp-filter on one testbed: what a hostile packet costs, and what honest clients still get.
+//! The edge against nftables and xdp-filter on one testbed: the cost of a hostile packet, and the
+//! service that honest clients still get.
 //!
-//! Two namespaces and a veth pair; a generator that writes every packet anew; filters take turns round by round, so that a
-//! slow minute of the host hits all alike. Every packet is accounted for, or the row is an error. `README.md` says how to
-//! read the figures.
+//! Two namespaces and a veth pair; a generator that writes every packet anew. Filters take turns
+//! round by round, so that a slow minute of the host hits all alike. Every packet is accounted for,
+//! or the row is an error. `README.md` says how to read the figures.
 
 mod cost;
 mod cpu;
@@ -41,7 +42,8 @@ use crate::testbed::Testbed;
 /// A fault of the bench itself, or a packet that is not accounted for; it ends the run.
 pub(crate) type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// Measure what refusing a hostile packet costs, and what honest clients get meanwhile.
+/// Measure the cost of refusing a hostile packet, and the service that honest clients get
+/// meanwhile.
 #[derive(Debug, Parser)]
 #[command(name = "bench-edge", version)]
 struct Cli {
@@ -53,7 +55,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Role {
-    /// What honest clients get under attack, and its plots.
+    /// Goodput of honest clients under attack, with plots.
     #[cfg(feature = "goodput")]
     Goodput(goodput::Run),
     /// The attacked node (started by the run itself).
@@ -66,7 +68,7 @@ enum Role {
     Drive(goodput::RoleArgs),
 }
 
-/// Which rows, and for how long.
+/// Options: which rows, and for how long.
 #[derive(Debug, Args)]
 struct Run {
     /// One short round of everything, under 50 s.
@@ -84,7 +86,7 @@ struct Run {
     /// Core of generator, veth and filter.
     #[arg(long, default_value_t = 1)]
     cpu: usize,
-    /// Where the result goes.
+    /// File for the result.
     #[arg(long, default_value = "perf/out/edge.json")]
     out: PathBuf,
     /// Fail when a target does not hold or was not measured, and when a row was skipped.
@@ -114,7 +116,7 @@ fn main() -> ExitCode {
 
 fn run(cli: &Run) -> Result<()> {
     namespace::guard()?;
-    // Before the process is kept to one of the cores.
+    // Read before the process is bound to one of the cores.
     let host = Host::read()?;
     cpu::pin_to(cli.cpu)?;
     let clock = Clock::of(cli.cpu)?;

@@ -1,8 +1,8 @@
 //! Network namespaces of one run: made with unique names, removed whatever happens.
 //!
-//! The build aborts on panic, so `Drop` alone would leave them behind: every name also stands in a registry, which the
-//! panic hook and the signal handler empty. What a killed run left is removed by the next one, because names carry the
-//! process that made them.
+//! The build aborts on panic, so `Drop` alone would leave them behind: every name also stands in a
+//! registry, which the panic hook and the signal handler empty. The next run removes what a killed
+//! run left, because names carry the process that made them.
 
 use std::fs::{self, File};
 use std::io;
@@ -69,7 +69,7 @@ impl Drop for Inside {
     fn drop(&mut self) {
         let network = Some(LinkNameSpaceType::Network);
         if let Err(error) = move_into_link_name_space(self.outside.as_fd(), network) {
-            // Everything after this would touch the wrong network.
+            // From here on the thread would act on the wrong network.
             remove_all();
             eprintln!("bench-edge: cannot leave the namespace: {error}");
             std::process::exit(1);
@@ -77,7 +77,7 @@ impl Drop for Inside {
     }
 }
 
-/// From here on no end of the process, except SIGKILL, leaves a namespace behind.
+/// Makes sure that no end of the process, except SIGKILL, leaves a namespace behind.
 pub(crate) fn guard() -> Result<()> {
     remove_stale()?;
     let print = std::panic::take_hook();

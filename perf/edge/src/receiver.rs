@@ -1,4 +1,5 @@
-//! The programs at the ends of the veth where the edge is not: pass all, drop all, and the attacker's end.
+//! The programs at the ends of the veth where the edge is not: pass all, drop all, and the
+//! attacker's end.
 
 use std::mem::MaybeUninit;
 
@@ -38,14 +39,14 @@ pub(crate) struct Receiver<'o> {
     skeleton: ReceiverSkel<'o>,
 }
 
-/// What the programs have counted; the order is that of `enum count` in `receiver.bpf.c`.
+/// The counters of the programs; the order is that of `enum count` in `receiver.bpf.c`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counts {
     pub(crate) passed: u64,
     pub(crate) dropped: u64,
     /// Retries that came back to the attacker.
     pub(crate) retries: u64,
-    /// Everything else that came back to the attacker's made-up addresses.
+    /// All other packets that came back to the attacker's made-up addresses.
     pub(crate) answers: u64,
 }
 

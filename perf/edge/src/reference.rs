@@ -1,9 +1,10 @@
-//! What the edge is compared with: rules of nftables, and xdp-filter.
+//! The filters that the edge is compared with: rules of nftables, and xdp-filter.
 //!
 //! The reference's rules are those that its orchestrator writes for an assigned replica (`INPUT` of
-//! `nftables_assigned_replica.conf.golden` in dfinity/ic), IPv4 part, with this testbed's addresses: a source's new connections
-//! are limited by a dynamic set, then counted by conntrack, then looked up in the lists. Left out in its favour: the final
-//! `log` of every packet that no rule took. Added: counters, so that every packet is accounted for.
+//! `nftables_assigned_replica.conf.golden` in dfinity/ic), IPv4 part, with this testbed's
+//! addresses: a dynamic set limits a source's new connections, then conntrack counts them, then the
+//! lists decide. Left out in its favour: the final `log` of every packet without a match. Added:
+//! counters, so that every packet is accounted for.
 
 use std::fs;
 use std::io::Write as _;
@@ -19,7 +20,7 @@ use crate::namespace::run;
 use crate::testbed::HONEST;
 
 const TABLE: &str = "bench";
-/// Counter of what the rules let through.
+/// Counter of packets that the rules let through.
 const ACCEPTED: &str = "accepted";
 
 /// Addresses of other nodes in the automatic whitelist.
@@ -47,16 +48,17 @@ pub(crate) fn ingress(device: &str) -> String {
 /// Entries that the reference's sets have room for.
 pub(crate) const SET_SIZE: usize = 65_535;
 
-/// What the reference's rules know of the attacker.
+/// What the reference's rules know of the attacker's addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Attacker {
     /// On no list.
     Unknown,
-    /// On the whitelist, as a hacked node would be, or somebody who writes the addresses of nodes.
+    /// On the whitelist: the attacker is a hacked node, or forges the addresses of nodes.
     Listed,
 }
 
-/// All unicast addresses but those around the nodes', 2 in 256: networks of one list must not overlap.
+/// All unicast addresses except those around the nodes', 2 in 256: networks of one list must not
+/// overlap.
 const NEARLY_ALL: [&str; 6] = [
     "0.0.0.0/1",
     "128.0.0.0/2",
@@ -131,12 +133,14 @@ pub(crate) fn load(rules: &str) -> Result<()> {
     Err(format!("nft: {}", String::from_utf8_lossy(&output.stderr).trim()).into())
 }
 
-/// Empties conntrack's table, in the namespace of the calling thread: what one row has left there would be in the way of the next.
+/// Empties the table of conntrack, in the namespace of the calling thread, so that a row finds no
+/// flows of the one before.
 ///
 /// # Errors
-/// What the kernel says.
+///
+/// The kernel's error.
 pub(crate) fn forget_flows() -> Result<()> {
-    /// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE`; of no flow in particular, so of all.
+    /// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE`; without a flow it deletes all.
     const DELETE: u16 = 1 << 8 | 2;
     /// `NLM_F_REQUEST | NLM_F_ACK`.
     const FLAGS: u16 = 1 | 4;
@@ -165,11 +169,11 @@ pub(crate) fn flush() -> Result<()> {
     run("nft", &["flush", "ruleset"]).map(drop)
 }
 
-/// What the named counters of the rules have seen.
+/// The named counters of the rules.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Counted {
     pub(crate) packets: u64,
-    /// Those of them that the rules let through.
+    /// Those that the rules let through.
     pub(crate) accepted: u64,
 }
 
@@ -245,14 +249,15 @@ pub(crate) fn refused_by_conntrack() -> Result<u64> {
 
 /// Whether Debian's `xdp-tools` are there.
 pub(crate) fn has_xdp_filter() -> bool {
-    // It has no option that succeeds without doing anything; being found is what counts.
+    // It has no option that succeeds without an effect; the test is whether the program is found.
     Command::new("xdp-filter").arg("help").output().is_ok()
 }
 
-/// Loads xdp-filter onto the device, in the namespace of the calling thread, and lets it drop the open port.
+/// Loads xdp-filter onto the device, in the namespace of the calling thread, and lets it drop the
+/// open port.
 pub(crate) fn load_xdp_filter(device: &str) -> Result<()> {
-    // It pins its maps below /sys/fs/bpf. A mount of its own, gone with the shell, leaves nothing behind; the program keeps
-    // the maps.
+    // It pins its maps below /sys/fs/bpf. A mount of the shell's own, which ends with it, leaves
+    // nothing behind; the program keeps the maps.
     let script = format!(
         "mount -t bpf bpf /sys/fs/bpf && \
          xdp-filter load {device} --mode native --features udp,ipv4 && \
@@ -261,7 +266,7 @@ pub(crate) fn load_xdp_filter(device: &str) -> Result<()> {
     run("unshare", &["--mount", "sh", "-c", &script]).map(drop)
 }
 
-/// Takes it off.
+/// Removes xdp-filter from the device.
 pub(crate) fn unload_xdp_filter(device: &str) -> Result<()> {
     run("ip", &["link", "set", "dev", device, "xdp", "off"]).map(drop)
 }

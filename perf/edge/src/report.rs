@@ -1,6 +1,7 @@
 //! Medians, per-round ratios and the targets.
 //!
-//! A ratio compares two rows within one round and is then the median over the rounds, because the host has slow minutes.
+//! A ratio compares two rows within one round and is then the median over the rounds, because the
+//! host has slow minutes.
 
 use std::collections::BTreeMap;
 
@@ -39,7 +40,8 @@ impl Results {
         median(self.rows.get(&row)?.values().map(metric).collect())
     }
 
-    /// Median over the rounds of how many packets of `ours` the time of one packet of `theirs` buys.
+    /// Median over the rounds of the number of packets of `ours` in the time of one packet of
+    /// `theirs`.
     fn ratio(&self, ours: Row, theirs: Row) -> Option<f64> {
         let theirs = self.rows.get(&theirs)?;
         let ratios = self.rows.get(&ours)?.iter().filter_map(|(round, ours)| {
@@ -48,7 +50,7 @@ impl Results {
         median(ratios.collect())
     }
 
-    /// Least of the rounds: interruptions only ever add.
+    /// Least of the rounds: interruptions only add time.
     fn cost(&self, subject: Subject) -> Option<f64> {
         self.costs
             .get(&subject)?
@@ -58,7 +60,7 @@ impl Results {
     }
 }
 
-/// What is written to `perf/out/edge.json`.
+/// The contents of `perf/out/edge.json`.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     host: Host,
@@ -67,7 +69,7 @@ pub(crate) struct Report {
     rows: Vec<RowMedians>,
     costs: Vec<CostLine>,
     targets: Vec<Target>,
-    /// Beside the targets, for people: nothing has to hold.
+    /// Figures beside the targets, for people: none has to hold.
     figures: Vec<Figure>,
     skipped: Vec<String>,
 }
@@ -84,9 +86,9 @@ struct RowMedians {
 #[derive(Debug, Serialize)]
 struct CostLine {
     what: String,
-    /// Least of the rounds, the loop taken off.
+    /// Least of the rounds, without the loop.
     ns_per_packet: f64,
-    /// What was taken off.
+    /// Time of the loop, which is subtracted.
     loop_ns: f64,
 }
 
@@ -100,7 +102,7 @@ enum Better {
 #[derive(Debug, Serialize)]
 struct Target {
     name: &'static str,
-    /// Null when the run left a row of it out.
+    /// Null when the run left out one of its rows.
     value: Option<f64>,
     target: f64,
     better: Better,
@@ -110,7 +112,7 @@ struct Target {
 #[derive(Debug, Serialize)]
 struct Figure {
     name: &'static str,
-    /// Null when the run left a row of it out.
+    /// Null when the run left out one of its rows.
     value: Option<f64>,
 }
 
@@ -151,7 +153,8 @@ impl Report {
         }
     }
 
-    /// Why the run shows less than all that it is to show: targets that do not hold or were not measured, rows that are missing.
+    /// Why the run shows less than it should: targets that do not hold or were not measured, rows
+    /// that are missing.
     pub(crate) fn faults(&self) -> Vec<String> {
         let targets = self.targets.iter().filter(|target| !target.holds);
         let targets = targets.map(|target| match target.value {
@@ -252,14 +255,15 @@ fn initial(filter: Filter, sources: Sources) -> Row {
     }
 }
 
-/// How many packets of a verdict the time of one under the reference's rules buys.
+/// Number of packets of a verdict in the time of one packet under the reference's rules.
 fn to_reference(results: &Results, case: Case, sources: Sources) -> Option<f64> {
     let ours = initial(Filter::Edge(case), sources);
     results.ratio(ours, initial(Filter::Reference, sources))
 }
 
-/// The reference's rules end at the source's rate as well (at one source), or at the lists behind it: no row of theirs looks up a
-/// count of connections that user space keeps. So these are no targets.
+/// The reference's rules end at the source's rate as well (at one source), or at the lists behind
+/// it: none of its rows looks up a count of connections that user space keeps. So these figures are
+/// no targets.
 fn figures(results: &Results) -> Vec<Figure> {
     let figure = |name, case, sources| Figure {
         name,
@@ -361,7 +365,7 @@ mod tests {
             shape: Shape::Initial,
             sources: Sources::ONE,
         };
-        // The second round is slow for all: the ratio does not see it.
+        // The second round is slow for all rows: the ratio must not show it.
         for (round, host) in [1.0, 0.5, 1.0].into_iter().enumerate() {
             results.add(row(Filter::Edge(Case::Rate)), round, rate(5.5 * host));
             results.add(row(Filter::Edge(Case::Cap)), round, rate(4.5 * host));
@@ -393,7 +397,7 @@ mod tests {
         assert!(report["host"]["cpu"].is_string() && report["host"]["kernel"].is_string());
     }
 
-    // Protects those who let a machine run it: what was not shown is not passed.
+    // Protects unattended runs: a target that was not measured does not pass.
     #[test]
     fn a_run_that_shows_less_than_all_has_faults() {
         let mut results = Results::default();

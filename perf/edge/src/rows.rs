@@ -1,7 +1,7 @@
-//! Rows: one filter against one kind of packet from so many sources, in interleaved rounds.
+//! Rows: one filter against one kind of packet from a number of sources, in interleaved rounds.
 //!
-//! A row is an error unless every packet that was sent is accounted for: received by the node's device, seen by the filter's
-//! own counters, and gone the way that the row is about.
+//! A row is an error unless every packet that was sent is accounted for: received by the node's
+//! device, seen by the filter's own counters, and decided as the row says.
 
 use std::mem::MaybeUninit;
 use std::time::{Duration, Instant};
@@ -16,16 +16,18 @@ use crate::frames::Shape;
 use crate::generator::{Generator, Sources, Traffic};
 use crate::tally::Tally;
 
-/// Before the clock starts: sets fill up (65,535 entries), bursts are spent, caches and branch predictors settle.
+/// Packets before the measurement: sets fill up (65,535 entries), bursts are spent, caches and
+/// branch predictors settle.
 const WARM_UP: u32 = 100_000;
-/// How long the last packets may take to be counted.
+/// How long the last packets may take until they are counted.
 const SETTLE: Duration = Duration::from_secs(2);
-/// Of the packets sent, how many must go the expected way. Not all: the edge's budgets let a few through, however low.
+/// Share of the packets that must get the expected decision. It is below 1, because the edge's
+/// budgets let a few through, however low they are.
 pub(crate) const EXPECTED_SHARE: f64 = 0.999;
-/// The same where all sources are listed: some cannot be. See [`crate::reference`].
+/// The same where all sources are listed: a few cannot be. See [`crate::reference`].
 const EXPECTED_SHARE_LISTED: f64 = 0.99;
 
-/// What is measured.
+/// The measurement of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Row {
     pub(crate) filter: Filter,
@@ -36,7 +38,7 @@ pub(crate) struct Row {
 /// One measurement of a row.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct Measured {
-    /// Of the core's time, generator and veth included.
+    /// By the core's time, generator and veth included.
     pub(crate) mpps_per_cpu_second: f64,
     pub(crate) ns_per_packet: f64,
     /// Share that reached the stack.
@@ -58,7 +60,7 @@ pub(crate) fn all() -> Vec<Row> {
         let mut initial = |filter| rows.push(row(filter, Shape::Initial, sources));
         initial(Filter::Floor);
         initial(Filter::Edge(Case::Deny));
-        // Nobody can be charged for 2^32 made-up sources: there the way ends in a Retry.
+        // No source of 2^32 made-up ones can be charged: there the way ends in a Retry.
         if sources != S::ALL {
             initial(Filter::Edge(Case::Rate));
         }
@@ -115,7 +117,8 @@ impl Row {
         let pace = timed_send(parts, clock, &generator, WARM_UP)?;
         let before = Snapshot::settled(parts, &standing, &generator, rest)?;
         standing.check()?;
-        // One call: each ends by waiting for all cores to forget its pages, tens of milliseconds.
+        // One call: each call ends by waiting, for tens of milliseconds, until all cores release
+        // its pages.
         let packets = lasts.as_nanos() * u128::from(WARM_UP) / pace.as_nanos().max(1);
         let packets = u32::try_from(packets)?.max(WARM_UP);
         let cpu = timed_send(parts, clock, &generator, packets)?;
@@ -145,7 +148,7 @@ impl Row {
         let expected = after.tally.expected - before.tally.expected;
         let answered = after.tally.answered - before.tally.answered;
         let returned = after.returned - before.returned;
-        // ICMP and resets of the stack come back as well, but only where the stack was reached.
+        // ICMP and resets of the stack come back as well, but only if packets reached the stack.
         let lost = answered != returned && after.tally.passed == before.tally.passed;
         if (expected as f64) < sent as f64 * self.expected_share() || lost {
             let name = self.name();
@@ -183,10 +186,11 @@ struct Snapshot {
 }
 
 impl Snapshot {
-    /// Reads until everything sent since `earlier` is accounted for.
+    /// Reads the counters until every packet sent since `earlier` is accounted for.
     ///
     /// # Errors
-    /// If it is not in time: packets were lost, or counted twice.
+    ///
+    /// If that takes too long: packets were lost, or counted twice.
     fn settled(
         parts: &Parts<'_>,
         standing: &Standing<'_>,

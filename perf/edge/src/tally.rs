@@ -1,6 +1,6 @@
-//! What a filter counts.
+//! The counters of a filter.
 
-/// What a filter says of the packets that it has seen.
+/// Packets that a filter has seen, by decision.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
     pub(crate) seen: u64,
@@ -8,6 +8,6 @@ pub(crate) struct Tally {
     pub(crate) passed: u64,
     /// Answered by the filter itself.
     pub(crate) answered: u64,
-    /// Went the way that the row is about.
+    /// Decided as the row says.
     pub(crate) expected: u64,
 }

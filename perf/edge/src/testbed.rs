@@ -1,8 +1,9 @@
-//! Two namespaces joined by a veth pair: the attacker's, which the honest client shares, and the node's.
+//! Two namespaces joined by a veth pair: the attacker's, which the honest client shares, and the
+//! node's.
 //!
-//! The attacker's end always carries a native XDP program: without one the node's XDP_TX would be counted as sent and never
-//! arrive. The node's end carries what is being measured; when that is no XDP program, GRO is on instead, because only then
-//! does the veth take redirected frames.
+//! The attacker's end always carries a native XDP program: without one, the node's XDP_TX would be
+//! counted as sent and never arrive. The node's end carries the filter; when that is no XDP
+//! program, GRO is on instead, because only then does the veth take redirected frames.
 
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
@@ -19,19 +20,19 @@ use crate::cpu;
 use crate::namespace::{Inside, Namespace, run};
 use crate::receiver::Receiver;
 
-/// Of the range for benchmarks (RFC 2544).
+/// Addresses of the range for benchmarks (RFC 2544).
 pub(crate) const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 1);
 pub(crate) const NODE: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 2);
 pub(crate) const CLIENT_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
 pub(crate) const NODE_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 2];
-/// Honest clients: [`CLIENT`], and those that come while the attack goes on. Every filter lists them.
+/// Honest clients: [`CLIENT`], and those that connect during the attack. Every filter lists them.
 pub(crate) const HONEST: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(198, 18, 0, 0), 15);
 const CLIENT_DEVICE: &str = "attacker";
 const NODE_DEVICE: &str = "node";
 /// The largest that a veth takes with XDP and without fragments.
 const MTU: &str = "1500";
 
-/// Both ends and what stands at the attacker's.
+/// Both ends, and the programs at the attacker's.
 #[derive(Debug)]
 pub(crate) struct Testbed {
     client: Namespace,
@@ -40,7 +41,7 @@ pub(crate) struct Testbed {
     node_index: u32,
 }
 
-/// What a device has received so far.
+/// Packets that a device has received.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Received {
     pub(crate) packets: u64,
@@ -80,15 +81,16 @@ impl Testbed {
             let _client = testbed.client.enter()?;
             Xdp::new(receiver.attacker().as_fd())
                 .attach(i32::try_from(client_index)?, XdpFlags::DRV_MODE)?;
-            // As a native program at the node's end does. With these on and no such program, the client's packets would go
-            // round the ring that the attack fills.
+            // A native program at the node's end turns these off. With these on and without such a
+            // program, the client's packets would bypass the ring that the attack fills.
             for offload in ["tso", "tx-udp-segmentation"] {
                 run("ethtool", &["-K", CLIENT_DEVICE, offload, "off"])?;
             }
         }
         {
             let _node = testbed.node.enter()?;
-            // Answers to made-up sources leave by the attacker; no source is refused for its route.
+            // Answers to made-up sources leave by the attacker's end, and no source is refused for
+            // its route.
             run(
                 "ip",
                 &["route", "add", "default", "via", &CLIENT.to_string()],
@@ -122,7 +124,7 @@ impl Testbed {
         self.node_index
     }
 
-    /// Gives the attacker's end more addresses, of honest clients.
+    /// Adds addresses of honest clients to the attacker's end.
     #[cfg(feature = "goodput")]
     pub(crate) fn settle(&self, clients: impl Iterator<Item = Ipv4Addr>) -> Result<()> {
         let _client = self.client.enter()?;
@@ -133,7 +135,8 @@ impl Testbed {
         Ok(())
     }
 
-    /// From now on a thread of its own receives for the node, on `cpu`, as far from the attacker's core as a network card is.
+    /// Makes a thread of its own receive for the node, on `cpu`, as far from the attacker's core as
+    /// a network card is.
     #[cfg(feature = "goodput")]
     pub(crate) fn receive_on(&self, cpu: usize) -> Result<()> {
         // sysfs shows the devices of the namespace that mounted it.
@@ -158,7 +161,7 @@ impl Testbed {
         NODE_DEVICE
     }
 
-    /// What the node's end has received.
+    /// Packets that the node's end has received.
     pub(crate) fn received(&self) -> Result<Received> {
         #[derive(Deserialize)]
         struct Link {
@@ -184,7 +187,8 @@ impl Testbed {
     }
 }
 
-/// Brings one end up and gives it the other's MAC: nothing on the testbed waits for ARP. Returns the device's index.
+/// Brings one end up and gives it the MAC of the other, so that the testbed never waits for ARP.
+/// Returns the device's index.
 fn set_up(
     namespace: &Namespace,
     device: &str,
@@ -193,7 +197,8 @@ fn set_up(
     (other, other_mac): (Ipv4Addr, [u8; 6]),
 ) -> Result<u32> {
     let _inside = namespace.enter()?;
-    // Router solicitations and duplicate address detection would be counted among the packets.
+    // Otherwise router solicitations and duplicate address detection would be counted among the
+    // packets.
     run("sysctl", &["-qw", "net.ipv6.conf.all.disable_ipv6=1"])?;
     run("ip", &["link", "set", "lo", "up"])?;
     run("ip", &["link", "set", device, "address", &text_of(mac)])?;

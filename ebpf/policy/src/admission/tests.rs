@@ -1,4 +1,4 @@
-//! Who may open a connection, by each of the reasons that user space can see.
+//! Admission of first packets, by each of the reasons that user space can see.
 
 use std::thread;
 use std::time::Duration;
@@ -64,7 +64,7 @@ impl Admission {
         self.first_packet(from, &id, &[], 0, NOW, WALL)
     }
 
-    /// A first packet that brings what an earlier Retry gave it.
+    /// A first packet with the ID and the token of an earlier Retry.
     fn with_token(&self, from: SocketAddr, minted: &Minted, now_ns: u64) -> First {
         self.first_packet(from, &minted.retry_id, &minted.token, 0, now_ns, WALL)
     }
@@ -176,7 +176,7 @@ fn under_the_highest_stress_only_proven_peers_come_in() {
 fn proofs_have_budgets_of_their_own() {
     let admission = admission();
     let peer = First::Accept(Entitlement::Peer(NODE));
-    // The same proof twice, the burst of proofs; each of them costs the peer one of five.
+    // The same proof twice, which is the burst of proofs; each use costs the peer one of five.
     assert_eq!(
         [(); 3].map(|()| admission.prove(from(1), 1)),
         [peer, peer, First::Drop(Reason::QuicProofReplayed)]
@@ -381,8 +381,8 @@ fn what_the_kernel_charges_is_not_charged_twice() {
     assert_eq!(admission.plain(from(1)), First::Drop(Reason::QuicSourceCap));
 }
 
-// Protects the limits: who holds an ID of ours passes the kernel unasked, so it must not begin a
-// connection.
+// Protects the limits: the kernel passes a packet with an ID of this node unchecked, so such a
+// packet must not begin a connection.
 #[test]
 fn our_own_ids_begin_nothing() {
     let admission = admission();
@@ -439,7 +439,7 @@ fn keys_change_with_the_epoch() {
     assert_eq!(admission.keys(), before);
     assert!(admission.tick(next_epoch, &mut random));
     assert_eq!(admission.keys().active, (before.active + 1) % 4);
-    // A Retry from before the change is still good.
+    // A Retry from before the change of keys is still valid.
     let minted = token::mint(&DCID, from(1), &before, next_epoch - 1).unwrap();
     assert_eq!(
         admission.with_token(from(1), &minted, next_epoch),

@@ -1,4 +1,5 @@
-//! Connection IDs: the layout shared with the kernel, who may use which, and for how long.
+//! Connection IDs: the layout shared with the kernel, the addresses that may use them, and their
+//! lifetime.
 
 use proptest::prelude::*;
 
@@ -109,7 +110,7 @@ fn a_handshake_id_belongs_to_one_address() {
     }
 }
 
-// Protects against the end of an epoch's five bits as well: all of them begin an ID's life once.
+// Also protects the end of an epoch's five bits: the lives of IDs begin in all of them once.
 #[test]
 fn ids_expire_at_the_end_of_the_epoch_after_their_own() {
     let keys = keys(3);
@@ -233,7 +234,7 @@ fn a_key_outlives_its_ids() {
     }
 }
 
-// Protects against replay: when the five bits of an epoch come round again, its key is another.
+// Protects against replay: when the five bits of an epoch come round, the epoch has another key.
 #[test]
 fn an_old_id_never_counts_again() {
     let mut random = numbered();
@@ -257,7 +258,7 @@ fn keys_change_one_at_a_time() {
     assert!(schedule.advance(6 * ROAMING_EPOCH, &mut random));
     let after = schedule.keys();
     assert_eq!(after.active, 2);
-    // The key that signs was there before; the one for epoch 7 is new.
+    // The key that signs was there before; only the one for epoch 7 is new.
     let changed: Vec<_> = (0..4)
         .filter(|&i| before.keys[i] != after.keys[i])
         .collect();

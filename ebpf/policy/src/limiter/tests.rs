@@ -1,5 +1,5 @@
-//! What the limits promise: exact on one thread, never above on two, innocents left alone in a
-//! crowd.
+//! The promises of the limits: exact on one thread, never exceeded on two, innocent sources
+//! admitted in a crowd.
 
 mod arithmetic;
 mod crowd;
@@ -32,7 +32,7 @@ fn limits() -> impl Iterator<Item = Limit> {
         .filter(|limit| limit.fits_sketch())
 }
 
-/// What a limit may admit from its first packet on for `elapsed_ns`.
+/// The most that a limit may admit in `elapsed_ns` from its first packet on.
 fn allowance(limit: Limit, elapsed_ns: u64) -> u64 {
     limit.burst() + elapsed_ns / limit.interval_ns
 }

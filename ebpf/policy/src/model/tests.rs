@@ -1,4 +1,4 @@
-//! A table of decisions in which every reason occurs, and what holds for any frame.
+//! A table of decisions in which every reason occurs, and properties that hold for any frame.
 
 #![allow(clippy::unwrap_used, reason = "test code")]
 
@@ -120,7 +120,7 @@ fn check(mode: Mode, case: &Case) {
     assert_eq!(model.counters, expected, "{name}");
 }
 
-// Protects the table: a reason that no case ends with would be tested by nobody.
+// Protects the table: a reason that no case ends with would not be tested.
 #[test]
 fn every_reason_occurs() {
     let found: BTreeSet<_> = cases().iter().map(|case| case.reason).collect();

@@ -77,7 +77,7 @@ fn extension(bytes: usize) -> Vec<u8> {
     header
 }
 
-/// A reason that the packet ends with before its payload is looked at; none if it goes on.
+/// A reason that the packet ends with before its payload is read; none if it goes on.
 fn refused(frame: &[u8]) -> Option<Reason> {
     let read = || {
         let packet = Packet::parse(frame)?;

@@ -1,4 +1,4 @@
-//! Proofs: the layout shared with the kernel, whom they serve, and for how long.
+//! Proofs: the layout shared with the kernel, the addresses that may use them, and their lifetime.
 
 use std::net::Ipv6Addr;
 
@@ -87,7 +87,7 @@ proptest! {
         prop_assert_eq!(id[0], steer);
     }
 
-    // With everybody's key the same, so that a changed node tag finds one as well.
+    // All nodes have the same key, so that a changed node tag finds one as well.
     #[test]
     fn every_bit_counts(steer: u8, nonce: [u8; 6], wall_ns: u64) {
         let address: Ipv6Addr = "2001:db8::77".parse().unwrap();

@@ -63,8 +63,8 @@ pub struct Compiled {
 ///
 /// # Errors
 ///
-/// [`RulesError::Settings`] if the settings are wrong, [`RulesError::TooManyRules`] for more rules than
-/// `bounds` allow, [`RulesError::TooManyNodes`] if the prefixes do not fit into the nodes.
+/// [`RulesError::Settings`] if the settings are wrong, [`RulesError::TooManyRules`] for more rules
+/// than `bounds` allow, [`RulesError::TooManyNodes`] if the prefixes do not fit into the nodes.
 pub fn compile(
     settings: &Settings,
     rules: &[Rule],

@@ -141,7 +141,7 @@ fn scope(value: &Value) -> Read<RuleScope> {
     let named = |name: &str, scope: fn(String) -> RuleScope| {
         if name.is_empty() {
             return Err(Wrong::new(
-                "names nobody",
+                "names nothing",
                 "write the name behind the colon",
             ));
         }

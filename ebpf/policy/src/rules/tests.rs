@@ -135,7 +135,8 @@ fn every_field_is_read() {
     assert_eq!(compiled.rules[0].services, [1]);
 }
 
-// Protects the order: who is nearer to the node decides, and inside a scope the document.
+// Protects the order: the scope that is nearest to the node decides, and inside a scope the
+// document.
 #[test]
 fn rules_are_tried_in_order() {
     let document = r#"
@@ -214,12 +215,12 @@ fn rules_are_tried_in_order() {
     assert_eq!(decides(&compiled, 0, "192.0.2.8").rule, 3);
 }
 
-// Protects a new subnet: a list of members that is empty lets nobody in, not everybody.
+// Protects a new subnet: an empty list of members matches no source, not every one.
 #[test]
 fn no_members_are_nobody() {
     let rules = in_order(&[], [], &RuleSet::default(), &Locality::default(), 0);
     let compiled = compile(&settings(), &rules, BOUNDS).unwrap();
-    assert_eq!(compiled.rules[0].rule.to_string(), "allow from nobody");
+    assert_eq!(compiled.rules[0].rule.to_string(), "allow from no address");
     for address in ["192.0.2.1", "2001:db8::1"] {
         assert_eq!(decides(&compiled, 0, address).action, RuleAction::Deny);
         assert_eq!(decides(&compiled, 0, address).rule, RULE_DEFAULT);
@@ -267,7 +268,8 @@ fn sizes(tries: &TrieSet) -> (usize, usize) {
     (tries.nodes().len(), tries.sparse().len())
 }
 
-// Protects the maps in the kernel: what does not fit is refused as a whole, with both numbers.
+// Protects the maps in the kernel: a set that does not fit is refused as a whole, with both
+// numbers.
 #[test]
 fn sets_over_their_bounds_are_refused() {
     let three = [
@@ -295,7 +297,7 @@ fn sets_over_their_bounds_are_refused() {
     let compiled = compile(&settings(), &three, exact).unwrap();
     assert_eq!(sizes(&compiled.trie4), (2, 4));
     assert_eq!(sizes(&compiled.trie6), (2, 2 * 3));
-    // All of one column is dense while it is compiled: the root, five bytes that are shared, ten of
+    // All nodes of one column are dense while it is compiled: the root, five shared bytes, ten of
     // each prefix.
     let deep: Vec<_> = (0..4)
         .map(|n| rule(&format!("2001:db8:{n}::1/128"), RuleAction::Allow))
@@ -312,7 +314,7 @@ fn sets_over_their_bounds_are_refused() {
             "the IPv6 prefixes take about {needed} trie nodes at a time (1 KiB each) to compile, 35 are allowed; name fewer or shorter prefixes, or raise trie_nodes_max"
         )
     );
-    // Two columns again: the roots are dense, and what holds 20 prefixes apart.
+    // Two columns again: the roots are dense, and so is the node that holds 20 prefixes apart.
     let crowd: Vec<_> = (0..20)
         .map(|n| rule(&format!("2001:{:x}::/32", n * 2), RuleAction::Allow))
         .collect();
@@ -371,7 +373,8 @@ fn neighbours_of_one_rule_are_one_prefix() {
     assert_eq!(decides(&compiled, 0, "10.0.1.0").rule, RULE_DEFAULT);
 }
 
-/// Addresses of few values, so that prefixes nest, repeat and hold the addresses asked for.
+/// Addresses of few values, so that prefixes nest, repeat and hold the addresses that are looked
+/// up.
 fn address() -> impl Strategy<Value = IpAddr> {
     let byte = || prop_oneof![4 => 0..3_u8, 1 => any::<u8>()];
     prop_oneof![
@@ -411,7 +414,7 @@ fn any_rule() -> impl Strategy<Value = Rule> {
     })
 }
 
-/// What the rules say without a trie.
+/// The decision of the rules without a trie.
 fn scan(settings: &Settings, rules: &[Rule], service: usize, address: IpAddr) -> Leaf {
     let Service {
         port,

@@ -1,4 +1,4 @@
-//! Levels of stress: up at once, down after calm, and never to and fro.
+//! Levels of stress: they rise at once, fall after calm, and never flap.
 
 use proptest::prelude::*;
 
@@ -25,7 +25,8 @@ fn sample(half_open_percent: usize, refused: u64, unvalidated: u64) -> LoadSampl
     }
 }
 
-/// Feeds each sample for a number of seconds; the level must be as said after the last of them.
+/// Feeds each sample for a number of seconds; after the last of them the level must be the expected
+/// one.
 fn run(steps: &[(u64, LoadSample, Level)]) {
     let mut stress = Stress::new(config(), 0);
     let mut now_ns = 0;
@@ -51,7 +52,7 @@ fn each_measure_raises() {
     run(&[(1, sample(50, 0, 0), Level::Retry)]);
     run(&[(1, sample(0, 100, 0), Level::Retry)]);
     run(&[(1, sample(90, 0, 0), Level::Peers)]);
-    // A flood of packets alone never locks out who can show an address.
+    // A flood of packets alone never locks out clients that can show an address.
     run(&[(100, sample(0, u64::MAX, u64::MAX), Level::Retry)]);
 }
 
@@ -93,8 +94,8 @@ fn a_flood_that_goes_on_holds_its_level() {
     ]);
 }
 
-// Protects small and large budgets alike: what flaps under a mark of one size, or is held up by
-// honest packets under it.
+// Protects small and large budgets alike: a mark that fits one size would flap, or be held up by
+// honest packets, under another.
 #[test]
 fn marks_are_the_budgets_own() {
     let of = |per_second: u64, refused, unvalidated| BudgetLoad {
@@ -126,11 +127,11 @@ fn marks_are_the_budgets_own() {
             );
         }
     };
-    // A small budget: the flood that it refuses is no large one.
+    // A small budget: a small flood makes it refuse.
     levels(of(20, 1, 21), of(20, 0, 200));
     levels(of(100, 5, 105), of(100, 0, 50));
     levels(of(100, 5, 105), of(100, 0, 49));
-    // A large one: what is far below it is no flood.
+    // A large budget: packets far below its rate are no flood.
     levels(of(100_000, 5_000, 105_000), of(100_000, 0, 40_000));
     // Without a budget, nothing presses.
     let mut stress = Stress::new(config(), 0);
@@ -190,7 +191,7 @@ fn levels_are_the_kernels_numbers() {
 }
 
 proptest! {
-    // No flapping: whatever comes, each step down is a hold time after what came before it.
+    // No flapping: after any samples, each step down comes a hold time after the change before it.
     #[test]
     fn steps_down_are_rare(
         ticks in prop::collection::vec((0..3 * SECOND, 0..120usize, 0..300u64, 0..3_000u64), 1..400),

@@ -1,4 +1,4 @@
-//! Tokens: the layout shared with the kernel, whom they serve, and for how long.
+//! Tokens: the layout shared with the kernel, the addresses that may use them, and their lifetime.
 
 use std::net::Ipv6Addr;
 
@@ -92,7 +92,7 @@ fn tokens_expire_at_the_end_of_the_epoch_after_their_own() {
     }
 }
 
-// What only a holder of our keys could make is refused as well, if it has not the one form.
+// A token that only a holder of the keys could make is refused as well, if it has not the one form.
 #[test]
 fn form_is_checked_under_a_right_tag() {
     let keys = keys(0);

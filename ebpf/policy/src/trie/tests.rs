@@ -204,8 +204,8 @@ fn entries_are_laid_out_as_the_kernel_reads_them() {
     assert_eq!(Leaf::from_entry(5), None);
 }
 
-// Protects the bounds of memory: what is hidden or done costs no node, and what does not fit says
-// so.
+// Protects the bounds of memory: prefixes that are hidden or complete take no node, and a set that
+// does not fit is an error.
 #[test]
 fn nodes_are_bounded_and_never_in_vain() {
     let mut builder = TrieBuilder::new(1);
@@ -265,7 +265,7 @@ fn either_kind_of_node_has_its_bound() {
     );
 }
 
-// Protects the cache: what is alike is kept once, also if it hangs below different nodes.
+// Protects the cache: nodes that are alike are kept once, also below different nodes.
 #[test]
 fn sparse_nodes_that_are_alike_are_one() {
     let mut builder = TrieBuilder::new(1_000);

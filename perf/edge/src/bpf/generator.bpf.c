@@ -15,12 +15,12 @@ const volatile __u8 header[HEADER]; /* with source address, source port and chec
 const volatile __u32 frame_bytes;
 const volatile __u32 spare_bytes; /* more than that are in the buffer; cut off here */
 const volatile __u32 written; /* 64 or 128 bytes of it */
-const volatile __u32 port_at; /* offset of the source port: IPV4_PORT, or behind an IPv6 header, whose source is no sum's part */
+const volatile __u32 port_at; /* offset of the source port: IPV4_PORT, or behind an IPv6 header */
 const volatile __u32 source_base;
-const volatile __u32 source_mask; /* sources are base + (random & mask); all ones: any unicast address */
+const volatile __u32 source_mask; /* base + (random & mask); all ones: any unicast address */
 const volatile __u32 ip_sum; /* of the IP header as in `header` */
 const volatile __u32 tcp_sum; /* of the TCP header and its pseudo header; 0: not TCP */
-const volatile __u32 random_at; /* offset of 8 bytes that are random in each packet (a connection ID); 0: none */
+const volatile __u32 random_at; /* offset of 8 random bytes in each packet (an ID); 0: none */
 const volatile __u32 interface;
 const volatile __u32 interval_ns; /* between packets; 0: as fast as they go */
 

@@ -1,6 +1,6 @@
 //! The honest clients: RPCs over one QUIC connection, and TCP connections that echo.
 //!
-//! What counts is what was asked in the parent's window, and answered at all.
+//! A request counts if it was sent in the parent's window and got an answer.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -26,10 +26,11 @@ use crate::testbed::NODE;
 use crate::{Result, cpu};
 use millrace_edge::clock::now_ns;
 
-/// How long the connection may take, before there is an attack.
+/// How long the connection may take, before the attack begins.
 const CONNECT: Duration = Duration::from_secs(10);
 
-/// Gets ready, says so, waits for a line, asks as long as told, prints what it got.
+/// Connects, reports that it is ready, waits for the window, sends requests until it closes, and
+/// prints the latencies.
 pub(crate) fn drive(role: RoleArgs) -> Result<()> {
     cpu::pin_to(role.cpu)?;
     let got = if role.probes {
@@ -44,7 +45,7 @@ pub(crate) fn drive(role: RoleArgs) -> Result<()> {
     Ok(())
 }
 
-/// Says that the attack may begin, and waits to be told when.
+/// Reports that the attack may begin, and waits for the window.
 fn ready() -> Result<Window> {
     println!("ready");
     let mut line = String::new();
@@ -53,7 +54,8 @@ fn ready() -> Result<Window> {
     Ok(Window { from, until })
 }
 
-/// Connects, and asks until the window closes: what QUIC got, then TCP.
+/// Connects, and sends requests until the window closes. Returns the latencies over QUIC, then
+/// those over TCP.
 fn ask() -> Result<[Latencies; 2]> {
     let rpc = Rpc::connect()?;
     let echoes: Vec<_> = (0..CALLERS).map(|_| connect()).collect::<Result<_>>()?;
@@ -70,7 +72,7 @@ fn ask() -> Result<[Latencies; 2]> {
     Ok([rpc.end()?, tcp])
 }
 
-/// The present process's word for a time of CLOCK_MONOTONIC.
+/// The [`Instant`] of a time of CLOCK_MONOTONIC.
 fn instant_at(ns: u64) -> Instant {
     let (now, present_ns) = (Instant::now(), now_ns());
     now + Duration::from_nanos(ns) - Duration::from_nanos(present_ns)
@@ -84,7 +86,8 @@ fn connect() -> Result<TcpStream> {
     Ok(connection)
 }
 
-/// One outstanding request after the other. A connection that broke is not made anew: its requests are missing.
+/// One outstanding request after the other. The client does not reopen a connection that broke: its
+/// requests are missing.
 fn ask_by_tcp(mut connection: TcpStream, window: Window) -> Latencies {
     let Window { from, until } = window;
     let mut latencies = Latencies::default();
@@ -100,7 +103,7 @@ fn ask_by_tcp(mut connection: TcpStream, window: Window) -> Latencies {
             match connection.read(&mut answer[read..]) {
                 Ok(0) => break,
                 Ok(more) => read += more,
-                // The answer may still come; the next one must not be taken for it.
+                // The answer may still come; the next answer must not be taken for it.
                 Err(error) if error.kind() == ErrorKind::WouldBlock && Instant::now() < until => {
                     latencies.fail();
                 }
@@ -119,7 +122,8 @@ fn ask_by_tcp(mut connection: TcpStream, window: Window) -> Latencies {
     latencies
 }
 
-/// The QUIC client: callers are tasks on its shard, which ask from the moment that the connection is up.
+/// The QUIC client: callers are tasks on its shard, which send requests from the moment that the
+/// connection is up.
 struct Rpc {
     transport: Transport,
     /// When to record.
@@ -185,7 +189,8 @@ impl Service for Client {
     fn on_send(&mut self, _message: Inbound<'_>) {}
 
     fn on_up(&mut self, peer: NodeId, _connection: ConnectionNumber, _hello: &Negotiated) {
-        // The second time is after a break: the callers are still there, and have counted what failed.
+        // The second call comes after a break: the callers still run, and have counted the requests
+        // that failed.
         if self.up.send(()).is_err() || self.window.get().is_some() {
             return;
         }
@@ -193,7 +198,7 @@ impl Service for Client {
             let (messenger, window) = (self.messenger.clone(), Arc::clone(&self.window));
             let results = self.results.clone();
             self.messenger.spawn(Queue::Latency, async move {
-                // Nobody waits any more if the measurement has failed.
+                // The receiver is gone if the measurement has failed.
                 results
                     .send(ask_by_quic(&messenger, peer, &window).await)
                     .ok();

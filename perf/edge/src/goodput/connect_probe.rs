@@ -1,10 +1,12 @@
-//! Honest clients that come while the attack goes on: each opens a connection, is served once, leaves, and comes back.
+//! Honest clients that connect during the attack: each opens a connection, is served once, leaves,
+//! and comes back.
 //!
-//! 1. None has a token, a proof, or a connection from before: it gets in as a non-member does, by Retry or cookie where there are such.
-//! 2. Each has an address and a /24 of its own, and keeps to half of the rate that edge and reference grant a source: what it is
-//!    refused, the attack took.
-//! 3. A probe counts when the node has served it: a hello over QUIC, which comes after the node has checked the certificate; an
-//!    echo over TCP.
+//! 1. No probe has a token, a proof, or an earlier connection: the edge treats it as a non-member,
+//!    with Retry or cookie where they apply.
+//! 2. Each has its own address and its own /24, and keeps to half of the rate that edge and
+//!    reference grant a source: a refusal is the attack's doing.
+//! 3. A probe counts when the node has served it: by a hello over QUIC, which comes after the node
+//!    has checked the certificate; by an echo over TCP.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
@@ -29,9 +31,10 @@ use crate::Result;
 use crate::frames::{OPEN_PORT, TCP_PORT};
 use crate::testbed::NODE;
 
-/// From the start of one probe to the start of the next; half of the 1,000 a minute that a source may open.
+/// From the start of one probe to the start of the next; half of the 1,000 a minute that a source
+/// may open.
 const EVERY: Duration = Duration::from_millis(120);
-/// What quiche sends at most in a packet.
+/// The most bytes of a packet that quiche sends.
 const PACKET_BYTES: usize = 1_452;
 
 /// All probes of a run.
@@ -41,7 +44,7 @@ pub(super) struct ConnectProbes {
 }
 
 impl ConnectProbes {
-    /// Makes them, and runs one of each protocol once: without an attack that must succeed.
+    /// Makes them, and runs one of each protocol once, which must succeed without an attack.
     pub(super) fn new() -> Result<Self> {
         let identities = Identities::new();
         let node_key = *identities.node.public_key().as_bytes();
@@ -103,7 +106,7 @@ fn repeat(
             Ok(()) => latencies.complete(started.elapsed()),
             Err(_) => latencies.fail(),
         }
-        // Who was kept waiting does not come more often after it.
+        // A probe that had to wait does not come more often afterwards.
         next = (next + EVERY).max(Instant::now());
     }
 }
@@ -120,7 +123,7 @@ struct QuicProbe {
 }
 
 impl QuicProbe {
-    /// Opens a connection, from a port of its own, waits for the node's hello, closes.
+    /// Opens a connection from a port of its own, waits for the node's hello, closes.
     fn run(&mut self) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         let socket = UdpSocket::bind((self.address, 0))?;
@@ -154,7 +157,7 @@ impl QuicProbe {
             match socket.recv_from(&mut packet) {
                 Ok((length, from)) => {
                     let info = quiche::RecvInfo { from, to: local };
-                    // What is no packet of this connection changes nothing.
+                    // A packet of another connection changes nothing.
                     quic.recv(&mut packet[..length], info).ok();
                 }
                 Err(error) if is_timeout(&error) => quic.on_timeout(),
@@ -190,7 +193,7 @@ fn probe_by_tcp(address: Ipv4Addr) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     let socket = socket(AddressFamily::INET, SocketType::STREAM, None)?;
     bind(&socket, &SocketAddr::from((address, 0)))?;
-    // Holds for connect as well.
+    // The timeout holds for connect as well.
     set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
     connect(&socket, &SocketAddr::from((NODE, TCP_PORT)))?;
     let mut connection = TcpStream::from(socket);
@@ -256,7 +259,7 @@ mod tests {
     use super::*;
     use crate::testbed::HONEST;
 
-    // Protects the figures: a probe that its own rate refuses would be counted as the attack's doing.
+    // Protects the figures: a probe that its own rate refuses would count as lost to the attack.
     #[test]
     fn probes_keep_to_half_of_what_a_source_may() {
         let limits = Limits::default();

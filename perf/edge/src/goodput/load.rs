@@ -1,4 +1,4 @@
-//! What clients ask for, and what they got.
+//! The load of the clients, and the service that they got.
 
 use std::time::{Duration, Instant};
 
@@ -19,11 +19,11 @@ pub(crate) struct Load {
     pub(crate) completed_per_second: f64,
     pub(crate) failed: u64,
     pub(crate) p50_us: f64,
-    /// Of those that completed; failed ones count as the patience of a caller.
+    /// Latency of requests that completed; a failed one counts as the patience of a caller.
     pub(crate) p99_us: f64,
 }
 
-/// What is asked in it counts.
+/// The time in which requests count.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Window {
     pub(super) from: Instant,

@@ -1,4 +1,4 @@
-//! The node that is attacked: a transport that answers RPCs, and a TCP echo.
+//! The node under attack: a transport that answers RPCs, and a TCP echo.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -26,12 +26,12 @@ use crate::{Result, cpu};
 
 pub(super) const RPC: Method = Method(1);
 pub(super) static BODY: [u8; BYTES] = [7; BYTES];
-/// Port of the client's transport; nobody dials it.
+/// Port of the client's transport, which no node dials.
 const CLIENT_PORT: u16 = 4200;
 
 /// Probes of each protocol.
 pub(super) const PROBES: u8 = 16;
-/// Addresses of all probes; those that come by QUIC first.
+/// Addresses of all probes; those over QUIC first.
 pub(crate) fn probe_addresses() -> impl Iterator<Item = Ipv4Addr> {
     (0..PROBES).flat_map(|probe| [by_quic(probe), by_tcp(probe)])
 }
@@ -44,7 +44,7 @@ pub(super) fn by_tcp(probe: u8) -> Ipv4Addr {
     Ipv4Addr::new(198, 19, 1 + probe, 1)
 }
 
-/// Who is who. The lower ID dials, and clients have to.
+/// The keys of client, probes and node. The node has the highest ID, because the lower ID dials.
 pub(super) struct Identities {
     pub(super) client: SigningKey,
     pub(super) probes: Vec<SigningKey>,
@@ -78,7 +78,8 @@ impl Identities {
         Arc::new(Topology::from_members(members.into_iter().chain(probes), 1))
     }
 
-    /// Those of the client's transport, which dials all that it knows of: not the probes.
+    /// The topology of the client's transport, without the probes: it dials every member that it
+    /// knows.
     pub(super) fn of_client() -> Arc<Topology> {
         Self {
             probes: Vec::new(),
@@ -88,7 +89,7 @@ impl Identities {
     }
 }
 
-/// What the node admits by. Its keys are those that the edge in the kernel was given.
+/// The node's admission. Its keys are those of the edge in the kernel.
 fn admission(clock: &Clock, kernel_charges: bool) -> Admission {
     let admission = Admission::new(
         AdmissionConfig::default(),
@@ -110,7 +111,7 @@ pub(super) fn start<S: Service>(
     let start = TransportStart {
         identity: SigningKey::from_seed(*key.seed()),
         config: TransportConfig::default(),
-        // Client and node share the core: neither may spin on the other's time.
+        // Client and node share the core, so neither may spin on the other's time.
         shards: vec![ShardConfig {
             spin: Duration::ZERO,
             ..ShardConfig::default()
@@ -126,12 +127,12 @@ pub(super) fn start<S: Service>(
     Ok(Transport::start(start, services)?)
 }
 
-/// The client's end of the same.
+/// The address of the client's transport.
 pub(super) fn client_address() -> (Ipv4Addr, u16) {
     (CLIENT, CLIENT_PORT)
 }
 
-/// Serves until the parent goes away.
+/// Serves until the parent ends.
 pub(crate) fn serve(role: RoleArgs) -> Result<()> {
     cpu::pin_to(role.cpu)?;
     let node = start_node(role.kernel_charges)?;
@@ -147,8 +148,8 @@ pub(crate) fn serve(role: RoleArgs) -> Result<()> {
     Ok(())
 }
 
-/// The transport, on the port that the node before this one may not have let go of yet: the kernel closes what an io_uring
-/// held after its process is gone.
+/// Starts the transport. The node before may still hold the port: the kernel closes the sockets of
+/// an io_uring only after its process is gone.
 fn start_node(kernel_charges: bool) -> Result<Transport> {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -171,7 +172,7 @@ fn start_node(kernel_charges: bool) -> Result<Transport> {
     }
 }
 
-/// Answers until the client goes away.
+/// Echoes until the client closes.
 fn echo(mut connection: TcpStream) -> std::io::Result<()> {
     connection.set_nodelay(true)?;
     let mut request = [0; BYTES];

@@ -39,7 +39,7 @@ pub(crate) fn write(folder: &Path, points: &[Point]) -> Result<()> {
             .filter(|point| point.series == series)
             .cloned()
             .collect();
-        // The run left it out: the plot of the run before stays.
+        // The run left it out, so the earlier plot stays.
         if points.is_empty() {
             continue;
         }

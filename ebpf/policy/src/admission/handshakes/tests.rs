@@ -1,5 +1,5 @@
-//! Bounds of half-open handshakes: against a list of all that are open, through the whole
-//! admission, and from many threads.
+//! Bounds of half-open handshakes: against a list of all open ones, through the whole admission,
+//! and from many threads.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -47,7 +47,7 @@ struct Oracle {
     open: Vec<(IpAddr, Entitlement)>,
 }
 
-/// What an address shares with others at a level; nothing past its last.
+/// The part of an address that it shares with others at a level; nothing past its last level.
 fn prefix(address: IpAddr, level: usize) -> Option<(bool, u128)> {
     match address.to_canonical() {
         IpAddr::V4(v4) => {
@@ -231,8 +231,8 @@ fn assert_retry(first: First) {
     assert!(matches!(first, First::Retry(_)), "{first:?}");
 }
 
-// Protects the owner of an address that others forge: their packets take half, and never more than
-// a Retry after that.
+// Protects the owner of an address that others forge: their packets take half of the bound, and get
+// only Retries after that.
 #[test]
 fn a_forged_address_keeps_a_share_for_its_owner() {
     let admission = admission(free());
@@ -247,7 +247,8 @@ fn a_forged_address_keeps_a_share_for_its_owner() {
     assert_eq!(admission.by_token(at(7)), First::Full(Full::Source));
     assert_retry(admission.bare(at(8)));
     assert_eq!(admission.half_open(source), 4);
-    // Whichever ends, one with a token may take its place; one without only that of its like.
+    // When any of them ends, a handshake with a token may take its place; one without a token only
+    // that of another without.
     admission.handshake_over(at(5), by_token());
     assert_retry(admission.bare(at(8)));
     assert_eq!(admission.by_token(at(7)), token);
@@ -279,11 +280,11 @@ fn peers_are_bounded_by_themselves_and_by_nobody_else() {
     let firsts = [1, 2, 3, 4].map(|nonce| admission.by_proof(at(9), one, nonce));
     let full = First::Full(Full::Peer);
     assert_eq!(firsts, [accepted(one), accepted(one), accepted(one), full]);
-    // From elsewhere too; the other one has its own.
+    // The peer comes from another address too; the other peer has its own bound.
     let elsewhere = ([198, 51, 100, 1], 9).into();
     assert_eq!(admission.by_proof(elsewhere, one, 5), full);
     assert_eq!(admission.by_proof(at(9), two, 6), accepted(two));
-    // None of that counts for the address.
+    // None of that counts for the source.
     assert_eq!(admission.half_open(Source::of(at(0).ip())), 4);
     assert_eq!(admission.by_token(elsewhere), First::Accept(by_token()));
     admission.handshake_over(at(9), Entitlement::Peer(one));
@@ -318,13 +319,13 @@ fn what_is_refused_holds_and_costs_nothing() {
     };
     let admission = admission(limits);
     let source = Source::of(at(0).ip());
-    // The budget is spent: nothing is held for those who get a Retry.
+    // The budget is spent: a client that gets a Retry holds nothing.
     assert_eq!(admission.bare(at(1)), ACCEPTED);
     assert_retry(admission.bare(at(2)));
     assert_eq!(admission.half_open(source), 1);
     admission.handshake_over(at(1), Entitlement::Unvalidated);
-    // Those refused for want of room leave the source's rate alone: four, and the fifth of its
-    // burst when there is room again.
+    // Packets that were refused for lack of room cost no rate: four, and the fifth of the burst
+    // once there is room again.
     for port in 1..=4 {
         assert_eq!(admission.by_token(at(port)), First::Accept(by_token()));
     }
@@ -337,7 +338,7 @@ fn what_is_refused_holds_and_costs_nothing() {
     let refused = First::Drop(Reason::QuicSourceRate);
     assert_eq!(admission.by_token(at(6)), refused);
     assert_eq!(admission.half_open(source), 3);
-    // A proof that was used, and a peer that dials too often.
+    // A proof that was used before, and a peer that dials too often.
     let first = |nonce| admission.by_proof(at(1), PEERS[0], nonce);
     assert!(matches!(first(1), First::Accept(_)));
     assert_eq!(first(1), First::Drop(Reason::QuicProofReplayed));
@@ -367,11 +368,11 @@ fn threads_never_pass_the_bound() {
             } else {
                 full.fetch_add(1, Ordering::SeqCst);
             }
-            // Seldom enough that each thread comes up against the bound even if it runs alone.
+            // Seldom enough that each thread meets the bound even if it runs alone.
             if round % 7 == 0 || round + 1 == ROUNDS {
                 for by in mine.drain(..) {
-                    // Before it is given back: what is counted here never exceeds what is held
-                    // there.
+                    // Before the guard is given back, so that this count never exceeds the one in
+                    // the table.
                     held.fetch_sub(1, Ordering::SeqCst);
                     admission.handshake_over(at(port), by);
                 }

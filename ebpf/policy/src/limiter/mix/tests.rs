@@ -1,5 +1,5 @@
-//! What the sketch asks of its hash: every bit of a key counts for every bit, and keys in a row
-//! spread like keys at random.
+//! The properties that the sketch needs of its hash: every bit of a key changes every bit of the
+//! hash, and keys in a row spread like random ones.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -28,8 +28,8 @@ fn v6(network: u64) -> IpAddr {
     Ipv6Addr::from_bits(u128::from(network) << 64).into()
 }
 
-/// Of all keys, how often each bit of the hash changes with a bit of the key; the share farthest
-/// from a half.
+/// How often each bit of the hash changes with a bit of the key, over all keys; returns the share
+/// that is farthest from a half.
 fn worst_share(keys: &[[u64; 2]], bits: impl Iterator<Item = usize>) -> f64 {
     let mut worst: f64 = 0.0;
     for bit in bits {
@@ -50,7 +50,8 @@ fn worst_share(keys: &[[u64; 2]], bits: impl Iterator<Item = usize>) -> f64 {
     worst
 }
 
-// Protects the buckets from senders who try neighbours of an address: each is as good as any.
+// Protects the buckets from senders who try neighbours of an address: no neighbour is a better
+// choice.
 #[test]
 fn every_bit_of_an_address_changes_half_of_the_hash() {
     const KEYS: u32 = 4_096;
@@ -67,8 +68,8 @@ fn every_bit_of_an_address_changes_half_of_the_hash() {
     assert!(worst < 0.1, "IPv6: {worst}");
 }
 
-/// Keys on each of 1,024 buckets against an even spread: chi squared over its degrees of freedom; 1
-/// for keys at random.
+/// Keys on each of 1,024 buckets against an even spread: chi squared over its degrees of freedom,
+/// which is 1 for random keys.
 fn unevenness(hashes: impl Iterator<Item = u64>) -> f64 {
     const BUCKETS: usize = 1_024;
     let mut buckets = [0_u32; BUCKETS];
@@ -84,8 +85,8 @@ fn unevenness(hashes: impl Iterator<Item = u64>) -> f64 {
     squares.sum::<f64>() / (BUCKETS - 1) as f64
 }
 
-// Protects innocents beside a botnet of neighbours: a walk through a prefix fills all buckets
-// alike.
+// Protects innocent sources beside a botnet of neighbours: a walk through a prefix fills all
+// buckets alike.
 #[test]
 fn addresses_in_a_row_spread_over_the_lines() {
     const KEYS: u32 = 1 << 16;
@@ -113,7 +114,7 @@ fn addresses_in_a_row_spread_over_the_lines() {
     ] {
         for (name, level, address) in walks {
             let hashes = || (0..KEYS).map(|number| hash_of(seed, address(number), level));
-            // Six standard deviations of keys at random are 0.27 here.
+            // Six standard deviations of random keys are 0.27 here.
             for (part, shift) in [("buckets", 0), ("slots", 32), ("tags", 48)] {
                 let spread = unevenness(hashes().map(|hash| hash >> shift));
                 assert!(spread < 1.27, "{name}, {part}: {spread}");
@@ -123,8 +124,8 @@ fn addresses_in_a_row_spread_over_the_lines() {
 }
 
 proptest! {
-    // Protects the promise that only the bits which are kept, bucket and tag, make keys share a
-    // word.
+    // Protects the promise that keys share a word only if bucket and tag, the bits that are kept,
+    // are the same.
     #[test]
     fn keys_that_differ_in_one_word_differ(k0: u64, k1: u64, a: u64, b: u64, other: u64) {
         let seed = Key { k0, k1 };

@@ -85,7 +85,7 @@ fn no_limit_touches_nothing() {
     assert_eq!(words(buckets.bucket(0)), before);
 }
 
-// Protects against failing open: the reference's set lets everybody pass when it is full.
+// Protects against failing open: a full set of the reference lets every source pass.
 #[test]
 fn a_full_line_refuses_new_keys() {
     let buckets = OwnedBuckets::new(1);
@@ -93,7 +93,7 @@ fn a_full_line_refuses_new_keys() {
     fill(buckets.bucket(0), hash(0, KEY, Purpose::Quic, 0) >> 48);
     assert!(!sketch.look(KEY, Purpose::Quic, 0, LIMIT, NOW));
     assert!(!sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW));
-    // Once its keys are idle, their slots are anybody's.
+    // Once its keys are idle, another key may take their slots.
     assert!(sketch.look(KEY, Purpose::Quic, 0, LIMIT, NOW + 100));
     assert!(sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW + 100));
 }
@@ -109,7 +109,7 @@ fn slots_are_visited_from_the_hash_on() {
     last.store(0, Ordering::Relaxed);
     assert!(sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW));
     assert_eq!(last.load(Ordering::Relaxed), busy_word(tag, NOW + 10));
-    // An idle slot before it does not draw the key away from the word that it has.
+    // A key keeps its word although an idle slot comes before it.
     buckets.bucket(0)[first].store(0, Ordering::Relaxed);
     assert!(sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW));
     assert_eq!(last.load(Ordering::Relaxed), busy_word(tag, NOW + 20));
@@ -217,7 +217,7 @@ fn the_generation_that_is_left_counts_for_a_while() {
     sketch.old_until_ns = NOW + 30;
     assert!(!sketch.look(KEY, Purpose::Quic, 0, LIMIT, NOW));
     assert!(!sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW + 9));
-    // The first charge carries what the key still owes into the active generation.
+    // The first charge carries the key's debt into the active generation.
     assert!(sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW + 10));
     let hash = hash(1, KEY, Purpose::Quic, 0);
     let word = buckets.bucket(1)[(hash >> 40) as usize & 7].load(Ordering::Relaxed);
@@ -242,7 +242,7 @@ fn only_the_idle_generation_is_cleared() {
     }
 }
 
-// The interleaving step by step: two threads see no word of the key; they place it in different
+// The interleaving step by step: two threads see no word of the key, and place it in different
 // slots.
 #[test]
 fn a_key_placed_twice_is_given_back() {

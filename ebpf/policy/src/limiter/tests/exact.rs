@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// Packets at every quarter of an interval, more of them than can be admitted; returns how many
-/// were.
+/// Offers packets at every quarter of an interval, more than the limit admits; returns how many it
+/// admitted.
 fn admitted(limit: Limit, elapsed_ns: u64, mut charge: impl FnMut(u64) -> bool) -> u64 {
     let start_ns = 5_000_000_000_000_000;
     let mut admitted = 0;
@@ -16,7 +16,7 @@ fn admitted(limit: Limit, elapsed_ns: u64, mut charge: impl FnMut(u64) -> bool) 
     admitted
 }
 
-// Protects the promise that a source gets all of what it may, and nothing beyond.
+// Protects the promise that a source gets all that its limit allows, and nothing beyond.
 #[test]
 fn admits_burst_and_rate() {
     for limit in limits() {

@@ -34,7 +34,7 @@ struct Offer {
 
 fn offers() -> impl Strategy<Value = Vec<Offer>> {
     let purpose = prop::sample::select(vec![Purpose::Quic, Purpose::Tcp, Purpose::Peer]);
-    // Mostly dense, so that limits bite; now and then a pause in which all is forgotten.
+    // Mostly dense, so that limits refuse; now and then a pause after which every word is idle.
     let quarters = prop_oneof![20 => 0..3u64, 1 => 0..400u64];
     let offer = (0..4u64, purpose, 0..LEVELS, quarters, any::<bool>()).prop_map(
         |(key, purpose, level, quarters, take)| Offer {
@@ -85,7 +85,7 @@ proptest! {
     }
 }
 
-/// What the owner of a sketch does as soon as a turn is due.
+/// The steps of a sketch's owner as soon as a turn is due.
 fn turn(sketch: &mut Sketch<'_, OwnedBuckets>, rotation: &mut Rotation, random: [u8; 16]) {
     sketch.clear_idle();
     let switch = rotation.turn(rotation.due_at_ns(), random).unwrap();

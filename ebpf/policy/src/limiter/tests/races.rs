@@ -1,8 +1,5 @@
-//! Two threads at one budget: never above what one thread would get; and naive limiters, which do
-//! exceed it.
-//!
-//! The clock is mocked. Every naive limiter reads, meets the other thread, and only then writes:
-//! the interleaving that breaks it happens every time, not by luck.
+//! Two threads at one budget: they never get more than one thread would; and naive limiters, which
+//! do give more.
 
 use std::sync::Barrier;
 use std::thread;
@@ -11,7 +8,7 @@ use super::*;
 
 const START_NS: u64 = 3_000_000_000_000_000;
 const ROUNDS: u64 = 600;
-/// Rounds in an interval: with two threads, four packets for each that may pass.
+/// Rounds in an interval: with two threads, four packets for each one that may pass.
 const ROUNDS_EACH: u64 = 2;
 
 /// Two threads in step: each offers one packet a round. `attempt(thread, now, barrier)` waits at
@@ -37,11 +34,8 @@ fn allowed_in_step(limit: Limit) -> u64 {
     allowance(limit, (ROUNDS - 1) * limit.interval_ns / ROUNDS_EACH)
 }
 
-/// Two threads that run as they like and push the clock on; returns what they admitted and how long
-/// that took on the clock.
-///
-/// Of two that share a clock, none is later than [`CLOCK_SLACK_NS`]; and all of it is shorter than
-/// a word's reach.
+/// Two threads that run freely and advance the clock; returns what they admitted and how long that
+/// took by the clock.
 fn running_free(limit: Limit, charge: impl Fn(u64) -> bool + Sync) -> (u64, u64) {
     const STEPS: u64 = 20_000;
     let elapsed_ns = (STEPS / 4 * limit.interval_ns).min(TOLERANCE_MAX_NS);

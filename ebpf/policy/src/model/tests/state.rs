@@ -1,4 +1,4 @@
-//! What time, generations, leases and answers do; and that no frame breaks anything.
+//! The effect of time, generations, leases and answers; and that no frame makes the model panic.
 
 use super::frames::{
     CLIENT, CLIENT6, HANDSHAKE_EPOCH_NS, NOW_NS, QUIC, TCP, UDP, address, compiled, dial_request,
@@ -21,7 +21,7 @@ fn at(now_ns: u64) -> Environment {
     }
 }
 
-// Protects validated clients: what the Retry says is what lets them in, and nobody else.
+// Protects validated clients: the Retry's token lets its client in, and no other.
 #[test]
 fn a_retry_leads_to_a_connection() {
     for client in [CLIENT, CLIENT6] {
@@ -66,7 +66,8 @@ fn a_retry_leads_to_a_connection() {
     }
 }
 
-// Protects an operator who cut himself off: the clock alone takes an unconfirmed set back.
+// Protects an operator whose rules cut off their author: the clock alone takes an unconfirmed set
+// back.
 #[test]
 fn an_unconfirmed_set_reverts() {
     let mut model = model(Mode::Count, Scope::Ports);
@@ -88,7 +89,7 @@ fn a_model_without_config_owns_nothing() {
         assert_eq!(decision.reason, Reason::PassOther);
         assert_eq!((decision.stamp, decision.service), (None, None));
     }
-    // A broken packet has no port to ask about; without a config it is only counted.
+    // A malformed packet has no port to look up; without a config it is only counted.
     let mut broken = first(CLIENT);
     broken[14] = 0;
     let decision = model.decide(&broken, at(0));
@@ -129,7 +130,7 @@ fn rejected_packets_are_stamped_for_an_answer() {
     assert_eq!(replied.stamp, None);
 }
 
-// Protects `trace`: looking costs nobody anything.
+// Protects `trace`: a look charges no source.
 #[test]
 fn read_only_charges_nothing() {
     let mut model = model(Mode::Enforce, Scope::Ports);

@@ -41,7 +41,7 @@ pub(super) fn with_token(from: &str, client: &str, minted_ns: u64) -> Vec<u8> {
     udp(from, QUIC, &initial(&minted.retry_id, &minted.token))
 }
 
-/// The first packet of a client that has nothing to show.
+/// The first packet of a client without token, proof or ID.
 pub(super) fn first(from: &str) -> Vec<u8> {
     udp(from, QUIC, &initial(&[0xdd; 8], &[]))
 }
@@ -106,7 +106,7 @@ fn packets_and_rules() -> Vec<Case> {
         .of_host()
         .when(|model| sent(model, "100.64.0.1:5", NOW_NS - REPLY_UDP_NS - 1)),
         case(
-            "reply of somebody denied",
+            "reply of a denied host",
             udp(denied, 53, b"answer"),
             Reason::FirewallDeny,
         )
@@ -114,7 +114,7 @@ fn packets_and_rules() -> Vec<Case> {
         .when(|model| sent(model, "198.18.0.1:5", NOW_NS))
         .by_rule(2),
         case(
-            "reply of somebody allowed",
+            "reply of an allowed host",
             udp(CLIENT, 53, b"answer"),
             Reason::PassHost,
         )
@@ -548,7 +548,7 @@ fn full_of_tcp(model: &mut Model) {
         .insert(Source::of(address(CLIENT).ip()), 3);
 }
 
-/// What the kernel does when a connection is established.
+/// The kernel's charges and counts when a connection is established.
 fn charge_tcp(model: &Model, from: &str) {
     let limits = levels(
         frames::settings(Mode::Enforce, Scope::Ports)

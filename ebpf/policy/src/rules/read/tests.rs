@@ -1,4 +1,4 @@
-//! What is refused, and with which words.
+//! Rules that are refused, and the words of the errors.
 
 #![allow(clippy::unwrap_used, reason = "test code")]
 
@@ -11,7 +11,7 @@ fn invalid_rules_refuse_the_set() {
         ("scope = 'global'", "action", "(absent)", "is missing"),
         ("action = 'deny'", "scope", "(absent)", "is missing"),
         ("scope = 'galaxy'", "scope", "\"galaxy\"", "\"global\""),
-        ("scope = 'node:'", "scope", "\"node:\"", "names nobody"),
+        ("scope = 'node:'", "scope", "\"node:\"", "names nothing"),
         ("scope = 'user:7'", "scope", "\"user:7\"", "is no scope"),
         ("scope = 7", "scope", "7", "is integer, not text"),
         ("action = 'drop'", "action", "\"drop\"", "\"reject\""),
