@@ -62,7 +62,7 @@ pub enum EdgeError {
     Incomplete {
         /// The pin.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The edge is attached in another network namespace.
@@ -84,7 +84,7 @@ pub enum EdgeError {
     Interface {
         /// Its name.
         name: String,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The edge is not attached to this interface.
@@ -100,7 +100,7 @@ pub enum EdgeError {
         program: &'static str,
         /// The interface or the tracepoint.
         place: String,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// A link did not take the new program; all links have their old one.
@@ -108,25 +108,25 @@ pub enum EdgeError {
     Update {
         /// The link's pin.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// Some or all TCP connections that are open already were not counted.
     #[error("cannot count the TCP connections that are open already: {source}")]
     Walk {
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The kernel gives no random bytes.
     #[error("cannot make keys: the kernel gives no random bytes: {source}")]
     Random {
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The kernel does not say which network namespace this is.
     #[error("cannot read the network namespace: {source}; it takes Linux 5.14")]
     Namespace {
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }

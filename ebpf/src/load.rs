@@ -96,7 +96,7 @@ pub enum LoadError {
     Open {
         /// The object.
         object: &'static str,
-        /// What libbpf said.
+        /// libbpf's error.
         source: libbpf_rs::Error,
     },
     /// A map could not be sized or reused.
@@ -106,7 +106,7 @@ pub enum LoadError {
         object: &'static str,
         /// The map.
         map: String,
-        /// What libbpf said.
+        /// libbpf's error.
         source: libbpf_rs::Error,
     },
     /// The kernel refused maps or programs.
@@ -114,7 +114,7 @@ pub enum LoadError {
     Refused {
         /// The object.
         object: &'static str,
-        /// What libbpf said.
+        /// libbpf's error.
         source: libbpf_rs::Error,
         /// End of libbpf's and the verifier's log.
         log: String,

@@ -76,7 +76,7 @@ pub enum MapError {
     Open {
         /// Name of the map.
         name: String,
-        /// What the kernel said.
+        /// The kernel's error.
         source: libbpf_rs::Error,
     },
     /// Its values have another size than this binary expects.
@@ -97,7 +97,7 @@ pub enum MapError {
     Memory {
         /// Name of the map.
         name: String,
-        /// What the kernel said.
+        /// The kernel's error.
         source: std::io::Error,
     },
 }

@@ -89,7 +89,7 @@ pub enum NftError {
     Run {
         /// The program.
         program: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// `nft` stopped reading or answering, or did not end in time.

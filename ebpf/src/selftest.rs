@@ -38,7 +38,7 @@ pub enum SelfTestError {
     Run {
         /// The packet.
         fixture: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         source: libbpf_rs::Error,
     },
     /// The program made another decision than the specification.

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// What becomes of a packet in mode `enforce`.
+/// What the edge does with a packet in mode `enforce`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
     /// Goes on to the host.
