@@ -26,14 +26,16 @@ use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 
 use crate::abi::{EdgeControl, LAYOUT};
 pub use crate::error::EdgeError;
+use crate::interface::{AttachMode, Interface};
+use crate::journal::Journal;
+use crate::lease::make_secrets;
 use crate::load::{LoadOptions, Loaded, Program, build};
 use crate::maps::Maps;
 use crate::netns::NetworkNamespace;
-use crate::pins::{Kind, Lock, PinError, Pins, remove_link};
-use crate::presence::make_secrets;
+use crate::pins::{EdgeLock, Kind, PinError, Pins, remove_link};
 use crate::publish::Publisher;
 use crate::selftest;
-use crate::state::{AttachMode, Interface, State};
+
 use crate::sys::{self, Hook};
 
 /// Options of an attachment.
@@ -79,7 +81,19 @@ impl Edge {
     pub fn attach(pins: &Pins, options: &AttachOptions) -> Result<Self, EdgeError> {
         // It waits for the lock: a process that is being started holds a copy of every lock of its
         // parent until it executes, even of one that the parent has released.
-        let lock = pins.lock_waiting()?;
+        Self::attach_new(pins, options, &pins.lock_waiting()?)
+    }
+
+    /// As [`Self::attach`], for a caller that holds the lock.
+    ///
+    /// # Errors
+    ///
+    /// See [`EdgeError`]. Everything is then as before.
+    pub fn attach_new(
+        pins: &Pins,
+        options: &AttachOptions,
+        lock: &EdgeLock,
+    ) -> Result<Self, EdgeError> {
         if let Some(found) = pins.foreign_layouts()?.pop() {
             let root = pins.root().to_owned();
             return Err(EdgeError::Layout { root, found });
@@ -92,7 +106,7 @@ impl Edge {
         // If this is refused, the pins of a running edge may be out of sight. Then nothing may be
         // removed.
         pins.create()?;
-        let edge = attach_new(pins, &loaded, options, &lock);
+        let edge = pin_new(pins, &loaded, options, lock);
         if edge.is_err() {
             // The caller gets the first error.
             let _ = pins.remove_own();
@@ -147,7 +161,15 @@ impl Edge {
     ///
     /// [`EdgeError::Pins`]. As much as possible is removed then.
     pub fn detach(pins: &Pins) -> Result<(), EdgeError> {
-        let _lock = pins.lock_waiting()?;
+        Self::detach_under(pins, &pins.lock_waiting()?)
+    }
+
+    /// As [`Self::detach`], for a caller that holds the lock.
+    ///
+    /// # Errors
+    ///
+    /// [`EdgeError::Pins`]; what could be removed is.
+    pub fn detach_under(pins: &Pins, _lock: &EdgeLock) -> Result<(), EdgeError> {
         Ok(pins.remove()?)
     }
 
@@ -162,7 +184,7 @@ impl Edge {
     /// edge would lose all but its pins.
     pub fn may_detach(pins: &Pins) -> Result<Option<NetworkNamespace>, EdgeError> {
         if pins.are_out_of_sight()?
-            && State::read(pins).is_ok_and(|state| !state.interfaces.is_empty())
+            && <Journal>::read(pins).is_ok_and(|journal| !journal.interfaces.is_empty())
         {
             let root = pins.root().to_owned();
             return Err(EdgeError::OutOfSight { root });
@@ -225,9 +247,23 @@ impl Edge {
         number: u32,
         probation: Option<Duration>,
     ) -> Result<(), EdgeError> {
-        let lock = self.pins.lock_waiting()?;
+        self.publish_under(set, number, probation, &self.pins.lock_waiting()?)
+    }
+
+    /// As [`Self::publish`], for a caller that holds the lock.
+    ///
+    /// # Errors
+    ///
+    /// [`EdgeError::Publish`]; what was in force is.
+    pub fn publish_under(
+        &self,
+        set: &Compiled,
+        number: u32,
+        probation: Option<Duration>,
+        lock: &EdgeLock,
+    ) -> Result<(), EdgeError> {
         Publisher::new(&self.maps).publish(set, number, probation)?;
-        self.count_older(&lock);
+        self.count_older(lock);
         Ok(())
     }
 
@@ -237,7 +273,15 @@ impl Edge {
     ///
     /// [`PublishError::NoProbation`] if none is.
     pub fn confirm(&self) -> Result<(), EdgeError> {
-        let _lock = self.pins.lock_waiting()?;
+        self.confirm_under(&self.pins.lock_waiting()?)
+    }
+
+    /// As [`Self::confirm`], for a caller that holds the lock.
+    ///
+    /// # Errors
+    ///
+    /// [`PublishError::NoProbation`].
+    pub fn confirm_under(&self, _lock: &EdgeLock) -> Result<(), EdgeError> {
         Ok(Publisher::new(&self.maps).confirm()?)
     }
 
@@ -248,9 +292,17 @@ impl Edge {
     ///
     /// [`PublishError::NoProbation`] if none is.
     pub fn revert(&self) -> Result<(), EdgeError> {
-        let lock = self.pins.lock_waiting()?;
+        self.revert_under(&self.pins.lock_waiting()?)
+    }
+
+    /// As [`Self::revert`], for a caller that holds the lock.
+    ///
+    /// # Errors
+    ///
+    /// [`PublishError::NoProbation`].
+    pub fn revert_under(&self, lock: &EdgeLock) -> Result<(), EdgeError> {
         Publisher::new(&self.maps).revert()?;
-        self.count_older(&lock);
+        self.count_older(lock);
         Ok(())
     }
 
@@ -267,13 +319,13 @@ impl Edge {
     }
 
     /// [`Self::count_open`] after ports came into force. They stay in force if it fails.
-    fn count_older(&self, lock: &Lock) {
+    fn count_older(&self, lock: &EdgeLock) {
         if let Err(error) = self.walk(lock) {
             tracing::warn!(%error, "sources may hold more connections than their cap until older ones close");
         }
     }
 
-    fn walk(&self, _lock: &Lock) -> Result<(), EdgeError> {
+    fn walk(&self, _lock: &EdgeLock) -> Result<(), EdgeError> {
         let walk = sys::walk(self.program(Program::ConnWalk));
         walk.map_err(|source| EdgeError::Walk { source })
     }
@@ -282,9 +334,9 @@ impl Edge {
     ///
     /// # Errors
     ///
-    /// [`EdgeError::State`] if the state file cannot be read.
+    /// [`EdgeError::Journal`] if the journal cannot be read.
     pub fn interfaces(&self) -> Result<Vec<Interface>, EdgeError> {
-        Ok(State::read(&self.pins)?.interfaces)
+        Ok(<Journal>::read(&self.pins)?.interfaces)
     }
 
     /// Whether all programs of an interface are on it now. None is once the interface was removed,
@@ -306,22 +358,35 @@ impl Edge {
     /// [`EdgeError::Interface`] if there is none of this name, [`EdgeError::Attach`] if the kernel
     /// refuses, [`EdgeError::Elsewhere`] in another network namespace. Nothing has changed then.
     pub fn attach_interface(&mut self, name: &str, mode: AttachMode) -> Result<(), EdgeError> {
-        let lock = self.pins.lock_waiting()?;
-        self.attach_locked(name, mode, &lock)
+        self.attach_under(name, mode, &self.pins.lock_waiting()?)
     }
 
-    fn attach_locked(&self, name: &str, mode: AttachMode, lock: &Lock) -> Result<(), EdgeError> {
+    /// As [`Self::attach_interface`], for a caller that holds the lock.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::attach_interface`].
+    pub fn attach_under(
+        &self,
+        name: &str,
+        mode: AttachMode,
+        lock: &EdgeLock,
+    ) -> Result<(), EdgeError> {
         self.check_here()?;
         let index = index_of(name)?;
-        let mut state = State::read(&self.pins)?;
+        let mut journal = <Journal>::read(&self.pins)?;
         let known = |interface: &Interface| interface.index == index;
-        if state.interfaces.iter().any(|i| known(i) && self.is_live(i)) {
+        if journal
+            .interfaces
+            .iter()
+            .any(|i| known(i) && self.is_live(i))
+        {
             return Ok(());
         }
         let gone = |interface: &Interface| {
             (known(interface) || interface.name == name) && !self.is_live(interface)
         };
-        for interface in state.interfaces.extract_if(.., |i| gone(i)) {
+        for interface in journal.interfaces.extract_if(.., |i| gone(i)) {
             self.remove_links(interface.index)?;
         }
         let stamp = self.link(Program::Stamp, name, index, Hook::TcxIngress)?;
@@ -331,12 +396,12 @@ impl Edge {
             .into_iter()
             .zip([stamp, learn, edge])
             .try_for_each(|(program, link)| pin(link.as_fd(), self.link_path(program, index)));
-        state.interfaces.push(Interface {
+        journal.interfaces.push(Interface {
             name: name.to_owned(),
             index,
             mode,
         });
-        let kept = pinned.and_then(|()| Ok(state.write(&self.pins, lock)?));
+        let kept = pinned.and_then(|()| Ok(journal.write(&self.pins, lock)?));
         if kept.is_err() {
             self.remove_links(index)?;
         }
@@ -350,8 +415,8 @@ impl Edge {
     /// [`EdgeError::NotAttached`] if the edge is not attached to one of this name.
     pub fn detach_interface(&mut self, name: &str) -> Result<(), EdgeError> {
         let lock = self.pins.lock_waiting()?;
-        let mut state = State::read(&self.pins)?;
-        let Some(place) = state
+        let mut journal = <Journal>::read(&self.pins)?;
+        let Some(place) = journal
             .interfaces
             .iter()
             .position(|interface| interface.name == name)
@@ -360,9 +425,9 @@ impl Edge {
                 name: name.to_owned(),
             });
         };
-        let interface = state.interfaces.remove(place);
+        let interface = journal.interfaces.remove(place);
         self.remove_links(interface.index)?;
-        Ok(state.write(&self.pins, &lock)?)
+        Ok(journal.write(&self.pins, &lock)?)
     }
 
     fn remove_links(&self, index: u32) -> Result<(), EdgeError> {
@@ -426,8 +491,17 @@ impl Edge {
     ///
     /// See [`EdgeError`]. Every link then has its old program.
     pub fn reload(&mut self) -> Result<(), EdgeError> {
+        self.reload_under(&self.pins.lock_waiting()?)
+    }
+
+    /// As [`Self::reload`], for a caller that holds the lock.
+    ///
+    /// # Errors
+    ///
+    /// See [`EdgeError`]; every link has the program that it had.
+    pub fn reload_under(&mut self, lock: &EdgeLock) -> Result<(), EdgeError> {
         let loaded = self.load_beside()?;
-        self.replace(&loaded)
+        self.replace_under(&loaded, lock)
     }
 
     /// Loads the programs of this binary on the present maps, after the self-test. They are not in
@@ -452,7 +526,10 @@ impl Edge {
     ///
     /// See [`EdgeError`]. Every link then has its old program.
     pub fn replace(&mut self, loaded: &Loaded) -> Result<(), EdgeError> {
-        let _lock = self.pins.lock_waiting()?;
+        self.replace_under(loaded, &self.pins.lock_waiting()?)
+    }
+
+    fn replace_under(&mut self, loaded: &Loaded, _lock: &EdgeLock) -> Result<(), EdgeError> {
         let new = handles(loaded)?;
         self.update_links(&new)?;
         // The new programs are in force. What remains are the pins by which other processes find
@@ -522,11 +599,11 @@ impl Edge {
     }
 }
 
-fn attach_new(
+fn pin_new(
     pins: &Pins,
     loaded: &Loaded,
     options: &AttachOptions,
-    lock: &Lock,
+    lock: &EdgeLock,
 ) -> Result<Edge, EdgeError> {
     let (maps, namespace) = (loaded.maps(), here()?);
     maps.control
@@ -545,10 +622,10 @@ fn attach_new(
     pins.set_build(&build())?;
     let tracepoint = link_tracepoint(programs[&Program::ConnState].as_fd())?;
     pin(tracepoint.as_fd(), tracepoint_path(pins))?;
-    State::default().write(pins, lock)?;
+    <Journal>::default().write(pins, lock)?;
     let edge = Edge::adopt(pins)?;
     for interface in &options.interfaces {
-        edge.attach_locked(interface, options.mode, lock)?;
+        edge.attach_under(interface, options.mode, lock)?;
     }
     Ok(edge)
 }

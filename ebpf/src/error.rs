@@ -4,13 +4,13 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::abi::LAYOUT;
+use crate::journal::JournalError;
 use crate::load::LoadError;
 use crate::maps::MapError;
 use crate::netns::NetworkNamespace;
 use crate::pins::PinError;
 use crate::publish::PublishError;
 use crate::selftest::SelfTestError;
-use crate::state::StateError;
 
 /// Why the edge could not be attached, adopted, reloaded or detached.
 #[derive(Debug, thiserror::Error)]
@@ -27,7 +27,7 @@ pub enum EdgeError {
     Pins(#[from] PinError),
     /// The file beside the pins could not be read or written.
     #[error(transparent)]
-    State(#[from] StateError),
+    Journal(#[from] JournalError),
     /// A map could not be opened.
     #[error(transparent)]
     Maps(#[from] MapError),
@@ -139,7 +139,7 @@ impl EdgeError {
             Self::Load(_) => "load",
             Self::SelfTest(_) => "self_test",
             Self::Pins(error) => error.reason(),
-            Self::State(error) => error.reason(),
+            Self::Journal(error) => error.reason(),
             Self::Maps(_) => "maps",
             Self::Publish(error) => error.reason(),
             Self::Handle(_) => "handle",

@@ -23,10 +23,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::edge::Edge;
+use crate::interface::AttachMode;
 use crate::nft::{self, Fingerprint, Nft, NftError, Table};
-use crate::pins::Pins;
+use crate::pins::{EdgeLock, Pins};
 use crate::privileges::drop_capabilities;
-use crate::state::AttachMode;
 
 /// Longest message, in bytes: 65,534 outbound rules of a few prefixes each.
 pub const MESSAGE_BYTES_MAX: usize = 32 << 20;
@@ -283,7 +283,8 @@ fn perform(setup: &Setup, request: &Request) -> Answer {
         Request::ApplyNft(table) => nft(setup.nft.apply(table)),
         Request::LookAtNft => setup.nft.fingerprint().map(Answer::Nft).map_err(of_nft),
         Request::Attach { interface, mode } => Edge::adopt(&setup.pins)
-            .and_then(|mut edge| edge.attach_interface(interface, *mode))
+            // The node that asks holds the lock until it has the answer.
+            .and_then(|edge| edge.attach_under(interface, *mode, &EdgeLock::of_requester()))
             .map(|()| Answer::Done)
             .map_err(|error| (error.reason().to_owned(), error.to_string())),
     };

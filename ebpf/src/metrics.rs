@@ -6,6 +6,7 @@
 
 use libbpf_rs::{MapCore, MapFlags};
 use millrace_edge_policy::reason::Reason;
+use millrace_edge_policy::stress::UnvalidatedPackets;
 
 use crate::abi::REASONS;
 
@@ -42,6 +43,23 @@ impl Counters {
             }
         }
         Ok(sums)
+    }
+
+    /// Packets from addresses that are not validated, of QUIC and of TCP.
+    #[must_use]
+    pub fn unvalidated(&self) -> [UnvalidatedPackets; 2] {
+        let both = |reason| self.acted_on(reason) + self.counted_as(reason);
+        let quic = UnvalidatedPackets {
+            answered: both(Reason::TxRetry),
+            admitted: both(Reason::PassQuicInitial),
+            dropped: 0,
+        };
+        let tcp = UnvalidatedPackets {
+            answered: both(Reason::TxSynCookie),
+            admitted: both(Reason::PassTcpSyn),
+            dropped: both(Reason::TcpSynBudget),
+        };
+        [quic, tcp]
     }
 
     /// Number of all packets.

@@ -6,7 +6,7 @@ use std::os::fd::AsFd as _;
 
 use rustix::net::{AddressFamily, SocketType, socket};
 
-use crate::state::{AttachMode, Interface};
+use crate::interface::{AttachMode, Interface};
 use crate::sys;
 
 /// The VLAN devices on this interface, in the calling thread's network namespace, whose tags native
@@ -24,6 +24,21 @@ pub fn untagged_answers(interface: &Interface) -> io::Result<Vec<String>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(error),
     }
+}
+
+/// What to tell the operator about answers that would be lost; none if there are none, or the
+/// kernel does not say.
+#[must_use]
+pub fn untagged_warning(interface: &Interface) -> Option<String> {
+    let vlans = untagged_answers(interface).ok()?;
+    (!vlans.is_empty()).then(|| {
+        format!(
+            "warning: {0} takes VLAN tags off before the program: Retries and SYN cookies to {1} leave without one \
+             and are lost; `ethtool -K {0} rxvlan off`, or xdp = \"generic\" in [edge]",
+            interface.name,
+            vlans.join(", ")
+        )
+    })
 }
 
 /// Whether the card removes VLAN tags and hands them over beside the frame: `rx-vlan-offload` of

@@ -1,18 +1,22 @@
 //! The folder whose names keep programs, maps and links alive without any process.
 //!
-//! 1. It is a bpffs of its own: `ip netns exec` mounts another `/sys`, so that pins under it would be out of sight there.
-//! 2. Everything of one layout of the maps stands in one folder; another layout is never touched, only removed.
+//! 1. It is a bpffs of its own: `ip netns exec` mounts another `/sys`, so that pins under it would
+//!    be out of sight there.
+//! 2. Everything of one layout of the maps stands in one folder; another layout is never touched,
+//!    only removed.
 //! 3. Links are named by interface index: a bpffs allows no dot in a name, interface names do.
 //! 4. Whoever changes what is pinned, or publishes, holds the lock.
 //! 5. Only the owner gets at pins and lock: anybody who could open the lock's file could keep it.
-//! 6. Nothing is pinned in a bpffs that ends with a mount namespace, as that of `ip netns exec` or of a unit with `PrivateTmp=`.
+//! 6. Nothing is pinned in a bpffs that ends with a mount namespace, as that of `ip netns exec` or
+//!    of a unit with `PrivateTmp=`.
 
 use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd as _;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock, statfs};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -157,11 +161,30 @@ fn way_out(source: &io::Error) -> &'static str {
     }
 }
 
-/// Held by whoever changes what is pinned; let go when dropped, also by a process's death.
+/// The right to change an edge: what is pinned, what is in force, its table and its journal. Given
+/// back when it is dropped, and by the death of its process.
 #[derive(Debug)]
-pub struct Lock {
+pub struct EdgeLock {
+    /// None: another process holds it for this one.
+    _file: Option<File>,
+}
+
+impl EdgeLock {
+    /// The lock of the process that asked for something and waits for the answer.
+    pub(crate) fn of_requester() -> Self {
+        Self { _file: None }
+    }
+}
+
+/// The right to be the node of an edge: two would overwrite each other's keys and counts. Given
+/// back when it is dropped, and by the death of its process.
+#[derive(Debug)]
+pub struct NodeLock {
     _file: File,
 }
+
+/// Between two attempts to take a [`NodeLock`].
+const NODE_LOCK_RETRY: Duration = Duration::from_millis(5);
 
 impl Default for Pins {
     fn default() -> Self {
@@ -197,9 +220,9 @@ impl Pins {
         }
     }
 
-    /// The file beside the folder that says what was asked for; see [`crate::state`].
+    /// The file beside the folder that says what was asked for; see [`crate::journal`].
     #[must_use]
-    pub fn state_path(&self) -> PathBuf {
+    pub fn journal_path(&self) -> PathBuf {
         beside(&self.root, "json")
     }
 
@@ -213,6 +236,14 @@ impl Pins {
     #[must_use]
     pub fn is_present(&self) -> bool {
         self.of_layout(LAYOUT).is_dir()
+    }
+
+    /// Device and inode of a pin: an edge that is attached here later has another. None if nothing
+    /// is pinned.
+    #[must_use]
+    pub fn identity(&self) -> Option<(u64, u64)> {
+        let pin = fs::metadata(self.path(Kind::Map, "control")).ok()?;
+        Some((pin.dev(), pin.ino()))
     }
 
     /// Names of the pins of a kind, in order; none if nothing is pinned.
@@ -241,21 +272,48 @@ impl Pins {
     /// # Errors
     ///
     /// [`PinError::Busy`] if another process or thread holds it.
-    pub fn lock(&self) -> Result<Lock, PinError> {
+    pub fn lock(&self) -> Result<EdgeLock, PinError> {
         self.locked(FlockOperation::NonBlockingLockExclusive)
     }
 
-    /// Takes the lock, waiting for whoever has it.
+    /// Takes the lock, waiting for the process that has it.
     ///
     /// # Errors
     ///
     /// [`PinError::Lock`] if the file beside the folder cannot be made.
-    pub fn lock_waiting(&self) -> Result<Lock, PinError> {
+    pub fn lock_waiting(&self) -> Result<EdgeLock, PinError> {
         self.locked(FlockOperation::LockExclusive)
     }
 
-    fn locked(&self, operation: FlockOperation) -> Result<Lock, PinError> {
-        let path = beside(&self.root, "lock");
+    /// Takes the lock of the edge's node. Waits so long for a node that is just ending: the kernel
+    /// ends a killed process some milliseconds after its successor can start. None if another node
+    /// lives.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::Lock`] if the file beside the folder cannot be made.
+    pub fn lock_node(&self, patience: Duration) -> Result<Option<NodeLock>, PinError> {
+        let until = Instant::now() + patience;
+        loop {
+            match self.flock("node", FlockOperation::NonBlockingLockExclusive) {
+                Ok(file) => return Ok(Some(NodeLock { _file: file })),
+                Err(PinError::Busy { .. }) if Instant::now() < until => {
+                    std::thread::sleep(NODE_LOCK_RETRY);
+                }
+                Err(PinError::Busy { .. }) => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn locked(&self, operation: FlockOperation) -> Result<EdgeLock, PinError> {
+        let file = self.flock("lock", operation)?;
+        Ok(EdgeLock { _file: Some(file) })
+    }
+
+    /// Locks a file beside the folder.
+    fn flock(&self, extension: &str, operation: FlockOperation) -> Result<File, PinError> {
+        let path = beside(&self.root, extension);
         let failed = |source| PinError::Lock {
             path: path.clone(),
             source,
@@ -271,7 +329,7 @@ impl Pins {
             .open(&path)
             .map_err(failed)?;
         match flock(&file, operation) {
-            Ok(()) => Ok(Lock { _file: file }),
+            Ok(()) => Ok(file),
             Err(rustix::io::Errno::WOULDBLOCK) => Err(PinError::Busy { path }),
             Err(errno) => Err(failed(errno.into())),
         }
@@ -281,8 +339,8 @@ impl Pins {
     ///
     /// # Errors
     ///
-    /// [`PinError::Mount`] without the capability to mount; [`PinError::Private`] where the mount would not outlive the caller's mount
-    /// namespace; [`PinError::Create`] otherwise.
+    /// [`PinError::Mount`] without the capability to mount; [`PinError::Private`] where the mount
+    /// would not outlive the caller's mount namespace; [`PinError::Create`] otherwise.
     pub fn create(&self) -> Result<(), PinError> {
         let failed = |path: &Path, source| PinError::Create {
             path: path.to_owned(),
@@ -310,8 +368,8 @@ impl Pins {
         Ok(())
     }
 
-    /// Detaches every link and removes every pin, of every layout, then the file beside, then the mount if it is ours.
-    /// Nothing that is not there is an error.
+    /// Detaches every link and removes every pin, of every layout, then the file beside, then the
+    /// mount if it is ours. Nothing that is not there is an error.
     ///
     /// # Errors
     ///
@@ -351,11 +409,11 @@ impl Pins {
         if !self.layouts()?.is_empty() {
             return first;
         }
-        let state = self.state_path();
-        match fs::remove_file(&state) {
+        let journal = self.journal_path();
+        match fs::remove_file(&journal) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 keep(Err(PinError::Remove {
-                    path: state,
+                    path: journal,
                     source,
                 }));
             }
@@ -372,7 +430,8 @@ impl Pins {
         Ok(names)
     }
 
-    /// Whether process 1 has a bpffs here that the caller has not, so that whatever is pinned cannot be seen.
+    /// Whether process 1 has a bpffs here that the caller has not, so that whatever is pinned
+    /// cannot be seen.
     ///
     /// # Errors
     ///
@@ -384,7 +443,8 @@ impl Pins {
     /// Takes the mount away that [`Self::create`] made; one that the host set up stays.
     fn unmount(&self) {
         if netns::is_mounted_as(&self.root, SOURCE) {
-            // Fails where somebody has a file of it open, or the folder belongs to a larger bpffs: harmless.
+            // Fails where somebody has a file of it open, or the folder belongs to a larger bpffs:
+            // harmless.
             let _ = unmount(&self.root, UnmountFlags::empty());
         }
     }
@@ -415,7 +475,8 @@ impl Pins {
         self.set_label(BUILD, build)
     }
 
-    /// Which build of the programs is pinned; none if nothing says so, or somebody died while they were replaced.
+    /// Which build of the programs is pinned; none if nothing says so, or somebody died while they
+    /// were replaced.
     #[must_use]
     pub fn build(&self) -> Option<String> {
         self.label(&layout_name(LAYOUT), BUILD)
@@ -481,7 +542,8 @@ pub(crate) fn remove_link(path: &Path) -> Result<(), PinError> {
     };
     let link = sys::open_pin(path).map_err(failed)?;
     match sys::link_detach(link.as_fd()) {
-        // Links of tracepoints cannot be detached; they end with their last holder, which is the name below.
+        // Links of tracepoints cannot be detached; they end with their last holder, which is the
+        // name below.
         Err(error) if error.kind() != io::ErrorKind::Unsupported => Err(failed(error)),
         _ => fs::remove_file(path).map_err(failed),
     }

@@ -183,6 +183,12 @@ impl<'m> Publisher<'m> {
         }
     }
 
+    /// Whether the set in force gives way to the one before it unless it is confirmed.
+    #[must_use]
+    pub fn awaits_confirm(&self) -> bool {
+        matches!(self.standing(), Standing::Probation { .. })
+    }
+
     /// For how long the set in force stays.
     #[must_use]
     pub fn standing(&self) -> Standing {

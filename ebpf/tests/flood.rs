@@ -21,9 +21,9 @@ use common::node::{Echo, NODE4, Node, QUIC_PORT, REMOTE4, TCP_PORT, connect, ech
 use common::{PATIENCE, cpu, ok, privileged, until};
 use libbpf_rs::MapCore as _;
 use millrace_edge::counts::{Counts, TcpCap};
+use millrace_edge::interface::AttachMode;
 use millrace_edge::maps::Maps;
 use millrace_edge::metrics::Counters;
-use millrace_edge::state::AttachMode;
 use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::settings::{Caps, Limits};
@@ -55,7 +55,7 @@ fn a_flood_costs_no_memory_and_no_handshake() {
     };
     let node = Node::new("flood", AttachMode::Native, limits(), caps);
     node.set_syncookies(2);
-    let presence = node.presence();
+    let lease = node.lease();
     let counts = half_of_the_quic_cap(&node);
     let any = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
     let echo = Echo::serve(node.listen(any, TCP_PORT), TcpCap::new(CAP));
@@ -98,7 +98,7 @@ fn a_flood_costs_no_memory_and_no_handshake() {
     until("every packet is in one counter", || {
         arrived(&wire) == in_counters()
     });
-    presence.end();
+    lease.end();
     drop(counts);
 }
 

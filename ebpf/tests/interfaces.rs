@@ -11,9 +11,9 @@ use common::edge::{Home, PORT, counters, denied, options, set_of};
 use common::{PATIENCE, Pair, privileged, until};
 use libbpf_rs::{Link, ProgramHandle};
 use millrace_edge::edge::{AttachOptions, Edge, EdgeError};
+use millrace_edge::interface::AttachMode;
 use millrace_edge::pins::Kind;
 use millrace_edge::privileges::drop_capabilities;
-use millrace_edge::state::AttachMode;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::rules::{Compiled, RuleAction};
 use millrace_edge_policy::settings::Mode;
@@ -118,7 +118,7 @@ impl Testbed {
     }
 
     fn state(&self) -> String {
-        std::fs::read_to_string(self.home.pins.state_path()).unwrap()
+        std::fs::read_to_string(self.home.pins.journal_path()).unwrap()
     }
 
     fn link(&self, program: &str, interface: usize) -> PathBuf {

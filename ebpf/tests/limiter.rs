@@ -13,7 +13,7 @@ use common::mocked::{self, Mocked, START_NS};
 use common::{cpu, until};
 use libbpf_rs::{MapCore as _, MapFlags, Object, ObjectBuilder, ProgramInput};
 use millrace_edge::abi::{EdgeConfig, EdgeKey, EdgeLimit};
-use millrace_edge::presence::sketch;
+use millrace_edge::lease::sketch;
 use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::settings::{Budget, levels};

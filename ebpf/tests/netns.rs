@@ -11,10 +11,10 @@ use std::process::{Command, Stdio};
 use common::edge::{Ends, Home, attached, options, set};
 use common::{Namespace, Pair, ok, privileged, process, until};
 use millrace_edge::edge::{Edge, EdgeError};
+use millrace_edge::interface::AttachMode;
 use millrace_edge::load::Program;
 use millrace_edge::offload::takes_vlan_tags;
 use millrace_edge::pins::{Kind, Pins};
-use millrace_edge::state::AttachMode;
 use millrace_edge_policy::rules::RuleAction;
 use millrace_edge_policy::settings::Mode;
 
@@ -39,14 +39,14 @@ fn an_edge_of_another_layout_outlives_an_attempt_to_attach() {
     let own = layout(&home.pins);
     let other = own.with_file_name("layout-999");
     fs::rename(&own, &other).unwrap();
-    let before = fs::read(home.pins.state_path()).unwrap();
+    let before = fs::read(home.pins.journal_path()).unwrap();
     let attach = || Edge::attach(&home.pins, &options(AttachMode::Auto));
     let error = pair.node.enter(attach).unwrap_err();
     assert!(
         matches!(&error, EdgeError::Layout { found, .. } if found == "layout-999"),
         "{error}"
     );
-    assert_eq!(fs::read(home.pins.state_path()).unwrap(), before);
+    assert_eq!(fs::read(home.pins.journal_path()).unwrap(), before);
     assert!(pair.node.ip("link show mr0").contains(" xdp"));
     ends.send();
     assert_eq!(ends.arrived(), 0, "it still enforces");
@@ -89,7 +89,7 @@ fn what_a_killed_attempt_left_is_cleared_by_the_next() {
             !pair.node.ip("link show mr0").contains(" xdp")
         });
         fs::remove_file(home.pins.path(kind, missing)).unwrap();
-        fs::remove_file(home.pins.state_path()).unwrap();
+        fs::remove_file(home.pins.journal_path()).unwrap();
         assert!(matches!(
             Edge::adopt(&home.pins),
             Err(EdgeError::Incomplete { .. } | EdgeError::Maps(_))
@@ -249,12 +249,12 @@ fn an_edge_out_of_sight_loses_nothing() {
         home.pins.root().with_file_name("ready").exists()
     });
     let edge = attached(&pair, &home, AttachMode::Auto);
-    let state = fs::read(home.pins.state_path()).unwrap();
+    let state = fs::read(home.pins.journal_path()).unwrap();
     drop(child.stdin.take());
     let output = child.wait_with_output().unwrap();
     let told = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{told}");
-    assert_eq!(fs::read(home.pins.state_path()).unwrap(), state);
+    assert_eq!(fs::read(home.pins.journal_path()).unwrap(), state);
     let interface = edge.interfaces().unwrap().remove(0);
     assert!(edge.is_live(&interface));
 }

@@ -16,11 +16,11 @@ use libbpf_rs::Link;
 use millrace_edge::clock::now_ns;
 use millrace_edge::edge::{AttachOptions, Edge, EdgeError};
 use millrace_edge::frame::{Description, Shape};
+use millrace_edge::interface::AttachMode;
+use millrace_edge::lease::{NodeLease, sketch};
 use millrace_edge::nft::{Nft, Table};
 use millrace_edge::pins::Kind;
-use millrace_edge::presence::{Presence, sketch};
 use millrace_edge::publish::Publisher;
-use millrace_edge::state::AttachMode;
 use millrace_edge_policy::cid::Keys;
 use millrace_edge_policy::limiter::Purpose;
 use millrace_edge_policy::reason::Reason;
@@ -70,7 +70,7 @@ fn attaches_natively_and_generically() {
         Edge::detach(&home.pins).unwrap();
         assert!(!pair.node.ip("link show mr0").contains(" xdp"));
         assert!(ends.arrives());
-        assert!(!home.pins.is_present() && !home.pins.state_path().exists());
+        assert!(!home.pins.is_present() && !home.pins.journal_path().exists());
         assert_eq!(std::fs::read_dir(home.pins.root()).unwrap().count(), 0);
     }
 }
@@ -155,8 +155,8 @@ fn killed_it_leaves_rates_in_force() {
         active: 1,
     };
     let limits = &set.settings.limits;
-    let mut presence = Presence::begin(edge.maps(), 2, PATIENCE, limits, &keys);
-    presence.tick(|| [5; 16]);
+    let mut lease = NodeLease::begin(edge.maps(), 2, PATIENCE, limits, &keys);
+    lease.tick(|| [5; 16]);
     refuses(&edge);
     drop((listener, open));
     refuses(&edge);

@@ -19,8 +19,8 @@ use common::{PATIENCE, cpu, ok, privileged, until};
 use etherparse::{Ipv4Header, TcpHeader};
 use millrace_edge::counts::TcpCap;
 use millrace_edge::edge::Edge;
+use millrace_edge::interface::AttachMode;
 use millrace_edge::nft::{Nft, Table};
-use millrace_edge::state::AttachMode;
 use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::settings::{Caps, Limits};
@@ -459,11 +459,11 @@ fn connections_complete_through_cookies() {
     for mode in [AttachMode::Native, AttachMode::Generic] {
         let node = Node::new("tcp", mode, generous(), NO_CAP);
         node.set_syncookies(2);
-        let presence = node.presence();
+        let lease = node.lease();
         let echo = Echo::serve(node.listen(ANY6, DUAL_PORT), TcpCap::new(0));
         for (number, (to, from)) in [(NODE4, REMOTE4), (NODE6, REMOTE6)].into_iter().enumerate() {
             let number = number as u64;
-            presence.set_stress(Level::Retry);
+            lease.set_stress(Level::Retry);
             let stack = || ["SyncookiesSent", "SyncookiesRecv"].map(|name| node.netstat(name));
             let [sent, received] = stack();
             let stream = node.connect(to, DUAL_PORT).unwrap();
@@ -475,7 +475,7 @@ fn connections_complete_through_cookies() {
             assert_eq!((echo.held(), node.kernel_count(from)), (1, 1), "{case}");
             // Without a listener the kernel has no cookie to give, and answers the client itself.
             assert!(node.refuses(to, SILENT_PORT));
-            presence.set_stress(Level::Normal);
+            lease.set_stress(Level::Normal);
             let plain = node.connect(to, DUAL_PORT).unwrap();
             assert!(echoes(&plain));
             assert_eq!(node.packets(Reason::TxSynCookie), number + 1);
@@ -546,7 +546,7 @@ fn a_flood_of_syns_locks_nobody_out() {
     node.pair.node.ip("route add default via 10.77.0.2");
     let echo = Echo::serve(listen_with_backlog(&node, BACKLOG), TcpCap::new(0));
     node.set_syncookies(0);
-    let presence = node.presence();
+    let lease = node.lease();
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
         let _ends = Flooding::begin(scope, &node, &over);
@@ -569,7 +569,7 @@ fn a_flood_of_syns_locks_nobody_out() {
         assert!(passed > BACKLOG as u64, "the queue was filled: {passed}");
         let dropped = node.packets(Reason::TcpSynBudget);
         for level in [Level::Normal, Level::Retry, Level::Peers] {
-            presence.set_stress(level);
+            lease.set_stress(level);
             for to in [NODE4, NODE6].repeat(CLIENTS) {
                 let answered = node.packets(Reason::TxSynCookie);
                 until("the flood goes on", || {

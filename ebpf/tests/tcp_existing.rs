@@ -19,9 +19,9 @@ use common::node::{
 use common::{Namespace, Pair, cpu, privileged, until};
 use millrace_edge::counts::TcpCap;
 use millrace_edge::edge::{AttachOptions, Edge};
+use millrace_edge::interface::AttachMode;
 use millrace_edge::load::LoadOptions;
 use millrace_edge::privileges::{NEEDED, drop_capabilities, missing};
-use millrace_edge::state::AttachMode;
 use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::rules::{Bounds, Compiled, compile};

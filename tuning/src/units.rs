@@ -8,6 +8,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// A number of bytes, written with a unit (`"1452B"`, `"64KiB"`, `"128MiB"`, `"1MB"`).
@@ -37,7 +38,7 @@ impl ByteSize {
 }
 
 /// A duration, written with a unit (`"20us"`, `"250ms"`, `"3s"`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 pub struct Period(pub Duration);
 
 impl Period {

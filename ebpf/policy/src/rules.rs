@@ -15,7 +15,7 @@
 use crate::packet::Protocol;
 use crate::settings::SettingsError;
 use crate::trie::NodeKind;
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::IpAddr;
@@ -127,7 +127,7 @@ pub enum RuleScope {
 }
 
 /// What decides which scopes include this node.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Locality {
     /// Text of the node's ID.
     pub node: String,
@@ -275,6 +275,27 @@ pub fn in_order(
     live.chain([Rule::members(members)])
         .chain(set.for_node(node))
         .collect()
+}
+
+impl Temporary {
+    /// A rule for a prefix. An IPv6 prefix of mapped IPv4 addresses is that of IPv4: packets of IPv4 have no other.
+    pub fn new(prefix: IpNet, action: RuleAction, until_unix_seconds: u64) -> Self {
+        const MAPPED_BITS: u8 = 96;
+        let mapped = |v6: Ipv6Net| {
+            let bits = v6.prefix_len().checked_sub(MAPPED_BITS)?;
+            let v4 = v6.network().to_ipv4_mapped()?;
+            Ipv4Net::new(v4, bits).ok().map(IpNet::V4)
+        };
+        let v4 = match prefix {
+            IpNet::V4(_) => None,
+            IpNet::V6(v6) => mapped(v6),
+        };
+        Self {
+            prefix: v4.unwrap_or(prefix).trunc(),
+            action,
+            until_unix_seconds,
+        }
+    }
 }
 
 impl Rule {

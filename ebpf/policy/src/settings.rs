@@ -44,6 +44,16 @@ pub enum Mode {
     Enforce = 1,
 }
 
+impl Mode {
+    /// The word for it in reports.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Count => "count",
+            Self::Enforce => "enforce",
+        }
+    }
+}
+
 /// The traffic that the edge decides on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

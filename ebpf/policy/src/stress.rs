@@ -11,6 +11,8 @@
 //! 3. Packets are measured against the rate of their own budget, so that the same marks fit every
 //!    budget.
 
+use crate::limiter::Limit;
+
 /// What the edge demands of clients. The order is that of `enum edge_stress`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u32)]
@@ -153,6 +155,36 @@ impl BudgetLoad {
         let percent = (u128::from(count) * 100 * 1_000_000_000).checked_div(in_time);
         // Even the highest load stays below the mark that is never reached.
         u64::try_from(percent.unwrap_or(0)).map_or(u64::MAX - 1, |p| p.min(u64::MAX - 1))
+    }
+}
+
+/// Packets so far from addresses that are not validated, of one protocol.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UnvalidatedPackets {
+    /// Answered by a Retry or a SYN cookie.
+    pub answered: u64,
+    /// Within the budget.
+    pub admitted: u64,
+    /// Beyond it.
+    pub dropped: u64,
+}
+
+impl UnvalidatedPackets {
+    /// What was asked of a budget since an earlier count, at this level of stress.
+    pub fn load_since(self, before: Self, level: Level, budget: Limit) -> BudgetLoad {
+        const NANOSECONDS: u64 = 1_000_000_000;
+        let answered = self.answered.saturating_sub(before.answered);
+        let admitted = self.admitted.saturating_sub(before.admitted);
+        let dropped = self.dropped.saturating_sub(before.dropped);
+        BudgetLoad {
+            refused: match level {
+                Level::Normal => answered + dropped,
+                // All are answered, which no budget asked for.
+                Level::Retry | Level::Peers => 0,
+            },
+            unvalidated: answered + admitted + dropped,
+            per_second: NANOSECONDS.checked_div(budget.interval_ns).unwrap_or(0),
+        }
     }
 }
 

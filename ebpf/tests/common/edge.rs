@@ -3,9 +3,9 @@
 use std::net::UdpSocket;
 
 use millrace_edge::edge::Edge;
+use millrace_edge::interface::AttachMode;
 use millrace_edge::metrics::Counters;
 use millrace_edge::pins::Pins;
-use millrace_edge::state::AttachMode;
 use millrace_edge_policy::reason::Reason;
 
 pub use super::sets::{PORT, TCP_PORT, options, set, set_of, sizes};

@@ -12,9 +12,9 @@ use libbpf_rs::{MapCore as _, MapFlags};
 use millrace_edge::abi::TCP_CONNECTIONS;
 use millrace_edge::counts::TcpCap;
 use millrace_edge::edge::{AttachOptions, Edge};
+use millrace_edge::interface::AttachMode;
+use millrace_edge::lease::NodeLease;
 use millrace_edge::load::LoadOptions;
-use millrace_edge::presence::Presence;
-use millrace_edge::state::AttachMode;
 use millrace_edge_policy::cid::Keys;
 use millrace_edge_policy::rules::Compiled;
 use millrace_edge_policy::settings::{Caps, Limits};
@@ -77,7 +77,7 @@ impl Node {
     }
 
     /// A node that lives as long as any test.
-    pub fn presence(&self) -> Presence<'_> {
+    pub fn lease(&self) -> NodeLease<'_> {
         let keys = Keys {
             keys: [1, 2, 3, 4].map(|number| Key {
                 k0: number,
@@ -86,7 +86,7 @@ impl Node {
             active: 1,
         };
         let limits = &self.set.settings.limits;
-        Presence::begin(
+        NodeLease::begin(
             self.edge.maps(),
             1,
             Duration::from_secs(3_600),

@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use millrace_edge::edge::AttachOptions;
+use millrace_edge::interface::AttachMode;
 use millrace_edge::load::LoadOptions;
-use millrace_edge::state::AttachMode;
 use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::rules::{Bounds, Compiled, Rule, RuleAction, Temporary, compile};
 use millrace_edge_policy::settings::{Caps, DefaultAction, Kind, Limits, Mode, Service, Settings};

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use millrace_edge_control::policy::EdgePolicy;
 use millrace_edge_policy::settings::{Mode, SettingsError};
 use millrace_node::{budget, host as this_host};
 use millrace_tuning::problem::ProblemKind;
@@ -10,7 +11,6 @@ use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 use serde::Serialize;
 
 use crate::cli::CheckArgs;
-use crate::edge::plan;
 use crate::exit::{Exit, Failure};
 use crate::load::{Loaded, count, print_problems};
 use crate::output;
@@ -64,7 +64,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
 /// What the edge would refuse of the config when it is applied: the same check.
 fn limits(parsed: &Parsed) -> Option<Problem> {
     let config = &parsed.config;
-    let settings = plan::settings(config, config.listen.address.port(), Mode::Count);
+    let settings = EdgePolicy::of(&config.edge).settings(config.listen.address.port(), Mode::Count);
     // A port that the kernel chooses is known once the node listens.
     let is_chosen = config.listen.address.port() == 0;
     let error = settings.validate().err();

@@ -7,10 +7,10 @@ mod stage;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use millrace_edge_control::{ControlError, EdgeAgent};
 use millrace_node::edge::EdgeParts;
 use millrace_node::reference::{Delivery, of_body};
 use millrace_node::{
@@ -25,10 +25,8 @@ use signal_hook::consts::TERM_SIGNALS;
 use signal_hook::iterator::Signals;
 
 use crate::cli::DevArgs;
-use crate::edge::keeper::{EdgeView, Keeper};
-use crate::edge::{commands, start};
 use crate::exit::{Exit, Failure};
-use crate::{output, progress, versions};
+use crate::{edge, output, progress, versions};
 use stage::{Side, Stage};
 
 /// Chunks beside the payload's: small artifacts that a user puts, answers of the registry.
@@ -74,8 +72,8 @@ pub(crate) fn run(args: &DevArgs) -> Result<Exit, Failure> {
 }
 
 /// What `dev` makes of an error of the edge.
-fn edge_failure(error: &millrace_edge::edge::EdgeError) -> Failure {
-    commands::of_edge(error)
+fn edge_failure(error: millrace_edge::edge::EdgeError) -> Failure {
+    ControlError::from(error).into()
 }
 
 /// The nodes, in the order of their making.
@@ -84,7 +82,7 @@ struct Subnet {
     /// Their admin sockets; none with `--once`.
     sockets: Vec<PathBuf>,
     /// Keeps the edge of the first node. Before the stage, which takes the edge away.
-    keeper: Option<Keeper>,
+    agent: Option<EdgeAgent>,
     stage: Option<Stage>,
     connections_per_peer: usize,
     started: Instant,
@@ -96,7 +94,7 @@ impl Subnet {
     fn start(args: &DevArgs, config: &NodeConfig, folder: &Path) -> Result<Self, Failure> {
         let started = Instant::now();
         let stage = args.edge.then(Stage::make).transpose()?;
-        let mut keeper = None;
+        let mut agent = None;
         let registry_key = keys::create(&folder.join("registry.key"))?;
         let registry_dir = folder.join("registry");
         std::fs::create_dir(&registry_dir).map_err(|e| Failure::io(registry_dir.display(), &e))?;
@@ -122,7 +120,7 @@ impl Subnet {
             };
             sockets.extend(site.admin_socket.clone());
             let (node, kept) = site.start(identity)?;
-            keeper = keeper.or(kept);
+            agent = agent.or(kept);
             draft.set_node(public_key, subnet, &[node.address()]);
             nodes.push(node);
         }
@@ -144,7 +142,7 @@ impl Subnet {
         Ok(Self {
             nodes,
             sockets,
-            keeper,
+            agent,
             stage,
             connections_per_peer: usize::from(args.shards),
             started,
@@ -362,7 +360,7 @@ impl Subnet {
 
     /// All at once: each waits for its connections to drain.
     fn stop(mut self) {
-        drop(self.keeper.take());
+        drop(self.agent.take());
         std::thread::scope(|scope| {
             for node in self.nodes.drain(..) {
                 scope.spawn(move || drop(node));
@@ -382,7 +380,7 @@ struct NodeSite<'s> {
 }
 
 impl NodeSite<'_> {
-    fn start(&self, identity: SigningKey) -> Result<(Node, Option<Keeper>), Failure> {
+    fn start(&self, identity: SigningKey) -> Result<(Node, Option<EdgeAgent>), Failure> {
         let config = self.node_config();
         let parts = self.parts(identity, &config)?;
         let Some(stage) = self.stage else {
@@ -458,21 +456,16 @@ impl NodeSite<'_> {
 fn start_behind_edge(
     config: &NodeConfig,
     mut parts: NodeParts,
-) -> Result<(Node, Option<Keeper>), Failure> {
+) -> Result<(Node, Option<EdgeAgent>), Failure> {
     let shards = parts.shards.as_ref().map_or(1, Vec::len);
     let firewall = versions::firewall(&parts.versions, &config.edge.roles);
-    let prepared = start::prepare(config, &mapping::udp(config, shards), &firewall)?;
-    if prepared.kernel.is_none() {
+    let edge = edge::prepare(config, &mapping::udp(config, shards), firewall)?;
+    if !edge.loops.is_in_kernel() {
         let message = "the edge could not be attached; see above";
         return Err(Failure::new(Exit::Failed, message));
     }
-    let (edge, kept) = prepared.split();
-    let view = Arc::new(EdgeView::of(&kept));
-    parts.edge = EdgeParts {
-        start: edge,
-        report: Some(Arc::clone(&view) as _),
-    };
+    parts.edge = edge.parts;
     let node = Node::start(config, parts)?;
-    let keeper = Keeper::start(node.clone(), config.clone(), kept, view)?;
-    Ok((node, Some(keeper)))
+    let agent = edge.loops.start(&node, config)?;
+    Ok((node, Some(agent)))
 }

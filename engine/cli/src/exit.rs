@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use millrace_edge_control::{ControlError, Fault};
 use millrace_node::admin::client::ClientError;
 use millrace_node::{DraftError, KeyError, StartError};
 
@@ -96,6 +97,20 @@ impl From<ClientError> for Failure {
 impl From<DraftError> for Failure {
     fn from(error: DraftError) -> Self {
         Self::new(Exit::Failed, error.to_string())
+    }
+}
+
+impl From<ControlError> for Failure {
+    fn from(error: ControlError) -> Self {
+        let exit = match error.fault {
+            Fault::Config | Fault::Registry => Exit::BadConfig,
+            Fault::Absent => Exit::NotRunning,
+            Fault::Permission => Exit::NotPermitted,
+            Fault::Operator | Fault::Held | Fault::Journal | Fault::Host | Fault::Kernel => {
+                Exit::Failed
+            }
+        };
+        Self::new(exit, error.text)
     }
 }
 

@@ -8,7 +8,6 @@ mod cli;
 mod config_cmd;
 mod dev;
 mod edge;
-mod edge_report;
 mod exit;
 mod keygen;
 mod load;
@@ -18,6 +17,7 @@ mod progress;
 mod registry_cmd;
 mod status;
 mod versions;
+mod xdp;
 
 use std::process::ExitCode;
 
@@ -52,7 +52,7 @@ fn run(command: Command) -> Result<Exit, Failure> {
         Command::Put(args) => artifacts_cmd::put(&args),
         Command::Get(args) => artifacts_cmd::get(&args),
         Command::Status(args) => status::run(&args),
-        Command::Xdp(command) => edge::commands::run(command),
+        Command::Xdp(command) => xdp::run(command),
         Command::Config(command) => config_cmd::run(command),
         Command::EdgeHelper => millrace_edge::helper::serve_stdin()
             .map(|()| Exit::Ok)

@@ -2,21 +2,18 @@
 
 use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use millrace_node::edge::EdgeParts;
+use millrace_edge_control::EdgeAgent;
 use millrace_node::{Node, NodeParts, Paths, budget, host, mapping};
 use millrace_tuning::NodeConfig;
 use signal_hook::consts::TERM_SIGNALS;
 use signal_hook::iterator::Signals;
 
 use crate::cli::NodeArgs;
-use crate::edge::keeper::{EdgeView, Keeper};
-use crate::edge::start;
 use crate::exit::{Exit, Failure};
 use crate::load::Loaded;
-use crate::{output, versions};
+use crate::{edge, output, versions};
 
 /// How long a node waits for its address.
 const ADDRESS_WAIT: Duration = Duration::from_secs(3);
@@ -27,7 +24,7 @@ pub(crate) fn run(args: &NodeArgs) -> Result<Exit, Failure> {
     // Before anything starts: a signal from here on stops the node in good order.
     let mut signals =
         Signals::new(TERM_SIGNALS).map_err(|error| Failure::io("signal handlers", &error))?;
-    let (node, keeper) = start(&config, &paths)?;
+    let (node, agent) = start(&config, &paths)?;
     output::message(format_args!(
         "node {} listens on {}, admin socket {}",
         node.id(),
@@ -37,12 +34,12 @@ pub(crate) fn run(args: &NodeArgs) -> Result<Exit, Failure> {
     if let Some(signal) = signals.forever().next() {
         output::message(format_args!("signal {signal}: shutting down"));
     }
-    drop(keeper);
+    drop(agent);
     drop(node);
     Ok(Exit::Ok)
 }
 
-fn start(config: &NodeConfig, paths: &Paths) -> Result<(Node, Keeper), Failure> {
+fn start(config: &NodeConfig, paths: &Paths) -> Result<(Node, EdgeAgent), Failure> {
     let mut parts = NodeParts::of_files(config, paths)?;
     let cpus = host::usable_cpus();
     output::message(format_args!(
@@ -52,15 +49,11 @@ fn start(config: &NodeConfig, paths: &Paths) -> Result<(Node, Keeper), Failure> 
     wait_for_address(config.listen.address);
     let udp = mapping::udp(config, mapping::shards(config, &cpus).len());
     let firewall = versions::firewall(&parts.versions, &config.edge.roles);
-    let (edge, kept) = start::prepare(config, &udp, &firewall)?.split();
-    let view = Arc::new(EdgeView::of(&kept));
-    parts.edge = EdgeParts {
-        start: edge,
-        report: Some(Arc::clone(&view) as _),
-    };
+    let edge = edge::prepare(config, &udp, firewall)?;
+    parts.edge = edge.parts;
     let node = Node::start(config, parts)?;
-    let keeper = Keeper::start(node.clone(), config.clone(), kept, view)?;
-    Ok((node, keeper))
+    let agent = edge.loops.start(&node, config)?;
+    Ok((node, agent))
 }
 
 /// The kernel tears an io_uring down after its process has ended, and its socket with it: a node

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
+use millrace_edge_control::Firewall;
 use millrace_edge_policy::rules::Locality;
 use millrace_node::{PublicKey, RegistrySource, Versions, keys, registry};
 use millrace_tuning::NodeConfig;
 
-use crate::edge::plan::Firewall;
 use crate::exit::Failure;
 
 /// The versions in the folder of a config, for the node with the key `me`; read once.

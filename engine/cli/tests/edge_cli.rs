@@ -14,8 +14,9 @@ use common::process::{Privileges, assert_harmless, bits, children, threads};
 use common::{eventually, millrace, stderr, stdout, text};
 use libbpf_rs::Link;
 use millrace_edge::edge::{AttachOptions, Edge};
+use millrace_edge::interface::AttachMode;
 use millrace_edge::pins::{Kind, Pins};
-use millrace_edge::state::{AttachMode, State};
+use millrace_edge_control::Record;
 use millrace_edge_policy::rules::{Bounds, compile};
 use millrace_edge_policy::settings::{DefaultAction, Kind as ServiceKind, Mode, Service, Settings};
 use site::{ELSEWHERE, PORT, Site, allow_all_but_the_stranger, rule};
@@ -76,7 +77,7 @@ fn an_operator_goes_from_nothing_to_enforcing_and_back() {
         "its own table is gone, another stays"
     );
     assert!(!site.pair.node.ip("-d link show mr0").contains("xdp"));
-    assert!(!site.pinned.pins().is_present() && !site.pinned.pins().state_path().exists());
+    assert!(!site.pinned.pins().is_present() && !site.pinned.pins().journal_path().exists());
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
     assert!(!mounts.contains(pins));
     assert_eq!(site.xdp("status", &[]).status.code(), Some(69));
@@ -91,9 +92,9 @@ fn cut_off(site: &Site) {
     let mut operator = site.talk(OPERATOR, PORT).unwrap();
     operator.types_during(|| {
         let applied = site.json("apply", &["--mode", "enforce", "--confirm", "1s"]);
-        assert_eq!(applied["probation_seconds"], 1.0, "{applied}");
+        assert_eq!(applied["confirm_within_seconds"], 1.0, "{applied}");
         eventually("the probation ends", || {
-            site.status()["probation_seconds_left"]
+            site.status()["confirm_seconds_left"]
                 .is_null()
                 .then_some(())
         });
@@ -141,7 +142,7 @@ fn what_cuts_the_operator_off_reverts_by_itself() {
     let again = site.xdp("confirm", &[]);
     assert_eq!(again.status.code(), Some(1), "nothing is left to confirm");
     let status = site.status();
-    assert!(status["probation_seconds_left"].is_null(), "{status}");
+    assert!(status["confirm_seconds_left"].is_null(), "{status}");
     assert_eq!(
         (&status["mode"], &status["set"], &status["registry_version"]),
         (&"enforce".into(), &applied["set"], &version.into())
@@ -194,12 +195,12 @@ fn a_running_node_mends_what_somebody_left_by_halves() {
     site.registry.set_firewall(&allow_all_but_the_stranger());
     site.start_node();
     let settled = |enforce: bool, above: u32| {
-        eventually("the state has followed", || {
-            let state = State::read(&site.pinned.pins()).unwrap();
+        eventually("the journal has followed", || {
+            let record = Record::read(&site.pinned.pins()).unwrap();
             let status = site.status();
-            let follows = status["set"] == state.set && state.set > above;
+            let follows = status["set"] == record.set && record.set > above;
             let enforces = status["mode"] == "enforce";
-            (follows && enforces == enforce).then_some(state.set)
+            (follows && enforces == enforce).then_some(record.set)
         })
     };
     let set = settled(false, 0);
@@ -337,7 +338,7 @@ fn a_node_whose_edge_was_detached_puts_nothing_back() {
         (site.node.status()["registry"]["newest_version"] == version).then_some(())
     });
     assert_eq!(site.pair.node.nft("list tables"), "");
-    assert!(!site.pinned.pins().state_path().exists());
+    assert!(!site.pinned.pins().journal_path().exists());
     site.talk(STRANGER, PORT).unwrap();
 
     // Another edge at the same place is not its own before it starts again.
@@ -536,10 +537,10 @@ fn a_table_that_others_remove_comes_back() {
     site.json("apply", &[]);
     let prefix = format!("{STRANGER}/32");
     let denied = site.json("deny", &[&prefix, "--for", "1s"])["set"].as_u64();
-    // The state is the last that is written.
+    // The journal is the last that is written.
     eventually("the node takes the rule away", || {
-        let state = State::read(&site.pinned.pins()).unwrap();
-        (Some(u64::from(state.set)) > denied).then_some(())
+        let record = Record::read(&site.pinned.pins()).unwrap();
+        (Some(u64::from(record.set)) > denied).then_some(())
     });
     assert_eq!(counter(&site, RESTORED), 3);
     let delete = format!("delete chain {} output", site.table());

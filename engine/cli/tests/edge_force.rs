@@ -14,7 +14,7 @@ use common::{eventually, stderr, text};
 use millrace_edge::edge::Edge;
 use millrace_edge::frame::{Description, Shape};
 use millrace_edge::publish::Publisher;
-use millrace_edge::state::State;
+use millrace_edge_control::Record;
 use serde_json::Value;
 use site::{PORT, Site, allow_all_but_the_stranger, rule};
 
@@ -111,7 +111,7 @@ fn what_has_lapsed_stays_out_while_a_node_runs() {
             (site.node.status()["registry"]["newest_version"] == version).then_some(())
         });
         eventually("it is written down", || {
-            (site.status()["lapsed"]["registry_version"] == version).then_some(())
+            (site.status()["rolled_back"]["registry_version"] == version).then_some(())
         });
         stays(&site, &before);
         site.talk(OPERATOR, PORT).unwrap();
@@ -134,7 +134,7 @@ fn what_has_lapsed_stays_out_while_a_node_runs() {
     site.json("confirm", &[]);
     let status = site.status();
     assert_eq!(status["registry_version"], newest);
-    assert!(status["lapsed"].is_null(), "{status}");
+    assert!(status["rolled_back"].is_null(), "{status}");
     // A newer version comes by itself.
     let newer = site.registry.set_firewall(&allow_all_but_the_stranger());
     known.learn();
@@ -152,24 +152,22 @@ fn what_never_was_in_force_does_not_lapse() {
     site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
     site.json("attach", &[]);
     site.json("apply", &["--mode", "enforce"]);
-    let path = site.pinned.pins().state_path();
-    let path = path.with_extension("pending.json");
     site.json("apply", &["--mode", "enforce", "--confirm", "60s"]);
-    let mut pending: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let pins = site.pinned.pins();
+    let mut pending = Record::read(&pins).unwrap().pending.unwrap();
     site.json("confirm", &[]);
 
     // As a command leaves it that is killed while it waits to publish.
     let version = site.registry.set_firewall(&allow_all_but_the_stranger());
-    let number = pending["set"].as_u64().unwrap() + 1;
-    pending["set"] = number.into();
-    pending["on_probation"]["set"] = number.into();
-    pending["on_probation"]["registry_version"] = version.into();
-    std::fs::write(&path, pending.to_string()).unwrap();
+    pending.set += 1;
+    let lock = pins.lock_waiting().unwrap();
+    Record::update(&pins, &lock, |record| record.pending = Some(pending)).unwrap();
+    drop(lock);
     site.start_node();
     follows(&site, version);
     site.assert_denied(STRANGER);
     let status = site.status();
-    assert!(status["lapsed"].is_null(), "{status}");
+    assert!(status["rolled_back"].is_null(), "{status}");
 }
 
 // Protects what an operator applied: the node goes on from it, with the next version and at its own socket.
@@ -197,7 +195,7 @@ fn a_running_node_goes_on_from_what_was_applied() {
     edit(&site, "lease = \"500ms\"", "lease = \"600ms\"");
     let applied = site.json("apply", &["--mode", "enforce"]);
     assert_eq!(
-        applied["left_alone"],
+        applied["unapplied_keys"],
         serde_json::json!(["limiter_buckets", "lease"])
     );
     let in_force = |site: &Site| {
@@ -232,8 +230,8 @@ fn a_running_node_goes_on_from_what_was_applied() {
 
 // Protects the mode: it is the kernel's, whatever becomes of the files beside it.
 #[test]
-fn enforcing_goes_on_without_the_state() {
-    if !privileged("enforcing_goes_on_without_the_state") {
+fn enforcing_goes_on_without_the_journal() {
+    if !privileged("enforcing_goes_on_without_the_journal") {
         return;
     }
     let mut site = Site::new("lost", "");
@@ -243,11 +241,13 @@ fn enforcing_goes_on_without_the_state() {
     follows(&site, first);
     site.json("apply", &["--mode", "enforce"]);
     let applied = site.json("deny", &["198.51.100.0/24", "--for", "1h"]);
-    let path = site.pinned.pins().state_path();
+    // What the node has seen, it knows.
+    stays(&site, &applied["set"]);
+    let path = site.pinned.pins().journal_path();
     std::fs::remove_file(&path).unwrap();
     eventually("the node writes it again", || {
-        let state = State::read(&site.pinned.pins()).unwrap();
-        (Some(u64::from(state.set)) > applied["set"].as_u64()).then_some(())
+        let record = Record::read(&site.pinned.pins()).unwrap();
+        (Some(u64::from(record.set)) == applied["set"].as_u64()).then_some(())
     });
     let status = site.status();
     assert_eq!(
@@ -261,7 +261,7 @@ fn enforcing_goes_on_without_the_state() {
     let whole = std::fs::read(&path).unwrap();
     std::fs::write(&path, &whole[..whole.len() / 2]).unwrap();
     let unreadable = |site: &Site| {
-        let metric = "millrace_edge_rules_refused_total{reason=\"state\"} 1\n";
+        let metric = "millrace_edge_rules_refused_total{reason=\"journal\"} 1\n";
         eventually("the node counts it", || {
             site.node.get("/metrics").1.contains(metric).then_some(())
         });
@@ -275,7 +275,7 @@ fn enforcing_goes_on_without_the_state() {
         site.node
             .said
             .iter()
-            .any(|line| line.contains("is no state of the edge")),
+            .any(|line| line.contains("is no journal of the edge")),
         "{:?}",
         site.node.said
     );
@@ -302,24 +302,22 @@ fn a_confirmation_is_for_the_set_that_it_was_written_for() {
     let _server = site.serve(PORT);
     site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
     site.json("attach", &[]);
-    let pending = site
-        .pinned
-        .pins()
-        .state_path()
-        .with_extension("pending.json");
+    let pins = site.pinned.pins();
     site.json("apply", &["--mode", "count", "--confirm", "60s"]);
-    let older = std::fs::read(&pending).unwrap();
+    let older = Record::read(&pins).unwrap().pending;
     site.json("revert", &[]);
     let applied = site.json("apply", &["--mode", "enforce", "--confirm", "60s"]);
-    std::fs::write(&pending, older).unwrap();
+    let lock = pins.lock_waiting().unwrap();
+    Record::update(&pins, &lock, |record| record.pending = older).unwrap();
+    drop(lock);
     let refused = site.xdp("confirm", &[]);
     assert_eq!(refused.status.code(), Some(1));
     let said = stderr(&refused);
     assert!(
-        said.contains(&format!("set {} is on probation", applied["set"])),
+        said.contains(&format!("set {} awaits a confirmation", applied["set"])),
         "{said}"
     );
-    assert!(site.status()["probation_seconds_left"].is_number());
+    assert!(site.status()["confirm_seconds_left"].is_number());
     site.json("revert", &[]);
     assert_eq!(site.status()["mode"], "count");
 }

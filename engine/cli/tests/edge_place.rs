@@ -15,8 +15,8 @@ use common::{eventually, millrace, stderr, text};
 use libbpf_rs::Link;
 use libbpf_rs::query::LinkTypeInfo;
 use millrace_edge::edge::{AttachOptions, Edge};
+use millrace_edge::interface::AttachMode;
 use millrace_edge::pins::Kind;
-use millrace_edge::state::AttachMode;
 use site::{PORT, Site, allow_all_but_the_stranger};
 
 /// The folder of this binary's layout.

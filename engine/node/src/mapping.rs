@@ -143,7 +143,7 @@ mod tests {
             ..shard(&config.shards.defaults, None)
         };
         assert_eq!(mapped, ShardConfig::default());
-        let shards_max = millrace_tuning::config::SHARDS_MAX;
+        let shards_max = config::SHARDS_MAX;
         assert_eq!(shards_max, millrace_shards::SHARDS_MAX);
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
-use millrace_edge::state::Refused;
+use millrace_edge_control::journal::Refused;
 use millrace_protocol::id::{ArtifactId, NodeId};
 use serde::{Deserialize, Serialize};
 

@@ -14,9 +14,9 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use libbpf_rs::{MapHandle, ProgramHandle, Xdp, XdpFlags};
 use millrace_edge::clock::now_ns;
 use millrace_edge::counts::Counts;
+use millrace_edge::lease::{NodeLease, charge_validated, make_secrets};
 use millrace_edge::load::{LoadOptions, Loaded, Program};
 use millrace_edge::metrics::Counters;
-use millrace_edge::presence::{Presence, charge_validated, make_secrets};
 use millrace_edge::publish::Publisher;
 use millrace_edge_policy::cid::KeySchedule;
 use millrace_edge_policy::limiter::{Limit, TOLERANCE_MAX_NS};
@@ -261,9 +261,9 @@ impl Edge {
         let limits = &compiled.settings.limits;
         let keys = KeySchedule::new(now_ns(), known_bytes()).keys();
         // A run takes longer than a node's lease, and no node renews it.
-        let presence = Presence::begin(maps, RUN, Duration::MAX, limits, &keys);
+        let lease = NodeLease::begin(maps, RUN, Duration::MAX, limits, &keys);
         if case.is_under_stress() {
-            presence.set_stress(Level::Retry);
+            lease.set_stress(Level::Retry);
         }
         match case {
             Case::Rate | Case::Rate6 => edge.spend(limits, sources),

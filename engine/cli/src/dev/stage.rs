@@ -13,17 +13,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use millrace_edge::edge::{AttachOptions, Edge};
 use millrace_edge::frame::{Description, Shape};
+use millrace_edge::interface::AttachMode;
 use millrace_edge::load::LoadOptions;
 use millrace_edge::metrics::Counters;
 use millrace_edge::pins::Pins;
 use millrace_edge::privileges;
-use millrace_edge::state::AttachMode;
 use millrace_edge_policy::reason::Reason;
 use millrace_tuning::NodeConfig;
 use millrace_tuning::config::EdgeMode;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use crate::edge::{sets, table};
 use crate::exit::{Exit, Failure};
 use crate::output;
 
@@ -183,7 +182,7 @@ impl Stage {
         self.on(Side::Outside, || {
             Edge::attach(&self.far_pins(), &options)
                 .map(drop)
-                .map_err(|e| super::edge_failure(&e))
+                .map_err(|e| super::edge_failure(e))
         })
     }
 
@@ -221,7 +220,7 @@ impl Stage {
 
     /// The counters, as a table, with what a flood has sent so far.
     pub(super) fn print(&self, sent: &AtomicU64) -> Result<(), Failure> {
-        let edge = Edge::adopt(&self.pins()).map_err(|e| super::edge_failure(&e))?;
+        let edge = Edge::adopt(&self.pins()).map_err(|e| super::edge_failure(e))?;
         let counters = Counters::read(edge.maps().counters())
             .map_err(|error| Failure::new(Exit::Failed, error.to_string()))?;
         // After the counters: what they count was sent before.
@@ -262,12 +261,10 @@ impl Drop for Stage {
             if let Err(error) = Edge::detach(&pins) {
                 tracing::warn!(%error, "the pins of the stage stay");
             }
-            sets::remove(&pins);
-            table::forget(&pins);
             // The folder that they were mounted on, and their locks: left there, they harm nobody.
             let _ = fs::remove_dir(pins.root());
-            for lock in ["lock", "node", "turn"] {
-                let _ = fs::remove_file(pins.state_path().with_extension(lock));
+            for lock in ["lock", "node"] {
+                let _ = fs::remove_file(pins.journal_path().with_extension(lock));
             }
         }
         for side in [Side::Inside, Side::Outside] {

@@ -11,10 +11,10 @@ use millrace_edge::clock::now_ns;
 use millrace_edge::counts::Counts;
 use millrace_edge::edge::{AttachOptions, Edge};
 use millrace_edge::frame::{Description, Shape};
+use millrace_edge::interface::AttachMode;
+use millrace_edge::lease::{self, NodeLease};
 use millrace_edge::load::LoadOptions;
 use millrace_edge::metrics::Counters;
-use millrace_edge::presence::{self, Presence};
-use millrace_edge::state::AttachMode;
 use millrace_edge_policy::admission::{Admission, AdmissionConfig};
 use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::reason::Reason;
@@ -150,7 +150,7 @@ impl ConnectionCounts for Told {
     }
 
     fn validated(&self, source: Source) {
-        presence::charge_validated(self.edge.maps(), source, self.source_quic);
+        lease::charge_validated(self.edge.maps(), source, self.source_quic);
     }
 }
 
@@ -160,7 +160,7 @@ pub struct Scene<'g> {
     pub listener: Node,
     pub dialler: SigningKey,
     pub admission: Arc<Admission>,
-    pub presence: Presence<'g>,
+    pub lease: NodeLease<'g>,
 }
 
 impl<'g> Scene<'g> {
@@ -177,11 +177,11 @@ impl<'g> Scene<'g> {
             limits,
             ..AdmissionConfig::default()
         };
-        let random = || presence::random().unwrap();
+        let random = || lease::random().unwrap();
         let admission = Arc::new(Admission::new(config, now_ns(), random));
         admission.set_kernel_charges(true);
         let maps = ground.edge.maps();
-        let presence = Presence::begin(maps, RUN, LEASE, &limits, &admission.keys());
+        let lease = NodeLease::begin(maps, RUN, LEASE, &limits, &admission.keys());
         let map = MapHandle::try_from(maps.quic_sources()).unwrap();
         let told = Told {
             edge: Arc::clone(&ground.edge),
@@ -204,7 +204,7 @@ impl<'g> Scene<'g> {
             listener,
             dialler,
             admission,
-            presence,
+            lease,
         };
         scene.know_peers(true);
         scene
@@ -212,7 +212,7 @@ impl<'g> Scene<'g> {
 
     pub fn press(&self, level: Level) {
         self.admission.set_stress(level);
-        self.presence.set_stress(level);
+        self.lease.set_stress(level);
     }
 
     /// Whether proofs of peers are known. Without its key the dialler is a client like any other.
@@ -223,7 +223,7 @@ impl<'g> Scene<'g> {
             BTreeMap::new()
         };
         assert_eq!(keys.len(), usize::from(known));
-        self.presence.set_peers(&keys).unwrap();
+        self.lease.set_peers(&keys).unwrap();
         self.admission.set_peers(keys);
     }
 

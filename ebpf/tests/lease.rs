@@ -15,7 +15,7 @@ use common::{privileged, until};
 use millrace_edge::abi::EdgeControl;
 use millrace_edge::clock::now_ns;
 use millrace_edge::edge::{AttachOptions, Edge};
-use millrace_edge::presence::Presence;
+use millrace_edge::lease::NodeLease;
 use millrace_edge::publish::{GRACE, Publisher};
 use millrace_edge_policy::limiter::{Limit, PERIOD_MIN_NS};
 use millrace_edge_policy::reason::Reason;
@@ -52,9 +52,9 @@ impl Testbed {
         Some(Self { mocked })
     }
 
-    fn begin(&self, limits: &Limits) -> Presence<'_> {
+    fn begin(&self, limits: &Limits) -> NodeLease<'_> {
         let (maps, lease) = (self.mocked.loaded.maps(), Duration::from_secs(3_600));
-        Presence::begin(maps, 1, lease, limits, &mocked::keys())
+        NodeLease::begin(maps, 1, lease, limits, &mocked::keys())
     }
 
     /// Number of admitted ones among so many handshakes that a source completes now.
@@ -79,13 +79,13 @@ fn a_tick_that_turns_the_sketch_forgets_nobody() {
     let Some(testbed) = Testbed::new("a_tick_that_turns_the_sketch_forgets_nobody") else {
         return;
     };
-    let mut presence = testbed.begin(&limits(hourly()));
+    let mut lease = testbed.begin(&limits(hourly()));
     let mut now_ns = now_ns();
     let mut seeds = BTreeSet::new();
     for turn in 0..3_u8 {
         let before = testbed.control();
         // The limit reaches over hours, far beyond the shortest period: no turn yet.
-        presence.tick_at(now_ns + PERIOD_MIN_NS, || [1; 16]);
+        lease.tick_at(now_ns + PERIOD_MIN_NS, || [1; 16]);
         assert_eq!(testbed.control().limiter_active, before.limiter_active);
 
         // The turn comes when it is due; a source that has spent its burst just before it is
@@ -93,7 +93,7 @@ fn a_tick_that_turns_the_sketch_forgets_nobody() {
         now_ns += hourly().reach_ns() + PERIOD_MIN_NS;
         assert_eq!(testbed.admitted(source(turn), now_ns, 9), BURST);
         assert_eq!(testbed.admitted(source(100 + turn), now_ns, 1), 1);
-        presence.tick_at(now_ns, || [7 + turn; 16]);
+        lease.tick_at(now_ns, || [7 + turn; 16]);
         let after = testbed.control();
         assert_eq!(after.limiter_active, before.limiter_active ^ 1);
         let seed = after.seed[after.limiter_active as usize];
@@ -108,7 +108,7 @@ fn a_tick_that_turns_the_sketch_forgets_nobody() {
             "turn {turn}"
         );
         // Until the next turn there is none.
-        presence.tick_at(later_ns, || [1; 16]);
+        lease.tick_at(later_ns, || [1; 16]);
         assert_eq!(testbed.control().limiter_active, after.limiter_active);
         now_ns = later_ns;
     }
@@ -123,12 +123,12 @@ fn slower_limits_put_the_turn_off() {
     };
     let fast = limits(Limit::per(10, Duration::from_secs(1), 10));
     let turns_after_a_minute = |published: Option<&Limits>| {
-        let mut presence = testbed.begin(&fast);
+        let mut lease = testbed.begin(&fast);
         if let Some(limits) = published {
-            presence.set_limits(limits);
+            lease.set_limits(limits);
         }
         let before = testbed.control().limiter_active;
-        presence.tick_at(now_ns() + PERIOD_MIN_NS, || [3; 16]);
+        lease.tick_at(now_ns() + PERIOD_MIN_NS, || [3; 16]);
         testbed.control().limiter_active != before
     };
     assert!(turns_after_a_minute(None));

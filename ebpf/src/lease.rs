@@ -1,8 +1,12 @@
-//! What only a live node knows, told to the program: that it lives, how hard it is pressed, keys, peers, seeds.
+//! What only a live node knows, told to the program under a lease: that it lives, its stress, keys,
+//! peers and seeds.
 //!
-//! 1. Stress and counts hold under a lease: of a node that died they lapse, and what an operator or the registry said stays.
-//! 2. One process at a time is present; its run's number tells its counts from those of the run before.
-//! 3. A key is in its place before it signs; a generation of the sketch is empty before it is charged.
+//! 1. Stress and counts hold under the lease: after a node's death they lapse, and what an operator
+//!    or the registry said stays.
+//! 2. One process at a time holds it; the number of its run tells its counts from those of the run
+//!    before.
+//! 3. A key is in its place before it signs; a generation of the sketch is empty before it is
+//!    charged.
 
 use std::collections::BTreeMap;
 use std::mem::offset_of;
@@ -35,12 +39,21 @@ pub fn random() -> std::io::Result<[u8; 16]> {
     Ok(bytes)
 }
 
+/// As [`random`], where no error can be told: without random bytes, the process ends.
+#[must_use]
+pub fn unpredictable() -> [u8; 16] {
+    random().unwrap_or_else(|error| {
+        tracing::error!(%error, "the kernel gives no random bytes");
+        std::process::abort()
+    })
+}
+
 /// Gives unpredictable bytes.
 pub trait Random: FnMut() -> [u8; 16] {}
 impl<F: FnMut() -> [u8; 16]> Random for F {}
 
-/// Makes up everything secret, for programs that are about to be attached: nobody can forge a token or collide with a
-/// source before the first node comes.
+/// Makes up everything secret, for programs that are about to be attached: nobody can forge a token
+/// or collide with a source before the first node comes.
 ///
 /// # Errors
 ///
@@ -57,28 +70,28 @@ pub fn make_secrets(maps: &Maps) -> std::io::Result<()> {
     Ok(())
 }
 
-/// A live node.
+/// The state that the program has from a live node, and for how long.
 #[derive(Debug)]
-pub struct Presence<'m> {
+pub struct NodeLease<'m> {
     maps: &'m Maps,
-    lease: Duration,
+    period: Duration,
     rotation: Rotation,
 }
 
-impl<'m> Presence<'m> {
+impl<'m> NodeLease<'m> {
     /// Begins, as run `run`, with what admission has; the first lease runs from now.
-    pub fn begin(maps: &'m Maps, run: u32, lease: Duration, limits: &Limits, keys: &Keys) -> Self {
+    pub fn begin(maps: &'m Maps, run: u32, period: Duration, limits: &Limits, keys: &Keys) -> Self {
         let active = load::<u32>(maps, offset_of!(EdgeControl, limiter_active)) as usize & 1;
-        let presence = Self {
+        let lease = Self {
             maps,
-            lease,
+            period,
             rotation: Rotation::new(active, sketch_limits(limits), now_ns()),
         };
-        presence.set_stress(Level::Normal);
-        presence.set_keys(keys);
+        lease.set_stress(Level::Normal);
+        lease.set_keys(keys);
         store(maps, offset_of!(EdgeControl, run), &run);
-        presence.renew();
-        presence
+        lease.renew();
+        lease
     }
 
     /// Goes on for another lease; to be called several times in each.
@@ -88,7 +101,7 @@ impl<'m> Presence<'m> {
             offset_of!(EdgeControl, wall_offset_ns),
             &wall_offset_ns(),
         );
-        let lease_ns = u64::try_from(self.lease.as_nanos()).unwrap_or(u64::MAX / 2);
+        let lease_ns = u64::try_from(self.period.as_nanos()).unwrap_or(u64::MAX / 2);
         self.set_lease(now_ns().saturating_add(lease_ns));
     }
 
@@ -180,7 +193,8 @@ pub fn sketch(maps: &Maps) -> Sketch<'_, Table<EdgeBucket>> {
     }
 }
 
-/// Charges a source that has shown its address in user space, by completing a handshake: the kernel saw no token of it.
+/// Charges a source that has shown its address in user space, by completing a handshake: the kernel
+/// saw no token of it.
 pub fn charge_validated(maps: &Maps, source: Source, limit: Limit) {
     sketch(maps).charge_source(source, Purpose::Quic, &levels(limit), now_ns());
 }

@@ -5,17 +5,16 @@ use std::time::{Duration, Instant, SystemTime};
 use millrace_edge::edge::Edge;
 use millrace_edge::frame::{Description, Shape};
 use millrace_edge::metrics::{self, Counters};
-use millrace_edge::offload::untagged_answers;
+use millrace_edge::offload::{untagged_answers, untagged_warning};
 use millrace_edge::publish::{Publisher, Standing};
-use millrace_edge::state::{Refused, State};
 use millrace_edge::trace::{Decider, Trace};
+use millrace_edge_control::ControlError;
+use millrace_edge_control::journal::{Record, Refused};
 use millrace_edge_policy::reason::Reason;
-use millrace_edge_policy::settings::Mode;
 use serde::Serialize;
 
-use super::commands::{of_edge, pins};
-use super::{sets, table};
-use crate::cli::{XdpEventsArgs, XdpPlace, XdpPlaceArgs, XdpTraceArgs};
+use super::args::{TraceKind, XdpEventsArgs, XdpPlaceArgs, XdpTraceArgs};
+use super::look;
 use crate::exit::{Exit, Failure};
 use crate::output;
 
@@ -24,41 +23,6 @@ const SYN_COOKIES: &str = "/proc/sys/net/ipv4/tcp_syncookies";
 
 /// What `status` says of a table that could not be put in force.
 const TABLE_MISSING: &str = "missing";
-
-/// `count` or `enforce`.
-pub(crate) fn mode_word(mode: Mode) -> &'static str {
-    match mode {
-        Mode::Count => "count",
-        Mode::Enforce => "enforce",
-    }
-}
-
-/// Says what answers of an edge would go astray.
-pub(crate) fn warn_of_offloads(edge: &Edge) {
-    for interface in edge.interfaces().unwrap_or_default() {
-        let vlans = untagged_answers(&interface).unwrap_or_default();
-        warn_of_tags(&interface.name, &vlans);
-    }
-}
-
-fn warn_of_tags(interface: &str, vlans: &[String]) {
-    if !vlans.is_empty() {
-        output::message(format_args!(
-            "warning: {interface} takes VLAN tags off before the program: Retries and SYN cookies to {} leave without one and are lost; \
-             `ethtool -K {interface} rxvlan off`, or xdp = \"generic\" in [edge]",
-            vlans.join(", ")
-        ));
-    }
-}
-
-/// As [`mode_word`], of the kernel's number.
-pub(crate) fn mode_of(mode: u32) -> &'static str {
-    mode_word(if mode == millrace_edge::abi::MODE_ENFORCE {
-        Mode::Enforce
-    } else {
-        Mode::Count
-    })
-}
 
 #[derive(Debug, Serialize)]
 struct Status {
@@ -69,11 +33,12 @@ struct Status {
     registry_version: Option<u64>,
     /// A newer version of the registry, whose rules are refused.
     refused: Option<Refused>,
-    /// The last set that was on probation and was not confirmed.
-    lapsed: Option<LapsedStatus>,
-    /// `in_force`, or `missing`: nftables or the helper refused, and the table is another than that of the set.
+    /// The last set that was to be confirmed and was not.
+    rolled_back: Option<RolledBackStatus>,
+    /// `in_force`, or `missing`: nftables or the helper refused, and the table is another than that
+    /// of the set.
     table: &'static str,
-    probation_seconds_left: Option<f64>,
+    confirm_seconds_left: Option<f64>,
     stress: u32,
     lease_seconds_left: Option<f64>,
     ports: Vec<Port>,
@@ -85,7 +50,7 @@ struct Status {
 }
 
 #[derive(Debug, Serialize)]
-struct LapsedStatus {
+struct RolledBackStatus {
     set: u32,
     registry_version: u64,
 }
@@ -94,9 +59,11 @@ struct LapsedStatus {
 struct InterfaceStatus {
     name: String,
     xdp: &'static str,
-    /// It was removed since, and the programs with it, even if there is one of this name again; or somebody detached one of them.
+    /// It was removed since, and the programs with it, even if there is one of this name again; or
+    /// somebody detached one of them.
     gone: bool,
-    /// VLAN devices on it whose tags the card hides from the program: its answers there leave without one.
+    /// VLAN devices on it whose tags the card hides from the program: its answers there leave
+    /// without one.
     untagged_answers: Vec<String>,
 }
 
@@ -126,8 +93,8 @@ impl Status {
     }
 }
 
-pub(crate) fn status(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
-    let edge = adopt(&args.place)?;
+pub(super) fn status(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
+    let edge = look(&args.place)?;
     let status = status_of(&edge)?;
     if args.json {
         output::json(&status)?;
@@ -170,10 +137,10 @@ pub(crate) fn status(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
             refused.registry_version, refused.message
         ))?;
     }
-    if let Some(lapsed) = &status.lapsed {
+    if let Some(rolled_back) = &status.rolled_back {
         output::data(format_args!(
-            "lapsed      set {} (registry version {}), unconfirmed: it stays out until `millrace xdp apply` or a newer version",
-            lapsed.set, lapsed.registry_version
+            "rolled back set {} (registry version {}), unconfirmed: it stays out until `millrace xdp apply` or a newer version",
+            rolled_back.set, rolled_back.registry_version
         ))?;
     }
     if status.table == TABLE_MISSING {
@@ -181,9 +148,9 @@ pub(crate) fn status(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
             "nftables    the table is not that of this set: a running node tries again, else `millrace xdp apply`",
         )?;
     }
-    if let Some(left) = status.probation_seconds_left {
+    if let Some(left) = status.confirm_seconds_left {
         output::data(format_args!(
-            "probation   {left:.0} s left; then the set before it is in force again"
+            "to confirm  {left:.0} s left; then the set before it is in force again"
         ))?;
     }
     match status.lease_seconds_left {
@@ -201,8 +168,10 @@ pub(crate) fn status(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
         status.tcp_sources,
         status.tcp_syncookies.as_deref().unwrap_or("unknown")
     ))?;
-    for interface in &status.interfaces {
-        warn_of_tags(&interface.name, &interface.untagged_answers);
+    for interface in edge.interfaces().map_err(ControlError::from)? {
+        if let Some(warning) = untagged_warning(&interface) {
+            output::message(warning);
+        }
     }
     if status.cookies_are_off() {
         output::message(format_args!(
@@ -223,16 +192,16 @@ pub(crate) fn status(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
 }
 
 fn status_of(edge: &Edge) -> Result<Status, Failure> {
-    let mut state = State::read(edge.pins()).map_err(|error| of_edge(&error.into()))?;
-    state.expire(SystemTime::now());
+    let record = Record::read(edge.pins())?;
     let publisher = Publisher::new(edge.maps());
     let config = publisher.config();
     let control = edge.maps().control.load(0);
     let now_ns = millrace_edge::clock::now_ns();
     let lease = control.lease_until_ns.checked_sub(now_ns);
     Ok(Status {
-        interfaces: state
-            .interfaces
+        interfaces: edge
+            .interfaces()
+            .map_err(ControlError::from)?
             .iter()
             .map(|interface| InterfaceStatus {
                 name: interface.name.clone(),
@@ -242,21 +211,21 @@ fn status_of(edge: &Edge) -> Result<Status, Failure> {
                 untagged_answers: untagged_answers(interface).unwrap_or_default(),
             })
             .collect(),
-        mode: mode_of(config.mode),
+        mode: publisher.mode().word(),
         scope: if config.scope == 0 { "ports" } else { "host" },
         set: config.set,
-        registry_version: state.registry_version,
-        refused: state.refused,
-        lapsed: state.lapsed.map(|lapsed| LapsedStatus {
-            set: lapsed.set,
-            registry_version: lapsed.registry_version,
+        registry_version: record.registry_version,
+        refused: record.refused.clone(),
+        rolled_back: record.rolled_back.as_ref().map(|set| RolledBackStatus {
+            set: set.set,
+            registry_version: set.registry_version,
         }),
-        table: if table::is_missing(edge.pins()) {
+        table: if record.set != 0 && record.fingerprint.is_none() {
             TABLE_MISSING
         } else {
             "in_force"
         },
-        probation_seconds_left: match publisher.standing() {
+        confirm_seconds_left: match publisher.standing() {
             Standing::Probation { left } => Some(left.as_secs_f64()),
             _ => None,
         },
@@ -271,7 +240,7 @@ fn status_of(edge: &Edge) -> Result<Status, Failure> {
                 kind: kind_word(service.kind),
             })
             .collect(),
-        temporary_rules: state.temporary.len(),
+        temporary_rules: record.live_temporary(SystemTime::now()).len(),
         tcp_syncookies: std::fs::read_to_string(SYN_COOKIES)
             .ok()
             .map(|text| text.trim().to_owned()),
@@ -314,8 +283,8 @@ struct RuleRow {
     origin: String,
 }
 
-pub(crate) fn rules(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
-    let edge = adopt(&args.place)?;
+pub(super) fn rules(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
+    let edge = look(&args.place)?;
     let (set, rows) = rows(&edge)?;
     if args.json {
         output::json(&rows)?;
@@ -344,11 +313,14 @@ fn rows(edge: &Edge) -> Result<(u32, Vec<RuleRow>), Failure> {
 }
 
 fn rows_of(edge: &Edge, set: u32, generation: usize) -> Result<Vec<RuleRow>, Failure> {
-    let texts = sets::read(edge.pins(), set).ok_or_else(|| {
+    let record = Record::read(edge.pins())?;
+    let written = record.sets.into_iter().find(|known| known.number == set);
+    let written = written.ok_or_else(|| {
         let message =
-            format!("nobody wrote down the rules of set {set}; `millrace xdp apply` does");
+            format!("the journal has no rules of set {set}; `millrace xdp apply` writes them");
         Failure::new(Exit::Failed, message)
     })?;
+    let texts = written.rules;
     let hits = metrics::hits(edge.maps().hits(), generation as u32, texts.len() as u32)
         .map_err(|error| Failure::new(Exit::Failed, format!("cannot read the hits: {error}")))?;
     let rows = texts.into_iter().zip(hits).enumerate();
@@ -378,8 +350,8 @@ struct TraceReport {
     tcp_connections_max: u32,
 }
 
-pub(crate) fn trace(args: &XdpTraceArgs) -> Result<Exit, Failure> {
-    let edge = adopt(&args.place)?;
+pub(super) fn trace(args: &XdpTraceArgs) -> Result<Exit, Failure> {
+    let edge = look(&args.place)?;
     let frame = frame(args)?;
     let trace = edge
         .trace(&frame)
@@ -417,8 +389,9 @@ fn report(edge: &Edge, trace: &Trace) -> TraceReport {
     let rule = match trace.rule {
         Decider::Default => None,
         Decider::Rule(index) => {
-            let texts = sets::read(edge.pins(), trace.set).unwrap_or_default();
-            let text = texts.into_iter().nth(usize::from(index));
+            let record = Record::read(edge.pins()).unwrap_or_default();
+            let written = record.set(trace.set);
+            let text = written.and_then(|set| set.rules.get(usize::from(index)));
             Some(text.map_or_else(
                 || format!("{index}"),
                 |text| format!("{index}: {} ({})", text.rule, text.origin),
@@ -455,12 +428,12 @@ fn frame(args: &XdpTraceArgs) -> Result<Vec<u8>, Failure> {
             "--from and --to-port, or --frame",
         ));
     };
-    let shape = match args.kind.as_str() {
-        "quic-short" => Shape::QuicShort,
-        "udp" => Shape::Udp,
-        "tcp-syn" => Shape::TcpSyn,
-        "tcp-ack" => Shape::TcpAck,
-        _ => Shape::QuicInitial,
+    let shape = match args.kind {
+        TraceKind::QuicInitial => Shape::QuicInitial,
+        TraceKind::QuicShort => Shape::QuicShort,
+        TraceKind::Udp => Shape::Udp,
+        TraceKind::TcpSyn => Shape::TcpSyn,
+        TraceKind::TcpAck => Shape::TcpAck,
     };
     let description = Description {
         from,
@@ -482,8 +455,8 @@ struct EventLine {
     length_bytes: u32,
 }
 
-pub(crate) fn events(args: &XdpEventsArgs) -> Result<Exit, Failure> {
-    let edge = adopt(&args.place)?;
+pub(super) fn events(args: &XdpEventsArgs) -> Result<Exit, Failure> {
+    let edge = look(&args.place)?;
     if edge.maps().sampling.load(0).every == 0 {
         output::message("no drop is sampled: set sample_every in [edge] and apply");
     }
@@ -525,8 +498,4 @@ pub(crate) fn events(args: &XdpEventsArgs) -> Result<Exit, Failure> {
         }
     }
     Ok(Exit::Ok)
-}
-
-fn adopt(place: &XdpPlace) -> Result<Edge, Failure> {
-    Edge::adopt(&pins(place)?).map_err(|error| of_edge(&error))
 }

@@ -1,0 +1,533 @@
+//! Puts sets in force: for a command, and for a node whose registry changed.
+//!
+//! The kernel says which set is in force, in which mode, and whether it awaits a confirmation:
+//! [`Publisher`]. The journal says everything else: [`Record`].
+//!
+//! ```text
+//!             apply                         apply, to be confirmed
+//! committed ─────────▶ half done   committed ───────────────────▶ awaits confirmation
+//!     ▲                   │            ▲                             │     │
+//!     └───── finish ──────┘            └─ rolled back ◀─ time, revert ┘     │ confirm
+//!                                                                          ▼
+//!                                                committed ◀─ finish ─ half done
+//!
+//! committed             the kernel's set is the journal's
+//! awaits confirmation   the kernel says so; what is pending has its number
+//! half done             the kernel has the pending set for good
+//! rolled back           the kernel had the pending set, and has another one now
+//! ```
+//!
+//! 1. Everything is checked first, also by nftables. Then come the journal with the pending set,
+//!    the kernel, nftables and the journal again: a process that dies in between leaves what the
+//!    next one finishes.
+//! 2. A set that awaits a confirmation changes neither nftables nor what is committed, so that
+//!    nothing but the kernel has to go back.
+//! 3. [`EdgeLock`] is held from before the first read until after the last write.
+//! 4. Where the newest rules are refused, those of the set in force stand in for them if the
+//!    request allows it: they are always good. They also do for a command that knows an older
+//!    registry, as on a node that has its versions from its peers alone.
+//! 5. What was rolled back comes back only if an operator asks for it anew: without that, a
+//!    registry version above the one in force, up to the one that was rolled back, is passed over.
+
+use std::time::{Duration, SystemTime};
+
+use ipnet::IpNet;
+use millrace_edge::abi::{EdgeSampling, GENERATIONS};
+use millrace_edge::edge::{Edge, EdgeError};
+use millrace_edge::nft::{Nft, Table};
+use millrace_edge::pins::{EdgeLock, Pins};
+use millrace_edge::publish::{PublishError, Publisher, Standing};
+use millrace_edge_policy::rules::{Compiled, RuleAction, Temporary};
+use millrace_edge_policy::settings::Mode;
+use millrace_tuning::NodeConfig;
+use serde::Serialize;
+
+use crate::error::{ControlError, Fault, Retry};
+use crate::journal::{Pending, Record, Refused, RolledBack, SetInputs, SetRecord};
+use crate::nftables::{Nftables, Restored, Tables, mend};
+use crate::plan::{self, Firewall};
+use crate::policy::{EdgePolicy, ProgramPolicy, to_u32};
+
+/// What is to be in force.
+#[derive(Debug, Clone)]
+pub struct ApplyRequest {
+    /// Public key of the registry.
+    pub registry: String,
+    /// What the registry says.
+    pub firewall: Firewall,
+    /// The transport's port.
+    pub port: u16,
+    /// What the config says.
+    pub policy: EdgePolicy,
+    /// What the program is loaded with.
+    pub program: ProgramPolicy,
+    /// How it is put in force.
+    pub options: ApplyOptions,
+}
+
+impl ApplyRequest {
+    /// What a config and the registry say.
+    #[must_use]
+    pub fn new(config: &NodeConfig, port: u16, firewall: Firewall, options: ApplyOptions) -> Self {
+        Self {
+            registry: config.registry.public_key.clone(),
+            firewall,
+            port,
+            policy: EdgePolicy::of(&config.edge),
+            program: ProgramPolicy::of(&config.edge),
+            options,
+        }
+    }
+}
+
+/// How a set is put in force.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ApplyOptions {
+    /// Whether the program refuses.
+    pub mode: Mode,
+    /// The kernel goes back after this long unless the set is confirmed; none: it is in force for
+    /// good.
+    pub confirm_within: Option<Duration>,
+    /// Where the registry's rules are refused, take those of the set in force.
+    pub or_last_good: bool,
+    /// An operator asks for it: what was rolled back may be in force again.
+    pub anew: bool,
+    /// Nothing changes if the same set is committed already.
+    pub only_changes: bool,
+}
+
+/// A set that is ready to be put in force.
+struct PreparedSet {
+    set: Compiled,
+    inputs: SetInputs,
+    /// Why its rules are not the newest, if so.
+    refused: Option<Refused>,
+}
+
+impl ApplyOptions {
+    /// In force for good, only with good rules, as an operator asks.
+    #[must_use]
+    pub fn committed(mode: Mode) -> Self {
+        Self {
+            mode,
+            confirm_within: None,
+            or_last_good: false,
+            anew: true,
+            only_changes: false,
+        }
+    }
+}
+
+/// What is in force now.
+#[derive(Debug, Serialize)]
+pub struct ApplyReport {
+    /// Number of the set.
+    pub set: u32,
+    /// `count` or `enforce`.
+    pub mode: &'static str,
+    /// The version of the registry whose rules they are.
+    pub registry_version: u64,
+    /// Inbound rules.
+    pub rules: usize,
+    /// Interfaces that the program is on.
+    pub interfaces: Vec<String>,
+    /// How long the kernel waits for a confirmation; none: it waits for none.
+    pub confirm_within_seconds: Option<f64>,
+    /// A newer version of the registry, whose rules are refused.
+    pub refused: Option<Refused>,
+}
+
+/// An edge whose lock is held.
+#[derive(Debug, Clone, Copy)]
+pub struct LockedEdge<'e> {
+    pub(crate) edge: &'e Edge,
+    pub(crate) lock: &'e EdgeLock,
+    pub(crate) tables: Tables<'e>,
+}
+
+impl<'e> LockedEdge<'e> {
+    /// For a command, which has the privileges to change nftables itself.
+    #[must_use]
+    pub fn new(edge: &'e Edge, lock: &'e EdgeLock, nft: &'e Nft) -> Self {
+        let tables = Tables::OfCommand(nft);
+        Self { edge, lock, tables }
+    }
+
+    pub(crate) fn publisher(&self) -> Publisher<'e> {
+        Publisher::new(self.edge.maps())
+    }
+
+    pub(crate) fn set_in_force(&self) -> u32 {
+        self.publisher().config().set
+    }
+
+    pub(crate) fn record(&self) -> Result<Record, ControlError> {
+        Record::read(self.edge.pins())
+    }
+
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Record)) -> Result<(), ControlError> {
+        Record::update(self.edge.pins(), self.lock, change)
+    }
+
+    /// Puts in force what was asked for, at once or until it is confirmed. A registry version that
+    /// is refused is written down.
+    ///
+    /// # Errors
+    ///
+    /// [`Fault::Operator`] while a set awaits a confirmation; [`Fault::Registry`] and
+    /// [`Fault::Config`] for what cannot be in force; what the kernel, nftables or the journal
+    /// refuse, with a text that says whether the kernel has the set.
+    pub fn apply(&self, request: &ApplyRequest) -> Result<ApplyReport, ControlError> {
+        let prepared = self.prepare(request)?;
+        let in_force = self.set_in_force();
+        let record = self.record()?;
+        let is_committed = record.set == in_force
+            && record.pending.is_none()
+            && record.inputs(in_force) == Some(&prepared.inputs);
+        let mut report = ApplyReport {
+            set: in_force,
+            mode: request.options.mode.word(),
+            registry_version: prepared.inputs.firewall.version,
+            rules: prepared.set.rules.len(),
+            interfaces: Vec::new(),
+            confirm_within_seconds: request
+                .options
+                .confirm_within
+                .map(|time| time.as_secs_f64()),
+            refused: prepared.refused.clone(),
+        };
+        if !(request.options.only_changes && is_committed) {
+            report.set = self.publish(request, prepared, &record)?;
+        }
+        let interfaces = self.edge.interfaces()?;
+        report.interfaces = interfaces.into_iter().map(|i| i.name).collect();
+        Ok(report)
+    }
+
+    /// Compiles, and asks nftables. Nothing is in force that was not.
+    fn prepare(&self, request: &ApplyRequest) -> Result<PreparedSet, ControlError> {
+        let in_force = self.set_in_force();
+        if let Standing::Probation { left } = self.publisher().standing() {
+            let set = in_force;
+            return Err(EdgeError::Publish(PublishError::Probation { set, left }).into());
+        }
+        if let Err(error) = self.finish() {
+            // What is asked for now takes its place.
+            tracing::warn!(%error, "a change that was left half done stays so");
+        }
+        self.note_rolled_back()?;
+        let record = self.record()?;
+        let last = record.inputs(in_force);
+        let last = last.filter(|inputs| inputs.registry == request.registry);
+        let newest = newest(request, last, record.rolled_back.as_ref(), in_force)?;
+        let temporary = record.live_temporary(SystemTime::now());
+        let compile = |firewall, refused| self.compile(request, firewall, &temporary, refused);
+        let mut refused = record.refused.clone();
+        refused.take_if(|refused| refused.registry_version <= newest.version);
+        let error = match compile(newest.clone(), refused) {
+            // The rules that stand in for a refused version are asked for as they are.
+            Err(error) if error.fault.retry() == Retry::AfterChange => error,
+            compiled => return compiled,
+        };
+        if last.is_some_and(|inputs| inputs.firewall.version == newest.version) {
+            // The config's or a temporary rule's fault, and not the registry's.
+            return Err(error);
+        }
+        let refused = Some(Refused {
+            registry_version: newest.version,
+            message: error.to_string(),
+        });
+        if record.refused != refused {
+            self.update(|record| record.refused.clone_from(&refused))?;
+        }
+        match last.filter(|_| request.options.or_last_good) {
+            Some(good) => compile(good.rules_for(newest), refused),
+            None => Err(error),
+        }
+    }
+
+    fn compile(
+        &self,
+        request: &ApplyRequest,
+        firewall: Firewall,
+        temporary: &[Temporary],
+        refused: Option<Refused>,
+    ) -> Result<PreparedSet, ControlError> {
+        let settings = request.policy.settings(request.port, request.options.mode);
+        let bounds = request.program.bounds();
+        let set = plan::compiled(&settings, bounds, &firewall, temporary)?;
+        self.tables.check(&Table::of(&set))?;
+        let inputs = SetInputs {
+            registry: request.registry.clone(),
+            firewall,
+            port: request.port,
+            policy: request.policy.clone(),
+            temporary: temporary.to_vec(),
+        };
+        Ok(PreparedSet {
+            set,
+            inputs,
+            refused,
+        })
+    }
+
+    /// Publishes a set, and changes nftables; if it is to be confirmed, what follows the kernel
+    /// waits for that. The number of the set.
+    fn publish(
+        &self,
+        request: &ApplyRequest,
+        prepared: PreparedSet,
+        record: &Record,
+    ) -> Result<u32, ControlError> {
+        let confirm_within = request.options.confirm_within;
+        // A set that is pending, was rolled back, or is in the idle generation keeps its number.
+        let pending = record.pending.as_ref().map_or(0, |set| set.set);
+        let rolled_back = record.rolled_back.as_ref().map_or(0, |set| set.set);
+        let taken = [record.set, pending, rolled_back].into_iter();
+        let number = taken.chain(self.numbers()).max().unwrap_or(0) + 1;
+        let in_force = self.set_in_force();
+        self.update(|record| {
+            // Before the first set: what the program was loaded with a moment ago.
+            record
+                .program
+                .get_or_insert_with(|| request.program.clone());
+            record.keep(
+                SetRecord::new(number, &prepared.set, prepared.inputs),
+                in_force,
+            );
+            record.pending = Some(Pending {
+                set: number,
+                to_confirm: confirm_within.is_some(),
+                anew: request.options.anew,
+                refused: prepared.refused,
+            });
+        })?;
+        let edge = self.edge;
+        if let Err(error) = edge.publish_under(&prepared.set, number, confirm_within, self.lock) {
+            // It never was in force, so it cannot be rolled back either.
+            self.update(|record| record.pending = None)?;
+            return Err(error.into());
+        }
+        let every = to_u32(request.policy.sample_every);
+        let sampling = EdgeSampling {
+            every,
+            ..Default::default()
+        };
+        edge.maps().sampling.store(0, &sampling);
+        self.finish()?;
+        Ok(number)
+    }
+
+    /// Puts a temporary rule on top of what is in force, for a period from now. The request gives
+    /// the registry's key and the node's locality; what it says otherwise is not applied.
+    ///
+    /// # Errors
+    ///
+    /// [`Fault::Operator`] while a set awaits a confirmation; otherwise as [`Self::apply`]. Without
+    /// a set that has it, the rule is not written down either.
+    pub fn add_temporary(
+        &self,
+        prefix: IpNet,
+        action: RuleAction,
+        period: Duration,
+        request: ApplyRequest,
+    ) -> Result<ApplyReport, ControlError> {
+        // What waits for its table is in force in the kernel: this goes on from there.
+        self.finish()?;
+        let (now, before, record) = (SystemTime::now(), self.set_in_force(), self.record()?);
+        let inputs = record.inputs(before).ok_or_else(|| {
+            let text = "the journal does not say what the set in force was made from; `millrace xdp apply` does";
+            operators(text.into())
+        })?;
+        let until = plan::unix_seconds(now).saturating_add(period.as_secs());
+        let rule = Temporary::new(prefix, action, until);
+        let mut temporary = record.live_temporary(now);
+        temporary.retain(|known| known.prefix != rule.prefix);
+        temporary.push(rule);
+        self.update(|record| record.temporary = temporary)?;
+        let node = request.firewall.with_roles(&inputs.policy.roles);
+        let applied = self.apply(&ApplyRequest {
+            firewall: inputs.firewall_for(&node),
+            port: inputs.port,
+            policy: inputs.policy.clone(),
+            options: ApplyOptions {
+                anew: false,
+                ..ApplyOptions::committed(self.publisher().mode())
+            },
+            ..request
+        });
+        if applied.is_err() && self.set_in_force() == before {
+            // Or it would come with the next set. The first error is the one to tell.
+            let _ = self.update(|now| now.temporary = record.temporary);
+        }
+        applied
+    }
+
+    /// Keeps the set that awaits a confirmation; its number.
+    ///
+    /// # Errors
+    ///
+    /// [`Fault::Operator`] if none does, or the journal holds what follows another set.
+    pub fn confirm(&self) -> Result<u32, ControlError> {
+        let set = self.set_in_force();
+        if self.publisher().awaits_confirm() {
+            // Before the kernel's set is there for good, and not after.
+            let pending = self.record()?.pending.map_or(0, |pending| pending.set);
+            if pending != set {
+                return Err(operators(format!(
+                    "set {set} awaits a confirmation, and the journal says what follows set {pending}: \
+                     `millrace xdp revert`, then apply again"
+                )));
+            }
+        } else if let Some(finished) = self.finish()? {
+            return Ok(finished);
+        }
+        self.edge.confirm_under(self.lock)?;
+        self.finish()?.ok_or_else(|| {
+            operators(format!(
+                "the journal does not say what follows set {set}; `millrace xdp apply` does"
+            ))
+        })
+    }
+
+    /// Takes back the set that awaits a confirmation; the number of the set that is in force again.
+    ///
+    /// # Errors
+    ///
+    /// [`Fault::Operator`] if none does.
+    pub fn revert(&self) -> Result<u32, ControlError> {
+        self.edge.revert_under(self.lock)?;
+        // The kernel's set is what counts; the next process writes down what this one could not.
+        self.note_rolled_back().map_err(|error| {
+            error.reworded(|text| format!("reverted, and this could not be written down: {text}"))
+        })?;
+        Ok(self.set_in_force())
+    }
+
+    /// Writes down that a set was rolled back: it awaited a confirmation, and another set is in
+    /// force.
+    pub(crate) fn note_rolled_back(&self) -> Result<(), ControlError> {
+        let record = self.record()?;
+        let Some(pending) = &record.pending else {
+            return Ok(());
+        };
+        if self.publisher().awaits_confirm() || pending.set == self.set_in_force() {
+            return Ok(());
+        }
+        // A process that was killed before the kernel had it has left no set that could be rolled
+        // back.
+        let was_in_force = pending.to_confirm && self.numbers().contains(&pending.set);
+        let inputs = record.inputs(pending.set).filter(|_| was_in_force);
+        let rolled_back = inputs.map(|inputs| RolledBack {
+            set: pending.set,
+            registry: inputs.registry.clone(),
+            registry_version: inputs.firewall.version,
+            policy: inputs.policy.clone(),
+        });
+        self.update(|record| {
+            record.pending = None;
+            record.rolled_back = rolled_back.or(record.rolled_back.take());
+        })
+    }
+
+    /// Numbers of the sets that the kernel has, in force and before: a set that was rolled back is
+    /// there until the next one is published.
+    fn numbers(&self) -> [u32; GENERATIONS] {
+        std::array::from_fn(|generation| self.edge.maps().load_config(generation).set)
+    }
+
+    /// Lets nftables and the journal follow a pending set that the kernel has for good: it was
+    /// published a moment ago, or a process died there, or `nft` refused. The number of the set, if
+    /// there is one.
+    ///
+    /// # Errors
+    ///
+    /// What nftables or the journal refuse.
+    pub fn finish(&self) -> Result<Option<u32>, ControlError> {
+        let set = self.set_in_force();
+        let record = self.record()?;
+        let pending = record.pending.as_ref().filter(|pending| pending.set == set);
+        let (Some(pending), Some(written), false) =
+            (pending, record.set(set), self.publisher().awaits_confirm())
+        else {
+            return Ok(None);
+        };
+        let followed = self.tables.replace(&written.table).and_then(|fingerprint| {
+            self.update(|record| {
+                record.set = set;
+                record.fingerprint = fingerprint;
+                record.registry_version = Some(written.inputs.firewall.version);
+                record.refused.clone_from(&pending.refused);
+                record.pending = None;
+                if pending.anew {
+                    record.rolled_back = None;
+                }
+            })
+        });
+        followed.map(|()| Some(set)).map_err(|error| {
+            let mode = self.publisher().mode().word();
+            error.reworded(|text| {
+                format!(
+                    "set {set} is in force in the kernel, mode {mode}, and not all has followed: {text}; \
+                     a running node finishes it, or `millrace xdp confirm`"
+                )
+            })
+        })
+    }
+
+    /// Puts the table of the committed set in force again if it is not what the journal says.
+    pub(crate) fn restore_table(
+        &self,
+        nftables: &dyn Nftables,
+        record: &Record,
+    ) -> Result<Option<Restored>, ControlError> {
+        let written = record.set(record.set);
+        let mended = written.map(|set| mend(nftables, &set.table, record.fingerprint));
+        let Some((restored, fingerprint)) = mended.transpose()?.flatten() else {
+            return Ok(None);
+        };
+        self.update(|record| record.fingerprint = fingerprint)?;
+        Ok(Some(restored))
+    }
+}
+
+/// The newest rules that may be in force.
+fn newest(
+    request: &ApplyRequest,
+    last: Option<&SetInputs>,
+    rolled_back: Option<&RolledBack>,
+    in_force: u32,
+) -> Result<Firewall, ControlError> {
+    let asked = &request.firewall;
+    let is_passed_over = |rolled_back: &RolledBack| {
+        !request.options.anew
+            && rolled_back.registry == request.registry
+            && asked.version <= rolled_back.registry_version
+    };
+    match last {
+        Some(last) if last.firewall.version > asked.version => Ok(last.firewall_for(asked)),
+        Some(last) if last.firewall.version == asked.version => Ok(asked.clone()),
+        _ if !rolled_back.is_some_and(is_passed_over) => Ok(asked.clone()),
+        Some(last) => Ok(last.rules_for(asked.clone())),
+        None => Err(operators(format!(
+            "registry version {} was rolled back, and the journal does not say what set {in_force} was made from; \
+             `millrace xdp apply` decides",
+            asked.version
+        ))),
+    }
+}
+
+fn operators(text: String) -> ControlError {
+    ControlError::new(Fault::Operator, text)
+}
+
+/// Takes the edge away: the program first, because without it the table closes the ports instead of
+/// leaving them open.
+///
+/// # Errors
+///
+/// What the kernel or nftables refuse; what could be removed is.
+pub fn detach(pins: &Pins, lock: &EdgeLock) -> Result<(), ControlError> {
+    Edge::detach_under(pins, lock)?;
+    Ok(Nft::of(pins).remove()?)
+}

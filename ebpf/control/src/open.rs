@@ -1,0 +1,295 @@
+//! Attaches an edge, or takes over the one that is pinned: for a command, and for a node before its
+//! first thread.
+//!
+//! 1. Everything that takes a capability happens here. The node gives its capabilities up
+//!    afterwards, before any thread starts, because they belong to threads; a helper process keeps
+//!    what later changes need.
+//! 2. What the kernel or the host refuses is told, and the node runs: user space then holds the
+//!    same caps and limits.
+
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use libbpf_rs::MapHandle;
+use millrace_edge::counts::Counts;
+use millrace_edge::edge::{Edge, EdgeError};
+use millrace_edge::helper::{Helper, Setup};
+use millrace_edge::nft::Nft;
+use millrace_edge::offload::untagged_warning;
+use millrace_edge::pins::{EdgeLock, Kind, NodeLock, Pins};
+use millrace_edge::publish::Publisher;
+use millrace_edge::ruleset::Watch;
+use millrace_edge::{lease, privileges};
+use millrace_edge_policy::admission::Admission;
+use millrace_edge_policy::settings::Limits;
+use millrace_edge_policy::source::Source;
+use millrace_tuning::NodeConfig;
+
+use crate::apply::{ApplyReport, ApplyRequest, LockedEdge, detach};
+use crate::error::{ControlError, Fault};
+use crate::nftables::Tables;
+use crate::policy::{NodePolicy, ProgramPolicy};
+
+/// The kernel ends a process that was killed some milliseconds after its successor can start.
+const NODE_LOCK_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Takes what an operator should read.
+pub type Notify<'n> = &'n mut dyn FnMut(std::fmt::Arguments<'_>);
+
+/// Attaches where no edge is, and puts a set in force.
+///
+/// # Errors
+///
+/// What the kernel, nftables or the rules refuse; nothing is attached then.
+pub fn attach(
+    pins: &Pins,
+    lock: &EdgeLock,
+    interfaces: &[String],
+    request: &ApplyRequest,
+) -> Result<(Edge, ApplyReport), ControlError> {
+    let edge = Edge::attach_new(pins, &request.program.attach_options(interfaces), lock)?;
+    match LockedEdge::new(&edge, lock, &Nft::of(pins)).apply(request) {
+        Ok(report) => Ok((edge, report)),
+        Err(error) => {
+            // Half an edge would be worse than none. The first error is the one to tell.
+            let _ = detach(pins, lock);
+            Err(error)
+        }
+    }
+}
+
+/// The edge in the kernel, as its node holds it.
+#[derive(Debug)]
+pub struct AttachedEdge {
+    /// The edge.
+    pub edge: Edge,
+    /// Connections that it counts for each source.
+    pub counts: Counts,
+    pub(crate) helper: Option<Helper>,
+    /// News of nftables; none if the kernel tells none.
+    pub(crate) ruleset: Option<Watch>,
+    /// As long as it is held, no other node takes this edge over.
+    _node: NodeLock,
+    /// Which edge this is: another may be attached at the same place later.
+    identity: Option<(u64, u64)>,
+}
+
+impl AttachedEdge {
+    /// Whether the edge is still the one that is pinned, and not detached.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        self.identity.is_some() && self.identity == self.edge.pins().identity()
+    }
+
+    /// Charges a source that completed a handshake: the kernel saw no token of it.
+    pub fn charge_validated(&self, source: Source) {
+        let maps = self.edge.maps();
+        if let Some((limits, _)) = Publisher::new(maps).limits() {
+            lease::charge_validated(maps, source, limits.source_quic);
+        }
+    }
+
+    /// Its helper changes nftables, if there is one.
+    pub(crate) fn locked<'e>(&'e self, lock: &'e EdgeLock) -> LockedEdge<'e> {
+        let tables = match &self.helper {
+            Some(helper) => Tables::OfNode(helper),
+            None => Tables::Unreachable,
+        };
+        LockedEdge {
+            edge: &self.edge,
+            lock,
+            tables,
+        }
+    }
+}
+
+/// What a node holds of its edge, in the kernel or not.
+#[derive(Debug)]
+pub struct EdgeHandles {
+    /// The edge in the kernel.
+    pub kernel: Option<Arc<AttachedEdge>>,
+    /// Who may open connections; shared with the transport.
+    pub admission: Arc<Admission>,
+    /// The transport's port.
+    pub port: u16,
+    /// Of the set in force.
+    pub limits: Limits,
+}
+
+/// Takes over what is pinned as the edge's node, or attaches if nothing is and this process may.
+/// None if there is no edge for a reason that `notify` hears. `helper` is the command whose process
+/// calls [`millrace_edge::helper::serve_stdin`].
+///
+/// # Errors
+///
+/// [`Fault::Held`] if the edge is another node's.
+pub fn open(
+    config: &NodeConfig,
+    request: &ApplyRequest,
+    helper: Option<Command>,
+    notify: Notify<'_>,
+) -> Result<Option<AttachedEdge>, ControlError> {
+    let pins = Pins::at(&config.edge.pins);
+    let found = match pins.lock_node(NODE_LOCK_PATIENCE) {
+        // Behind a program that has another node's keys, none of its own connections would work.
+        Ok(None) => {
+            let root = pins.root().display();
+            let text =
+                format!("another node uses the edge at {root}; give each its own pins in [edge]");
+            return Err(ControlError::new(Fault::Held, text));
+        }
+        Ok(Some(node)) => take_over(node, &pins, config, request, helper, notify),
+        Err(error) => Err(error.into()),
+    };
+    Ok(found
+        .inspect_err(|error| {
+            notify(format_args!(
+                "no edge in the kernel: {error}; user space holds caps and rates by itself, without the firewall"
+            ));
+        })
+        .ok())
+}
+
+fn take_over(
+    node: NodeLock,
+    pins: &Pins,
+    config: &NodeConfig,
+    request: &ApplyRequest,
+    helper: Option<Command>,
+    notify: Notify<'_>,
+) -> Result<AttachedEdge, ControlError> {
+    // Until everything of it is open: what is attached here in the meantime would be another edge.
+    let lock = match pins.lock() {
+        Err(millrace_edge::pins::PinError::Busy { .. }) => {
+            let root = pins.root().display();
+            notify(format_args!(
+                "waiting for a command that changes the edge at {root}"
+            ));
+            pins.lock_waiting()?
+        }
+        lock => lock?,
+    };
+    let edge = adopt_or_attach(pins, &lock, config, request, notify)?;
+    // An operator may edit the config meanwhile. The node runs without it as well.
+    let nft = Nft::of(pins);
+    let locked = LockedEdge::new(&edge, &lock, &nft);
+    let noted = locked
+        .update(|record| record.node = Some(NodePolicy::of(&config.edge)))
+        .and_then(|()| locked.note_rolled_back());
+    if let Err(error) = noted {
+        notify(format_args!("rules stay as they are: {error}"));
+    }
+    for interface in edge.interfaces().unwrap_or_default() {
+        if let Some(warning) = untagged_warning(&interface) {
+            notify(format_args!("{warning}"));
+        }
+    }
+    let random = lease::random().map_err(|source| EdgeError::Random { source })?;
+    let run = u32::from_le_bytes([random[0], random[1], random[2], random[3]]);
+    let pinned = edge.pins().path(Kind::Map, "quic_sources");
+    let counts = MapHandle::from_pinned_path(&pinned)
+        .and_then(|map| Counts::new(map, run))
+        .map_err(|error| {
+            ControlError::new(Fault::Kernel, format!("{}: {error}", pinned.display()))
+        })?;
+    Ok(AttachedEdge {
+        _node: node,
+        helper: helper.and_then(|command| start_helper(command, pins)),
+        counts,
+        ruleset: Watch::open()
+            .inspect_err(|error| tracing::info!(%error, "nftables does not tell what changes"))
+            .ok(),
+        identity: pins.identity(),
+        edge,
+    })
+}
+
+fn adopt_or_attach(
+    pins: &Pins,
+    lock: &EdgeLock,
+    config: &NodeConfig,
+    request: &ApplyRequest,
+    notify: Notify<'_>,
+) -> Result<Edge, ControlError> {
+    let missing = privileges::missing();
+    match Edge::adopt(pins) {
+        Ok(mut found) => {
+            found.check_here()?;
+            notify(format_args!("edge adopted from {}", pins.root().display()));
+            renew(&mut found, lock, config, missing.is_empty(), notify);
+            return Ok(found);
+        }
+        Err(EdgeError::Absent { .. }) if missing.is_empty() => {}
+        Err(EdgeError::Absent { .. }) => {
+            let names: Vec<_> = missing.iter().map(ToString::to_string).collect();
+            let text = format!("attaching takes {}", names.join(", "));
+            return Err(ControlError::new(Fault::Permission, text));
+        }
+        // What a process that died while attaching has left is in nobody's way, if this one may
+        // attach.
+        Err(EdgeError::Incomplete { .. } | EdgeError::Maps(_)) if missing.is_empty() => {}
+        Err(error) => return Err(error.into()),
+    }
+    let (attached, report) = attach(pins, lock, &config.edge.interfaces, request)?;
+    notify(format_args!(
+        "edge attached to {}, mode {}",
+        report.interfaces.join(", "),
+        report.mode
+    ));
+    Ok(attached)
+}
+
+/// Gives an edge that was adopted what the config asks for and this binary brings, as far as this
+/// process may. What fails is told, and what is in force stays. An interface that is gone is
+/// attached again when it is back.
+fn renew(
+    edge: &mut Edge,
+    lock: &EdgeLock,
+    config: &NodeConfig,
+    may_attach: bool,
+    notify: Notify<'_>,
+) {
+    let known = edge.interfaces().unwrap_or_default();
+    let mode = ProgramPolicy::of(&config.edge).attach_mode();
+    let is_new = |name: &&String| known.iter().all(|known| known.name != **name);
+    for name in config.edge.interfaces.iter().filter(is_new) {
+        if !may_attach {
+            notify(format_args!(
+                "the edge is not on {name}: `millrace xdp attach` puts it there"
+            ));
+        } else if let Err(error) = edge.attach_under(name, mode, lock) {
+            notify(format_args!("the edge is not on {name}: {error}"));
+        } else {
+            notify(format_args!("edge attached to {name} as well"));
+        }
+    }
+    let others = "the edge goes on with the programs of another version";
+    if edge.is_current() {
+        // They are those of this binary.
+    } else if !may_attach {
+        notify(format_args!(
+            "{others}: `millrace xdp attach` replaces them"
+        ));
+    } else if let Err(error) = edge.reload_under(lock) {
+        notify(format_args!("{others}: {error}"));
+    } else {
+        notify(format_args!(
+            "the edge's programs are replaced by those of this version"
+        ));
+    }
+}
+
+/// The process that keeps what later changes need; without it, rules still change, nftables and
+/// programs do not.
+fn start_helper(command: Command, pins: &Pins) -> Option<Helper> {
+    let setup = Setup {
+        pins: pins.clone(),
+        nft: Nft::of(pins),
+    };
+    Helper::start(command, &setup)
+        .inspect_err(|error| {
+            tracing::warn!(%error, "no helper: nftables and programs stay as they are");
+        })
+        .ok()
+}

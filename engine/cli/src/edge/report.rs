@@ -1,0 +1,103 @@
+//! What the edge shows on `/status` and `/metrics`: what the program counted, and what keeps it.
+
+use std::sync::Arc;
+
+use millrace_edge::metrics::Counters;
+use millrace_edge::publish::Publisher;
+use millrace_edge_control::{AttachedEdge, EdgeView};
+use millrace_edge_policy::reason::Reason;
+use millrace_node::edge::{EdgeReport, EdgeSample};
+use millrace_node::status::EdgeStatus;
+
+/// Shows what the edge's threads write down.
+#[derive(Debug)]
+pub(super) struct Report {
+    pub(super) view: Arc<EdgeView>,
+    /// How packets find their shard: `ebpf`, `classic`, `none`.
+    pub(super) steering: &'static str,
+}
+
+impl EdgeReport for Report {
+    fn status(&self) -> EdgeStatus {
+        let status = self.view.status();
+        let place = if status.is_in_kernel {
+            "kernel"
+        } else {
+            "user_space"
+        };
+        EdgeStatus {
+            place: place.to_owned(),
+            steering: self.steering.to_owned(),
+            stress: status.stress,
+            registry_version: status.registry_version,
+            refused: status.refused.clone(),
+            interfaces_gone: status.interfaces_gone.clone(),
+        }
+    }
+
+    fn samples(&self) -> Vec<EdgeSample> {
+        let status = self.view.status().clone();
+        let gone = status.interfaces_gone.len() as u64;
+        let mut samples = vec![
+            plain("millrace_edge_in_kernel", u64::from(status.is_in_kernel)),
+            plain("millrace_edge_stress", u64::from(status.stress)),
+            // The reference's name for the same.
+            plain("firewall_registry_version", status.registry_version),
+            plain("millrace_edge_tables_restored", status.tables_restored),
+            plain("millrace_edge_interfaces_reattached", status.reattached),
+            plain("millrace_edge_attach_failures", status.attach_failures),
+            plain("millrace_edge_interfaces_gone", gone),
+        ];
+        let refusals = status.refusals.iter();
+        samples.extend(
+            refusals.map(|(reason, count)| labelled("millrace_edge_rules_refused", reason, *count)),
+        );
+        if let Some(kernel) = &self.view.kernel {
+            of_kernel(kernel, &mut samples);
+            let hits = self.view.rule_hits().into_iter().enumerate();
+            samples.extend(
+                hits.map(|(rule, hits)| {
+                    labelled("millrace_edge_rule_hits", &rule.to_string(), hits)
+                }),
+            );
+        }
+        samples
+    }
+}
+
+fn of_kernel(kernel: &AttachedEdge, samples: &mut Vec<EdgeSample>) {
+    let maps = kernel.edge.maps();
+    // A scrape that cannot read the map shows the rest.
+    let Ok(counters) = Counters::read(maps.counters()) else {
+        return;
+    };
+    let mut column = |name, value: fn(&Counters, Reason) -> u64| {
+        let all = Reason::ALL.iter();
+        samples.extend(all.map(|reason| labelled(name, reason.label(), value(&counters, *reason))));
+    };
+    column("millrace_edge_packets", Counters::acted_on);
+    column("millrace_edge_packets_counted", Counters::counted_as);
+    let config = Publisher::new(maps).config();
+    samples.extend([
+        plain("millrace_edge_enforcing", u64::from(config.mode)),
+        plain("millrace_edge_set", u64::from(config.set)),
+        plain("millrace_edge_quic_sources", kernel.counts.sources() as u64),
+        plain("millrace_edge_counts_missed", kernel.counts.missed()),
+    ]);
+}
+
+fn plain(name: &'static str, value: u64) -> EdgeSample {
+    EdgeSample {
+        name,
+        label: None,
+        value,
+    }
+}
+
+fn labelled(name: &'static str, label: &str, value: u64) -> EdgeSample {
+    EdgeSample {
+        name,
+        label: Some(label.to_owned()),
+        value,
+    }
+}
