@@ -157,6 +157,14 @@ impl Transport {
         };
         let registry_version = Arc::new(AtomicU64::new(topology.newest_version()));
         let credentials = Credentials::new(&identity)?;
+        // All that may fail comes before the first thread.
+        let mut tls = Vec::with_capacity(count);
+        for counters in &counters {
+            let members = Members::new(Arc::clone(&topology));
+            let server = quic_config(&config, credentials.server(&members, counters)?)?;
+            let client = quic_config(&config, credentials.client()?)?;
+            tls.push((members, server, client));
+        }
         let (mut senders, mut receivers) = (Vec::new(), Vec::new());
         for (shard, config) in shards.iter().enumerate() {
             let (sender, receiver) = mailbox(config.mailbox_capacity).map_err(|source| {
@@ -177,12 +185,10 @@ impl Transport {
         let running = Shards::new(Arc::clone(&stop_limit));
         let (mut pools, mut stats) = (Vec::new(), Vec::new());
         let refused = Arc::new(Mutex::new(None));
-        let parts = shards.into_iter().zip(sockets).zip(receivers);
-        for (index, ((shard, socket), receiver)) in parts.enumerate() {
-            let members = Members::new(Arc::clone(&topology));
+        let parts = shards.into_iter().zip(sockets).zip(receivers).zip(tls);
+        for (index, (((shard, socket), receiver), tls)) in parts.enumerate() {
+            let (members, server, client) = tls;
             let counters = Arc::clone(&counters[index]);
-            let server = quic_config(&config, credentials.server(&members, &counters)?)?;
-            let client = quic_config(&config, credentials.client()?)?;
             let (config, board, topology) =
                 (config.clone(), Arc::clone(&board), Arc::clone(&topology));
             let (services, routes) = (services.clone(), Arc::clone(&routes));

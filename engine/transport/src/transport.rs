@@ -205,9 +205,9 @@ impl Transport {
         peers: &[NodeId],
         class: Class,
         method: Method,
-        body: &Payload,
+        body: Payload,
     ) -> Vec<(NodeId, RpcError)> {
-        self.inner.routes.send_to_all(peers, class, method, body)
+        self.inner.routes.send_to_all(peers, class, method, &body)
     }
 
     /// Closes all connections cleanly and stops the shards. Blocks until their threads have ended;

@@ -201,3 +201,100 @@ impl Drop for RemoteAnswer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use millrace_protocol::frame::{Class, Kind, Method};
+
+    use super::*;
+
+    /// Writes down what it is to cancel.
+    #[derive(Debug, Default)]
+    struct Cancelled(Mutex<Vec<(usize, CallId)>>);
+
+    impl Canceller for Cancelled {
+        fn cancel(&self, shard: usize, call: CallId) {
+            self.0.lock().unwrap().push((shard, call));
+        }
+    }
+
+    const SHARD: usize = 3;
+
+    fn call() -> CallId {
+        let header = Header {
+            kind: Kind::Request,
+            class: Class::Normal,
+            method: Method(1),
+            id: 7,
+            body_bytes: 0,
+            arg: 0,
+        };
+        CallId {
+            slot: 1,
+            serial: 2,
+            header,
+        }
+    }
+
+    fn sides() -> (RemoteCompletion, RemoteAnswer, Arc<Cancelled>) {
+        let cancelled = Arc::new(Cancelled::default());
+        let canceller = Arc::clone(&cancelled) as Arc<dyn Canceller>;
+        let (completion, answer) = RemoteCompletion::new(SHARD, canceller);
+        (completion, answer, cancelled)
+    }
+
+    fn taken(cancelled: &Cancelled) -> Vec<(usize, CallId)> {
+        cancelled.0.lock().unwrap().clone()
+    }
+
+    #[test]
+    fn an_answer_dropped_in_the_mailbox_is_not_wanted() {
+        let (completion, answer, cancelled) = sides();
+        assert!(completion.is_wanted());
+        drop(answer);
+        assert!(!completion.is_wanted());
+        assert!(
+            !completion.tracker().began(call()),
+            "it is taken back at once"
+        );
+        assert_eq!(taken(&cancelled), []);
+    }
+
+    #[test]
+    fn an_answer_dropped_in_flight_is_taken_back_where_it_is() {
+        let (completion, answer, cancelled) = sides();
+        assert!(completion.tracker().began(call()));
+        drop(answer);
+        assert_eq!(taken(&cancelled), [(SHARD, call())]);
+        assert!(!completion.is_wanted());
+    }
+
+    #[test]
+    fn an_answer_that_came_takes_nothing_back() {
+        let (completion, answer, cancelled) = sides();
+        let tracker = completion.tracker();
+        assert!(completion.tracker().began(call()));
+        completion.complete(Ok(Payload::Empty));
+        // The shard answers before it says where the request was: it must not be cancelled later.
+        assert!(tracker.began(call()));
+        assert!(answer.wait(Duration::ZERO).unwrap().is_empty());
+        assert_eq!(taken(&cancelled), []);
+    }
+
+    #[test]
+    fn a_shard_that_stops_answers_all() {
+        let (completion, answer, _) = sides();
+        drop(completion);
+        let error = answer.wait(Duration::ZERO).unwrap_err();
+        assert_eq!(error, RpcError::LocalShuttingDown);
+    }
+
+    #[test]
+    fn a_wait_that_runs_out_takes_the_request_back() {
+        let (completion, answer, cancelled) = sides();
+        assert!(completion.tracker().began(call()));
+        let error = answer.wait(Duration::ZERO).unwrap_err();
+        assert_eq!(error, RpcError::Timeout);
+        assert_eq!(taken(&cancelled), [(SHARD, call())]);
+    }
+}
