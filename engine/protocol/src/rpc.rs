@@ -64,9 +64,15 @@ pub enum RpcError {
         /// Longest body allowed.
         max_bytes: u64,
     },
-    /// No chunks are left to receive the response into.
+    /// This node has no space for the response now.
     #[error("receive budget is used up")]
     LocalNoBudget,
+    /// This node never has space for a response of this length.
+    #[error("response of {body_bytes} bytes is more than this node takes from one peer")]
+    LocalAnswerTooLarge {
+        /// Of its body.
+        body_bytes: u64,
+    },
     /// This node is shutting down.
     #[error("this node is shutting down")]
     LocalShuttingDown,
@@ -97,6 +103,7 @@ impl RpcError {
             Self::LocalBusy(_) => "local_busy",
             Self::LocalTooLarge { .. } => "local_too_large",
             Self::LocalNoBudget => "local_no_budget",
+            Self::LocalAnswerTooLarge { .. } => "local_answer_too_large",
             Self::LocalShuttingDown => "local_shutting_down",
             Self::LocalCancelled => "local_cancelled",
             Self::NotConnected => "not_connected",

@@ -19,8 +19,8 @@ use std::time::Instant;
 use millrace_protocol::backoff::BackoffConfig;
 use millrace_protocol::peers::PeersConfig;
 
+pub use crate::allocator::BodyAllocator;
 pub use crate::buffers::StreamBuffer;
-pub use crate::inbox::Room;
 pub use crate::path::{PathStats, StreamError, StreamPath};
 pub use crate::phase::{Expired, Phase};
 pub use crate::service::handle::ShardState;

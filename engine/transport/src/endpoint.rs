@@ -21,19 +21,17 @@ use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use millrace_edge_policy::cid::SLOTS_MAX;
-use millrace_protocol::budget::{ReceiveBudget, Reservation};
 use millrace_protocol::id::NodeId;
 use millrace_protocol::peers::{ConnKey, Peers};
 use millrace_protocol::timer::{TimerId, Wheel};
 use millrace_protocol::topology::Topology;
-use millrace_shards::chunk::ChunkPool;
 use millrace_shards::datapath::{Datagrams, Datapath, Trains, Transmit};
 
 use crate::admission::AdmissionControl;
+use crate::allocator::BodyAllocator;
 use crate::clock::Clock;
 use crate::connection::{Connection, EXCHANGE_PACKETS, Sent};
 use crate::counters::{Counter, Counters};
-use crate::inbox::Room;
 use crate::pair_keys::DialKeys;
 use crate::phase::Phase;
 use crate::quic::CloseCode;
@@ -65,27 +63,6 @@ enum Timer {
     Peers(usize),
 }
 
-/// Room for the bodies of one peer.
-struct PeerRoom<'a> {
-    budget: &'a mut ReceiveBudget,
-    pool: &'a ChunkPool,
-    peer: NodeId,
-}
-
-impl Room for PeerRoom<'_> {
-    fn reserve(&mut self, bytes: u64) -> Option<Reservation> {
-        self.budget.try_reserve(self.peer, bytes).ok()
-    }
-
-    fn release(&mut self, reservation: Reservation) {
-        self.budget.release(reservation);
-    }
-
-    fn pool(&self) -> &ChunkPool {
-        self.pool
-    }
-}
-
 /// What an endpoint is made of; see [`crate::start`].
 pub(crate) struct EndpointParts {
     pub(crate) me: NodeId,
@@ -100,8 +77,7 @@ pub(crate) struct EndpointParts {
     pub(crate) members: Members,
     /// One machine for each connection of a pair of nodes, by index.
     pub(crate) peers: Vec<Peers>,
-    pub(crate) budget: ReceiveBudget,
-    pub(crate) pool: ChunkPool,
+    pub(crate) bodies: BodyAllocator,
     pub(crate) state: Rc<ShardState>,
     pub(crate) board: Arc<StatusBoard>,
     pub(crate) admission: AdmissionControl,
@@ -405,6 +381,7 @@ impl Datapath for Endpoint {
                 session.housekeep(&mut connection.quic);
             }
         }
+        self.parts.bodies.settle();
         self.renew_all_ids(now);
         if self.parts.ticks_admission && self.admission_tick_at <= now {
             self.admission_tick_at = now + ADMISSION_TICK;

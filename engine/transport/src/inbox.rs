@@ -1,23 +1,26 @@
 //! What arrives on the streams of one connection: lanes cut into frames, messages gathered into chunks.
 //!
-//! Called once per readable stream after each receive completion, while the bytes are in cache. A body of a message stream over
-//! [`INLINE_BYTES_MAX`] goes from quiche into its chunks and is never copied again.
+//! Called once per readable stream after each receive completion, while the bytes are in cache. A
+//! body of a message stream over [`INLINE_BYTES_MAX`] goes from the path into its chunks and is never
+//! copied again.
 //!
 //! Invariants
-//! 1. Nothing is reserved for a body before its header was checked and the budget agreed; what comes on a refused stream is thrown away.
-//! 2. The number of streams is bounded by the stream limit that the peer was given; each unfinished message must make progress or be cut.
-//! 3. Whatever ends a stream gives its reservation back.
+//! 1. Nothing is allocated for a body before its header was checked and the budget agreed; what comes
+//!    on a refused stream is thrown away.
+//! 2. The number of streams is bounded by the stream limit that the peer was given; each unfinished
+//!    message must make progress or be cut.
+//! 3. What a stream holds is its own: whatever ends the stream gives it back, by dropping it.
 
-use millrace_protocol::budget::Reservation;
 use millrace_protocol::frame::{
-    Carriage, FrameError, Header, Kind, LaneParser, Limits, StreamKind,
+    Carriage, FailureCode, FrameError, Header, Kind, LaneParser, Limits, StreamKind,
 };
-use millrace_shards::chunk::{Body, BodyMut, ChunkPool};
+use millrace_protocol::id::NodeId;
+use millrace_shards::chunk::{BodyMut, Charge};
 
+use crate::allocator::{BodyAllocator, Refusal, Space};
 use crate::path::{StreamError, StreamPath};
-
-/// Bodies up to this size are gathered in plain memory; a chunk of 1 MiB would be wasted on them.
-pub(crate) const INLINE_BYTES_MAX: usize = 64 << 10;
+use crate::service::body::{INLINE_BYTES_MAX, OpenSink};
+use crate::service::message::InboundBody;
 
 /// Lanes that a peer may open; ours opens five.
 const LANES_MAX: usize = 32;
@@ -31,8 +34,8 @@ pub(crate) enum StreamFault {
     Short,
     /// The body is longer than announced.
     Long,
-    /// The budget for this peer, or the pool, is used up.
-    NoRoom,
+    /// There is no space for the body now, or never will be; or the service refuses it.
+    Refused(Refusal),
     /// Too little arrived in an interval.
     Stalled,
     /// The peer took the message back.
@@ -54,7 +57,7 @@ impl StreamFault {
             Self::Frame(error) => error.reason(),
             Self::Short => "peer_body_shorter_than_announced",
             Self::Long => "peer_body_longer_than_announced",
-            Self::NoRoom => "no_room",
+            Self::Refused(refusal) => refusal.reason,
             Self::Stalled => "peer_stalled",
             Self::Reset => "peer_reset",
             Self::Bidirectional => "peer_bidirectional_stream",
@@ -68,28 +71,22 @@ impl StreamFault {
     pub(crate) fn is_fatal(self) -> bool {
         !matches!(
             self,
-            Self::Short | Self::Long | Self::NoRoom | Self::Stalled | Self::Reset
+            Self::Short | Self::Long | Self::Refused(_) | Self::Stalled | Self::Reset
         )
     }
 }
 
-/// What arrived whole.
-#[derive(Debug)]
-pub(crate) enum Arrived<'a> {
+/// Takes what arrives on one connection.
+pub(crate) trait Arrivals {
     /// A frame on a lane, or a small message with a stream of its own.
-    Frame(Header, &'a [u8]),
-    /// A message in chunks, with what it holds of the peer's budget.
-    Message(Header, Body, Reservation),
-}
+    fn on_frame(&mut self, header: Header, body: &[u8]);
 
-/// Gives out room for bodies.
-pub trait Room {
-    /// Reserves `bytes` of the peer's budget.
-    fn reserve(&mut self, bytes: u64) -> Option<Reservation>;
-    /// Gives a reservation back.
-    fn release(&mut self, reservation: Reservation);
-    /// Where chunks come from.
-    fn pool(&self) -> &ChunkPool;
+    /// A message with a body over [`INLINE_BYTES_MAX`] is announced: where its chunks go, if not into
+    /// one body; or that it is refused.
+    fn on_head(&mut self, header: &Header) -> Result<Option<OpenSink>, Refusal>;
+
+    /// That message is whole.
+    fn on_message(&mut self, header: Header, body: InboundBody<'static>);
 }
 
 #[derive(Debug)]
@@ -105,15 +102,18 @@ enum State {
     Small {
         header: Header,
         body: Vec<u8>,
-        reservation: Reservation,
+        /// Given back once the message was handed over.
+        _charge: Charge,
     },
     Large {
         header: Header,
         body: BodyMut,
-        reservation: Reservation,
+        /// Where its chunks go as they fill up; they stay in the body without it.
+        sink: Option<OpenSink>,
     },
-    /// Refused: what still comes is thrown away, until the peer ends or resets the stream. Not stopped (STOP_SENDING), because quiche
-    /// never frees a stream that was, and the peer would lose one of its streams for good.
+    /// Refused: what still comes is thrown away, until the peer ends or resets the stream. Not
+    /// stopped (STOP_SENDING), because quiche never frees a stream that was, and the peer would lose
+    /// one of its streams for good.
     Refused,
 }
 
@@ -128,6 +128,7 @@ struct Incoming {
 /// The incoming streams of one connection.
 #[derive(Debug)]
 pub(crate) struct Inbox {
+    peer: NodeId,
     limits: Limits,
     /// Refused streams that the peer may leave open.
     abandoned_max: usize,
@@ -141,8 +142,9 @@ pub(crate) struct Inbox {
 
 impl Inbox {
     /// `streams_max`: how many streams the peer may open.
-    pub(crate) fn new(limits: Limits, streams_max: u64) -> Self {
+    pub(crate) fn new(peer: NodeId, limits: Limits, streams_max: u64) -> Self {
         Self {
+            peer,
             limits,
             abandoned_max: streams_max as usize / 4 * 3,
             streams: Vec::new(),
@@ -182,28 +184,37 @@ impl Inbox {
         path: &mut P,
         id: u64,
         scratch: &mut [u8],
-        room: &mut impl Room,
-        arrived: &mut impl FnMut(Arrived<'_>),
+        bodies: &mut BodyAllocator,
+        arrivals: &mut impl Arrivals,
     ) -> Result<(), (StreamFault, Option<Header>)> {
         if id & 0x2 == 0 {
             return Err((StreamFault::Bidirectional, None));
         }
         let at = self.position(id);
-        let was_opening = matches!(self.streams[at].state, State::Opening);
-        let result = self.streams[at].read(path, &self.limits, scratch, room, arrived);
-        self.in_body |= matches!(self.streams[at].state, State::Large { .. });
+        let stream = &mut self.streams[at];
+        let was_opening = matches!(stream.state, State::Opening);
+        let mut read = Read {
+            peer: self.peer,
+            limits: &self.limits,
+            scratch,
+            bodies,
+            arrivals,
+        };
+        let result = read.stream(stream, path);
+        self.in_body |= matches!(stream.state, State::Large { .. });
         match result {
             Ok(false) if was_opening && self.lanes() > LANES_MAX => {
                 Err((StreamFault::TooManyLanes, None))
             }
             Ok(false) => Ok(()),
             Ok(true) => {
-                self.remove(at, room);
+                self.streams.swap_remove(at);
                 Ok(())
             }
             Err(fault) => {
                 let header = self.streams[at].header();
-                self.refuse(at, path, room).map_err(|fault| (fault, None))?;
+                self.refuse(at, path, fault)
+                    .map_err(|fault| (fault, None))?;
                 Err((fault, header))
             }
         }
@@ -219,10 +230,17 @@ impl Inbox {
         &mut self,
         at: usize,
         path: &mut P,
-        room: &mut impl Room,
+        fault: StreamFault,
     ) -> Result<(), StreamFault> {
-        self.streams[at].release(room);
-        if self.streams[at].discard(path) {
+        let stream = &mut self.streams[at];
+        let state = std::mem::replace(&mut stream.state, State::Refused);
+        if let State::Large {
+            sink: Some(sink), ..
+        } = state
+        {
+            sink.cut(fault.reason());
+        }
+        if stream.discard(path) {
             self.streams.swap_remove(at);
             return Ok(());
         }
@@ -238,30 +256,28 @@ impl Inbox {
         &mut self,
         path: &mut P,
         progress_bytes: u64,
-        room: &mut impl Room,
         cut: &mut impl FnMut(StreamFault, Option<Header>),
     ) {
         // From the back: refusing a stream may move the last one into its place.
         for at in (0..self.streams.len()).rev() {
             let stream = &mut self.streams[at];
-            // Counted from the interval's start, or the stream's: a stream is judged in its second interval at the latest.
+            // Counted from the interval's start, or the stream's: a stream is judged in its second
+            // interval at the latest.
             let new = std::mem::take(&mut stream.progress_bytes);
             if matches!(stream.state, State::Lane(_) | State::Refused) || new >= progress_bytes {
                 continue;
             }
             let header = stream.header();
             cut(StreamFault::Stalled, header);
-            if let Err(fault) = self.refuse(at, path, room) {
+            if let Err(fault) = self.refuse(at, path, StreamFault::Stalled) {
                 cut(fault, None);
             }
         }
     }
 
-    /// Gives back all that the streams hold: the connection is gone.
-    pub(crate) fn clear(&mut self, room: &mut impl Room) {
-        while !self.streams.is_empty() {
-            self.remove(self.streams.len() - 1, room);
-        }
+    /// Drops all that the streams hold, and cuts their sinks: the connection is gone.
+    pub(crate) fn clear(&mut self) {
+        self.streams.clear();
     }
 
     fn position(&mut self, id: u64) -> usize {
@@ -287,23 +303,9 @@ impl Inbox {
         };
         self.last
     }
-
-    fn remove(&mut self, at: usize, room: &mut impl Room) {
-        self.streams.swap_remove(at).release(room);
-    }
 }
 
 impl Incoming {
-    /// Gives back what the stream holds; it is refused from now on.
-    fn release(&mut self, room: &mut impl Room) {
-        match std::mem::replace(&mut self.state, State::Refused) {
-            State::Small { reservation, .. } | State::Large { reservation, .. } => {
-                room.release(reservation);
-            }
-            State::Opening | State::Lane(_) | State::Header { .. } | State::Refused => {}
-        }
-    }
-
     /// Throws away what is there. True when the stream has ended.
     fn discard<P: StreamPath>(&self, path: &mut P) -> bool {
         loop {
@@ -324,42 +326,52 @@ impl Incoming {
             _ => None,
         }
     }
+}
 
+/// What reading a stream needs besides the stream.
+struct Read<'a, A> {
+    peer: NodeId,
+    limits: &'a Limits,
+    scratch: &'a mut [u8],
+    bodies: &'a mut BodyAllocator,
+    arrivals: &'a mut A,
+}
+
+impl<A: Arrivals> Read<'_, A> {
     /// True when the stream is done.
-    fn read<P: StreamPath>(
+    fn stream<P: StreamPath>(
         &mut self,
+        stream: &mut Incoming,
         path: &mut P,
-        limits: &Limits,
-        scratch: &mut [u8],
-        room: &mut impl Room,
-        arrived: &mut impl FnMut(Arrived<'_>),
     ) -> Result<bool, StreamFault> {
         loop {
-            let target: &mut [u8] = match &mut self.state {
-                State::Refused => return Ok(self.discard(path)),
-                State::Opening => &mut scratch[..1],
-                State::Lane(_) => scratch,
-                State::Header { have, .. } => &mut scratch[..Header::BYTES - *have],
+            let target: &mut [u8] = match &mut stream.state {
+                State::Refused => return Ok(stream.discard(path)),
+                State::Opening => &mut self.scratch[..1],
+                State::Lane(_) => &mut *self.scratch,
+                State::Header { have, .. } => &mut self.scratch[..Header::BYTES - *have],
                 State::Small { header, body, .. } => {
                     // One byte more than announced tells a longer body from a whole one.
                     let missing = header.body_bytes as usize - body.len();
-                    &mut scratch[..missing.max(1)]
+                    &mut self.scratch[..missing.max(1)]
                 }
-                State::Large { body, .. } if body.is_full() => &mut scratch[..1],
+                State::Large { body, .. } if body.is_full() => &mut self.scratch[..1],
                 State::Large { body, .. } => body.spare(),
             };
-            let (read, fin) = match path.stream_recv(self.id, target) {
+            let (read, fin) = match path.stream_recv(stream.id, target) {
                 Ok(read) => read,
                 Err(StreamError::Blocked) => return Ok(false),
                 Err(_) => return Err(StreamFault::Reset),
             };
-            self.progress_bytes = self.progress_bytes.saturating_add(read as u64);
-            match &mut self.state {
+            stream.progress_bytes = stream.progress_bytes.saturating_add(read as u64);
+            let got = &self.scratch[..];
+            match &mut stream.state {
                 State::Refused => {}
-                State::Opening => match scratch.first() {
+                State::Opening => match got.first() {
                     Some(&byte) if read == 1 => {
-                        self.state = match StreamKind::decode(byte).map_err(StreamFault::Frame)? {
-                            StreamKind::Lane => State::Lane(LaneParser::new(*limits)),
+                        let kind = StreamKind::decode(byte).map_err(StreamFault::Frame)?;
+                        stream.state = match kind {
+                            StreamKind::Lane => State::Lane(LaneParser::new(*self.limits)),
                             StreamKind::Message => State::Header {
                                 bytes: [0; Header::BYTES],
                                 have: 0,
@@ -370,8 +382,8 @@ impl Incoming {
                 },
                 State::Lane(parser) => {
                     parser
-                        .push(&scratch[..read], &mut |header, body| {
-                            arrived(Arrived::Frame(header, body));
+                        .push(&got[..read], &mut |header, body| {
+                            self.arrivals.on_frame(header, body);
                         })
                         .map_err(StreamFault::Frame)?;
                     if fin {
@@ -379,21 +391,19 @@ impl Incoming {
                     }
                 }
                 State::Header { bytes, have } => {
-                    bytes[*have..*have + read].copy_from_slice(&scratch[..read]);
+                    bytes[*have..*have + read].copy_from_slice(&got[..read]);
                     *have += read;
                     if *have == Header::BYTES {
                         let header = Header::decode(bytes).map_err(StreamFault::Frame)?;
-                        header
-                            .check(Carriage::Stream, limits)
-                            .map_err(StreamFault::Frame)?;
+                        self.check(&header)?;
                         if fin && header.body_bytes > 0 {
                             return Err(StreamFault::Short);
                         }
                         if header.body_bytes == 0 && fin {
-                            arrived(Arrived::Frame(header, &[]));
+                            self.arrivals.on_frame(header, &[]);
                             return Ok(true);
                         }
-                        self.state = Self::open_body(header, room)?;
+                        stream.state = self.open_body(header)?;
                         continue;
                     }
                 }
@@ -402,22 +412,27 @@ impl Incoming {
                     if body.len() + read > announced {
                         return Err(StreamFault::Long);
                     }
-                    body.extend_from_slice(&scratch[..read]);
+                    body.extend_from_slice(&got[..read]);
                     if fin {
                         if body.len() < announced {
                             return Err(StreamFault::Short);
                         }
-                        arrived(Arrived::Frame(*header, body));
+                        self.arrivals.on_frame(*header, body);
                         return Ok(true);
                     }
                 }
-                State::Large { body, .. } => {
+                State::Large { body, sink, .. } => {
                     if body.is_full() && read > 0 {
                         return Err(StreamFault::Long);
                     }
                     body.advance(read);
+                    if let Some(sink) = sink {
+                        while let Some((offset, chunk)) = body.take_filled() {
+                            sink.on_chunk(offset, chunk);
+                        }
+                    }
                     if fin {
-                        return self.finish_large(arrived).map(|()| true);
+                        return self.finish_large(stream).map(|()| true);
                     }
                 }
             }
@@ -427,41 +442,55 @@ impl Incoming {
         }
     }
 
-    fn open_body(header: Header, room: &mut impl Room) -> Result<State, StreamFault> {
-        let len = header.body_bytes as usize;
-        let reservation = room.reserve(len as u64).ok_or(StreamFault::NoRoom)?;
-        if len <= INLINE_BYTES_MAX {
-            return Ok(State::Small {
-                header,
-                body: Vec::with_capacity(len),
-                reservation,
-            });
-        }
-        match BodyMut::with_len(room.pool(), len) {
-            Some(body) => Ok(State::Large {
+    /// Whether such a message may come on a stream of its own. One that is too long is refused like
+    /// one for which there is no space: the peer may have other limits, and hears of ours.
+    fn check(&self, header: &Header) -> Result<(), StreamFault> {
+        header
+            .check(Carriage::Stream, self.limits)
+            .map_err(|error| match error {
+                FrameError::PeerBodyTooLong { .. } => StreamFault::Refused(Refusal {
+                    code: FailureCode::TooLarge,
+                    reason: error.reason(),
+                }),
+                _ => StreamFault::Frame(error),
+            })
+    }
+
+    fn open_body(&mut self, header: Header) -> Result<State, StreamFault> {
+        let sink = if header.body_bytes as usize > INLINE_BYTES_MAX {
+            let sink = self.arrivals.on_head(&header);
+            sink.map_err(StreamFault::Refused)?
+        } else {
+            None
+        };
+        match self.bodies.allocate(self.peer, header.body_bytes) {
+            Ok(Space::Inline(body, charge)) => Ok(State::Small {
                 header,
                 body,
-                reservation,
+                _charge: charge,
             }),
-            None => {
-                room.release(reservation);
-                Err(StreamFault::NoRoom)
+            Ok(Space::Chunks(body)) => Ok(State::Large { header, body, sink }),
+            Err(refusal) => {
+                if let Some(sink) = sink {
+                    sink.cut(refusal.reason);
+                }
+                Err(StreamFault::Refused(refusal))
             }
         }
     }
 
-    fn finish_large(&mut self, arrived: &mut impl FnMut(Arrived<'_>)) -> Result<(), StreamFault> {
-        match std::mem::replace(&mut self.state, State::Opening) {
-            State::Large {
-                header,
-                body,
-                reservation,
-            } if body.is_full() => {
-                arrived(Arrived::Message(header, body.freeze(), reservation));
+    fn finish_large(&mut self, stream: &mut Incoming) -> Result<(), StreamFault> {
+        match std::mem::replace(&mut stream.state, State::Opening) {
+            State::Large { header, body, sink } if body.is_full() => {
+                let body = match sink.map(|sink| sink.finish(body.len() as u64)) {
+                    None => InboundBody::Chunks(body.freeze()),
+                    Some(streamed) => InboundBody::Streamed(streamed),
+                };
+                self.arrivals.on_message(header, body);
                 Ok(())
             }
             unfinished => {
-                self.state = unfinished;
+                stream.state = unfinished;
                 Err(StreamFault::Short)
             }
         }

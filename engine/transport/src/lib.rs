@@ -15,6 +15,7 @@
 
 mod address;
 mod admission;
+mod allocator;
 mod buffers;
 pub mod carrier;
 mod clock;
@@ -48,6 +49,7 @@ pub use config::{CongestionControl, PerClass, TransportConfig};
 pub use millrace_protocol::frame::Negotiated;
 pub use millrace_protocol::rpc::RpcError;
 pub use quic::CloseCode;
+pub use service::body::{BodyHead, BodyMode, BodySink, INLINE_BYTES_MAX, StreamedBody};
 pub use service::message::{Answer, Inbound, InboundBody, Payload, Request};
 pub use service::messenger::{Messenger, PathInfo};
 pub use service::pending::PendingAnswer;

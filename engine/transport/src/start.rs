@@ -8,7 +8,7 @@ use std::time::Instant;
 use millrace_edge_policy::admission::{Admission, AdmissionConfig};
 use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::settings::{Caps, Limits};
-use millrace_protocol::budget::{BudgetConfig, ReceiveBudget};
+use millrace_protocol::budget::BudgetConfig;
 use millrace_protocol::identity::SigningKey;
 use millrace_protocol::peers::Peers;
 use millrace_protocol::topology::Topology;
@@ -18,6 +18,7 @@ use millrace_shards::runtime;
 use millrace_shards::socket::{ShardSocket, SocketError, UdpGroupConfig, bind_group};
 
 use crate::admission::{AdmissionControl, ConnectionCounts};
+use crate::allocator::BodyAllocator;
 use crate::clock::Clock;
 use crate::config::TransportConfig;
 use crate::counters::Counters;
@@ -209,10 +210,11 @@ impl Transport {
                     )
                 };
                 let peers = (0..connections_per_peer).map(machine).collect();
-                let budget = ReceiveBudget::new(BudgetConfig {
+                let budget = BudgetConfig {
                     total_bytes: config.receive_budget_bytes,
                     peer_bytes_max: config.receive_budget_peer_bytes,
-                });
+                };
+                let bodies = BodyAllocator::new(budget, context.pool.clone());
                 let state = Rc::new(ShardState::new(config, counters, now));
                 let messenger = ShardMessenger::new(me, Rc::clone(&state), context.clone(), routes);
                 let router = services(messenger).unwrap_or_else(|error| {
@@ -230,8 +232,7 @@ impl Transport {
                     client,
                     members,
                     peers,
-                    budget,
-                    pool: context.pool.clone(),
+                    bodies,
                     state,
                     board,
                     admission: control,

@@ -157,7 +157,7 @@ fn a_hostile_member_costs_nobody_anything() {
     }
     // Refused streams that are left open cost the connection in the end.
     raw.drive(PATIENCE, |quic| quic.peer_error().is_some());
-    attack.rejected("no_room", 700);
+    attack.rejected("budget_peer_too_large", 700);
     attack.rejected("peer_abandoned_streams", 1);
     attack.check("announced and not sent");
     drop(raw);
@@ -266,7 +266,7 @@ fn a_hostile_member_costs_nobody_anything() {
         ("peer_unknown_kind", [&[2], &[99; 16][..]].concat()),
         (
             "peer_body_too_long",
-            message(header(Kind::Request, u32::MAX), &[]),
+            [&[1], &header(Kind::Request, 1 << 20).encode()[..]].concat(),
         ),
         (
             "peer_misplaced_frame",

@@ -52,6 +52,7 @@ impl Node {
         let number = match body {
             InboundBody::Slice(slice) => slice.first_chunk().copied(),
             InboundBody::Chunks(body) => body.chunks()[0].first_chunk().copied(),
+            InboundBody::Streamed(_) => None,
         };
         if let Some(number) = number {
             *self.seen.entry(u32::from_le_bytes(number)).or_default() += 1;
@@ -67,6 +68,7 @@ impl Service for Node {
             ECHO => Answer::Reply(match request.body {
                 InboundBody::Slice(slice) => slice.to_vec().into(),
                 InboundBody::Chunks(body) => body.into(),
+                InboundBody::Streamed(body) => panic!("{body:?} was to be taken whole"),
             }),
             HANG | LATER => match defer.responder() {
                 Some(responder) if request.method == HANG => {
@@ -261,7 +263,9 @@ fn answers_may_come_later_and_requests_may_be_refused() {
         .unwrap_err();
     assert_eq!(refused, RpcError::Peer(FailureCode::TooLarge));
     assert_eq!(
-        net.nodes[1].counters().reason(Family::Rejected, "no_room"),
+        net.nodes[1]
+            .counters()
+            .reason(Family::Rejected, "budget_peer_too_large"),
         1
     );
 }

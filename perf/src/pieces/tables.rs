@@ -178,14 +178,18 @@ pub(super) const BUDGET: Piece = Piece {
         let mut held = VecDeque::with_capacity(BODIES);
         Box::new(move || {
             for (peer, bytes) in black_box(&bodies) {
-                match budget.try_reserve(*peer, *bytes) {
-                    Ok(reservation) => held.push_back(reservation),
+                match budget.reserve(*peer, *bytes) {
+                    Ok(()) => held.push_back((*peer, *bytes)),
                     // Refused: the oldest body is done, as bodies are while others wait.
-                    Err(_) => held.pop_front().into_iter().for_each(|r| budget.release(r)),
+                    Err(_) => {
+                        if let Some((peer, bytes)) = held.pop_front() {
+                            budget.release(&peer, bytes);
+                        }
+                    }
                 }
             }
-            for reservation in held.drain(..) {
-                budget.release(reservation);
+            for (peer, bytes) in held.drain(..) {
+                budget.release(&peer, bytes);
             }
             assert_eq!(budget.used_bytes(), 0);
         })

@@ -64,6 +64,7 @@ impl<M: Messenger> ArtifactService<M> {
         }
         let body = match body {
             InboundBody::Chunks(body) => body,
+            InboundBody::Streamed(_) => return Answer::Failure(FailureCode::Internal),
             InboundBody::Slice(bytes) => {
                 match Body::copy_from_slice(self.messenger.pool(), bytes) {
                     Some(body) => body,

@@ -1,7 +1,7 @@
 //! Carries out what [`millrace_protocol::peers::Peers`] decided, and takes connections out of use.
 //!
 //! Invariants
-//! 1. A connection that is removed gives back its slot, its timer, its reservations and its callers, once.
+//! 1. A connection that is removed gives back its slot, its timer and its callers, once.
 //! 2. Services hear of a connection's end once it is gone, and of no connection that was never up.
 
 use std::net::SocketAddr;
@@ -11,7 +11,7 @@ use millrace_protocol::dial_request::DialRequest;
 use millrace_protocol::id::ConnectionNumber;
 use millrace_protocol::peers::{Action, CloseKind, ConnKey};
 
-use super::{CERTIFICATE_REQUIRED, CERTIFICATE_UNKNOWN, Endpoint, PeerRoom, REPLIES_MAX, Timer};
+use super::{CERTIFICATE_REQUIRED, CERTIFICATE_UNKNOWN, Endpoint, REPLIES_MAX, Timer};
 use crate::connection::Connection;
 use crate::counters::{Family, TlsRefusal};
 use crate::phase::Phase;
@@ -161,12 +161,7 @@ impl Endpoint {
         }
         let kind = self.judge_end(&connection);
         if let Some(session) = connection.session.take() {
-            let mut room = PeerRoom {
-                budget: &mut self.parts.budget,
-                pool: &self.parts.pool,
-                peer: session.peer(),
-            };
-            session.close(&mut self.router, &mut room);
+            session.close(&mut self.router);
         }
         if let Some(peers) = self.parts.peers.get_mut(connection.index) {
             match connection.attempt {

@@ -7,7 +7,7 @@ use millrace_edge_policy::cid::dcid_of;
 use millrace_protocol::dial_request::DialRequest;
 use millrace_shards::datapath::Datagrams;
 
-use super::{Endpoint, PeerRoom};
+use super::Endpoint;
 use crate::address::PeerAddress;
 use crate::counters::Counter;
 use crate::ids::IdBytes;
@@ -122,16 +122,11 @@ impl Endpoint {
             return;
         };
         if let Some(session) = &mut connection.session {
-            let mut room = PeerRoom {
-                budget: &mut self.parts.budget,
-                pool: &self.parts.pool,
-                peer: session.peer(),
-            };
             let received = session.receive(
                 &mut connection.quic,
                 &mut self.router,
                 &mut self.scratch,
-                &mut room,
+                &mut self.parts.bodies,
                 now,
             );
             for repeated in received.probe_replies {

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Endpoint, PeerRoom, Timer};
+use super::{Endpoint, Timer};
 use crate::counters::Family;
 use crate::phase::Expired;
 use crate::quic::CloseCode;
@@ -50,12 +50,7 @@ impl Endpoint {
             None => None,
         };
         if let Some(session) = &mut connection.session {
-            let mut room = PeerRoom {
-                budget: &mut self.parts.budget,
-                pool: &self.parts.pool,
-                peer: session.peer(),
-            };
-            let due = session.on_timeout(&mut connection.quic, &mut room, now);
+            let due = session.on_timeout(&mut connection.quic, now);
             close = due.or(close);
         }
         if let Some(code) = close {

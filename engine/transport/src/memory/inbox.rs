@@ -4,31 +4,31 @@
 //! 1. Nothing is reserved for a body before its header was checked and the budget agreed; a refused
 //!    message is stopped, and its later pieces are not kept.
 //! 2. A packet and a message are handed over once, whatever the network duplicates or repeats.
-//! 3. Whatever ends a message gives its reservation back.
+//! 3. What a message holds is its own: whatever ends it gives that back, by dropping it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use millrace_protocol::budget::{ReceiveBudget, Reservation};
 use millrace_protocol::frame::{Carriage, Header, LaneParser, Limits};
 use millrace_protocol::id::NodeId;
-use millrace_shards::chunk::{BodyMut, ChunkPool};
+use millrace_shards::chunk::{BodyMut, Charge};
 
 use super::packet::{Content, MemoryLink, PIECE_BYTES, Piece, piece_count};
-use crate::inbox::{Arrived, INLINE_BYTES_MAX, StreamFault};
+use crate::allocator::{BodyAllocator, Space};
+use crate::inbox::{Arrivals, StreamFault};
+use crate::service::message::InboundBody;
 
 /// Packets of frames that may be overtaken; one that comes later still is taken for a duplicate.
 const OVERTAKEN_MAX: usize = 4_096;
 
-/// Room for the bodies of one peer.
-pub(super) struct Room<'a> {
-    pub(super) budget: &'a mut ReceiveBudget,
-    pub(super) pool: &'a ChunkPool,
+/// Space for the bodies of one peer.
+pub(super) struct PeerBodies<'a> {
+    pub(super) bodies: &'a mut BodyAllocator,
     pub(super) peer: NodeId,
 }
 
 #[derive(Debug)]
 enum Body {
-    Small(Vec<u8>),
+    Small { bytes: Vec<u8>, _charge: Charge },
     Large(BodyMut),
 }
 
@@ -36,7 +36,6 @@ enum Body {
 struct Incoming {
     header: Header,
     body: Body,
-    reservation: Reservation,
     has: Vec<bool>,
     missing: u32,
     /// Bytes since progress was last judged.
@@ -85,7 +84,7 @@ impl MemoryInbox {
         &mut self,
         sequence: u64,
         frames: &[u8],
-        arrived: &mut impl FnMut(Arrived<'_>),
+        arrivals: &mut impl Arrivals,
     ) -> Result<(), StreamFault> {
         if sequence < self.seen_below || !self.seen.insert(sequence) {
             return Ok(());
@@ -100,7 +99,7 @@ impl MemoryInbox {
         }
         self.parser
             .push(frames, &mut |header, body| {
-                arrived(Arrived::Frame(header, body));
+                arrivals.on_frame(header, body);
             })
             .map_err(StreamFault::Frame)
     }
@@ -109,9 +108,9 @@ impl MemoryInbox {
     pub(super) fn on_piece(
         &mut self,
         piece: &Piece,
-        room: &mut Room<'_>,
+        bodies: &mut PeerBodies<'_>,
         link: &mut MemoryLink,
-        arrived: &mut impl FnMut(Arrived<'_>),
+        arrivals: &mut impl Arrivals,
     ) -> Result<(), (StreamFault, Option<Header>)> {
         let Piece {
             transfer,
@@ -139,35 +138,30 @@ impl MemoryInbox {
             None if transfer < oldest => return Ok(()),
             None => {}
         }
-        let result = self.put(piece, room);
+        let result = self.put(piece, bodies);
         match result {
             Ok(is_whole) => {
                 link.push(ack);
                 if is_whole && let Some(incoming) = self.unfinished.remove(&transfer) {
                     self.ended.insert(transfer, Ended::Whole);
-                    incoming.hand_over(room, arrived);
+                    incoming.hand_over(arrivals);
                 }
                 Ok(())
             }
             Err(fault) => {
-                self.stop(transfer, room, link);
+                self.stop(transfer, link);
                 Err((fault, Some(header)))
             }
         }
     }
 
     /// The sender takes a message back that is not whole. True when it had begun here.
-    pub(super) fn on_reset(
-        &mut self,
-        transfer: u64,
-        room: &mut Room<'_>,
-        link: &mut MemoryLink,
-    ) -> Option<Header> {
+    pub(super) fn on_reset(&mut self, transfer: u64, link: &mut MemoryLink) -> Option<Header> {
         let header = self
             .unfinished
             .get(&transfer)
             .map(|incoming| incoming.header);
-        self.stop(transfer, room, link);
+        self.stop(transfer, link);
         header
     }
 
@@ -175,7 +169,6 @@ impl MemoryInbox {
     pub(super) fn cut_stalled(
         &mut self,
         progress_bytes: u64,
-        room: &mut Room<'_>,
         link: &mut MemoryLink,
         cut: &mut impl FnMut(Header),
     ) {
@@ -186,28 +179,19 @@ impl MemoryInbox {
             }
         }
         for (transfer, header) in stalled {
-            self.stop(transfer, room, link);
+            self.stop(transfer, link);
             cut(header);
         }
     }
 
-    /// Gives back all that is held: the connection is gone.
-    pub(super) fn clear(&mut self, budget: &mut ReceiveBudget) {
-        for (_, incoming) in std::mem::take(&mut self.unfinished) {
-            budget.release(incoming.reservation);
-        }
-    }
-
-    fn stop(&mut self, transfer: u64, room: &mut Room<'_>, link: &mut MemoryLink) {
-        if let Some(incoming) = self.unfinished.remove(&transfer) {
-            room.budget.release(incoming.reservation);
-        }
+    fn stop(&mut self, transfer: u64, link: &mut MemoryLink) {
+        self.unfinished.remove(&transfer);
         self.ended.entry(transfer).or_insert(Ended::Stopped);
         link.push(Content::Stop { transfer });
     }
 
     /// True when the message is whole now.
-    fn put(&mut self, piece: &Piece, room: &mut Room<'_>) -> Result<bool, StreamFault> {
+    fn put(&mut self, piece: &Piece, bodies: &mut PeerBodies<'_>) -> Result<bool, StreamFault> {
         let incoming = match self.unfinished.entry(piece.transfer) {
             std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::btree_map::Entry::Vacant(entry) => {
@@ -215,7 +199,7 @@ impl MemoryInbox {
                     .header
                     .check(Carriage::Stream, &self.limits)
                     .map_err(StreamFault::Frame)?;
-                entry.insert(Incoming::open(piece.header, room)?)
+                entry.insert(Incoming::open(piece.header, bodies)?)
             }
         };
         incoming.put(piece.index, piece.bytes.as_ref())?;
@@ -224,28 +208,22 @@ impl MemoryInbox {
 }
 
 impl Incoming {
-    fn open(header: Header, room: &mut Room<'_>) -> Result<Self, StreamFault> {
-        let len = header.body_bytes as usize;
-        let reserved = room.budget.try_reserve(room.peer, len as u64);
-        let Ok(reservation) = reserved else {
-            return Err(StreamFault::NoRoom);
-        };
-        let body = if len <= INLINE_BYTES_MAX {
-            Body::Small(vec![0; len])
-        } else {
-            match BodyMut::with_len(room.pool, len) {
-                Some(body) => Body::Large(body),
-                None => {
-                    room.budget.release(reservation);
-                    return Err(StreamFault::NoRoom);
+    fn open(header: Header, bodies: &mut PeerBodies<'_>) -> Result<Self, StreamFault> {
+        let space = bodies.bodies.allocate(bodies.peer, header.body_bytes);
+        let body = match space.map_err(StreamFault::Refused)? {
+            Space::Inline(mut bytes, charge) => {
+                bytes.resize(header.body_bytes as usize, 0);
+                Body::Small {
+                    bytes,
+                    _charge: charge,
                 }
             }
+            Space::Chunks(body) => Body::Large(body),
         };
         let pieces = piece_count(&header);
         Ok(Self {
             header,
             body,
-            reservation,
             has: vec![false; pieces as usize],
             missing: pieces,
             // What a message brings in its first interval counts: it is judged from the next.
@@ -260,7 +238,7 @@ impl Incoming {
         }
         let offset = index as usize * PIECE_BYTES;
         match &mut self.body {
-            Body::Small(body) => {
+            Body::Small { bytes: body, .. } => {
                 let place = body
                     .get_mut(offset..offset + bytes.len())
                     .ok_or(StreamFault::Long)?;
@@ -275,18 +253,11 @@ impl Incoming {
         Ok(())
     }
 
-    fn hand_over(self, room: &mut Room<'_>, arrived: &mut impl FnMut(Arrived<'_>)) {
+    fn hand_over(self, arrivals: &mut impl Arrivals) {
         match self.body {
-            Body::Small(body) => {
-                arrived(Arrived::Frame(self.header, &body));
-                room.budget.release(self.reservation);
-            }
+            Body::Small { bytes, .. } => arrivals.on_frame(self.header, &bytes),
             Body::Large(body) => {
-                arrived(Arrived::Message(
-                    self.header,
-                    body.freeze(),
-                    self.reservation,
-                ));
+                arrivals.on_message(self.header, InboundBody::Chunks(body.freeze()));
             }
         }
     }

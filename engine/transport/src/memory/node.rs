@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use millrace_protocol::backoff::{Backoff, BackoffConfig};
-use millrace_protocol::budget::{BudgetConfig, ReceiveBudget};
+use millrace_protocol::budget::BudgetConfig;
 use millrace_protocol::frame::{Hello, Method, Negotiated};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_protocol::rng::Rng;
@@ -19,14 +19,15 @@ use millrace_shards::chunk::ChunkPool;
 use millrace_sim::memnet::{Endpoint, MemNet};
 
 use super::connection::{Connection, State};
-use super::inbox::Room;
+use super::inbox::PeerBodies;
 use super::packet::{Content, PIECE_BYTES, Packet, TRAIN_BYTES};
+use crate::allocator::BodyAllocator;
 use crate::counters::{Counter, Family};
-use crate::inbox::{Arrived, StreamFault};
+use crate::inbox::StreamFault;
 use crate::outbox::Outbox;
 use crate::service::handle::{ConnectionHandle, ShardState};
 use crate::service::router::{Dispatch, Service};
-use crate::session::{Received, on_arrived, on_fault};
+use crate::session::{Delivery, Received, on_fault};
 
 /// What the nodes of a network share. Nodes are named by their index.
 #[derive(Debug)]
@@ -122,8 +123,7 @@ pub(super) struct Node<H> {
     index: usize,
     pub(super) handler: H,
     pub(super) shared: Rc<ShardState>,
-    pool: ChunkPool,
-    budget: ReceiveBudget,
+    bodies: BodyAllocator,
     peers: BTreeMap<usize, Peer>,
     last_number: u64,
 }
@@ -136,18 +136,18 @@ impl<H: Service> Node<H> {
         shared: Rc<ShardState>,
         pool: ChunkPool,
     ) -> Self {
-        let budget = ReceiveBudget::new(BudgetConfig {
+        let budget = BudgetConfig {
             total_bytes: shared.config.receive_budget_bytes,
             peer_bytes_max: shared.config.receive_budget_peer_bytes,
-        });
+        };
+        let bodies = BodyAllocator::new(budget, pool);
         let peers = BTreeMap::new();
         Self {
             id,
             index,
             handler,
             shared,
-            pool,
-            budget,
+            bodies,
             peers,
             last_number: 0,
         }
@@ -247,21 +247,25 @@ impl<H: Service> Node<H> {
             return;
         };
         let link = Rc::clone(&connection.link);
-        let mut room = Room {
-            budget: &mut self.budget,
-            pool: &self.pool,
+        let mut bodies = PeerBodies {
+            bodies: &mut self.bodies,
             peer: peer.id,
         };
         let mut events = Received::default();
         let services = &mut Only(&mut self.handler);
-        let mut arrived = |what: Arrived<'_>| on_arrived(&link, services, what, now, &mut events);
+        let mut arrivals = Delivery {
+            handle: &link,
+            services,
+            now,
+            received: &mut events,
+        };
         let (inbox, path) = (&mut connection.inbox, &mut connection.path);
         let result = match content {
             Content::Frames { sequence, frames } => inbox
-                .on_frames(sequence, &frames, &mut arrived)
+                .on_frames(sequence, &frames, &mut arrivals)
                 .map_err(|fault| (fault, None)),
-            Content::Piece(piece) => inbox.on_piece(&piece, &mut room, path, &mut arrived),
-            Content::Reset { transfer } => match inbox.on_reset(transfer, &mut room, path) {
+            Content::Piece(piece) => inbox.on_piece(&piece, &mut bodies, path, &mut arrivals),
+            Content::Reset { transfer } => match inbox.on_reset(transfer, path) {
                 Some(header) => Err((StreamFault::Reset, Some(header))),
                 None => Ok(()),
             },
@@ -290,9 +294,6 @@ impl<H: Service> Node<H> {
         connection.heard(now);
         if let Err((fault, header)) = result {
             on_fault(&link, fault, header, &mut events);
-        }
-        for reservation in events.reservations.drain(..) {
-            self.budget.release(reservation);
         }
         if let Some(reason) = events.fault {
             wire.send(self.index, from, connection.attempt, Content::Gone);
@@ -339,11 +340,10 @@ impl<H: Service> Node<H> {
         let Some(peer) = self.peers.get_mut(&other) else {
             return;
         };
-        let State::Up(mut connection) = std::mem::replace(&mut peer.state, State::Idle) else {
+        let State::Up(connection) = std::mem::replace(&mut peer.state, State::Idle) else {
             return;
         };
         let id = peer.id;
-        connection.inbox.clear(&mut self.budget);
         self.shared.remove(&connection.link);
         connection.link.close();
         self.shared.counters.count(Family::Closed, reason);
@@ -411,14 +411,9 @@ impl<H: Service> Node<H> {
                 }
                 let config = &self.shared.config;
                 if connection.take_judgement(now, config) {
-                    let mut room = Room {
-                        budget: &mut self.budget,
-                        pool: &self.pool,
-                        peer: peer.id,
-                    };
                     let (inbox, path) = (&mut connection.inbox, &mut connection.path);
                     let bytes = config.stream_progress_bytes;
-                    inbox.cut_stalled(bytes, &mut room, path, &mut |header| {
+                    inbox.cut_stalled(bytes, path, &mut |header| {
                         on_fault(
                             &link,
                             StreamFault::Stalled,

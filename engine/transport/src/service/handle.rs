@@ -382,7 +382,7 @@ impl ConnectionHandle {
         }
         let body = match answer {
             Ok(body) if body.len() <= u64::from(self.state.config.limits.body_bytes_max) => body,
-            Ok(_) => return self.fail(class, id, FailureCode::Internal),
+            Ok(_) => return self.fail(class, id, FailureCode::TooLarge),
             Err(code) => return self.fail(class, id, code),
         };
         let body_bytes = body.len() as u32;

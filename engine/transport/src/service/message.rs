@@ -7,6 +7,8 @@ use millrace_protocol::frame::{Class, FailureCode, Method};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_shards::chunk::Body;
 
+use super::body::StreamedBody;
+
 /// The body of a message. Up to 64 KiB it may be bytes; above, it is chunks and is never copied.
 #[derive(Clone, Debug, Default)]
 pub enum Payload {
@@ -97,8 +99,10 @@ pub struct Inbound<'a> {
 pub enum InboundBody<'a> {
     /// At most 64 KiB, valid during the call.
     Slice(&'a [u8]),
-    /// Received into chunks; keep or send them as they are.
+    /// Received into chunks; keep or send them as they are. What is kept stays charged to the peer.
     Chunks(Body),
+    /// Went to the sink that [`Service::on_body`](super::router::Service::on_body) gave, all of it.
+    Streamed(StreamedBody),
 }
 
 impl InboundBody<'_> {
@@ -107,6 +111,7 @@ impl InboundBody<'_> {
         match self {
             Self::Slice(slice) => slice.len() as u64,
             Self::Chunks(body) => body.len() as u64,
+            Self::Streamed(body) => body.len(),
         }
     }
 
@@ -120,6 +125,8 @@ impl InboundBody<'_> {
             Self::Slice([]) => Payload::Empty,
             Self::Slice(slice) => Payload::Bytes(Bytes::copy_from_slice(slice)),
             Self::Chunks(body) => Payload::Chunks(body),
+            // Answers are taken whole.
+            Self::Streamed(_) => Payload::Empty,
         }
     }
 }

@@ -4,11 +4,13 @@
 //! |---|---|
 //! | `router` | services, and the methods that they own |
 //! | `message`, `responder` | requests, one-way messages, answers now and later |
+//! | `body` | bodies that a service takes chunk by chunk |
 //! | `messenger` | the trait for requests and messages to peers, on sockets and in the simulator |
 //! | `shard_messenger`, `routes`, `command` | its implementation on a shard; the way to other shards |
 //! | `handle`, `send` | a connection as this code sees it; what is sent to those of a shard |
 //! | `pending`, `remote`, `completion` | answers that are waited for, on the shard and elsewhere |
 
+pub(crate) mod body;
 pub(crate) mod command;
 pub(crate) mod completion;
 pub(crate) mod handle;

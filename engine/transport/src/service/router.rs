@@ -11,6 +11,7 @@ use std::ops::RangeInclusive;
 use millrace_protocol::frame::{Method, Negotiated};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 
+use super::body::{BodyHead, BodyMode};
 use super::message::{Answer, Inbound};
 use super::responder::Defer;
 
@@ -24,6 +25,15 @@ pub trait Service: 'static {
 
     /// A peer tells, with one of this service's methods, and expects no answer.
     fn on_send(&mut self, message: Inbound<'_>);
+
+    /// A peer announced a body of more than 64 KiB, of a request or a one-way message with one of this
+    /// service's methods: how it is to be taken. Asked before space is reserved for it, so that a
+    /// service that holds bodies may drop some; there may be no space all the same, and then the
+    /// message is refused.
+    fn on_body(&mut self, head: &BodyHead) -> BodyMode {
+        let _ = head;
+        BodyMode::Whole
+    }
 
     /// A connection to `peer` that this shard owns is up: its hello arrived. `connection` is larger
     /// than any before; `hello` says which version the connection speaks, and which registry version

@@ -7,12 +7,13 @@
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use millrace_protocol::budget::Reservation;
 use millrace_protocol::frame::{Carriage, FailureCode, Header, Kind};
 use millrace_protocol::rpc::RpcError;
 
+use crate::allocator::Refusal;
 use crate::counters::{Counter, Family};
-use crate::inbox::{Arrived, StreamFault, wants_answer};
+use crate::inbox::{Arrivals, StreamFault, wants_answer};
+use crate::service::body::{BodyHead, BodyMode, OpenSink};
 use crate::service::handle::ConnectionHandle;
 use crate::service::message::{Answer, Inbound, InboundBody};
 use crate::service::responder::Defer;
@@ -26,145 +27,150 @@ const UNKNOWN_METHOD: &str = "unknown_method";
 pub struct Received {
     /// Numbers of probes that the peer answered.
     pub probe_replies: Vec<u32>,
-    pub(crate) reservations: Vec<Reservation>,
     /// The peer broke the protocol: the connection is to be closed, for this reason.
     pub fault: Option<&'static str>,
 }
 
-pub(crate) fn on_arrived<D: Dispatch>(
-    handle: &Rc<ConnectionHandle>,
-    services: &mut D,
-    arrived: Arrived<'_>,
-    now: Instant,
-    received: &mut Received,
-) {
-    match arrived {
-        Arrived::Frame(header, body) => {
-            on_message(
-                handle,
-                services,
-                header,
-                InboundBody::Slice(body),
-                now,
-                received,
-            );
+/// Hands over what arrives on one connection.
+pub(crate) struct Delivery<'a, D> {
+    pub(crate) handle: &'a Rc<ConnectionHandle>,
+    pub(crate) services: &'a mut D,
+    pub(crate) now: Instant,
+    pub(crate) received: &'a mut Received,
+}
+
+impl<D: Dispatch> Arrivals for Delivery<'_, D> {
+    fn on_frame(&mut self, header: Header, body: &[u8]) {
+        self.deliver(header, InboundBody::Slice(body));
+    }
+
+    fn on_head(&mut self, header: &Header) -> Result<Option<OpenSink>, Refusal> {
+        let deadline = match header.kind {
+            Kind::Request => Some(self.deadline_of(header)),
+            Kind::Send => None,
+            // An answer belongs to its asker, who takes it whole.
+            _ => return Ok(None),
+        };
+        let head = BodyHead {
+            peer: self.handle.peer,
+            connection: self.handle.number.get(),
+            class: header.class,
+            method: header.method,
+            deadline,
+            body_bytes: header.body_bytes.into(),
+        };
+        let Some(service) = self.services.service_of(header.method) else {
+            return Err(Refusal {
+                code: FailureCode::UnknownMethod,
+                reason: UNKNOWN_METHOD,
+            });
+        };
+        match service.on_body(&head) {
+            BodyMode::Whole => Ok(None),
+            BodyMode::Stream(sink) => Ok(Some(OpenSink::new(sink))),
+            BodyMode::Refuse(code) => Err(Refusal {
+                code,
+                reason: "refused_by_service",
+            }),
         }
-        Arrived::Message(header, body, reservation) => {
-            on_message(
-                handle,
-                services,
-                header,
-                InboundBody::Chunks(body),
-                now,
-                received,
-            );
-            received.reservations.push(reservation);
-        }
+    }
+
+    fn on_message(&mut self, header: Header, body: InboundBody<'static>) {
+        self.deliver(header, body);
     }
 }
 
-/// Datagrams carry probes, and one-way messages whose sender repeats them.
-pub(crate) fn on_datagram<D: Dispatch>(
-    handle: &Rc<ConnectionHandle>,
-    services: &mut D,
-    datagram: &[u8],
-    now: Instant,
-    received: &mut Received,
-) {
-    let limits = &handle.state.config.limits;
-    let parsed = datagram
-        .split_first_chunk()
-        .map(|(header, body)| (Header::decode(header), body));
-    let header = match parsed {
-        Some((Ok(header), body)) if header.body_bytes as usize == body.len() => Ok((header, body)),
-        Some((Err(error), _)) => Err(error.reason()),
-        _ => Err("peer_datagram_length"),
-    };
-    match header {
-        Ok((header, body)) if header.check(Carriage::Lane, limits).is_ok() => {
-            on_message(
-                handle,
-                services,
-                header,
-                InboundBody::Slice(body),
-                now,
-                received,
-            );
+impl<D: Dispatch> Delivery<'_, D> {
+    /// Datagrams carry probes, and one-way messages whose sender repeats them.
+    pub(crate) fn on_datagram(&mut self, datagram: &[u8]) {
+        let (limits, counters) = (
+            &self.handle.state.config.limits,
+            &self.handle.state.counters,
+        );
+        let parsed = datagram
+            .split_first_chunk()
+            .map(|(header, body)| (Header::decode(header), body));
+        let header = match parsed {
+            Some((Ok(header), body)) if header.body_bytes as usize == body.len() => {
+                Ok((header, body))
+            }
+            Some((Err(error), _)) => Err(error.reason()),
+            _ => Err("peer_datagram_length"),
+        };
+        match header {
+            Ok((header, body)) if header.check(Carriage::Lane, limits).is_ok() => {
+                self.deliver(header, InboundBody::Slice(body));
+            }
+            Ok(_) => counters.count(Family::Rejected, "peer_datagram_kind"),
+            Err(reason) => counters.count(Family::Rejected, reason),
         }
-        Ok(_) => handle
-            .state
-            .counters
-            .count(Family::Rejected, "peer_datagram_kind"),
-        Err(reason) => handle.state.counters.count(Family::Rejected, reason),
     }
-}
 
-fn on_message<D: Dispatch>(
-    handle: &Rc<ConnectionHandle>,
-    services: &mut D,
-    header: Header,
-    body: InboundBody<'_>,
-    now: Instant,
-    received: &mut Received,
-) {
-    let counters = &handle.state.counters;
-    let inbound = |deadline, body| Inbound {
-        peer: handle.peer,
-        connection: handle.number.get(),
-        class: header.class,
-        method: header.method,
-        deadline,
-        body,
-    };
-    let exchanged = &handle.state.exchanged;
-    match header.kind {
-        Kind::Request => {
-            exchanged.set(exchanged.get() + 1);
-            counters.received(header.class, body.len() as usize);
-            let deadline = now + Duration::from_millis(header.arg.into());
-            let defer = Defer {
-                handle,
-                class: header.class,
-                id: header.id,
-            };
-            let answer = match services.service_of(header.method) {
-                Some(service) => service.on_request(inbound(Some(deadline), body), defer),
-                None => {
-                    counters.count(Family::Rejected, UNKNOWN_METHOD);
-                    Answer::Failure(FailureCode::UnknownMethod)
+    fn deadline_of(&self, header: &Header) -> Instant {
+        self.now + Duration::from_millis(header.arg.into())
+    }
+
+    fn deliver(&mut self, header: Header, body: InboundBody<'_>) {
+        let counters = &self.handle.state.counters;
+        let inbound = |deadline, body| Inbound {
+            peer: self.handle.peer,
+            connection: self.handle.number.get(),
+            class: header.class,
+            method: header.method,
+            deadline,
+            body,
+        };
+        let exchanged = &self.handle.state.exchanged;
+        match header.kind {
+            Kind::Request => {
+                exchanged.set(exchanged.get() + 1);
+                counters.received(header.class, body.len() as usize);
+                let deadline = self.deadline_of(&header);
+                let defer = Defer {
+                    handle: self.handle,
+                    class: header.class,
+                    id: header.id,
+                };
+                let answer = match self.services.service_of(header.method) {
+                    Some(service) => service.on_request(inbound(Some(deadline), body), defer),
+                    None => {
+                        counters.count(Family::Rejected, UNKNOWN_METHOD);
+                        Answer::Failure(FailureCode::UnknownMethod)
+                    }
+                };
+                match answer {
+                    Answer::Reply(body) => self.handle.answer(header.class, header.id, Ok(body)),
+                    Answer::Failure(code) => self.handle.answer(header.class, header.id, Err(code)),
+                    Answer::Deferred => {}
                 }
-            };
-            match answer {
-                Answer::Reply(body) => handle.answer(header.class, header.id, Ok(body)),
-                Answer::Failure(code) => handle.answer(header.class, header.id, Err(code)),
-                Answer::Deferred => {}
             }
-        }
-        Kind::Send => {
-            counters.received(header.class, body.len() as usize);
-            match services.service_of(header.method) {
-                Some(service) => service.on_send(inbound(None, body)),
-                None => counters.count(Family::Rejected, UNKNOWN_METHOD),
+            Kind::Send => {
+                counters.received(header.class, body.len() as usize);
+                match self.services.service_of(header.method) {
+                    Some(service) => service.on_send(inbound(None, body)),
+                    None => counters.count(Family::Rejected, UNKNOWN_METHOD),
+                }
             }
+            Kind::Response => {
+                exchanged.set(exchanged.get() + 1);
+                counters.received(header.class, body.len() as usize);
+                self.handle.on_answer(header.id, Ok(body.into_payload()));
+            }
+            Kind::Failure => {
+                // Refused before all of it was there: the rest need not be sent.
+                self.handle
+                    .withdraw(Kind::Request, header.class, header.id, false);
+                self.handle.on_answer(
+                    header.id,
+                    Err(RpcError::Peer(FailureCode::from_arg(header.arg))),
+                );
+            }
+            Kind::Cancel => self.handle.on_cancel(header.class, header.id),
+            Kind::Probe => self.handle.datagram(Kind::ProbeReply, header.arg),
+            Kind::ProbeReply => self.received.probe_replies.push(header.arg),
+            // The first was read before anything else. A later version may say it again.
+            Kind::Hello => {}
         }
-        Kind::Response => {
-            exchanged.set(exchanged.get() + 1);
-            counters.received(header.class, body.len() as usize);
-            handle.on_answer(header.id, Ok(body.into_payload()));
-        }
-        Kind::Failure => {
-            // Refused before all of it was there: the rest need not be sent.
-            handle.withdraw(Kind::Request, header.class, header.id, false);
-            handle.on_answer(
-                header.id,
-                Err(RpcError::Peer(FailureCode::from_arg(header.arg))),
-            );
-        }
-        Kind::Cancel => handle.on_cancel(header.class, header.id),
-        Kind::Probe => handle.datagram(Kind::ProbeReply, header.arg),
-        Kind::ProbeReply => received.probe_replies.push(header.arg),
-        // The first was read before anything else. A later version may say it again.
-        Kind::Hello => {}
     }
 }
 
@@ -186,20 +192,30 @@ pub(crate) fn on_fault(
     let Some(header) = header else { return };
     match fault {
         StreamFault::Reset => handle.state.counters.add(Counter::RequestsCancelled, 1),
-        StreamFault::NoRoom if wants_answer(&header) => {
-            handle.answer(header.class, header.id, Err(FailureCode::TooLarge));
-        }
         _ if wants_answer(&header) => {
-            handle.answer(header.class, header.id, Err(FailureCode::Malformed));
-        }
-        _ if header.kind == Kind::Response => {
-            handle.withdraw(Kind::Request, header.class, header.id, true);
-            let error = match fault {
-                StreamFault::NoRoom => RpcError::LocalNoBudget,
-                _ => RpcError::PeerProtocol,
+            let code = match fault {
+                StreamFault::Refused(refusal) => refusal.code,
+                _ => FailureCode::Malformed,
             };
-            handle.on_answer(header.id, Err(error));
+            handle.answer(header.class, header.id, Err(code));
+        }
+        _ if matches!(header.kind, Kind::Response | Kind::Failure) => {
+            handle.withdraw(Kind::Request, header.class, header.id, true);
+            handle.on_answer(header.id, Err(error_of(fault, &header)));
         }
         _ => {}
+    }
+}
+
+/// What an asker hears whose answer was cut.
+fn error_of(fault: StreamFault, header: &Header) -> RpcError {
+    match fault {
+        StreamFault::Refused(refusal) if refusal.code == FailureCode::TooLarge => {
+            RpcError::LocalAnswerTooLarge {
+                body_bytes: header.body_bytes.into(),
+            }
+        }
+        StreamFault::Refused(_) => RpcError::LocalNoBudget,
+        _ => RpcError::PeerProtocol,
     }
 }

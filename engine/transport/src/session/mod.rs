@@ -9,7 +9,7 @@
 //!    runs for a connection before.
 //! 2. Nothing else of the peer is read before its hello, which says what the connection speaks.
 //! 3. Services hear `on_up` before anything of a session and `on_down` after all of it.
-//! 4. A session that is closed gives back its reservations and its callers, once.
+//! 4. A session that is closed answers its callers, once, and drops the bodies that are not whole.
 
 mod dispatch;
 mod hello;
@@ -21,10 +21,11 @@ use millrace_protocol::frame::{Hello, HelloError, Kind, Negotiated};
 use millrace_protocol::health::{Health, HealthAction, HealthConfig, Rtt};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 
+use crate::allocator::BodyAllocator;
 use crate::carrier::Progress;
 use crate::config::{PerClass, TransportConfig};
 use crate::counters::{Counter, Family};
-use crate::inbox::{Inbox, Room};
+use crate::inbox::Inbox;
 use crate::path::StreamPath;
 use crate::quic::CloseCode;
 use crate::service::handle::{ConnectionHandle, ShardState};
@@ -34,7 +35,7 @@ use crate::service::router::Router;
 use hello::HelloReader;
 
 pub use dispatch::Received;
-pub(crate) use dispatch::{on_arrived, on_fault};
+pub(crate) use dispatch::{Delivery, on_fault};
 
 /// How long a connection may stay silent after its peer requested a dial.
 pub(crate) const VERIFY_TIMEOUT: Duration = Duration::from_millis(400);
@@ -89,7 +90,7 @@ impl Session {
             hello: *hello,
             hello_reader: HelloReader::new(is_server),
             negotiated: None,
-            inbox: Inbox::new(config.limits, config.streams_max),
+            inbox: Inbox::new(peer, config.limits, config.streams_max),
             health: None,
             keep_alive: None,
             judge_at: None,
@@ -162,9 +163,9 @@ impl Session {
     }
 
     /// The connection is gone: what waits for something of it hears so.
-    pub fn close(mut self, router: &mut Router, room: &mut impl Room) {
+    pub fn close(mut self, router: &mut Router) {
         self.take_down();
-        self.inbox.clear(room);
+        self.inbox.clear();
         self.handle.close();
         if self.number() > ConnectionNumber(0) {
             router.on_down(self.peer(), self.number());
@@ -197,7 +198,7 @@ impl Session {
         path: &mut P,
         router: &mut Router,
         scratch: &mut [u8],
-        room: &mut impl Room,
+        bodies: &mut BodyAllocator,
         now: Instant,
     ) -> Received {
         let mut received = Received::default();
@@ -205,21 +206,20 @@ impl Session {
             return received;
         }
         let handle = Rc::clone(&self.handle);
+        let mut delivery = Delivery {
+            handle: &handle,
+            services: router,
+            now,
+            received: &mut received,
+        };
         while let Some(stream) = path.stream_readable_next() {
-            let result = self
-                .inbox
-                .read(path, stream, scratch, room, &mut |arrived| {
-                    on_arrived(&handle, router, arrived, now, &mut received);
-                });
-            if let Err((fault, header)) = result {
-                on_fault(&handle, fault, header, &mut received);
+            let inbox = &mut self.inbox;
+            if let Err((fault, header)) = inbox.read(path, stream, scratch, bodies, &mut delivery) {
+                on_fault(&handle, fault, header, delivery.received);
             }
         }
         while let Some(datagram) = path.datagram_recv() {
-            dispatch::on_datagram(&handle, router, &datagram, now, &mut received);
-        }
-        for reservation in received.reservations.drain(..) {
-            room.release(reservation);
+            delivery.on_datagram(&datagram);
         }
         let opened = self.inbox.take_opened();
         if opened > 0 {
@@ -283,16 +283,11 @@ impl Session {
 
     /// Does what is due: deadlines, PING, probes, messages that do not come forward. What the
     /// connection is to be closed with, if it is to be.
-    pub fn on_timeout<P: StreamPath>(
-        &mut self,
-        path: &mut P,
-        room: &mut impl Room,
-        now: Instant,
-    ) -> Option<CloseCode> {
+    pub fn on_timeout<P: StreamPath>(&mut self, path: &mut P, now: Instant) -> Option<CloseCode> {
         self.handle.expire(now);
         self.keep_alive(path, now);
         let mut close = self.probe(now).then_some(CloseCode::Unhealthy);
-        if self.judge_at.is_some_and(|at| at <= now) && self.judge_streams(path, room, now) {
+        if self.judge_at.is_some_and(|at| at <= now) && self.judge_streams(path, now) {
             close = Some(CloseCode::Violation);
         }
         close
@@ -365,21 +360,14 @@ impl Session {
     }
 
     /// Cuts messages that do not come forward. True when the connection is to be closed for it.
-    fn judge_streams<P: StreamPath>(
-        &mut self,
-        path: &mut P,
-        room: &mut impl Room,
-        now: Instant,
-    ) -> bool {
+    fn judge_streams<P: StreamPath>(&mut self, path: &mut P, now: Instant) -> bool {
         let mut received = Received::default();
         let handle = Rc::clone(&self.handle);
         let config = &handle.state.config;
-        self.inbox.cut_stalled(
-            path,
-            config.stream_progress_bytes,
-            room,
-            &mut |fault, header| on_fault(&handle, fault, header, &mut received),
-        );
+        self.inbox
+            .cut_stalled(path, config.stream_progress_bytes, &mut |fault, header| {
+                on_fault(&handle, fault, header, &mut received)
+            });
         let is_unfinished = self.inbox.unfinished() > 0;
         self.judge_at = is_unfinished.then(|| now + config.stream_progress_interval);
         received.fault.is_some()

@@ -19,8 +19,8 @@ pub(crate) use millrace_testkit::ids::key;
 pub(crate) use millrace_testkit::{PATIENCE, free_addr};
 use millrace_transport::counters::{Counter, Family};
 use millrace_transport::{
-    Answer, Defer, EdgeStart, Inbound, InboundBody, Payload, Request, Responder, Router, Service,
-    ShardMessenger, Transport, TransportConfig, TransportStart,
+    Answer, Defer, EdgeStart, Inbound, InboundBody, Payload, Request, Responder, Router,
+    RouterError, Service, ShardMessenger, Transport, TransportConfig, TransportStart,
 };
 
 /// Answers with the request's body.
@@ -57,6 +57,7 @@ impl Service for TestService {
             ECHO => Answer::Reply(match request.body {
                 InboundBody::Slice(slice) => slice.to_vec().into(),
                 InboundBody::Chunks(body) => body.into(),
+                InboundBody::Streamed(body) => panic!("{body:?} was to be taken whole"),
             }),
             LENGTH => Answer::Reply((request.body.len()).to_le_bytes().to_vec().into()),
             HANG => match defer.responder() {
@@ -151,33 +152,44 @@ impl Node {
         let (sender, events) = channel();
         let hellos = Hellos::default();
         let heard = Arc::clone(&hellos);
-        let identity = SigningKey::from_seed(*key.seed());
-        let transport = Transport::start(
-            TransportStart {
-                identity,
-                config,
-                shards,
-                udp: UdpGroupConfig {
-                    local: addr,
-                    ..Default::default()
-                },
-                topology: Arc::clone(topology),
-                edge,
+        let services = move |_messenger: ShardMessenger| {
+            let service = TestService {
+                events: sender.clone(),
+                hellos: Arc::clone(&heard),
+            };
+            Router::new().serve(METHODS, service)
+        };
+        let mut node = Self::start_serving(key, addr, topology, config, shards, edge, services);
+        (node.events, node.hellos) = (events, hellos);
+        node
+    }
+
+    /// A node with services of the test's making.
+    pub(crate) fn start_serving(
+        key: SigningKey,
+        addr: SocketAddr,
+        topology: &Arc<Topology>,
+        config: TransportConfig,
+        shards: Vec<ShardConfig>,
+        edge: EdgeStart,
+        services: impl Fn(ShardMessenger) -> Result<Router, RouterError> + Clone + Send + 'static,
+    ) -> Self {
+        let start = TransportStart {
+            identity: SigningKey::from_seed(*key.seed()),
+            config,
+            shards,
+            udp: UdpGroupConfig {
+                local: addr,
+                ..Default::default()
             },
-            move |_messenger: ShardMessenger| {
-                let service = TestService {
-                    events: sender.clone(),
-                    hellos: Arc::clone(&heard),
-                };
-                Router::new().serve(METHODS, service)
-            },
-        )
-        .unwrap();
+            topology: Arc::clone(topology),
+            edge,
+        };
         Self {
-            transport,
+            transport: Transport::start(start, services).unwrap(),
             key,
-            events,
-            hellos,
+            events: channel().1,
+            hellos: Hellos::default(),
         }
     }
 

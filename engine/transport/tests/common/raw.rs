@@ -1,6 +1,7 @@
 //! A peer without manners: a bare quiche client over a blocking socket, which sends whatever a test wants.
 #![allow(dead_code, clippy::unwrap_used)]
 
+use std::collections::{BTreeMap, VecDeque};
 use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,9 @@ use boring::pkey::PKey;
 use boring::ssl::{SslContextBuilder, SslMethod, SslSignatureAlgorithm, SslVerifyMode};
 use boring::x509::X509;
 use millrace_edge_policy::cid::initial_dcid;
-use millrace_protocol::frame::{Class, Header, Hello, Kind, Method, StreamKind};
+use millrace_protocol::frame::{
+    Class, FailureCode, Header, Hello, Kind, LaneParser, Limits, Method, StreamKind,
+};
 use millrace_protocol::identity::SigningKey;
 
 pub(crate) struct Raw {
@@ -16,6 +19,9 @@ pub(crate) struct Raw {
     socket: UdpSocket,
     local: SocketAddr,
     buffer: Vec<u8>,
+    /// The node's lanes, by stream: whether their first byte was read, and what follows it.
+    lanes: BTreeMap<u64, (bool, LaneParser)>,
+    failures: VecDeque<(u32, FailureCode)>,
 }
 
 /// More packets than any window of a test allows at once.
@@ -100,6 +106,8 @@ impl Raw {
             socket,
             local,
             buffer: vec![0; 65_536],
+            lanes: BTreeMap::new(),
+            failures: VecDeque::new(),
         }
     }
 
@@ -208,6 +216,37 @@ impl Raw {
 
     /// The first stream that a client opens: a lane, which begins with its hello.
     pub(crate) const LANE: u64 = 2;
+
+    /// Takes turns until the node has sent a failure; its request's id and its code.
+    pub(crate) fn failure(&mut self, limit: Duration) -> Option<(u32, FailureCode)> {
+        let until = Instant::now() + limit;
+        while self.failures.is_empty() && Instant::now() < until {
+            self.turn();
+            self.read_lanes();
+        }
+        self.failures.pop_front()
+    }
+
+    /// Reads the node's lanes; what is on its other streams is thrown away.
+    fn read_lanes(&mut self) {
+        let mut bytes = [0; 4_096];
+        for stream in self.quic.readable().collect::<Vec<_>>() {
+            while let Ok((read, _)) = self.quic.stream_recv(stream, &mut bytes) {
+                let lane = self.lanes.entry(stream).or_insert_with(|| {
+                    // The first byte says what the stream is.
+                    (false, LaneParser::new(Limits::default()))
+                });
+                let skipped = usize::from(!std::mem::replace(&mut lane.0, true));
+                let failures = &mut self.failures;
+                let mut on_frame = |header: Header, _: &[u8]| {
+                    if header.kind == Kind::Failure {
+                        failures.push_back((header.id, FailureCode::from_arg(header.arg)));
+                    }
+                };
+                lane.1.push(&bytes[skipped..read], &mut on_frame).unwrap();
+            }
+        }
+    }
 
     /// Sends all of `bytes` on a stream, or as much as the other side wants to have.
     pub(crate) fn send(&mut self, stream: u64, bytes: &[u8], fin: bool) -> bool {

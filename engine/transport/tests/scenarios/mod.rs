@@ -116,6 +116,7 @@ impl<M: Messenger> Service for Responding<M> {
         let number = match &message.body {
             InboundBody::Slice(bytes) => bytes.first_chunk().copied(),
             InboundBody::Chunks(body) => body.chunks()[0].first_chunk().copied(),
+            InboundBody::Streamed(_) => None,
         };
         let number = u64::from_le_bytes(number.expect("a message has its number"));
         let at = message.class.index();

@@ -1,0 +1,456 @@
+//! Bodies and the space that they take: who is charged for it, how long, what a peer hears that gets
+//! none, and services that take a body chunk by chunk.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+#[path = "common/raw.rs"]
+mod raw;
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use common::*;
+use millrace_protocol::frame::{Class, FailureCode, Header, Kind, Limits, Method};
+use millrace_shards::chunk::{Body, CHUNK_BYTES, Chunk};
+use millrace_transport::counters::Family;
+use millrace_transport::{
+    Answer, BodyHead, BodyMode, BodySink, Defer, EdgeStart, Inbound, InboundBody, Payload, Router,
+    RpcError, Service, TransportConfig,
+};
+use raw::{Raw, RawOptions};
+
+const MIB: u64 = 1 << 20;
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// Keeps the body.
+const KEEP: Method = Method(20);
+/// Takes the body by a sink, and answers with what the sink got.
+const STREAM: Method = Method(21);
+/// Refuses the body before it comes.
+const REFUSE: Method = Method(22);
+/// Answers with as many bytes as the request's first four say.
+const GIVE: Method = Method(23);
+
+/// What services did with bodies, for the test to see.
+#[derive(Clone, Default)]
+struct Seen {
+    kept: Arc<Mutex<Vec<Body>>>,
+    /// Lengths of the bodies that were to go to a sink.
+    begun: Arc<Mutex<Vec<u64>>>,
+    /// Announced length, and how it ended.
+    ends: Arc<Mutex<Vec<(u64, &'static str)>>>,
+}
+
+impl Seen {
+    fn ends(&self) -> Vec<(u64, &'static str)> {
+        self.ends.lock().unwrap().clone()
+    }
+}
+
+struct Keeper {
+    seen: Seen,
+    pool: millrace_shards::chunk::ChunkPool,
+}
+
+struct Sink {
+    announced: u64,
+    chunks: Vec<Chunk>,
+    seen: Seen,
+}
+
+impl BodySink for Sink {
+    fn on_chunk(&mut self, offset: u64, chunk: Chunk) {
+        let so_far: usize = self.chunks.iter().map(|chunk| chunk.len()).sum();
+        assert_eq!(offset, so_far as u64, "chunks come in order");
+        self.chunks.push(chunk);
+    }
+
+    fn on_cut(&mut self, reason: &'static str) {
+        self.seen
+            .ends
+            .lock()
+            .unwrap()
+            .push((self.announced, reason));
+    }
+}
+
+impl Service for Keeper {
+    fn on_request(&mut self, request: Inbound<'_>, _defer: Defer<'_>) -> Answer {
+        match (request.method, request.body) {
+            (KEEP, InboundBody::Chunks(body)) => {
+                self.seen.kept.lock().unwrap().push(body);
+                Answer::Reply(Payload::Empty)
+            }
+            (STREAM, InboundBody::Streamed(body)) => {
+                let len = body.len();
+                let sink = body
+                    .into_sink::<Sink>()
+                    .expect("the sink that on_body gave");
+                self.seen
+                    .ends
+                    .lock()
+                    .unwrap()
+                    .push((sink.announced, "whole"));
+                let body = Body::from_chunks(sink.chunks).expect("only the last is short");
+                assert_eq!(body.len() as u64, len);
+                Answer::Reply(body.into())
+            }
+            (GIVE, InboundBody::Slice(bytes)) => {
+                let bytes = u32::from_le_bytes(bytes.try_into().unwrap());
+                let bytes = vec![3; bytes as usize];
+                if bytes.len() <= millrace_transport::INLINE_BYTES_MAX {
+                    return Answer::Reply(bytes.into());
+                }
+                Answer::Reply(Body::copy_from_slice(&self.pool, &bytes).unwrap().into())
+            }
+            (method, body) => panic!("method {} with {body:?}", method.0),
+        }
+    }
+
+    fn on_send(&mut self, message: Inbound<'_>) {
+        assert!(matches!(message.body, InboundBody::Streamed(_)));
+        self.seen
+            .ends
+            .lock()
+            .unwrap()
+            .push((message.body.len(), "sent"));
+    }
+
+    fn on_body(&mut self, head: &BodyHead) -> BodyMode {
+        assert_eq!(head.deadline.is_some(), head.class != Class::Normal);
+        match head.method {
+            STREAM => {
+                self.seen.begun.lock().unwrap().push(head.body_bytes);
+                BodyMode::Stream(Box::new(Sink {
+                    announced: head.body_bytes,
+                    chunks: Vec::new(),
+                    seen: self.seen.clone(),
+                }))
+            }
+            REFUSE => BodyMode::Refuse(FailureCode::NotFound),
+            _ => BodyMode::Whole,
+        }
+    }
+}
+
+/// A node that dials, and one that keeps bodies.
+struct Testbed {
+    asker: Node,
+    keeper: Node,
+    seen: Seen,
+}
+
+impl Testbed {
+    /// The asker has the defaults, and pools of 32 MiB.
+    fn new(keeper_config: TransportConfig) -> Self {
+        Self::with(TransportConfig::default(), keeper_config)
+    }
+
+    fn with(asker_config: TransportConfig, keeper_config: TransportConfig) -> Self {
+        let (mut a, mut b) = (key(1), key(2));
+        if b.node_id() < a.node_id() {
+            std::mem::swap(&mut a, &mut b);
+        }
+        let (at, bt) = (free_addr(), free_addr());
+        let topology = topology([member(&a, at), member(&b, bt)], 1);
+        let seen = Seen::default();
+        let for_services = seen.clone();
+        let services = move |messenger: millrace_transport::ShardMessenger| {
+            use millrace_transport::Messenger;
+            let keeper = Keeper {
+                seen: for_services.clone(),
+                pool: messenger.pool().clone(),
+            };
+            Router::new().serve(KEEP..=GIVE, keeper)
+        };
+        let shards = || vec![shard_config(32 * MIB)];
+        let edge = EdgeStart::default();
+        let keeper = Node::start_serving(b, bt, &topology, keeper_config, shards(), edge, services);
+        let asker = Node::start_shards(a, at, &topology, asker_config, shards());
+        asker.wait_for_peers(&[keeper.id()]);
+        keeper.wait_for_peers(&[asker.id()]);
+        Self {
+            asker,
+            keeper,
+            seen,
+        }
+    }
+
+    fn ask(&self, method: Method, body: impl Into<Payload>) -> Result<Payload, RpcError> {
+        let request = request(method, Class::Bulk, body);
+        let answer = self.asker.transport.request(self.keeper.id(), request);
+        answer.wait(PATIENCE)
+    }
+
+    fn keep(&self, bytes: u64) -> Result<(), RpcError> {
+        self.ask(KEEP, self.asker.body(bytes as usize)).map(drop)
+    }
+
+    /// What of the keeper's pool is taken, once nothing is on its way.
+    fn taken_bytes(&self) -> u64 {
+        let pool = self.keeper.transport.pool(0).unwrap();
+        pool.total_bytes() - pool.free_bytes()
+    }
+
+    /// The connection of before is still the one.
+    fn assert_not_replaced(&self) {
+        assert!(
+            self.asker
+                .events
+                .try_iter()
+                .all(|event| matches!(event, Event::Up(..)))
+        );
+    }
+}
+
+fn budget(total_bytes: u64, peer_bytes_max: u64) -> TransportConfig {
+    TransportConfig {
+        receive_budget_bytes: total_bytes,
+        receive_budget_peer_bytes: peer_bytes_max,
+        ..Default::default()
+    }
+}
+
+const BUSY: RpcError = RpcError::Peer(FailureCode::Busy);
+const TOO_LARGE: RpcError = RpcError::Peer(FailureCode::TooLarge);
+
+// Protects other peers from one whose bodies are kept: the handler that returned has not given the
+// space back, the store's thread that drops the body has.
+#[test]
+fn a_peer_that_fills_its_share_is_busy_until_a_store_drops_a_body() {
+    let bed = Testbed::new(budget(16 * MIB, 8 * MIB));
+    bed.keep(3 * MIB).unwrap();
+    bed.keep(4 * MIB).unwrap();
+    for _ in 0..3 {
+        assert_eq!(bed.keep(2 * MIB), Err(BUSY));
+    }
+    let rejected = |reason| bed.keeper.reason(Family::Rejected, reason);
+    assert_eq!(rejected("budget_peer_share"), 3);
+    // One chunk of the second body stays with a clone: its space does too, and no more than that.
+    let (first, second) = {
+        let mut kept = bed.seen.kept.lock().unwrap();
+        (kept.remove(0), kept.remove(0))
+    };
+    let chunk = second.chunks()[1].clone();
+    drop(second);
+    assert_eq!(bed.taken_bytes(), 4 * MIB);
+    bed.keep(4 * MIB).unwrap();
+    assert_eq!(bed.keep(MIB), Err(BUSY));
+    drop((first, chunk));
+    bed.keep(4 * MIB).unwrap();
+    bed.assert_not_replaced();
+    // All is given back when the shard is gone, too: what is kept stays readable.
+    bed.keeper.transport.shutdown();
+    let kept = std::mem::take(&mut *bed.seen.kept.lock().unwrap());
+    let wanted = bytes_of(&bed.asker.body(4 << 20).into());
+    for body in kept {
+        assert!(bytes_of(&body.into()) == wanted);
+    }
+    assert_eq!(bed.taken_bytes(), 0);
+}
+
+// Protects small bodies from the size of a chunk: 24 of 256 KiB fit where 6 of 1 MiB would.
+#[test]
+fn a_body_takes_its_length_in_units_of_the_budget_and_the_pool() {
+    let bed = Testbed::new(budget(12 * MIB, 6 * MIB));
+    for _ in 0..24 {
+        bed.keep(256 << 10).unwrap();
+    }
+    assert_eq!(bed.taken_bytes(), 6 * MIB);
+    assert_eq!(bed.keep((64 << 10) + 1), Err(BUSY));
+    bed.seen.kept.lock().unwrap().clear();
+    bed.keep((64 << 10) + 1).unwrap();
+    assert_eq!(bed.taken_bytes(), 128 << 10);
+}
+
+// Protects an asker's choice between trying again and giving up.
+#[test]
+fn busy_and_too_large_are_told_apart() {
+    let limits = Limits {
+        body_bytes_max: 12 << 20,
+        ..Limits::default()
+    };
+    let config = TransportConfig {
+        limits,
+        ..budget(64 * MIB, 10 * MIB)
+    };
+    let bed = Testbed::new(config);
+    let cases = [
+        (11 * MIB, TOO_LARGE, "budget_peer_too_large"),
+        (13 * MIB, TOO_LARGE, "peer_body_too_long"),
+        (10 * MIB, BUSY, "budget_peer_share"),
+    ];
+    bed.keep(100_000).unwrap();
+    for (bytes, error, reason) in cases {
+        assert_eq!(bed.keep(bytes), Err(error), "{bytes}");
+        assert_eq!(bed.keeper.reason(Family::Rejected, reason), 1, "{reason}");
+    }
+    // The pool is fuller than the budget says: the test holds its chunks.
+    bed.seen.kept.lock().unwrap().clear();
+    let pool = bed.keeper.transport.pool(0).unwrap();
+    let held: Vec<_> = (0..30).map(|_| pool.take().unwrap()).collect();
+    assert_eq!(bed.keep(5 * MIB), Err(BUSY));
+    assert_eq!(bed.keeper.reason(Family::Rejected, "pool_exhausted"), 1);
+    drop(held);
+    bed.keep(10 * MIB).unwrap();
+    let refused = bed.ask(REFUSE, bed.asker.body(100_000)).map(drop);
+    assert_eq!(refused, Err(RpcError::Peer(FailureCode::NotFound)));
+    bed.assert_not_replaced();
+}
+
+// Protects an asker from an answer that it has no space for: it hears so at once, and whether to ask
+// again; the connection stays.
+#[test]
+fn an_answer_without_space_is_an_error_of_the_asker() {
+    let bed = Testbed::with(budget(32 * MIB, 4 * MIB), TransportConfig::default());
+    let give = |bytes: u64| bed.ask(GIVE, (bytes as u32).to_le_bytes().to_vec());
+    let held = give(3 * MIB).unwrap();
+    assert_eq!(held.len(), 3 * MIB);
+    let error = |bytes| give(bytes).map(drop).unwrap_err();
+    assert_eq!(error(2 * MIB), RpcError::LocalNoBudget);
+    let never = RpcError::LocalAnswerTooLarge {
+        body_bytes: 5 * MIB,
+    };
+    assert_eq!(error(5 * MIB), never);
+    drop(held);
+    assert_eq!(give(2 * MIB).unwrap().len(), 2 * MIB);
+    bed.assert_not_replaced();
+}
+
+fn header(kind: Kind, method: Method, id: u32, body_bytes: u64) -> Header {
+    Header {
+        kind,
+        class: if kind == Kind::Send {
+            Class::Normal
+        } else {
+            Class::Bulk
+        },
+        method,
+        id,
+        body_bytes: body_bytes as u32,
+        arg: 60_000,
+    }
+}
+
+/// The keeper, and a client without manners in the asker's place.
+fn keeper_and_raw(config: TransportConfig) -> (Testbed, Raw) {
+    let bed = Testbed::new(config);
+    bed.asker.transport.shutdown();
+    bed.keeper.wait_for_peers(&[]);
+    let to = bed.keeper.transport.local_addr();
+    let mut raw = Raw::dial(to, &RawOptions::of(&bed.asker.key));
+    raw.introduce();
+    (bed, raw)
+}
+
+// Protects an asker's uplink: a refusal comes before the body was sent, whatever the reason.
+#[test]
+fn a_refused_request_is_answered_while_its_body_is_still_to_come() {
+    let (bed, mut raw) = keeper_and_raw(budget(16 * MIB, 8 * MIB));
+    bed.seen.kept.lock().unwrap().clear();
+    let cases = [
+        (KEEP, 9 * MIB, FailureCode::TooLarge),
+        (KEEP, 200 * MIB, FailureCode::TooLarge),
+        (REFUSE, MIB, FailureCode::NotFound),
+        (Method(99), MIB, FailureCode::UnknownMethod),
+    ];
+    for ((n, (method, bytes, code)), id) in (0..).zip(cases).zip(7..) {
+        let opening = [
+            &[2],
+            &header(Kind::Request, method, id, bytes).encode()[..],
+            &[0; 100],
+        ];
+        assert!(raw.send(Raw::stream(n), &opening.concat(), false));
+        assert_eq!(raw.failure(LIMIT), Some((id, code)));
+    }
+    // Two that fit, and are not finished; the third has to wait.
+    for (n, id) in (4..).zip(11..14) {
+        let opening = [&[2], &header(Kind::Request, KEEP, id, 3 * MIB).encode()[..]].concat();
+        assert!(raw.send(Raw::stream(n), &opening, false));
+    }
+    assert_eq!(raw.failure(LIMIT), Some((13, FailureCode::Busy)));
+}
+
+#[test]
+fn a_sink_gets_a_body_chunk_by_chunk_and_goes_to_the_handler() {
+    let bed = Testbed::new(TransportConfig::default());
+    let lens = [
+        (64 << 10) + 1,
+        CHUNK_BYTES,
+        CHUNK_BYTES + 1,
+        3 * CHUNK_BYTES - 1,
+    ];
+    // Several at a time: each has its own sink.
+    let answers: Vec<_> = lens
+        .into_iter()
+        .map(|len| {
+            let request = request(STREAM, Class::Bulk, bed.asker.body(len));
+            (len, bed.asker.transport.request(bed.keeper.id(), request))
+        })
+        .collect();
+    for (len, answer) in answers {
+        let wanted = bytes_of(&bed.asker.body(len).into());
+        assert!(bytes_of(&answer.wait(PATIENCE).unwrap()) == wanted, "{len}");
+    }
+    let mut ends = bed.seen.ends();
+    ends.sort_unstable();
+    assert_eq!(ends, lens.map(|len| (len as u64, "whole")));
+    // A one-way message too.
+    let body = bed.asker.body(100_000).into();
+    let sent = bed
+        .asker
+        .transport
+        .send(bed.keeper.id(), Class::Normal, STREAM, body);
+    sent.unwrap();
+    let is_sent = || bed.seen.ends().last() == Some(&(100_000, "sent"));
+    assert!(bed.keeper.transport.status().wait(PATIENCE, |_| is_sent()));
+}
+
+// Protects a service's bookkeeping: a sink whose body does not become whole hears why, once.
+#[test]
+fn a_sink_of_a_body_that_ends_early_is_cut_once() {
+    let config = TransportConfig {
+        stream_progress_interval: Duration::from_millis(300),
+        ..budget(32 * MIB, 8 * MIB)
+    };
+    let (bed, mut raw) = keeper_and_raw(config);
+    let part = vec![0; 70_000];
+    let mut begin = |n: u64, bytes: u64, end: &dyn Fn(&mut Raw, u64)| {
+        let head = header(Kind::Request, STREAM, n as u32, bytes).encode();
+        let opening = [&[2], &head[..], &part].concat();
+        assert!(raw.send(Raw::stream(n), &opening, false));
+        let seen = bed.seen.clone();
+        let count = n as usize + 1;
+        let begun = || seen.begun.lock().unwrap().len() == count;
+        assert!(raw.drive(LIMIT, |_| begun()), "{n} begins");
+        end(&mut raw, Raw::stream(n));
+        assert!(raw.drive(LIMIT, |_| seen.ends().len() == count), "{n} ends");
+    };
+    begin(0, 2 * MIB, &|raw, stream| {
+        raw.quic
+            .stream_shutdown(stream, quiche::Shutdown::Write, 1)
+            .unwrap();
+    });
+    begin(1, 80_000, &|raw, stream| {
+        raw.send(stream, &[0; 10_001], false);
+    });
+    begin(2, 80_000, &|raw, stream| {
+        raw.send(stream, &[0; 9_999], true);
+    });
+    begin(3, 9 * MIB, &|_, _| {});
+    begin(4, 3 * MIB, &|_, _| {});
+    begin(5, 3 * MIB, &|raw, _| {
+        raw.quic.close(true, 0, b"").unwrap();
+    });
+    let wanted = [
+        (2 * MIB, "peer_reset"),
+        (80_000, "peer_body_longer_than_announced"),
+        (80_000, "peer_body_shorter_than_announced"),
+        (9 * MIB, "budget_peer_too_large"),
+        (3 * MIB, "peer_stalled"),
+        (3 * MIB, "connection_lost"),
+    ];
+    bed.keeper.wait_for_peers(&[]);
+    assert_eq!(bed.seen.ends(), wanted);
+    assert_eq!(bed.taken_bytes(), 0, "what a cut body took is free");
+}
