@@ -99,6 +99,20 @@ fn memory(config: &NodeConfig, found: &mut Found<'_>) {
             format!("raise receive_budget_peer_bytes to at least \"{}\"", transport.body_bytes_max),
         );
     }
+    // What the store holds of a peer's is charged to it, and a peer alone reaches half of the budget.
+    let share = transport
+        .receive_budget_peer_bytes
+        .min(ByteSize(transport.receive_budget_bytes.0 / 2));
+    if config.artifacts.store_bytes > share {
+        found.error(
+            "artifacts.store_bytes",
+            format!(
+                "store_bytes {} is more than one peer may fill, {share}: artifacts of a peer alone would be refused while the store has room",
+                config.artifacts.store_bytes
+            ),
+            format!("lower it to at most \"{share}\", or raise transport.receive_budget_bytes and receive_budget_peer_bytes"),
+        );
+    }
     for (key, profile) in profiles(config) {
         let needed = ByteSize(
             transport

@@ -417,7 +417,8 @@ impl NodeSite<'_> {
         let pool_bytes = ByteSize(self.pool_bytes());
         config.transport.connections_per_peer = self.args.shards.into();
         config.transport.receive_budget_peer_bytes = pool_bytes;
-        config.transport.receive_budget_bytes = pool_bytes;
+        // A peer alone reaches half of it, and is to fill the store.
+        config.transport.receive_budget_bytes = ByteSize(2 * pool_bytes.0);
         config.artifacts.store_bytes = pool_bytes;
         config
     }

@@ -1,14 +1,11 @@
 //! Bodies that are small enough to travel as bytes.
 
 use millrace_shards::chunk::{Body, Chunk};
-use millrace_transport::Payload;
-
-/// A longer body travels in chunks.
-pub(crate) const SMALL_BYTES_MAX: usize = 64 << 10;
+use millrace_transport::{INLINE_BYTES_MAX, Payload};
 
 /// A body as a payload. A small one goes as bytes, because it travels beside other small messages.
 pub(crate) fn payload_of(body: Body) -> Payload {
-    if body.len() > SMALL_BYTES_MAX {
+    if body.len() > INLINE_BYTES_MAX {
         return Payload::Chunks(body);
     }
     match body.chunks() {

@@ -191,7 +191,13 @@ impl Artifacts {
                 body: id.as_bytes().to_vec().into(),
                 deadline: BODY_DEADLINE,
             };
-            let answer = match self.transport.request(*peer, ask).await {
+            let mut answer = self.transport.request(*peer, ask.clone()).await;
+            if let Err(RpcError::LocalNoBudget) = answer {
+                // What the store holds of this peer's is charged to it: drop some, and ask once more.
+                drop(Store::expect(&self.store, self.body_bytes_max));
+                answer = self.transport.request(*peer, ask).await;
+            }
+            let answer = match answer {
                 Ok(answer) => answer,
                 Err(error) => {
                     let reason = error.reason();

@@ -49,16 +49,6 @@ pub fn of_body(body: &Body) -> ArtifactId {
     hasher.finish()
 }
 
-/// The id of a body on a shard: gives the shard its turn after every chunk (about a millisecond of hashing).
-pub(crate) async fn of_body_in_turns(body: &Body) -> ArtifactId {
-    let mut hasher = Hasher::new();
-    for chunk in body.chunks() {
-        hasher.update(chunk);
-        futures_lite::future::yield_now().await;
-    }
-    hasher.finish()
-}
-
 #[cfg(test)]
 mod tests {
     use millrace_shards::chunk::ChunkPool;
@@ -67,15 +57,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_ways_give_the_sha_256_of_the_bytes() {
+    fn the_id_is_the_sha_256_of_the_bytes() {
         let pool = ChunkPool::new(4 << 20, HugePages::Never).unwrap();
         let bytes: Vec<u8> = (0..3_000_000u32).map(|i| i as u8).collect();
         let body = Body::copy_from_slice(&pool, &bytes).unwrap();
         let expected = ring::digest::digest(&SHA256, &bytes);
         assert_eq!(of_body(&body).as_bytes().as_slice(), expected.as_ref());
-        assert_eq!(
-            futures_lite::future::block_on(of_body_in_turns(&body)),
-            of_body(&body)
-        );
     }
 }

@@ -20,6 +20,7 @@
 pub(crate) mod announced;
 pub(crate) mod artifacts;
 pub(crate) mod hash;
+mod receiving;
 pub(crate) mod service;
 pub(crate) mod store;
 pub(crate) mod wire;

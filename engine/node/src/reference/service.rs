@@ -8,13 +8,17 @@ use millrace_registry::Versions;
 use millrace_registry::wire::NEWER_THAN;
 use millrace_shards::Queue;
 use millrace_shards::chunk::Body;
-use millrace_transport::{Answer, Defer, Inbound, InboundBody, Messenger, Responder, Service};
+use millrace_transport::{
+    Answer, BodyHead, BodyMode, Defer, INLINE_BYTES_MAX, Inbound, InboundBody, Messenger,
+    Responder, Service,
+};
 
 use super::announced::Announced;
 use super::hash;
+use super::receiving::HashingSink;
 use super::store::Store;
 use super::wire::{self, Announce};
-use crate::payload::{SMALL_BYTES_MAX, payload_of};
+use crate::payload::payload_of;
 
 pub(crate) struct ArtifactService<M> {
     messenger: M,
@@ -58,29 +62,51 @@ impl<M: Messenger> ArtifactService<M> {
         Answer::Reply(wire::WANTED.to_vec().into())
     }
 
+    /// A body is about to come: it is hashed while it does.
+    fn receive(&self, from: NodeId, length: u64) -> BodyMode {
+        if !self.announced.has_length(&from, length) {
+            return BodyMode::Refuse(FailureCode::Malformed);
+        }
+        // Before the transport looks for space: what the store drops for this body is in it.
+        let Some(expected) = Store::expect(&self.store, length) else {
+            return BodyMode::Refuse(FailureCode::TooLarge);
+        };
+        let (sink, hashing) = HashingSink::new();
+        let (store, announced) = (Arc::clone(&self.store), Arc::clone(&self.announced));
+        self.messenger.spawn(Queue::Bulk, async move {
+            let received = hashing.result().await;
+            drop(expected);
+            if let Some((id, body, responder)) = received {
+                keep(&store, &announced, from, id, body, responder);
+            }
+        });
+        BodyMode::Stream(Box::new(sink))
+    }
+
     fn put(&self, from: NodeId, body: InboundBody<'_>, defer: &Defer<'_>) -> Answer {
         if !self.announced.has_length(&from, body.len()) {
             return Answer::Failure(FailureCode::Malformed);
         }
-        let body = match body {
-            InboundBody::Chunks(body) => body,
-            InboundBody::Streamed(_) => return Answer::Failure(FailureCode::Internal),
-            InboundBody::Slice(bytes) => {
-                match Body::copy_from_slice(self.messenger.pool(), bytes) {
-                    Some(body) => body,
-                    None => return Answer::Failure(FailureCode::Busy),
-                }
-            }
-        };
         let Some(responder) = defer.responder() else {
             return Answer::Failure(FailureCode::Busy);
         };
-        let (store, announced) = (Arc::clone(&self.store), Arc::clone(&self.announced));
-        // A body of 128 MiB hashes for 0.1 to 0.2 s: beside the packets, not instead of them.
-        self.messenger.spawn(Queue::Bulk, async move {
-            let id = hash::of_body_in_turns(&body).await;
-            keep(&store, &announced, from, id, body, responder);
-        });
+        match body {
+            InboundBody::Slice(bytes) => {
+                match Body::copy_from_slice(self.messenger.pool(), bytes) {
+                    Some(body) => {
+                        let id = hash::of_body(&body);
+                        keep(&self.store, &self.announced, from, id, body, responder);
+                    }
+                    None => responder.fail(FailureCode::Busy),
+                }
+            }
+            InboundBody::Streamed(body) => match body.into_sink::<HashingSink>() {
+                Some(sink) => sink.finish(responder),
+                None => responder.fail(FailureCode::Internal),
+            },
+            // Larger bodies go to a sink.
+            InboundBody::Chunks(_) => responder.fail(FailureCode::Internal),
+        }
         Answer::Deferred
     }
 
@@ -105,7 +131,7 @@ impl<M: Messenger> ArtifactService<M> {
             return Answer::Failure(FailureCode::Malformed);
         };
         let bytes = self.versions.newer_than(u64::from_le_bytes(number));
-        if bytes.len() <= SMALL_BYTES_MAX {
+        if bytes.len() <= INLINE_BYTES_MAX {
             return Answer::Reply(bytes.into());
         }
         match Body::copy_from_slice(self.messenger.pool(), &bytes) {
@@ -146,6 +172,14 @@ impl<M: Messenger> Service for ArtifactService<M> {
             wire::GET => self.get(&request.body),
             NEWER_THAN => self.registry(&request.body),
             _ => Answer::Failure(FailureCode::UnknownMethod),
+        }
+    }
+
+    fn on_body(&mut self, head: &BodyHead) -> BodyMode {
+        match head.method {
+            wire::PUT => self.receive(head.peer, head.body_bytes),
+            // No other message of this application has a body of this length.
+            _ => BodyMode::Refuse(FailureCode::Malformed),
         }
     }
 

@@ -1,10 +1,14 @@
 //! Artifacts that this node holds: bodies in chunks, bounded, the oldest dropped for new ones.
 //!
+//! A body that is about to come is expected: the store drops old ones for it at once, because what it
+//! holds is charged to the peers that sent it (`millrace_transport`), and such a peer has no space for
+//! another body before.
+//!
 //! 1. What all bodies take is at most `bytes_max`; a body counts in units of 64 KiB, as in the pool.
 //! 2. `order` lists exactly the ids of `bodies`, oldest first.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use millrace_protocol::id::ArtifactId;
 use millrace_shards::chunk::{Body, taken_bytes};
@@ -24,7 +28,37 @@ struct Held {
     bodies: BTreeMap<ArtifactId, Body>,
     order: VecDeque<ArtifactId>,
     bytes: u64,
+    /// What bodies that are about to come will take.
+    expected_bytes: u64,
     dropped: u64,
+}
+
+impl Held {
+    /// Drops the oldest bodies until `bytes` more fit beside those that are expected, or none is left.
+    fn make_room(&mut self, bytes: u64, bytes_max: u64) {
+        while self.bytes + self.expected_bytes + bytes > bytes_max {
+            let Some(oldest) = self.order.pop_front() else {
+                break;
+            };
+            if let Some(body) = self.bodies.remove(&oldest) {
+                self.bytes -= in_units(body.len() as u64);
+                self.dropped += 1;
+            }
+        }
+    }
+}
+
+/// A body that is about to come; until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Expected {
+    store: Arc<Store>,
+    bytes: u64,
+}
+
+impl Drop for Expected {
+    fn drop(&mut self) {
+        self.store.lock().expected_bytes -= self.bytes;
+    }
 }
 
 #[derive(Debug)]
@@ -59,6 +93,21 @@ impl Store {
         in_units(length) <= self.bytes_max
     }
 
+    /// Makes room for a body of this length; `None` when it could not be held at all.
+    pub(crate) fn expect(store: &Arc<Self>, length: u64) -> Option<Expected> {
+        let bytes = in_units(length);
+        if bytes > store.bytes_max {
+            return None;
+        }
+        let mut held = store.lock();
+        held.make_room(bytes, store.bytes_max);
+        held.expected_bytes += bytes;
+        Some(Expected {
+            store: Arc::clone(store),
+            bytes,
+        })
+    }
+
     /// Holds a body under the id that its bytes have; the caller computed it.
     pub(crate) fn insert(&self, id: ArtifactId, body: Body) -> Result<(), TooLarge> {
         let needed_bytes = in_units(body.len() as u64);
@@ -72,15 +121,7 @@ impl Store {
         if held.bodies.contains_key(&id) {
             return Ok(());
         }
-        while held.bytes + needed_bytes > self.bytes_max {
-            let Some(oldest) = held.order.pop_front() else {
-                break;
-            };
-            if let Some(body) = held.bodies.remove(&oldest) {
-                held.bytes -= in_units(body.len() as u64);
-                held.dropped += 1;
-            }
-        }
+        held.make_room(needed_bytes, self.bytes_max);
         held.bytes += needed_bytes;
         held.order.push_back(id);
         held.bodies.insert(id, body);
@@ -150,6 +191,29 @@ mod tests {
             dropped: 1,
         };
         assert_eq!(store.usage(), usage);
+    }
+
+    /// Room is made when a body is announced, and what is expected is not given to another body.
+    #[test]
+    fn an_expected_body_makes_room_before_it_comes() {
+        const UNIT: u64 = UNIT_BYTES as u64;
+        let pool = ChunkPool::new(4 << 20, HugePages::Never).unwrap();
+        let store = Arc::new(Store::new(3 * UNIT));
+        let insert = |n| {
+            let body = Body::copy_from_slice(&pool, &[n; 10]).unwrap();
+            store.insert(id(n), body).unwrap();
+        };
+        (1..=3).for_each(insert);
+        let expected = Store::expect(&store, UNIT + 1).unwrap();
+        assert_eq!(pool.total_bytes() - pool.free_bytes(), UNIT);
+        assert!(store.contains(&id(3)) && !store.contains(&id(2)));
+        insert(4);
+        assert_eq!(store.usage().artifacts, 1, "two are kept free");
+        drop(expected);
+        (5..=6).for_each(insert);
+        assert_eq!(store.usage().artifacts, 3);
+        assert!(Store::expect(&store, 3 * UNIT + 1).is_none());
+        assert_eq!(store.usage().artifacts, 3, "what never fits drops nothing");
     }
 
     #[test]
