@@ -24,7 +24,7 @@ use crate::memory::{CHUNK_BYTES, UNIT_BYTES};
 /// Units of a chunk.
 pub(super) const UNITS_PER_CHUNK: u32 = (CHUNK_BYTES / UNIT_BYTES) as u32;
 
-const _: () = assert!(UNITS_PER_CHUNK == u16::BITS && CHUNK_BYTES % UNIT_BYTES == 0);
+const _: () = assert!(UNITS_PER_CHUNK == u16::BITS && CHUNK_BYTES.is_multiple_of(UNIT_BYTES));
 
 /// The `used` units of a chunk that is whole, or split and full.
 const ALL: u16 = u16::MAX;
