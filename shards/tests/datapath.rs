@@ -184,7 +184,7 @@ proptest! {
     #[test]
     fn trains_are_what_was_pushed(
         pushes in pushes(),
-        slot_bytes in 1452usize..70_000,
+        slot_bytes in proptest::prop_oneof![1452usize..65_508, 65_508usize..80_000],
         trains_max in 1usize..20,
         unsegmented in 0u16..8,
     ) {
