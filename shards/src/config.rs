@@ -44,7 +44,7 @@ pub struct ShardConfig {
     /// Transmit slots one turn may fill, so that one sender cannot keep the loop from receiving.
     pub tx_slots_per_turn: u16,
     /// Whether large trains may be sent without a copy, once the first one showed that the kernel
-    /// does not copy all the same.
+    /// does not copy in spite of it.
     pub zero_copy: bool,
     /// Submission entries of the ring, and trains in flight at most: rounded up to a power of two,
     /// 64 at least; the kernel takes 32,768 (io_uring_setup(2)).
@@ -109,8 +109,9 @@ impl ShardConfig {
     pub fn memory_budget_bytes(&self) -> u64 {
         let rx = u64::from(self.rx_slots_max.max(self.rx_slots)) * RX_SLOT_BYTES as u64;
         let tx = u64::from(self.tx_slots_max.max(self.tx_slots)) * TX_SLOT_BYTES as u64;
-        // 64 B per submission entry, four completions of 16 B each, and a train's record of 192 B.
-        let ring = u64::from(self.ring_entries) * (64 + 4 * 16 + 192);
+        // 64 B per submission entry, four completions of 16 B each, and of a train a record of 192
+        // B and a description of 64 B.
+        let ring = u64::from(self.ring_entries) * (64 + 4 * 16 + 192 + 64);
         let mailbox = self.mailbox_capacity as u64 * 64;
         // With 64 B for each unit of 64 KiB.
         let chunks = self.chunk_pool_bytes.next_multiple_of(CHUNK_BYTES as u64);

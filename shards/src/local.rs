@@ -3,7 +3,7 @@
 //! Tasks are for what has many steps (an RPC handler, a file, an HTTP connection), not for packets.
 //! Each is wrapped, so that the loop knows at no cost whether one is runnable: it gives tasks a
 //! turn only then, and parks in glommio only when something there can wake one. For that all tasks
-//! must come from a [`Spawner`]: the loop knows nothing of those that glommio was given directly.
+//! must come from a [`Spawner`]: the loop does not see a task that was given to glommio directly.
 //!
 //! Invariants:
 //!

@@ -9,7 +9,7 @@ pub const UNIT_BYTES: usize = 64 << 10;
 /// Whether chunk memory may, must or must not come from huge pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum HugePages {
-    /// Reserved huge pages, else transparent ones, else ordinary pages: whatever there is.
+    /// Reserved huge pages, else transparent ones, else ordinary pages.
     #[default]
     Auto,
     /// Ordinary pages only.

@@ -77,7 +77,7 @@ impl Parker {
     }
 
     /// Announces a park, then looks for work once more: returns whether the shard may sleep.
-    /// `has_work` looks into whatever other threads or the kernel may have filled before they could
+    /// `has_work` looks at all that other threads or the kernel may have filled before they could
     /// see the announcement. Ends with [`Self::end_park`], also without a sleep.
     ///
     /// `stopping` says that the shard knows of a stop already.

@@ -2,8 +2,8 @@
 //! do.
 //!
 //! glommio can fall asleep with runnable tasks when its preempt timer fires at the wrong moment
-//! (see `runtime`). The loop's recipe keeps that from happening; should it happen all the same, the
-//! loss costs milliseconds and is counted instead of stopping the shard.
+//! (see `runtime`). The loop's recipe keeps that from happening. Should it still happen, it costs
+//! milliseconds and is counted; it does not stop the shard.
 //!
 //! Invariants:
 //!

@@ -1,4 +1,4 @@
-//! No wake-up is lost and no message is left behind, in whatever order threads run: loom tries all.
+//! No wake-up is lost and no message is left behind: loom tries every order of the accesses.
 //!
 //! `make verify` runs this with `--cfg loom`. The files of the mailbox and of parking are compiled
 //! into this test as they are. Put in their place are:

@@ -264,7 +264,8 @@ fn transmit_goes_on_after_its_budget() {
     peer.stop();
 }
 
-/// Loopback copies whatever it is asked: one large train finds out, and none is lost.
+/// Over loopback the kernel copies in spite of the flag: one large train shows it, and none is
+/// lost.
 #[test]
 fn zero_copy_probe_on_loopback() {
     let sender = Peer::start(config(), "127.0.0.1:0", Duration::ZERO, 1452);

@@ -74,7 +74,7 @@ fn stop(handle: ShardHandle<Block>) {
     handle.join().unwrap();
 }
 
-/// Timers fire in the order of their deadlines, whatever the order they were set in, on a shard
+/// Timers fire in the order of their deadlines, not in the order in which they were set, on a shard
 /// that otherwise sleeps.
 #[test]
 fn timers_fire_in_order() {
@@ -141,7 +141,7 @@ fn a_busy_loop_starves_no_queue() {
     stop(handle);
 }
 
-/// A waker used on another thread ends a park that knows nothing of that thread.
+/// A waker that another thread uses ends a park, although glommio's notifier cannot end it.
 #[test]
 fn foreign_wake_ends_a_park() {
     let (wakers, taken) = mpsc::channel::<Waker>();
@@ -166,7 +166,7 @@ fn foreign_wake_ends_a_park() {
     let stats = handle.stats();
     for _ in 0..2 {
         let waker = taken.recv_timeout(WAIT).unwrap();
-        // Asleep for good, as far as it knows.
+        // Nothing but the waker can end this park.
         while stats.snapshot().direct_parks == 0 {
             std::thread::yield_now();
         }
@@ -176,7 +176,7 @@ fn foreign_wake_ends_a_park() {
     stop(handle);
 }
 
-/// A stop drops every task with what it holds, whatever it waits for.
+/// A stop drops every task and what it holds: one that waits for a timer, for glommio, or for ever.
 #[test]
 fn stop_drops_all_tasks() {
     let witness = Arc::new(());

@@ -23,8 +23,9 @@
 //! completions. All such memory (slots, buffer ring, train records, message header templates, the
 //! timer's time) is owned by [`Ring`], lies in mappings or boxes that never move, and is freed only
 //! after `Drop` has cancelled and reaped every request; if it cannot, it is leaked. A receive slot
-//! is either in the kernel's hands or in `backlog`, never both; a transmit slot is written only
-//! while no train in it has been submitted over the bytes written.
+//! is either in the kernel's hands or in `backlog`, never both. A transmit slot is lent to a turn's
+//! `Trains` only while no train of it is in flight; its trains are submitted after it came back,
+//! and only this crate's `Trains` describe them.
 //!
 //! Invariants:
 //!

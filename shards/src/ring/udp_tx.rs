@@ -55,9 +55,9 @@ struct Device {
     gso: bool,
 }
 
-/// Whether trains are sent without a copy. Loopback and veth copy all the same, and then the second
-/// completion is a pure loss; a send to oneself always takes loopback. So the probe is the first
-/// large train to a real peer.
+/// Whether trains are sent without a copy. Over loopback and veth the kernel copies in spite of the
+/// flag, and then the second completion is a pure loss. A probe to this host would always take
+/// loopback, so the first large train to a peer is the probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ZeroCopy {
     Never,

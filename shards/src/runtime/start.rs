@@ -250,7 +250,7 @@ where
     executor.run(async {
         match set_up(parts, init) {
             Ok((shard, queues)) => {
-                // The spawner waits for this; if it is gone the shard runs all the same.
+                // The spawner waits for this; if it is gone, the shard still runs.
                 let _ = started.send(Ok(()));
                 match glommio::spawn_local_into(shard.run(), queues.latency) {
                     Ok(task) => task.await,
