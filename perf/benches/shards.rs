@@ -1,4 +1,4 @@
-//! Times what needs threads or the kernel: mailboxes, and trains on a running shard.
+//! Times mailboxes, and trains on a running shard, which need threads and the kernel.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::mpsc;
@@ -11,7 +11,7 @@ use millrace_shards::{
     Transmit, UdpGroupConfig, bind_group, mailbox, spawn,
 };
 
-/// What a turn may fill by default: 16 slots, each one train of 45 packets.
+/// Packets that a turn may fill by default: 16 slots, each one train of 45 packets.
 const TURN_PACKETS: u64 = 16 * 45;
 const PACKET_BYTES: usize = 1452;
 const MAILBOX_CAPACITY: usize = 4096;

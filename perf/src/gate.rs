@@ -27,7 +27,7 @@ pub const LIMIT_PERCENT: u64 = 3;
 /// Instructions of one pass, by piece.
 pub type Counts = BTreeMap<String, u64>;
 
-/// What later counts are compared with.
+/// The counts that later ones are compared with.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Baseline {
@@ -47,7 +47,7 @@ pub enum BaselineError {
     LocalFile {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
     /// The file is not a baseline.
@@ -55,7 +55,7 @@ pub enum BaselineError {
     LocalFormat {
         /// The file.
         path: PathBuf,
-        /// Where it stops being one.
+        /// The parse error, with its position.
         source: serde_json::Error,
     },
 }
@@ -90,7 +90,7 @@ impl Baseline {
     }
 }
 
-/// What became of one piece.
+/// The outcome for one piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Within the limit.
@@ -122,7 +122,7 @@ pub struct Comparison {
     pub before: Option<u64>,
     /// Instructions counted.
     pub now: Option<u64>,
-    /// What that means.
+    /// The outcome.
     pub verdict: Verdict,
 }
 

@@ -29,13 +29,13 @@ pub enum CountError {
     LocalFile {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
     /// valgrind does not start.
     #[error("cannot start valgrind: {source}; `make setup` installs it")]
     LocalValgrind {
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
     /// The run failed.
@@ -43,7 +43,7 @@ pub enum CountError {
     LocalRun {
         /// The piece.
         piece: &'static str,
-        /// What valgrind and the piece said.
+        /// The output of valgrind and of the piece.
         stderr: String,
     },
     /// Nothing was counted: the function to collect by was not found.

@@ -1,4 +1,4 @@
-//! The comparison as a table, for people.
+//! The comparison as a table.
 
 use std::fmt::Write as _;
 

@@ -7,7 +7,7 @@ use millrace_shards::{BodyMut, CHUNK_BYTES, ChunkPool, HugePages};
 use super::Piece;
 
 const BODY_BYTES: usize = CHUNK_BYTES + 300_000;
-/// What the transport queues on a stream at a time.
+/// Bytes that the transport queues on a stream at a time.
 const SLICE_BYTES: usize = 64 << 10;
 /// STREAM payload of a packet of 1452 bytes.
 const PACKET_BYTES: usize = 1413;

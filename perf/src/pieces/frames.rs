@@ -1,4 +1,4 @@
-//! What every message and every datagram passes: frame headers, lanes, connection IDs.
+//! The code that every message and every datagram passes: frame headers, lanes, connection IDs.
 
 use std::hint::black_box;
 
@@ -11,7 +11,7 @@ use super::{Piece, rng};
 const HEADERS: usize = 1024;
 const LANE_FRAMES: usize = 512;
 const DATAGRAMS: usize = 1024;
-/// STREAM payload of a packet of 1452 bytes: what quiche hands over at a time.
+/// STREAM payload of a packet of 1452 bytes, which quiche hands over at a time.
 const READ_BYTES: usize = 1413;
 
 pub(super) const FRAME_ENCODE: Piece = Piece {

@@ -1,4 +1,4 @@
-//! What a shard keeps per connection, request and peer: timers, waiters, budgets.
+//! The tables of a shard, per connection, request and peer: timers, waiters, budgets.
 
 use std::collections::VecDeque;
 use std::hint::black_box;
@@ -21,7 +21,7 @@ const REQUESTS: usize = 1024;
 const OUTSTANDING: usize = 64;
 const PEERS: u8 = 13;
 const BODIES: usize = 512;
-/// Between passes, so that what is left of one is far in the past of the next.
+/// Time between passes, so that the rest of one pass is far in the past of the next.
 const PASS: Duration = Duration::from_secs(60);
 
 pub(super) const WHEEL_SCHEDULE_CANCEL: Piece = Piece {
