@@ -5,8 +5,8 @@
 mod common;
 #[path = "common/raw.rs"]
 mod raw;
-#[path = "common/scene.rs"]
-mod scene;
+#[path = "common/testbed.rs"]
+mod testbed;
 
 use std::collections::BTreeMap;
 use std::net::UdpSocket;
@@ -26,22 +26,22 @@ use millrace_protocol::pair::PairKey;
 use millrace_transport::TransportConfig;
 use millrace_transport::counters::{Counter, Family};
 use raw::{Raw, RawOptions};
-use scene::{LIMIT, POOL_BYTES, Scene, assert_serves, here};
+use testbed::{LIMIT, POOL_BYTES, Testbed, assert_serves, here};
 
 #[test]
 fn a_retry_comes_first_under_stress_and_everything_still_arrives() {
-    let scene = Scene::new(AdmissionConfig::default(), TransportConfig::default());
-    scene.admission.set_stress(Level::Retry);
+    let testbed = Testbed::new(AdmissionConfig::default(), TransportConfig::default());
+    testbed.admission.set_stress(Level::Retry);
     // Without its key the dialler is a client like any other.
-    scene.admission.set_peers(BTreeMap::new());
-    let dialler = scene.start_dialler();
-    dialler.wait_for_peers(&[scene.listener.id()]);
-    scene.listener.wait_for_peers(&[dialler.id()]);
-    assert_serves(&dialler, &scene.listener);
-    assert_serves(&scene.listener, &dialler);
-    assert!(scene.listener.count(Counter::Retries) >= 1);
+    testbed.admission.set_peers(BTreeMap::new());
+    let dialler = testbed.start_dialler();
+    dialler.wait_for_peers(&[testbed.listener.id()]);
+    testbed.listener.wait_for_peers(&[dialler.id()]);
+    assert_serves(&dialler, &testbed.listener);
+    assert_serves(&testbed.listener, &dialler);
+    assert!(testbed.listener.count(Counter::Retries) >= 1);
     assert_eq!(
-        scene.heard.validated_so_far(),
+        testbed.heard.validated_so_far(),
         0,
         "a token is charged when it comes, not again"
     );
@@ -50,34 +50,34 @@ fn a_retry_comes_first_under_stress_and_everything_still_arrives() {
 // Protects identity: the state that a Retry resets must not be the pinned key.
 #[test]
 fn a_retry_does_not_unpin_the_key_of_the_listener() {
-    let scene = Scene::new(AdmissionConfig::default(), TransportConfig::default());
-    scene.admission.set_stress(Level::Retry);
-    scene.admission.set_peers(BTreeMap::new());
+    let testbed = Testbed::new(AdmissionConfig::default(), TransportConfig::default());
+    testbed.admission.set_stress(Level::Retry);
+    testbed.admission.set_peers(BTreeMap::new());
     let (own, expected) = (free_addr(), key(99));
-    let mut keys = [scene.diallers[0].clone(), expected];
+    let mut keys = [testbed.diallers[0].clone(), expected];
     keys.sort_by_key(SigningKey::node_id);
     let [dialler, expected] = keys;
-    let to = scene.listener.transport.local_addr();
+    let to = testbed.listener.transport.local_addr();
     let lie = topology([member(&dialler, own), member(&expected, to)], 1);
     let dialler = Node::start(dialler, own, &lie, TransportConfig::default(), POOL_BYTES);
     dialler.wait_for_reason(Family::Refused, "wrong_key", 1);
-    assert!(scene.listener.count(Counter::Retries) >= 1);
+    assert!(testbed.listener.count(Counter::Retries) >= 1);
     dialler.wait_for_peers(&[]);
 }
 
 #[test]
 fn a_token_is_worth_nothing_elsewhere_changed_or_late() {
-    let scene = Scene::new(AdmissionConfig::default(), TransportConfig::default());
-    scene.admission.set_stress(Level::Retry);
-    let to = scene.listener.transport.local_addr();
-    let mut raw = scene.dial(&RawOptions::of(&scene.diallers[0]));
-    let packet = scene.packet_with_token(&mut raw);
+    let testbed = Testbed::new(AdmissionConfig::default(), TransportConfig::default());
+    testbed.admission.set_stress(Level::Retry);
+    let to = testbed.listener.transport.local_addr();
+    let mut raw = testbed.dial(&RawOptions::of(&testbed.diallers[0]));
+    let packet = testbed.packet_with_token(&mut raw);
     // From another port, from another address.
     for bind in ["127.0.0.1:0", "127.0.0.2:0"] {
         let thief = UdpSocket::bind(bind).unwrap();
         thief.send_to(&packet, to).unwrap();
     }
-    scene.refused("quic_bad_token", 2);
+    testbed.refused("quic_bad_token", 2);
     // Any bit of it: the token lies behind two connection IDs of 16 bytes.
     let token_at = 1 + 4 + 1 + 16 + 1 + 16 + 1;
     for at in [0, 1, 2, 9, 30] {
@@ -85,37 +85,37 @@ fn a_token_is_worth_nothing_elsewhere_changed_or_late() {
         forged[token_at + at] ^= 1;
         raw.send_datagram(&forged, to);
     }
-    scene.refused("quic_bad_token", 7);
+    testbed.refused("quic_bad_token", 7);
     // Another destination ID than the one that the Retry gave.
     let mut forged = packet.clone();
     forged[12] ^= 1;
     raw.send_datagram(&forged, to);
-    scene.refused("quic_bad_token", 8);
-    assert_eq!(scene.listener.count(Counter::ConnectionsIn), 0);
+    testbed.refused("quic_bad_token", 8);
+    assert_eq!(testbed.listener.count(Counter::ConnectionsIn), 0);
     raw.send_datagram(&packet, to);
     raw.establish();
-    scene.listener.wait_for_count(Counter::ConnectionsIn, 1);
+    testbed.listener.wait_for_count(Counter::ConnectionsIn, 1);
 
-    let mut late = scene.dial(&RawOptions::of(&scene.diallers[1]));
-    let packet = scene.packet_with_token(&mut late);
-    scene.clock.skip(Duration::from_secs(36));
+    let mut late = testbed.dial(&RawOptions::of(&testbed.diallers[1]));
+    let packet = testbed.packet_with_token(&mut late);
+    testbed.clock.skip(Duration::from_secs(36));
     late.send_datagram(&packet, to);
-    scene.refused("quic_expired_token", 1);
+    testbed.refused("quic_expired_token", 1);
 }
 
 #[test]
 fn a_peer_that_proves_itself_passes_when_only_peers_may() {
-    let scene = Scene::new(AdmissionConfig::default(), TransportConfig::default());
-    scene.admission.set_stress(Level::Peers);
-    let mut raw = scene.dial(&RawOptions::of(&scene.diallers[1]));
+    let testbed = Testbed::new(AdmissionConfig::default(), TransportConfig::default());
+    testbed.admission.set_stress(Level::Peers);
+    let mut raw = testbed.dial(&RawOptions::of(&testbed.diallers[1]));
     assert!(!raw.drive(Duration::from_millis(300), |quic| quic.is_established()));
-    scene.refused("quic_peers_only", 1);
-    let dialler = scene.start_dialler();
-    dialler.wait_for_peers(&[scene.listener.id()]);
-    assert_serves(&dialler, &scene.listener);
-    assert_eq!(scene.listener.count(Counter::Retries), 0);
+    testbed.refused("quic_peers_only", 1);
+    let dialler = testbed.start_dialler();
+    dialler.wait_for_peers(&[testbed.listener.id()]);
+    assert_serves(&dialler, &testbed.listener);
+    assert_eq!(testbed.listener.count(Counter::Retries), 0);
     assert_eq!(
-        scene.heard.validated_so_far(),
+        testbed.heard.validated_so_far(),
         0,
         "a peer has a budget of its own"
     );
@@ -130,12 +130,12 @@ fn a_proof_is_good_from_its_address_and_a_few_times() {
         },
         ..Default::default()
     };
-    let scene = Scene::new(limits, TransportConfig::default());
-    scene.admission.set_stress(Level::Peers);
-    let to = scene.listener.transport.local_addr();
-    let dialler = &scene.diallers[0];
+    let testbed = Testbed::new(limits, TransportConfig::default());
+    testbed.admission.set_stress(Level::Peers);
+    let to = testbed.listener.transport.local_addr();
+    let dialler = &testbed.diallers[0];
     let id = dialler.node_id();
-    let key = PairKey::agree(dialler, &scene.listener.key.public_key()).unwrap();
+    let key = PairKey::agree(dialler, &testbed.listener.key.public_key()).unwrap();
     let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let proof = proof::make(
         id.spread(),
@@ -148,19 +148,19 @@ fn a_proof_is_good_from_its_address_and_a_few_times() {
     let options = RawOptions::of(dialler);
     let mut thief = Raw::dial_from("127.0.0.2:0", to, &options, &proof);
     thief.turn();
-    scene.refused("quic_peers_only", 1);
+    testbed.refused("quic_peers_only", 1);
     let mut forged = proof;
     forged[7] ^= 1;
     Raw::dial_from("127.0.0.1:0", to, &options, &forged).turn();
-    scene.refused("quic_peers_only", 2);
+    testbed.refused("quic_peers_only", 2);
     // The owner, then somebody who saw it.
     let mut raw = Raw::dial_from("127.0.0.1:0", to, &options, &proof);
     raw.establish();
-    scene.listener.wait_for_count(Counter::ConnectionsIn, 1);
-    let stranger = RawOptions::of(&common::key(77));
-    Raw::dial_from("127.0.0.1:0", to, &stranger, &proof).turn();
-    scene.refused("quic_proof_replayed", 1);
-    assert_eq!(scene.listener.count(Counter::ConnectionsIn), 1);
+    testbed.listener.wait_for_count(Counter::ConnectionsIn, 1);
+    let non_member = RawOptions::of(&common::key(77));
+    Raw::dial_from("127.0.0.1:0", to, &non_member, &proof).turn();
+    testbed.refused("quic_proof_replayed", 1);
+    assert_eq!(testbed.listener.count(Counter::ConnectionsIn), 1);
 }
 
 #[test]
@@ -169,69 +169,73 @@ fn a_source_holds_as_many_connections_as_its_cap() {
         caps: Caps { quic: 1, tcp: 0 },
         ..Default::default()
     };
-    let scene = Scene::new(caps, TransportConfig::default());
-    let [first, second] = &scene.diallers;
+    let testbed = Testbed::new(caps, TransportConfig::default());
+    let [first, second] = &testbed.diallers;
     // Both begin before either is there, so that the cap is hit at the end of the handshake.
-    let mut first = scene.dial(&RawOptions::of(first));
-    let mut late = scene.dial(&RawOptions::of(second));
+    let mut first = testbed.dial(&RawOptions::of(first));
+    let mut late = testbed.dial(&RawOptions::of(second));
     first.turn();
     late.turn();
     first.establish();
-    scene.listener.wait_for_count(Counter::ConnectionsIn, 1);
+    testbed.listener.wait_for_count(Counter::ConnectionsIn, 1);
     assert!(late.drive(LIMIT, |quic| quic.peer_error().is_some()));
     let error = late.quic.peer_error().unwrap();
     assert!(error.is_app && error.reason == b"no_room", "{error:?}");
-    scene.refused("quic_source_cap", 1);
+    testbed.refused("quic_source_cap", 1);
     // At its first packet, now that the source is known to be full.
-    scene.dial(&RawOptions::of(second)).turn();
-    scene.refused("quic_source_cap", 2);
-    assert_eq!(scene.admission.connections(here()), 1);
-    assert_eq!(scene.heard.open(here()), 1);
+    testbed.dial(&RawOptions::of(second)).turn();
+    testbed.refused("quic_source_cap", 2);
+    assert_eq!(testbed.admission.connections(here()), 1);
+    assert_eq!(testbed.heard.open(here()), 1);
 
     // The listener has given it other IDs, and with that confirmed the handshake: before, quiche
     // does not say that it closes.
     assert!(first.drive(LIMIT, |quic| quic.available_dcids() > 0));
     first.quic.close(true, 0, b"done").unwrap();
-    let status = scene.listener.transport.status();
+    let status = testbed.listener.transport.status();
     first.turn();
-    let is_gone = || scene.admission.connections(here()) == 0;
+    let is_gone = || testbed.admission.connections(here()) == 0;
     assert!(status.wait(PATIENCE, |_| is_gone()));
-    assert_eq!(scene.heard.open(here()), 0);
-    let mut again = scene.dial(&RawOptions::of(second));
+    assert_eq!(testbed.heard.open(here()), 0);
+    let mut again = testbed.dial(&RawOptions::of(second));
     again.establish();
-    scene.listener.wait_for_count(Counter::ConnectionsIn, 3);
-    assert_eq!(scene.admission.connections(here()), 1);
-    scene.listener.transport.shutdown();
+    testbed.listener.wait_for_count(Counter::ConnectionsIn, 3);
+    assert_eq!(testbed.admission.connections(here()), 1);
+    testbed.listener.transport.shutdown();
     assert_eq!(
-        scene.admission.connections(here()),
+        testbed.admission.connections(here()),
         0,
         "a stop gives everything back"
     );
-    assert_eq!(scene.heard.open(here()), 0);
-    assert_eq!(scene.heard.opened.load(Ordering::Relaxed), 2);
+    assert_eq!(testbed.heard.open(here()), 0);
+    assert_eq!(testbed.heard.opened.load(Ordering::Relaxed), 2);
 }
 
 #[test]
 fn a_source_is_charged_once_it_has_shown_its_address() {
-    let scene = Scene::new(AdmissionConfig::default(), TransportConfig::default());
+    let testbed = Testbed::new(AdmissionConfig::default(), TransportConfig::default());
     // A first packet alone shows nothing.
-    scene.dial(&RawOptions::of(&scene.diallers[0])).turn();
-    scene.listener.wait_for_count(Counter::DatagramsReceived, 1);
-    assert_eq!(scene.heard.validated_so_far(), 0);
-    scene.dial(&RawOptions::of(&scene.diallers[1])).establish();
-    scene.listener.wait_for_count(Counter::ConnectionsIn, 1);
-    assert_eq!(scene.heard.validated_so_far(), 1);
+    testbed.dial(&RawOptions::of(&testbed.diallers[0])).turn();
+    testbed
+        .listener
+        .wait_for_count(Counter::DatagramsReceived, 1);
+    assert_eq!(testbed.heard.validated_so_far(), 0);
+    testbed
+        .dial(&RawOptions::of(&testbed.diallers[1]))
+        .establish();
+    testbed.listener.wait_for_count(Counter::ConnectionsIn, 1);
+    assert_eq!(testbed.heard.validated_so_far(), 1);
     // Neither does it help to fail behind that point.
     for (key, reason, n) in [
         (Some(key(77)), "not_in_registry", 2),
         (None, "no_certificate", 3),
     ] {
-        let mut raw = scene.dial(&RawOptions { key, session: None });
+        let mut raw = testbed.dial(&RawOptions { key, session: None });
         assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
-        scene.refused(reason, 1);
-        let charged = || scene.heard.validated_so_far() == n;
+        testbed.refused(reason, 1);
+        let charged = || testbed.heard.validated_so_far() == n;
         assert!(
-            scene
+            testbed
                 .listener
                 .transport
                 .status()
@@ -252,10 +256,10 @@ fn a_flood_of_first_packets_leaves_room_for_peers() {
         handshakes_max: 2 * THRESHOLD,
         ..Default::default()
     };
-    let scene = Scene::new(limits, config);
-    let to = scene.listener.transport.local_addr();
+    let testbed = Testbed::new(limits, config);
+    let to = testbed.listener.transport.local_addr();
     // Each from a port of its own, none of which ever answers.
-    let stranger = RawOptions {
+    let non_member = RawOptions {
         key: None,
         session: None,
     };
@@ -263,32 +267,37 @@ fn a_flood_of_first_packets_leaves_room_for_peers() {
         let mut random = [3; 15];
         random[..8].copy_from_slice(&n.to_le_bytes());
         let dcid = initial_dcid(n as u8, random);
-        let mut raw = Raw::dial_from("127.0.0.1:0", to, &stranger, &dcid);
+        let mut raw = Raw::dial_from("127.0.0.1:0", to, &non_member, &dcid);
         for (packet, to) in raw.outgoing() {
             raw.send_datagram(&packet, to);
         }
         // One at a time: what the socket's buffer drops would not be judged.
         if n % 16 == 15 {
-            scene
+            testbed
                 .listener
                 .wait_for_count(Counter::DatagramsReceived, n + 1);
         }
     }
-    scene
+    testbed
         .listener
         .wait_for_count(Counter::DatagramsReceived, FLOOD);
-    scene
+    testbed
         .listener
         .wait_for_count(Counter::Retries, FLOOD - THRESHOLD as u64);
-    let live = |scene: &Scene| {
-        let shards = scene.listener.transport.status().shards();
+    let live = |testbed: &Testbed| {
+        let shards = testbed.listener.transport.status().shards();
         shards.iter().map(|shard| shard.connections).sum::<usize>()
     };
-    assert!(live(&scene) <= THRESHOLD, "{} are held", live(&scene));
+    assert!(live(&testbed) <= THRESHOLD, "{} are held", live(&testbed));
     // A member that shows its address by the Retry, and one that proves itself.
-    scene.dial(&RawOptions::of(&scene.diallers[1])).establish();
-    let dialler = scene.start_dialler();
-    dialler.wait_for_peers(&[scene.listener.id()]);
-    assert_serves(&dialler, &scene.listener);
-    assert_eq!(scene.listener.reason(Family::Refused, "handshakes_full"), 0);
+    testbed
+        .dial(&RawOptions::of(&testbed.diallers[1]))
+        .establish();
+    let dialler = testbed.start_dialler();
+    dialler.wait_for_peers(&[testbed.listener.id()]);
+    assert_serves(&dialler, &testbed.listener);
+    assert_eq!(
+        testbed.listener.reason(Family::Refused, "handshakes_full"),
+        0
+    );
 }

@@ -5,8 +5,8 @@
 mod common;
 #[path = "common/raw.rs"]
 mod raw;
-#[path = "common/scene.rs"]
-mod scene;
+#[path = "common/testbed.rs"]
+mod testbed;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -22,7 +22,7 @@ use millrace_testkit::until;
 use millrace_transport::TransportConfig;
 use millrace_transport::counters::{Counter, Family};
 use raw::{Raw, RawOptions};
-use scene::{LIMIT, Scene, assert_serves, here};
+use testbed::{LIMIT, Testbed, assert_serves, here};
 
 /// Handshakes of one source.
 const BOUND: u32 = 8;
@@ -50,7 +50,7 @@ fn patient() -> TransportConfig {
     }
 }
 
-fn stranger() -> RawOptions {
+fn non_member() -> RawOptions {
     RawOptions {
         key: None,
         session: None,
@@ -81,62 +81,65 @@ fn begin(raw: &mut Raw) -> bool {
 }
 
 /// Handshakes of all shards, as the keeper of an edge sees them.
-fn handshakes(scene: &Scene) -> usize {
-    let shards = scene.listener.transport.status().shards();
+fn handshakes(testbed: &Testbed) -> usize {
+    let shards = testbed.listener.transport.status().shards();
     shards.iter().map(|shard| shard.handshakes).sum()
 }
 
 #[test]
 fn one_address_holds_its_bound_and_shuts_nobody_else_out() {
     const CLIENTS: u8 = 100;
-    let scene = Scene::on_shards(SHARDS, admission(), patient());
-    let to = scene.listener.transport.local_addr();
+    let testbed = Testbed::on_shards(SHARDS, admission(), patient());
+    let to = testbed.listener.transport.local_addr();
     let mut held = Vec::new();
     let mut with_token = 0;
     for n in 0..CLIENTS {
-        let mut raw = client("127.0.0.1:0", to, &stranger(), n);
+        let mut raw = client("127.0.0.1:0", to, &non_member(), n);
         with_token += u64::from(begin(&mut raw));
-        assert!(scene.admission.half_open(here()) <= BOUND);
+        assert!(testbed.admission.half_open(here()) <= BOUND);
         held.push(raw);
     }
     // Half of the bound came in without a token, the other half with one.
     assert_eq!(with_token, u64::from(CLIENTS) - u64::from(BOUND) / 2);
     let refused = with_token - u64::from(BOUND) / 2;
-    scene.refused(FULL, refused);
-    assert_eq!(scene.listener.reason(Family::Refused, FULL), refused);
-    assert_eq!(scene.admission.half_open(here()), BOUND);
+    testbed.refused(FULL, refused);
+    assert_eq!(testbed.listener.reason(Family::Refused, FULL), refused);
+    assert_eq!(testbed.admission.half_open(here()), BOUND);
     until("the shards say the same", || {
-        handshakes(&scene) == BOUND as usize
+        handshakes(&testbed) == BOUND as usize
     });
     let mut stress = Stress::new(StressConfig::default(), 0);
     let sample = LoadSample {
-        half_open: handshakes(&scene),
+        half_open: handshakes(&testbed),
         half_open_max: SHARDS * HANDSHAKES_MAX,
         ..LoadSample::default()
     };
     assert_eq!(stress.tick(sample, 1_000_000_000), Level::Normal);
 
     // Another address, without a round trip more.
-    let retries = scene.listener.count(Counter::Retries);
-    let [peer, member] = &scene.diallers;
+    let retries = testbed.listener.count(Counter::Retries);
+    let [peer, member] = &testbed.diallers;
     let mut other = client("127.0.0.2:0", to, &RawOptions::of(member), CLIENTS);
     other.establish();
-    scene.listener.wait_for_count(Counter::ConnectionsIn, 1);
-    assert_eq!(scene.listener.count(Counter::Retries), retries);
+    testbed.listener.wait_for_count(Counter::ConnectionsIn, 1);
+    assert_eq!(testbed.listener.count(Counter::Retries), retries);
     let elsewhere = Source::of("127.0.0.2".parse().unwrap());
-    assert_eq!(scene.admission.half_open(elsewhere), 0);
+    assert_eq!(testbed.admission.half_open(elsewhere), 0);
     // A peer behind the same address, by its proof.
-    let dialler = scene.start_dialler();
-    dialler.wait_for_peers(&[scene.listener.id()]);
-    assert_serves(&dialler, &scene.listener);
+    let dialler = testbed.start_dialler();
+    dialler.wait_for_peers(&[testbed.listener.id()]);
+    assert_serves(&dialler, &testbed.listener);
     let tag = node_tag_of(peer.node_id().as_bytes());
-    assert_eq!(scene.admission.half_open_of_peer(tag), 0);
-    assert_eq!(scene.listener.reason(Family::Refused, "handshakes_full"), 0);
-
-    assert_eq!(scene.admission.half_open(here()), BOUND);
-    scene.listener.transport.shutdown();
+    assert_eq!(testbed.admission.half_open_of_peer(tag), 0);
     assert_eq!(
-        scene.admission.half_open(here()),
+        testbed.listener.reason(Family::Refused, "handshakes_full"),
+        0
+    );
+
+    assert_eq!(testbed.admission.half_open(here()), BOUND);
+    testbed.listener.transport.shutdown();
+    assert_eq!(
+        testbed.admission.half_open(here()),
         0,
         "a stop gives everything back"
     );
@@ -152,74 +155,74 @@ fn silent_handshakes_end_with_their_time() {
         idle_timeout: 10 * PATIENCE,
         ..patient()
     };
-    let scene = Scene::on_shards(SHARDS, admission(), config);
-    let to = scene.listener.transport.local_addr();
+    let testbed = Testbed::on_shards(SHARDS, admission(), config);
+    let to = testbed.listener.transport.local_addr();
     // All of them come in, since no more than their share do.
     let clients = (0..BOUND as u8).map(|n| {
-        let mut raw = client("127.0.0.1:0", to, &stranger(), n);
+        let mut raw = client("127.0.0.1:0", to, &non_member(), n);
         begin(&mut raw);
         raw
     });
     let clients: Vec<_> = clients.collect();
-    scene.refused("connect_timeout", clients.len() as u64);
+    testbed.refused("connect_timeout", clients.len() as u64);
     until("the source holds nothing", || {
-        scene.admission.half_open(here()) == 0
+        testbed.admission.half_open(here()) == 0
     });
     until("no shard holds anything", || {
-        let shards = scene.listener.transport.status().shards();
+        let shards = testbed.listener.transport.status().shards();
         shards.iter().all(|shard| shard.connections == 0)
     });
-    assert_eq!(scene.listener.reason(Family::Refused, FULL), 0);
+    assert_eq!(testbed.listener.reason(Family::Refused, FULL), 0);
 }
 
 // Protects the owner of an address that others forge.
 #[test]
 fn who_forges_an_address_does_not_shut_its_owner_out() {
-    let scene = Scene::on_shards(SHARDS, admission(), patient());
-    scene.admission.set_peers(BTreeMap::new());
-    let to = scene.listener.transport.local_addr();
+    let testbed = Testbed::on_shards(SHARDS, admission(), patient());
+    testbed.admission.set_peers(BTreeMap::new());
+    let to = testbed.listener.transport.local_addr();
     // The answers go to the owner, so the forger never has a token.
     let mut forged = Vec::new();
     for n in 0..50 {
-        let mut raw = client("127.0.0.1:0", to, &stranger(), n);
+        let mut raw = client("127.0.0.1:0", to, &non_member(), n);
         send_all(&mut raw);
         forged.push(raw);
         let came = u64::from(n) + 1;
-        scene
+        testbed
             .listener
             .wait_for_count(Counter::DatagramsReceived, came);
     }
     until("half of the bound is held", || {
-        scene.admission.half_open(here()) == BOUND / 2
+        testbed.admission.half_open(here()) == BOUND / 2
     });
-    for (n, member) in (100..).zip(&scene.diallers) {
+    for (n, member) in (100..).zip(&testbed.diallers) {
         client("127.0.0.1:0", to, &RawOptions::of(member), n).establish();
     }
-    scene.listener.wait_for_count(Counter::ConnectionsIn, 2);
-    assert_eq!(scene.listener.reason(Family::Refused, FULL), 0);
-    assert_eq!(scene.admission.half_open(here()), BOUND / 2);
+    testbed.listener.wait_for_count(Counter::ConnectionsIn, 2);
+    assert_eq!(testbed.listener.reason(Family::Refused, FULL), 0);
+    assert_eq!(testbed.admission.half_open(here()), BOUND / 2);
 }
 
 #[test]
 fn a_handshake_that_fails_gives_its_place_back() {
-    let scene = Scene::on_shards(SHARDS, admission(), patient());
-    let to = scene.listener.transport.local_addr();
+    let testbed = Testbed::on_shards(SHARDS, admission(), patient());
+    let to = testbed.listener.transport.local_addr();
     for round in 1..=2 * u64::from(BOUND) {
         for (reason, key) in [("not_in_registry", Some(key(77))), ("no_certificate", None)] {
             let options = RawOptions { key, session: None };
             let mut raw = client("127.0.0.1:0", to, &options, round as u8);
             assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
-            scene.refused(reason, round);
+            testbed.refused(reason, round);
         }
         // Hangs up in the middle, after the listener's first answer.
-        let mut raw = client("127.0.0.1:0", to, &stranger(), round as u8);
+        let mut raw = client("127.0.0.1:0", to, &non_member(), round as u8);
         begin(&mut raw);
         raw.quic.close(false, 0, b"").unwrap();
         send_all(&mut raw);
         until("its place is free", || {
-            scene.admission.half_open(here()) == 0
+            testbed.admission.half_open(here()) == 0
         });
     }
-    assert_eq!(scene.listener.reason(Family::Refused, FULL), 0);
-    assert_eq!(scene.listener.count(Counter::ConnectionsIn), 0);
+    assert_eq!(testbed.listener.reason(Family::Refused, FULL), 0);
+    assert_eq!(testbed.listener.count(Counter::ConnectionsIn), 0);
 }

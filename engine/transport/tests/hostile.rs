@@ -53,7 +53,7 @@ fn message(header: Header, body: &[u8]) -> Vec<u8> {
 }
 
 /// The victim, an honest peer of it, and the key of the hostile member, which has the lowest id and so may dial both.
-fn scene() -> (Node, Node, SigningKey, TransportConfig) {
+fn testbed() -> (Node, Node, SigningKey, TransportConfig) {
     let mut keys = [key(1), key(2), key(3)];
     keys.sort_by_key(SigningKey::node_id);
     let [hostile, honest, victim] = keys;
@@ -135,7 +135,7 @@ impl Attack<'_> {
 
 #[test]
 fn a_hostile_member_costs_nobody_anything() {
-    let (victim, honest, hostile, config) = scene();
+    let (victim, honest, hostile, config) = testbed();
     // Two nodes and the attacker live in this process; what they and the test program take before the attack is the base, and the pools,
     // which are resident from the start, are in it. On top may come what the configuration says a connection may hold.
     let rss_max = rss_bytes() + 3 * config.connection_budget_bytes() + 32 * MIB;

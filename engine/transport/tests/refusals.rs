@@ -1,4 +1,4 @@
-//! Who is not let in: a wrong key, a stranger, nobody at all, a former member with a ticket; each
+//! Who is not let in: a wrong key, a non_member, nobody at all, a former member with a ticket; each
 //! refused with its counter.
 #![allow(clippy::unwrap_used)]
 
@@ -31,7 +31,7 @@ fn listener_and_dialler() -> (Node, millrace_protocol::identity::SigningKey) {
 }
 
 #[test]
-fn a_stranger_is_refused() {
+fn a_non_member_is_refused() {
     let (node, _) = listener_and_dialler();
     let mut raw = Raw::dial(
         node.transport.local_addr(),

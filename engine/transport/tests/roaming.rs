@@ -20,14 +20,14 @@ use relay::Relay;
 const POOL_BYTES: u64 = 64 << 20;
 
 /// A dialler that reaches its listener through a relay. Both have two shards and one clock.
-struct Scene {
+struct Testbed {
     dialler: Node,
     listener: Node,
     relay: Relay,
     clock: Clock,
 }
 
-impl Scene {
+impl Testbed {
     fn new() -> Self {
         let mut keys = [key(1), key(2)];
         keys.sort_by_key(SigningKey::node_id);
@@ -100,58 +100,61 @@ impl Scene {
 fn a_peer_that_changes_its_port_keeps_its_connection_and_its_shard() {
     const REBINDS: u64 = 4;
     const BODY_BYTES: usize = 12 << 20;
-    let mut scene = Scene::new();
-    scene.wait_for_ids(|kind, _| kind == Kind::Roaming);
-    let shard_of = |scene: &Scene| {
-        let peers = scene.listener.transport.status().peers();
+    let mut testbed = Testbed::new();
+    testbed.wait_for_ids(|kind, _| kind == Kind::Roaming);
+    let shard_of = |testbed: &Testbed| {
+        let peers = testbed.listener.transport.status().peers();
         (peers[0].shard, peers[0].address)
     };
-    let (shard, first) = shard_of(&scene);
-    assert_eq!(first, Some(scene.relay.address()));
+    let (shard, first) = shard_of(&testbed);
+    assert_eq!(first, Some(testbed.relay.address()));
     for n in 1..=REBINDS {
         // A body each way, cut in the middle of the dialler's.
-        scene.relay.forget();
-        let body = request(ECHO, Class::Bulk, scene.dialler.body(BODY_BYTES));
-        let answer = scene.dialler.transport.request(scene.listener.id(), body);
+        testbed.relay.forget();
+        let body = request(ECHO, Class::Bulk, testbed.dialler.body(BODY_BYTES));
+        let answer = testbed
+            .dialler
+            .transport
+            .request(testbed.listener.id(), body);
         let half = BODY_BYTES / 1_452 / 2;
         assert!(
-            scene
+            testbed
                 .relay
                 .wait(PATIENCE, |passed| passed.datagrams >= half)
         );
-        scene.relay.rebind();
+        testbed.relay.rebind();
         let bytes = bytes_of(&answer.wait(PATIENCE).unwrap());
         assert_eq!(bytes.len(), BODY_BYTES);
-        scene.listener.wait_for_count(Counter::Migrations, n);
-        let address = scene.relay.address();
+        testbed.listener.wait_for_count(Counter::Migrations, n);
+        let address = testbed.relay.address();
         let moved = |peers: &[millrace_transport::PeerStatus]| peers[0].address == Some(address);
-        assert!(scene.listener.transport.status().wait(PATIENCE, moved));
-        assert_eq!(shard_of(&scene), (shard, Some(address)));
+        assert!(testbed.listener.transport.status().wait(PATIENCE, moved));
+        assert_eq!(shard_of(&testbed), (shard, Some(address)));
     }
     // And while nothing is carried: a sign of life is enough.
-    scene.relay.rebind();
-    scene
+    testbed.relay.rebind();
+    testbed
         .listener
         .wait_for_count(Counter::Migrations, REBINDS + 1);
-    scene.ask(100, Class::Normal);
-    scene.assert_never_down();
+    testbed.ask(100, Class::Normal);
+    testbed.assert_never_down();
 }
 
 // Protects the connection: what somebody on the path repeats is not the peer.
 #[test]
 fn a_packet_repeated_from_another_port_moves_nobody() {
-    let scene = Scene::new();
-    scene.ask(100, Class::Normal);
-    let repeater = UdpSocket::bind((scene.relay.address().ip(), 0)).unwrap();
+    let testbed = Testbed::new();
+    testbed.ask(100, Class::Normal);
+    let repeater = UdpSocket::bind((testbed.relay.address().ip(), 0)).unwrap();
     for _ in 0..10 {
-        let packet = scene.relay.last_short();
+        let packet = testbed.relay.last_short();
         repeater
-            .send_to(&packet, scene.listener.transport.local_addr())
+            .send_to(&packet, testbed.listener.transport.local_addr())
             .unwrap();
         // Behind it in the listener's queue.
-        scene.ask(100, Class::Normal);
+        testbed.ask(100, Class::Normal);
     }
-    assert_eq!(scene.listener.count(Counter::Migrations), 0);
+    assert_eq!(testbed.listener.count(Counter::Migrations), 0);
     repeater
         .set_read_timeout(Some(Duration::from_millis(1)))
         .unwrap();
@@ -159,26 +162,26 @@ fn a_packet_repeated_from_another_port_moves_nobody() {
         repeater.recv_from(&mut [0; 2_000]).is_err(),
         "nothing is sent there"
     );
-    scene.assert_never_down();
+    testbed.assert_never_down();
 }
 
 #[test]
 fn ids_are_replaced_before_they_end() {
-    let scene = Scene::new();
+    let testbed = Testbed::new();
     let epoch = |clock: &Clock| (clock.ns(std::time::Instant::now()) >> ROAMING_EPOCH_SHIFT) as u8;
-    scene.wait_for_ids(|kind, _| kind == Kind::Roaming);
+    testbed.wait_for_ids(|kind, _| kind == Kind::Roaming);
     for _ in 0..3 {
-        let before = epoch(&scene.clock);
+        let before = epoch(&testbed.clock);
         // Longer than any ID may go without being replaced, so that they are issued in a later
         // epoch.
-        scene
+        testbed
             .clock
             .skip(Duration::from_nanos(3 << (ROAMING_EPOCH_SHIFT - 1)));
-        let now = epoch(&scene.clock);
+        let now = epoch(&testbed.clock);
         assert_ne!(before, now);
         // The next one may begin while they are waited for.
-        let is_later = |id: u8| [now, epoch(&scene.clock)].iter().any(|e| id == e & 0x1f);
-        scene.wait_for_ids(|kind, id| kind == Kind::Roaming && is_later(id));
+        let is_later = |id: u8| [now, epoch(&testbed.clock)].iter().any(|e| id == e & 0x1f);
+        testbed.wait_for_ids(|kind, id| kind == Kind::Roaming && is_later(id));
     }
-    scene.assert_never_down();
+    testbed.assert_never_down();
 }

@@ -55,7 +55,7 @@ impl Heard {
 }
 
 /// A listener, and the keys of two members with lower ids, which may dial it.
-pub(crate) struct Scene {
+pub(crate) struct Testbed {
     pub(crate) listener: Node,
     pub(crate) diallers: [SigningKey; 2],
     pub(crate) admission: Arc<Admission>,
@@ -63,7 +63,7 @@ pub(crate) struct Scene {
     pub(crate) clock: Clock,
 }
 
-impl Scene {
+impl Testbed {
     pub(crate) fn new(admission: AdmissionConfig, config: TransportConfig) -> Self {
         Self::on_shards(1, admission, config)
     }
