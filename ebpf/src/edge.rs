@@ -49,7 +49,7 @@ pub struct AttachOptions {
     pub sizes: LoadOptions,
 }
 
-/// A handle of what is pinned. It holds every descriptor that work without capabilities needs.
+/// A handle of the pinned objects. It holds every descriptor that work without capabilities needs.
 #[derive(Debug)]
 pub struct Edge {
     pins: Pins,

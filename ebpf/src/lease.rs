@@ -52,8 +52,8 @@ pub fn unpredictable() -> [u8; 16] {
 pub trait Random: FnMut() -> [u8; 16] {}
 impl<F: FnMut() -> [u8; 16]> Random for F {}
 
-/// Makes up everything secret, for programs that are about to be attached: nobody can forge a token
-/// or collide with a source before the first node comes.
+/// Makes up all secrets for programs that are about to be attached, so that no host can forge a
+/// token or collide with a source before the first node runs.
 ///
 /// # Errors
 ///

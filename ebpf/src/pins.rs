@@ -5,7 +5,7 @@
 //! 2. Everything of one layout of the maps stands in one folder; another layout is never touched,
 //!    only removed.
 //! 3. Links are named by interface index: a bpffs allows no dot in a name, interface names do.
-//! 4. Whoever changes what is pinned, or publishes, holds the lock.
+//! 4. A process that changes the pins, or publishes, holds the lock.
 //! 5. Only the owner gets at pins and lock: anybody who could open the lock's file could keep it.
 //! 6. Nothing is pinned in a bpffs that ends with a mount namespace, as that of `ip netns exec` or
 //!    of a unit with `PrivateTmp=`.
@@ -267,7 +267,7 @@ impl Pins {
         Ok(layouts)
     }
 
-    /// Takes the lock, waiting for nobody.
+    /// Takes the lock if it is free, and does not wait.
     ///
     /// # Errors
     ///
@@ -443,7 +443,7 @@ impl Pins {
     /// Takes the mount away that [`Self::create`] made; one that the host set up stays.
     fn unmount(&self) {
         if netns::is_mounted_as(&self.root, SOURCE) {
-            // Fails where somebody has a file of it open, or the folder belongs to a larger bpffs:
+            // Fails where a process has a file of it open, or the folder belongs to a larger bpffs:
             // harmless.
             let _ = unmount(&self.root, UnmountFlags::empty());
         }
@@ -475,8 +475,8 @@ impl Pins {
         self.set_label(BUILD, build)
     }
 
-    /// Which build of the programs is pinned; none if nothing says so, or somebody died while they
-    /// were replaced.
+    /// Which build of the programs is pinned; none without a label, and after a process died while
+    /// it replaced them.
     #[must_use]
     pub fn build(&self) -> Option<String> {
         self.label(&layout_name(LAYOUT), BUILD)

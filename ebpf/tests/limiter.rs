@@ -257,7 +257,8 @@ trait Contest: Sync {
     fn admitted(&self) -> u64;
 }
 
-/// Packets that each of the two CPUs offers in a round: a multiple of what a round admits.
+/// Packets that each of the two CPUs offers in a round: a multiple of the packets that a round
+/// admits.
 const OFFERED: u32 = 150;
 
 /// One round: both CPUs, from the same moment on.

@@ -258,8 +258,8 @@ impl BodyMut {
         self.filled += bytes;
     }
 
-    /// Takes the first chunk that is still here, and where its bytes begin, when it is filled: up to
-    /// its end, or to the end of the body.
+    /// Takes the first chunk that is still here, and where its bytes begin, when it is filled: up
+    /// to its end, or to the end of the body.
     pub fn take_filled(&mut self) -> Option<(usize, Chunk)> {
         let offset = self.gone * CHUNK_BYTES;
         let end = self.len.min(offset + CHUNK_BYTES);
@@ -450,8 +450,8 @@ mod tests {
         }
     }
 
-    /// Chunks leave a body in order, each when it is full, the last with what the body has left; what
-    /// was taken cannot be written any more.
+    /// Chunks leave a body in order, each when it is full, the last with what the body has left;
+    /// what was taken cannot be written any more.
     #[test]
     fn filled_chunks_can_be_taken_one_by_one() {
         let pool = pool(3);

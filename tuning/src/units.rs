@@ -63,6 +63,21 @@ impl Period {
     }
 }
 
+/// `value` as a `usize`; saturates. The schema's bounds keep every value of a config far inside.
+pub fn to_usize(value: u64) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
+}
+
+/// `value` as a `u32`; saturates. The schema's bounds keep every value of a config far inside.
+pub fn to_u32(value: u64) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
+
+/// `value` as a `u16`; saturates. The schema's bounds keep every value of a config far inside.
+pub fn to_u16(value: u64) -> u16 {
+    u16::try_from(value).unwrap_or(u16::MAX)
+}
+
 /// Why a size or a duration was refused.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]

@@ -40,13 +40,14 @@ use millrace_edge::publish::{PublishError, Publisher, Standing};
 use millrace_edge_policy::rules::{Compiled, RuleAction, Temporary};
 use millrace_edge_policy::settings::Mode;
 use millrace_tuning::NodeConfig;
+use millrace_tuning::units::to_u32;
 use serde::Serialize;
 
 use crate::error::{ControlError, Fault, Retry};
 use crate::journal::{Pending, Record, Refused, RolledBack, SetInputs, SetRecord};
 use crate::nftables::{Nftables, Restored, Tables, mend};
 use crate::plan::{self, Firewall};
-use crate::policy::{EdgePolicy, ProgramPolicy, to_u32};
+use crate::policy::{EdgePolicy, ProgramPolicy};
 
 /// What is to be in force.
 #[derive(Debug, Clone)]
@@ -318,8 +319,8 @@ impl<'e> LockedEdge<'e> {
         Ok(number)
     }
 
-    /// Puts a temporary rule on top of what is in force, for a period from now. The request gives
-    /// the registry's key and the node's locality; what it says otherwise is not applied.
+    /// Puts a temporary rule on top of the set in force, for a period from now. The request gives
+    /// the registry's key and the node's locality; its other fields are not applied.
     ///
     /// # Errors
     ///

@@ -21,7 +21,7 @@ pub enum Fault {
     Operator,
     /// Another process's: it holds what this one needs.
     Held,
-    /// Nobody's: no edge is attached.
+    /// No fault: no edge is attached.
     Absent,
     /// The journal's: the file cannot be read or written.
     Journal,

@@ -5,7 +5,7 @@
 //! |---|---|
 //! | [`policy`] | the config's side: what belongs to a set, to the program, to the node |
 //! | [`plan`] | from policy and registry to a compiled set |
-//! | [`apply`] | puts a set in force, for good or to be confirmed; finishes what was left half done |
+//! | [`apply`] | puts a set in force, for good or to be confirmed; finishes an apply that was cut off |
 //! | [`journal`] | what must outlive a process: one file under one lock |
 //! | `nftables` | the table of nftables, as it should be |
 //! | [`open`] | attaches, or takes over what is pinned; what a node holds of it |

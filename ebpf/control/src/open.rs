@@ -226,8 +226,7 @@ fn adopt_or_attach(
             let text = format!("attaching takes {}", names.join(", "));
             return Err(ControlError::new(Fault::Permission, text));
         }
-        // What a process that died while attaching has left is in nobody's way, if this one may
-        // attach.
+        // The remains of a process that died while attaching do no harm where this one may attach.
         Err(EdgeError::Incomplete { .. } | EdgeError::Maps(_)) if missing.is_empty() => {}
         Err(error) => return Err(error.into()),
     }

@@ -14,6 +14,7 @@ use millrace_edge_policy::rules::Bounds;
 use millrace_edge_policy::settings::{self, Caps, Kind, Limits, Mode, Scope, Service, Settings};
 use millrace_tuning::Period;
 use millrace_tuning::config::{DefaultAction, EdgeMode, EdgeScope, EdgeSection, XdpMode};
+use millrace_tuning::units::{to_u32, to_usize};
 use serde::{Deserialize, Serialize};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -199,14 +200,6 @@ pub fn mode(mode: EdgeMode) -> Mode {
         EdgeMode::Count => Mode::Count,
         EdgeMode::Enforce => Mode::Enforce,
     }
-}
-
-pub(crate) fn to_usize(number: u64) -> usize {
-    usize::try_from(number).unwrap_or(usize::MAX)
-}
-
-pub(crate) fn to_u32(number: u64) -> u32 {
-    u32::try_from(number).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]

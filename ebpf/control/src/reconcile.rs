@@ -75,7 +75,7 @@ pub(crate) struct Reconciler {
     table_changed: bool,
     table_at: Instant,
     interfaces_at: Instant,
-    /// What was said last, by what it is about.
+    /// The last message of each subject.
     said: BTreeMap<String, String>,
 }
 

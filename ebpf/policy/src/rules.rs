@@ -278,7 +278,8 @@ pub fn in_order(
 }
 
 impl Temporary {
-    /// A rule for a prefix. An IPv6 prefix of mapped IPv4 addresses is that of IPv4: packets of IPv4 have no other.
+    /// A rule for a prefix. An IPv6 prefix of mapped IPv4 addresses is that of IPv4: packets of
+    /// IPv4 have no other.
     pub fn new(prefix: IpNet, action: RuleAction, until_unix_seconds: u64) -> Self {
         const MAPPED_BITS: u8 = 96;
         let mapped = |v6: Ipv6Net| {

@@ -6,6 +6,7 @@ use millrace_shards::socket::UdpGroupConfig;
 use millrace_transport::config::{CongestionControl, PerClass, TransportConfig};
 use millrace_tuning::NodeConfig;
 use millrace_tuning::config::{self, ShardProfile};
+use millrace_tuning::units::{to_u16, to_u32, to_usize};
 
 /// One shard for each core that the config names, or for each of `cpus`.
 pub fn shards(config: &NodeConfig, cpus: &[u64]) -> Vec<ShardConfig> {
@@ -106,19 +107,6 @@ pub fn transport(config: &NodeConfig) -> TransportConfig {
         handshakes_max: to_usize(from.handshakes_max),
         packets_per_turn: to_usize(from.packets_per_turn),
     }
-}
-
-// The schema's bounds keep every value far inside these types; saturating is for the compiler.
-fn to_usize(value: u64) -> usize {
-    usize::try_from(value).unwrap_or(usize::MAX)
-}
-
-fn to_u32(value: u64) -> u32 {
-    u32::try_from(value).unwrap_or(u32::MAX)
-}
-
-fn to_u16(value: u64) -> u16 {
-    u16::try_from(value).unwrap_or(u16::MAX)
 }
 
 #[cfg(test)]

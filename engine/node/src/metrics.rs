@@ -64,7 +64,7 @@ const OWN: &[Own] = &[
         name: "millrace_chunks_free",
         kind: Kind::Gauge,
         label: Some("shard"),
-        help: "Chunks that nobody holds",
+        help: "Free chunks",
     },
     Own {
         name: "millrace_registry_version",

@@ -7,8 +7,8 @@
 //! | kind  | class | method  | id       | body_bytes | arg        | body ...
 //! ```
 //!
-//! 1. A header of unknown kind or class, or of a size above the limit of what carries it, is an
-//!    error before one byte of its body is kept.
+//! 1. A header of unknown kind or class, or with a size above the limit of its lane or stream, is
+//!    an error before one byte of its body is kept.
 //! 2. [`LaneParser`] keeps at most one unfinished frame, and hands over without a copy every body
 //!    that lies whole in the slice it was given.
 
@@ -143,8 +143,8 @@ pub struct Method(pub u16);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum FailureCode {
-    /// Not now: the peer has too many requests in flight, fills its share of the server's memory, or
-    /// the server has no memory or no place in a queue. Ask again later or elsewhere.
+    /// Not now: the peer has too many requests in flight, fills its share of the server's memory,
+    /// or the server has no memory or no place in a queue. Ask again later or elsewhere.
     Busy,
     /// No handler for the method.
     UnknownMethod,

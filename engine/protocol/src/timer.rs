@@ -14,7 +14,7 @@
 //! 4. `next` is never later than the earliest timer; it may be earlier, when a slot of a higher
 //!    level must be spread first.
 //!
-//! The number of timers is bounded by what their owner holds: one per connection, request, peer.
+//! Their owner bounds the number of timers: one per connection, request, peer.
 
 use std::{
     fmt,

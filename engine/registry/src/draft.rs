@@ -44,7 +44,7 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Version 1, with one subnet that nobody else has. `name` is for people.
+    /// Version 1, with one subnet of a new id. `name` is for operators.
     ///
     /// # Errors
     /// [`KeyError::NoRandom`].

@@ -1,4 +1,5 @@
-//! Generated pages must equal what is committed; `MILLRACE_BLESS=1` (`make docs`) writes them instead.
+//! Generated pages must equal what is committed; `MILLRACE_BLESS=1` (`make docs`) writes them
+//! instead.
 
 use std::path::Path;
 

@@ -176,7 +176,7 @@ impl Mapping {
             let at = unsafe { self.ptr.as_ptr().add(page) };
             // SAFETY: the byte is mapped and initialised.
             let byte = unsafe { at.read_volatile() };
-            // SAFETY: the byte is mapped, and the caller says that nobody else uses it.
+            // SAFETY: the byte is mapped, and the caller says that it has no other user.
             unsafe { at.write_volatile(byte) };
         }
     }

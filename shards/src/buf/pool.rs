@@ -238,7 +238,7 @@ impl Deref for ChunkMut {
 
     fn deref(&self) -> &[u8] {
         let (data, len) = self.bytes();
-        // SAFETY: the chunk's units are initialised and written by nobody but through `self`.
+        // SAFETY: the chunk's units are initialised and written only through `self`.
         unsafe { std::slice::from_raw_parts(data.as_ptr(), len) }
     }
 }
@@ -292,7 +292,7 @@ impl Deref for Chunk {
     fn deref(&self) -> &[u8] {
         let header = self.header();
         let len = header.len.load(Ordering::Relaxed) as usize;
-        // SAFETY: len <= the chunk's initialised bytes, which nobody writes while a Chunk lives.
+        // SAFETY: len <= the chunk's initialised bytes, which are not written while a Chunk lives.
         unsafe { std::slice::from_raw_parts(header.data.as_ptr(), len) }
     }
 }
@@ -410,8 +410,8 @@ mod tests {
         assert!(none.take().is_none());
     }
 
-    /// A chunk takes what it needs, rounded up to units, and neighbours in one chunk do not see each
-    /// other's bytes.
+    /// A chunk takes what it needs, rounded up to units, and neighbours in one chunk do not see
+    /// each other's bytes.
     #[test]
     fn small_chunks_share_a_whole_one() {
         let pool = pool(2);
@@ -438,8 +438,8 @@ mod tests {
         );
     }
 
-    /// An account hears of a chunk at its last drop, be that of a clone or of a slice, on any thread,
-    /// after the pool and the account's other handles are gone.
+    /// An account hears of a chunk at its last drop, be that of a clone or of a slice, on any
+    /// thread, after the pool and the account's other handles are gone.
     #[test]
     fn a_charge_ends_with_the_last_handle() {
         let pool = pool(2);
@@ -468,7 +468,7 @@ mod tests {
         assert_eq!((first.settle(), second.settle()), (CHUNK_BYTES as u64, 0));
         drop(chunk);
         assert_eq!((first.settle(), second.settle()), (0, CHUNK_BYTES as u64));
-        // The next owner of the same memory is charged to nobody.
+        // The next owner of the same memory is charged to no account.
         drop(pool.take());
         assert_eq!((first.settle(), second.settle()), (0, 0));
     }

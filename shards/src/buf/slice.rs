@@ -59,7 +59,8 @@ impl ChunkSlice {
         part
     }
 
-    /// Asks the processor for the bytes from `at` on, at most `bytes` of them, ahead of their use; does nothing beyond the slice's end.
+    /// Asks the processor for the bytes from `at` on, at most `bytes` of them, ahead of their use;
+    /// does nothing beyond the slice's end.
     #[inline]
     pub fn prefetch(&self, at: usize, bytes: usize) {
         const LINE_BYTES: usize = 64;

@@ -112,8 +112,8 @@ impl UnitMap {
             Some(after(used & !mask))
         });
         if before.is_ok_and(|before| before & !mask == 0) {
-            // Only this thread frees the last unit, and nobody takes from a word of all ones: until
-            // the push the chunk is this thread's.
+            // Only this thread frees the last unit, and no thread takes from a word of all ones:
+            // until the push the chunk is this thread's.
             self.split[chunk / 64].fetch_and(!(1 << (chunk % 64)), Ordering::Relaxed);
             self.push_whole(chunk as u32);
         }
@@ -155,8 +155,8 @@ impl UnitMap {
         }
     }
 
-    /// The split chunk with the fewest free units that has such a run: its index, its used units and
-    /// where the run starts.
+    /// The split chunk with the fewest free units that has such a run: its index, its used units
+    /// and where the run starts.
     fn fullest_with(&self, units: u32) -> Option<(usize, u16, u32)> {
         let mut best: Option<(usize, u16, u32)> = None;
         for (word, bits) in self.split.iter().enumerate() {
@@ -177,7 +177,7 @@ impl UnitMap {
 
     fn split_one(&self, units: u32) -> Option<Run> {
         let chunk = self.whole.pop()?;
-        // The chunk is this thread's until the store: a word of all ones gives nobody anything.
+        // The chunk is this thread's until the store: a word of all ones gives no thread anything.
         self.used[chunk as usize].store(mask_of(0, units), Ordering::Release);
         self.split[chunk as usize / 64].fetch_or(1 << (chunk % 64), Ordering::Relaxed);
         let first = chunk * UNITS_PER_CHUNK;

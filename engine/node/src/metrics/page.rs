@@ -12,8 +12,9 @@ use millrace_testkit::page::is_fresh;
 
 const HEAD: &str = "# Metrics
 
-Generated from the tables of the code by `make docs`; do not edit. `GET /metrics` on the admin socket gives OpenMetrics
-text; a counter's sample has `_total` after the name. A family of reasons appears with its first event.
+Generated from the tables of the code by `make docs`; do not edit. `GET /metrics` on the admin
+socket gives OpenMetrics text; a counter's sample has `_total` after the name. A family of reasons
+appears with its first event.
 
 ## Millrace
 
@@ -24,14 +25,14 @@ text; a counter's sample has `_total` after the name. A family of reasons appear
 const REFERENCE: &str = "
 ## Names of the reference
 
-For dashboards that exist: the same thing under the name that the reference implementation has for it.
+For dashboards that exist: the same values under the names of the reference implementation.
 
 | name | type | computed from |
 |---|---|---|
 ";
 
 const LEFT_OUT: &str = "
-Left out, because nothing counts what they mean:
+Left out, because Millrace counts nothing of the kind:
 
 | name, after `quic_transport_` | instead |
 |---|---|

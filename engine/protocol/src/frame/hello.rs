@@ -211,7 +211,8 @@ mod tests {
     }
 
     // Protects rolling upgrades: neighbouring releases talk, in the newest version that both know,
-    // whichever of them says hello to the other; releases too far apart say which versions they have.
+    // whichever of them says hello to the other; releases too far apart say which versions they
+    // have.
     #[test]
     fn neighbouring_releases_agree() {
         #[rustfmt::skip]
