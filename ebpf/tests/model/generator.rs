@@ -2,7 +2,8 @@
 //! check.
 
 use millrace_edge_policy::cid::{HANDSHAKE_EPOCH_SHIFT, LocalCid, Place, ROAMING_EPOCH_SHIFT};
-use millrace_edge_policy::model::{Cookie, Model};
+use millrace_edge_policy::model::{Cookie, Flow, Model};
+use millrace_edge_policy::packet::Packet;
 use millrace_edge_policy::siphash::Key;
 use millrace_edge_policy::{proof, token};
 use proptest::prelude::{Rng as _, RngExt as _};
@@ -159,6 +160,16 @@ impl Generator {
         let mut bytes = frame.bytes();
         self.spoil_bytes(&mut bytes);
         bytes
+    }
+
+    /// The flow that a remembered frame answers; none if no frame is remembered.
+    pub(crate) fn answered(&mut self) -> Option<Flow> {
+        if self.remembered.is_empty() {
+            return None;
+        }
+        let frame = self.again();
+        let packet = Packet::parse(&frame).ok()?;
+        Some(Flow::answered_by(&packet))
     }
 
     fn again(&mut self) -> Vec<u8> {

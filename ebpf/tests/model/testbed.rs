@@ -245,12 +245,18 @@ pub(crate) fn change(generator: &mut Generator, both: &mut Lockstep, now_ns: &mu
         }
         18 if generator.once_in(8) => both.forget_replies(),
         _ => {
-            let flow = Flow {
+            // Half of the time one that a frame answers which comes again.
+            let seen = if generator.once_in(2) {
+                generator.answered()
+            } else {
+                None
+            };
+            let flow = seen.unwrap_or_else(|| Flow {
                 remote: source(generator),
                 remote_port: generator.source().port(),
                 port: generator.port(),
                 protocol: generator.one_of(&[Protocol::Udp, Protocol::Tcp]),
-            };
+            });
             let lives_ns = match flow.protocol {
                 Protocol::Udp => REPLY_UDP_NS,
                 Protocol::Tcp => REPLY_TCP_NS,
