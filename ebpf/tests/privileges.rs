@@ -29,12 +29,14 @@ fn without_capabilities_the_node_goes_on() {
     }
     let (pair, home) = (Pair::new("caps"), Home::new());
     let ends = Ends::new(&pair);
-    let mut child = process::command("unprivileged-node")
-        .arg(&pair.node.name)
-        .arg(home.pins.root())
-        .stdin(Stdio::null())
-        .spawn()
-        .unwrap();
+    let start = || {
+        process::command("unprivileged-node")
+            .arg(home.pins.root())
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap()
+    };
+    let mut child = pair.node.enter(start);
     assert!(child.wait().unwrap().success());
 
     // The process left its last set and programs, the helper's table, and the interface that the

@@ -8,59 +8,18 @@
 
 pub mod cpu;
 pub mod edge;
-mod enter;
 pub mod flood;
 pub mod mocked;
 pub mod node;
 pub mod process;
 pub mod sets;
 
-use std::process::{Command, Output};
-use std::sync::atomic::{AtomicU32, Ordering};
-
-pub use enter::enter;
-pub use millrace_testkit::{PATIENCE, skip, until};
+pub use millrace_testkit::netns::output as ok;
+pub use millrace_testkit::{Namespace, PATIENCE, skip, until};
 
 /// Whether the test can run here; otherwise it reports what is missing.
 pub fn privileged(test: &str) -> bool {
     skip::has_all(test, &millrace_edge::privileges::missing())
-}
-
-/// A network namespace of its own; removed when dropped.
-#[derive(Debug)]
-pub struct Namespace {
-    pub name: String,
-}
-
-impl Namespace {
-    pub fn new(label: &str) -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("mr-{label}-{}-{number}", std::process::id());
-        ok(Command::new("ip").args(["netns", "add", &name]));
-        let namespace = Self { name };
-        namespace.ip("link set lo up");
-        namespace
-    }
-
-    /// Runs `ip` in it.
-    pub fn ip(&self, arguments: &str) -> String {
-        let words = arguments.split_whitespace();
-        ok(Command::new("ip").args(["-n", &self.name]).args(words))
-    }
-
-    /// Runs a function on a thread of its own in the namespace. Sockets made there stay there.
-    pub fn enter<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
-        enter(&self.name, act)
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = Command::new("ip")
-            .args(["netns", "del", &self.name])
-            .output();
-    }
 }
 
 /// Two namespaces, joined by a veth pair.
@@ -100,15 +59,4 @@ impl Pair {
         }
         pair
     }
-}
-
-/// Runs a command that must succeed.
-pub fn ok(command: &mut Command) -> String {
-    let output: Output = command.output().unwrap();
-    assert!(
-        output.status.success(),
-        "{command:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8(output.stdout).unwrap()
 }

@@ -23,16 +23,18 @@ pub fn command(job: &str) -> Command {
     command
 }
 
-/// Starts a job that attaches an edge and then waits for the end of its standard input. The edge is
-/// in force when this returns.
+/// Starts a job in the node's namespace that attaches an edge and then waits for the end of its
+/// standard input. The edge is in force when this returns.
 pub fn attached(node: &Namespace, pins: &Pins, job: &str) -> Child {
-    let mut child = command(job)
-        .arg(&node.name)
-        .arg(pins.root())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let start = || {
+        command(job)
+            .arg(pins.root())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let mut child = node.enter(start);
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     assert!(
         lines.any(|line| line.unwrap().contains(ATTACHED)),

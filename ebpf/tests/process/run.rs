@@ -2,8 +2,6 @@
 //! job; a job that fails panics, which its exit status shows.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
-#[path = "../common/enter.rs"]
-mod enter;
 #[path = "../common/sets.rs"]
 mod sets;
 mod unprivileged;
@@ -12,7 +10,6 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Read as _};
 
-use enter::enter;
 use millrace_edge::edge::{Edge, EdgeError};
 use millrace_edge::helper::serve_stdin;
 use millrace_edge::interface::AttachMode;
@@ -30,11 +27,11 @@ fn main() {
         .map(|word| word.to_str().unwrap())
         .collect();
     match words[..] {
-        ["attach-and-wait", netns, root] => attach_and_wait(netns, root, |edge| {
+        ["attach-and-wait", root] => attach_and_wait(root, |edge| {
             edge.publish(&set(Mode::Enforce, RuleAction::Deny), 7, None)
                 .unwrap();
         }),
-        ["limit-and-wait", netns, root] => attach_and_wait(netns, root, |edge| {
+        ["limit-and-wait", root] => attach_and_wait(root, |edge| {
             edge.publish(&limited(), 7, None).unwrap();
             // As the node charges handshakes of QUIC that complete; the kernel charges those of
             // TCP.
@@ -44,21 +41,18 @@ fn main() {
             }
         }),
         ["out-of-sight", root] => out_of_sight(&Pins::at(root)),
-        ["unprivileged-node", netns, root] => enter(netns, || unprivileged::node(Pins::at(root))),
+        ["unprivileged-node", root] => unprivileged::node(Pins::at(root)),
         ["helper"] => serve_stdin().unwrap(),
         _ => panic!("no such job: {words:?}"),
     }
 }
 
-/// Attaches an edge in a network namespace, puts a set in force, and keeps it until standard input
-/// ends.
-fn attach_and_wait(netns: &str, root: &str, put_in_force: impl FnOnce(&Edge) + Send) {
-    enter(netns, || {
-        let edge = Edge::attach(&Pins::at(root), &options(AttachMode::Native)).unwrap();
-        put_in_force(&edge);
-        println!("attached and published");
-        let _ = io::stdin().read_line(&mut String::new());
-    });
+/// Attaches an edge, puts a set in force, and keeps it until standard input ends.
+fn attach_and_wait(root: &str, put_in_force: impl FnOnce(&Edge)) {
+    let edge = Edge::attach(&Pins::at(root), &options(AttachMode::Native)).unwrap();
+    put_in_force(&edge);
+    println!("attached and published");
+    let _ = io::stdin().read_line(&mut String::new());
 }
 
 /// Looks for an edge before and after another process attaches it where this process's mounts do

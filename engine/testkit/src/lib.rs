@@ -3,18 +3,21 @@
 //! - [`wait`]: waits for a condition, with a bound.
 //! - [`skip`]: says that a test cannot run on this host, and fails where it must run.
 //! - [`net`]: addresses that no other test takes.
+//! - [`netns`]: network namespaces.
 //! - [`ids`]: keys and node ids made from small numbers.
 //! - [`page`]: pages that are generated from the code.
 //! - [`seeds`]: how many seeds a simulation runs, and which one failed.
 
 pub mod ids;
 pub mod net;
+pub mod netns;
 pub mod page;
 pub mod seeds;
 pub mod skip;
 pub mod wait;
 
 pub use net::free_addr;
+pub use netns::Namespace;
 pub use seeds::for_seeds;
 pub use skip::has_all;
 pub use wait::{PATIENCE, eventually, until};

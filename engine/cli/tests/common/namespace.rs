@@ -1,18 +1,15 @@
 //! Two network namespaces and a cable: a node on one end, everybody else on the other.
 
-use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use millrace_edge::edge::Edge;
 use millrace_edge::pins::Pins;
+pub use millrace_testkit::Namespace;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::{eventually, skip};
 
@@ -26,62 +23,6 @@ pub const STRANGER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 66);
 /// Whether the test can run here; says what it lacks otherwise.
 pub fn privileged(test: &str) -> bool {
     skip::has_all(test, &millrace_edge::privileges::missing())
-}
-
-/// A network namespace; removed when dropped.
-#[derive(Debug)]
-pub struct Namespace {
-    pub name: String,
-}
-
-impl Namespace {
-    fn new(label: &str) -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("mr-{label}-{}-{number}", std::process::id());
-        tool("ip", &["netns", "add", &name]);
-        let namespace = Self { name };
-        namespace.ip("link set lo up");
-        namespace
-    }
-
-    /// Runs `ip` in it.
-    pub fn ip(&self, arguments: &str) -> String {
-        let inside = ["-n", &self.name];
-        let words: Vec<&str> = inside
-            .into_iter()
-            .chain(arguments.split_whitespace())
-            .collect();
-        tool("ip", &words)
-    }
-
-    /// Runs `nft` in it.
-    pub fn nft(&self, arguments: &str) -> String {
-        let words: Vec<&str> = arguments.split_whitespace().collect();
-        self.enter(|| tool("nft", &words))
-    }
-
-    /// Runs a function on a thread of its own in the namespace. Sockets, threads and processes that it makes stay there.
-    pub fn enter<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
-        let file = File::open(format!("/run/netns/{}", self.name)).unwrap();
-        std::thread::scope(|scope| {
-            let inside = scope.spawn(|| {
-                move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
-                act()
-            });
-            inside
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = Command::new("ip")
-            .args(["netns", "del", &self.name])
-            .output();
-    }
 }
 
 /// The two of them.
@@ -165,11 +106,5 @@ impl Drop for Pinned {
 
 /// The output of a program that must succeed.
 pub fn tool(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).output().unwrap();
-    assert!(
-        output.status.success(),
-        "{program} {arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8(output.stdout).unwrap()
+    millrace_testkit::netns::output(Command::new(program).args(arguments))
 }
