@@ -10,7 +10,8 @@ use common::{json, millrace, ok, stderr, stdout, text};
 
 const KEY: &str = "aa11111111111111111111111111111111111111111111111111111111111111";
 
-/// Five different mistakes are five lines, each with position, reason and fix; the exit code says bad config.
+/// Five different mistakes are five lines, each with position, reason and fix; the exit code says
+/// bad config.
 #[test]
 fn check_reports_all_mistakes_of_a_config_at_once() {
     let dir = tempfile::tempdir().unwrap();
@@ -65,7 +66,8 @@ fn check_reports_all_mistakes_of_a_config_at_once() {
     );
 }
 
-/// A good config passes without a look at the host; with it, what is missing there is exit 3 and names its fix.
+/// A good config passes without a look at the host; with it, what is missing there is exit 3 and
+/// names its fix.
 #[test]
 fn check_tells_mistakes_from_obstacles_of_the_host() {
     let dir = tempfile::tempdir().unwrap();
@@ -92,7 +94,8 @@ fn check_tells_mistakes_from_obstacles_of_the_host() {
     assert!(report.contains("registry folder registry"), "{report}");
 }
 
-/// What `millrace xdp apply` would refuse is a mistake here already; an interface that is missing may be there elsewhere.
+/// What `millrace xdp apply` would refuse is a mistake here already; an interface that is missing
+/// may be there elsewhere.
 #[test]
 fn check_refuses_of_the_edge_what_apply_would() {
     let dir = tempfile::tempdir().unwrap();
@@ -212,7 +215,8 @@ fn keygen_makes_a_private_key_once() {
     assert_eq!(std::fs::read(&key).unwrap(), before);
 }
 
-/// The walk of an operator: init, two nodes in, one moved, one out; every version stays and verifies.
+/// The walk of an operator: init, two nodes in, one moved, one out; every version stays and
+/// verifies.
 #[test]
 fn registry_versions_are_added_signed_and_checked() {
     let dir = tempfile::tempdir().unwrap();

@@ -41,7 +41,8 @@ fn one_artifact_reaches_every_node_and_is_checked_there() {
     assert!(outcome["rss_bytes_max"].as_u64().unwrap() > (4 * 3) << 20);
 }
 
-/// Many more shards than cores, and bodies of the awkward sizes: none, small, one byte over a chunk.
+/// Many more shards than cores, and bodies of the awkward sizes: none, small, one byte over a
+/// chunk.
 #[test]
 fn awkward_sizes_and_many_nodes_work() {
     for (nodes, payload) in [
@@ -106,7 +107,8 @@ fn the_table_names_every_node() {
     );
 }
 
-/// The first thing that a newcomer sees of the edge: a subnet that works under a flood, counts of one end of the cable, and nothing left behind.
+/// The first thing that a newcomer sees of the edge: a subnet that works under a flood, counts of
+/// one end of the cable, and nothing left behind.
 #[test]
 fn a_subnet_behind_the_edge_works_under_a_flood() {
     if !privileged("a_subnet_behind_the_edge_works_under_a_flood") {
@@ -133,14 +135,15 @@ fn a_subnet_behind_the_edge_works_under_a_flood() {
             row.split_whitespace().nth(2).unwrap().parse().unwrap()
         })
     };
-    // Half of them each: those of a stranger, and forged ones from an address of members.
+    // Half of them each: those of a non_member, and forged ones from an address of members.
     assert!(packets("firewall_default") > 0, "{rows}");
     let forged = packets("quic_unknown_id");
     assert!(
         forged > 0 && forged <= sent / 2,
         "{forged} of {sent}: {rows}"
     );
-    // What the node sends goes to ports that are none of its edge's business: seen by the far end alone.
+    // What the node sends goes to ports that are none of its edge's business: seen by the far end
+    // alone.
     assert!(packets("pass_other") < 1_000, "{rows}");
     let left = tool("ip", &["netns", "list"]);
     assert!(!left.contains("millrace-dev-"), "{left}");

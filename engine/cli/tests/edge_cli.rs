@@ -1,17 +1,19 @@
-//! The edge as an operator runs it: the binary, in a namespace of its own, with an interface that packets arrive on.
+//! The edge as an operator runs it: the binary, in a namespace of its own, with an interface that
+//! packets arrive on.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
-#[path = "common/site.rs"]
-mod site;
+#[path = "common/edge_testbed.rs"]
+mod edge_testbed;
 
 use std::path::Path;
 use std::process::Command;
 
 use caps::Capability;
-use common::namespace::{OPERATOR, Pinned, STRANGER, privileged, tool};
+use common::namespace::{NON_MEMBER, OPERATOR, Pinned, privileged, tool};
 use common::process::{Privileges, assert_harmless, bits, children, threads};
 use common::{eventually, millrace, stderr, stdout, text};
+use edge_testbed::{ELSEWHERE, PORT, Testbed, allow_all_but_the_non_member, rule};
 use libbpf_rs::Link;
 use millrace_edge::edge::{AttachOptions, Edge};
 use millrace_edge::interface::AttachMode;
@@ -19,34 +21,35 @@ use millrace_edge::pins::{Kind, Pins};
 use millrace_edge_control::Record;
 use millrace_edge_policy::rules::{Bounds, compile};
 use millrace_edge_policy::settings::{DefaultAction, Kind as ServiceKind, Mode, Service, Settings};
-use site::{ELSEWHERE, PORT, Site, allow_all_but_the_stranger, rule};
 
 #[test]
 fn an_operator_goes_from_nothing_to_enforcing_and_back() {
     if !privileged("an_operator_goes_from_nothing_to_enforcing_and_back") {
         return;
     }
-    let site = Site::new("cli", "");
-    let _servers = [PORT, ELSEWHERE].map(|port| site.serve(port));
-    site.pair.node.nft("add table inet other");
-    let version = site.registry.set_firewall(&allow_all_but_the_stranger());
+    let testbed = Testbed::new("cli", "");
+    let _servers = [PORT, ELSEWHERE].map(|port| testbed.serve(port));
+    testbed.pair.node.nft("add table inet other");
+    let version = testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
 
-    let attached = site.json("attach", &[]);
+    let attached = testbed.json("attach", &[]);
     assert_eq!(attached["mode"], "count", "{attached}");
     assert_eq!(attached["interfaces"][0], "mr0");
     assert_eq!(attached["registry_version"], version);
-    site.talk(STRANGER, PORT).unwrap();
-    let (acted, would) = site.packets("firewall_deny");
+    testbed.talk(NON_MEMBER, PORT).unwrap();
+    let (acted, would) = testbed.packets("firewall_deny");
     assert!(acted == 0 && would > 0, "{acted} refused, {would} counted");
-    let traced = site.trace(STRANGER, PORT, "tcp-syn");
+    let traced = testbed.trace(NON_MEMBER, PORT, "tcp-syn");
     assert_eq!(traced["enforced"], false, "{traced}");
 
-    let applied = site.json("apply", &["--mode", "enforce"]);
+    let applied = testbed.json("apply", &["--mode", "enforce"]);
     assert_eq!(applied["mode"], "enforce", "{applied}");
-    site.assert_denied(STRANGER);
-    site.talk(STRANGER, ELSEWHERE).unwrap();
-    site.talk(OPERATOR, PORT).unwrap();
-    let traced = site.trace(STRANGER, PORT, "tcp-syn");
+    testbed.assert_denied(NON_MEMBER);
+    testbed.talk(NON_MEMBER, ELSEWHERE).unwrap();
+    testbed.talk(OPERATOR, PORT).unwrap();
+    let traced = testbed.trace(NON_MEMBER, PORT, "tcp-syn");
     assert_eq!(
         (&traced["reason"], &traced["action"], &traced["enforced"]),
         (&"firewall_deny".into(), &"drop".into(), &true.into())
@@ -56,7 +59,7 @@ fn an_operator_goes_from_nothing_to_enforcing_and_back() {
         traced["rule"].as_str().unwrap().contains(&place),
         "{traced}"
     );
-    let rules = site.json("rules", &[]);
+    let rules = testbed.json("rules", &[]);
     let denying = rules.as_array().unwrap().iter();
     let denying = denying.filter(|row| row["origin"] == *place);
     assert!(
@@ -67,45 +70,46 @@ fn an_operator_goes_from_nothing_to_enforcing_and_back() {
     );
 
     // Without a node, and without its config.
-    let pins = text(&site.pinned.0);
+    let pins = text(&testbed.pinned.0);
     let detach = || millrace(&["xdp", "detach", "--pins", pins]);
-    let detached = site.pair.node.enter(detach);
+    let detached = testbed.pair.node.enter(detach);
     assert_eq!(detached.status.code(), Some(0), "{}", stderr(&detached));
     assert_eq!(
-        site.pair.node.nft("list tables").trim(),
+        testbed.pair.node.nft("list tables").trim(),
         "table inet other",
         "its own table is gone, another stays"
     );
-    assert!(!site.pair.node.ip("-d link show mr0").contains("xdp"));
-    assert!(!site.pinned.pins().is_present() && !site.pinned.pins().journal_path().exists());
+    assert!(!testbed.pair.node.ip("-d link show mr0").contains("xdp"));
+    assert!(!testbed.pinned.pins().is_present() && !testbed.pinned.pins().journal_path().exists());
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
     assert!(!mounts.contains(pins));
-    assert_eq!(site.xdp("status", &[]).status.code(), Some(69));
-    site.talk(STRANGER, PORT).unwrap();
+    assert_eq!(testbed.xdp("status", &[]).status.code(), Some(69));
+    testbed.talk(NON_MEMBER, PORT).unwrap();
 }
 
-/// Puts a set in force, for a second, that shuts the operator out. No node runs, and no process waits.
-fn cut_off(site: &Site) {
-    let before = site.status();
-    let (denied, _) = site.packets("firewall_deny");
-    site.registry.set_firewall(&rule("deny", "10.77.0.0/24"));
-    let mut operator = site.talk(OPERATOR, PORT).unwrap();
+/// Puts a set in force, for a second, that shuts the operator out. No node runs, and no process
+/// waits.
+fn cut_off(testbed: &Testbed) {
+    let before = testbed.status();
+    let (denied, _) = testbed.packets("firewall_deny");
+    testbed.registry.set_firewall(&rule("deny", "10.77.0.0/24"));
+    let mut operator = testbed.talk(OPERATOR, PORT).unwrap();
     operator.types_during(|| {
-        let applied = site.json("apply", &["--mode", "enforce", "--confirm", "1s"]);
+        let applied = testbed.json("apply", &["--mode", "enforce", "--confirm", "1s"]);
         assert_eq!(applied["confirm_within_seconds"], 1.0, "{applied}");
         eventually("the probation ends", || {
-            site.status()["confirm_seconds_left"]
+            testbed.status()["confirm_seconds_left"]
                 .is_null()
                 .then_some(())
         });
     });
-    assert!(site.packets("firewall_deny").0 > denied, "cut off");
+    assert!(testbed.packets("firewall_deny").0 > denied, "cut off");
     operator.hears_all();
-    let after = site.status();
+    let after = testbed.status();
     for key in ["set", "mode", "registry_version"] {
         assert_eq!(before[key], after[key], "{key}");
     }
-    let late = site.xdp("confirm", &[]);
+    let late = testbed.xdp("confirm", &[]);
     assert_eq!(late.status.code(), Some(1));
     assert!(
         stderr(&late).contains("no set is on probation"),
@@ -119,43 +123,49 @@ fn what_cuts_the_operator_off_reverts_by_itself() {
     if !privileged("what_cuts_the_operator_off_reverts_by_itself") {
         return;
     }
-    let site = Site::new("try", "");
-    let _server = site.serve(PORT);
-    site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
-    site.json("attach", &[]);
-    cut_off(&site);
+    let testbed = Testbed::new("try", "");
+    let _server = testbed.serve(PORT);
+    testbed
+        .registry
+        .set_firewall(&rule("allow", "10.77.0.0/24"));
+    testbed.json("attach", &[]);
+    cut_off(&testbed);
 
-    let version = site.registry.set_firewall(&allow_all_but_the_stranger());
+    let version = testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
     let enforce = ["--mode", "enforce", "--confirm", "60s"];
-    let applied = site.json("apply", &enforce);
-    let second = site.xdp("apply", &enforce);
+    let applied = testbed.json("apply", &enforce);
+    let second = testbed.xdp("apply", &enforce);
     assert_eq!(second.status.code(), Some(1));
     assert!(stderr(&second).contains("probation"), "{}", stderr(&second));
-    let third = site.xdp("deny", &["10.77.0.0/24"]);
+    let third = testbed.xdp("deny", &["10.77.0.0/24"]);
     assert_eq!(third.status.code(), Some(1));
-    assert_eq!(site.status()["temporary_rules"], 0, "refused for good");
-    site.assert_denied(STRANGER);
-    // Somebody confirms, and dies before table and state have followed: the next one finishes it.
-    let edge = Edge::adopt(&Pins::at(&site.pinned.0)).unwrap();
+    assert_eq!(testbed.status()["temporary_rules"], 0, "refused for good");
+    testbed.assert_denied(NON_MEMBER);
+    // A command confirms, and dies before table and state have followed: the next one finishes it.
+    let edge = Edge::adopt(&Pins::at(&testbed.pinned.0)).unwrap();
     edge.confirm().unwrap();
-    assert_eq!(site.json("confirm", &[])["set"], applied["set"]);
-    let again = site.xdp("confirm", &[]);
+    assert_eq!(testbed.json("confirm", &[])["set"], applied["set"]);
+    let again = testbed.xdp("confirm", &[]);
     assert_eq!(again.status.code(), Some(1), "nothing is left to confirm");
-    let status = site.status();
+    let status = testbed.status();
     assert!(status["confirm_seconds_left"].is_null(), "{status}");
     assert_eq!(
         (&status["mode"], &status["set"], &status["registry_version"]),
         (&"enforce".into(), &applied["set"], &version.into())
     );
-    site.assert_denied(STRANGER);
+    testbed.assert_denied(NON_MEMBER);
 
-    cut_off(&site);
+    cut_off(&testbed);
     // What is taken back by hand is back at once.
-    site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
-    site.json("apply", &enforce);
-    site.talk(STRANGER, PORT).unwrap();
-    site.json("revert", &[]);
-    site.assert_denied(STRANGER);
+    testbed
+        .registry
+        .set_firewall(&rule("allow", "10.77.0.0/24"));
+    testbed.json("apply", &enforce);
+    testbed.talk(NON_MEMBER, PORT).unwrap();
+    testbed.json("revert", &[]);
+    testbed.assert_denied(NON_MEMBER);
 }
 
 #[test]
@@ -163,61 +173,68 @@ fn a_running_node_waits_for_the_probation_and_keeps_what_was_confirmed() {
     if !privileged("a_running_node_waits_for_the_probation_and_keeps_what_was_confirmed") {
         return;
     }
-    let mut site = Site::new("both", "");
-    let _server = site.serve(PORT);
-    site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
-    site.start_node();
-    let applied = site.json("apply", &["--mode", "enforce", "--confirm", "60s"]);
+    let mut testbed = Testbed::new("both", "");
+    let _server = testbed.serve(PORT);
+    testbed
+        .registry
+        .set_firewall(&rule("allow", "10.77.0.0/24"));
+    testbed.start_node();
+    let applied = testbed.json("apply", &["--mode", "enforce", "--confirm", "60s"]);
     // Meanwhile the registry moves on.
-    let version = site.registry.set_firewall(&allow_all_but_the_stranger());
+    let version = testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
     eventually("the node has the version", || {
-        (site.node.status()["registry"]["newest_version"] == version).then_some(())
+        (testbed.node.status()["registry"]["newest_version"] == version).then_some(())
     });
-    assert_eq!(site.status()["set"], applied["set"]);
-    site.talk(STRANGER, PORT).unwrap();
-    site.json("confirm", &[]);
+    assert_eq!(testbed.status()["set"], applied["set"]);
+    testbed.talk(NON_MEMBER, PORT).unwrap();
+    testbed.json("confirm", &[]);
     eventually("the node puts the version in force", || {
-        (site.status()["registry_version"] == version).then_some(())
+        (testbed.status()["registry_version"] == version).then_some(())
     });
-    assert_eq!(site.status()["mode"], "enforce");
-    site.assert_denied(STRANGER);
-    site.talk(OPERATOR, PORT).unwrap();
+    assert_eq!(testbed.status()["mode"], "enforce");
+    testbed.assert_denied(NON_MEMBER);
+    testbed.talk(OPERATOR, PORT).unwrap();
 }
 
-// Protects what is in force from whoever dies in between: a node that runs finishes it, or puts its own in its place.
+// Protects the set in force from a process that dies in between: a node that runs finishes it, or
+// puts its own in its place.
 #[test]
-fn a_running_node_mends_what_somebody_left_by_halves() {
-    if !privileged("a_running_node_mends_what_somebody_left_by_halves") {
+fn a_running_node_mends_what_was_left_half_done() {
+    if !privileged("a_running_node_mends_what_was_left_half_done") {
         return;
     }
-    let mut site = Site::new("halves", "");
-    let _server = site.serve(PORT);
-    site.registry.set_firewall(&allow_all_but_the_stranger());
-    site.start_node();
+    let mut testbed = Testbed::new("halves", "");
+    let _server = testbed.serve(PORT);
+    testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
+    testbed.start_node();
     let settled = |enforce: bool, above: u32| {
         eventually("the journal has followed", || {
-            let record = Record::read(&site.pinned.pins()).unwrap();
-            let status = site.status();
+            let record = Record::read(&testbed.pinned.pins()).unwrap();
+            let status = testbed.status();
             let follows = status["set"] == record.set && record.set > above;
             let enforces = status["mode"] == "enforce";
             (follows && enforces == enforce).then_some(record.set)
         })
     };
     let set = settled(false, 0);
-    site.json("apply", &["--mode", "enforce", "--confirm", "60s"]);
-    let edge = Edge::adopt(&site.pinned.pins()).unwrap();
-    // Whoever confirms dies before table and state have followed.
+    testbed.json("apply", &["--mode", "enforce", "--confirm", "60s"]);
+    let edge = Edge::adopt(&testbed.pinned.pins()).unwrap();
+    // The command that confirms dies before table and state have followed.
     edge.confirm().unwrap();
     let set = settled(true, set);
-    let table = site
+    let table = testbed
         .pair
         .node
-        .nft(&format!("-s list table {}", site.table()));
+        .nft(&format!("-s list table {}", testbed.table()));
     let mut unstamped = table.lines().filter(|line| line.contains("unstamped"));
     assert!(unstamped.all(|line| line.contains("drop")), "{table}");
-    site.assert_denied(STRANGER);
+    testbed.assert_denied(NON_MEMBER);
 
-    // Whoever publishes dies before anything has followed, and nobody knows what was meant.
+    // The process that publishes dies before anything has followed, and no record says its intent.
     let settings = Settings {
         mode: Mode::Enforce,
         services: vec![Service {
@@ -235,7 +252,7 @@ fn a_running_node_mends_what_somebody_left_by_halves() {
     let nobody = compile(&settings, &[], bounds).unwrap();
     edge.publish(&nobody, set + 5, None).unwrap();
     settled(true, set + 5);
-    site.talk(OPERATOR, PORT).unwrap();
+    testbed.talk(OPERATOR, PORT).unwrap();
 }
 
 // Protects counts and stress from everything slow: the lease is renewed while `nft` takes its time.
@@ -244,8 +261,8 @@ fn the_lease_goes_on_while_nft_hangs() {
     if !privileged("the_lease_goes_on_while_nft_hangs") {
         return;
     }
-    let mut site = Site::new("slow", "mode = \"enforce\"");
-    let file = |name: &str| site.folder.path().join(name);
+    let mut testbed = Testbed::new("slow", "mode = \"enforce\"");
+    let file = |name: &str| testbed.folder.path().join(name);
     let (hold, held) = (file("hold"), file("held"));
     std::fs::create_dir(file("bin")).unwrap();
     // Waits as long as there is a file `hold`.
@@ -261,53 +278,60 @@ fn the_lease_goes_on_while_nft_hangs() {
     command
         .env("REAL_PATH", &path)
         .env("PATH", format!("{}:{path}", text(&file("bin"))));
-    site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
-    let Site { node, pair, .. } = &mut site;
+    testbed
+        .registry
+        .set_firewall(&rule("allow", "10.77.0.0/24"));
+    let Testbed { node, pair, .. } = &mut testbed;
     pair.node.enter(|| node.start_by(command));
 
-    let edge = Edge::adopt(&site.pinned.pins()).unwrap();
+    let edge = Edge::adopt(&testbed.pinned.pins()).unwrap();
     let lease = || edge.maps().control.load(0).lease_until_ns;
     std::fs::write(&hold, "").unwrap();
-    let version = site.registry.set_firewall(&allow_all_but_the_stranger());
+    let version = testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
     eventually("nft hangs", || held.exists().then_some(()));
     let before = lease();
     eventually("the lease is renewed for longer than it lasts", || {
         (lease() > before + 2 * 500_000_000).then_some(())
     });
-    assert_ne!(site.node.status()["edge"]["registry_version"], version);
+    assert_ne!(testbed.node.status()["edge"]["registry_version"], version);
     std::fs::remove_file(&hold).unwrap();
     eventually("the node follows", || {
-        (site.node.status()["edge"]["registry_version"] == version).then_some(())
+        (testbed.node.status()["edge"]["registry_version"] == version).then_some(())
     });
 }
 
-// Protects the program from everything around it: without its helper, a node changes its rules all the same.
+// Protects the program from everything around it: without its helper, a node changes its rules all
+// the same.
 #[test]
 fn rules_follow_without_the_helper() {
     if !privileged("rules_follow_without_the_helper") {
         return;
     }
-    let mut site = Site::new("orphan", "mode = \"enforce\"");
-    let _server = site.serve(PORT);
-    site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
-    site.start_node();
-    site.talk(STRANGER, PORT).unwrap();
-    let helper = children(site.node.pid());
+    let mut testbed = Testbed::new("orphan", "mode = \"enforce\"");
+    let _server = testbed.serve(PORT);
+    testbed
+        .registry
+        .set_firewall(&rule("allow", "10.77.0.0/24"));
+    testbed.start_node();
+    testbed.talk(NON_MEMBER, PORT).unwrap();
+    let helper = children(testbed.node.pid());
     assert_eq!(helper.len(), 1);
     tool("kill", &["-9", &helper[0].to_string()]);
     let follows = |rules: &str| {
-        let version = site.registry.set_firewall(rules);
+        let version = testbed.registry.set_firewall(rules);
         eventually("the node follows", || {
-            (site.node.status()["edge"]["registry_version"] == version).then_some(())
+            (testbed.node.status()["edge"]["registry_version"] == version).then_some(())
         });
-        assert_eq!(site.status()["registry_version"], version);
+        assert_eq!(testbed.status()["registry_version"], version);
     };
-    follows(&allow_all_but_the_stranger());
-    site.assert_denied(STRANGER);
+    follows(&allow_all_but_the_non_member());
+    testbed.assert_denied(NON_MEMBER);
     follows(&rule("allow", "10.77.0.0/24"));
-    site.talk(STRANGER, PORT).unwrap();
+    testbed.talk(NON_MEMBER, PORT).unwrap();
     let says = || {
-        let lines = site.node.says.lock().unwrap();
+        let lines = testbed.node.says.lock().unwrap();
         let lines = lines.iter();
         lines
             .filter(|line| line.contains("the helper is gone"))
@@ -315,7 +339,7 @@ fn rules_follow_without_the_helper() {
     };
     eventually("the node says so", || (says() > 0).then_some(()));
     assert_eq!(says(), 1);
-    assert_eq!(site.node.stop(), Some(0));
+    assert_eq!(testbed.node.stop(), Some(0));
 }
 
 #[test]
@@ -323,30 +347,32 @@ fn a_node_whose_edge_was_detached_puts_nothing_back() {
     if !privileged("a_node_whose_edge_was_detached_puts_nothing_back") {
         return;
     }
-    let mut site = Site::new("gone", "mode = \"enforce\"");
-    let _server = site.serve(PORT);
-    site.registry.set_firewall(&allow_all_but_the_stranger());
-    site.start_node();
-    site.assert_denied(STRANGER);
-    site.json("detach", &[]);
-    let place = |site: &Site| site.node.status()["edge"]["place"].clone();
+    let mut testbed = Testbed::new("gone", "mode = \"enforce\"");
+    let _server = testbed.serve(PORT);
+    testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
+    testbed.start_node();
+    testbed.assert_denied(NON_MEMBER);
+    testbed.json("detach", &[]);
+    let place = |testbed: &Testbed| testbed.node.status()["edge"]["place"].clone();
     eventually("the node sees it", || {
-        (place(&site) == "user_space").then_some(())
+        (place(&testbed) == "user_space").then_some(())
     });
-    let version = site.registry.set_firewall(&rule("deny", "10.77.0.0/24"));
+    let version = testbed.registry.set_firewall(&rule("deny", "10.77.0.0/24"));
     eventually("the node has the version", || {
-        (site.node.status()["registry"]["newest_version"] == version).then_some(())
+        (testbed.node.status()["registry"]["newest_version"] == version).then_some(())
     });
-    assert_eq!(site.pair.node.nft("list tables"), "");
-    assert!(!site.pinned.pins().journal_path().exists());
-    site.talk(STRANGER, PORT).unwrap();
+    assert_eq!(testbed.pair.node.nft("list tables"), "");
+    assert!(!testbed.pinned.pins().journal_path().exists());
+    testbed.talk(NON_MEMBER, PORT).unwrap();
 
     // Another edge at the same place is not its own before it starts again.
-    site.json("attach", &[]);
-    assert_eq!(place(&site), "user_space");
-    site.node.stop();
-    site.start_node();
-    assert_eq!(place(&site), "kernel");
+    testbed.json("attach", &[]);
+    assert_eq!(place(&testbed), "user_space");
+    testbed.node.stop();
+    testbed.start_node();
+    assert_eq!(place(&testbed), "kernel");
 }
 
 /// A rule, the key that is wrong, and what is said of it.
@@ -366,24 +392,26 @@ fn an_invalid_set_is_refused_and_the_last_good_one_stays() {
     if !privileged("an_invalid_set_is_refused_and_the_last_good_one_stays") {
         return;
     }
-    let mut site = Site::new("bad", "");
-    let _server = site.serve(PORT);
-    let good = site.registry.set_firewall(&allow_all_but_the_stranger());
-    site.json("attach", &[]);
-    site.json("apply", &["--mode", "enforce"]);
-    site.start_node();
-    let follows = |site: &Site, version: u64| {
+    let mut testbed = Testbed::new("bad", "");
+    let _server = testbed.serve(PORT);
+    let good = testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
+    testbed.json("attach", &[]);
+    testbed.json("apply", &["--mode", "enforce"]);
+    testbed.start_node();
+    let follows = |testbed: &Testbed, version: u64| {
         eventually("the node follows", || {
-            (site.node.status()["edge"]["registry_version"] == version).then_some(())
+            (testbed.node.status()["edge"]["registry_version"] == version).then_some(())
         });
     };
-    follows(&site, good);
-    let set = site.status()["set"].clone();
+    follows(&testbed, good);
+    let set = testbed.status()["set"].clone();
     for (refused, (keys, said)) in (1..).zip(INVALID) {
         let invalid = format!("[[firewall]]\nscope = \"global\"\n{keys}\n");
         let rules = rule("allow", "10.77.0.0/24") + &invalid;
-        let version = site.registry.set_firewall(&rules);
-        let output = site.xdp("apply", &["--mode", "enforce"]);
+        let version = testbed.registry.set_firewall(&rules);
+        let output = testbed.xdp("apply", &["--mode", "enforce"]);
         assert_eq!(output.status.code(), Some(78));
         let place = format!("registry version {version}, firewall rule 2");
         let error = stderr(&output);
@@ -391,181 +419,202 @@ fn an_invalid_set_is_refused_and_the_last_good_one_stays() {
         eventually("the node refuses it too", || {
             let metric =
                 format!("millrace_edge_rules_refused_total{{reason=\"rules\"}} {refused}\n");
-            site.node.get("/metrics").1.contains(&metric).then_some(())
+            testbed
+                .node
+                .get("/metrics")
+                .1
+                .contains(&metric)
+                .then_some(())
         });
-        assert_eq!(site.node.status()["registry"]["newest_version"], version);
+        assert_eq!(testbed.node.status()["registry"]["newest_version"], version);
     }
-    assert_eq!(site.status()["set"], set);
-    follows(&site, good);
-    site.assert_denied(STRANGER);
-    let mended = site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
-    follows(&site, mended);
-    site.talk(STRANGER, PORT).unwrap();
-    assert_eq!(site.node.get("/healthz").0, 200);
+    assert_eq!(testbed.status()["set"], set);
+    follows(&testbed, good);
+    testbed.assert_denied(NON_MEMBER);
+    let mended = testbed
+        .registry
+        .set_firewall(&rule("allow", "10.77.0.0/24"));
+    follows(&testbed, mended);
+    testbed.talk(NON_MEMBER, PORT).unwrap();
+    assert_eq!(testbed.node.get("/healthz").0, 200);
 }
 
 /// A rule that no version may have.
 const BROKEN: &str = "[[firewall]]\nscope = \"global\"\naction = \"perhaps\"\n";
 
-// Protects whoever is attacked while the registry is wrong: what they do goes on top of the last good rules.
+// Protects an operator under attack while the registry is wrong: temporary rules go on top of the
+// last good rules.
 #[test]
 fn an_operator_can_act_while_the_newest_rules_are_refused() {
     if !privileged("an_operator_can_act_while_the_newest_rules_are_refused") {
         return;
     }
-    let mut site = Site::new("under", "");
-    let _server = site.serve(PORT);
-    let good = site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
-    site.json("attach", &[]);
-    assert!(site.status()["refused"].is_null());
-    let broken = site.registry.set_firewall(BROKEN);
+    let mut testbed = Testbed::new("under", "");
+    let _server = testbed.serve(PORT);
+    let good = testbed
+        .registry
+        .set_firewall(&rule("allow", "10.77.0.0/24"));
+    testbed.json("attach", &[]);
+    assert!(testbed.status()["refused"].is_null());
+    let broken = testbed.registry.set_firewall(BROKEN);
     let refused = |status: &serde_json::Value| {
         assert_eq!(status["registry_version"], good, "{status}");
         assert_eq!(status["refused"]["registry_version"], broken, "{status}");
         let message = status["refused"]["message"].as_str().unwrap();
         assert!(message.contains("perhaps"), "{message}");
     };
-    let prefix = format!("{STRANGER}/32");
+    let prefix = format!("{NON_MEMBER}/32");
 
     // No node runs.
     assert_eq!(
-        site.xdp("apply", &["--mode", "enforce"]).status.code(),
+        testbed.xdp("apply", &["--mode", "enforce"]).status.code(),
         Some(78)
     );
-    refused(&site.status());
-    let applied = site.json("apply", &["--mode", "enforce", "--last-good"]);
+    refused(&testbed.status());
+    let applied = testbed.json("apply", &["--mode", "enforce", "--last-good"]);
     assert_eq!(applied["mode"], "enforce");
     refused(&applied);
-    site.talk(STRANGER, PORT).unwrap();
-    refused(&site.json("deny", &[&prefix, "--for", "1h"]));
-    site.assert_denied(STRANGER);
-    site.talk(OPERATOR, PORT).unwrap();
+    testbed.talk(NON_MEMBER, PORT).unwrap();
+    refused(&testbed.json("deny", &[&prefix, "--for", "1h"]));
+    testbed.assert_denied(NON_MEMBER);
+    testbed.talk(OPERATOR, PORT).unwrap();
 
     // A node that starts now holds to it, and to what comes.
-    site.start_node();
+    testbed.start_node();
     eventually("the node says so", || {
-        let edge = site.node.status()["edge"].clone();
+        let edge = testbed.node.status()["edge"].clone();
         (edge["registry_version"] != 0).then(|| refused(&edge))
     });
-    site.assert_denied(STRANGER);
-    let said = site.xdp("allow", &[&prefix, "--for", "1h"]);
+    testbed.assert_denied(NON_MEMBER);
+    let said = testbed.xdp("allow", &[&prefix, "--for", "1h"]);
     assert!(said.status.success(), "{}", stderr(&said));
     assert!(
         stderr(&said).contains(&format!("registry version {broken} is refused")),
         "{}",
         stderr(&said)
     );
-    site.talk(STRANGER, PORT).unwrap();
-    refused(&site.status());
+    testbed.talk(NON_MEMBER, PORT).unwrap();
+    refused(&testbed.status());
 
     // A version that is right again replaces it.
-    let mended = site.registry.set_firewall(&allow_all_but_the_stranger());
+    let mended = testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
     eventually("the node follows", || {
-        (site.node.status()["edge"]["registry_version"] == mended).then_some(())
+        (testbed.node.status()["edge"]["registry_version"] == mended).then_some(())
     });
-    let status = site.status();
+    let status = testbed.status();
     assert_eq!(status["registry_version"], mended);
     assert!(status["refused"].is_null(), "{status}");
-    assert!(site.node.status()["edge"]["refused"].is_null());
+    assert!(testbed.node.status()["edge"]["refused"].is_null());
 }
 
-// Protects a node whose registry came from its peers: a command that does not have it puts no older one in force.
+// Protects a node whose registry came from its peers: a command that does not have it puts no older
+// one in force.
 #[test]
 fn a_command_that_knows_an_older_registry_keeps_the_newer_rules() {
     if !privileged("a_command_that_knows_an_older_registry_keeps_the_newer_rules") {
         return;
     }
-    let site = Site::new("older", "mode = \"enforce\"");
-    let _server = site.serve(PORT);
-    site.registry.set_firewall(&rule("deny", "10.77.0.0/24"));
-    let newest = site.registry.set_firewall(&allow_all_but_the_stranger());
-    site.json("attach", &[]);
+    let testbed = Testbed::new("older", "mode = \"enforce\"");
+    let _server = testbed.serve(PORT);
+    testbed.registry.set_firewall(&rule("deny", "10.77.0.0/24"));
+    let newest = testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
+    testbed.json("attach", &[]);
     for suffix in ["toml", "sig"] {
         let file = format!("{newest:012}.{suffix}");
-        std::fs::remove_file(site.registry.dir.join(file)).unwrap();
+        std::fs::remove_file(testbed.registry.dir.join(file)).unwrap();
     }
-    let applied = site.json("apply", &[]);
+    let applied = testbed.json("apply", &[]);
     assert_eq!(applied["registry_version"], newest, "{applied}");
-    site.talk(OPERATOR, PORT).unwrap();
-    site.assert_denied(STRANGER);
+    testbed.talk(OPERATOR, PORT).unwrap();
+    testbed.assert_denied(NON_MEMBER);
 }
 
-fn counter(site: &Site, name: &str) -> u64 {
-    let metrics = site.node.get("/metrics").1;
+fn counter(testbed: &Testbed, name: &str) -> u64 {
+    let metrics = testbed.node.get("/metrics").1;
     let mut lines = metrics.lines();
     let line = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     line.unwrap().parse::<f64>().unwrap() as u64
 }
 
-// Protects ports and outbound rules from a firewall service that starts: the table is back, by the helper of a node without capabilities.
+// Protects ports and outbound rules from a firewall service that starts: the table is back, by the
+// helper of a node without capabilities.
 #[test]
 fn a_table_that_others_remove_comes_back() {
     const RESTORED: &str = "millrace_edge_tables_restored_total";
     if !privileged("a_table_that_others_remove_comes_back") {
         return;
     }
-    let mut site = Site::new("flush", "mode = \"enforce\"");
+    let mut testbed = Testbed::new("flush", "mode = \"enforce\"");
     let outbound = "[[firewall]]\nscope = \"global\"\ndirection = \"outbound\"\naction = \"deny\"\n\
                     prefixes = [\"198.51.100.0/24\"]\n";
     let rules = rule("allow", "10.77.0.0/24") + outbound;
-    let version = site.registry.set_firewall(&rules);
-    site.start_node();
+    let version = testbed.registry.set_firewall(&rules);
+    testbed.start_node();
     eventually("the node has put its set in force", || {
-        (site.node.status()["edge"]["registry_version"] == version).then_some(())
+        (testbed.node.status()["edge"]["registry_version"] == version).then_some(())
     });
-    let set = site.status()["set"].clone();
-    let table = |site: &Site| {
-        site.pair
+    let set = testbed.status()["set"].clone();
+    let table = |testbed: &Testbed| {
+        testbed
+            .pair
             .node
-            .nft(&format!("-s list table {}", site.table()))
+            .nft(&format!("-s list table {}", testbed.table()))
     };
-    let whole = table(&site);
+    let whole = table(&testbed);
     assert!(whole.contains("198.51.100.0/24"), "{whole}");
     for (times, change) in (1..).zip([
         "flush ruleset".to_owned(),
-        format!("flush chain {} input", site.table()),
-        format!("add rule {} input accept", site.table()),
+        format!("flush chain {} input", testbed.table()),
+        format!("add rule {} input accept", testbed.table()),
     ]) {
-        site.pair.node.nft(&change);
+        testbed.pair.node.nft(&change);
         eventually("the table is put back", || {
-            (counter(&site, RESTORED) == times).then_some(())
+            (counter(&testbed, RESTORED) == times).then_some(())
         });
-        assert_eq!(table(&site), whole, "after {change}");
+        assert_eq!(table(&testbed), whole, "after {change}");
     }
-    // What is done elsewhere is nobody's business here, and commands are no strangers.
-    site.pair.node.nft("add table inet other");
-    site.json("apply", &[]);
-    let prefix = format!("{STRANGER}/32");
-    let denied = site.json("deny", &[&prefix, "--for", "1s"])["set"].as_u64();
+    // Other ports do not concern the edge, and commands are no clients.
+    testbed.pair.node.nft("add table inet other");
+    testbed.json("apply", &[]);
+    let prefix = format!("{NON_MEMBER}/32");
+    let denied = testbed.json("deny", &[&prefix, "--for", "1s"])["set"].as_u64();
     // The journal is the last that is written.
     eventually("the node takes the rule away", || {
-        let record = Record::read(&site.pinned.pins()).unwrap();
+        let record = Record::read(&testbed.pinned.pins()).unwrap();
         (Some(u64::from(record.set)) > denied).then_some(())
     });
-    assert_eq!(counter(&site, RESTORED), 3);
-    let delete = format!("delete chain {} output", site.table());
-    site.pair.node.nft(&delete);
+    assert_eq!(counter(&testbed, RESTORED), 3);
+    let delete = format!("delete chain {} output", testbed.table());
+    testbed.pair.node.nft(&delete);
     eventually("the next change is seen", || {
-        (counter(&site, RESTORED) == 4).then_some(())
+        (counter(&testbed, RESTORED) == 4).then_some(())
     });
-    assert_eq!(table(&site), whole);
-    assert_ne!(site.status()["set"], set, "the sets were others");
-    assert!(site.pair.node.nft("list tables").contains("other"));
+    assert_eq!(table(&testbed), whole);
+    assert_ne!(testbed.status()["set"], set, "the sets were others");
+    assert!(testbed.pair.node.nft("list tables").contains("other"));
 }
 
-// Protects a node whose network card was taken out of the system and put back: it is closed for that time alone.
+// Protects a node whose network card was taken out of the system and put back: it is closed for
+// that time alone.
 #[test]
 fn an_interface_that_is_made_anew_has_the_program_again() {
     if !privileged("an_interface_that_is_made_anew_has_the_program_again") {
         return;
     }
-    let mut site = Site::new("anew", "mode = \"enforce\"");
-    let _server = site.serve(PORT);
-    site.registry.set_firewall(&allow_all_but_the_stranger());
-    site.start_node();
-    site.talk(OPERATOR, PORT).unwrap();
-    let index = |site: &Site| {
-        site.pair
+    let mut testbed = Testbed::new("anew", "mode = \"enforce\"");
+    let _server = testbed.serve(PORT);
+    testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
+    testbed.start_node();
+    testbed.talk(OPERATOR, PORT).unwrap();
+    let index = |testbed: &Testbed| {
+        testbed
+            .pair
             .node
             .ip("-o link show mr0")
             .split(':')
@@ -573,56 +622,59 @@ fn an_interface_that_is_made_anew_has_the_program_again() {
             .unwrap()
             .to_owned()
     };
-    let before = index(&site);
+    let before = index(&testbed);
 
-    site.pair.unplug();
+    testbed.pair.unplug();
     eventually("the node says what is gone", || {
-        let gone = site.node.status()["edge"]["interfaces_gone"].clone();
+        let gone = testbed.node.status()["edge"]["interfaces_gone"].clone();
         (gone == serde_json::json!(["mr0"])).then_some(())
     });
-    assert_eq!(counter(&site, "millrace_edge_interfaces_gone"), 1);
-    assert_eq!(site.status()["interfaces"][0]["gone"], true);
+    assert_eq!(counter(&testbed, "millrace_edge_interfaces_gone"), 1);
+    assert_eq!(testbed.status()["interfaces"][0]["gone"], true);
 
-    site.pair.plug();
-    assert_ne!(index(&site), before);
+    testbed.pair.plug();
+    assert_ne!(index(&testbed), before);
     eventually("the program is on it again", || {
-        (site.status()["interfaces"][0]["gone"] == false).then_some(())
+        (testbed.status()["interfaces"][0]["gone"] == false).then_some(())
     });
-    assert_eq!(site.status()["interfaces"].as_array().unwrap().len(), 1);
-    site.talk(OPERATOR, PORT).unwrap();
-    site.assert_denied(STRANGER);
+    assert_eq!(testbed.status()["interfaces"].as_array().unwrap().len(), 1);
+    testbed.talk(OPERATOR, PORT).unwrap();
+    testbed.assert_denied(NON_MEMBER);
     let counted = |times: u64| {
         eventually("the node has counted it", || {
-            (counter(&site, "millrace_edge_interfaces_reattached_total") == times
-                && counter(&site, "millrace_edge_interfaces_gone") == 0)
+            (counter(&testbed, "millrace_edge_interfaces_reattached_total") == times
+                && counter(&testbed, "millrace_edge_interfaces_gone") == 0)
                 .then_some(())
         });
     };
     counted(1);
 
-    // Nor does it stay open where somebody takes the program off by other means.
-    let pin = format!("edge-{}", index(&site));
-    let pin = site.pinned.pins().path(Kind::Link, &pin);
+    // Nor does it stay open where an operator takes the program off by other means.
+    let pin = format!("edge-{}", index(&testbed));
+    let pin = testbed.pinned.pins().path(Kind::Link, &pin);
     Link::open(&pin).unwrap().detach().unwrap();
     counted(2);
-    site.talk(OPERATOR, PORT).unwrap();
-    site.assert_denied(STRANGER);
+    testbed.talk(OPERATOR, PORT).unwrap();
+    testbed.assert_denied(NON_MEMBER);
 }
 
-// Protects the log: what cannot be attached is said once, however often it is tried, and attached when it can be.
+// Protects the log: what cannot be attached is said once, however often it is tried, and attached
+// when it can be.
 #[test]
 fn an_interface_that_refuses_the_program_is_said_once() {
     if !privileged("an_interface_that_refuses_the_program_is_said_once") {
         return;
     }
-    let mut site = Site::new("taken", "xdp = \"native\"\nmode = \"enforce\"");
-    site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
-    site.start_node();
-    site.pair.unplug();
-    // The next one of this name has somebody else's program.
-    let node = &site.pair.node;
+    let mut testbed = Testbed::new("taken", "xdp = \"native\"\nmode = \"enforce\"");
+    testbed
+        .registry
+        .set_firewall(&rule("allow", "10.77.0.0/24"));
+    testbed.start_node();
+    testbed.pair.unplug();
+    // The next one of this name has another program.
+    let node = &testbed.pair.node;
     node.ip("link add mr9 type veth peer name mr8");
-    let other = Pinned(site.folder.path().join("other"));
+    let other = Pinned(testbed.folder.path().join("other"));
     let options = AttachOptions {
         interfaces: vec!["mr9".into()],
         mode: AttachMode::Native,
@@ -631,14 +683,14 @@ fn an_interface_that_refuses_the_program_is_said_once() {
     drop(node.enter(|| Edge::attach(&other.pins(), &options).unwrap()));
     node.ip("link set mr9 name mr0");
     eventually("it is tried again and again", || {
-        (counter(&site, "millrace_edge_attach_failures_total") >= 2).then_some(())
+        (counter(&testbed, "millrace_edge_attach_failures_total") >= 2).then_some(())
     });
     drop(other);
     eventually("the program is on it again", || {
-        (site.status()["interfaces"][0]["gone"] == false).then_some(())
+        (testbed.status()["interfaces"][0]["gone"] == false).then_some(())
     });
     let times = |words: &str| {
-        let lines = site.node.says.lock().unwrap();
+        let lines = testbed.node.says.lock().unwrap();
         lines.iter().filter(|line| line.contains(words)).count()
     };
     // The last of all lines about it.
@@ -654,16 +706,16 @@ fn an_interface_that_is_not_there_leaves_nothing_behind() {
     if !privileged("an_interface_that_is_not_there_leaves_nothing_behind") {
         return;
     }
-    let site = Site::new("nic", "");
+    let testbed = Testbed::new("nic", "");
     // The first of the two is there, and must be left as it was.
     let interfaces = ["--interface", "mr0", "--interface", "nowhere0"];
-    let output = site.xdp("attach", &interfaces);
+    let output = testbed.xdp("attach", &interfaces);
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("nowhere0"), "{}", stderr(&output));
-    assert!(!site.pinned.pins().is_present());
-    assert!(!site.pair.node.ip("-d link show mr0").contains("xdp"));
-    assert_eq!(site.pair.node.nft("list tables"), "");
-    site.json("attach", &[]);
+    assert!(!testbed.pinned.pins().is_present());
+    assert!(!testbed.pair.node.ip("-d link show mr0").contains("xdp"));
+    assert_eq!(testbed.pair.node.nft("list tables"), "");
+    testbed.json("attach", &[]);
 }
 
 #[test]
@@ -671,35 +723,37 @@ fn a_temporary_rule_holds_at_once_and_the_node_takes_it_away() {
     if !privileged("a_temporary_rule_holds_at_once_and_the_node_takes_it_away") {
         return;
     }
-    let mut site = Site::new("temp", "mode = \"enforce\"");
-    let _server = site.serve(PORT);
-    site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
-    site.start_node();
-    let prefix = format!("{STRANGER}/32");
-    let temporary = |site: &Site| {
-        let rules = site.json("rules", &[]);
+    let mut testbed = Testbed::new("temp", "mode = \"enforce\"");
+    let _server = testbed.serve(PORT);
+    testbed
+        .registry
+        .set_firewall(&rule("allow", "10.77.0.0/24"));
+    testbed.start_node();
+    let prefix = format!("{NON_MEMBER}/32");
+    let temporary = |testbed: &Testbed| {
+        let rules = testbed.json("rules", &[]);
         let first = &rules[0];
         (first["origin"] == "temporary").then(|| first.clone())
     };
-    let mut stranger = site.talk(STRANGER, PORT).unwrap();
-    stranger.types_during(|| {
-        site.json("deny", &[&prefix, "--for", "2s"]);
-        eventually("it lapses", || temporary(&site).is_none().then_some(()));
+    let mut non_member = testbed.talk(NON_MEMBER, PORT).unwrap();
+    non_member.types_during(|| {
+        testbed.json("deny", &[&prefix, "--for", "2s"]);
+        eventually("it lapses", || temporary(&testbed).is_none().then_some(()));
     });
-    assert!(site.packets("firewall_deny").0 > 0);
-    stranger.hears_all();
-    assert_eq!(site.status()["temporary_rules"], 0);
+    assert!(testbed.packets("firewall_deny").0 > 0);
+    non_member.hears_all();
+    assert_eq!(testbed.status()["temporary_rules"], 0);
 
     // The newest decides, and a node that starts later keeps it.
-    site.json("deny", &[&prefix, "--for", "1h"]);
-    site.assert_denied(STRANGER);
-    site.node.stop();
-    site.start_node();
-    let rule = temporary(&site).unwrap();
+    testbed.json("deny", &[&prefix, "--for", "1h"]);
+    testbed.assert_denied(NON_MEMBER);
+    testbed.node.stop();
+    testbed.start_node();
+    let rule = temporary(&testbed).unwrap();
     assert!(rule["rule"].as_str().unwrap().contains(&prefix), "{rule}");
-    site.assert_denied(STRANGER);
-    site.json("allow", &[&prefix, "--for", "1h"]);
-    site.talk(STRANGER, PORT).unwrap();
+    testbed.assert_denied(NON_MEMBER);
+    testbed.json("allow", &[&prefix, "--for", "1h"]);
+    testbed.talk(NON_MEMBER, PORT).unwrap();
 }
 
 #[test]
@@ -708,18 +762,20 @@ fn a_trace_names_the_limit_that_decides() {
         return;
     }
     let limits = "tcp_connections_max = 2\ntcp_burst = 3\ntcp_per_minute = 1\n";
-    let site = Site::new("why", limits);
-    let _server = site.serve(PORT);
-    site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
-    site.json("attach", &[]);
-    site.json("apply", &["--mode", "enforce"]);
+    let testbed = Testbed::new("why", limits);
+    let _server = testbed.serve(PORT);
+    testbed
+        .registry
+        .set_firewall(&rule("allow", "10.77.0.0/24"));
+    testbed.json("attach", &[]);
+    testbed.json("apply", &["--mode", "enforce"]);
     let reason = |from| {
-        let traced = site.trace(from, PORT, "tcp-syn");
+        let traced = testbed.trace(from, PORT, "tcp-syn");
         traced["reason"].as_str().unwrap().to_owned()
     };
     assert_eq!(reason(OPERATOR), "pass_tcp_syn");
-    let sessions = [(); 2].map(|()| site.talk(OPERATOR, PORT).unwrap());
-    let traced = site.trace(OPERATOR, PORT, "tcp-syn");
+    let sessions = [(); 2].map(|()| testbed.talk(OPERATOR, PORT).unwrap());
+    let traced = testbed.trace(OPERATOR, PORT, "tcp-syn");
     assert_eq!(
         (
             &traced["reason"],
@@ -729,19 +785,19 @@ fn a_trace_names_the_limit_that_decides() {
         (&"tcp_source_cap".into(), &2.into(), &2.into()),
         "{traced}"
     );
-    assert_eq!(reason(STRANGER), "pass_tcp_syn", "another source");
+    assert_eq!(reason(NON_MEMBER), "pass_tcp_syn", "another source");
     drop(sessions);
     eventually("they are closed", || {
         (reason(OPERATOR) == "pass_tcp_syn").then_some(())
     });
-    drop(site.talk(OPERATOR, PORT).unwrap());
+    drop(testbed.talk(OPERATOR, PORT).unwrap());
     assert_eq!(reason(OPERATOR), "tcp_source_rate");
-    let (before, _) = site.packets("pass_tcp_syn");
+    let (before, _) = testbed.packets("pass_tcp_syn");
     for _ in 0..3 {
         assert_eq!(reason(OPERATOR), "tcp_source_rate");
     }
     assert_eq!(
-        site.packets("pass_tcp_syn").0,
+        testbed.packets("pass_tcp_syn").0,
         before,
         "a trace counts nothing"
     );
@@ -759,21 +815,24 @@ fn rules_outlive_a_killed_node_and_the_next_one_adopts_them() {
     if !privileged("rules_outlive_a_killed_node_and_the_next_one_adopts_them") {
         return;
     }
-    let mut site = Site::new("kill", "mode = \"enforce\"");
-    let _server = site.serve(PORT);
-    site.registry.set_firewall(&allow_all_but_the_stranger());
-    let said = |site: &Site, words: &str| site.node.said.iter().any(|line| line.contains(words));
+    let mut testbed = Testbed::new("kill", "mode = \"enforce\"");
+    let _server = testbed.serve(PORT);
+    testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
+    let said =
+        |testbed: &Testbed, words: &str| testbed.node.said.iter().any(|line| line.contains(words));
 
-    site.start_node();
+    testbed.start_node();
     assert!(
-        said(&site, "edge attached to mr0, mode enforce"),
+        said(&testbed, "edge attached to mr0, mode enforce"),
         "{:?}",
-        site.node.said
+        testbed.node.said
     );
-    let edge = site.node.status()["edge"].clone();
+    let edge = testbed.node.status()["edge"].clone();
     assert_eq!(edge["place"], "kernel", "{edge}");
-    assert_harmless(site.node.pid());
-    let helpers = children(site.node.pid());
+    assert_harmless(testbed.node.pid());
+    let helpers = children(testbed.node.pid());
     assert_eq!(helpers.len(), 1, "{helpers:?}");
     // It keeps what programs and nftables take, and what it executes gets no more.
     for thread in threads(helpers[0]) {
@@ -783,34 +842,42 @@ fn rules_outlive_a_killed_node_and_the_next_one_adopts_them() {
             assert_eq!(held.capabilities[set], bits(&HELPERS), "{set}");
         }
     }
-    site.assert_denied(STRANGER);
+    testbed.assert_denied(NON_MEMBER);
 
-    site.node.kill();
-    site.assert_denied(STRANGER);
-    site.talk(OPERATOR, PORT).unwrap();
+    testbed.node.kill();
+    testbed.assert_denied(NON_MEMBER);
+    testbed.talk(OPERATOR, PORT).unwrap();
     eventually("its lease and its helper end", || {
         let helper = Path::new("/proc").join(helpers[0].to_string());
-        (site.status()["lease_seconds_left"].is_null() && !helper.exists()).then_some(())
+        (testbed.status()["lease_seconds_left"].is_null() && !helper.exists()).then_some(())
     });
 
-    site.start_node();
-    assert!(said(&site, "edge adopted from"), "{:?}", site.node.said);
-    assert_harmless(site.node.pid());
+    testbed.start_node();
+    assert!(
+        said(&testbed, "edge adopted from"),
+        "{:?}",
+        testbed.node.said
+    );
+    assert_harmless(testbed.node.pid());
     eventually("it is alive", || {
-        site.status()["lease_seconds_left"].as_f64()
+        testbed.status()["lease_seconds_left"].as_f64()
     });
-    site.assert_denied(STRANGER);
+    testbed.assert_denied(NON_MEMBER);
     // The helper still can what the node cannot: a version with an outbound rule changes nftables.
     let outbound = "[[firewall]]\nscope = \"global\"\ndirection = \"outbound\"\naction = \"deny\"\n\
                     prefixes = [\"198.51.100.0/24\"]\n";
-    site.registry
-        .set_firewall(&(allow_all_but_the_stranger() + outbound));
+    testbed
+        .registry
+        .set_firewall(&(allow_all_but_the_non_member() + outbound));
     eventually("the table follows", || {
-        let table = site.pair.node.nft(&format!("list table {}", site.table()));
+        let table = testbed
+            .pair
+            .node
+            .nft(&format!("list table {}", testbed.table()));
         table.contains("198.51.100.0/24").then_some(())
     });
-    assert_eq!(site.node.stop(), Some(0));
-    site.assert_denied(STRANGER);
+    assert_eq!(testbed.node.stop(), Some(0));
+    testbed.assert_denied(NON_MEMBER);
 }
 
 // Protects an edge from a second node, whose keys and counts would be another's.
@@ -819,11 +886,13 @@ fn an_edge_has_one_node() {
     if !privileged("an_edge_has_one_node") {
         return;
     }
-    let mut site = Site::new("claim", "mode = \"enforce\"");
-    let _server = site.serve(PORT);
-    site.registry.set_firewall(&allow_all_but_the_stranger());
-    site.start_node();
-    let mut second = site.another_node("10.77.0.3");
+    let mut testbed = Testbed::new("claim", "mode = \"enforce\"");
+    let _server = testbed.serve(PORT);
+    testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
+    testbed.start_node();
+    let mut second = testbed.another_node("10.77.0.3");
     // A bound for one that is not refused.
     let mut command = Command::new("timeout");
     command.args([
@@ -835,22 +904,24 @@ fn an_edge_has_one_node() {
         "--config",
     ]);
     command.arg(&second.config);
-    let refused = site.pair.node.enter(|| command.output().unwrap());
+    let refused = testbed.pair.node.enter(|| command.output().unwrap());
     assert_eq!(refused.status.code(), Some(1));
     let said = stderr(&refused);
-    let place = format!("another node uses the edge at {}", text(&site.pinned.0));
+    let place = format!("another node uses the edge at {}", text(&testbed.pinned.0));
     assert!(said.contains(&place), "{said}");
     assert!(!second.socket.exists());
 
-    assert_eq!(site.node.status()["edge"]["place"], "kernel");
-    let version = site.registry.set_firewall(&rule("allow", "10.77.0.0/24"));
+    assert_eq!(testbed.node.status()["edge"]["place"], "kernel");
+    let version = testbed
+        .registry
+        .set_firewall(&rule("allow", "10.77.0.0/24"));
     eventually("the first goes on", || {
-        (site.node.status()["edge"]["registry_version"] == version).then_some(())
+        (testbed.node.status()["edge"]["registry_version"] == version).then_some(())
     });
-    site.talk(STRANGER, PORT).unwrap();
+    testbed.talk(NON_MEMBER, PORT).unwrap();
 
-    site.node.kill();
-    site.pair.node.enter(|| second.start());
+    testbed.node.kill();
+    testbed.pair.node.enter(|| second.start());
     let adopted = second.said.iter().any(|line| line.contains("edge adopted"));
     assert!(adopted, "{:?}", second.said);
     assert_eq!(second.status()["edge"]["place"], "kernel");
@@ -868,33 +939,33 @@ fn a_node_without_privileges_runs_and_says_so() {
         common::skip::skip(test, "setpriv (util-linux)");
         return;
     }
-    let mut site = Site::new("none", "mode = \"enforce\"");
-    // Folders that nobody may enter lie above the binary and the state, on some machines.
-    let binary = site.folder.path().join("millrace");
+    let mut testbed = Testbed::new("none", "mode = \"enforce\"");
+    // Folders that no other user may enter lie above the binary and the state, on some machines.
+    let binary = testbed.folder.path().join("millrace");
     std::fs::copy(env!("CARGO_BIN_EXE_millrace"), &binary).unwrap();
-    give(site.folder.path(), NOBODY);
+    give(testbed.folder.path(), NOBODY);
     let mut command = Command::new("setpriv");
     let user = NOBODY.to_string();
     command.args(["--reuid", &user, "--regid", &user, "--clear-groups"]);
     command.args(["--bounding-set=-all", "--inh-caps=-all"]);
     command.arg(&binary);
-    let Site { node, pair, .. } = &mut site;
+    let Testbed { node, pair, .. } = &mut testbed;
     pair.node.enter(|| node.start_by(command));
 
-    let said = site.node.said.join("\n");
+    let said = testbed.node.said.join("\n");
     assert!(said.contains("no edge in the kernel"), "{said}");
     assert!(said.to_lowercase().contains("cap_net_admin"), "{said}");
-    let edge = site.node.status()["edge"].clone();
+    let edge = testbed.node.status()["edge"].clone();
     assert_eq!(edge["place"], "user_space", "{edge}");
-    let metrics = site.node.get("/metrics").1;
+    let metrics = testbed.node.get("/metrics").1;
     assert!(metrics.contains("millrace_edge_in_kernel 0"), "{metrics}");
-    let status = millrace(&["status", "--config", text(&site.node.config)]);
+    let status = millrace(&["status", "--config", text(&testbed.node.config)]);
     assert!(
         stdout(&status).contains("user space only"),
         "{}",
         stdout(&status)
     );
-    assert_eq!(site.node.stop(), Some(0));
+    assert_eq!(testbed.node.stop(), Some(0));
 }
 
 /// Makes a user the owner of a folder and what is in it.

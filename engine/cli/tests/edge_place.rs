@@ -1,34 +1,35 @@
-//! Where an edge is: its network namespace, its pins, its interfaces, and the build of its programs, as an operator meets them.
+//! Where an edge is: its network namespace, its pins, its interfaces, and the build of its
+//! programs, as an operator meets them.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
-#[path = "common/site.rs"]
+#[path = "common/edge_testbed.rs"]
 #[allow(dead_code, reason = "takes what it needs")]
-mod site;
+mod edge_testbed;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use common::namespace::{OPERATOR, STRANGER, privileged, tool};
+use common::namespace::{NON_MEMBER, OPERATOR, privileged, tool};
 use common::{eventually, millrace, stderr, text};
+use edge_testbed::{PORT, Testbed, allow_all_but_the_non_member};
 use libbpf_rs::Link;
 use libbpf_rs::query::LinkTypeInfo;
 use millrace_edge::edge::{AttachOptions, Edge};
 use millrace_edge::interface::AttachMode;
 use millrace_edge::pins::Kind;
-use site::{PORT, Site, allow_all_but_the_stranger};
 
 /// The folder of this binary's layout.
-fn layout(site: &Site) -> PathBuf {
-    let maps = site.pinned.pins().path(Kind::Map, "x");
+fn layout(testbed: &Testbed) -> PathBuf {
+    let maps = testbed.pinned.pins().path(Kind::Map, "x");
     maps.parent().unwrap().parent().unwrap().to_owned()
 }
 
 /// Makes the programs that run those of another build.
-fn age(site: &Site) {
-    let labels = layout(site).join("labels");
-    let build = site.pinned.pins().build().unwrap();
+fn age(testbed: &Testbed) {
+    let labels = layout(testbed).join("labels");
+    let build = testbed.pinned.pins().build().unwrap();
     fs::rename(
         labels.join(format!("build-{build}")),
         labels.join("build-0"),
@@ -37,8 +38,11 @@ fn age(site: &Site) {
 }
 
 /// The XDP program on an interface of the node.
-fn program(site: &Site, interface: &str) -> u64 {
-    let shown = site.pair.node.ip(&format!("-j -d link show {interface}"));
+fn program(testbed: &Testbed, interface: &str) -> u64 {
+    let shown = testbed
+        .pair
+        .node
+        .ip(&format!("-j -d link show {interface}"));
     let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
     shown[0]["xdp"]["prog"]["id"].as_u64().unwrap()
 }
@@ -51,19 +55,22 @@ fn assert_refused(output: &Output, words: &[&str]) {
     }
 }
 
-// Protects a node that enforces from commands in the wrong namespace: the program would go, and the table would stay and close it.
+// Protects a node that enforces from commands in the wrong namespace: the program would go, and the
+// table would stay and close it.
 #[test]
 fn commands_in_another_network_namespace_are_refused() {
     if !privileged("commands_in_another_network_namespace_are_refused") {
         return;
     }
-    let mut site = Site::new("else", "mode = \"enforce\"");
-    let _server = site.serve(PORT);
-    site.registry.set_firewall(&allow_all_but_the_stranger());
-    site.json("attach", &[]);
-    site.json("apply", &[]);
-    let config = text(&site.node.config).to_owned();
-    let enter = format!("nsenter --net=/run/netns/{}", site.pair.node.name);
+    let mut testbed = Testbed::new("else", "mode = \"enforce\"");
+    let _server = testbed.serve(PORT);
+    testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
+    testbed.json("attach", &[]);
+    testbed.json("apply", &[]);
+    let config = text(&testbed.node.config).to_owned();
+    let enter = format!("nsenter --net=/run/netns/{}", testbed.pair.node.name);
     for command in ["attach", "apply", "detach"] {
         let output = millrace(&["xdp", command, "--config", &config]);
         assert_refused(&output, &["another network namespace", &enter]);
@@ -78,26 +85,32 @@ fn commands_in_another_network_namespace_are_refused() {
         &config,
     ];
     assert_refused(&millrace(&deny), &["another network namespace"]);
-    assert_eq!(site.status()["temporary_rules"], 0);
+    assert_eq!(testbed.status()["temporary_rules"], 0);
     // Nor does a node take it over from there.
-    let Site { node, pair, .. } = &mut site;
-    pair.world.ip("addr add 10.77.0.1/32 dev lo");
-    pair.world.enter(|| node.start());
+    let Testbed { node, pair, .. } = &mut testbed;
+    pair.remote.ip("addr add 10.77.0.1/32 dev lo");
+    pair.remote.enter(|| node.start());
     let said = node.said.join("\n");
     assert!(said.contains("another network namespace"), "{said}");
     assert_eq!(node.status()["edge"]["place"], "user_space");
     assert_eq!(node.stop(), Some(0));
-    pair.world.ip("addr del 10.77.0.1/32 dev lo");
-    site.talk(OPERATOR, PORT).unwrap();
-    site.assert_denied(STRANGER);
+    pair.remote.ip("addr del 10.77.0.1/32 dev lo");
+    testbed.talk(OPERATOR, PORT).unwrap();
+    testbed.assert_denied(NON_MEMBER);
 
     // Its interface is gone: then it may go as well, and what may be left is named.
-    site.pair.unplug();
+    testbed.pair.unplug();
     let output = millrace(&["xdp", "detach", "--config", &config]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-    let left = format!("nft delete table {}", site.table());
+    let left = format!("nft delete table {}", testbed.table());
     assert!(stderr(&output).contains(&left), "{}", stderr(&output));
-    assert!(site.pair.node.nft("list tables").contains(&site.table()));
+    assert!(
+        testbed
+            .pair
+            .node
+            .nft("list tables")
+            .contains(&testbed.table())
+    );
 }
 
 /// A bpffs that the host has set up; taken down when dropped.
@@ -120,94 +133,101 @@ impl Drop for Mounted<'_> {
     }
 }
 
-// Protects an edge from ending with the shell that attached it: pins in a bpffs of a mount namespace of its own are refused.
+// Protects an edge from ending with the shell that attached it: pins in a bpffs of a mount
+// namespace of its own are refused.
 #[test]
 fn pins_that_would_not_last_are_refused() {
     if !privileged("pins_that_would_not_last_are_refused") {
         return;
     }
-    let site = Site::new("mount", "");
+    let testbed = Testbed::new("mount", "");
     let attach = || {
         // Makes `/sys` anew, in a mount namespace of its own.
         Command::new("ip")
-            .args(["netns", "exec", &site.pair.node.name])
+            .args(["netns", "exec", &testbed.pair.node.name])
             .arg(env!("CARGO_BIN_EXE_millrace"))
-            .args(["xdp", "attach", "--config", text(&site.node.config)])
+            .args(["xdp", "attach", "--config", text(&testbed.node.config)])
             .output()
             .unwrap()
     };
     assert_refused(&attach(), &["mount namespace", "mount -t bpf", "nsenter"]);
-    assert!(!site.pair.node.ip("-d link show mr0").contains("xdp"));
-    assert_eq!(site.pair.node.nft("list tables"), "");
+    assert!(!testbed.pair.node.ip("-d link show mr0").contains("xdp"));
+    assert_eq!(testbed.pair.node.nft("list tables"), "");
 
-    let mounted = Mounted::new(&site.pinned.0);
+    let mounted = Mounted::new(&testbed.pinned.0);
     let output = attach();
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-    assert_eq!(site.status()["set"], 1, "it outlived the command");
-    site.json("detach", &[]);
+    assert_eq!(testbed.status()["set"], 1, "it outlived the command");
+    testbed.json("detach", &[]);
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    assert!(mounts.contains(text(&site.pinned.0)), "the host's stays");
+    assert!(mounts.contains(text(&testbed.pinned.0)), "the host's stays");
     drop(mounted);
 }
 
-// Protects upgrades: a node and `attach` replace programs of another build, and what is in force stays.
+// Protects upgrades: a node and `attach` replace programs of another build, and what is in force
+// stays.
 #[test]
 fn programs_of_another_build_are_replaced() {
     if !privileged("programs_of_another_build_are_replaced") {
         return;
     }
-    let mut site = Site::new("build", "mode = \"enforce\"");
-    let _server = site.serve(PORT);
-    site.registry.set_firewall(&allow_all_but_the_stranger());
-    site.json("attach", &[]);
-    let set = site.json("apply", &[])["set"].clone();
-    let first = program(&site, "mr0");
-    let again = site.json("attach", &[]);
+    let mut testbed = Testbed::new("build", "mode = \"enforce\"");
+    let _server = testbed.serve(PORT);
+    testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
+    testbed.json("attach", &[]);
+    let set = testbed.json("apply", &[])["set"].clone();
+    let first = program(&testbed, "mr0");
+    let again = testbed.json("attach", &[]);
     assert_eq!(again["reloaded"], false, "{again}");
-    assert_eq!(program(&site, "mr0"), first);
+    assert_eq!(program(&testbed, "mr0"), first);
 
-    age(&site);
-    let again = site.json("attach", &[]);
+    age(&testbed);
+    let again = testbed.json("attach", &[]);
     assert_eq!(
         (&again["reloaded"], &again["set"], &again["mode"]),
         (&true.into(), &set, &"enforce".into()),
         "{again}"
     );
-    let second = program(&site, "mr0");
+    let second = program(&testbed, "mr0");
     assert_ne!(second, first);
-    site.assert_denied(STRANGER);
+    testbed.assert_denied(NON_MEMBER);
 
-    age(&site);
-    site.start_node();
-    assert_ne!(program(&site, "mr0"), second);
-    assert_eq!(site.node.status()["edge"]["place"], "kernel");
-    site.talk(OPERATOR, PORT).unwrap();
-    site.assert_denied(STRANGER);
+    age(&testbed);
+    testbed.start_node();
+    assert_ne!(program(&testbed, "mr0"), second);
+    assert_eq!(testbed.node.status()["edge"]["place"], "kernel");
+    testbed.talk(OPERATOR, PORT).unwrap();
+    testbed.assert_denied(NON_MEMBER);
 }
 
-// Protects a live edge that gets another interface: it is added, and a node that runs looks after it.
+// Protects a live edge that gets another interface: it is added, and a node that runs looks after
+// it.
 #[test]
 fn an_interface_is_added_to_a_live_edge() {
     if !privileged("an_interface_is_added_to_a_live_edge") {
         return;
     }
-    let mut site = Site::new("more", "mode = \"enforce\"");
-    site.registry.set_firewall(&allow_all_but_the_stranger());
-    site.start_node();
-    let plug = |site: &Site| {
-        site.pair.node.ip("link add mr2 type veth peer name mr3");
-        site.pair.node.ip("link set mr2 up");
+    let mut testbed = Testbed::new("more", "mode = \"enforce\"");
+    testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
+    testbed.start_node();
+    let plug = |testbed: &Testbed| {
+        testbed.pair.node.ip("link add mr2 type veth peer name mr3");
+        testbed.pair.node.ip("link set mr2 up");
     };
-    plug(&site);
+    plug(&testbed);
     let both = ["--interface", "mr0", "--interface", "mr2"];
-    let added = site.json("attach", &both);
+    let added = testbed.json("attach", &both);
     assert_eq!(added["added"], serde_json::json!(["mr2"]), "{added}");
     assert_eq!(added["interfaces"], serde_json::json!(["mr0", "mr2"]));
-    assert_eq!(program(&site, "mr2"), program(&site, "mr0"));
-    site.pair.node.ip("link del mr2");
-    plug(&site);
+    assert_eq!(program(&testbed, "mr2"), program(&testbed, "mr0"));
+    testbed.pair.node.ip("link del mr2");
+    plug(&testbed);
     eventually("the node puts the program on it again", || {
-        let shown = site.pair.node.ip("link show mr2");
+        let shown = testbed.pair.node.ip("link show mr2");
         shown.contains(" xdp").then_some(())
     });
 }
@@ -218,34 +238,36 @@ fn what_a_killed_attempt_left_is_completed_or_cleared() {
     if !privileged("what_a_killed_attempt_left_is_completed_or_cleared") {
         return;
     }
-    let mut site = Site::new("cut", "mode = \"enforce\"");
-    let _server = site.serve(PORT);
-    site.registry.set_firewall(&allow_all_but_the_stranger());
+    let mut testbed = Testbed::new("cut", "mode = \"enforce\"");
+    let _server = testbed.serve(PORT);
+    testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
     // Attached, and no set in force.
     let options = AttachOptions {
         interfaces: vec!["mr0".into()],
         mode: AttachMode::Auto,
         ..AttachOptions::default()
     };
-    let attach = || Edge::attach(&site.pinned.pins(), &options).unwrap();
-    drop(site.pair.node.enter(attach));
-    let completed = site.json("attach", &[]);
+    let attach = || Edge::attach(&testbed.pinned.pins(), &options).unwrap();
+    drop(testbed.pair.node.enter(attach));
+    let completed = testbed.json("attach", &[]);
     assert_eq!(
         (&completed["set"], &completed["mode"]),
         (&1.into(), &"count".into())
     );
 
     // Pinned by halves, and on no interface.
-    for name in site.pinned.pins().names(Kind::Link).unwrap() {
-        let pin = site.pinned.pins().path(Kind::Link, &name);
+    for name in testbed.pinned.pins().names(Kind::Link).unwrap() {
+        let pin = testbed.pinned.pins().path(Kind::Link, &name);
         let link = Link::open(&pin).unwrap();
         if matches!(link.info().unwrap().info, LinkTypeInfo::Xdp(_)) {
             link.detach().unwrap();
         }
     }
-    fs::remove_file(site.pinned.pins().path(Kind::Map, "budgets")).unwrap();
-    site.start_node();
-    assert_eq!(site.node.status()["edge"]["place"], "kernel");
-    assert_eq!(site.status()["mode"], "enforce");
-    site.assert_denied(STRANGER);
+    fs::remove_file(testbed.pinned.pins().path(Kind::Map, "budgets")).unwrap();
+    testbed.start_node();
+    assert_eq!(testbed.node.status()["edge"]["place"], "kernel");
+    assert_eq!(testbed.status()["mode"], "enforce");
+    testbed.assert_denied(NON_MEMBER);
 }

@@ -1,4 +1,5 @@
-//! Dependencies point down, and pure crates stay pure. Reads `cargo metadata` and the crates' sources.
+//! Dependencies point down, and pure crates stay pure. Reads `cargo metadata` and the crates'
+//! sources.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -249,7 +250,8 @@ fn default_members_bring_no_foreign_runtime() {
     }
 }
 
-/// Every direct dependency has its line in docs/dependencies.md, and no line is left of one that is gone.
+/// Every direct dependency has its line in docs/dependencies.md, and no line is left of one that is
+/// gone.
 #[test]
 fn every_dependency_is_accounted_for() {
     let metadata = metadata(false);

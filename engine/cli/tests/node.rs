@@ -194,9 +194,10 @@ fn nodes_follow_the_registry_folder() {
     );
 }
 
-/// kill -9 of the dialler and of the listener: the survivor has a new connection under a higher number within a
-/// second of the other being back. A bound of the protocol, not of this host's speed: the best of a few restarts
-/// counts, because a host may be busy with something else for a while.
+/// kill -9 of the dialler and of the listener: the survivor has a new connection under a higher
+/// number within a second of the other being back. A bound of the protocol, not of this host's
+/// speed: the best of a few restarts counts, because a host may be busy with something else for a
+/// while.
 #[test]
 fn a_killed_node_is_connected_again_within_a_second_under_a_higher_number() {
     const BOUND: Duration = Duration::from_secs(1);
@@ -244,7 +245,8 @@ fn a_killed_node_is_connected_again_within_a_second_under_a_higher_number() {
     }
 }
 
-/// A node with the registry's public key, a seed, and an empty folder gets the versions from the seed.
+/// A node with the registry's public key, a seed, and an empty folder gets the versions from the
+/// seed.
 #[test]
 fn a_node_joins_with_a_key_and_a_seed() {
     let dir = tempfile::tempdir().unwrap();
@@ -324,7 +326,8 @@ fn the_admin_socket_answers_monitors() {
     assert_eq!(status["peers"][0]["node_id"], *nodes[1].node_id);
 }
 
-/// Lengths that are missing, wrong or too large, clients that drip or stay silent, and too many of them.
+/// Lengths that are missing, wrong or too large, clients that drip or stay silent, and too many of
+/// them.
 #[test]
 fn the_admin_socket_is_bounded() {
     let dir = tempfile::tempdir().unwrap();
@@ -365,14 +368,16 @@ fn the_admin_socket_is_bounded() {
         .collect();
     assert_eq!(node.get("/healthz").0, 200);
     drop(silent);
-    // 48 chunks, of which the artifact of three bytes holds one, and the body that stopped none any more.
+    // 48 chunks, of which the artifact of three bytes holds one, and the body that stopped none any
+    // more.
     let chunks_free = |node: &TestNode, wanted: u64| {
         eventually("so many chunks are free", || {
             (node.status()["shards"][0]["chunks_free"] == wanted).then_some(())
         });
     };
     chunks_free(node, 47);
-    // A body larger than the pool's free chunks is refused before it is read: hold the pool by open uploads, which a patient node keeps.
+    // A body larger than the pool's free chunks is refused before it is read: hold the pool by open
+    // uploads, which a patient node keeps.
     nodes[0].stop();
     let config = std::fs::read_to_string(&nodes[0].config).unwrap();
     let patient = config.replace("body_timeout = \"300ms\"", "body_timeout = \"10m\"");

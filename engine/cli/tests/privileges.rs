@@ -6,7 +6,8 @@ mod common;
 use common::process::{assert_harmless, children};
 use common::{TestNode, TestRegistry, own_addresses};
 
-// Protects the host: whoever breaks into a node finds nothing that it did not need, though root started it.
+// Protects the host: an attacker who breaks into a node finds only what the node needed, though
+// root started it.
 #[test]
 fn a_node_without_an_edge_keeps_no_privilege() {
     let folder = tempfile::tempdir().unwrap();

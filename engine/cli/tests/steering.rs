@@ -1,4 +1,5 @@
-//! The steering program in eBPF, put to the tests of the classic one. Here, since only this crate knows both groups and programs.
+//! The steering program in eBPF, put to the tests of the classic one. Here, since only this crate
+//! knows both groups and programs.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 #[path = "../../../shards/tests/common/steering.rs"]
@@ -21,7 +22,8 @@ fn attach(sockets: &[ShardSocket]) {
     attach_steering(sockets, steering.program().unwrap().as_fd()).unwrap();
 }
 
-// Protects connections when a node gets or loses privileges: both programs send an ID to the same shard.
+// Protects connections when a node gets or loses privileges: both programs send an ID to the same
+// shard.
 #[test]
 fn the_ebpf_program_steers_by_connection_id() {
     if !skip::has_all("the_ebpf_program_steers_by_connection_id", &missing()) {

@@ -123,7 +123,8 @@ impl TestRegistry {
         ]);
     }
 
-    /// Signs a version that differs from the newest by its firewall alone: `[[firewall]]` tables in TOML. Its number.
+    /// Signs a version that differs from the newest by its firewall alone: `[[firewall]]` tables in
+    /// TOML. Its number.
     pub fn set_firewall(&self, rules: &str) -> u64 {
         let documents = std::fs::read_dir(&self.dir)
             .unwrap()

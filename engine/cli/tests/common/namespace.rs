@@ -15,10 +15,10 @@ use super::{eventually, skip};
 
 /// The node, on interface `mr0`.
 pub const NODE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
-/// The world, on interface `mr1`: whom a rule allows, as a rule.
+/// The remote host, on interface `mr1`: an operator, whom most tests allow by a rule.
 pub const OPERATOR: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
-/// The world again: somebody whom nobody knows.
-pub const STRANGER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 66);
+/// The remote host again: an address that no rule names.
+pub const NON_MEMBER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 66);
 
 /// Whether the test can run here; says what it lacks otherwise.
 pub fn privileged(test: &str) -> bool {
@@ -29,14 +29,14 @@ pub fn privileged(test: &str) -> bool {
 #[derive(Debug)]
 pub struct Pair {
     pub node: Namespace,
-    pub world: Namespace,
+    pub remote: Namespace,
 }
 
 impl Pair {
     pub fn new(label: &str) -> Self {
         let pair = Self {
             node: Namespace::new(label),
-            world: Namespace::new(label),
+            remote: Namespace::new(label),
         };
         pair.plug();
         pair
@@ -44,18 +44,19 @@ impl Pair {
 
     /// Makes the cable, again if it was removed: its ends are new interfaces then.
     pub fn plug(&self) {
-        let world = &self.world.name;
+        let remote = &self.remote.name;
         self.node.ip(&format!(
-            "link add mr0 type veth peer name mr1 netns {world}"
+            "link add mr0 type veth peer name mr1 netns {remote}"
         ));
         self.node.ip(&format!("addr add {NODE}/24 dev mr0"));
-        for address in [OPERATOR, STRANGER] {
-            self.world.ip(&format!("addr add {address}/24 dev mr1"));
+        for address in [OPERATOR, NON_MEMBER] {
+            self.remote.ip(&format!("addr add {address}/24 dev mr1"));
         }
         self.node.ip("link set mr0 up");
-        self.world.ip("link set mr1 up");
-        // The kernel lets packets out some time after that: what is sent before is lost, and said again after a second.
-        for (namespace, interface) in [(&self.node, "mr0"), (&self.world, "mr1")] {
+        self.remote.ip("link set mr1 up");
+        // The kernel lets packets out some time after that: what is sent before is lost, and said
+        // again after a second.
+        for (namespace, interface) in [(&self.node, "mr0"), (&self.remote, "mr1")] {
             eventually("the cable carries packets", || {
                 let shown = namespace.ip(&format!("link show dev {interface}"));
                 shown.contains("state UP").then_some(())
@@ -68,14 +69,15 @@ impl Pair {
         self.node.ip("link del mr0");
     }
 
-    /// A TCP connection to the node from an address of the world, or why there is none after so long.
+    /// A TCP connection to the node from an address of the remote host, or why there is none after
+    /// so long.
     pub fn connect(
         &self,
         from: Ipv4Addr,
         port: u16,
         patience: Duration,
     ) -> std::io::Result<TcpStream> {
-        self.world.enter(|| {
+        self.remote.enter(|| {
             let from = SocketAddr::new(from.into(), 0);
             let to = SocketAddr::new(NODE.into(), port);
             let socket = socket(AddressFamily::INET, SocketType::STREAM, None)?;

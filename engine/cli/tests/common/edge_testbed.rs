@@ -1,4 +1,5 @@
-//! A node behind its edge, as an operator has it: namespaces, a config, a registry, a server of TCP, and people who talk to it.
+//! A node behind its edge, as an operator has it: namespaces, a config, a registry, a server of
+//! TCP, and people who talk to it.
 #![allow(unreachable_pub, reason = "shared by test crates")]
 
 use std::io::{Read as _, Write as _};
@@ -11,20 +12,20 @@ use std::time::Duration;
 use millrace_edge::nft::Nft;
 use serde_json::Value;
 
-use crate::common::namespace::{NODE, Pair, Pinned, STRANGER};
+use crate::common::namespace::{NODE, NON_MEMBER, Pair, Pinned};
 use crate::common::{TestNode, TestRegistry, eventually, millrace, stderr, stdout, text};
 
 /// A port that the edge owns.
 pub const PORT: u16 = 8080;
 /// A port that is none of its business.
 pub const ELSEWHERE: u16 = 2222;
-/// How long somebody waits for an answer that is to come: a bound, not a measure.
+/// How long a client waits for an answer that must come: a bound, not a measure.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long somebody waits for an answer that is not to come.
+/// How long a client waits for an answer that must not come.
 pub const MOMENT: Duration = Duration::from_millis(500);
 
 /// A node that is not started, in its namespace, and its registry. Dropped in this order.
-pub struct Site {
+pub struct Testbed {
     pub node: TestNode,
     pub pinned: Pinned,
     pub pair: Pair,
@@ -32,7 +33,7 @@ pub struct Site {
     pub folder: tempfile::TempDir,
 }
 
-impl Site {
+impl Testbed {
     /// `edge` follows what every test says in `[edge]`.
     pub fn new(label: &str, edge: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
@@ -118,7 +119,7 @@ impl Site {
         Ok(session)
     }
 
-    /// Nobody answers, and the edge says that it was its doing.
+    /// No answer comes, and the edge counts that it refused the packet.
     pub fn assert_denied(&self, from: Ipv4Addr) {
         let (before, _) = self.packets("firewall_deny");
         assert!(self.pair.connect(from, PORT, MOMENT).is_err());
@@ -161,7 +162,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Whoever waits in `accept` is told.
+        // Wakes the thread that waits in `accept`.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -169,7 +170,7 @@ impl Drop for Server {
     }
 }
 
-/// Somebody who types, and hears what was typed.
+/// A client that sends lines and receives them back.
 pub struct Session {
     stream: TcpStream,
     typed: usize,
@@ -230,6 +231,6 @@ pub fn rule(action: &str, prefix: &str) -> String {
     format!("[[firewall]]\nscope = \"global\"\nprefixes = [\"{prefix}\"]\naction = \"{action}\"\n")
 }
 
-pub fn allow_all_but_the_stranger() -> String {
-    rule("deny", &format!("{STRANGER}/32")) + &rule("allow", "10.77.0.0/24")
+pub fn allow_all_but_the_non_member() -> String {
+    rule("deny", &format!("{NON_MEMBER}/32")) + &rule("allow", "10.77.0.0/24")
 }

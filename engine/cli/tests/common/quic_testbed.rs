@@ -1,4 +1,5 @@
-//! Two namespaces with the edge in the kernel on both ends of the cable, a listener behind it, and the peer that dials it.
+//! Two namespaces with the edge in the kernel on both ends of the cable, a listener behind it, and
+//! the peer that dials it.
 #![allow(unreachable_pub, reason = "shared by test crates")]
 
 use std::collections::BTreeMap;
@@ -27,31 +28,32 @@ use millrace_protocol::identity::SigningKey;
 use millrace_testkit::until;
 use millrace_transport::{ConnectionCounts, EdgeStart, TransportConfig};
 
-use crate::common::namespace::{NODE, OPERATOR, Pair, Pinned, STRANGER, privileged};
+use crate::common::namespace::{NODE, NON_MEMBER, OPERATOR, Pair, Pinned, privileged};
 use crate::transport::{Node, key, member, shard_config, topology};
 
 pub const POOL_BYTES: u64 = 64 << 20;
 pub const BODY_BYTES: usize = 16 << 20;
-/// Longer than any test takes: nobody renews it.
+/// Longer than any test takes: no test renews it.
 pub const LEASE: Duration = Duration::from_secs(600);
-/// Packets with the same proof: enough for a handshake on a slow machine, and no more come within a test.
+/// Packets with the same proof: enough for a handshake on a slow machine, and no more come within a
+/// test.
 pub const PROOF: u64 = 16;
 pub const RUN: u32 = 7;
 
 pub const LISTENER: SocketAddr = SocketAddr::new(IpAddr::V4(NODE), 4100);
 pub const DIALLER: SocketAddr = SocketAddr::new(IpAddr::V4(OPERATOR), 4101);
-/// In the world, on the way from the dialler to the listener.
-pub const BETWEEN: SocketAddr = SocketAddr::new(IpAddr::V4(STRANGER), 4100);
+/// On the remote host, on the way from the dialler to the listener.
+pub const BETWEEN: SocketAddr = SocketAddr::new(IpAddr::V4(NON_MEMBER), 4100);
 
 /// Namespaces and programs. Dropped in this order.
-pub struct Ground {
+pub struct Testbed {
     pub edge: Arc<Edge>,
     _pinned: [Pinned; 2],
     pub pair: Pair,
     _folder: tempfile::TempDir,
 }
 
-impl Ground {
+impl Testbed {
     /// None where it cannot be made; that was said then.
     pub fn new(test: &str) -> Option<Self> {
         if !privileged(test) {
@@ -59,7 +61,7 @@ impl Ground {
         }
         let folder = tempfile::tempdir().unwrap();
         let pair = Pair::new("quic");
-        let pinned = ["node", "world"].map(|side| Pinned(folder.path().join(side)));
+        let pinned = ["node", "remote"].map(|side| Pinned(folder.path().join(side)));
         let attach = |pinned: &Pinned, interface: &str| {
             let options = AttachOptions {
                 interfaces: vec![interface.into()],
@@ -68,10 +70,10 @@ impl Ground {
             };
             Edge::attach(&pinned.pins(), &options).unwrap()
         };
-        let [at_node, at_world] = &pinned;
+        let [at_node, at_remote] = &pinned;
         let edge = pair.node.enter(|| attach(at_node, "mr0"));
         // Nothing is ever put in force there: it passes everything.
-        pair.world.enter(|| attach(at_world, "mr1"));
+        pair.remote.enter(|| attach(at_remote, "mr1"));
         Some(Self {
             edge: Arc::new(edge),
             _pinned: pinned,
@@ -110,9 +112,9 @@ impl Ground {
         trace.connections.quic
     }
 
-    /// A socket of the world that sends to the listener.
+    /// A socket of the remote host that sends to the listener.
     pub fn socket(&self, from: Ipv4Addr) -> UdpSocket {
-        let socket = self.pair.world.enter(|| UdpSocket::bind((from, 0)));
+        let socket = self.pair.remote.enter(|| UdpSocket::bind((from, 0)));
         let socket = socket.unwrap();
         socket.connect(LISTENER).unwrap();
         socket
@@ -155,16 +157,16 @@ impl ConnectionCounts for Told {
 }
 
 /// A listener behind the edge, and the key of the peer that dials it.
-pub struct Scene<'g> {
-    pub ground: &'g Ground,
+pub struct ConnectedTestbed<'g> {
+    pub testbed: &'g Testbed,
     pub listener: Node,
     pub dialler: SigningKey,
     pub admission: Arc<Admission>,
     pub lease: NodeLease<'g>,
 }
 
-impl<'g> Scene<'g> {
-    pub fn new(ground: &'g Ground) -> Self {
+impl<'g> ConnectedTestbed<'g> {
+    pub fn new(testbed: &'g Testbed) -> Self {
         let mut keys = [key(1), key(2)];
         keys.sort_by_key(SigningKey::node_id);
         let [dialler, listener] = keys;
@@ -172,7 +174,7 @@ impl<'g> Scene<'g> {
             proof: Limit::per(1, Duration::from_secs(600), PROOF),
             ..Limits::default()
         };
-        put_in_force(&ground.edge, limits);
+        put_in_force(&testbed.edge, limits);
         let config = AdmissionConfig {
             limits,
             ..AdmissionConfig::default()
@@ -180,11 +182,11 @@ impl<'g> Scene<'g> {
         let random = || lease::random().unwrap();
         let admission = Arc::new(Admission::new(config, now_ns(), random));
         admission.set_kernel_charges(true);
-        let maps = ground.edge.maps();
+        let maps = testbed.edge.maps();
         let lease = NodeLease::begin(maps, RUN, LEASE, &limits, &admission.keys());
         let map = MapHandle::try_from(maps.quic_sources()).unwrap();
         let told = Told {
-            edge: Arc::clone(&ground.edge),
+            edge: Arc::clone(&testbed.edge),
             counts: Counts::new(map, RUN).unwrap(),
             source_quic: limits.source_quic,
         };
@@ -195,19 +197,19 @@ impl<'g> Scene<'g> {
         };
         let members = [member(&dialler, DIALLER), member(&listener, LISTENER)];
         let topology = topology(members, 1);
-        let listener = ground.pair.node.enter(|| {
+        let listener = testbed.pair.node.enter(|| {
             let shards = vec![shard_config(POOL_BYTES); 2];
             Node::start_behind(listener, LISTENER, &topology, config_of(), shards, edge)
         });
-        let scene = Self {
-            ground,
+        let connected = Self {
+            testbed,
             listener,
             dialler,
             admission,
             lease,
         };
-        scene.know_peers(true);
-        scene
+        connected.know_peers(true);
+        connected
     }
 
     pub fn press(&self, level: Level) {
@@ -235,7 +237,7 @@ impl<'g> Scene<'g> {
         ];
         let topology = topology(members, 1);
         let key = self.dialler.clone();
-        self.ground.pair.world.enter(|| {
+        self.testbed.pair.remote.enter(|| {
             let shards = vec![shard_config(POOL_BYTES); 2];
             let edge = EdgeStart::default();
             Node::start_behind(key, DIALLER, &topology, config_of(), shards, edge)
@@ -256,7 +258,7 @@ impl<'g> Scene<'g> {
     /// Waits until this many more packets were decided about than `before`.
     pub fn wait_for(&self, reason: Reason, more: u64, before: &Counters) {
         let wanted = before.acted_on(reason) + more;
-        until(reason.label(), || self.ground.count(reason) >= wanted);
+        until(reason.label(), || self.testbed.count(reason) >= wanted);
     }
 }
 
