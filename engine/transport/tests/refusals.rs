@@ -9,9 +9,9 @@ mod raw;
 use std::time::Duration;
 
 use common::*;
-use millrace_protocol::frame::Class;
+use millrace_protocol::frame::{Class, Header, Kind, Method};
 use millrace_transport::TransportConfig;
-use millrace_transport::counters::Family;
+use millrace_transport::counters::{Counter, Family};
 use raw::{Raw, RawOptions};
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -159,8 +159,8 @@ fn a_request_dropped_half_way_is_seen_as_reset() {
     raw.introduce();
     let mut opening = vec![2];
     opening.extend(
-        millrace_protocol::frame::Header {
-            kind: millrace_protocol::frame::Kind::Request,
+        Header {
+            kind: Kind::Request,
             class: Class::Normal,
             method: ECHO,
             id: 1,
@@ -176,4 +176,42 @@ fn a_request_dropped_half_way_is_seen_as_reset() {
         .unwrap();
     raw.drive(LIMIT, |_| node.reason(Family::Rejected, "peer_reset") > 0);
     node.wait_for_reason(Family::Rejected, "peer_reset", 1);
+}
+
+// A cancellation is a small frame, and passes a request on another stream.
+#[test]
+fn a_request_that_was_cancelled_before_it_arrived_is_not_served() {
+    let (node, dialler) = listener_and_dialler();
+    let mut raw = Raw::dial(
+        node.transport.local_addr(),
+        &RawOptions {
+            key: Some(dialler),
+            session: None,
+        },
+    );
+    raw.introduce();
+    let header = |kind, id| Header {
+        kind,
+        class: Class::Normal,
+        method: HANG,
+        id,
+        body_bytes: 0,
+        arg: 60_000,
+    };
+    let cancel = Header {
+        method: Method(0),
+        arg: 0,
+        ..header(Kind::Cancel, 5)
+    };
+    let mut lane = vec![1];
+    lane.extend(cancel.encode());
+    lane.extend(header(Kind::Request, 5).encode());
+    lane.extend(header(Kind::Request, 6).encode());
+    assert!(raw.send(Raw::stream(0), &lane, false));
+    raw.drive(LIMIT, |_| node.count(Counter::ReceivedNormal) == 2);
+    node.wait_for(|event| matches!(event, Event::Hanging));
+    assert_eq!(node.count(Counter::RequestsCancelled), 1);
+    let hanging = node.events.try_iter();
+    let more = hanging.filter(|event| matches!(event, Event::Hanging));
+    assert_eq!(more.count(), 0, "only the other request is served");
 }

@@ -24,6 +24,7 @@ use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_protocol::rpc::{InFlight, RpcError, RpcTable};
 
 use super::completion::Completion;
+use super::early_cancels::EarlyCancels;
 use super::message::{Payload, Request};
 use crate::config::TransportConfig;
 use crate::counters::{Counter, Counters, Family};
@@ -141,6 +142,7 @@ pub(crate) struct ConnectionHandle {
     calls: RefCell<RpcTable<(Class, Completion)>>,
     /// Requests of the peer that are answered later, with who is to hear that one was cancelled.
     inbound: RefCell<InFlight<Option<Waker>>>,
+    early_cancels: RefCell<EarlyCancels>,
     /// Who waits until a class is writable again.
     writable: RefCell<Vec<(Class, Completion)>>,
     is_dirty: Cell<bool>,
@@ -176,6 +178,7 @@ impl ConnectionHandle {
                 state.now.get(),
             )),
             inbound: RefCell::new(InFlight::new(config.requests_in_max.rpc_limits())),
+            early_cancels: RefCell::default(),
             writable: RefCell::default(),
             is_dirty: Cell::new(false),
             is_closed: Cell::new(false),
@@ -563,7 +566,21 @@ impl ConnectionHandle {
             }
         } else {
             self.withdraw(Kind::Response, class, id, false);
+            let now = self.state.now.get();
+            self.early_cancels.borrow_mut().insert(id, now);
         }
+    }
+
+    /// Whether the peer took the request `id` back before it arrived. It is then counted, and no
+    /// service hears of it.
+    #[inline]
+    pub(crate) fn take_early_cancel(&self, id: u32) -> bool {
+        let now = self.state.now.get();
+        let is_cancelled = self.early_cancels.borrow_mut().take(id, now);
+        if is_cancelled {
+            self.state.counters.add(Counter::RequestsCancelled, 1);
+        }
+        is_cancelled
     }
 }
 

@@ -13,6 +13,7 @@
 pub(crate) mod body;
 pub(crate) mod command;
 pub(crate) mod completion;
+mod early_cancels;
 pub(crate) mod handle;
 pub(crate) mod message;
 pub(crate) mod messenger;

@@ -125,6 +125,12 @@ impl<D: Dispatch> Delivery<'_, D> {
             Kind::Request => {
                 exchanged.set(exchanged.get() + 1);
                 counters.received(header.class, body.len() as usize);
+                if self.handle.take_early_cancel(header.id) {
+                    if let InboundBody::Streamed(body) = body {
+                        body.cut("peer_cancelled");
+                    }
+                    return;
+                }
                 let deadline = self.deadline_of(&header);
                 let defer = Defer {
                     handle: self.handle,
