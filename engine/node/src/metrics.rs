@@ -64,7 +64,13 @@ const OWN: &[Own] = &[
         name: "millrace_chunks_free",
         kind: Kind::Gauge,
         label: Some("shard"),
-        help: "Free chunks",
+        help: "Whole chunks that are free",
+    },
+    Own {
+        name: "millrace_chunks_free_bytes",
+        kind: Kind::Gauge,
+        label: Some("shard"),
+        help: "Bytes of the pool that are free, also in chunks that smaller bodies share",
     },
     Own {
         name: "millrace_registry_version",
@@ -363,7 +369,7 @@ fn shards(core: &Core, out: &mut Out<'_>) -> fmt::Result {
     for (name, values) in by_name {
         out.counters(&format!("millrace_shard_{name}"), &shard_help(name), values)?;
     }
-    let pools = |value: fn(&millrace_shards::chunk::ChunkPool) -> usize| {
+    let pools = |value: fn(&millrace_shards::chunk::ChunkPool) -> u64| {
         let pools = (0..core.transport.shards()).filter_map(|shard| {
             let pool = core.transport.pool(shard)?;
             Some((Some(("shard", shard.to_string())), value(pool) as f64))
@@ -373,12 +379,17 @@ fn shards(core: &Core, out: &mut Out<'_>) -> fmt::Result {
     out.gauges(
         "millrace_chunks",
         help_of("millrace_chunks"),
-        pools(|p| p.total_chunks()),
+        pools(|p| p.total_chunks() as u64),
     )?;
     out.gauges(
         "millrace_chunks_free",
         help_of("millrace_chunks_free"),
-        pools(|p| p.free_chunks()),
+        pools(|p| p.free_chunks() as u64),
+    )?;
+    out.gauges(
+        "millrace_chunks_free_bytes",
+        help_of("millrace_chunks_free_bytes"),
+        pools(|p| p.free_bytes()),
     )
 }
 

@@ -93,9 +93,10 @@ pub struct TransportConfig {
     pub requests_out_max: PerClass<u32>,
     /// Requests of a peer in flight at us, for each class.
     pub requests_in_max: PerClass<u32>,
-    /// Body bytes that one peer may make this shard reserve at a time.
+    /// Body bytes that one peer may make this shard hold at a time, arriving or kept.
     pub receive_budget_peer_bytes: u64,
-    /// Body bytes that all peers together may make this shard reserve; at most its chunk pool.
+    /// Body bytes that all peers together may make this shard hold; at most its chunk pool. One peer
+    /// alone reaches half of it.
     pub receive_budget_bytes: u64,
     /// A message stream must bring this much in each `stream_progress_interval`, or be done.
     pub stream_progress_bytes: u64,

@@ -397,14 +397,14 @@ pub(super) static SECTIONS: &[Section] = &[
                 "receive_budget_peer_bytes",
                 transport.receive_budget_peer_bytes,
                 bytes(ByteSize::mib(1), ByteSize::gib(512)),
-                "Chunk memory one peer may hold reserved on a shard for bodies that are arriving."
+                "Chunk memory that bodies of one peer may take on a shard, arriving or kept."
             ),
             field!(
                 NodeConfig,
                 "receive_budget_bytes",
                 transport.receive_budget_bytes,
                 bytes(ByteSize::mib(1), ByteSize::gib(512)),
-                "Chunk memory all peers together may hold reserved on a shard for bodies that are arriving."
+                "Chunk memory that bodies of all peers together may take on a shard, arriving or kept; one peer alone reaches half of it."
             ),
             field!(
                 NodeConfig,
