@@ -25,7 +25,7 @@
 //! after `Drop` has cancelled and reaped every request; if it cannot, it is leaked. A receive slot
 //! is either in the kernel's hands or in `backlog`, never both. A transmit slot is lent to a turn's
 //! `Trains` only while no train of it is in flight; its trains are submitted after it came back,
-//! and only this crate's `Trains` describe them.
+//! and only if they lie in it.
 //!
 //! Invariants:
 //!

@@ -128,10 +128,14 @@ impl UdpTx {
         self.records.len() - self.free_records.len()
     }
 
-    /// A train's submission. `None` when the shard has no such socket, or no record: then the
-    /// train is dropped and counted.
+    /// A train's submission. `None` when the shard has no such socket, or the train does not lie in
+    /// the slot that is lent: then it is dropped and counted.
     pub(super) fn send(&mut self, train: &Train, stats: &ShardStats) -> Option<squeue::Entry> {
-        let Some(device) = self.devices.get_mut(train.socket.index()) else {
+        // A `Train` is plain data, so that safe code could make up one that lies elsewhere.
+        let end_bytes = train.start_bytes.saturating_add(train.len_bytes);
+        let lies_in_slot = self.lent == Some(train.slot) && end_bytes <= TX_SLOT_BYTES;
+        let device = self.devices.get_mut(train.socket.index());
+        let (true, Some(device)) = (lies_in_slot, device) else {
             stats.send_errors.add(1);
             return None;
         };
@@ -140,7 +144,7 @@ impl UdpTx {
             stats.send_errors.add(1);
             return None;
         };
-        // SAFETY: the train lies within its slot, which this module lent.
+        // SAFETY: the train lies within the slot that is lent, as just checked.
         let start = unsafe { slot_ptr(&self.slots, train.slot).add(train.start_bytes) };
         self.holds[usize::from(train.slot)] += 1;
         stats.trains_sent.add(1);
@@ -331,5 +335,56 @@ impl Record {
             self.header.msg_controllen = 0;
         }
         &raw const self.header
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The kernel is given no byte outside the slot that is lent, also when a train claims it.
+    #[test]
+    fn a_train_lies_in_the_lent_slot() {
+        let config = ShardConfig::default();
+        let stats = ShardStats::default();
+        let mut tx = UdpTx::new(&config, 64, 1).unwrap();
+        tx.begin_turn();
+        let slot = tx.next_slot().unwrap();
+        let train = Train {
+            socket: SocketId::FIRST,
+            to: sys::NO_ADDR,
+            slot,
+            segments: 1,
+            start_bytes: TX_SLOT_BYTES - 10,
+            len_bytes: 10,
+            segment_bytes: 10,
+        };
+        let outside = [
+            Train {
+                len_bytes: 11,
+                ..train
+            },
+            Train {
+                start_bytes: usize::MAX,
+                ..train
+            },
+            Train {
+                slot: slot + 1,
+                ..train
+            },
+            Train {
+                socket: SocketId::new(1),
+                ..train
+            },
+        ];
+        for train in outside {
+            assert!(tx.send(&train, &stats).is_none(), "{train:?}");
+        }
+        assert_eq!(stats.snapshot().send_errors, 4);
+        assert_eq!(tx.in_flight(), 0);
+        assert!(tx.send(&train, &stats).is_some());
+        assert_eq!(tx.in_flight(), 1);
+        tx.seal();
+        assert!(tx.send(&train, &stats).is_none());
     }
 }
