@@ -1,11 +1,11 @@
-//! The journal: what the kernel cannot say of an edge, in one file beside the pins. Number and mode
-//! of the set in force are not here: the maps hold them.
+//! The journal: the state of an edge that the kernel does not hold, in one file beside the pins.
+//! The maps hold number and mode of the set in force.
 //!
 //! 1. The file is replaced whole, under [`EdgeLock`]. A process that is killed at any point of a
 //!    write leaves the old text or the new one.
 //! 2. A file of another format is refused, not guessed at.
-//! 3. This crate reads and writes the interfaces. The rest is the control loop's, `C`, and stays as
-//!    it is.
+//! 3. This crate reads and writes the interfaces. The rest belongs to the control loop, `C`, and
+//!    stays as it is.
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
@@ -21,8 +21,7 @@ use crate::pins::{EdgeLock, Pins};
 /// Format of the file that this binary writes and reads.
 pub const FORMAT: u32 = 2;
 
-/// The file. `C` is what the control loop keeps in it; its default is written for an edge that is
-/// new.
+/// The file. `C` is the part of the control loop; a new edge gets its default.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     deny_unknown_fields,
@@ -36,7 +35,7 @@ pub struct Journal<C = serde_json::Value> {
     pub format: u32,
     /// Interfaces that the edge is attached to.
     pub interfaces: Vec<Interface>,
-    /// What the control loop keeps.
+    /// The part of the control loop.
     #[serde(default)]
     pub control: C,
 }
@@ -50,7 +49,7 @@ pub enum JournalError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// It could not be written.
@@ -58,10 +57,10 @@ pub enum JournalError {
     Write {
         /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// It is not what this program writes.
+    /// The file is no journal.
     #[error("{} is no journal of the edge: {source}; detach and attach again", .path.display())]
     Parse {
         /// The file.
@@ -69,7 +68,7 @@ pub enum JournalError {
         /// What is wrong with it.
         source: serde_json::Error,
     },
-    /// It was written by another version of this program.
+    /// Another version of this program wrote it.
     #[error("{} has format {found}, this program knows {FORMAT}; detach and attach again", .path.display())]
     Format {
         /// The file.
@@ -166,14 +165,14 @@ pub enum WriteStep {
     Synced,
     /// It has the journal's name.
     Renamed,
-    /// So it has on the disk.
+    /// The name is on the disk, too.
     Done,
 }
 
 static OBSERVER: OnceLock<fn(WriteStep)> = OnceLock::new();
 
-/// Calls a function at every step of every later write of this process. For tests that end the
-/// process there; the first call counts.
+/// Calls a function at every step of every later write of this process. Tests end the process
+/// there. The first observer stays.
 pub fn observe_writes(observer: fn(WriteStep)) {
     // A second observer is ignored, as documented.
     let _ = OBSERVER.set(observer);
@@ -191,7 +190,7 @@ fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
     new.push(".new");
     let new = PathBuf::from(new);
     reach(WriteStep::Begin);
-    // Left by a process that was killed.
+    // A killed process may have left it.
     let _ = fs::remove_file(&new);
     let mut file = File::create_new(&new)?;
     let (first, second) = text.split_at(text.len() / 2);

@@ -1,11 +1,11 @@
-//! What only a live node knows, told to the program under a lease: that it lives, its stress, keys,
-//! peers and seeds.
+//! The state that only a live node knows, set in the program under a lease: that it lives, its
+//! stress, keys, peers and seeds.
 //!
-//! 1. Stress and counts hold under the lease: after a node's death they lapse, and what an operator
-//!    or the registry said stays.
-//! 2. One process at a time holds it; the number of its run tells its counts from those of the run
-//!    before.
-//! 3. A key is in its place before it signs; a generation of the sketch is empty before it is
+//! 1. Stress and counts are valid under the lease: after a node's death they lapse. The settings of
+//!    the operator and the rules of the registry stay.
+//! 2. One process at a time holds the lease; the number of its run tells its counts from those of
+//!    the run before.
+//! 3. A key is in its slot before it signs; a generation of the sketch is empty before it is
 //!    charged.
 
 use std::collections::BTreeMap;
@@ -25,11 +25,11 @@ use crate::abi::{EdgeBucket, EdgeControl, EdgeKey, GENERATIONS};
 use crate::clock::{now_ns, wall_offset_ns};
 use crate::maps::{Maps, Plain, Table};
 
-/// Unpredictable bytes, from the kernel.
+/// Sixteen unpredictable bytes from the kernel (`getrandom`).
 ///
 /// # Errors
 ///
-/// What the kernel says; it does not fail once its generator was seeded.
+/// The kernel's error. There is none once its generator was seeded.
 pub fn random() -> std::io::Result<[u8; 16]> {
     let mut bytes = [0; 16];
     let mut filled = 0;
@@ -39,7 +39,7 @@ pub fn random() -> std::io::Result<[u8; 16]> {
     Ok(bytes)
 }
 
-/// As [`random`], where no error can be told: without random bytes, the process ends.
+/// [`random`] for callers that cannot return an error: without random bytes, the process ends.
 #[must_use]
 pub fn unpredictable() -> [u8; 16] {
     random().unwrap_or_else(|error| {
@@ -48,7 +48,7 @@ pub fn unpredictable() -> [u8; 16] {
     })
 }
 
-/// Gives unpredictable bytes.
+/// A source of unpredictable bytes.
 pub trait Random: FnMut() -> [u8; 16] {}
 impl<F: FnMut() -> [u8; 16]> Random for F {}
 
@@ -70,7 +70,7 @@ pub fn make_secrets(maps: &Maps) -> std::io::Result<()> {
     Ok(())
 }
 
-/// The state that the program has from a live node, and for how long.
+/// The lease of a live node on the program.
 #[derive(Debug)]
 pub struct NodeLease<'m> {
     maps: &'m Maps,
@@ -79,7 +79,8 @@ pub struct NodeLease<'m> {
 }
 
 impl<'m> NodeLease<'m> {
-    /// Begins, as run `run`, with what admission has; the first lease runs from now.
+    /// Begins the lease as run `run`, with the limits and keys of admission. The first period
+    /// starts now.
     pub fn begin(maps: &'m Maps, run: u32, period: Duration, limits: &Limits, keys: &Keys) -> Self {
         let active = load::<u32>(maps, offset_of!(EdgeControl, limiter_active)) as usize & 1;
         let lease = Self {
@@ -94,7 +95,7 @@ impl<'m> NodeLease<'m> {
         lease
     }
 
-    /// Goes on for another lease; to be called several times in each.
+    /// Renews the lease for another period. The node calls it several times in each.
     pub fn renew(&self) {
         store(
             self.maps,
@@ -105,7 +106,7 @@ impl<'m> NodeLease<'m> {
         self.set_lease(now_ns().saturating_add(lease_ns));
     }
 
-    /// Ends: counts and stress lapse now.
+    /// Ends the lease: counts and stress lapse now.
     pub fn end(&self) {
         self.set_lease(0);
     }
@@ -120,11 +121,11 @@ impl<'m> NodeLease<'m> {
         store_keys(self.maps, keys);
     }
 
-    /// Makes the kernel's registry peers those of `peers`, by node tag.
+    /// Replaces the registry peers in the kernel by `peers`, by node tag.
     ///
     /// # Errors
     ///
-    /// What the kernel says, as when the map is full; the peers so far are set.
+    /// The kernel's error, for example when the map is full. Some peers are set then.
     pub fn set_peers(&self, peers: &BTreeMap<u32, Key>) -> Result<(), libbpf_rs::Error> {
         let map = self.maps.peers();
         let stale: Vec<Vec<u8>> = map
@@ -141,17 +142,17 @@ impl<'m> NodeLease<'m> {
         Ok(())
     }
 
-    /// Takes the limits of a set into account that was published.
+    /// Takes the limits of a published set into account.
     pub fn set_limits(&mut self, limits: &Limits) {
         self.rotation.widen(sketch_limits(limits));
     }
 
-    /// Turns the sketch when it is time to. To be called about once a second.
+    /// Turns the sketch when a turn is due. The node calls it about once a second.
     pub fn tick(&mut self, random: impl Random) {
         self.tick_at(now_ns(), random);
     }
 
-    /// As [`Self::tick`], at this time.
+    /// [`Self::tick`] at this time, in nanoseconds of CLOCK_MONOTONIC.
     pub fn tick_at(&mut self, now_ns: u64, mut random: impl Random) {
         if now_ns < self.rotation.due_at_ns() {
             return;
@@ -179,7 +180,7 @@ impl<'m> NodeLease<'m> {
     }
 }
 
-/// The kernel's sketch, as it is to be read now.
+/// The kernel's sketch, in its present state.
 pub fn sketch(maps: &Maps) -> Sketch<'_, Table<EdgeBucket>> {
     let control: EdgeControl = maps.control.load(0);
     Sketch {
@@ -193,8 +194,8 @@ pub fn sketch(maps: &Maps) -> Sketch<'_, Table<EdgeBucket>> {
     }
 }
 
-/// Charges a source that has shown its address in user space, by completing a handshake: the kernel
-/// saw no token of it.
+/// Charges a source that has shown its address by completing a handshake: the kernel saw no token
+/// of it.
 pub fn charge_validated(maps: &Maps, source: Source, limit: Limit) {
     sketch(maps).charge_source(source, Purpose::Quic, &levels(limit), now_ns());
 }

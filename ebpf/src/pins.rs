@@ -1,14 +1,15 @@
 //! The folder whose names keep programs, maps and links alive without any process.
 //!
-//! 1. It is a bpffs of its own: `ip netns exec` mounts another `/sys`, so that pins under it would
-//!    be out of sight there.
-//! 2. Everything of one layout of the maps stands in one folder; another layout is never touched,
-//!    only removed.
+//! 1. It is a bpffs of its own: `ip netns exec` mounts another `/sys`, which would hide pins under
+//!    it.
+//! 2. Everything of one layout of the maps is in one folder. A binary touches no other layout,
+//!    except to remove it.
 //! 3. Links are named by interface index: a bpffs allows no dot in a name, interface names do.
 //! 4. A process that changes the pins, or publishes, holds the lock.
-//! 5. Only the owner gets at pins and lock: anybody who could open the lock's file could keep it.
-//! 6. Nothing is pinned in a bpffs that ends with a mount namespace, as that of `ip netns exec` or
-//!    of a unit with `PrivateTmp=`.
+//! 5. Only the owner has access to pins and lock: any user who could open the lock's file could
+//!    keep the lock.
+//! 6. Nothing is pinned in a bpffs that ends with a mount namespace, such as that of `ip netns
+//!    exec` or of a unit with `PrivateTmp=`.
 
 use std::ffi::CStr;
 use std::fs::{self, File};
@@ -28,13 +29,13 @@ use crate::sys;
 /// Layout of the maps that this binary knows: `EDGE_LAYOUT`.
 pub const LAYOUT: u32 = crate::abi::LAYOUT;
 
-/// Where the pins are. Holds nothing open.
+/// The place of the pins. It holds no descriptor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pins {
     root: PathBuf,
 }
 
-/// What a pin keeps.
+/// The kind of object that a pin keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     /// A map.
@@ -64,10 +65,10 @@ pub enum PinError {
     Mount {
         /// The folder.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// The bpffs there is seen in this mount namespace alone, and would end with it.
+    /// Only this mount namespace has the bpffs, which would end with the namespace.
     #[error(
         "the bpffs at {} would end with this process's mount namespace, and the edge with it; mount one for all before, from outside: \
          `mount -t bpf -o mode=0700 bpf {}`; `nsenter --net=` enters a network namespace without other mounts, `ip netns exec` does not",
@@ -82,7 +83,7 @@ pub enum PinError {
     Create {
         /// The folder.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// A folder or a pin could not be read.
@@ -90,7 +91,7 @@ pub enum PinError {
     Read {
         /// The folder or the pin.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// An object could not be pinned.
@@ -98,7 +99,7 @@ pub enum PinError {
     Pin {
         /// The name that it should have.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// A pin could not be removed, or its link not detached.
@@ -106,7 +107,7 @@ pub enum PinError {
     Remove {
         /// The pin.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The file that guards the pins could not be made.
@@ -114,7 +115,7 @@ pub enum PinError {
     Lock {
         /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// Another process changes the pins.
@@ -146,44 +147,44 @@ impl PinError {
 fn way_out(source: &io::Error) -> &'static str {
     match source.kind() {
         io::ErrorKind::PermissionDenied => {
-            "; it belongs to whoever attached: run the command as that user (as a rule root), with CAP_BPF and CAP_NET_ADMIN"
+            "; it belongs to the user who attached: run the command as that user (usually root), with CAP_BPF and CAP_NET_ADMIN"
         }
         io::ErrorKind::StorageFull | io::ErrorKind::ReadOnlyFilesystem => {
             "; the file system there is full or read-only: free it, or choose another folder for pins in [edge]"
         }
         io::ErrorKind::NotFound => {
-            "; somebody removed it meanwhile: `millrace xdp detach` clears away what is left"
+            "; another process removed it meanwhile: `millrace xdp detach` removes the rest"
         }
         io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
             "; something else is in its place: remove that, or choose another folder for pins in [edge]"
         }
-        _ => "; `millrace xdp detach` takes away what is there",
+        _ => "; `millrace xdp detach` removes what is there",
     }
 }
 
-/// The right to change an edge: what is pinned, what is in force, its table and its journal. Given
-/// back when it is dropped, and by the death of its process.
+/// The right to change an edge: its pins, the set in force, its table and its journal. Dropping it
+/// or the death of its process gives it back.
 #[derive(Debug)]
 pub struct EdgeLock {
-    /// None: another process holds it for this one.
+    /// None: another process holds the lock for this one.
     _file: Option<File>,
 }
 
 impl EdgeLock {
-    /// The lock of the process that asked for something and waits for the answer.
+    /// The lock of the process that sent a request and waits for the answer.
     pub(crate) fn of_requester() -> Self {
         Self { _file: None }
     }
 }
 
-/// The right to be the node of an edge: two would overwrite each other's keys and counts. Given
-/// back when it is dropped, and by the death of its process.
+/// The right to be the node of an edge: two nodes would overwrite each other's keys and counts.
+/// Dropping it or the death of its process gives it back.
 #[derive(Debug)]
 pub struct NodeLock {
     _file: File,
 }
 
-/// Between two attempts to take a [`NodeLock`].
+/// Time between two attempts to take a [`NodeLock`].
 const NODE_LOCK_RETRY: Duration = Duration::from_millis(5);
 
 impl Default for Pins {
@@ -193,7 +194,7 @@ impl Default for Pins {
 }
 
 impl Pins {
-    /// Pins in this folder, which becomes a bpffs when it is not in one.
+    /// Pins in this folder, which becomes a bpffs if it is not in one.
     pub fn at(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
     }
@@ -204,13 +205,13 @@ impl Pins {
         &self.root
     }
 
-    /// The folder, however it was written: absolute, and without links on the way to it.
+    /// The folder as an absolute path without symbolic links.
     pub(crate) fn canonical_root(&self) -> PathBuf {
         let root = std::path::absolute(&self.root).unwrap_or_else(|_| self.root.clone());
         let Some(above) = root.parent() else {
             return root;
         };
-        // What is not there yet is no link.
+        // A part of the path that does not exist yet is no link.
         let found = above
             .ancestors()
             .find_map(|above| Some((above, fs::canonicalize(above).ok()?)));
@@ -220,7 +221,7 @@ impl Pins {
         }
     }
 
-    /// The file beside the folder that says what was asked for; see [`crate::journal`].
+    /// The journal beside the folder; see [`crate::journal`].
     #[must_use]
     pub fn journal_path(&self) -> PathBuf {
         beside(&self.root, "json")
@@ -238,8 +239,8 @@ impl Pins {
         self.of_layout(LAYOUT).is_dir()
     }
 
-    /// Device and inode of a pin: an edge that is attached here later has another. None if nothing
-    /// is pinned.
+    /// Device and inode of a pin, which tell this edge from one that is attached here later. None
+    /// if nothing is pinned.
     #[must_use]
     pub fn identity(&self) -> Option<(u64, u64)> {
         let pin = fs::metadata(self.path(Kind::Map, "control")).ok()?;
@@ -255,7 +256,7 @@ impl Pins {
         names_in(&self.of_layout(LAYOUT).join(kind.folder()))
     }
 
-    /// Other layouts that are pinned: left by another version of this program.
+    /// Other layouts that are pinned, by another version of this program.
     ///
     /// # Errors
     ///
@@ -276,7 +277,7 @@ impl Pins {
         self.locked(FlockOperation::NonBlockingLockExclusive)
     }
 
-    /// Takes the lock, waiting for the process that has it.
+    /// Takes the lock, and waits for the process that has it.
     ///
     /// # Errors
     ///
@@ -285,9 +286,9 @@ impl Pins {
         self.locked(FlockOperation::LockExclusive)
     }
 
-    /// Takes the lock of the edge's node. Waits so long for a node that is just ending: the kernel
-    /// ends a killed process some milliseconds after its successor can start. None if another node
-    /// lives.
+    /// Takes the lock of the edge's node. Waits up to `patience` for a node that is ending: the
+    /// kernel ends a killed process some milliseconds after its successor can start. None if
+    /// another node lives.
     ///
     /// # Errors
     ///
@@ -340,7 +341,7 @@ impl Pins {
     /// # Errors
     ///
     /// [`PinError::Mount`] without the capability to mount; [`PinError::Private`] where the mount
-    /// would not outlive the caller's mount namespace; [`PinError::Create`] otherwise.
+    /// would end with the caller's mount namespace; [`PinError::Create`] otherwise.
     pub fn create(&self) -> Result<(), PinError> {
         let failed = |path: &Path, source| PinError::Create {
             path: path.to_owned(),
@@ -368,21 +369,21 @@ impl Pins {
         Ok(())
     }
 
-    /// Detaches every link and removes every pin, of every layout, then the file beside, then the
-    /// mount if it is ours. Nothing that is not there is an error.
+    /// Detaches every link and removes every pin, of every layout, then the journal, then the mount
+    /// if [`Self::create`] made it. A missing part is no error.
     ///
     /// # Errors
     ///
-    /// The first thing that could not be removed; the rest has been tried.
+    /// The error of the first part that could not be removed. It tries the others too.
     pub fn remove(&self) -> Result<(), PinError> {
         self.remove_layouts(|_| true)
     }
 
-    /// As [`Self::remove`], of this binary's layout alone.
+    /// [`Self::remove`] for the layout of this binary alone.
     ///
     /// # Errors
     ///
-    /// The first thing that could not be removed; the rest has been tried.
+    /// The error of the first part that could not be removed. It tries the others too.
     pub(crate) fn remove_own(&self) -> Result<(), PinError> {
         self.remove_layouts(|name| name == layout_name(LAYOUT))
     }
@@ -399,7 +400,7 @@ impl Pins {
                 continue;
             }
             let folder = self.root.join(layout);
-            // Links first: what is attached must not outlive its maps' names.
+            // Links come first: an attached program must not outlive the names of its maps.
             let links = folder.join(Kind::Link.folder());
             for name in names_in(&links)? {
                 keep(remove_link(&links.join(name)));
@@ -423,15 +424,15 @@ impl Pins {
         first
     }
 
-    /// All that are there, also those of other versions.
+    /// All layouts that are pinned, those of other versions included.
     fn layouts(&self) -> Result<Vec<String>, PinError> {
         let mut names = names_in(&self.root)?;
         names.retain(|name| name.starts_with(LAYOUT_PREFIX));
         Ok(names)
     }
 
-    /// Whether process 1 has a bpffs here that the caller has not, so that whatever is pinned
-    /// cannot be seen.
+    /// Whether process 1 has a bpffs here that the caller does not have: then the caller cannot see
+    /// what is pinned.
     ///
     /// # Errors
     ///
@@ -440,7 +441,7 @@ impl Pins {
         Ok(self.layouts()?.is_empty() && netns::is_hidden(&self.canonical_root()))
     }
 
-    /// Takes the mount away that [`Self::create`] made; one that the host set up stays.
+    /// Removes the mount that [`Self::create`] made; a mount of the host stays.
     fn unmount(&self) {
         if netns::is_mounted_as(&self.root, SOURCE) {
             // Fails where a process has a file of it open, or the folder belongs to a larger bpffs:
@@ -449,16 +450,16 @@ impl Pins {
         }
     }
 
-    /// Writes down that the calling thread's network namespace is the one that is attached in.
+    /// Records that the edge is attached in the calling thread's network namespace.
     ///
     /// # Errors
     ///
-    /// [`PinError::Create`].
+    /// [`PinError::Create`] if the record cannot be made.
     pub(crate) fn set_namespace(&self, namespace: NetworkNamespace) -> Result<(), PinError> {
         self.set_label(NAMESPACE, &namespace.label())
     }
 
-    /// The network namespace that is attached in, by whatever layout; none if nothing says so.
+    /// The network namespace that the edge is attached in, under any layout; none without a record.
     pub(crate) fn namespace(&self) -> Option<NetworkNamespace> {
         let layouts = self.layouts().ok()?;
         layouts
@@ -466,17 +467,17 @@ impl Pins {
             .find_map(|layout| NetworkNamespace::of_label(&self.label(layout, NAMESPACE)?))
     }
 
-    /// Writes down which build of the programs is pinned.
+    /// Records the build of the pinned programs.
     ///
     /// # Errors
     ///
-    /// [`PinError::Create`].
+    /// [`PinError::Create`] if the record cannot be made.
     pub(crate) fn set_build(&self, build: &str) -> Result<(), PinError> {
         self.set_label(BUILD, build)
     }
 
-    /// Which build of the programs is pinned; none without a label, and after a process died while
-    /// it replaced them.
+    /// The build of the pinned programs. None without a record, and after a process died while it
+    /// replaced them.
     #[must_use]
     pub fn build(&self) -> Option<String> {
         self.label(&layout_name(LAYOUT), BUILD)
@@ -501,7 +502,7 @@ impl Pins {
         Ok(())
     }
 
-    /// None if there is none, or more than one.
+    /// The value of a label; none without the label, or with more than one.
     fn label(&self, layout: &str, key: &str) -> Option<String> {
         let mut labels = names_in(&self.root.join(layout).join(LABELS)).ok()?;
         labels.retain(|name| has_key(name, key));
@@ -511,7 +512,7 @@ impl Pins {
         Some(label[key.len() + 1..].to_owned())
     }
 
-    /// Links of whatever layout.
+    /// Links of all layouts.
     pub(crate) fn all_links(&self) -> Result<Vec<PathBuf>, PinError> {
         let mut links = Vec::new();
         for layout in self.layouts()? {
@@ -530,11 +531,11 @@ impl Pins {
     }
 }
 
-/// Detaches a link for everybody and removes its name.
+/// Detaches a link, whatever process holds it, and removes its name.
 ///
 /// # Errors
 ///
-/// [`PinError::Remove`].
+/// [`PinError::Remove`] if the kernel refuses either.
 pub(crate) fn remove_link(path: &Path) -> Result<(), PinError> {
     let failed = |source| PinError::Remove {
         path: path.to_owned(),
@@ -542,7 +543,7 @@ pub(crate) fn remove_link(path: &Path) -> Result<(), PinError> {
     };
     let link = sys::open_pin(path).map_err(failed)?;
     match sys::link_detach(link.as_fd()) {
-        // Links of tracepoints cannot be detached; they end with their last holder, which is the
+        // Links of tracepoints cannot be detached. They end with their last holder, which is the
         // name below.
         Err(error) if error.kind() != io::ErrorKind::Unsupported => Err(failed(error)),
         _ => fs::remove_file(path).map_err(failed),
@@ -592,12 +593,12 @@ fn beside(root: &Path, extension: &str) -> PathBuf {
     root.with_file_name(name)
 }
 
-/// Of the bpffs: without it, everybody may make folders in it, as in `/tmp`.
+/// Mount option of the bpffs: without it, every user may make folders in it, as in `/tmp`.
 const MODE: Option<&CStr> = Some(c"mode=0700");
 
 const LAYOUT_PREFIX: &str = "layout-";
 
-/// What a bpffs of ours is mounted as.
+/// Source under which the edge mounts a bpffs.
 const SOURCE: &str = "millrace";
 
 /// The folder of labels, and their keys.
@@ -612,7 +613,7 @@ const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 mod tests {
     use super::*;
 
-    // Protects an operator from guessing: each of them says what to do.
+    // Protects an operator from guessing: each error says what to do.
     #[test]
     fn errors_of_pins_have_a_way_out() {
         let path = || PathBuf::from("/run/millrace/edge");

@@ -1,5 +1,6 @@
 //! Generated pages must equal what is committed; `MILLRACE_BLESS=1` (`make docs`) writes them
 //! instead.
+#![allow(clippy::unwrap_used, reason = "test code")]
 
 use std::path::Path;
 
