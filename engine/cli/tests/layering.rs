@@ -38,7 +38,6 @@ const EDGES: &[(&str, &[&str])] = &[
             "millrace-edge-policy",
             "millrace-protocol",
             "millrace-shards",
-            "millrace-sim",
         ],
     ),
     (

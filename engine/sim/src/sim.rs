@@ -1,79 +1,102 @@
 //! The world: nodes, network, virtual clock.
 //!
 //! 1. Events happen in the order of their times; messages before timers, lower nodes first.
-//! 2. After every event the nodes that it touched are checked.
+//! 2. After every step all nodes are checked.
 
-use crate::{
-    conn::Packet,
-    memnet::{Endpoint, LinkConfig, MemNet},
-    node::{Node, address_of},
-};
-use millrace_protocol::{
-    health::HealthConfig,
-    id::{ConnectionNumber, NodeId, SubnetId},
-    identity::{PublicKey, SigningKey},
-    peers::PeersConfig,
-    registry::NodeRecord,
-    rng::Rng,
-    topology::{Member, Topology},
-};
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::cell::RefCell;
+use std::future::Future;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-/// Long enough for a packet with a full payload; only links with a capacity notice.
-const PACKET_BYTES: u64 = 1200;
+use millrace_protocol::id::{ConnectionNumber, NodeId, SubnetId};
+use millrace_protocol::identity::{PublicKey, SigningKey};
+use millrace_protocol::registry::NodeRecord;
+use millrace_protocol::rng::Rng;
+use millrace_protocol::topology::{Member, Topology};
+use millrace_shards::chunk::{ChunkPool, PoolError};
+use millrace_shards::config::HugePages;
+use millrace_transport::{Router, TransportConfig};
+
+use crate::memnet::{LinkConfig, MemNet, NetCounters};
+use crate::messenger::SimMessenger;
+use crate::node::Node;
+use crate::quic::digest::Digest;
+use crate::quic::packet::Packet;
+use crate::tasks::Tasks;
+use crate::wire::{address_of, endpoint};
 
 /// A world before it runs.
 #[derive(Clone, Debug)]
 pub struct SimConfig {
-    /// Nodes, all members of the first topology.
-    pub nodes: u32,
-    /// The network between them.
+    /// Nodes, all members of the first topology; at least one.
+    pub nodes: usize,
+    /// Bounds and times of every node. What a model has no use for is without effect: congestion
+    /// control, MTU discovery, bounds of handshakes, connections per peer.
+    pub transport: TransportConfig,
+    /// Links that are not set by [`Sim::set_link`]. With a capacity, `queue_bytes_max` must be over
+    /// 4 KiB.
     pub link: LinkConfig,
-    /// Their connection management.
-    pub peers: PeersConfig,
-    /// Their probes.
-    pub health: HealthConfig,
-    /// Silence that ends a connection.
-    pub idle_timeout: Duration,
+    /// Chunk pool of each node, bytes.
+    pub pool_bytes: u64,
+    /// One pool for all nodes instead: its pages are touched once, which is most of the cost of a
+    /// small world.
+    pub shared_pool: Option<ChunkPool>,
+    /// What chance follows from, keys of nodes included.
+    pub seed: u64,
 }
 
 impl Default for SimConfig {
     fn default() -> Self {
         Self {
-            nodes: 5,
-            link: LinkConfig {
-                latency: Duration::from_millis(5),
-                jitter: Duration::from_millis(5),
-                ..LinkConfig::default()
-            },
-            peers: PeersConfig::default(),
-            health: HealthConfig::default(),
-            idle_timeout: Duration::from_secs(3),
+            nodes: 2,
+            transport: TransportConfig::default(),
+            link: LinkConfig::default(),
+            pool_bytes: 16 << 20,
+            shared_pool: None,
+            seed: 0,
         }
     }
 }
 
-/// Simulated nodes over a simulated network. Node 0 has the lowest id, so it dials all others.
-#[derive(Debug)]
+/// Simulated nodes over a simulated network, named by their indices. Node 0 has the lowest id, so it
+/// dials all others.
 pub struct Sim {
     config: SimConfig,
     origin: Instant,
     now: Instant,
     nodes: Vec<Node>,
+    messengers: Vec<SimMessenger>,
     keys: Vec<PublicKey>,
+    make: Box<dyn Fn(SimMessenger) -> Router>,
     net: MemNet<Packet>,
+    tasks: Tasks,
     rng: Rng,
     events: u64,
-    digest: u64,
+    digest: Digest,
+}
+
+impl std::fmt::Debug for Sim {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sim")
+            .field("nodes", &self.nodes.len())
+            .field("elapsed", &self.elapsed())
+            .finish_non_exhaustive()
+    }
 }
 
 impl Sim {
-    /// Starts all nodes at `origin`, with a topology of all.
-    pub fn new(config: SimConfig, seed: u64, origin: Instant) -> Self {
-        let mut rng = Rng::new(seed);
+    /// Starts all nodes at `origin`, with a topology of all. `make` is called for each start of a
+    /// node, and makes its services.
+    ///
+    /// # Errors
+    /// When there is no memory for the nodes' pools.
+    pub fn new(
+        config: SimConfig,
+        origin: Instant,
+        make: impl Fn(SimMessenger) -> Router + 'static,
+    ) -> Result<Self, PoolError> {
+        let mut rng = Rng::new(config.seed);
         let mut keys: Vec<PublicKey> = (0..config.nodes)
             .map(|_| {
                 let mut secret = [0; 32];
@@ -82,31 +105,38 @@ impl Sim {
             })
             .collect();
         keys.sort_by_key(PublicKey::node_id);
-        let nodes = keys
-            .iter()
-            .zip(0..)
-            .map(|(key, n)| Node::new(key.node_id(), n, config.idle_timeout, config.health))
-            .collect();
         let net = MemNet::new(config.link, rng.next_u64());
         let mut sim = Self {
             config,
             origin,
             now: origin,
-            nodes,
+            nodes: Vec::new(),
+            messengers: Vec::new(),
             keys,
+            make: Box::new(make),
             net,
+            tasks: Tasks::new(origin),
             rng,
             events: 0,
-            digest: 0,
+            digest: Digest::default(),
         };
-        let all: Vec<usize> = (0..sim.len()).collect();
+        let all: Vec<usize> = (0..sim.keys.len()).collect();
         let topology = Arc::new(sim.topology(&all, 1));
-        for node in 0..sim.len() {
-            sim.set_topology(node, Arc::clone(&topology));
-            sim.restart(node);
+        for index in all {
+            let pool = match &sim.config.shared_pool {
+                Some(pool) => pool.clone(),
+                None => ChunkPool::new(sim.config.pool_bytes, HugePages::Never)?,
+            };
+            let id = sim.keys[index].node_id();
+            sim.nodes
+                .push(Node::new(id, index, pool, Arc::clone(&topology)));
+            let messenger = sim.start(index);
+            sim.messengers.push(messenger);
         }
-        sim
+        Ok(sim)
     }
+
+    // --- nodes ---
 
     /// Number of nodes, crashed ones included.
     pub fn len(&self) -> usize {
@@ -119,51 +149,79 @@ impl Sim {
     }
 
     /// Name of a node.
+    ///
+    /// # Panics
+    /// Here and below: when there is no node of this index.
     pub fn id(&self, node: usize) -> NodeId {
         self.nodes[node].id
     }
 
-    /// Virtual time since the start.
-    pub fn elapsed(&self) -> Duration {
-        self.now - self.origin
+    /// The handle of a node, of its last start.
+    pub fn messenger(&self, node: usize) -> &SimMessenger {
+        &self.messengers[node]
     }
+
+    /// Stops a node as kill -9 does: its tasks end, its peers are not told.
+    pub fn crash(&mut self, node: usize) {
+        self.nodes[node].crash();
+        self.tasks.end(node);
+    }
+
+    /// Whether a node runs.
+    pub fn is_running(&self, node: usize) -> bool {
+        self.nodes[node].is_running()
+    }
+
+    /// Starts a crashed node; nothing happens to one that runs.
+    pub fn restart(&mut self, node: usize) {
+        if !self.is_running(node) {
+            self.messengers[node] = self.start(node);
+        }
+    }
+
+    fn start(&mut self, node: usize) -> SimMessenger {
+        let seed = self.rng.next_u64();
+        let config = &self.config.transport;
+        self.nodes[node].start(config, seed, self.now, &self.tasks, &*self.make)
+    }
+
+    // --- membership ---
 
     /// A topology of these nodes.
     pub fn topology(&self, members: &[usize], version: u64) -> Topology {
-        let member = |n: &usize| Member {
+        let members = members.iter().map(|n| Member {
             public_key: self.keys[*n],
-            addresses: vec![address_of(*n as u32)],
-        };
-        Topology::from_members(members.iter().map(member), version)
+            addresses: vec![address_of(*n)],
+        });
+        Topology::from_members(members, version)
     }
 
-    /// A registry record of a node.
+    /// The record of a node in a registry version.
     pub fn record(&self, node: usize, subnet: SubnetId) -> NodeRecord {
         let public_key = self.keys[node];
-        let addresses = vec![address_of(node as u32)];
         NodeRecord {
             id: public_key.node_id(),
             public_key,
             subnet,
-            addresses,
+            addresses: vec![address_of(node)],
         }
     }
 
-    /// Gives a node a topology; a crashed one starts with it.
+    /// Tells a node of a topology; it keeps it over a crash.
     pub fn set_topology(&mut self, node: usize, topology: Arc<Topology>) {
-        self.nodes[node].set_topology(topology, self.now);
-        self.flush(node);
+        self.nodes[node].set_topology(topology);
     }
 
-    /// Cuts two nodes off from each other.
+    // --- the network ---
+
+    /// Cuts two nodes off from each other; what is under way between them is lost.
     pub fn cut(&mut self, a: usize, b: usize) {
-        self.net.cut(self.nodes[a].endpoint, self.nodes[b].endpoint);
+        self.net.cut(endpoint(a), endpoint(b));
     }
 
     /// Undoes a cut.
     pub fn heal(&mut self, a: usize, b: usize) {
-        self.net
-            .heal(self.nodes[a].endpoint, self.nodes[b].endpoint);
+        self.net.heal(endpoint(a), endpoint(b));
     }
 
     /// Undoes all cuts.
@@ -171,37 +229,29 @@ impl Sim {
         self.net.heal_all();
     }
 
-    /// Changes the network.
-    pub fn set_link(&mut self, link: LinkConfig) {
-        self.net.set_default(link);
+    /// Sets one direction between two nodes.
+    pub fn set_link(&mut self, from: usize, to: usize, config: LinkConfig) {
+        self.net.set_link(endpoint(from), endpoint(to), config);
     }
 
-    /// Stops a node as kill -9 does.
-    pub fn crash(&mut self, node: usize) {
-        self.nodes[node].crash();
+    /// Sets what links are like that were not set.
+    pub fn set_default_link(&mut self, config: LinkConfig) {
+        self.net.set_default(config);
     }
 
-    /// Whether a node runs.
-    pub fn is_running(&self, node: usize) -> bool {
-        self.nodes[node].peers.is_some()
+    /// Packets since the start.
+    pub fn net_counters(&self) -> NetCounters {
+        self.net.counters()
     }
 
-    /// Starts a crashed node; nothing happens to one that runs.
-    pub fn restart(&mut self, node: usize) {
-        if self.is_running(node) {
-            return;
-        }
-        let seed = self.rng.next_u64();
-        self.nodes[node].start(self.config.peers.clone(), seed, self.now);
-        self.flush(node);
-    }
+    // --- connections ---
 
     /// Whether both nodes count the same connection between them as current.
     pub fn connected(&self, a: usize, b: usize) -> bool {
-        let ends = |x: usize, y: usize| self.nodes[x].current(&self.nodes[y].id);
-        match (ends(a, b), ends(b, a)) {
-            (Some((a, remote_of_a)), Some((b, remote_of_b))) => {
-                remote_of_a == Some(b) && remote_of_b == Some(a)
+        let current = |x: usize, y: usize| self.nodes[x].current(&self.nodes[y].id);
+        match (current(a, b), current(b, a)) {
+            (Some((_, of_a, remote_of_a)), Some((_, of_b, remote_of_b))) => {
+                remote_of_a == Some(of_b) && remote_of_b == Some(of_a)
             }
             _ => false,
         }
@@ -214,8 +264,8 @@ impl Sim {
 
     /// Number of `a`'s current connection to `b`.
     pub fn number(&self, a: usize, b: usize) -> Option<ConnectionNumber> {
-        let current = self.nodes[a].peers.as_ref()?.current(&self.nodes[b].id);
-        current.map(|(_, number)| number)
+        let current = self.nodes[a].current(&self.nodes[b].id);
+        current.map(|(number, ..)| number)
     }
 
     /// Whether every pair of these nodes is connected.
@@ -228,73 +278,126 @@ impl Sim {
             .all(|(a, b)| self.connected(a, b))
     }
 
-    /// Lets time pass.
-    pub fn run_for(&mut self, time: Duration) {
-        let end = self.now + time;
-        while self.step(end) {}
-        self.now = end;
+    // --- time ---
+
+    /// The virtual time.
+    pub fn now(&self) -> Instant {
+        self.now
     }
 
-    /// Lets time pass until `done` or the limit; true if done.
-    pub fn run_until(&mut self, limit: Duration, done: impl Fn(&Self) -> bool) -> bool {
+    /// Virtual time since the start.
+    pub fn elapsed(&self) -> Duration {
+        self.now - self.origin
+    }
+
+    /// Lets time pass.
+    pub fn run_for(&mut self, time: Duration) {
+        self.run_until(time, |_| false);
+    }
+
+    /// Lets time pass until `done`, asked whenever something happened. False when it was not in
+    /// `limit`.
+    pub fn run_until(&mut self, limit: Duration, mut done: impl FnMut(&Self) -> bool) -> bool {
         let end = self.now + limit;
-        while !done(self) {
-            if !self.step(end) {
-                self.now = end;
-                return done(self);
+        loop {
+            self.settle();
+            if done(self) {
+                return true;
+            }
+            if !self.advance(end) {
+                return false;
             }
         }
-        true
+    }
+
+    /// Runs until a future is ready, and returns what it gave; `None` when it was not in `limit`.
+    pub fn run<T: 'static>(
+        &mut self,
+        limit: Duration,
+        future: impl Future<Output = T> + 'static,
+    ) -> Option<T> {
+        let output = Rc::new(RefCell::new(None));
+        let place = Rc::clone(&output);
+        self.spawn(async move {
+            let value = future.await;
+            *place.borrow_mut() = Some(value);
+        });
+        self.run_until(limit, |_| output.borrow().is_some());
+        output.take()
+    }
+
+    /// Runs a task that belongs to no node.
+    pub fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        self.tasks.spawn(None, task);
     }
 
     /// Events so far, and a digest of them: equal runs have equal ones.
     pub fn digest(&self) -> (u64, u64) {
-        (self.events, self.digest)
+        (self.events, self.digest.value())
     }
 
-    /// The next moment at which something happens; false if that is after `end`.
-    fn step(&mut self, end: Instant) -> bool {
-        let timers = self.nodes.iter().filter_map(Node::poll_timeout);
-        let Some(next) = timers.chain(self.net.poll_timeout()).min() else {
-            return false;
-        };
-        if next > end {
+    /// Does all there is to do at this time.
+    fn settle(&mut self) {
+        loop {
+            let mut any = self.tasks.run();
+            for node in &mut self.nodes {
+                any |= node.flush(&mut self.net);
+            }
+            if !any {
+                break;
+            }
+        }
+        for node in &self.nodes {
+            node.check();
+        }
+    }
+
+    /// Moves to the next time at which something happens. False when that is after `end`.
+    fn advance(&mut self, end: Instant) -> bool {
+        let nodes = self.nodes.iter().filter_map(Node::next_timeout);
+        let others = [self.net.poll_timeout(), self.tasks.next_timeout()];
+        let next = nodes.chain(others.into_iter().flatten()).min();
+        let next = next.filter(|next| *next <= end);
+        self.set_now(next.unwrap_or(end));
+        if next.is_none() {
             return false;
         }
-        self.now = self.now.max(next);
         while let Some(delivery) = self.net.poll(self.now) {
-            let Endpoint(to) = delivery.to;
-            let sender = self.nodes[delivery.from.0 as usize].id;
-            self.note(to.into(), &delivery.message);
-            self.nodes[to as usize].receive(delivery.from, sender, delivery.message, self.now);
-            self.flush(to as usize);
+            let (from, to) = (delivery.from.0 as usize, delivery.to.0 as usize);
+            self.note(to, &delivery.message);
+            let sender = self.nodes[from].id;
+            self.nodes[to].receive(delivery.from, sender, delivery.message);
         }
-        for node in 0..self.len() {
-            if self.nodes[node]
-                .poll_timeout()
-                .is_some_and(|at| at <= self.now)
-            {
-                self.nodes[node].handle_timeout(self.now);
-                self.flush(node);
+        for node in &mut self.nodes {
+            if node.next_timeout().is_some_and(|at| at <= self.now) {
+                node.on_timeout();
             }
         }
         true
     }
 
-    fn flush(&mut self, node: usize) {
-        let from = self.nodes[node].endpoint;
-        for (to, packet) in std::mem::take(&mut self.nodes[node].out) {
-            self.net.send(from, to, packet, PACKET_BYTES, self.now);
+    fn set_now(&mut self, now: Instant) {
+        self.now = self.now.max(now);
+        for node in &mut self.nodes {
+            node.set_now(self.now);
         }
-        self.nodes[node].check();
+        self.tasks.set_now(self.now);
     }
 
-    fn note(&mut self, to: u64, packet: &Packet) {
+    fn note(&mut self, to: usize, packet: &Packet) {
         self.events += 1;
-        let text = format!("{:?} {to} {packet:?}", self.elapsed());
-        // FNV-1a: the digest must not change with the standard library's hasher.
-        for byte in text.bytes() {
-            self.digest = (self.digest ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        let at = self.elapsed().as_nanos() as u64;
+        self.digest.add_all([at, to as u64]);
+        packet.note(&mut self.digest);
+    }
+}
+
+impl Drop for Sim {
+    fn drop(&mut self) {
+        // Tasks, sessions and services hold each other: let go of them one by one.
+        self.tasks.end_all();
+        for node in &mut self.nodes {
+            node.crash();
         }
     }
 }

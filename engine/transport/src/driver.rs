@@ -74,6 +74,11 @@ impl ShardState {
         self.dirty.borrow_mut().pop_front()
     }
 
+    /// The connection of this slot has something to send.
+    pub fn mark_dirty(&self, slot: usize) {
+        self.dirty.borrow_mut().push_back(slot);
+    }
+
     /// From now on requests fail with
     /// [`RpcError::LocalShuttingDown`](crate::RpcError::LocalShuttingDown).
     pub fn stop(&self) {

@@ -27,7 +27,6 @@ pub mod driver;
 mod endpoint;
 mod ids;
 mod inbox;
-pub mod memory;
 mod outbox;
 mod pair_keys;
 mod path;

@@ -8,7 +8,6 @@
 //! 1. `queued[class]` is the number of bytes in `pending` and `blocked` of that class's lanes, and never exceeds its bound plus one frame, or plus the
 //!    headroom for refusals and cancellations.
 //! 2. A frame is never torn: a lane's bytes are offered to the path in order until all are taken.
-//! 3. An outbox feeds one kind of path for its life: QUIC, or the memory network.
 
 use bytes::Bytes;
 use millrace_protocol::frame::{Class, Header, Kind, StreamKind};
@@ -16,7 +15,6 @@ use millrace_protocol::frame::{Class, Header, Kind, StreamKind};
 use crate::buffers::StreamBuffer;
 use crate::carrier::{Carrier, Outgoing, Progress, QueueFull};
 use crate::config::{PerClass, TransportConfig};
-use crate::memory::{MemoryCarrier, MemoryLink};
 use crate::path::{StreamError, StreamPath};
 use crate::service::message::Payload;
 use crate::streams::StreamCarrier;
@@ -100,60 +98,6 @@ impl Lane {
             }
         }
     }
-
-    /// As `flush`, into the memory network.
-    fn flush_frames(&mut self, path: &mut MemoryLink) -> usize {
-        let mut flushed = 0;
-        loop {
-            let mut buffer = match self.blocked.take() {
-                Some(blocked) => blocked,
-                None if self.pending.is_empty() => return flushed,
-                None => Bytes::from(std::mem::take(&mut self.pending)),
-            };
-            flushed += path.push_frames(&mut buffer);
-            if !buffer.is_empty() {
-                self.blocked = Some(buffer);
-                return flushed;
-            }
-        }
-    }
-}
-
-/// What carries the messages that are not for lanes.
-#[derive(Debug)]
-enum Messages {
-    Streams(StreamCarrier),
-    Memory(MemoryCarrier),
-}
-
-impl Messages {
-    fn enqueue(&mut self, message: Outgoing) -> Result<(), QueueFull> {
-        match self {
-            Self::Streams(streams) => streams.enqueue(message),
-            Self::Memory(memory) => memory.enqueue(message),
-        }
-    }
-
-    fn is_idle(&self) -> bool {
-        match self {
-            Self::Streams(streams) => streams.is_idle(),
-            Self::Memory(memory) => memory.is_idle(),
-        }
-    }
-
-    fn queued(&self, class: Class) -> usize {
-        match self {
-            Self::Streams(streams) => streams.queued(class),
-            Self::Memory(memory) => memory.queued(class),
-        }
-    }
-
-    fn queued_bytes(&self, class: Class) -> u64 {
-        match self {
-            Self::Streams(streams) => streams.queued_bytes(class),
-            Self::Memory(_) => 0,
-        }
-    }
 }
 
 /// The class of the lanes that carry small frames of `class`.
@@ -187,7 +131,7 @@ pub(crate) struct Outbox {
     streams_refused: [bool; 3],
     lane_body_max: usize,
     lossy: bool,
-    messages: Messages,
+    streams: StreamCarrier,
     /// Requests or answers were put on lanes since the last feed.
     exchanges: bool,
     datagrams: Vec<Vec<u8>>,
@@ -208,16 +152,6 @@ impl Outbox {
             config.stream_queue_messages,
             config.streams_active_max,
         );
-        Self::with(config, lanes, Messages::Streams(streams))
-    }
-
-    /// The outgoing side of a connection of the memory network.
-    pub(crate) fn in_memory(config: &TransportConfig) -> Self {
-        let lanes = vec![Lane::new(0, Class::Latency), Lane::new(1, Class::Normal)];
-        Self::with(config, lanes, Messages::Memory(MemoryCarrier::new(config)))
-    }
-
-    fn with(config: &TransportConfig, lanes: Vec<Lane>, messages: Messages) -> Self {
         Self {
             lanes,
             turn_lane: 1,
@@ -229,7 +163,7 @@ impl Outbox {
             streams_refused: [false; 3],
             lane_body_max: config.limits.lane_body_bytes_max as usize,
             lossy: false,
-            messages,
+            streams,
             exchanges: false,
             datagrams: Vec::new(),
             cancellations: Vec::new(),
@@ -247,7 +181,7 @@ impl Outbox {
             && header.class == Class::Normal
             && matches!(header.kind, Kind::Request | Kind::Response);
         if body.len() > self.lane_body_max as u64 || alone {
-            let enqueued = self.messages.enqueue(Outgoing { header, body });
+            let enqueued = self.streams.enqueue(Outgoing { header, body });
             self.streams_refused[header.class.index()] |= enqueued.is_err();
             return enqueued;
         }
@@ -308,7 +242,7 @@ impl Outbox {
         let lane = lane_class(class);
         let (at, max) = (lane.index(), self.queue_max.of(lane));
         self.lanes_refused[at] &= is_high(self.queued[at], max);
-        let (queued, max) = (self.messages.queued(class), self.streams_max.of(class));
+        let (queued, max) = (self.streams.queued(class), self.streams_max.of(class));
         self.streams_refused[class.index()] &= is_high(queued, max);
         !self.lanes_refused[at] && !self.streams_refused[class.index()]
     }
@@ -317,9 +251,9 @@ impl Outbox {
     pub(crate) fn queued_bytes(&self) -> PerClass<u64> {
         let [latency, normal] = self.queued.map(|bytes| bytes as u64);
         PerClass {
-            latency: latency + self.messages.queued_bytes(Class::Latency),
-            normal: normal + self.messages.queued_bytes(Class::Normal),
-            bulk: self.messages.queued_bytes(Class::Bulk),
+            latency: latency + self.streams.queued_bytes(Class::Latency),
+            normal: normal + self.streams.queued_bytes(Class::Normal),
+            bulk: self.streams.queued_bytes(Class::Bulk),
         }
     }
 
@@ -342,10 +276,7 @@ impl Outbox {
 
     /// Moves what waits into the path.
     pub(crate) fn poll_transmit<P: StreamPath>(&mut self, path: &mut P) -> Progress {
-        self.cancel_all(|messages, header| match messages {
-            Messages::Streams(streams) => streams.cancel(path, header),
-            Messages::Memory(_) => false,
-        });
+        self.cancel_all(path);
         for datagram in self.datagrams.drain(..) {
             // Its sender repeats it until acknowledged.
             path.datagram_send(datagram);
@@ -356,35 +287,12 @@ impl Outbox {
             *queued = queued.saturating_sub(taken);
         }
         self.turn_lane = self.turn_lane % (self.lanes.len() - 1) + 1;
-        match &mut self.messages {
-            Messages::Streams(streams) => streams.poll_transmit(path),
-            Messages::Memory(_) => Progress::Blocked,
-        }
+        self.streams.poll_transmit(path)
     }
 
-    /// Moves what waits into the memory network.
-    pub(crate) fn feed_memory(&mut self, path: &mut MemoryLink) -> Progress {
-        self.cancel_all(|messages, header| match messages {
-            Messages::Streams(_) => false,
-            Messages::Memory(memory) => memory.cancel(Some(path), header),
-        });
-        for datagram in self.datagrams.drain(..) {
-            path.push_frames(&mut Bytes::from(datagram));
-        }
-        for lane in &mut self.lanes {
-            let taken = lane.flush_frames(path);
-            let queued = &mut self.queued[lane.class as usize];
-            *queued = queued.saturating_sub(taken);
-        }
-        match &mut self.messages {
-            Messages::Streams(_) => Progress::Blocked,
-            Messages::Memory(memory) => memory.poll_transmit(path),
-        }
-    }
-
-    fn cancel_all(&mut self, mut cancel: impl FnMut(&mut Messages, &Header) -> bool) {
+    fn cancel_all<P: StreamPath>(&mut self, path: &mut P) {
         for Cancellation { header, tell } in std::mem::take(&mut self.cancellations) {
-            if !cancel(&mut self.messages, &header) && tell {
+            if !self.streams.cancel(path, &header) && tell {
                 let frame = Header {
                     kind: Kind::Cancel,
                     body_bytes: 0,
@@ -400,14 +308,12 @@ impl Outbox {
     /// A packet of `bytes` was sent: the next ones' bytes will be wanted soon.
     #[inline]
     pub(crate) fn on_packet_sent(&mut self, bytes: usize) {
-        if let Messages::Streams(streams) = &mut self.messages {
-            streams.prefetch(bytes);
-        }
+        self.streams.prefetch(bytes);
     }
 
     /// Whether requests or answers went onto lanes since the last call, and no body is under way.
     pub(crate) fn take_exchanges(&mut self) -> bool {
-        std::mem::take(&mut self.exchanges) && self.messages.is_idle()
+        std::mem::take(&mut self.exchanges) && self.streams.is_idle()
     }
 
     /// Whether the peer stopped a lane.
@@ -416,23 +322,12 @@ impl Outbox {
     }
 
     pub(crate) fn take_streams_opened(&mut self) -> u64 {
-        match &mut self.messages {
-            Messages::Streams(streams) => streams.take_opened(),
-            Messages::Memory(_) => 0,
-        }
-    }
-
-    /// The carrier, on a connection of the memory network.
-    pub(crate) fn memory(&mut self) -> Option<&mut MemoryCarrier> {
-        match &mut self.messages {
-            Messages::Streams(_) => None,
-            Messages::Memory(memory) => Some(memory),
-        }
+        self.streams.take_opened()
     }
 
     /// Whether everything was handed to the path.
     pub(crate) fn is_idle(&self) -> bool {
-        self.messages.is_idle()
+        self.streams.is_idle()
             && self.cancellations.is_empty()
             && self
                 .lanes

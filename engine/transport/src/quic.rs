@@ -1,7 +1,7 @@
 //! quiche configured from [`TransportConfig`], and the error codes that we close connections with.
 
 use millrace_protocol::frame::HelloError;
-use millrace_protocol::peers::{CloseReason, Refusal};
+use millrace_protocol::peers::{CloseKind, CloseReason, Refusal};
 
 use crate::config::{CongestionControl, TransportConfig};
 use crate::ids::ACTIVE_IDS;
@@ -30,7 +30,8 @@ pub enum CloseCode {
 }
 
 impl CloseCode {
-    pub(crate) fn of_refusal(refusal: Refusal) -> Self {
+    /// What a peer hears that is refused.
+    pub fn of_refusal(refusal: Refusal) -> Self {
         match refusal {
             Refusal::NotAMember => Self::NotAMember,
             Refusal::WrongDirection | Refusal::SelfConnection => Self::WrongDirection,
@@ -47,12 +48,32 @@ impl CloseCode {
         }
     }
 
-    pub(crate) fn of_reason(reason: CloseReason) -> Self {
+    /// What a peer hears whose connection is closed.
+    pub fn of_reason(reason: CloseReason) -> Self {
         match reason {
             CloseReason::NotAMember => Self::NotAMember,
             CloseReason::Superseded | CloseReason::Drained => Self::Replaced,
             CloseReason::Unresponsive | CloseReason::HelloTimeout => Self::Unhealthy,
             _ => Self::Done,
+        }
+    }
+
+    /// How a connection ended that the peer closed with `code`: the label on `/metrics`, and whether
+    /// it may be dialled again at once.
+    pub fn end_by_peer(code: u64) -> (&'static str, CloseKind) {
+        match code {
+            code if code == Self::Done as u64 => ("peer_done", CloseKind::Clean),
+            code if code == Self::Replaced as u64 => ("peer_replaced", CloseKind::Clean),
+            _ => ("peer_closed", CloseKind::Refused),
+        }
+    }
+
+    /// As [`Self::end_by_peer`], for a connection that this side closed.
+    pub fn end_by_us(code: u64) -> (&'static str, CloseKind) {
+        if code == Self::Done as u64 {
+            ("done", CloseKind::Clean)
+        } else {
+            ("closed", CloseKind::Clean)
         }
     }
 

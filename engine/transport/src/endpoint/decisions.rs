@@ -185,18 +185,9 @@ impl Endpoint {
         }
         let (reason, kind) = match (quic.peer_error(), quic.local_error()) {
             _ if quic.is_timed_out() => ("timed_out", CloseKind::Lost),
-            (Some(error), _) if error.is_app && error.error_code == CloseCode::Done as u64 => {
-                ("peer_done", CloseKind::Clean)
-            }
-            (Some(error), _) if error.is_app && error.error_code == CloseCode::Replaced as u64 => {
-                ("peer_replaced", CloseKind::Clean)
-            }
-            (Some(error), _) if error.is_app => ("peer_closed", CloseKind::Refused),
+            (Some(error), _) if error.is_app => CloseCode::end_by_peer(error.error_code),
             (Some(_), _) => ("peer_transport_error", CloseKind::Lost),
-            (None, Some(error)) if error.is_app && error.error_code == CloseCode::Done as u64 => {
-                ("done", CloseKind::Clean)
-            }
-            (None, Some(error)) if error.is_app => ("closed", CloseKind::Clean),
+            (None, Some(error)) if error.is_app => CloseCode::end_by_us(error.error_code),
             (None, Some(_)) => ("transport_error", CloseKind::Lost),
             (None, None) => ("lost", CloseKind::Lost),
         };

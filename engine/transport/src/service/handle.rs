@@ -97,11 +97,6 @@ impl ShardState {
         }
     }
 
-    /// No connection takes new messages any more.
-    pub(crate) fn clear(&self) {
-        self.up.borrow_mut().clear();
-    }
-
     /// Whether a connection to `peer` takes new messages.
     pub(crate) fn contains(&self, peer: &NodeId) -> bool {
         self.up.borrow().contains_key(peer)
@@ -156,15 +151,6 @@ impl ConnectionHandle {
         peer: NodeId,
         is_server: bool,
     ) -> Rc<Self> {
-        Self::with_outbox(state, slot, peer, Outbox::new(&state.config, is_server))
-    }
-
-    pub(crate) fn with_outbox(
-        state: &Rc<ShardState>,
-        slot: usize,
-        peer: NodeId,
-        out: Outbox,
-    ) -> Rc<Self> {
         let config = &state.config;
         Rc::new(Self {
             state: Rc::clone(state),
@@ -172,7 +158,7 @@ impl ConnectionHandle {
             serial: state.next_serial(),
             peer,
             number: Cell::new(ConnectionNumber(0)),
-            out: RefCell::new(out),
+            out: RefCell::new(Outbox::new(config, is_server)),
             calls: RefCell::new(RpcTable::new(
                 config.requests_out_max.rpc_limits(),
                 state.now.get(),

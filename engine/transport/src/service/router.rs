@@ -48,17 +48,6 @@ pub trait Service: 'static {
     }
 }
 
-/// Finds the service of a message that arrived.
-pub(crate) trait Dispatch {
-    fn service_of(&mut self, method: Method) -> Option<&mut dyn Service>;
-}
-
-impl Dispatch for Router {
-    fn service_of(&mut self, method: Method) -> Option<&mut dyn Service> {
-        self.service_of(method)
-    }
-}
-
 /// Why a service could not be added to a router. The program is at fault.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -17,7 +17,7 @@ use crate::service::body::{BodyHead, BodyMode, OpenSink};
 use crate::service::handle::ConnectionHandle;
 use crate::service::message::{Answer, Inbound, InboundBody};
 use crate::service::responder::Defer;
-use crate::service::router::Dispatch;
+use crate::service::router::Router;
 
 /// Why a message was refused whose method no service owns.
 const UNKNOWN_METHOD: &str = "unknown_method";
@@ -32,14 +32,14 @@ pub struct Received {
 }
 
 /// Hands over what arrives on one connection.
-pub(crate) struct Delivery<'a, D> {
-    pub(crate) handle: &'a Rc<ConnectionHandle>,
-    pub(crate) services: &'a mut D,
-    pub(crate) now: Instant,
-    pub(crate) received: &'a mut Received,
+pub(super) struct Delivery<'a> {
+    pub(super) handle: &'a Rc<ConnectionHandle>,
+    pub(super) router: &'a mut Router,
+    pub(super) now: Instant,
+    pub(super) received: &'a mut Received,
 }
 
-impl<D: Dispatch> Arrivals for Delivery<'_, D> {
+impl Arrivals for Delivery<'_> {
     fn on_frame(&mut self, header: Header, body: &[u8]) {
         self.deliver(header, InboundBody::Slice(body));
     }
@@ -59,7 +59,7 @@ impl<D: Dispatch> Arrivals for Delivery<'_, D> {
             deadline,
             body_bytes: header.body_bytes.into(),
         };
-        let Some(service) = self.services.service_of(header.method) else {
+        let Some(service) = self.router.service_of(header.method) else {
             return Err(Refusal {
                 code: FailureCode::UnknownMethod,
                 reason: UNKNOWN_METHOD,
@@ -80,9 +80,9 @@ impl<D: Dispatch> Arrivals for Delivery<'_, D> {
     }
 }
 
-impl<D: Dispatch> Delivery<'_, D> {
+impl Delivery<'_> {
     /// Datagrams carry probes, and one-way messages whose sender repeats them.
-    pub(crate) fn on_datagram(&mut self, datagram: &[u8]) {
+    pub(super) fn on_datagram(&mut self, datagram: &[u8]) {
         let (limits, counters) = (
             &self.handle.state.config.limits,
             &self.handle.state.counters,
@@ -137,7 +137,7 @@ impl<D: Dispatch> Delivery<'_, D> {
                     class: header.class,
                     id: header.id,
                 };
-                let answer = match self.services.service_of(header.method) {
+                let answer = match self.router.service_of(header.method) {
                     Some(service) => service.on_request(inbound(Some(deadline), body), defer),
                     None => {
                         counters.count(Family::Rejected, UNKNOWN_METHOD);
@@ -152,7 +152,7 @@ impl<D: Dispatch> Delivery<'_, D> {
             }
             Kind::Send => {
                 counters.received(header.class, body.len() as usize);
-                match self.services.service_of(header.method) {
+                match self.router.service_of(header.method) {
                     Some(service) => service.on_send(inbound(None, body)),
                     None => counters.count(Family::Rejected, UNKNOWN_METHOD),
                 }
@@ -181,7 +181,7 @@ impl<D: Dispatch> Delivery<'_, D> {
 }
 
 /// Counts a cut stream; a request among them is answered, since its sender may still wait.
-pub(crate) fn on_fault(
+pub(super) fn on_fault(
     handle: &Rc<ConnectionHandle>,
     fault: StreamFault,
     header: Option<Header>,

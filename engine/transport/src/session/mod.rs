@@ -35,7 +35,7 @@ use crate::service::router::Router;
 use hello::HelloReader;
 
 pub use dispatch::Received;
-pub(crate) use dispatch::{Delivery, on_fault};
+use dispatch::{Delivery, on_fault};
 
 /// How long a connection may stay silent after its peer requested a dial.
 pub(crate) const VERIFY_TIMEOUT: Duration = Duration::from_millis(400);
@@ -172,6 +172,12 @@ impl Session {
         }
     }
 
+    /// The node is gone, as by kill -9: requests end, and no service hears of anything.
+    pub fn abandon(self) {
+        self.take_down();
+        self.handle.close();
+    }
+
     /// Whether nothing of ours is on its way, and no request waits on either side.
     pub fn is_idle(&self) -> bool {
         self.handle.is_idle()
@@ -208,7 +214,7 @@ impl Session {
         let handle = Rc::clone(&self.handle);
         let mut delivery = Delivery {
             handle: &handle,
-            services: router,
+            router,
             now,
             received: &mut received,
         };

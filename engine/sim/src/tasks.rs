@@ -1,4 +1,4 @@
-//! Tasks and timers of the memory network: one thread, virtual time, in the order of their waking.
+//! Tasks and timers of a simulation: one thread, virtual time, in the order of their waking.
 //!
 //! Invariants
 //! 1. Nothing is borrowed while a task runs: it may start others.
@@ -29,7 +29,7 @@ struct Slot {
 
 /// Starts tasks and wakes them.
 #[derive(Clone)]
-pub(super) struct Tasks {
+pub(crate) struct Tasks {
     now: Rc<Cell<Instant>>,
     slots: Rc<RefCell<Vec<Option<Slot>>>>,
     woken: Woken,
@@ -58,7 +58,7 @@ impl Wake for Waking {
 }
 
 impl Tasks {
-    pub(super) fn new(now: Instant) -> Self {
+    pub(crate) fn new(now: Instant) -> Self {
         Self {
             now: Rc::new(Cell::new(now)),
             slots: Rc::default(),
@@ -68,11 +68,11 @@ impl Tasks {
         }
     }
 
-    pub(super) fn now(&self) -> Instant {
+    pub(crate) fn now(&self) -> Instant {
         self.now.get()
     }
 
-    pub(super) fn spawn(&self, node: Option<usize>, task: impl Future<Output = ()> + 'static) {
+    pub(crate) fn spawn(&self, node: Option<usize>, task: impl Future<Output = ()> + 'static) {
         let generation = self.next_number();
         let mut slots = self.slots.borrow_mut();
         let slot = slots.iter().position(Option::is_none).unwrap_or_else(|| {
@@ -94,7 +94,7 @@ impl Tasks {
         });
     }
 
-    pub(super) fn sleep(&self, duration: Duration) -> impl Future<Output = ()> + 'static {
+    pub(crate) fn sleep(&self, duration: Duration) -> impl Future<Output = ()> + 'static {
         let key = (self.now.get() + duration, self.next_number());
         Sleep {
             tasks: self.clone(),
@@ -103,7 +103,7 @@ impl Tasks {
     }
 
     /// Runs every task that was woken. False when none was.
-    pub(super) fn run(&self) -> bool {
+    pub(crate) fn run(&self) -> bool {
         let woken = std::mem::take(&mut *lock(&self.woken));
         for &(slot, generation) in &woken {
             self.run_one(slot, generation);
@@ -139,7 +139,7 @@ impl Tasks {
     }
 
     /// When the next timer is due.
-    pub(super) fn next_timeout(&self) -> Option<Instant> {
+    pub(crate) fn next_timeout(&self) -> Option<Instant> {
         self.timers
             .borrow()
             .first_key_value()
@@ -147,7 +147,7 @@ impl Tasks {
     }
 
     /// Moves the time, and wakes whose timers are due.
-    pub(super) fn set_now(&self, now: Instant) {
+    pub(crate) fn set_now(&self, now: Instant) {
         self.now.set(now);
         let mut due = self.timers.borrow_mut();
         let later = due.split_off(&(now, u64::MAX));
@@ -158,12 +158,12 @@ impl Tasks {
     }
 
     /// Ends the tasks of a node.
-    pub(super) fn end(&self, node: usize) {
+    pub(crate) fn end(&self, node: usize) {
         self.end_if(|slot| slot.node == Some(node));
     }
 
     /// Ends all tasks.
-    pub(super) fn end_all(&self) {
+    pub(crate) fn end_all(&self) {
         self.end_if(|_| true);
     }
 
