@@ -1,6 +1,8 @@
-//! What an operator may set about connections, with the defaults that the figures in `docs/` were measured with.
+//! The settings of connections that an operator may change. The figures in `docs/` were measured
+//! with the defaults.
 //!
-//! Every bound of this crate is here: what a peer may make us hold, how long it may take, how much may wait to be sent.
+//! Every bound of this crate is here: the memory that a peer may make this node hold, the time that
+//! it may take, the messages that may wait to be sent.
 
 use std::time::Duration;
 
@@ -50,9 +52,11 @@ impl PerClass<u32> {
 /// Limits, windows and times of the transport. See each field; `Default` suits a LAN.
 #[derive(Clone, Debug)]
 pub struct TransportConfig {
-    /// Largest UDP payload sent, bytes (1,200..=16,383). 1,452 fits an Ethernet MTU of 1,500 with IPv6.
+    /// Largest UDP payload sent, bytes (1,200..=16,383). 1,452 fits an Ethernet MTU of 1,500 with
+    /// IPv6.
     pub udp_payload_bytes_max: usize,
-    /// Whether the path's MTU is discovered (RFC 8899), from 1,200 up to `udp_payload_bytes_max`; otherwise that is taken as given.
+    /// Whether the path's MTU is discovered (RFC 8899), from 1,200 up to `udp_payload_bytes_max`;
+    /// otherwise the latter is taken as given.
     pub discover_mtu: bool,
     /// A PING is sent when a connection was silent this long.
     pub keep_alive: Duration,
@@ -60,7 +64,8 @@ pub struct TransportConfig {
     pub idle_timeout: Duration,
     /// A handshake and the peer's hello must be done in this time, on both sides.
     pub connect_timeout: Duration,
-    /// First delay before dialling a failed peer again; doubles with jitter up to `redial_delay_max`.
+    /// First delay before dialling a failed peer again; doubles with jitter up to
+    /// `redial_delay_max`.
     pub redial_delay_min: Duration,
     /// Longest delay between dials.
     pub redial_delay_max: Duration,
@@ -76,14 +81,17 @@ pub struct TransportConfig {
     pub initial_rtt: Duration,
     /// Flow-control window of a connection, bytes: what a peer may have in flight to us, unread.
     pub connection_window_bytes: u64,
-    /// Flow-control window of one stream, bytes. What is in flight delays what comes after it: 1 MiB is 0.6 ms at 14 Gbit/s. Jumbo
-    /// frames and long paths want more: bandwidth times RTT, at least 4 MiB with payloads of 8,972 bytes on a LAN.
+    /// Flow-control window of one stream, bytes. Bytes in flight delay those that follow: 1 MiB
+    /// takes 0.6 ms at 14 Gbit/s. Jumbo frames and long paths want more: bandwidth times RTT, at
+    /// least 4 MiB with payloads of 8,972 bytes on a LAN.
     pub stream_window_bytes: u64,
     /// Unidirectional streams that a peer may have open to us.
     pub streams_max: u64,
     /// Lanes (long-lived streams of small frames) for the normal class.
     pub lanes: u8,
-    /// Bytes that may wait to be sent to a peer on lanes, for each class; small frames of the bulk class share the normal lanes.
+    /// Bytes that may wait to be sent to a peer on lanes, for each class; small frames of the bulk
+    /// class share the normal lanes. Refusals and cancellations take more: 16 bytes for each
+    /// request that may be in flight.
     pub lane_queue_bytes: PerClass<usize>,
     /// Messages with a stream of their own that may wait or be in flight to a peer, for each class.
     pub stream_queue_messages: PerClass<usize>,
@@ -171,9 +179,9 @@ impl Default for TransportConfig {
 }
 
 impl TransportConfig {
-    /// Bytes that lanes of class latency and of class normal take beyond their bound, for refusals and
-    /// cancellations alone: a header for each request that may be in flight, in either direction. So
-    /// a full queue never keeps a refusal from the peer that waits.
+    /// Bytes that lanes of class latency and of class normal take beyond their bound, for refusals
+    /// and cancellations alone: a header for each request that may be in flight, in either
+    /// direction. So a full queue never keeps a refusal from the peer that waits.
     pub(crate) fn lane_headroom_bytes(&self) -> [usize; 2] {
         let (out, inward) = (&self.requests_out_max, &self.requests_in_max);
         let latency = out.latency.saturating_add(inward.latency);

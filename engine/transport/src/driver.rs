@@ -5,8 +5,8 @@
 //! against [`Messenger`](crate::Messenger).
 //!
 //! A driver
-//! 1. keeps one [`ShardState`] for each node, tells it the time before anything runs, and sends what
-//!    the connections have that [`ShardState::next_dirty`] names;
+//! 1. keeps one [`ShardState`] for each node, tells it the time before anything runs, and sends
+//!    what the connections have that [`ShardState::next_dirty`] names;
 //! 2. asks [`Peers`](millrace_protocol::peers::Peers), configured by [`peers_config`], who may be
 //!    connected, and carries its actions out;
 //! 3. begins a [`Session`] for each connection whose peer is proven, and calls it when something

@@ -1,9 +1,12 @@
-//! All connections of one shard: routes datagrams, accepts and dials, drives timers and builds trains.
+//! All connections of one shard: routes datagrams, accepts and dials, drives timers and builds
+//! trains.
 //!
-//! This is what the transport plugs into the shard's loop. Cost per packet: one comparison of a connection ID, quiche, nothing of ours.
+//! The endpoint plugs into the shard's loop. Cost per packet: one comparison of a connection ID,
+//! and quiche.
 //!
 //! Invariants
-//! 1. A slot is in `dirty` at least once while its connection has something to send; a spurious entry costs one `send` that says `Done`.
+//! 1. A slot is in `dirty` at least once while its connection has something to send; a spurious
+//!    entry costs one `send` that says `Done`.
 //! 2. Decisions about who may be connected are [`Peers`]'; this file carries them out.
 
 mod decisions;
@@ -111,7 +114,8 @@ pub(crate) struct Endpoint {
     due: Vec<Timer>,
     scratch: Box<[u8]>,
     topology: Arc<Topology>,
-    /// Datagrams outside connections (version negotiation, Retry, dial requests), sent with the next turn.
+    /// Datagrams outside connections (version negotiation, Retry, dial requests), sent with the
+    /// next turn.
     replies: Vec<(Vec<u8>, SocketAddr)>,
     stop_at: Option<Instant>,
     admission_tick_at: Instant,
@@ -239,13 +243,16 @@ impl Endpoint {
         }
         let sent =
             connection.transmit(trains, &self.parts.state.config, &self.parts.state.counters);
-        // The kernel steers a train by the connection ID of its first packet: trains do not mix connections.
+        // The kernel steers a train by the connection ID of its first packet: trains do not mix
+        // connections.
         trains.finish();
-        // What may be sent to an address that nobody has shown is used up at times, also for the closing frame.
+        // The bytes that may be sent to an unvalidated address may be used up, also for the closing
+        // frame.
         let is_cut_short =
             connection.is_handshaking && connection.phase == Phase::Closing && sent != Sent::NoSlot;
         let is_given_up = is_cut_short || connection.close_sender.is_over();
-        // A draining connection (RFC 9000, 10.2.2) has nothing to say any more; late packets for it find nobody.
+        // A draining connection (RFC 9000, 10.2.2) sends nothing any more; late packets for it are
+        // dropped.
         if connection.quic.is_closed() || connection.quic.is_draining() || is_given_up {
             self.remove(slot, now);
             return Sent::All;
@@ -412,8 +419,8 @@ impl Datapath for Endpoint {
     }
 
     fn is_stopped(&self, now: Instant) -> bool {
-        // CONNECTION_CLOSE has left once every connection is closing; quiche's draining period is for late packets, which a stopped
-        // process may leave unanswered.
+        // CONNECTION_CLOSE has left once every connection is closing; quiche's draining period is
+        // for late packets, which a stopped process may leave unanswered.
         let all_closing = self
             .connections
             .iter()

@@ -1,12 +1,13 @@
-//! What arrives on the streams of one connection: lanes cut into frames, messages gathered into chunks.
+//! What arrives on the streams of one connection: lanes cut into frames, messages gathered into
+//! chunks.
 //!
 //! Called once per readable stream after each receive completion, while the bytes are in cache. A
-//! body of a message stream over [`INLINE_BYTES_MAX`] goes from the path into its chunks and is never
-//! copied again.
+//! body of a message stream over [`INLINE_BYTES_MAX`] goes from the path into its chunks and is
+//! never copied again.
 //!
 //! Invariants
-//! 1. Nothing is allocated for a body before its header was checked and the budget agreed; what comes
-//!    on a refused stream is thrown away.
+//! 1. Nothing is allocated for a body before its header was checked and the budget agreed; what
+//!    comes on a refused stream is thrown away.
 //! 2. The number of streams is bounded by the stream limit that the peer was given; each unfinished
 //!    message must make progress or be cut.
 //! 3. What a stream holds is its own: whatever ends the stream gives it back, by dropping it.
@@ -81,8 +82,8 @@ pub(crate) trait Arrivals {
     /// A frame on a lane, or a small message with a stream of its own.
     fn on_frame(&mut self, header: Header, body: &[u8]);
 
-    /// A message with a body over [`INLINE_BYTES_MAX`] is announced: where its chunks go, if not into
-    /// one body; or that it is refused.
+    /// A message with a body over [`INLINE_BYTES_MAX`] is announced: where its chunks go, if not
+    /// into one body; or that it is refused.
     fn on_head(&mut self, header: &Header) -> Result<Option<OpenSink>, Refusal>;
 
     /// That message is whole.
@@ -112,8 +113,8 @@ enum State {
         sink: Option<OpenSink>,
     },
     /// Refused: what still comes is thrown away, until the peer ends or resets the stream. Not
-    /// stopped (STOP_SENDING), because quiche never frees a stream that was, and the peer would lose
-    /// one of its streams for good.
+    /// stopped (STOP_SENDING), because quiche never frees a stream that was, and the peer would
+    /// lose one of its streams for good.
     Refused,
 }
 
@@ -292,7 +293,8 @@ impl Inbox {
             Some(at) => at,
             None => {
                 self.opened += 1;
-                // What a stream brings in its first interval counts as one unit of progress: it is judged from the next.
+                // The bytes of a stream's first interval count as enough progress: it is judged
+                // from the second interval on.
                 self.streams.push(Incoming {
                     id,
                     state: State::Opening,

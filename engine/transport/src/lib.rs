@@ -1,9 +1,9 @@
 //! QUIC connections on shards: mutual TLS pinned to the registry, lanes, message streams, RPC, bulk
 //! bodies.
 //!
-//! One `endpoint` for each shard plugs into the shard's loop. What speaks to peers is a [`Service`]:
-//! it owns a range of methods in the [`Router`] of each shard and talks through a [`Messenger`].
-//! Other threads talk through [`Transport`].
+//! One `endpoint` for each shard plugs into the shard's loop. What speaks to peers is a
+//! [`Service`]: it owns a range of methods in the [`Router`] of each shard and talks through a
+//! [`Messenger`]. Other threads talk through [`Transport`].
 //!
 //! Invariants of the crate
 //! 1. A connection belongs to one shard from its first packet to its last; nothing of it is shared.

@@ -283,7 +283,8 @@ impl Transport {
 }
 
 /// Admits every source, without a rate, a cap or a bound of handshakes for it. Beyond half of the
-/// handshakes that may be open, non-members show their address first; the last of them are for peers.
+/// handshakes that may be open, non-members show their address first; the last of them are for
+/// peers.
 fn default_admission(config: &TransportConfig, clock: &Clock) -> Admission {
     let admission = AdmissionConfig {
         limits: Limits {

@@ -65,8 +65,8 @@ impl Endpoint {
                     && let Some(Some(connection)) = self.connections.get_mut(slot)
                     && let Some(session) = &mut connection.session
                 {
-                    // A dial request is not signed: it must not end a connection whose answer merely
-                    // takes long. The idle timeout does.
+                    // A dial request is not signed: it must not end a connection whose answer
+                    // merely takes long. The idle timeout does.
                     if session.probe_liveness(&mut connection.quic) {
                         self.mark_dirty(slot);
                     } else if let Some(peers) = self.parts.peers.get_mut(index) {
@@ -196,7 +196,8 @@ impl Endpoint {
     }
 }
 
-/// Whether TLS ended because of the peer's certificate, which comes under keys of the handshake: whoever sent it is where it says.
+/// Whether TLS ended because of the peer's certificate. The certificate comes under handshake keys,
+/// so the address of its sender is validated.
 fn was_refused_by_certificate(connection: &Connection) -> bool {
     let error = connection.quic.local_error();
     error.is_some_and(|e| {

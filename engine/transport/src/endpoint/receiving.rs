@@ -1,4 +1,5 @@
-//! Receiving: datagrams to their connections, and after the packets of one completion everything they made possible.
+//! Receiving: gives datagrams to their connections, and after the packets of one completion does
+//! everything that they made possible.
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -85,7 +86,8 @@ impl Endpoint {
             slot,
             id: connection.ids.oldest(),
             info: quiche::RecvInfo {
-                // Only a client's port may change: quiche drops what comes to a dialler from another.
+                // Only a client's port may change: quiche drops what comes to a dialler from
+                // another.
                 from: if connection.is_server {
                     connection.address.first()
                 } else {
@@ -147,8 +149,8 @@ impl Endpoint {
         self.mark_received(slot);
     }
 
-    /// Brings a connection up when the peer's hello is there, before anything else is read; and takes
-    /// a packet for the sign of life that a dial request made us ask for.
+    /// Brings a connection up when the peer's hello is there, before anything else is read; and
+    /// takes a packet for the sign of life that a dial request made us ask for.
     pub(super) fn confirm_liveness(&mut self, slot: usize, now: Instant) {
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;

@@ -1,4 +1,4 @@
-//! Timers of connections: armed at the earliest thing a connection waits for, and what is due when they fire.
+//! Timers of connections: each is armed at the earliest event that its connection waits for.
 
 use std::time::Instant;
 

@@ -9,8 +9,8 @@
 //!    called with nothing held.
 //! 2. A handle that is closed takes nothing more: its calls were answered with
 //!    [`RpcError::ConnectionLost`].
-//! 3. A handle is in `dirty` exactly when its flag says so, so that the list is bounded by the number
-//!    of connections.
+//! 3. A handle is in `dirty` exactly when its flag says so, so that the list is bounded by the
+//!    number of connections.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -33,8 +33,8 @@ use crate::outbox::Outbox;
 /// Futures of a connection that wait for room to send; more are refused.
 const WRITABLE_WAITERS_MAX: usize = 1_024;
 
-/// What the connections of one shard share: limits, counters, the turn's time, which of them are up,
-/// and which have something to send.
+/// What the connections of one shard share: limits, counters, the turn's time, which of them are
+/// up, and which have something to send.
 #[derive(Debug)]
 pub struct ShardState {
     pub(crate) config: TransportConfig,
@@ -107,8 +107,8 @@ impl ShardState {
         self.up.borrow().keys().copied().collect()
     }
 
-    /// The connection for the next message of `class` to `peer`: bodies take turns over all of them;
-    /// small messages take the one that has been up longest, so that they keep their order.
+    /// The connection for the next message of `class` to `peer`: bodies take turns over all of
+    /// them; small messages take the one that has been up longest, so that they keep their order.
     pub(crate) fn handle_to(&self, peer: &NodeId, class: Class) -> Option<Rc<ConnectionHandle>> {
         let mut up = self.up.borrow_mut();
         let peer = up.get_mut(peer)?;
@@ -237,7 +237,8 @@ impl ConnectionHandle {
         self.mark_dirty();
     }
 
-    /// Takes back the request or the answer `id`, if it is still being sent; `tell` the peer if it is not.
+    /// Takes back the request or the answer `id` if it is still being sent. If it is not, and
+    /// `tell`, the peer gets a cancellation.
     pub(crate) fn withdraw(&self, kind: Kind, class: Class, id: u32, tell: bool) {
         let header = Header {
             kind,
@@ -260,8 +261,8 @@ impl ConnectionHandle {
         result
     }
 
-    /// The largest body of a one-way message. Those of class latency keep their order because they all
-    /// share one lane: what is too large for a lane is refused.
+    /// The largest body of a one-way message. Those of class latency keep their order because they
+    /// all share one lane: what is too large for a lane is refused.
     fn send_bytes_max(&self, class: Class) -> u32 {
         let limits = &self.state.config.limits;
         match class {
@@ -331,7 +332,7 @@ impl ConnectionHandle {
         Ok(())
     }
 
-    /// Sends a control frame (hello, probe); never refused for want of room in practice, and lost without harm.
+    /// Sends a control frame (hello, probe). A full lane loses it without harm.
     pub(crate) fn control(&self, kind: Kind, arg: u32, body: &[u8]) {
         let header = Header {
             kind,
@@ -363,8 +364,8 @@ impl ConnectionHandle {
         self.mark_dirty();
     }
 
-    /// Sends the answer to the peer's request `id`. An answer that its queue has no room for becomes
-    /// [`FailureCode::Busy`].
+    /// Sends the answer to the peer's request `id`. An answer that its queue has no room for
+    /// becomes [`FailureCode::Busy`].
     pub(crate) fn answer(&self, class: Class, id: u32, answer: Result<Payload, FailureCode>) {
         if self.is_closed.get() {
             return;
@@ -420,8 +421,8 @@ impl ConnectionHandle {
         }
     }
 
-    /// Completes `completion` once every queue of `class` that refused a message has fallen under half
-    /// of its bound: at once, if none has refused.
+    /// Completes `completion` once every queue of `class` that refused a message has fallen under
+    /// half of its bound: at once, if none has refused.
     pub(crate) fn on_writable(&self, class: Class, completion: Completion) {
         if self.is_closed.get() {
             return completion.complete(Err(RpcError::NotConnected));
@@ -440,7 +441,8 @@ impl ConnectionHandle {
         waiters.push((class, completion));
     }
 
-    /// Completes what waits for a class that has become writable. Called after the queues have fallen.
+    /// Completes what waits for a class that has become writable. Called after the queues have
+    /// fallen.
     #[inline]
     pub(crate) fn wake_writable(&self) {
         if !self.writable.borrow().is_empty() {
@@ -506,7 +508,7 @@ impl ConnectionHandle {
         }
     }
 
-    /// Whether nothing of ours is on its way and nobody waits.
+    /// Whether nothing of ours is on its way, and no request waits on either side.
     pub(crate) fn is_idle(&self) -> bool {
         self.calls.borrow().is_empty() && self.inbound_count() == 0 && self.out.borrow().is_idle()
     }

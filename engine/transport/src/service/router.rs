@@ -26,18 +26,18 @@ pub trait Service: 'static {
     /// A peer tells, with one of this service's methods, and expects no answer.
     fn on_send(&mut self, message: Inbound<'_>);
 
-    /// A peer announced a body of more than 64 KiB, of a request or a one-way message with one of this
-    /// service's methods: how it is to be taken. Asked before space is reserved for it, so that a
-    /// service that holds bodies may drop some; there may be no space all the same, and then the
-    /// message is refused.
+    /// A peer announced a body of more than 64 KiB, of a request or a one-way message with one of
+    /// this service's methods: how it is to be taken. Asked before space is reserved for it, so
+    /// that a service that holds bodies may drop some; there may be no space all the same, and then
+    /// the message is refused.
     fn on_body(&mut self, head: &BodyHead) -> BodyMode {
         let _ = head;
         BodyMode::Whole
     }
 
     /// A connection to `peer` that this shard owns is up: its hello arrived. `connection` is larger
-    /// than any before; `hello` says which version the connection speaks, and which registry version
-    /// the peer holds. Called for every service.
+    /// than any before; `hello` says which version the connection speaks, and which registry
+    /// version the peer holds. Called for every service.
     fn on_up(&mut self, peer: NodeId, connection: ConnectionNumber, hello: &Negotiated) {
         let _ = (peer, connection, hello);
     }
