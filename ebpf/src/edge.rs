@@ -245,9 +245,9 @@ impl Edge {
         &self,
         set: &Compiled,
         number: u32,
-        probation: Option<Duration>,
+        confirm_within: Option<Duration>,
     ) -> Result<(), EdgeError> {
-        self.publish_under(set, number, probation, &self.pins.lock_waiting()?)
+        self.publish_under(set, number, confirm_within, &self.pins.lock_waiting()?)
     }
 
     /// As [`Self::publish`], for a caller that holds the lock.
@@ -259,19 +259,19 @@ impl Edge {
         &self,
         set: &Compiled,
         number: u32,
-        probation: Option<Duration>,
+        confirm_within: Option<Duration>,
         lock: &EdgeLock,
     ) -> Result<(), EdgeError> {
-        Publisher::new(&self.maps).publish(set, number, probation)?;
+        Publisher::new(&self.maps).publish(set, number, confirm_within)?;
         self.count_older(lock);
         Ok(())
     }
 
-    /// Confirms the set that is on probation.
+    /// Confirms the set that awaits confirmation.
     ///
     /// # Errors
     ///
-    /// [`PublishError::NoProbation`] if none is.
+    /// [`PublishError::NotAwaitingConfirm`] if none is.
     pub fn confirm(&self) -> Result<(), EdgeError> {
         self.confirm_under(&self.pins.lock_waiting()?)
     }
@@ -280,17 +280,17 @@ impl Edge {
     ///
     /// # Errors
     ///
-    /// [`PublishError::NoProbation`].
+    /// [`PublishError::NotAwaitingConfirm`].
     pub fn confirm_under(&self, _lock: &EdgeLock) -> Result<(), EdgeError> {
         Ok(Publisher::new(&self.maps).confirm()?)
     }
 
-    /// Takes back the set that is on probation. Then counts open TCP connections as
+    /// Takes back the set that awaits confirmation. Then counts open TCP connections as
     /// [`Self::publish`] does, because it may bring back ports.
     ///
     /// # Errors
     ///
-    /// [`PublishError::NoProbation`] if none is.
+    /// [`PublishError::NotAwaitingConfirm`] if none is.
     pub fn revert(&self) -> Result<(), EdgeError> {
         self.revert_under(&self.pins.lock_waiting()?)
     }
@@ -299,7 +299,7 @@ impl Edge {
     ///
     /// # Errors
     ///
-    /// [`PublishError::NoProbation`].
+    /// [`PublishError::NotAwaitingConfirm`].
     pub fn revert_under(&self, lock: &EdgeLock) -> Result<(), EdgeError> {
         Publisher::new(&self.maps).revert()?;
         self.count_older(lock);

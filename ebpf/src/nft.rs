@@ -465,8 +465,8 @@ impl Script {
     }
 
     /// Chains that keep out what the program marks *reject*, to any port: with scope `host` the
-    /// program marks packets for undeclared ports too, and while a set is on probation the table is
-    /// still that of the set before.
+    /// program marks packets for undeclared ports too, and while a set awaits confirmation the
+    /// table is still that of the set before.
     fn refusals(&mut self, rate: u32) {
         let marked = format!("meta mark & {MARK_MASK:#x} == {MARK_REJECT:#x}");
         for (protocol, answer) in [("tcp", "tcp reset"), ("udp", "icmpx port-unreachable")] {

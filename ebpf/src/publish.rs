@@ -4,9 +4,9 @@
 //! are three states:
 //!
 //! ```text
-//! settled     revert_at_ns = 0              `active` is in force, for good
-//! probation   revert_at_ns in the future    `active` is in force; its clock takes it back
-//! lapsed      revert_at_ns in the past      the other one is in force, for good
+//! committed         revert_at_ns = 0              `active` is in force, for good
+//! awaiting confirm  revert_at_ns in the future    `active` is in force; its clock takes it back
+//! rolled back       revert_at_ns in the past      the other one is in force, for good
 //! ```
 //!
 //! 1. The set in force is never written to, and changes by one store: of `active` or of
@@ -14,7 +14,7 @@
 //!    the new one, never half of one.
 //! 2. A generation is written no sooner than [`GRACE`] after it was last in force: all packets that
 //!    began under it have ended.
-//! 3. While a set is on probation, no other is published.
+//! 3. While a set awaits confirmation, no other is published.
 //! 4. A process that publishes beside others holds the lock of the pins;
 //!    [`crate::edge::Edge::publish`] does.
 
@@ -43,19 +43,19 @@ pub const GRACE: Duration = Duration::from_millis(20);
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PublishError {
-    /// Another set is on probation.
-    #[error("set {set} is on probation for {}.{:03} s; confirm or revert it first", .left.as_secs(), .left.subsec_millis())]
-    Probation {
+    /// Another set awaits confirmation.
+    #[error("set {set} awaits confirmation for {}.{:03} s; confirm or revert it first", .left.as_secs(), .left.subsec_millis())]
+    AwaitingConfirm {
         /// Its number.
         set: u32,
         /// Time until it lapses.
         left: Duration,
     },
-    /// No set is on probation, or it has lapsed.
+    /// No set awaits confirmation, or its time is over.
     #[error(
-        "no set is on probation; what was published with --confirm has lapsed, or was confirmed before"
+        "no set awaits confirmation; the one that was published with --confirm was rolled back, or was confirmed before"
     )]
-    NoProbation,
+    NotAwaitingConfirm,
     /// The set does not fit into the maps.
     #[error(
         "the set takes {needed} {what}, the maps hold {available}; detach, raise {key} and attach again"
@@ -82,8 +82,8 @@ impl PublishError {
     #[must_use]
     pub fn reason(&self) -> &'static str {
         match self {
-            Self::Probation { .. } => "publish_probation",
-            Self::NoProbation => "publish_no_probation",
+            Self::AwaitingConfirm { .. } => "publish_awaiting_confirm",
+            Self::NotAwaitingConfirm => "publish_not_awaiting_confirm",
             Self::TooLarge { .. } => "publish_too_large",
             Self::Hits(_) => "publish_hits",
         }
@@ -92,16 +92,16 @@ impl PublishError {
 
 /// For how long the set in force stays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
+pub enum CommitState {
     /// For good.
-    Settled,
+    Committed,
     /// Until it is confirmed, or until this time is over.
-    Probation {
+    AwaitingConfirm {
         /// Time that is left.
         left: Duration,
     },
-    /// For good, since a set on probation has lapsed.
-    Lapsed,
+    /// For good, since a set that awaited confirmation was rolled back.
+    RolledBack,
 }
 
 /// Publishes sets.
@@ -117,8 +117,8 @@ impl<'m> Publisher<'m> {
         Self { maps }
     }
 
-    /// Puts a set in force. `number` is its number for people. With `probation` the set is in force
-    /// only for that time, unless it is confirmed. Takes up to three times [`GRACE`].
+    /// Puts a set in force. `number` is its number for operators. With `confirm_within` the set is
+    /// in force only for that time, unless it is confirmed. Takes up to three times [`GRACE`].
     ///
     /// # Errors
     ///
@@ -127,10 +127,10 @@ impl<'m> Publisher<'m> {
         &self,
         set: &Compiled,
         number: u32,
-        probation: Option<Duration>,
+        confirm_within: Option<Duration>,
     ) -> Result<(), PublishError> {
-        if let Standing::Probation { left } = self.standing() {
-            return Err(PublishError::Probation {
+        if let CommitState::AwaitingConfirm { left } = self.commit_state() {
+            return Err(PublishError::AwaitingConfirm {
                 set: self.config().set,
                 left,
             });
@@ -138,65 +138,65 @@ impl<'m> Publisher<'m> {
         self.check_room(set)?;
         self.leave_alias();
         std::thread::sleep(GRACE);
-        if probation.is_some() && self.standing() == Standing::Settled {
+        if confirm_within.is_some() && self.commit_state() == CommitState::Committed {
             self.lapse_in_place();
             std::thread::sleep(GRACE);
         }
         let idle = self.in_force() ^ 1;
         self.write(idle, set, number)?;
-        match (self.standing(), probation) {
-            (Standing::Settled, _) => self.set_active(idle),
-            (_, None) => self.set_revert_at(SETTLED),
+        match (self.commit_state(), confirm_within) {
+            (CommitState::Committed, _) => self.set_active(idle),
+            (_, None) => self.set_revert_at(COMMITTED),
             (_, Some(period)) => self.set_revert_at(now_ns() + nanoseconds(period)),
         }
         Ok(())
     }
 
-    /// Ends the probation: the set in force stays.
+    /// Confirms: the set in force stays.
     ///
     /// # Errors
     ///
-    /// [`PublishError::NoProbation`], also in the last moment of one: the program may have gone
-    /// back already.
+    /// [`PublishError::NotAwaitingConfirm`], also in the last moment of one: the program may have
+    /// gone back already.
     pub fn confirm(&self) -> Result<(), PublishError> {
-        match self.standing() {
-            Standing::Probation { left } if left > GRACE => {
-                self.set_revert_at(SETTLED);
+        match self.commit_state() {
+            CommitState::AwaitingConfirm { left } if left > GRACE => {
+                self.set_revert_at(COMMITTED);
                 Ok(())
             }
-            _ => Err(PublishError::NoProbation),
+            _ => Err(PublishError::NotAwaitingConfirm),
         }
     }
 
-    /// Ends the probation: the set before comes into force again.
+    /// Takes the set back: the one before comes into force again.
     ///
     /// # Errors
     ///
-    /// [`PublishError::NoProbation`] if no set is on probation.
+    /// [`PublishError::NotAwaitingConfirm`] if no set awaits confirmation.
     pub fn revert(&self) -> Result<(), PublishError> {
-        match self.standing() {
-            Standing::Probation { .. } => {
+        match self.commit_state() {
+            CommitState::AwaitingConfirm { .. } => {
                 self.set_revert_at(LONG_AGO);
                 Ok(())
             }
-            _ => Err(PublishError::NoProbation),
+            _ => Err(PublishError::NotAwaitingConfirm),
         }
     }
 
     /// Whether the set in force gives way to the one before it unless it is confirmed.
     #[must_use]
     pub fn awaits_confirm(&self) -> bool {
-        matches!(self.standing(), Standing::Probation { .. })
+        matches!(self.commit_state(), CommitState::AwaitingConfirm { .. })
     }
 
     /// For how long the set in force stays.
     #[must_use]
-    pub fn standing(&self) -> Standing {
+    pub fn commit_state(&self) -> CommitState {
         let revert_at_ns = self.revert_at();
         match revert_at_ns.checked_sub(now_ns()) {
-            _ if revert_at_ns == SETTLED => Standing::Settled,
-            None | Some(0) => Standing::Lapsed,
-            Some(left) => Standing::Probation {
+            _ if revert_at_ns == COMMITTED => CommitState::Committed,
+            None | Some(0) => CommitState::RolledBack,
+            Some(left) => CommitState::AwaitingConfirm {
                 left: Duration::from_nanos(left),
             },
         }
@@ -206,7 +206,7 @@ impl<'m> Publisher<'m> {
     #[must_use]
     pub fn in_force(&self) -> usize {
         let active = (self.load::<u32>(offset_of!(EdgeControl, active)) & 1) as usize;
-        active ^ usize::from(self.standing() == Standing::Lapsed)
+        active ^ usize::from(self.commit_state() == CommitState::RolledBack)
     }
 
     /// The settings of the generation in force.
@@ -318,8 +318,8 @@ impl<'m> Publisher<'m> {
         })
     }
 
-    /// Goes from settled to lapsed with the same set in force, so that a probation can begin and
-    /// end by one store each.
+    /// Goes from committed to rolled back with the same set in force, so that a time to confirm can
+    /// begin and end by one store each.
     ///
     /// In between, both generations hold the same set, so that it does not matter which of the two
     /// words a packet reads first.
@@ -341,8 +341,8 @@ impl<'m> Publisher<'m> {
         let home = base(&self.maps.trie4, in_force);
         let there = home..home + half(&self.maps.trie4) as u32;
         let is_copy = !there.contains(&self.maps.load_config(in_force).host.root4);
-        if is_copy && self.standing() == Standing::Lapsed {
-            self.set_revert_at(SETTLED);
+        if is_copy && self.commit_state() == CommitState::RolledBack {
+            self.set_revert_at(COMMITTED);
         }
     }
 
@@ -369,7 +369,7 @@ impl<'m> Publisher<'m> {
 }
 
 /// A `revert_at_ns` that never comes.
-const SETTLED: u64 = 0;
+const COMMITTED: u64 = 0;
 /// A `revert_at_ns` that is past at any time.
 const LONG_AGO: u64 = 1;
 

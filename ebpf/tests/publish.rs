@@ -1,5 +1,5 @@
-//! Sets on their way into force: probation, interruption, sets that do not fit; and the values that
-//! operators read afterwards.
+//! Sets on their way into force: confirmation, interruption, sets that do not fit; and the values
+//! that operators read afterwards.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
@@ -18,20 +18,20 @@ use millrace_edge::edge::EdgeError;
 use millrace_edge::frame::{Description, Shape};
 use millrace_edge::interface::AttachMode;
 use millrace_edge::metrics;
-use millrace_edge::publish::{PublishError, Publisher, Standing};
+use millrace_edge::publish::{CommitState, PublishError, Publisher};
 use millrace_edge::trace::Decider;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::rules::RuleAction;
 use millrace_edge_policy::settings::Mode;
 use millrace_edge_policy::verdict::Action;
 
-/// Of a probation; longer than any test.
+/// Time to confirm; longer than any test.
 const PERIOD: Duration = Duration::from_secs(600);
 
 // Protects an operator whose rules cut off the operator: the program goes back by its own clock.
 #[test]
-fn a_set_on_probation_lapses_unless_it_is_confirmed() {
-    if !privileged("a_set_on_probation_lapses_unless_it_is_confirmed") {
+fn a_set_is_rolled_back_unless_it_is_confirmed() {
+    if !privileged("a_set_is_rolled_back_unless_it_is_confirmed") {
         return;
     }
     let (pair, home) = (Pair::new("publish"), Home::new());
@@ -40,30 +40,35 @@ fn a_set_on_probation_lapses_unless_it_is_confirmed() {
     let publisher = Publisher::new(edge.maps());
     let allow = set(Mode::Enforce, RuleAction::Allow);
     let deny = set(Mode::Enforce, RuleAction::Deny);
-    let probation = || edge.publish(&deny, 2, Some(PERIOD));
+    let to_confirm = || edge.publish(&deny, 2, Some(PERIOD));
     let revert_at = offset_of!(EdgeControl, revert_at_ns);
     edge.publish(&allow, 1, None).unwrap();
     assert!(ends.arrives());
 
-    // Twice: the first probation begins from a settled set, the second from one that has lapsed.
+    // Twice: first after a set that was committed, then after one that was rolled back.
     for _ in 0..2 {
         let seen = denied(&edge);
         let before_ns = now_ns();
-        probation().unwrap();
-        assert!(matches!(publisher.standing(), Standing::Probation { .. }));
+        to_confirm().unwrap();
+        assert!(matches!(
+            publisher.commit_state(),
+            CommitState::AwaitingConfirm { .. }
+        ));
         let ends_ns: u64 = edge.maps().control.load_part(0, revert_at);
         let period_ns = PERIOD.as_nanos() as u64;
         assert!((before_ns + period_ns..=now_ns() + period_ns).contains(&ends_ns));
         ends.send();
         until("it is in force", || denied(&edge) > seen);
         let refused = edge.publish(&allow, 3, None).unwrap_err();
-        let EdgeError::Publish(PublishError::Probation { set: 2, .. }) = refused else {
+        let EdgeError::Publish(PublishError::AwaitingConfirm { set: 2, .. }) = refused else {
             panic!("{refused}")
         };
-        // The end of the probation, moved so that the test need not wait for it.
+        // The end of the time to confirm, moved so that the test need not wait for it.
         let soon_ns = now_ns() + 1_000_000;
         edge.maps().control.store_part(0, revert_at, &soon_ns);
-        until("it lapses", || publisher.standing() == Standing::Lapsed);
+        until("it is rolled back", || {
+            publisher.commit_state() == CommitState::RolledBack
+        });
         assert_eq!(publisher.config().set, 1);
         // The program's clock is a tick behind.
         until("packets pass again", || {
@@ -75,31 +80,31 @@ fn a_set_on_probation_lapses_unless_it_is_confirmed() {
     }
 
     // Confirmed, it stays; reverted, it goes at once.
-    probation().unwrap();
+    to_confirm().unwrap();
     edge.confirm().unwrap();
     assert_eq!(
-        (publisher.standing(), publisher.config().set),
-        (Standing::Settled, 2)
+        (publisher.commit_state(), publisher.config().set),
+        (CommitState::Committed, 2)
     );
     edge.publish(&allow, 3, Some(PERIOD)).unwrap();
     assert!(ends.arrives());
     edge.revert().unwrap();
     assert_eq!(
-        (publisher.standing(), publisher.config().set),
-        (Standing::Lapsed, 2)
+        (publisher.commit_state(), publisher.config().set),
+        (CommitState::RolledBack, 2)
     );
     let seen = denied(&edge);
     ends.send();
     until("the old set is in force", || denied(&edge) > seen);
     edge.publish(&allow, 4, None).unwrap();
     assert_eq!(
-        (publisher.standing(), publisher.config().set),
-        (Standing::Settled, 4)
+        (publisher.commit_state(), publisher.config().set),
+        (CommitState::Committed, 4)
     );
     assert!(ends.arrives());
 }
 
-// Protects invariant 1 of publishing: a process that died on its way to a probation has left the
+// Protects invariant 1 of publishing: a process that died while it published has left the
 // old set in force, twice.
 #[test]
 fn a_publisher_that_died_halfway_has_changed_nothing() {
@@ -132,8 +137,8 @@ fn a_publisher_that_died_halfway_has_changed_nothing() {
     assert!(ends.arrives());
     edge.publish(&allow, 3, None).unwrap();
     assert_eq!(
-        (publisher.standing(), publisher.config().set),
-        (Standing::Settled, 3)
+        (publisher.commit_state(), publisher.config().set),
+        (CommitState::Committed, 3)
     );
     assert!(ends.arrives());
     assert_eq!(counters(&edge).acted_on(Reason::Internal), 0);

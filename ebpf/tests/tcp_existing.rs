@@ -251,8 +251,8 @@ fn a_port_that_is_declared_later_brings_its_connections() {
     });
     assert_eq!(node.kernel_count(REMOTE4), 3);
 
-    let probation = Duration::from_secs(3_600);
-    node.edge.publish(&one, 3, Some(probation)).unwrap();
+    let confirm_within = Duration::from_secs(3_600);
+    node.edge.publish(&one, 3, Some(confirm_within)).unwrap();
     // Counted is counted, also while the port is no service.
     drop(held.pop());
     until("it is given back", || node.kernel_count(REMOTE4) == 2);

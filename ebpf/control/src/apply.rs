@@ -36,7 +36,7 @@ use millrace_edge::abi::{EdgeSampling, GENERATIONS};
 use millrace_edge::edge::{Edge, EdgeError};
 use millrace_edge::nft::{Nft, Table};
 use millrace_edge::pins::{EdgeLock, Pins};
-use millrace_edge::publish::{PublishError, Publisher, Standing};
+use millrace_edge::publish::{CommitState, PublishError, Publisher};
 use millrace_edge_policy::rules::{Compiled, RuleAction, Temporary};
 use millrace_edge_policy::settings::Mode;
 use millrace_tuning::NodeConfig;
@@ -208,9 +208,9 @@ impl<'e> LockedEdge<'e> {
     /// Compiles, and asks nftables. Nothing is in force that was not.
     fn prepare(&self, request: &ApplyRequest) -> Result<PreparedSet, ControlError> {
         let in_force = self.set_in_force();
-        if let Standing::Probation { left } = self.publisher().standing() {
+        if let CommitState::AwaitingConfirm { left } = self.publisher().commit_state() {
             let set = in_force;
-            return Err(EdgeError::Publish(PublishError::Probation { set, left }).into());
+            return Err(EdgeError::Publish(PublishError::AwaitingConfirm { set, left }).into());
         }
         if let Err(error) = self.finish() {
             // What is asked for now takes its place.

@@ -80,9 +80,9 @@ impl From<EdgeError> for ControlError {
     fn from(error: EdgeError) -> Self {
         let fault = match &error {
             EdgeError::Absent { .. } => Fault::Absent,
-            EdgeError::Publish(PublishError::Probation { .. } | PublishError::NoProbation) => {
-                Fault::Operator
-            }
+            EdgeError::Publish(
+                PublishError::AwaitingConfirm { .. } | PublishError::NotAwaitingConfirm,
+            ) => Fault::Operator,
             // Whatever else stands in the way, this does first.
             _ if !privileges::missing().is_empty() => Fault::Permission,
             EdgeError::Journal(_) => Fault::Journal,

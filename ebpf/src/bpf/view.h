@@ -112,7 +112,7 @@ EDGE_INLINE __u32 view_stress(struct edge_view *view, const enum edge_program pr
 	return view_now(view, program) < view->control->lease_until_ns ? view->control->stress : EDGE_STRESS_NORMAL;
 }
 
-/* A set on probation that no operator confirmed ends by the clock, whether or not a process
+/* A set that no operator confirms in time ends by the clock, whether or not a process
  * lives to take it back. */
 EDGE_INLINE void view_choose_generation(struct edge_view *view, const enum edge_program program)
 {

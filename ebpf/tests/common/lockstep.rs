@@ -76,7 +76,7 @@ impl Lockstep {
         changed
     }
 
-    /// Puts a set in force for both. A probation is settled before.
+    /// Puts a set in force for both. One that awaits confirmation is confirmed before.
     pub fn publish(&mut self, set: Compiled) {
         self.change(|model| model.revert_at_ns = 0);
         self.audit_hits();

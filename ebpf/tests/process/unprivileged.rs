@@ -54,8 +54,8 @@ pub(crate) fn node(pins: Pins) {
 }
 
 fn can_use_what_it_holds(mut edge: Edge, loaded: &Loaded) {
-    for probation in [None, Some(Duration::from_secs(600))] {
-        edge.publish(&set(Mode::Enforce, RuleAction::Allow), 2, probation)
+    for confirm_within in [None, Some(Duration::from_secs(600))] {
+        edge.publish(&set(Mode::Enforce, RuleAction::Allow), 2, confirm_within)
             .unwrap();
     }
     edge.confirm().unwrap();

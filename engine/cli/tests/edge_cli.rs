@@ -97,7 +97,7 @@ fn cut_off(testbed: &Testbed) {
     operator.types_during(|| {
         let applied = testbed.json("apply", &["--mode", "enforce", "--confirm", "1s"]);
         assert_eq!(applied["confirm_within_seconds"], 1.0, "{applied}");
-        eventually("the probation ends", || {
+        eventually("the time to confirm ends", || {
             testbed.status()["confirm_seconds_left"]
                 .is_null()
                 .then_some(())
@@ -112,7 +112,7 @@ fn cut_off(testbed: &Testbed) {
     let late = testbed.xdp("confirm", &[]);
     assert_eq!(late.status.code(), Some(1));
     assert!(
-        stderr(&late).contains("no set is on probation"),
+        stderr(&late).contains("no set awaits confirmation"),
         "{}",
         stderr(&late)
     );
@@ -138,7 +138,11 @@ fn what_cuts_the_operator_off_reverts_by_itself() {
     let applied = testbed.json("apply", &enforce);
     let second = testbed.xdp("apply", &enforce);
     assert_eq!(second.status.code(), Some(1));
-    assert!(stderr(&second).contains("probation"), "{}", stderr(&second));
+    assert!(
+        stderr(&second).contains("awaits confirmation"),
+        "{}",
+        stderr(&second)
+    );
     let third = testbed.xdp("deny", &["10.77.0.0/24"]);
     assert_eq!(third.status.code(), Some(1));
     assert_eq!(testbed.status()["temporary_rules"], 0, "refused for good");
@@ -169,8 +173,8 @@ fn what_cuts_the_operator_off_reverts_by_itself() {
 }
 
 #[test]
-fn a_running_node_waits_for_the_probation_and_keeps_what_was_confirmed() {
-    if !privileged("a_running_node_waits_for_the_probation_and_keeps_what_was_confirmed") {
+fn a_running_node_waits_for_a_confirmation_and_keeps_what_was_confirmed() {
+    if !privileged("a_running_node_waits_for_a_confirmation_and_keeps_what_was_confirmed") {
         return;
     }
     let mut testbed = Testbed::new("both", "");

@@ -83,14 +83,14 @@ impl Known {
     }
 }
 
-// Protects the operator who was cut off: a node that runs does not bring back for good what has
-// lapsed, or was taken back.
+// Protects the operator who was cut off: a node that runs does not bring back a set that
+// was rolled back, by the clock or by its operator.
 #[test]
-fn what_has_lapsed_stays_out_while_a_node_runs() {
-    if !privileged("what_has_lapsed_stays_out_while_a_node_runs") {
+fn what_was_rolled_back_stays_out_while_a_node_runs() {
+    if !privileged("what_was_rolled_back_stays_out_while_a_node_runs") {
         return;
     }
-    let mut testbed = Testbed::new("lapse", "mode = \"enforce\"");
+    let mut testbed = Testbed::new("rolled", "mode = \"enforce\"");
     let _server = testbed.serve(PORT);
     let good = testbed
         .registry
@@ -149,11 +149,11 @@ fn what_has_lapsed_stays_out_while_a_node_runs() {
     follows(&testbed, newer);
 }
 
-// Protects a version that was never tried: a process that is killed before the kernel has a set on
-// probation leaves nothing that lapses.
+// Protects a version that was never tried: a process that is killed before the kernel has the
+// set leaves nothing to roll back.
 #[test]
-fn what_never_was_in_force_does_not_lapse() {
-    if !privileged("what_never_was_in_force_does_not_lapse") {
+fn what_never_was_in_force_is_not_rolled_back() {
+    if !privileged("what_never_was_in_force_is_not_rolled_back") {
         return;
     }
     let mut testbed = Testbed::new("never", "mode = \"enforce\"");
@@ -328,8 +328,8 @@ fn enforcing_goes_on_without_the_journal() {
     assert_eq!(testbed.status()["mode"], "enforce");
 }
 
-// Protects a confirmation from another one: what follows belongs to the set that is on
-// probation, or nothing is confirmed.
+// Protects a confirmation from another one: it is for the set that awaits confirmation, or
+// nothing is confirmed.
 #[test]
 fn a_confirmation_is_for_the_set_that_it_was_written_for() {
     if !privileged("a_confirmation_is_for_the_set_that_it_was_written_for") {

@@ -6,7 +6,7 @@ use millrace_edge::edge::Edge;
 use millrace_edge::frame::{Description, Shape};
 use millrace_edge::metrics::{self, Counters};
 use millrace_edge::offload::{untagged_answers, untagged_warning};
-use millrace_edge::publish::{Publisher, Standing};
+use millrace_edge::publish::{CommitState, Publisher};
 use millrace_edge::trace::{Decider, Trace};
 use millrace_edge_control::ControlError;
 use millrace_edge_control::journal::{Record, Refused};
@@ -225,8 +225,8 @@ fn status_of(edge: &Edge) -> Result<Status, Failure> {
         } else {
             "in_force"
         },
-        confirm_seconds_left: match publisher.standing() {
-            Standing::Probation { left } => Some(left.as_secs_f64()),
+        confirm_seconds_left: match publisher.commit_state() {
+            CommitState::AwaitingConfirm { left } => Some(left.as_secs_f64()),
             _ => None,
         },
         stress: lease.map_or(0, |_| control.stress),
