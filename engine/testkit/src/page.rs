@@ -13,8 +13,9 @@ pub fn is_fresh(page: &str, expected: &str) {
         .join("../..")
         .join(page);
     if std::env::var_os("MILLRACE_BLESS").is_some() {
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(&path, expected).unwrap();
+        let folder = path.parent().expect("a page lies in a folder");
+        std::fs::create_dir_all(folder).expect("the page's folder can be made");
+        std::fs::write(&path, expected).expect("the page can be written");
     }
     let found = std::fs::read_to_string(&path).unwrap_or_default();
     assert!(
