@@ -179,15 +179,16 @@ impl Default for TransportConfig {
 }
 
 impl TransportConfig {
-    /// Bytes that lanes of class latency and of class normal take beyond their bound, for refusals
-    /// and cancellations alone: a header for each request that may be in flight, in either
-    /// direction. So a full queue never keeps a refusal from the peer that waits.
+    /// Bytes that lanes of class latency and of class normal take beyond their bound: the frame that
+    /// goes over it, and for refusals and cancellations alone a header for each request that may be
+    /// in flight, in either direction. So a full queue never keeps a refusal from the peer that waits.
     pub(crate) fn lane_headroom_bytes(&self) -> [usize; 2] {
         let (out, inward) = (&self.requests_out_max, &self.requests_in_max);
         let latency = out.latency.saturating_add(inward.latency);
         let rest = [out.normal, out.bulk, inward.normal, inward.bulk];
         let rest = rest.into_iter().fold(0, u32::saturating_add);
-        [latency, rest].map(|requests| requests as usize * Header::BYTES)
+        let frame = Header::BYTES + self.limits.lane_body_bytes_max as usize;
+        [latency, rest].map(|requests| frame + requests as usize * Header::BYTES)
     }
 
     /// What one connection may make this node hold besides chunks, bytes: queues at their bounds,

@@ -335,3 +335,64 @@ impl Outbox {
                 .all(|lane| lane.pending.is_empty() && lane.blocked.is_none())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use millrace_protocol::frame::{Limits, Method};
+
+    use super::*;
+
+    const BODY_BYTES: usize = 50;
+
+    fn header(kind: Kind) -> Header {
+        Header {
+            kind,
+            class: Class::Normal,
+            method: Method(0),
+            id: 0,
+            body_bytes: 0,
+            arg: 0,
+        }
+    }
+
+    /// How often a frame is taken, until it is refused.
+    fn taken(out: &mut Outbox, kind: Kind, body: &[u8]) -> usize {
+        let push = |_: &usize| out.push_frame(header(kind), body).is_ok();
+        (0..1_000).take_while(push).count()
+    }
+
+    // Protects the peer that waits for an answer, and the memory of the node: a full lane takes a
+    // refusal for each request that may be in flight, and not many more.
+    #[test]
+    fn a_full_lane_takes_refusals_and_cancellations_within_a_bound() {
+        fn each<T: Copy>(n: T) -> PerClass<T> {
+            PerClass {
+                latency: n,
+                normal: n,
+                bulk: n,
+            }
+        }
+        let config = TransportConfig {
+            lane_queue_bytes: each(100),
+            requests_out_max: each(1),
+            requests_in_max: each(2),
+            limits: Limits {
+                lane_body_bytes_max: BODY_BYTES as u32,
+                ..Limits::default()
+            },
+            ..TransportConfig::default()
+        };
+        // Classes normal and bulk share the lanes.
+        let (cancellations, refusals) = (2, 4);
+        let mut out = Outbox::new(&config, true);
+        assert_eq!(taken(&mut out, Kind::Send, &[0; BODY_BYTES]), 2);
+        assert!(!out.is_writable(Class::Normal) && out.is_writable(Class::Latency));
+        for _ in 0..cancellations {
+            assert_eq!(out.push_frame(header(Kind::Cancel), &[]), Ok(()));
+        }
+        let taken = taken(&mut out, Kind::Failure, &[]);
+        let frame = Header::BYTES + BODY_BYTES;
+        let most = refusals + frame.div_ceil(Header::BYTES);
+        assert!((refusals..=most).contains(&taken), "{taken}");
+    }
+}
