@@ -39,8 +39,8 @@ pub trait NodeProbe: Send + Sync + 'static {
     /// Keys of the registry peers, by node tag.
     fn peer_keys(&self) -> BTreeMap<u32, Key>;
 
-    /// What the registry says now; the roles may be any.
-    fn firewall(&self) -> Firewall;
+    /// What the registry says now to a node with these roles.
+    fn firewall(&self, roles: &[String]) -> Firewall;
 }
 
 /// The threads of a node's edge. They stop when this is dropped, and the lease ends with them.

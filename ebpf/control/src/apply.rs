@@ -11,33 +11,28 @@
 //!                                                                          ▼
 //!                                                committed ◀─ finish ─ half done
 //!
-//! committed             the kernel's set is the journal's
-//! awaits confirmation   the kernel says so; what is pending has its number
-//! half done             the kernel has the pending set for good
-//! rolled back           the kernel had the pending set, and has another one now
+//! committed     the kernel's set is the journal's
+//! half done     the kernel has the pending set for good
+//! rolled back   the kernel had the pending set, and has another one now
 //! ```
 //!
 //! 1. Everything is checked first, also by nftables. Then come the journal with the pending set,
-//!    the kernel, nftables and the journal again: a process that dies in between leaves what the
-//!    next one finishes.
-//! 2. A set that awaits a confirmation changes neither nftables nor what is committed, so that
-//!    nothing but the kernel has to go back.
+//!    the kernel, nftables and the journal again: the next process finishes what a dead one began.
+//! 2. A set that awaits a confirmation changes neither nftables nor what is committed.
 //! 3. [`EdgeLock`] is held from before the first read until after the last write.
-//! 4. Where the newest rules are refused, those of the set in force stand in for them if the
-//!    request allows it: they are always good. They also do for a command that knows an older
-//!    registry, as on a node that has its versions from its peers alone.
+//! 4. The rules of the set in force are good. They stand in for newer ones that are refused, if the
+//!    request allows it, and for older ones that a command asks for.
 //! 5. What was rolled back comes back only if an operator asks for it anew: without that, a
 //!    registry version above the one in force, up to the one that was rolled back, is passed over.
 
 use std::time::{Duration, SystemTime};
 
-use ipnet::IpNet;
 use millrace_edge::abi::{EdgeSampling, GENERATIONS};
 use millrace_edge::edge::{Edge, EdgeError};
 use millrace_edge::nft::{Nft, Table};
 use millrace_edge::pins::{EdgeLock, Pins};
 use millrace_edge::publish::{CommitState, PublishError, Publisher};
-use millrace_edge_policy::rules::{Compiled, RuleAction, Temporary};
+use millrace_edge_policy::rules::{Compiled, Temporary};
 use millrace_edge_policy::settings::Mode;
 use millrace_tuning::NodeConfig;
 use millrace_tuning::units::to_u32;
@@ -52,14 +47,8 @@ use crate::policy::{EdgePolicy, ProgramPolicy};
 /// What is to be in force.
 #[derive(Debug, Clone)]
 pub struct ApplyRequest {
-    /// Public key of the registry.
-    pub registry: String,
-    /// What the registry says.
-    pub firewall: Firewall,
-    /// The transport's port.
-    pub port: u16,
-    /// What the config says.
-    pub policy: EdgePolicy,
+    /// What the set is made from. Its temporary rules are added to those that there are.
+    pub inputs: SetInputs,
     /// What the program is loaded with.
     pub program: ProgramPolicy,
     /// How it is put in force.
@@ -71,10 +60,13 @@ impl ApplyRequest {
     #[must_use]
     pub fn new(config: &NodeConfig, port: u16, firewall: Firewall, options: ApplyOptions) -> Self {
         Self {
-            registry: config.registry.public_key.clone(),
-            firewall,
-            port,
-            policy: EdgePolicy::of(&config.edge),
+            inputs: SetInputs {
+                registry: config.registry.public_key.clone(),
+                firewall,
+                port,
+                policy: EdgePolicy::of(&config.edge),
+                temporary: Vec::new(),
+            },
             program: ProgramPolicy::of(&config.edge),
             options,
         }
@@ -82,12 +74,11 @@ impl ApplyRequest {
 }
 
 /// How a set is put in force.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ApplyOptions {
     /// Whether the program refuses.
     pub mode: Mode,
-    /// The kernel goes back after this long unless the set is confirmed; none: it is in force for
-    /// good.
+    /// Until when the set must be confirmed, or the kernel goes back; none: it need not be.
     pub confirm_within: Option<Duration>,
     /// Where the registry's rules are refused, take those of the set in force.
     pub or_last_good: bool,
@@ -111,10 +102,8 @@ impl ApplyOptions {
     pub fn committed(mode: Mode) -> Self {
         Self {
             mode,
-            confirm_within: None,
-            or_last_good: false,
             anew: true,
-            only_changes: false,
+            ..Self::default()
         }
     }
 }
@@ -130,10 +119,6 @@ pub struct ApplyReport {
     pub registry_version: u64,
     /// Inbound rules.
     pub rules: usize,
-    /// Interfaces that the program is on.
-    pub interfaces: Vec<String>,
-    /// How long the kernel waits for a confirmation; none: it waits for none.
-    pub confirm_within_seconds: Option<f64>,
     /// A newer version of the registry, whose rules are refused.
     pub refused: Option<Refused>,
 }
@@ -170,14 +155,12 @@ impl<'e> LockedEdge<'e> {
         Record::update(self.edge.pins(), self.lock, change)
     }
 
-    /// Puts in force what was asked for, at once or until it is confirmed. A registry version that
-    /// is refused is written down.
+    /// Puts in force what was asked for. A registry version that is refused is written down.
     ///
     /// # Errors
     ///
-    /// [`Fault::Operator`] while a set awaits a confirmation; [`Fault::Registry`] and
-    /// [`Fault::Config`] for what cannot be in force; what the kernel, nftables or the journal
-    /// refuse, with a text that says whether the kernel has the set.
+    /// [`Fault::Operator`] while a set awaits a confirmation; otherwise what the rules, the kernel,
+    /// nftables or the journal refuse, with a text that says whether the kernel has the set.
     pub fn apply(&self, request: &ApplyRequest) -> Result<ApplyReport, ControlError> {
         let prepared = self.prepare(request)?;
         let in_force = self.set_in_force();
@@ -190,18 +173,11 @@ impl<'e> LockedEdge<'e> {
             mode: request.options.mode.word(),
             registry_version: prepared.inputs.firewall.version,
             rules: prepared.set.rules.len(),
-            interfaces: Vec::new(),
-            confirm_within_seconds: request
-                .options
-                .confirm_within
-                .map(|time| time.as_secs_f64()),
             refused: prepared.refused.clone(),
         };
         if !(request.options.only_changes && is_committed) {
             report.set = self.publish(request, prepared, &record)?;
         }
-        let interfaces = self.edge.interfaces()?;
-        report.interfaces = interfaces.into_iter().map(|i| i.name).collect();
         Ok(report)
     }
 
@@ -219,9 +195,13 @@ impl<'e> LockedEdge<'e> {
         self.note_rolled_back()?;
         let record = self.record()?;
         let last = record.inputs(in_force);
-        let last = last.filter(|inputs| inputs.registry == request.registry);
+        let last = last.filter(|inputs| inputs.registry == request.inputs.registry);
         let newest = newest(request, last, record.rolled_back.as_ref(), in_force)?;
-        let temporary = record.live_temporary(SystemTime::now());
+        let mut temporary = record.live_temporary(SystemTime::now());
+        for rule in &request.inputs.temporary {
+            temporary.retain(|known| known.prefix != rule.prefix);
+            temporary.push(rule.clone());
+        }
         let compile = |firewall, refused| self.compile(request, firewall, &temporary, refused);
         let mut refused = record.refused.clone();
         refused.take_if(|refused| refused.registry_version <= newest.version);
@@ -254,17 +234,15 @@ impl<'e> LockedEdge<'e> {
         temporary: &[Temporary],
         refused: Option<Refused>,
     ) -> Result<PreparedSet, ControlError> {
-        let settings = request.policy.settings(request.port, request.options.mode);
-        let bounds = request.program.bounds();
-        let set = plan::compiled(&settings, bounds, &firewall, temporary)?;
-        self.tables.check(&Table::of(&set))?;
         let inputs = SetInputs {
-            registry: request.registry.clone(),
             firewall,
-            port: request.port,
-            policy: request.policy.clone(),
             temporary: temporary.to_vec(),
+            ..request.inputs.clone()
         };
+        let settings = inputs.policy.settings(inputs.port, request.options.mode);
+        let bounds = request.program.bounds();
+        let set = plan::compiled(&settings, bounds, &inputs.firewall, temporary)?;
+        self.tables.check(&Table::of(&set))?;
         Ok(PreparedSet {
             set,
             inputs,
@@ -272,8 +250,7 @@ impl<'e> LockedEdge<'e> {
         })
     }
 
-    /// Publishes a set, and changes nftables; if it is to be confirmed, what follows the kernel
-    /// waits for that. The number of the set.
+    /// Publishes a set; nftables and the journal follow unless it is to be confirmed. Its number.
     fn publish(
         &self,
         request: &ApplyRequest,
@@ -309,7 +286,7 @@ impl<'e> LockedEdge<'e> {
             self.update(|record| record.pending = None)?;
             return Err(error.into());
         }
-        let every = to_u32(request.policy.sample_every);
+        let every = to_u32(request.inputs.policy.sample_every);
         let sampling = EdgeSampling {
             every,
             ..Default::default()
@@ -319,49 +296,39 @@ impl<'e> LockedEdge<'e> {
         Ok(number)
     }
 
-    /// Puts a temporary rule on top of the set in force, for a period from now. The request gives
+    /// Puts a temporary rule on top of the set in force, before all other rules. The request gives
     /// the registry's key and the node's locality; its other fields are not applied.
     ///
     /// # Errors
     ///
-    /// [`Fault::Operator`] while a set awaits a confirmation; otherwise as [`Self::apply`]. Without
-    /// a set that has it, the rule is not written down either.
+    /// As [`Self::apply`]; also [`Fault::Operator`] if the journal does not know the set in force.
     pub fn add_temporary(
         &self,
-        prefix: IpNet,
-        action: RuleAction,
-        period: Duration,
+        rule: Temporary,
         request: ApplyRequest,
     ) -> Result<ApplyReport, ControlError> {
         // What waits for its table is in force in the kernel: this goes on from there.
         self.finish()?;
-        let (now, before, record) = (SystemTime::now(), self.set_in_force(), self.record()?);
-        let inputs = record.inputs(before).ok_or_else(|| {
+        let record = self.record()?;
+        let inputs = record.inputs(self.set_in_force()).ok_or_else(|| {
             let text = "the journal does not say what the set in force was made from; `millrace xdp apply` does";
             operators(text.into())
         })?;
-        let until = plan::unix_seconds(now).saturating_add(period.as_secs());
-        let rule = Temporary::new(prefix, action, until);
-        let mut temporary = record.live_temporary(now);
-        temporary.retain(|known| known.prefix != rule.prefix);
-        temporary.push(rule);
-        self.update(|record| record.temporary = temporary)?;
-        let node = request.firewall.with_roles(&inputs.policy.roles);
-        let applied = self.apply(&ApplyRequest {
-            firewall: inputs.firewall_for(&node),
-            port: inputs.port,
-            policy: inputs.policy.clone(),
+        let mut node = request.inputs.firewall;
+        node.locality.roles.clone_from(&inputs.policy.roles);
+        self.apply(&ApplyRequest {
+            inputs: SetInputs {
+                registry: request.inputs.registry,
+                firewall: inputs.firewall_for(&node),
+                temporary: vec![rule],
+                ..inputs.clone()
+            },
+            program: request.program,
             options: ApplyOptions {
                 anew: false,
                 ..ApplyOptions::committed(self.publisher().mode())
             },
-            ..request
-        });
-        if applied.is_err() && self.set_in_force() == before {
-            // Or it would come with the next set. The first error is the one to tell.
-            let _ = self.update(|now| now.temporary = record.temporary);
-        }
-        applied
+        })
     }
 
     /// Keeps the set that awaits a confirmation; its number.
@@ -415,24 +382,18 @@ impl<'e> LockedEdge<'e> {
         if self.publisher().awaits_confirm() || pending.set == self.set_in_force() {
             return Ok(());
         }
-        // A process that was killed before the kernel had it has left no set that could be rolled
-        // back.
+        // What the kernel never had cannot be rolled back.
         let was_in_force = pending.to_confirm && self.numbers().contains(&pending.set);
         let inputs = record.inputs(pending.set).filter(|_| was_in_force);
-        let rolled_back = inputs.map(|inputs| RolledBack {
-            set: pending.set,
-            registry: inputs.registry.clone(),
-            registry_version: inputs.firewall.version,
-            policy: inputs.policy.clone(),
-        });
+        let (set, inputs) = (pending.set, inputs.cloned());
+        let rolled_back = inputs.map(|inputs| RolledBack { set, inputs });
         self.update(|record| {
             record.pending = None;
             record.rolled_back = rolled_back.or(record.rolled_back.take());
         })
     }
 
-    /// Numbers of the sets that the kernel has, in force and before: a set that was rolled back is
-    /// there until the next one is published.
+    /// Numbers of the sets that the kernel has: one that was rolled back is there until the next.
     fn numbers(&self) -> [u32; GENERATIONS] {
         std::array::from_fn(|generation| self.edge.maps().load_config(generation).set)
     }
@@ -457,7 +418,7 @@ impl<'e> LockedEdge<'e> {
             self.update(|record| {
                 record.set = set;
                 record.fingerprint = fingerprint;
-                record.registry_version = Some(written.inputs.firewall.version);
+                record.temporary.clone_from(&written.inputs.temporary);
                 record.refused.clone_from(&pending.refused);
                 record.pending = None;
                 if pending.anew {
@@ -499,11 +460,11 @@ fn newest(
     rolled_back: Option<&RolledBack>,
     in_force: u32,
 ) -> Result<Firewall, ControlError> {
-    let asked = &request.firewall;
+    let asked = &request.inputs.firewall;
     let is_passed_over = |rolled_back: &RolledBack| {
         !request.options.anew
-            && rolled_back.registry == request.registry
-            && asked.version <= rolled_back.registry_version
+            && rolled_back.inputs.registry == request.inputs.registry
+            && asked.version <= rolled_back.inputs.firewall.version
     };
     match last {
         Some(last) if last.firewall.version > asked.version => Ok(last.firewall_for(asked)),

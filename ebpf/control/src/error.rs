@@ -138,8 +138,10 @@ impl From<HelperError> for ControlError {
 }
 
 fn fault_of_nft(reason: &str) -> Fault {
-    match reason {
-        RULE_REFUSED => Fault::Registry,
-        _ => Fault::Host,
+    let is_rule = reason == RULE_REFUSED;
+    if is_rule {
+        Fault::Registry
+    } else {
+        Fault::Host
     }
 }

@@ -2,13 +2,12 @@
 //! that the kernel cannot say.
 //!
 //! 1. One file, replaced whole under [`EdgeLock`]: each change is there or is not.
-//! 2. A set is written down before it is published: its number in the kernel leads to its rules and
-//!    inputs.
-//! 3. A set that awaits a confirmation may give way to the one before it, so that one is kept.
+//! 2. A set is written down before it is published: its number in the kernel leads to its rules.
+//! 3. The set before one that awaits a confirmation is kept.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use millrace_edge::interface::Interface;
 use millrace_edge::journal;
@@ -18,7 +17,7 @@ use millrace_edge_policy::rules::{Compiled, Locality, Temporary};
 use serde::{Deserialize, Serialize};
 
 use crate::error::ControlError;
-use crate::plan::{Firewall, unix_seconds};
+use crate::plan::Firewall;
 use crate::policy::{EdgePolicy, NodePolicy, ProgramPolicy};
 
 /// The file: its control part is none before the first set.
@@ -28,11 +27,8 @@ pub type Journal = journal::Journal<Option<Record>>;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Record {
-    /// The last set that table and journal have followed. The kernel's number is ahead of it while
-    /// a change is half done.
+    /// The last set that table and journal have followed: 0 before the first.
     pub set: u32,
-    /// Version of the registry that it came from.
-    pub registry_version: Option<u64>,
     /// Rules that end by themselves, in the order of their issue.
     pub temporary: Vec<Temporary>,
     /// A newer version of the registry, whose rules are refused.
@@ -45,8 +41,7 @@ pub struct Record {
     pub node: Option<NodePolicy>,
     /// A set that is about to be in force, and what follows.
     pub pending: Option<Pending>,
-    /// What `nft` said of the table of [`Self::set`]. None: it could not be put in force, or `nft`
-    /// could not look.
+    /// What `nft` said of that set's table; none: it is to be tried again.
     pub fingerprint: Option<Fingerprint>,
     /// The set in force, the one before or after it, and the last committed one.
     pub sets: Vec<SetRecord>,
@@ -63,17 +58,13 @@ pub struct Refused {
 }
 
 /// A set that awaited a confirmation and got none.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RolledBack {
     /// Its number.
     pub set: u32,
-    /// Public key of the registry that it came from.
-    pub registry: String,
-    /// Version of that registry.
-    pub registry_version: u64,
-    /// Its policy.
-    pub policy: EdgePolicy,
+    /// What it was made from.
+    pub inputs: SetInputs,
 }
 
 /// A set that is about to be in force, until table and journal have followed it.
@@ -197,7 +188,9 @@ impl Record {
     /// Temporary rules that have not ended.
     #[must_use]
     pub fn live_temporary(&self, now: SystemTime) -> Vec<Temporary> {
-        let now = unix_seconds(now);
+        let now = now
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs());
         let live = self
             .temporary
             .iter()

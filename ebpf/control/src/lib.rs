@@ -16,10 +16,11 @@
 //!
 //! 1. A process that changes an edge holds its lock: commands and a running node do not cross.
 //! 2. The kernel says what is in force. The journal says what the kernel cannot.
-//! 3. A change that fails leaves the last good set in force, and says which registry version, rule
-//!    and reason.
+//! 3. A change that fails leaves the last good set in force, and says which rule failed and why.
 //! 4. Nothing here prints, ends the process or knows the command line. What it needs of a node
 //!    comes through [`agent::NodeProbe`] and plain values.
+
+#![warn(clippy::missing_errors_doc)]
 
 pub mod agent;
 pub mod apply;

@@ -5,8 +5,8 @@
 //!    whether another program changed it.
 //! 2. A command fails where `nft` does. A node goes on, because the program in the kernel matters
 //!    more: it tries again until the table is as the journal says.
-//! 3. `nft` alone can say how a table reads that was put in force. So a change by another program
-//!    in the milliseconds between the two is taken for ours, until the next set.
+//! 3. `nft` says how a table reads after it was put in force: a change by another program in the
+//!    milliseconds between is taken for ours, until the next set.
 
 use millrace_edge::helper::{Helper, Request};
 use millrace_edge::nft::{Fingerprint, Nft, Table};

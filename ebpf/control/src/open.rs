@@ -1,5 +1,4 @@
-//! Attaches an edge, or takes over the one that is pinned: for a command, and for a node before its
-//! first thread.
+//! Attaches an edge, or takes over the one that is pinned, before a node's first thread starts.
 //!
 //! 1. Everything that takes a capability happens here. The node gives its capabilities up
 //!    afterwards, before any thread starts, because they belong to threads; a helper process keeps
@@ -18,21 +17,16 @@ use millrace_edge::helper::{Helper, Setup};
 use millrace_edge::nft::Nft;
 use millrace_edge::offload::untagged_warning;
 use millrace_edge::pins::{EdgeLock, Kind, NodeLock, Pins};
-use millrace_edge::publish::Publisher;
 use millrace_edge::ruleset::Watch;
 use millrace_edge::{lease, privileges};
 use millrace_edge_policy::admission::Admission;
 use millrace_edge_policy::settings::Limits;
-use millrace_edge_policy::source::Source;
 use millrace_tuning::NodeConfig;
 
 use crate::apply::{ApplyReport, ApplyRequest, LockedEdge, detach};
 use crate::error::{ControlError, Fault};
 use crate::nftables::Tables;
 use crate::policy::{NodePolicy, ProgramPolicy};
-
-/// The kernel ends a process that was killed some milliseconds after its successor can start.
-const NODE_LOCK_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Takes what an operator should read.
 pub type Notify<'n> = &'n mut dyn FnMut(std::fmt::Arguments<'_>);
@@ -82,25 +76,14 @@ impl AttachedEdge {
         self.identity.is_some() && self.identity == self.edge.pins().identity()
     }
 
-    /// Charges a source that completed a handshake: the kernel saw no token of it.
-    pub fn charge_validated(&self, source: Source) {
-        let maps = self.edge.maps();
-        if let Some((limits, _)) = Publisher::new(maps).limits() {
-            lease::charge_validated(maps, source, limits.source_quic);
-        }
-    }
-
     /// Its helper changes nftables, if there is one.
     pub(crate) fn locked<'e>(&'e self, lock: &'e EdgeLock) -> LockedEdge<'e> {
         let tables = match &self.helper {
             Some(helper) => Tables::OfNode(helper),
             None => Tables::Unreachable,
         };
-        LockedEdge {
-            edge: &self.edge,
-            lock,
-            tables,
-        }
+        let edge = &self.edge;
+        LockedEdge { edge, lock, tables }
     }
 }
 
@@ -131,7 +114,8 @@ pub fn open(
     notify: Notify<'_>,
 ) -> Result<Option<AttachedEdge>, ControlError> {
     let pins = Pins::at(&config.edge.pins);
-    let found = match pins.lock_node(NODE_LOCK_PATIENCE) {
+    // The kernel ends a killed process some milliseconds after its successor can start.
+    let found = match pins.lock_node(Duration::from_secs(3)) {
         // Behind a program that has another node's keys, none of its own connections would work.
         Ok(None) => {
             let root = pins.root().display();
@@ -180,22 +164,27 @@ fn take_over(
     if let Err(error) = noted {
         notify(format_args!("rules stay as they are: {error}"));
     }
-    for interface in edge.interfaces().unwrap_or_default() {
-        if let Some(warning) = untagged_warning(&interface) {
-            notify(format_args!("{warning}"));
-        }
+    let interfaces = edge.interfaces().unwrap_or_default();
+    for warning in interfaces.iter().filter_map(untagged_warning) {
+        notify(format_args!("{warning}"));
     }
     let random = lease::random().map_err(|source| EdgeError::Random { source })?;
     let run = u32::from_le_bytes([random[0], random[1], random[2], random[3]]);
     let pinned = edge.pins().path(Kind::Map, "quic_sources");
     let counts = MapHandle::from_pinned_path(&pinned)
         .and_then(|map| Counts::new(map, run))
-        .map_err(|error| {
-            ControlError::new(Fault::Kernel, format!("{}: {error}", pinned.display()))
-        })?;
+        .map_err(|error| ControlError::new(Fault::Kernel, format!("quic_sources: {error}")))?;
+    // Without it, rules still change, nftables and programs do not.
+    let start = |command| {
+        let (pins, nft) = (pins.clone(), Nft::of(pins));
+        let started = Helper::start(command, &Setup { pins, nft });
+        started
+            .inspect_err(|error| tracing::warn!(%error, "no helper: nftables and programs stay"))
+            .ok()
+    };
     Ok(AttachedEdge {
         _node: node,
-        helper: helper.and_then(|command| start_helper(command, pins)),
+        helper: helper.and_then(start),
         counts,
         ruleset: Watch::open()
             .inspect_err(|error| tracing::info!(%error, "nftables does not tell what changes"))
@@ -217,7 +206,7 @@ fn adopt_or_attach(
         Ok(mut found) => {
             found.check_here()?;
             notify(format_args!("edge adopted from {}", pins.root().display()));
-            renew(&mut found, lock, config, missing.is_empty(), notify);
+            renew(&mut found, lock, config, notify);
             return Ok(found);
         }
         Err(EdgeError::Absent { .. }) if missing.is_empty() => {}
@@ -233,7 +222,7 @@ fn adopt_or_attach(
     let (attached, report) = attach(pins, lock, &config.edge.interfaces, request)?;
     notify(format_args!(
         "edge attached to {}, mode {}",
-        report.interfaces.join(", "),
+        config.edge.interfaces.join(", "),
         report.mode
     ));
     Ok(attached)
@@ -242,53 +231,27 @@ fn adopt_or_attach(
 /// Gives an edge that was adopted what the config asks for and this binary brings, as far as this
 /// process may. What fails is told, and what is in force stays. An interface that is gone is
 /// attached again when it is back.
-fn renew(
-    edge: &mut Edge,
-    lock: &EdgeLock,
-    config: &NodeConfig,
-    may_attach: bool,
-    notify: Notify<'_>,
-) {
+fn renew(edge: &mut Edge, lock: &EdgeLock, config: &NodeConfig, notify: Notify<'_>) {
     let known = edge.interfaces().unwrap_or_default();
     let mode = ProgramPolicy::of(&config.edge).attach_mode();
     let is_new = |name: &&String| known.iter().all(|known| known.name != **name);
     for name in config.edge.interfaces.iter().filter(is_new) {
-        if !may_attach {
-            notify(format_args!(
-                "the edge is not on {name}: `millrace xdp attach` puts it there"
-            ));
-        } else if let Err(error) = edge.attach_under(name, mode, lock) {
-            notify(format_args!("the edge is not on {name}: {error}"));
-        } else {
-            notify(format_args!("edge attached to {name} as well"));
+        match edge.attach_under(name, mode, lock) {
+            Ok(()) => notify(format_args!("edge attached to {name} as well")),
+            Err(error) => notify(format_args!(
+                "the edge is not on {name}: {error}; `millrace xdp attach` puts it there"
+            )),
         }
     }
-    let others = "the edge goes on with the programs of another version";
     if edge.is_current() {
-        // They are those of this binary.
-    } else if !may_attach {
-        notify(format_args!(
-            "{others}: `millrace xdp attach` replaces them"
-        ));
-    } else if let Err(error) = edge.reload_under(lock) {
-        notify(format_args!("{others}: {error}"));
-    } else {
-        notify(format_args!(
-            "the edge's programs are replaced by those of this version"
-        ));
+        return;
     }
-}
-
-/// The process that keeps what later changes need; without it, rules still change, nftables and
-/// programs do not.
-fn start_helper(command: Command, pins: &Pins) -> Option<Helper> {
-    let setup = Setup {
-        pins: pins.clone(),
-        nft: Nft::of(pins),
-    };
-    Helper::start(command, &setup)
-        .inspect_err(|error| {
-            tracing::warn!(%error, "no helper: nftables and programs stay as they are");
-        })
-        .ok()
+    match edge.reload_under(lock) {
+        Ok(()) => notify(format_args!(
+            "the edge's programs are replaced by those of this version"
+        )),
+        Err(error) => notify(format_args!(
+            "the edge goes on with the programs of another version: {error}; `millrace xdp attach` replaces them"
+        )),
+    }
 }

@@ -5,7 +5,6 @@
 //! 2. The same policy, registry and temporary rules give the same set.
 
 use std::net::IpAddr;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use millrace_edge_policy::rules::{Bounds, Compiled, Locality, RuleSet, RulesError, Temporary};
 use millrace_edge_policy::rules::{compile, in_order};
@@ -26,15 +25,6 @@ pub struct Firewall {
     pub locality: Locality,
 }
 
-impl Firewall {
-    /// The same with these roles.
-    #[must_use]
-    pub fn with_roles(mut self, roles: &[String]) -> Self {
-        self.locality.roles = roles.to_vec();
-        self
-    }
-}
-
 /// Compiles what is to be in force, with temporary rules that have not ended.
 pub(crate) fn compiled(
     settings: &Settings,
@@ -52,12 +42,6 @@ pub(crate) fn compiled(
         0,
     );
     compile(settings, &rules, bounds)
-}
-
-/// Seconds since 1970; a clock before that is 1970.
-pub(crate) fn unix_seconds(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
 }
 
 #[cfg(test)]

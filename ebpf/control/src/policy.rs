@@ -13,7 +13,7 @@ use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::rules::Bounds;
 use millrace_edge_policy::settings::{self, Caps, Kind, Limits, Mode, Scope, Service, Settings};
 use millrace_tuning::Period;
-use millrace_tuning::config::{DefaultAction, EdgeMode, EdgeScope, EdgeSection, XdpMode};
+use millrace_tuning::config::{DefaultAction, EdgeScope, EdgeSection, XdpMode};
 use millrace_tuning::units::{to_u32, to_usize};
 use serde::{Deserialize, Serialize};
 
@@ -190,15 +190,6 @@ impl ProgramPolicy {
                 ..LoadOptions::default()
             },
         }
-    }
-}
-
-/// The mode of a config or a command line.
-#[must_use]
-pub fn mode(mode: EdgeMode) -> Mode {
-    match mode {
-        EdgeMode::Count => Mode::Count,
-        EdgeMode::Enforce => Mode::Enforce,
     }
 }
 

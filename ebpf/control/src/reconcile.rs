@@ -1,11 +1,9 @@
-//! Compares what should be in force with what is, and mends it, while the node runs: rules after
-//! the registry and operators changed them, the table of nftables and interfaces after the host
-//! did.
+//! Compares what should be in force with what is, and mends it, while the node runs: rules, the
+//! table of nftables, interfaces.
 //!
 //! 1. It waits for `nft` and the helper, so it has a thread of its own, and nothing is due here.
 //! 2. A node that starts puts its own config in force, in the mode that it finds. From then on it
-//!    goes on from the set in force, whichever process applied it: the set changes when the
-//!    registry, the members or the temporary rules did, or when a change was left half done.
+//!    goes on from the set in force, whichever process applied it.
 //! 3. A set that awaits a confirmation is left alone, and one that was rolled back stays so.
 //! 4. An edge that was detached is not this node's any more: nothing is put in force after that.
 //! 5. A failure is told once; one that may come right by itself is tried again after [`RETRY`].
@@ -75,7 +73,6 @@ pub(crate) struct Reconciler {
     table_changed: bool,
     table_at: Instant,
     interfaces_at: Instant,
-    /// The last message of each subject.
     said: BTreeMap<String, String>,
 }
 
@@ -181,7 +178,7 @@ impl Reconciler {
         self.view.status().rules = (in_force, rules);
         let policy = self.desired_policy(in_force, &record);
         Ok(DesiredState {
-            firewall: self.node.firewall().with_roles(&policy.roles),
+            firewall: self.node.firewall(&policy.roles),
             temporary: record.live_temporary(SystemTime::now()),
             policy,
             mode: locked.publisher().mode(),
@@ -198,7 +195,7 @@ impl Reconciler {
         let Some(policy) = record.inputs(in_force).map(|inputs| &inputs.policy) else {
             return self.policy.clone();
         };
-        let rolled_back = record.rolled_back.as_ref().map(|set| &set.policy);
+        let rolled_back = record.rolled_back.as_ref().map(|set| &set.inputs.policy);
         let was_rolled_back = rolled_back == Some(&self.own) && self.own != *policy;
         if !self.started && !was_rolled_back {
             return self.own.clone();
@@ -225,10 +222,8 @@ impl Reconciler {
             ..ApplyOptions::committed(desired.mode)
         };
         let firewall = desired.firewall.clone();
-        let request = ApplyRequest {
-            policy: desired.policy.clone(),
-            ..ApplyRequest::new(&self.config, self.port, firewall, options)
-        };
+        let mut request = ApplyRequest::new(&self.config, self.port, firewall, options);
+        request.inputs.policy = desired.policy.clone();
         let done = locked.apply(&request)?;
         self.note_older(desired, &done);
         let mut status = self.view.status();
@@ -246,7 +241,7 @@ impl Reconciler {
         let (newest, stays) = (desired.firewall.version, done.registry_version);
         let rolled_back = desired.rolled_back.as_ref();
         let is_passed_over =
-            stays < newest && rolled_back.is_some_and(|set| newest <= set.registry_version);
+            stays < newest && rolled_back.is_some_and(|set| newest <= set.inputs.firewall.version);
         if is_passed_over && self.says("rolled back", &newest.to_string()) {
             tracing::warn!(
                 version = newest,

@@ -1,21 +1,13 @@
 //! What metrics and status reports show of a node's edge. The loops write it, any thread reads it.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-use millrace_edge::metrics::hits;
-use millrace_edge::publish::Publisher;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::journal::Refused;
-use crate::open::AttachedEdge;
 
 /// What there is to see of a node's edge.
 #[derive(Debug)]
-pub struct EdgeView {
-    /// The edge in the kernel; also after it was detached.
-    pub kernel: Option<Arc<AttachedEdge>>,
-    status: Mutex<EdgeStatus>,
-}
+pub struct EdgeView(Mutex<EdgeStatus>);
 
 /// How a node's edge is.
 #[derive(Debug, Clone, Default)]
@@ -43,36 +35,18 @@ pub struct EdgeStatus {
 }
 
 impl EdgeView {
-    /// For a node with this edge.
+    /// For a node whose program is in the kernel, or not.
     #[must_use]
-    pub fn new(kernel: Option<Arc<AttachedEdge>>) -> Self {
-        let status = EdgeStatus {
-            is_in_kernel: kernel.is_some(),
+    pub fn new(is_in_kernel: bool) -> Self {
+        Self(Mutex::new(EdgeStatus {
+            is_in_kernel,
             ..EdgeStatus::default()
-        };
-        Self {
-            kernel,
-            status: Mutex::new(status),
-        }
+        }))
     }
 
     /// How it is now. Not to be held for long: the loops wait for it.
     pub fn status(&self) -> MutexGuard<'_, EdgeStatus> {
         // What a panic may have left is still to be seen.
-        self.status.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// How often each rule of the set in force decided; empty if that is not known.
-    #[must_use]
-    pub fn rule_hits(&self) -> Vec<u64> {
-        let (set, rules) = self.status().rules;
-        let maps = self.kernel.as_ref().map(|kernel| kernel.edge.maps());
-        let hits = maps
-            .filter(|maps| Publisher::new(maps).config().set == set)
-            .map(|maps| {
-                let generation = Publisher::new(maps).in_force() as u32;
-                hits(maps.hits(), generation, rules as u32).unwrap_or_default()
-            });
-        hits.unwrap_or_default()
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -16,7 +16,7 @@ use millrace_edge::edge::EdgeError;
 use millrace_edge::publish::Publisher;
 use millrace_edge::steer::Steering;
 use millrace_edge::{lease, privileges};
-use millrace_edge_control::policy::{EdgePolicy, mode};
+use millrace_edge_control::policy::EdgePolicy;
 use millrace_edge_control::{
     ApplyOptions, ApplyRequest, AttachedEdge, ControlError, EdgeAgent, EdgeHandles, EdgeView,
     Firewall, NodeProbe, open,
@@ -32,6 +32,8 @@ use millrace_shards::socket::{
 };
 use millrace_transport::{Clock, ConnectionCounts, EdgeStart};
 use millrace_tuning::NodeConfig;
+use millrace_tuning::config::EdgeMode;
+use millrace_tuning::units::{to_u32, to_usize};
 
 use report::Report;
 
@@ -90,7 +92,11 @@ impl ConnectionCounts for KernelCounts {
     }
 
     fn validated(&self, source: Source) {
-        self.0.charge_validated(source);
+        // The kernel saw no token of it.
+        let maps = self.0.edge.maps();
+        if let Some((limits, _)) = Publisher::new(maps).limits() {
+            lease::charge_validated(maps, source, limits.source_quic);
+        }
     }
 }
 
@@ -112,8 +118,8 @@ impl NodeProbe for Probe {
         self.node.transport().peer_keys()
     }
 
-    fn firewall(&self) -> Firewall {
-        versions::firewall(self.node.versions(), &[])
+    fn firewall(&self, roles: &[String]) -> Firewall {
+        versions::firewall(self.node.versions(), roles)
     }
 }
 
@@ -151,7 +157,7 @@ pub(crate) fn prepare(
     privileges::drop_capabilities(&KEPT)
         .map_err(|error| Failure::new(Exit::Failed, error.to_string()))?;
     let counts = kernel.clone().map(KernelCounts);
-    let view = Arc::new(EdgeView::new(kernel.clone()));
+    let view = Arc::new(EdgeView::new(kernel.is_some()));
     let parts = EdgeParts {
         start: EdgeStart {
             admission: Some(Arc::clone(&admission)),
@@ -161,6 +167,7 @@ pub(crate) fn prepare(
         },
         report: Some(Arc::new(Report {
             view: Arc::clone(&view),
+            kernel: kernel.clone(),
             steering,
         })),
     };
@@ -174,6 +181,14 @@ pub(crate) fn prepare(
         parts,
         loops: EdgeLoops { handles, view },
     })
+}
+
+/// The mode of a config or a command line.
+pub(crate) fn mode(mode: EdgeMode) -> Mode {
+    match mode {
+        EdgeMode::Count => Mode::Count,
+        EdgeMode::Enforce => Mode::Enforce,
+    }
 }
 
 /// This binary as the helper.
@@ -190,8 +205,6 @@ fn helper() -> Option<Command> {
 
 fn admission(config: &NodeConfig, settings: &Settings) -> Result<Admission, Failure> {
     let edge = &config.edge;
-    let to_usize = |number| usize::try_from(number).unwrap_or(usize::MAX);
-    let to_u32 = |number| u32::try_from(number).unwrap_or(u32::MAX);
     let admission = AdmissionConfig {
         limits: settings.limits,
         caps: settings.caps,

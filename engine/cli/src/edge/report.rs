@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use millrace_edge::metrics::Counters;
+use millrace_edge::metrics::{Counters, hits};
 use millrace_edge::publish::Publisher;
 use millrace_edge_control::{AttachedEdge, EdgeView};
 use millrace_edge_policy::reason::Reason;
@@ -13,6 +13,7 @@ use millrace_node::status::EdgeStatus;
 #[derive(Debug)]
 pub(super) struct Report {
     pub(super) view: Arc<EdgeView>,
+    pub(super) kernel: Option<Arc<AttachedEdge>>,
     /// How packets find their shard: `ebpf`, `classic`, `none`.
     pub(super) steering: &'static str,
 }
@@ -52,9 +53,9 @@ impl EdgeReport for Report {
         samples.extend(
             refusals.map(|(reason, count)| labelled("millrace_edge_rules_refused", reason, *count)),
         );
-        if let Some(kernel) = &self.view.kernel {
+        if let Some(kernel) = &self.kernel {
             of_kernel(kernel, &mut samples);
-            let hits = self.view.rule_hits().into_iter().enumerate();
+            let hits = rule_hits(kernel, status.rules).into_iter().enumerate();
             samples.extend(
                 hits.map(|(rule, hits)| {
                     labelled("millrace_edge_rule_hits", &rule.to_string(), hits)
@@ -84,6 +85,16 @@ fn of_kernel(kernel: &AttachedEdge, samples: &mut Vec<EdgeSample>) {
         plain("millrace_edge_quic_sources", kernel.counts.sources() as u64),
         plain("millrace_edge_counts_missed", kernel.counts.missed()),
     ]);
+}
+
+/// How often each rule decided; none if another set is in force than the one that was seen last.
+fn rule_hits(kernel: &AttachedEdge, (set, rules): (u32, usize)) -> Vec<u64> {
+    let maps = kernel.edge.maps();
+    let publisher = Publisher::new(maps);
+    if publisher.config().set != set {
+        return Vec::new();
+    }
+    hits(maps.hits(), publisher.in_force() as u32, rules as u32).unwrap_or_default()
 }
 
 fn plain(name: &'static str, value: u64) -> EdgeSample {

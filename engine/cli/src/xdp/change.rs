@@ -1,16 +1,15 @@
 //! The commands of `millrace xdp` that change something.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use millrace_edge::edge::{Edge, EdgeError};
 use millrace_edge::nft::Nft;
 use millrace_edge::pins::{EdgeLock, Pins};
 use millrace_edge::publish::Publisher;
-use millrace_edge_control::policy::mode;
 use millrace_edge_control::{
     ApplyOptions, ApplyReport, ApplyRequest, ControlError, Firewall, LockedEdge, Record,
 };
-use millrace_edge_policy::rules::RuleAction;
+use millrace_edge_policy::rules::{RuleAction, Temporary};
 use millrace_edge_policy::settings::Mode;
 use millrace_node::{Paths, keys};
 use millrace_tuning::{NodeConfig, Period};
@@ -19,6 +18,7 @@ use serde::Serialize;
 use super::args::{XdpApplyArgs, XdpAttachArgs, XdpPlaceArgs, XdpTemporaryArgs};
 use super::unapplied::unapplied_keys;
 use super::{adopt, pins, warn_of_offloads};
+use crate::edge::mode;
 use crate::exit::{Exit, Failure};
 use crate::load::Loaded;
 use crate::{output, versions};
@@ -45,7 +45,7 @@ pub(super) fn attach(args: &XdpAttachArgs) -> Result<Exit, Failure> {
             let attached = millrace_edge_control::attach(&pins, &lock, interfaces, &request);
             let (edge, report) = attached?;
             warn_of_offloads(&edge);
-            say(&report, Vec::new(), args.json)
+            say(&edge, &report, args.json)
         }
         Err(error) => Err(ControlError::from(error).into()),
     }
@@ -80,7 +80,7 @@ fn renew(
     if config.set == 0 {
         let nft = Nft::of(edge.pins());
         let report = LockedEdge::new(&edge, lock, &nft).apply(request)?;
-        return say(&report, Vec::new(), json);
+        return say(&edge, &report, json);
     }
     let interfaces = edge.interfaces().map_err(ControlError::from)?;
     let renewed = Renewed {
@@ -150,7 +150,7 @@ pub(super) fn apply(args: &XdpApplyArgs) -> Result<Exit, Failure> {
             "to be confirmed: `millrace xdp confirm` within {period} keeps it, else the kernel goes back"
         ));
     }
-    say(&report, keys, args.json)
+    say_applied(&edge, &report, args.confirm, keys, args.json)
 }
 
 /// What config and registry folder say now.
@@ -189,20 +189,31 @@ fn at_least_a_second(option: &str, period: Period) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What `apply` and its like print as JSON.
+/// What a command that applies prints as JSON.
 #[derive(Serialize)]
 struct Applied<'r> {
     #[serde(flatten)]
     report: &'r ApplyReport,
+    interfaces: Vec<String>,
+    /// How long the kernel waits for a confirmation.
+    confirm_within_seconds: Option<f64>,
     /// Keys of `[edge]` that differ from what runs, and that `apply` does not change.
     unapplied_keys: Vec<&'static str>,
 }
 
-fn say(
+fn say(edge: &Edge, report: &ApplyReport, json: bool) -> Result<Exit, Failure> {
+    say_applied(edge, report, None, Vec::new(), json)
+}
+
+fn say_applied(
+    edge: &Edge,
     report: &ApplyReport,
+    confirm: Option<Period>,
     unapplied_keys: Vec<&'static str>,
     json: bool,
 ) -> Result<Exit, Failure> {
+    let interfaces = edge.interfaces().map_err(ControlError::from)?;
+    let interfaces: Vec<_> = interfaces.into_iter().map(|known| known.name).collect();
     if let Some(refused) = &report.refused {
         output::message(format_args!(
             "warning: registry version {} is refused, the rules of version {} stay: {}",
@@ -212,6 +223,8 @@ fn say(
     if json {
         output::json(&Applied {
             report,
+            interfaces,
+            confirm_within_seconds: confirm.map(|period| period.get().as_secs_f64()),
             unapplied_keys,
         })?;
     } else {
@@ -221,7 +234,7 @@ fn say(
             report.mode,
             report.registry_version,
             report.rules,
-            report.interfaces.join(", ")
+            interfaces.join(", ")
         ))?;
     }
     Ok(Exit::Ok)
@@ -275,14 +288,19 @@ pub(super) fn temporary(args: &XdpTemporaryArgs, action: RuleAction) -> Result<E
     let request = request(&config, &paths, options)?;
     let nft = Nft::of(&pins);
     let locked = LockedEdge::new(&edge, &lock, &nft);
-    let report = locked.add_temporary(args.prefix, action, args.period.get(), request)?;
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let until = now.saturating_add(args.period.get()).as_secs();
+    let rule = Temporary::new(args.prefix, action, until);
+    let report = locked.add_temporary(rule, request)?;
     let lease_until_ns = edge.maps().control.load(0).lease_until_ns;
     if lease_until_ns <= millrace_edge::clock::now_ns() {
         output::message(format_args!(
             "no node runs: the rule holds past its time, until a node runs again or `millrace xdp apply` is called"
         ));
     }
-    say(&report, Vec::new(), args.json)
+    say(&edge, &report, args.json)
 }
 
 fn plain(json: bool, what: &'static str, set: u32) -> Result<Exit, Failure> {

@@ -214,11 +214,13 @@ fn status_of(edge: &Edge) -> Result<Status, Failure> {
         mode: publisher.mode().word(),
         scope: if config.scope == 0 { "ports" } else { "host" },
         set: config.set,
-        registry_version: record.registry_version,
+        registry_version: record
+            .inputs(record.set)
+            .map(|inputs| inputs.firewall.version),
         refused: record.refused.clone(),
         rolled_back: record.rolled_back.as_ref().map(|set| RolledBackStatus {
             set: set.set,
-            registry_version: set.registry_version,
+            registry_version: set.inputs.firewall.version,
         }),
         table: if record.set != 0 && record.fingerprint.is_none() {
             TABLE_MISSING
