@@ -180,7 +180,7 @@ impl Parker {
     }
 }
 
-/// Local tasks by what the loop must do to run them.
+/// Local tasks by the loop's step that runs them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Class {
     /// In the loop's own task queue: a yield runs them.

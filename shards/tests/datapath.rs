@@ -121,8 +121,8 @@ fn the_rest_waits_for_the_next_turn() {
     assert_eq!(sent, answers);
 }
 
-/// A push of more than was offered, or of what was not offered, panics: it is a bug of the
-/// datapath.
+/// A push of more bytes than were offered, or of bytes that were not offered, panics: it is a bug
+/// of the datapath.
 #[test]
 fn only_what_was_offered_is_pushed() {
     let cases: [fn(&mut Trains<'_>); 4] = [

@@ -99,7 +99,8 @@ fn memory(config: &NodeConfig, found: &mut Found<'_>) {
             format!("raise receive_budget_peer_bytes to at least \"{}\"", transport.body_bytes_max),
         );
     }
-    // What the store holds of a peer's is charged to it, and a peer alone reaches half of the budget.
+    // What the store holds of a peer's is charged to it, and a peer alone reaches half of the
+    // budget.
     let share = transport
         .receive_budget_peer_bytes
         .min(ByteSize(transport.receive_budget_bytes.0 / 2));

@@ -50,7 +50,8 @@ pub(crate) enum Command {
     Get(GetArgs),
     /// Show what a running node is doing.
     Status(StatusArgs),
-    /// Attach, change and look at the edge: the program that refuses packets before they reach a socket.
+    /// Attach, change and look at the edge: the program that refuses packets before they reach a
+    /// socket.
     #[command(subcommand)]
     Xdp(XdpCommand),
     /// Print configs.
@@ -76,8 +77,8 @@ pub(crate) struct DevArgs {
     /// Publish one artifact, wait until all nodes have it, and end.
     #[arg(long)]
     pub(crate) once: bool,
-    /// Show the edge: the first node behind the program, in network namespaces that are made and removed, under a
-    /// flood. Needs root.
+    /// Show the edge: the first node behind the program, in network namespaces that are made and
+    /// removed, under a flood. Needs root.
     #[arg(long)]
     pub(crate) edge: bool,
     /// Print one JSON object instead of the table.

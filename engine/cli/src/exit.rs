@@ -116,7 +116,7 @@ impl From<ControlError> for Failure {
 
 /// What clap says: help and version are no failures.
 pub(crate) fn usage(error: &clap::Error) -> ExitCode {
-    // A closed stdout or stderr leaves nobody to tell.
+    // With stdout or stderr closed there is no way to report it.
     let _ = error.print();
     if error.use_stderr() {
         Exit::Usage.into()

@@ -28,7 +28,7 @@ pub(crate) fn json(value: &impl Serialize) -> Result<(), Failure> {
 
 /// Writes a message for people.
 pub(crate) fn message(line: impl fmt::Display) {
-    // Nobody is left to tell that stderr is closed.
+    // There is no way to report that stderr is closed.
     let _ = writeln!(std::io::stderr().lock(), "{line}");
 }
 

@@ -5,8 +5,8 @@ use millrace_tuning::{ByteSize, MemoryBudget, NodeConfig};
 
 use crate::mapping;
 
-/// A connection before its handshake: quiche's and BoringSSL's state, which nothing of a peer can enlarge
-/// (its crypto stream is bounded). An allowance, not a measurement.
+/// A connection before its handshake: quiche's and BoringSSL's state, which nothing of a peer can
+/// enlarge (its crypto stream is bounded). An allowance, not a measurement.
 const HANDSHAKE_BYTES: ByteSize = ByteSize::kib(128);
 
 /// Code, stacks and allocator of the process itself, before any shard. An allowance.
@@ -24,7 +24,8 @@ const TRIE_NODE_BYTES: ByteSize = ByteSize(1_024 + 4 * 64);
 /// An entry of a hash table with its overhead, in the kernel or here; measured at 84 to 117 bytes.
 const SOURCE_BYTES: ByteSize = ByteSize(120);
 
-/// Maps whose size no key sets: the ring of events, the table of ports, counters and scratch of each core. An allowance.
+/// Maps whose size no key sets: the ring of events, the table of ports, counters and scratch of
+/// each core. An allowance.
 const EDGE_FIXED_BYTES: ByteSize = ByteSize::mib(1);
 
 /// Code and stacks of the helper, and the longest message that it takes. An allowance.

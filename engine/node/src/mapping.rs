@@ -113,8 +113,8 @@ pub fn transport(config: &NodeConfig) -> TransportConfig {
 mod tests {
     use super::*;
 
-    /// Two places name defaults: the schema for operators and the crates for their own users. They agree,
-    /// apart from what a whole node needs more of.
+    /// Two places name defaults: the schema for operators and the crates for their own users. They
+    /// agree, apart from what a whole node needs more of.
     #[test]
     fn defaults_of_the_config_are_those_of_the_crates() {
         let config = NodeConfig::default();

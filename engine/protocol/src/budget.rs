@@ -129,8 +129,8 @@ impl ReceiveBudget {
         Ok(())
     }
 
-    /// Gives back `bytes` that are reserved for `peer`. More than it holds is a fault of the caller:
-    /// a debug build panics, another gives back what it holds.
+    /// Gives back `bytes` that are reserved for `peer`. More than it holds is a fault of the
+    /// caller: a debug build panics, another gives back what it holds.
     pub fn release(&mut self, peer: &NodeId, bytes: u64) {
         let Some(held) = self.peers.get_mut(peer) else {
             debug_assert_eq!(bytes, 0, "released for a peer that holds nothing");

@@ -2,8 +2,8 @@
 //!
 //! A [`Sim`] holds nodes that are the product's above their QUIC connections: the same `Peers`,
 //! timers, lanes, message streams, RPC tables, budgets and handlers. Only the QUIC connection is a
-//! model, over [`memnet`], a network with latency, jitter, capacity, loss, duplication and cuts. Code
-//! above the transport talks to peers through a [`SimMessenger`], a
+//! model, over [`memnet`], a network with latency, jitter, capacity, loss, duplication and cuts.
+//! Code above the transport talks to peers through a [`SimMessenger`], a
 //! [`Messenger`](millrace_transport::Messenger) as a shard's is.
 //!
 //! 1. A run is a function of the seed, of the configuration and of the calls made: no clock, no

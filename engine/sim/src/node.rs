@@ -374,8 +374,8 @@ impl Running {
         self.run_actions();
     }
 
-    /// Brings a connection up when the peer's hello is there, before anything else is read; and takes
-    /// a packet for the sign of life that a dial request made us ask for.
+    /// Brings a connection up when the peer's hello is there, before anything else is read; and
+    /// takes a packet for the sign of life that a dial request made us ask for.
     fn confirm_liveness(&mut self, slot: usize) {
         let now = self.now;
         let Some(connection) = self.connections.get_mut(&slot) else {
@@ -550,7 +550,7 @@ impl Running {
         }
     }
 
-    /// The connection is gone: whoever waits for something of it hears so.
+    /// Forgets a connection that is gone, and tells every waiter of it.
     fn remove(&mut self, slot: usize) {
         let Some(mut connection) = self.connections.remove(&slot) else {
             return;

@@ -59,8 +59,8 @@ impl Default for SimConfig {
     }
 }
 
-/// Simulated nodes over a simulated network, named by their indices. Node 0 has the lowest id, so it
-/// dials all others.
+/// Simulated nodes over a simulated network, named by their indices. Node 0 has the lowest id, so
+/// it dials all others.
 pub struct Sim {
     config: SimConfig,
     origin: Instant,

@@ -2,7 +2,7 @@
 //!
 //! Invariants
 //! 1. Nothing is borrowed while a task runs: it may start others.
-//! 2. A task's slot is reused with another generation; a late waker wakes nobody.
+//! 2. A task's slot is reused with another generation; a late waker wakes no task.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 
 type Boxed = Pin<Box<dyn Future<Output = ()>>>;
 
-/// Woken tasks, by slot and generation; wakers must be `Send`, hence the lock that nobody contends.
+/// Woken tasks, by slot and generation; wakers must be `Send`, hence the lock, which no other
+/// thread takes.
 type Woken = Arc<Mutex<VecDeque<(usize, u64)>>>;
 
 struct Slot {

@@ -189,8 +189,8 @@ mod tests {
         assert!(budget.allocate(peer(1), 6 * MIB).is_ok());
     }
 
-    // Protects other peers: what a body took stays charged to its peer while any part of it is held,
-    // on another thread too, and comes back chunk by chunk.
+    // Protects other peers: what a body took stays charged to its peer while any part of it is
+    // held, on another thread too, and comes back chunk by chunk.
     #[test]
     fn space_is_held_until_the_last_handle_is_dropped_elsewhere() {
         let mut allocator = allocator(8 << 20, 8 << 20, 8 << 20);
@@ -215,8 +215,8 @@ mod tests {
         assert!(allocator.accounts.is_empty(), "no account is left behind");
     }
 
-    // Protects a store that outlives the shard: its chunks stay readable, and are given back to
-    // nobody.
+    // Protects a store that outlives the shard: its chunks stay readable, and no account gets them
+    // back.
     #[test]
     fn a_body_outlives_its_allocator() {
         let mut allocator = allocator(8 << 20, 8 << 20, 8 << 20);
@@ -233,7 +233,7 @@ mod tests {
     #[derive(Clone, Debug)]
     enum Step {
         Allocate(u8, u32),
-        /// Drops a chunk of what is held.
+        /// Drops a chunk of a reservation.
         Drop(usize),
     }
 

@@ -1,4 +1,4 @@
-//! The bound of what a closing connection may still send.
+//! The bound on the packets that a closing connection may still send.
 //!
 //! quiche ends by itself once the closing frame is out. It does not get there while the peer has
 //! not confirmed the handshake and a probe is due: quiche then wants to ask for an answer, a

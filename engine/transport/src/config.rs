@@ -103,8 +103,8 @@ pub struct TransportConfig {
     pub requests_in_max: PerClass<u32>,
     /// Body bytes that one peer may make this shard hold at a time, arriving or kept.
     pub receive_budget_peer_bytes: u64,
-    /// Body bytes that all peers together may make this shard hold; at most its chunk pool. One peer
-    /// alone reaches half of it.
+    /// Body bytes that all peers together may make this shard hold; at most its chunk pool. One
+    /// peer alone reaches half of it.
     pub receive_budget_bytes: u64,
     /// A message stream must bring this much in each `stream_progress_interval`, or be done.
     pub stream_progress_bytes: u64,

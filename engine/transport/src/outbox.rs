@@ -1,12 +1,14 @@
-//! What waits to be sent on one connection: frames on lanes, messages with streams of their own, datagrams.
+//! What waits to be sent on one connection: frames on lanes, messages with streams of their own,
+//! datagrams.
 //!
-//! A lane is a long-lived unidirectional stream on which frames follow each other, so that many small messages share a packet. Messages of one
-//! turn go to one lane, the next turn's to the next: packets are full, and a lost packet holds up one lane out of `lanes` only. While the path
-//! loses packets, normal messages take streams of their own instead ([`Outbox::set_lossy`]).
+//! A lane is a long-lived unidirectional stream on which frames follow each other, so that many
+//! small messages share a packet. Messages of one turn go to one lane, the next turn's to the next:
+//! packets are full, and a lost packet holds up one lane out of `lanes` only. While the path loses
+//! packets, normal messages take streams of their own instead ([`Outbox::set_lossy`]).
 //!
 //! Invariants
-//! 1. `queued[class]` is the number of bytes in `pending` and `blocked` of that class's lanes, and never exceeds its bound plus one frame, or plus the
-//!    headroom for refusals and cancellations.
+//! 1. `queued[class]` is the number of bytes in `pending` and `blocked` of that class's lanes, and
+//!    never exceeds its bound plus one frame, or plus the headroom for refusals and cancellations.
 //! 2. A frame is never torn: a lane's bytes are offered to the path in order until all are taken.
 
 use bytes::Bytes;
@@ -269,7 +271,8 @@ impl Outbox {
         self.datagrams.push(datagram);
     }
 
-    /// Takes a message back at the next feed if it has not left whole. If it has, and `tell`, the peer hears a cancellation.
+    /// Takes a message back at the next feed if it has not left whole. If it has, and `tell`, the
+    /// peer hears a cancellation.
     pub(crate) fn cancel(&mut self, header: Header, tell: bool) {
         self.cancellations.push(Cancellation { header, tell });
     }

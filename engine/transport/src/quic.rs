@@ -58,8 +58,8 @@ impl CloseCode {
         }
     }
 
-    /// How a connection ended that the peer closed with `code`: the label on `/metrics`, and whether
-    /// it may be dialled again at once.
+    /// How a connection ended that the peer closed with `code`: the label on `/metrics`, and
+    /// whether it may be dialled again at once.
     pub fn end_by_peer(code: u64) -> (&'static str, CloseKind) {
         match code {
             code if code == Self::Done as u64 => ("peer_done", CloseKind::Clean),
@@ -118,7 +118,7 @@ pub(crate) fn quic_config(
     });
     quic.enable_dgram(true, 256, 256);
     quic.set_active_connection_id_limit(ACTIVE_IDS);
-    // Nobody moves by choice; whose NAT rebinds is followed by `address.rs`.
+    // No peer moves by choice; `address.rs` follows a peer whose NAT rebinds.
     quic.set_disable_active_migration(true);
     quic.grease(false);
     Ok(quic)

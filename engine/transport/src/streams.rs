@@ -8,7 +8,7 @@
 //! Invariants
 //! 1. At most `active_max` streams of a class are fed at a time, oldest first; the rest waits in
 //!    order.
-//! 2. A body never takes all of the connection's send capacity: half of what is left, up to
+//! 2. A body never takes all of the connection's send capacity: half of the rest, up to
 //!    [`RESERVE_BYTES`], is kept for lanes.
 //! 3. Waiting plus active messages of a class never exceed its bound.
 

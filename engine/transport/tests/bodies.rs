@@ -1,5 +1,5 @@
-//! Bodies and the space that they take: who is charged for it, how long, what a peer hears that gets
-//! none, and services that take a body chunk by chunk.
+//! Bodies and the space that they take: who is charged for it, how long, what a peer hears that
+//! gets none, and services that take a body chunk by chunk.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -298,8 +298,8 @@ fn busy_and_too_large_are_told_apart() {
     bed.assert_not_replaced();
 }
 
-// Protects an asker from an answer that it has no space for: it hears so at once, and whether to ask
-// again; the connection stays.
+// Protects an asker from an answer that it has no space for: it hears so at once, and whether to
+// ask again; the connection stays.
 #[test]
 fn an_answer_without_space_is_an_error_of_the_asker() {
     let bed = Testbed::with(budget(32 * MIB, 4 * MIB), TransportConfig::default());

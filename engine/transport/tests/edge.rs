@@ -153,7 +153,7 @@ fn a_proof_is_good_from_its_address_and_a_few_times() {
     forged[7] ^= 1;
     Raw::dial_from("127.0.0.1:0", to, &options, &forged).turn();
     testbed.refused("quic_peers_only", 2);
-    // The owner, then somebody who saw it.
+    // The owner, then a host that saw it.
     let mut raw = Raw::dial_from("127.0.0.1:0", to, &options, &proof);
     raw.establish();
     testbed.listener.wait_for_count(Counter::ConnectionsIn, 1);

@@ -1,4 +1,5 @@
-//! What two nodes say to each other over real sockets: requests, bodies, one-way messages, cancellation, membership.
+//! What two nodes say to each other over real sockets: requests, bodies, one-way messages,
+//! cancellation, membership.
 #![allow(clippy::unwrap_used)]
 
 mod common;

@@ -1,6 +1,8 @@
-//! A member that means harm: what it sends costs it its message or its connection, and costs nobody else anything.
+//! A hostile member: its bytes cost it its message or its connection, and cost no other peer
+//! anything.
 //!
-//! One test, so that the memory of the process can be judged: RSS stays within what `ShardConfig` and `TransportConfig` announce, plus 32 MiB.
+//! One test, so that the memory of the process can be judged: RSS stays within what `ShardConfig`
+//! and `TransportConfig` announce, plus 32 MiB.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -52,7 +54,8 @@ fn message(header: Header, body: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The victim, an honest peer of it, and the key of the hostile member, which has the lowest id and so may dial both.
+/// The victim, an honest peer of it, and the key of the hostile member, which has the lowest id and
+/// so may dial both.
 fn testbed() -> (Node, Node, SigningKey, TransportConfig) {
     let mut keys = [key(1), key(2), key(3)];
     keys.sort_by_key(SigningKey::node_id);
@@ -136,8 +139,9 @@ impl Attack<'_> {
 #[test]
 fn a_hostile_member_costs_nobody_anything() {
     let (victim, honest, hostile, config) = testbed();
-    // Two nodes and the attacker live in this process; what they and the test program take before the attack is the base, and the pools,
-    // which are resident from the start, are in it. On top may come what the configuration says a connection may hold.
+    // Two nodes and the attacker live in this process; what they and the test program take before
+    // the attack is the base, and the pools, which are resident from the start, are in it. On top
+    // may come what the configuration says a connection may hold.
     let rss_max = rss_bytes() + 3 * config.connection_budget_bytes() + 32 * MIB;
     let attack = Attack {
         victim: &victim,
@@ -146,7 +150,8 @@ fn a_hostile_member_costs_nobody_anything() {
         rss_max,
     };
 
-    // 1,000 streams announce 128 MiB each and never finish: the budget has room for none; each is refused.
+    // 1,000 streams announce 128 MiB each and never finish: the budget has room for none; each is
+    // refused.
     let mut raw = attack.connect();
     for stream in 0..1_000 {
         raw.send(
@@ -200,7 +205,8 @@ fn a_hostile_member_costs_nobody_anything() {
     attack.check("dripping bodies");
     drop(raw);
 
-    // A header bomb: a lane full of headers of requests without bodies. They are answered or refused; nothing is kept.
+    // A header bomb: a lane full of headers of requests without bodies. They are answered or
+    // refused; nothing is kept.
     let mut raw = attack.connect();
     let mut lane = vec![1];
     for id in 0..60_000 {

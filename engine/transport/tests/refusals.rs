@@ -1,5 +1,5 @@
-//! Who is not let in: a wrong key, a non_member, nobody at all, a former member with a ticket; each
-//! refused with its counter.
+//! Clients that are refused: a wrong key, a non-member, no key at all, a former member with a
+//! ticket; each refused with its counter.
 #![allow(clippy::unwrap_used)]
 
 mod common;

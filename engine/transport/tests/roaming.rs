@@ -140,7 +140,7 @@ fn a_peer_that_changes_its_port_keeps_its_connection_and_its_shard() {
     testbed.assert_never_down();
 }
 
-// Protects the connection: what somebody on the path repeats is not the peer.
+// Protects the connection: a host on the path that repeats packets is not the peer.
 #[test]
 fn a_packet_repeated_from_another_port_moves_nobody() {
     let testbed = Testbed::new();

@@ -57,8 +57,8 @@ use submitter::Submitter;
 use udp_rx::UdpRx;
 use udp_tx::UdpTx;
 
-/// Requests by kind, in the high byte of `user_data`. The low bytes hold the index of what the
-/// completion belongs to: a socket for `RECV`, a train's record for `SEND`.
+/// Requests by kind, in the high byte of `user_data`. The low bytes hold the index of the
+/// completion's owner: a socket for `RECV`, a train's record for `SEND`.
 mod token {
     pub(super) const RECV: u64 = 1 << 56;
     pub(super) const SEND: u64 = 2 << 56;

@@ -1,8 +1,10 @@
-//! `millrace dev --edge`: two network namespaces and a cable, the first node behind the edge on one end, everybody else on the other.
+//! `millrace dev --edge`: two network namespaces and a cable, the first node behind the edge on one
+//! end, all other hosts on the other.
 //!
-//! 1. Nothing of the host changes: all interfaces, programs and rules are in namespaces that end with this process, and pins in a folder that
-//!    is removed.
-//! 2. Capabilities are given up by the threads of the node behind the edge, not by the thread that cleans up.
+//! 1. Nothing of the host changes: all interfaces, programs and rules are in namespaces that end
+//!    with this process, and pins in a folder that is removed.
+//! 2. Capabilities are given up by the threads of the node behind the edge, not by the thread that
+//!    cleans up.
 
 use std::fs::{self, File};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
@@ -30,7 +32,7 @@ use crate::output;
 const INSIDE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 /// The other nodes.
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
-/// Somebody whom the registry does not know.
+/// A host that the registry does not name.
 const STRANGER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 66);
 /// Port of the first node; the others follow.
 const PORT: u16 = 4100;
@@ -162,8 +164,9 @@ impl Stage {
         Pins::at(self.pins.with_extension("far"))
     }
 
-    /// Puts a program on the other end as well: a veth transmits what a program sends only to an end that has one. It is an edge of its own, with
-    /// nothing in force: it passes everything, and counts for itself.
+    /// Puts a program on the other end as well: a veth transmits what a program sends only to an
+    /// end that has one. It is an edge of its own, with nothing in force: it passes everything, and
+    /// counts for itself.
     pub(super) fn join_far_end(&self) -> Result<(), Failure> {
         let options = AttachOptions {
             interfaces: vec![Side::Outside.name().into()],
@@ -186,8 +189,8 @@ impl Stage {
         })
     }
 
-    /// Sends the first node what nobody should have to read, until `stop`: first packets of a stranger, and forged packets from the address
-    /// of the members. Counts what it sent.
+    /// Sends hostile packets to the first node until `stop`: first packets of a non-member, and
+    /// forged packets from the address of the members. Counts what it sent.
     pub(super) fn flood(&self, stop: &AtomicBool, sent: &AtomicU64) -> Result<(), Failure> {
         self.on(Side::Outside, || {
             let socket = |ip: Ipv4Addr| {
@@ -261,7 +264,7 @@ impl Drop for Stage {
             if let Err(error) = Edge::detach(&pins) {
                 tracing::warn!(%error, "the pins of the stage stay");
             }
-            // The folder that they were mounted on, and their locks: left there, they harm nobody.
+            // The folder that they were mounted on, and their locks: left there, they do no harm.
             let _ = fs::remove_dir(pins.root());
             for lock in ["lock", "node"] {
                 let _ = fs::remove_file(pins.journal_path().with_extension(lock));

@@ -2,7 +2,8 @@
 //!
 //! 1. The control thread is no shard: nothing here delays a packet.
 //! 2. At most `connections_max` clients are served at once; each makes one request.
-//! 3. A client that is silent for longer than its timeout is dropped, in the header and in the body.
+//! 3. A client that is silent for longer than its timeout is dropped, in the header and in the
+//!    body.
 //! 4. A body announces its length, and its chunks are reserved before its first byte is read.
 
 pub mod client;

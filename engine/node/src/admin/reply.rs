@@ -41,7 +41,7 @@ impl HttpBody for Reply {
                 left,
                 deadline,
             } => {
-                // hyper asks for more when the client has taken most of what it was given.
+                // hyper asks for more when the client has taken most of the last piece.
                 deadline.extend();
                 slices.next().map(|slice| {
                     *left -= slice.len() as u64;

@@ -1,7 +1,7 @@
 //! The reference's names for what we count too, and which of its names we leave out.
 //!
-//! Its error labels name the outcome of an operation of its QUIC library; ours are counted once for each connection or
-//! stream, so the label `quinn_api` is not there.
+//! Its error labels name the outcome of an operation of its QUIC library; ours are counted once for
+//! each connection or stream, so the label `quinn_api` is not there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -37,7 +37,8 @@ pub(super) enum Read {
     Path(OfPeer),
 }
 
-/// Names of the reference that we do not have, and why: nothing is filled with a value that nobody counted.
+/// Names of the reference that we do not have, and why: nothing is filled with a value that nobody
+/// counted.
 #[cfg(test)]
 pub(super) const ABSENT: &[(&str, &str)] = &[
     (

@@ -3,7 +3,8 @@
 //!
 //! The lock is taken twice for each artifact and peer, so one for the node is enough.
 //!
-//! 1. Only members have a list; a node that leaves the topology loses it at once, and cannot get another.
+//! 1. Only members have a list; a node that leaves the topology loses it at once, and cannot get
+//!    another.
 //! 2. A list has at most `ANNOUNCED_MAX` entries; a new one takes the place of the oldest.
 
 use std::collections::{BTreeMap, VecDeque};

@@ -425,7 +425,8 @@ impl Connection {
             && (self.send.wants_to_send() || !self.datagrams_out.is_empty())
     }
 
-    /// Bytes that the connection takes now besides the peer's limits: a window, in flight or not yet.
+    /// Bytes that the connection takes now besides the peer's limits: a window, in flight or not
+    /// yet.
     fn room_bytes(&self) -> u64 {
         let held = self.send.unsent() + self.recovery.bytes_in_flight();
         self.window_bytes.saturating_sub(held)

@@ -2,8 +2,8 @@
 //!
 //! Invariants
 //! 1. Ranges are disjoint, do not touch, and are at most [`RANGES_MAX`].
-//! 2. Everything below the floor counts as contained: a peer that forgot a gap treats what comes for
-//!    it as a duplicate, and its sender sends it again under a new number.
+//! 2. Everything below the floor counts as contained: a peer that forgot a gap treats what comes
+//!    for it as a duplicate, and its sender sends it again under a new number.
 
 use std::collections::BTreeMap;
 

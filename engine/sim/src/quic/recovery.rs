@@ -128,8 +128,8 @@ impl Recovery {
         }
     }
 
-    /// Hands over the frames of packets that are lost by now, and when a probe is due, of the oldest
-    /// packets in flight. True when a probe is due.
+    /// Hands over the frames of packets that are lost by now, and when a probe is due, of the
+    /// oldest packets in flight. True when a probe is due.
     pub(crate) fn on_timeout(&mut self, now: Instant, on_frame: &mut impl FnMut(Frame)) -> bool {
         let delay = self.loss_delay();
         while let Some((_, packet)) = self.overtaken()

@@ -150,8 +150,8 @@ fn links() -> impl Strategy<Value = LinkConfig> {
 }
 
 proptest! {
-    // Protects what lanes and bodies stand on: whatever the network drops, repeats and reorders, and
-    // however small the windows, each stream arrives whole, in order and once.
+    // Protects what lanes and bodies stand on: whatever the network drops, repeats and reorders,
+    // and however small the windows, each stream arrives whole, in order and once.
     #[test]
     fn streams_arrive_whole_in_order_and_once(
         link in links(),

@@ -18,8 +18,8 @@ use millrace_protocol::frame::{Class, FailureCode, Method};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_shards::chunk::{Chunk, UNIT_BYTES};
 
-/// Bodies up to this size travel and arrive as plain bytes; larger ones are chunks. One unit: what a
-/// chunk takes at least.
+/// Bodies up to this size travel and arrive as plain bytes; larger ones are chunks. One unit: what
+/// a chunk takes at least.
 pub const INLINE_BYTES_MAX: usize = UNIT_BYTES;
 
 /// A body that a peer announced, before a byte of it is read.
@@ -47,8 +47,8 @@ pub enum BodyMode {
     Whole,
     /// The sink gets it chunk by chunk; the handler is called with the sink.
     Stream(Box<dyn BodySink>),
-    /// Not at all: a request is answered with this code at once, and what still comes of the body is
-    /// thrown away.
+    /// Not at all: a request is answered with this code at once, and what still comes of the body
+    /// is thrown away.
     Refuse(FailureCode),
 }
 
@@ -65,8 +65,8 @@ impl fmt::Debug for BodyMode {
 /// Takes a body chunk by chunk. Called on the shard's thread while packets are received: calls must
 /// not block, and long work (a hash of a chunk takes about a millisecond) belongs in a task.
 pub trait BodySink: Any {
-    /// The bytes from `offset` on: a full chunk, or the last. The space of the body that is still to
-    /// come stays reserved; that of the chunk is given back when its last handle is dropped.
+    /// The bytes from `offset` on: a full chunk, or the last. The space of the body that is still
+    /// to come stays reserved; that of the chunk is given back when its last handle is dropped.
     fn on_chunk(&mut self, offset: u64, chunk: Chunk);
 
     /// The body will not become whole: the peer took it back, sent another length or stalled, there

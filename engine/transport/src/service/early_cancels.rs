@@ -5,7 +5,8 @@
 //! is then thrown away and no service works on it.
 //!
 //! Invariants
-//! 1. At most [`IDS_MAX`] ids are remembered, each for at most [`KEPT_FOR`]: a peer fills no memory.
+//! 1. At most [`IDS_MAX`] ids are remembered, each for at most [`KEPT_FOR`]: a peer fills no
+//!    memory.
 //! 2. An id comes back into use after 4 million requests at the least
 //!    ([`REUSE_AFTER`](millrace_protocol::rpc::REUSE_AFTER) positions of 65,536 generations), which
 //!    take longer than that: no other request is thrown away.

@@ -5,7 +5,8 @@
 //!
 //! Invariants
 //! 1. Not a byte behind the hello is read here: the lane goes on where the hello ends.
-//! 2. At most [`Hello::BYTES_MAX`] bytes and two headers are kept, and only until the hello is whole.
+//! 2. At most [`Hello::BYTES_MAX`] bytes and two headers are kept, and only until the hello is
+//!    whole.
 
 use millrace_protocol::frame::{Header, Hello, HelloError, Kind, StreamKind};
 

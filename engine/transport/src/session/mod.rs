@@ -1,12 +1,12 @@
 //! An established connection above its streams: what is sent and received on it, its calls, its
 //! probes, and what it gives up.
 //!
-//! The endpoint of a shard drives a session over quiche, `engine/sim` over a model of QUIC; the code
-//! here is the same for both, generic over the path for each method.
+//! The endpoint of a shard drives a session over quiche, `engine/sim` over a model of QUIC; the
+//! code here is the same for both, generic over the path for each method.
 //!
 //! Invariants
-//! 1. A session begins when the peer's identity is proven, with its hello; nothing of the code above
-//!    runs for a connection before.
+//! 1. A session begins when the peer's identity is proven, with its hello; nothing of the code
+//!    above runs for a connection before.
 //! 2. Nothing else of the peer is read before its hello, which says what the connection speaks.
 //! 3. Services hear `on_up` before anything of a session and `on_down` after all of it.
 //! 4. A session that is closed answers its callers, once, and drops the bodies that are not whole.
@@ -73,8 +73,8 @@ pub struct Session {
 }
 
 impl Session {
-    /// Begins with the hello. `slot` names the connection in [`ShardState::next_dirty`]; `is_server`
-    /// tells which side of it we are (RFC 9000, 2.1).
+    /// Begins with the hello. `slot` names the connection in [`ShardState::next_dirty`];
+    /// `is_server` tells which side of it we are (RFC 9000, 2.1).
     pub fn new(
         state: &Rc<ShardState>,
         slot: usize,
@@ -120,8 +120,8 @@ impl Session {
 
     // --- its beginning and its end ---
 
-    /// Reads the peer's hello, if it is there: once, what the two sides agree on. A connection whose
-    /// hello is refused is to be closed with [`CloseCode::of_hello`].
+    /// Reads the peer's hello, if it is there: once, what the two sides agree on. A connection
+    /// whose hello is refused is to be closed with [`CloseCode::of_hello`].
     pub fn receive_hello<P: StreamPath>(
         &mut self,
         path: &mut P,
@@ -299,8 +299,9 @@ impl Session {
         close
     }
 
-    /// From time to time: takes up whether the path loses packets, and frees streams of ours that the
-    /// peer stopped after quiche had taken all of them: quiche does so only when asked about them.
+    /// From time to time: takes up whether the path loses packets, and frees streams of ours that
+    /// the peer stopped after quiche had taken all of them: quiche does so only when asked about
+    /// them.
     pub fn housekeep<P: StreamPath>(&mut self, path: &mut P) {
         let lost = path.stats().lost;
         let is_lossy = std::mem::replace(&mut self.lost_seen, lost) < lost;

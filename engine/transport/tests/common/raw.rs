@@ -1,4 +1,5 @@
-//! A peer without manners: a bare quiche client over a blocking socket, which sends whatever a test wants.
+//! A peer without manners: a bare quiche client over a blocking socket, which sends whatever a test
+//! wants.
 #![allow(dead_code, clippy::unwrap_used)]
 
 use std::collections::{BTreeMap, VecDeque};
@@ -71,7 +72,7 @@ fn config(options: &RawOptions) -> quiche::Config {
 }
 
 impl RawOptions {
-    /// A member, or somebody who would like to be.
+    /// A member, or a host that claims to be one.
     pub(crate) fn of(key: &SigningKey) -> Self {
         Self {
             key: Some(key.clone()),
@@ -82,7 +83,8 @@ impl RawOptions {
 
 impl Raw {
     pub(crate) fn dial(to: SocketAddr, options: &RawOptions) -> Self {
-        // The first connection ID steers to the shard that owns the connection; a member knows that.
+        // The first connection ID steers to the shard that owns the connection; a member knows
+        // that.
         let spread = options.key.as_ref().map_or(0, |key| key.node_id().spread());
         Self::dial_from("127.0.0.1:0", to, options, &initial_dcid(spread, [9; 15]))
     }
@@ -111,7 +113,8 @@ impl Raw {
         }
     }
 
-    /// Sends what is to be sent, receives what is there, and answers probes: even a hostile peer wants to stay.
+    /// Sends what is to be sent, receives what is there, and answers probes: even a hostile peer
+    /// wants to stay.
     pub(crate) fn turn(&mut self) {
         let mut probe = [0; 16];
         while let Ok(len) = self.quic.dgram_recv(&mut probe) {

@@ -240,7 +240,7 @@ pub(crate) async fn a_full_queue_says_when_it_has_room<M: Messenger>(messenger: 
         let mut full = std::pin::pin!(messenger.on_writable(peer, class));
         assert_eq!(poll_once(full.as_mut()).await, Poll::Pending, "{class:?}");
         full.await.unwrap();
-        // Room for half of what a queue takes: more than a third of it.
+        // Room for half of a queue's bytes: more than a third of it.
         for sent in 0..(accepted / 3).max(1) {
             assert_eq!(send(), Ok(()), "{class:?}: {sent} of {accepted}");
         }
@@ -252,7 +252,7 @@ pub(crate) async fn a_full_queue_says_when_it_has_room<M: Messenger>(messenger: 
 
 /// An answer that its queue has no room for is a refusal, not silence. Runs with [`short_queues`].
 pub(crate) async fn a_full_answer_queue_says_busy<M: Messenger>(messenger: M, peer: NodeId) {
-    // They arrive in a few packets, and want a hundred times of what the queue takes.
+    // They arrive in a few packets, and want a hundred times the queue's bytes.
     const REQUESTS: usize = 400;
     let ask = |_| messenger.request(peer, request(FILL, Class::Normal, Payload::Empty));
     let asked: Vec<_> = (0..REQUESTS).map(ask).collect();
