@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use millrace_protocol::budget::BudgetConfig;
 use millrace_protocol::dial_request::DialRequest;
-use millrace_protocol::frame::Hello;
+use millrace_protocol::frame::{Hello, VersionRange};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_protocol::peers::{Action, Attempt, CloseKind, ConnKey, Direction, Peers};
 use millrace_protocol::timer::{TimerId, Wheel};
@@ -71,6 +71,8 @@ pub(crate) struct Node {
     pool: ChunkPool,
     /// What its registry folder says: it survives a crash.
     topology: Arc<Topology>,
+    /// What its release speaks.
+    pub(crate) versions: VersionRange,
     /// Connections that the node ever had, so that no two have a name in common.
     connections_made: u64,
     running: Option<Running>,
@@ -83,6 +85,7 @@ impl Node {
             index,
             pool,
             topology,
+            versions: Hello::VERSIONS,
             connections_made: 0,
             running: None,
         }
@@ -125,6 +128,7 @@ impl Node {
             paths,
             bodies: BodyAllocator::new(budget, self.pool.clone()),
             topology: Arc::new(Topology::empty()),
+            versions: self.versions,
             peers: Peers::new(self.id, peers_config(config, 0, 0, 1), 0, seed, now),
             peers_timer: None,
             connections: BTreeMap::new(),
@@ -220,6 +224,7 @@ struct Running {
     paths: Paths,
     bodies: BodyAllocator,
     topology: Arc<Topology>,
+    versions: VersionRange,
     peers: Peers,
     peers_timer: Option<TimerId>,
     connections: BTreeMap<usize, Connection>,
@@ -367,7 +372,10 @@ impl Running {
             return;
         }
         connection.phase = Phase::AwaitHello;
-        let hello = Hello::new(topology.newest_version(), 1);
+        let hello = Hello {
+            versions: self.versions,
+            ..Hello::new(topology.newest_version(), 1)
+        };
         let is_server = connection.quic.is_server();
         let session = Session::new(&self.state, slot, peer, is_server, &hello);
         connection.session = Some(session);
@@ -483,8 +491,9 @@ impl Running {
         session.up(&connection.quic, number, now);
         let hello = session.negotiated();
         let hello = hello.expect("a connection comes up by its hello");
-        self.router.on_up(peer, number, &hello);
+        // Before the services hear of it: they may ask who is up.
         self.publish();
+        self.router.on_up(peer, number, &hello);
     }
 
     fn take_down(&mut self, key: ConnKey) {

@@ -9,6 +9,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use millrace_protocol::frame::VersionRange;
 use millrace_protocol::id::{ConnectionNumber, NodeId, SubnetId};
 use millrace_protocol::identity::{PublicKey, SigningKey};
 use millrace_protocol::registry::NodeRecord;
@@ -177,6 +178,11 @@ impl Sim {
         if !self.is_running(node) {
             self.messengers[node] = self.start(node);
         }
+    }
+
+    /// Gives a node the release that speaks these versions, from its next start.
+    pub fn set_versions(&mut self, node: usize, versions: VersionRange) {
+        self.nodes[node].versions = versions;
     }
 
     fn start(&mut self, node: usize) -> SimMessenger {

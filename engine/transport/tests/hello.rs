@@ -68,7 +68,7 @@ fn both_sides_learn_which_registry_version_the_other_holds() {
     b.transport.set_registry_version(8);
     let a = start(&a, at, &older);
     for (node, peer, version) in [(&a, &b, 9), (&b, &a, 3)] {
-        node.wait_for_peers(&[peer.id()]);
+        node.wait_for(|event| matches!(event, Event::Up(id, _) if *id == peer.id()));
         let hello = node.hellos.lock().unwrap()[&peer.id()];
         assert_eq!(hello.registry_version, version);
         assert_eq!((hello.version, hello.shards), (Hello::VERSIONS.max, 1));

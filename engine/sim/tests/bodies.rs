@@ -1,0 +1,319 @@
+//! Bodies between simulated nodes: who is charged for the space that they take and how long, what a
+//! peer hears that gets none, services that take a body chunk by chunk; and what two releases agree
+//! on before the first of them.
+#![allow(clippy::unwrap_used)]
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use millrace_protocol::frame::{Class, FailureCode, Hello, Method, Negotiated, VersionRange};
+use millrace_protocol::id::{ConnectionNumber, NodeId};
+use millrace_shards::chunk::{Body, Chunk};
+use millrace_sim::memnet::LinkConfig;
+use millrace_sim::{Sim, SimConfig, SimMessenger};
+use millrace_transport::counters::Family;
+use millrace_transport::{
+    Answer, BodyHead, BodyMode, BodySink, Defer, Inbound, InboundBody, Messenger, Payload, Request,
+    Router, RpcError, Service, TransportConfig,
+};
+
+/// Keeps the body.
+const KEEP: Method = Method(20);
+/// Takes the body by a sink, and answers with what the sink got.
+const STREAM: Method = Method(21);
+
+const MIB: usize = 1 << 20;
+const MS: Duration = Duration::from_millis(1);
+/// Virtual: costs nothing.
+const LIMIT: Duration = Duration::from_secs(60);
+
+const BUSY: RpcError = RpcError::Peer(FailureCode::Busy);
+const TOO_LARGE: RpcError = RpcError::Peer(FailureCode::TooLarge);
+
+/// What the services of all nodes saw.
+#[derive(Default)]
+struct Seen {
+    kept: Vec<Body>,
+    /// Announced length of a body for a sink, and how it ended.
+    ends: Vec<(u64, &'static str)>,
+    /// Who heard what of whom.
+    hellos: Vec<(NodeId, NodeId, Negotiated)>,
+}
+
+struct Keeper {
+    messenger: SimMessenger,
+    seen: Rc<RefCell<Seen>>,
+}
+
+struct Sink {
+    announced: u64,
+    chunks: Vec<Chunk>,
+    seen: Rc<RefCell<Seen>>,
+}
+
+impl BodySink for Sink {
+    fn on_chunk(&mut self, offset: u64, chunk: Chunk) {
+        let so_far: usize = self.chunks.iter().map(|chunk| chunk.len()).sum();
+        assert_eq!(offset, so_far as u64, "chunks come in order");
+        self.chunks.push(chunk);
+    }
+
+    fn on_cut(&mut self, reason: &'static str) {
+        self.seen.borrow_mut().ends.push((self.announced, reason));
+    }
+}
+
+impl Service for Keeper {
+    fn on_request(&mut self, request: Inbound<'_>, _defer: Defer<'_>) -> Answer {
+        match (request.method, request.body) {
+            (KEEP, InboundBody::Chunks(body)) => {
+                self.seen.borrow_mut().kept.push(body);
+                Answer::Reply(Payload::Empty)
+            }
+            (STREAM, InboundBody::Streamed(body)) => {
+                let sink = body.into_sink::<Sink>().expect("what on_body gave");
+                let end = (sink.announced, "whole");
+                self.seen.borrow_mut().ends.push(end);
+                let body = Body::from_chunks(sink.chunks).expect("only the last is short");
+                Answer::Reply(body.into())
+            }
+            (method, body) => panic!("method {} with {body:?}", method.0),
+        }
+    }
+
+    fn on_send(&mut self, message: Inbound<'_>) {
+        panic!("{message:?}");
+    }
+
+    fn on_body(&mut self, head: &BodyHead) -> BodyMode {
+        if head.method != STREAM {
+            return BodyMode::Whole;
+        }
+        BodyMode::Stream(Box::new(Sink {
+            announced: head.body_bytes,
+            chunks: Vec::new(),
+            seen: Rc::clone(&self.seen),
+        }))
+    }
+
+    fn on_up(&mut self, peer: NodeId, _: ConnectionNumber, hello: &Negotiated) {
+        let heard = (self.messenger.node_id(), peer, *hello);
+        self.seen.borrow_mut().hellos.push(heard);
+    }
+}
+
+/// Two nodes that keep bodies.
+struct Testbed {
+    sim: Sim,
+    seen: Rc<RefCell<Seen>>,
+}
+
+impl Testbed {
+    fn start(config: SimConfig) -> Self {
+        let seen: Rc<RefCell<Seen>> = Rc::default();
+        let of_nodes = Rc::clone(&seen);
+        let services = move |messenger: SimMessenger| {
+            let seen = Rc::clone(&of_nodes);
+            let router = Router::new().serve(KEEP..=STREAM, Keeper { messenger, seen });
+            router.expect("one service overlaps none")
+        };
+        let config = SimConfig {
+            pool_bytes: 32 << 20,
+            ..config
+        };
+        let sim = Sim::new(config, Instant::now(), services).unwrap();
+        Self { sim, seen }
+    }
+
+    /// Connected, with these budgets and a path that loses packets.
+    fn new(total_bytes: usize, peer_bytes_max: usize) -> Self {
+        let mut testbed = Self::start(SimConfig {
+            transport: TransportConfig {
+                receive_budget_bytes: total_bytes as u64,
+                receive_budget_peer_bytes: peer_bytes_max as u64,
+                ..TransportConfig::default()
+            },
+            link: LinkConfig {
+                loss_ppm: 10_000,
+                ..LinkConfig::default()
+            },
+            seed: 3,
+            ..SimConfig::default()
+        });
+        assert!(testbed.sim.run_until(LIMIT, |sim| sim.connected(0, 1)));
+        testbed
+    }
+
+    fn body(&self, bytes: usize) -> Body {
+        let content: Vec<u8> = (0..bytes).map(|i| ((i * 31) >> 5) as u8).collect();
+        Body::copy_from_slice(self.sim.messenger(0).pool(), &content).expect("the pool has room")
+    }
+
+    fn ask(&mut self, method: Method, body: Body) -> Result<Payload, RpcError> {
+        let request = Request {
+            class: Class::Bulk,
+            method,
+            body: body.into(),
+            deadline: LIMIT / 2,
+        };
+        let answer = self.sim.messenger(0).request(self.sim.id(1), request);
+        let answer = self.sim.run(LIMIT, answer);
+        answer.expect("a deadline ends every request")
+    }
+
+    fn keep(&mut self, bytes: usize) -> Result<(), RpcError> {
+        self.ask(KEEP, self.body(bytes)).map(drop)
+    }
+
+    fn rejected(&self, reason: &str) -> u64 {
+        let counters = self.sim.messenger(1).counters();
+        counters.reason(Family::Rejected, reason)
+    }
+
+    /// What of the keeper's pool is taken.
+    fn taken_bytes(&self) -> usize {
+        let pool = self.sim.messenger(1).pool();
+        (pool.total_bytes() - pool.free_bytes()) as usize
+    }
+}
+
+#[test]
+fn a_body_is_charged_until_its_last_chunk_is_dropped() {
+    let mut testbed = Testbed::new(16 * MIB, 8 * MIB);
+    testbed.keep(3 * MIB).unwrap();
+    testbed.keep(4 * MIB).unwrap();
+    // Long after the service has answered.
+    testbed.sim.run_for(LIMIT);
+    assert_eq!(testbed.keep(2 * MIB), Err(BUSY));
+    assert_eq!(testbed.rejected("budget_peer_share"), 1);
+    let (first, second) = {
+        let mut seen = testbed.seen.borrow_mut();
+        (seen.kept.remove(0), seen.kept.remove(0))
+    };
+    let chunk = second.chunks()[1].clone();
+    drop(second);
+    assert_eq!(testbed.taken_bytes(), 4 * MIB);
+    testbed.keep(4 * MIB).unwrap();
+    assert_eq!(testbed.keep(MIB), Err(BUSY));
+    drop((first, chunk));
+    testbed.keep(4 * MIB).unwrap();
+    testbed.seen.borrow_mut().kept.clear();
+    assert_eq!(testbed.taken_bytes(), 0);
+}
+
+#[test]
+fn a_body_takes_its_length_in_units() {
+    let mut testbed = Testbed::new(12 * MIB, 6 * MIB);
+    for _ in 0..24 {
+        testbed.keep(256 << 10).unwrap();
+    }
+    assert_eq!(testbed.taken_bytes(), 6 * MIB);
+    assert_eq!(testbed.keep((64 << 10) + 1), Err(BUSY));
+    testbed.seen.borrow_mut().kept.clear();
+    testbed.keep((64 << 10) + 1).unwrap();
+    assert_eq!(testbed.taken_bytes(), 128 << 10);
+}
+
+#[test]
+fn busy_and_too_large_are_told_apart() {
+    let mut testbed = Testbed::new(16 * MIB, 8 * MIB);
+    testbed.keep(5 * MIB).unwrap();
+    let cases = [
+        (9 * MIB, TOO_LARGE, "budget_peer_too_large"),
+        (4 * MIB, BUSY, "budget_peer_share"),
+    ];
+    for (bytes, error, reason) in cases {
+        assert_eq!(testbed.keep(bytes), Err(error), "{bytes}");
+        assert_eq!(testbed.rejected(reason), 1, "{reason}");
+    }
+    testbed.seen.borrow_mut().kept.clear();
+    testbed.keep(4 * MIB).unwrap();
+}
+
+#[test]
+fn a_sink_gets_a_body_chunk_by_chunk_or_hears_that_it_is_cut() {
+    let mut testbed = Testbed::new(16 * MIB, 8 * MIB);
+    let (len, odd) = (3 * MIB + 7, 100_000);
+    for bytes in [len, odd] {
+        let sent = testbed.body(bytes);
+        let answer = testbed.ask(STREAM, sent.clone()).unwrap();
+        let Payload::Chunks(answer) = answer else {
+            panic!("{answer:?}");
+        };
+        let same = |(a, b): (&Chunk, &Chunk)| a[..] == b[..];
+        assert!(answer.chunks().iter().zip(sent.chunks()).all(same));
+        assert_eq!(answer.len(), bytes);
+    }
+    // Taken back half way: over a link that takes 300 ms for it.
+    let slow = LinkConfig {
+        bytes_per_second: Some(10_000_000),
+        ..LinkConfig::default()
+    };
+    testbed.sim.set_link(0, 1, slow);
+    let body = testbed.body(len);
+    let request = Request {
+        class: Class::Bulk,
+        method: STREAM,
+        body: body.into(),
+        deadline: LIMIT / 2,
+    };
+    let answer = testbed.sim.messenger(0).request(testbed.sim.id(1), request);
+    testbed.sim.run_for(150 * MS);
+    assert!(testbed.taken_bytes() > 0);
+    drop(answer);
+    testbed.sim.run_for(150 * MS);
+    let ends = testbed.seen.borrow().ends.clone();
+    let wanted = [(len, "whole"), (odd, "whole"), (len, "peer_reset")];
+    assert_eq!(ends, wanted.map(|(bytes, end)| (bytes as u64, end)));
+    assert_eq!(testbed.taken_bytes(), 0);
+}
+
+#[test]
+fn two_neighbouring_releases_talk_and_others_do_not() {
+    let mut testbed = Testbed::start(SimConfig {
+        nodes: 3,
+        ..SimConfig::default()
+    });
+    let ours = Hello::VERSIONS;
+    let releases = [
+        VersionRange {
+            min: ours.min,
+            max: ours.max + 1,
+        },
+        VersionRange {
+            min: ours.max + 1,
+            max: ours.max + 2,
+        },
+    ];
+    // One that still speaks our version, and one that does not.
+    for (node, versions) in [(1, releases[0]), (2, releases[1])] {
+        testbed.sim.crash(node);
+        testbed.sim.set_versions(node, versions);
+        testbed.sim.restart(node);
+    }
+    let talk = |sim: &Sim| sim.connected(0, 1) && sim.connected(1, 2);
+    assert!(testbed.sim.run_until(LIMIT, talk));
+    testbed.sim.run_for(LIMIT);
+    assert!(talk(&testbed.sim) && !testbed.sim.half_connected(0, 2));
+    let [zero, one, two] = [0, 1, 2].map(|node| testbed.sim.id(node));
+    for (node, peer, version) in [
+        (zero, one, ours.max),
+        (one, zero, ours.max),
+        (one, two, ours.max + 1),
+        (two, one, ours.max + 1),
+    ] {
+        let seen = testbed.seen.borrow();
+        let heard = seen
+            .hellos
+            .iter()
+            .filter(|(at, of, _)| (*at, *of) == (node, peer));
+        let heard: Vec<_> = heard
+            .map(|(_, _, hello)| (hello.version, hello.registry_version))
+            .collect();
+        assert!(
+            !heard.is_empty() && heard.iter().all(|hello| *hello == (version, 1)),
+            "{heard:?}"
+        );
+    }
+}
