@@ -117,6 +117,24 @@ fn a_full_answer_queue_says_busy() {
 }
 
 #[test]
+fn a_peer_that_fills_its_share_is_busy() {
+    for link in links() {
+        let mut testbed = pair(scenarios::small_budget(), link);
+        let log = testbed.log(1);
+        testbed.run(|a, b| scenarios::a_peer_that_fills_its_share_is_busy(a, b, log));
+    }
+}
+
+#[test]
+fn a_sink_gets_a_body_chunk_by_chunk() {
+    for link in links() {
+        let mut testbed = pair(TransportConfig::default(), link);
+        let log = testbed.log(1);
+        testbed.run(|a, b| scenarios::a_sink_gets_a_body_chunk_by_chunk(a, b, log));
+    }
+}
+
+#[test]
 fn a_dropped_answer_is_seen_by_the_peer() {
     for link in links() {
         let mut testbed = pair(TransportConfig::default(), link);

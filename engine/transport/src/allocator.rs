@@ -63,7 +63,7 @@ impl BodyAllocator {
             taken_bytes(bytes.into())
         };
         self.reserve(peer, charged_bytes)?;
-        let account = self.accounts.entry(peer).or_insert_with(Account::new);
+        let account = self.accounts.entry(peer).or_default();
         if len <= INLINE_BYTES_MAX {
             let charge = Charge::new(account, charged_bytes);
             return Ok(Space::Inline(Vec::with_capacity(len), charge));

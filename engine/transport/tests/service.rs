@@ -235,6 +235,22 @@ fn a_full_queue_says_when_it_has_room() {
 }
 
 #[test]
+fn a_peer_that_fills_its_share_is_busy() {
+    let (a, others) = star(&scenarios::small_budget(), 1, 1);
+    let (b, log) = (others[0].id(), Arc::clone(&others[0].log));
+    let scenario = scenarios::a_peer_that_fills_its_share_is_busy::<ShardMessenger>;
+    a.on_shard(0, move |messenger| scenario(messenger, b, log));
+}
+
+#[test]
+fn a_sink_gets_a_body_chunk_by_chunk() {
+    let (a, others) = star(&TransportConfig::default(), 1, 1);
+    let (b, log) = (others[0].id(), Arc::clone(&others[0].log));
+    let scenario = scenarios::a_sink_gets_a_body_chunk_by_chunk::<ShardMessenger>;
+    a.on_shard(0, move |messenger| scenario(messenger, b, log));
+}
+
+#[test]
 fn a_wait_for_room_ends_with_its_connection_and_crosses_shards() {
     let (a, mut others) = star(&scenarios::short_queues(), 2, 1);
     let b = others[0].id();

@@ -373,7 +373,7 @@ impl Session {
         let config = &handle.state.config;
         self.inbox
             .cut_stalled(path, config.stream_progress_bytes, &mut |fault, header| {
-                on_fault(&handle, fault, header, &mut received)
+                on_fault(&handle, fault, header, &mut received);
             });
         let is_unfinished = self.inbox.unfinished() > 0;
         self.judge_at = is_unfinished.then(|| now + config.stream_progress_interval);

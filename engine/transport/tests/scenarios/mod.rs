@@ -14,10 +14,10 @@ use std::time::Duration;
 use millrace_protocol::frame::{Class, FailureCode, Method};
 use millrace_protocol::id::NodeId;
 use millrace_shards::Queue;
-use millrace_shards::chunk::Body;
+use millrace_shards::chunk::{Body, CHUNK_BYTES, Chunk};
 use millrace_transport::{
-    Answer, Defer, Inbound, InboundBody, Messenger, Payload, Request, Router, RouterError,
-    RpcError, Service, TransportConfig,
+    Answer, BodyHead, BodyMode, BodySink, Defer, Inbound, InboundBody, Messenger, Payload, Request,
+    Router, RouterError, RpcError, Service, TransportConfig,
 };
 
 /// Answers with the request's body.
@@ -28,9 +28,13 @@ pub(crate) const HANG: Method = Method(0x41);
 pub(crate) const TELL: Method = Method(0x42);
 /// Answers with as many bytes as a lane's frame takes.
 pub(crate) const FILL: Method = Method(0x43);
-const METHODS: RangeInclusive<Method> = ECHO..=FILL;
+/// Keeps the body, in the log.
+pub(crate) const KEEP: Method = Method(0x44);
+/// Takes the body by a sink, and answers with what the sink got.
+pub(crate) const STREAM: Method = Method(0x45);
+const METHODS: RangeInclusive<Method> = ECHO..=STREAM;
 /// No service owns it.
-pub(crate) const UNKNOWN: Method = Method(0x44);
+pub(crate) const UNKNOWN: Method = Method(0x46);
 
 /// The largest body that travels on a lane, with the default limits.
 pub(crate) const LANE_BYTES: usize = 16 << 10;
@@ -44,6 +48,15 @@ pub(crate) fn short_queues() -> TransportConfig {
     config.lane_queue_bytes.normal = 64 << 10;
     config.stream_queue_messages.bulk = 4;
     config
+}
+
+/// The config that the scenario of a peer's share needs.
+pub(crate) fn small_budget() -> TransportConfig {
+    TransportConfig {
+        receive_budget_bytes: 8 << 20,
+        receive_budget_peer_bytes: 4 << 20,
+        ..TransportConfig::default()
+    }
 }
 
 /// What a node saw of its peers.
@@ -63,6 +76,10 @@ pub(crate) struct Seen {
     pub(crate) overtaken: [u64; 3],
     /// One-way messages that arrived again, by class.
     pub(crate) repeated: [u64; 3],
+    /// Bodies that are kept.
+    pub(crate) kept: Vec<Body>,
+    /// Bodies that were cut, by their sinks.
+    pub(crate) cut: usize,
 }
 
 impl Log {
@@ -91,12 +108,49 @@ pub(crate) fn router<M: Messenger>(messenger: M, log: Arc<Log>) -> Result<Router
     Router::new().serve(METHODS, responding(messenger, log))
 }
 
+/// Gathers the chunks of a body.
+struct Gatherer {
+    chunks: Vec<Chunk>,
+    log: Arc<Log>,
+}
+
+impl BodySink for Gatherer {
+    fn on_chunk(&mut self, offset: u64, chunk: Chunk) {
+        let gathered: usize = self.chunks.iter().map(|chunk| chunk.len()).sum();
+        assert_eq!(offset, gathered as u64, "chunks come in order");
+        self.chunks.push(chunk);
+    }
+
+    fn on_cut(&mut self, _reason: &'static str) {
+        self.log.lock().cut += 1;
+    }
+}
+
 impl<M: Messenger> Service for Responding<M> {
+    fn on_body(&mut self, head: &BodyHead) -> BodyMode {
+        if head.method != STREAM {
+            return BodyMode::Whole;
+        }
+        BodyMode::Stream(Box::new(Gatherer {
+            chunks: Vec::new(),
+            log: Arc::clone(&self.log),
+        }))
+    }
+
     fn on_request(&mut self, request: Inbound<'_>, defer: Defer<'_>) -> Answer {
         match (request.method, request.body) {
             (ECHO, InboundBody::Slice(slice)) => return Answer::Reply(slice.to_vec().into()),
             (ECHO, InboundBody::Chunks(body)) => return Answer::Reply(body.into()),
             (FILL, _) => return Answer::Reply(vec![7; LANE_BYTES].into()),
+            (KEEP, InboundBody::Chunks(body)) => {
+                self.log.lock().kept.push(body);
+                return Answer::Reply(Payload::Empty);
+            }
+            (STREAM, InboundBody::Streamed(body)) => {
+                let sink = body.into_sink::<Gatherer>().expect("what on_body gave");
+                let body = Body::from_chunks(sink.chunks).expect("all but the last are full");
+                return Answer::Reply(body.into());
+            }
             _ => {}
         }
         let Some(responder) = defer.responder() else {
@@ -266,6 +320,57 @@ pub(crate) async fn a_full_answer_queue_says_busy<M: Messenger>(messenger: M, pe
     }
     assert_eq!(whole + busy, REQUESTS);
     assert!(whole > 0 && busy > 0, "{whole} answers, {busy} refusals");
+}
+
+fn body_of<M: Messenger>(messenger: &M, len: usize) -> Body {
+    let bytes: Vec<u8> = (0..len).map(|at| ((at * 31) >> 5) as u8).collect();
+    Body::copy_from_slice(messenger.pool(), &bytes).expect("the pool has room")
+}
+
+/// A body is charged to its peer until the service drops it: a full share is Busy, what never fits
+/// is TooLarge. Runs with [`small_budget`].
+pub(crate) async fn a_peer_that_fills_its_share_is_busy<M: Messenger>(
+    messenger: M,
+    peer: NodeId,
+    log: Arc<Log>,
+) {
+    let keep = async |len: usize| {
+        let body = body_of(&messenger, len);
+        let answer = messenger.request(peer, request(KEEP, Class::Bulk, body));
+        answer.await.map(drop)
+    };
+    let refused = |code| Err(RpcError::Peer(code));
+    let len = 3 << 19;
+    assert_eq!(keep(len).await, Ok(()));
+    assert_eq!(keep(len).await, Ok(()));
+    assert_eq!(keep(len).await, refused(FailureCode::Busy));
+    assert_eq!(keep(5 << 20).await, refused(FailureCode::TooLarge));
+    let kept = log.lock().kept.pop();
+    assert_eq!(kept.map(|body| body.len()), Some(len));
+    assert_eq!(keep(len).await, Ok(()));
+    assert_eq!(keep(len).await, refused(FailureCode::Busy));
+    log.lock().kept.clear();
+}
+
+/// A service that gives a sink gets a body chunk by chunk; none is cut.
+pub(crate) async fn a_sink_gets_a_body_chunk_by_chunk<M: Messenger>(
+    messenger: M,
+    peer: NodeId,
+    log: Arc<Log>,
+) {
+    for len in [(64 << 10) + 1, CHUNK_BYTES, 2 * CHUNK_BYTES + 5] {
+        let body = body_of(&messenger, len);
+        let answer = messenger.request(peer, request(STREAM, Class::Bulk, body.clone()));
+        let Payload::Chunks(got) = answer.await.unwrap() else {
+            panic!("{len} bytes come back in chunks");
+        };
+        let bytes = |body: &Body| -> Vec<u8> {
+            let slices = body.slices(CHUNK_BYTES);
+            slices.flat_map(|slice| slice.to_vec()).collect()
+        };
+        assert!(bytes(&got) == bytes(&body), "{len}");
+    }
+    assert_eq!(log.lock().cut, 0);
 }
 
 /// A request whose answer is dropped is taken back, and the peer's service sees it.
