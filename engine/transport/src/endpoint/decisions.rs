@@ -111,11 +111,11 @@ impl Endpoint {
         connection.phase = Phase::Up;
         session.up(&connection.quic, number, now);
         let (peer, hello) = (session.peer(), session.negotiated());
-        // Before the services hear of it: they may ask who is up.
-        self.publish();
         if let Some(hello) = hello {
             self.router.on_up(peer, number, &hello);
         }
+        // After the services have heard of it: a thread that waits for the peer finds them ready.
+        self.publish();
     }
 
     pub(super) fn reply(&mut self, datagram: Vec<u8>, to: SocketAddr) {

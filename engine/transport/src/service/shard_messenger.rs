@@ -160,7 +160,12 @@ impl Messenger for ShardMessenger {
     }
 
     fn peers(&self) -> Vec<NodeId> {
-        self.parts.routes.board().peer_ids()
+        let mut peers = self.parts.routes.board().peer_ids();
+        // A shard publishes a peer once its services have heard of it, and they may ask meanwhile.
+        peers.extend(self.parts.state.peers());
+        peers.sort_unstable();
+        peers.dedup();
+        peers
     }
 
     fn path(&self, peer: NodeId) -> Option<PathInfo> {

@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
 
-use millrace_protocol::frame::{Class, FailureCode, Method};
-use millrace_protocol::id::NodeId;
+use millrace_protocol::frame::{Class, FailureCode, Method, Negotiated};
+use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_shards::Queue;
 use millrace_shards::chunk::{Body, CHUNK_BYTES, Chunk};
 use millrace_transport::{
@@ -164,6 +164,14 @@ impl<M: Messenger> Service for Responding<M> {
             log.lock().cancelled += 1;
         });
         Answer::Deferred
+    }
+
+    fn on_up(&mut self, peer: NodeId, _connection: ConnectionNumber, _hello: &Negotiated) {
+        let peers = self.messenger.peers();
+        assert!(
+            peers.contains(&peer),
+            "a service hears of a peer that it can reach"
+        );
     }
 
     fn on_send(&mut self, message: Inbound<'_>) {
