@@ -23,25 +23,12 @@ use millrace_tuning::NodeConfig;
 
 use crate::error::{ControlError, Fault};
 use crate::open::EdgeHandles;
-use crate::plan::Firewall;
+use crate::probe::NodeProbe;
 use crate::reconcile::Reconciler;
 use crate::view::EdgeView;
 
 /// Wakes in each lease, so that a late one costs nothing.
 const WAKES_PER_LEASE: u32 = 5;
-
-/// What the edge's threads ask of the node that they run in.
-pub trait NodeProbe: Send + Sync + 'static {
-    /// QUIC handshakes that are begun and not completed now, and the most that there may be, on all
-    /// shards.
-    fn half_open(&self) -> (usize, usize);
-
-    /// Keys of the registry peers, by node tag.
-    fn peer_keys(&self) -> BTreeMap<u32, Key>;
-
-    /// What the registry says now to a node with these roles.
-    fn firewall(&self, roles: &[String]) -> Firewall;
-}
 
 /// The threads of a node's edge. They stop when this is dropped, and the lease ends with them.
 #[derive(Debug)]

@@ -11,6 +11,7 @@
 //! | [`open`] | attaches, or takes over what is pinned; what a node holds of it |
 //! | [`agent`] | the node's threads: lease, keys and stress; the reconciler |
 //! | `reconcile` | compares what should be in force with what is, and mends it |
+//! | [`probe`] | what the edge asks of its node |
 //! | [`view`] | what metrics and status reports show |
 //! | [`error`] | whose fault it is, and whether to try again |
 //!
@@ -18,7 +19,7 @@
 //! 2. The kernel says what is in force. The journal says what the kernel cannot.
 //! 3. A change that fails leaves the last good set in force, and says which rule failed and why.
 //! 4. Nothing here prints, ends the process or knows the command line. What it needs of a node
-//!    comes through [`agent::NodeProbe`] and plain values.
+//!    comes through [`probe::NodeProbe`] and plain values.
 
 #![warn(clippy::missing_errors_doc)]
 
@@ -30,13 +31,15 @@ mod nftables;
 pub mod open;
 pub mod plan;
 pub mod policy;
+pub mod probe;
 mod reconcile;
 pub mod view;
 
-pub use agent::{EdgeAgent, NodeProbe};
+pub use agent::EdgeAgent;
 pub use apply::{ApplyOptions, ApplyReport, ApplyRequest, LockedEdge, detach};
 pub use error::{ControlError, Fault, Retry};
 pub use journal::Record;
 pub use open::{AttachedEdge, EdgeHandles, attach};
 pub use plan::Firewall;
+pub use probe::NodeProbe;
 pub use view::{EdgeStatus, EdgeView};

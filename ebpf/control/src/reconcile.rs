@@ -19,7 +19,6 @@ use millrace_edge_policy::rules::Temporary;
 use millrace_edge_policy::settings::Mode;
 use millrace_tuning::NodeConfig;
 
-use crate::agent::NodeProbe;
 use crate::apply::{ApplyOptions, ApplyReport, ApplyRequest, LockedEdge};
 use crate::error::{ControlError, Fault, Retry};
 use crate::journal::{CachedJournal, Record, RolledBack};
@@ -27,6 +26,7 @@ use crate::nftables::Restored;
 use crate::open::AttachedEdge;
 use crate::plan::Firewall;
 use crate::policy::{EdgePolicy, ProgramPolicy};
+use crate::probe::NodeProbe;
 use crate::view::EdgeView;
 
 /// Between two attempts at what may come right by itself: a missing process, a busy interface.

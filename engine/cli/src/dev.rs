@@ -1,4 +1,5 @@
-//! `millrace dev`: a whole subnet in this process, with fresh keys and a signed registry, on loopback.
+//! `millrace dev`: a whole subnet in this process, with fresh keys and a signed registry, on
+//! loopback.
 //!
 //! Shards may share cores here, which a real node never allows; they park instead of spinning then.
 //! With `--edge`, the first node stands behind the edge, in network namespaces of its own.
@@ -10,12 +11,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use millrace_edge_control::{ControlError, EdgeAgent};
-use millrace_node::edge::EdgeParts;
+use millrace_edge_control::ControlError;
+use millrace_node::edge::{self, EdgeHost};
 use millrace_node::reference::{Delivery, of_body};
 use millrace_node::{
     ArtifactId, Body, ByteSize, Draft, Node, NodeConfig, NodeId, NodeParts, PeerStatus,
-    RegistrySource, ShardConfig, SigningKey, folder, host, keys, mapping, registry,
+    RegistrySource, Services, ShardConfig, SigningKey, folder, host, keys, mapping, registry,
 };
 use millrace_protocol::rng::Rng;
 use millrace_shards::chunk::CHUNK_BYTES;
@@ -26,7 +27,8 @@ use signal_hook::iterator::Signals;
 
 use crate::cli::DevArgs;
 use crate::exit::{Exit, Failure};
-use crate::{edge, output, progress, versions};
+use crate::node::helper;
+use crate::{output, progress};
 use stage::{Side, Stage};
 
 /// Chunks beside the payload's: small artifacts that a user puts, answers of the registry.
@@ -81,20 +83,18 @@ struct Subnet {
     nodes: Vec<Node>,
     /// Their admin sockets; none with `--once`.
     sockets: Vec<PathBuf>,
-    /// Keeps the edge of the first node. Before the stage, which takes the edge away.
-    agent: Option<EdgeAgent>,
+    /// After the nodes: it takes the edge away.
     stage: Option<Stage>,
     connections_per_peer: usize,
     started: Instant,
 }
 
 impl Subnet {
-    /// Starts nodes that know nobody, then signs a registry of their addresses and gives it to all: no port is
-    /// guessed.
+    /// Starts nodes that know no peer, then signs a registry of their addresses and gives it to
+    /// all: no port is guessed.
     fn start(args: &DevArgs, config: &NodeConfig, folder: &Path) -> Result<Self, Failure> {
         let started = Instant::now();
         let stage = args.edge.then(Stage::make).transpose()?;
-        let mut agent = None;
         let registry_key = keys::create(&folder.join("registry.key"))?;
         let registry_dir = folder.join("registry");
         std::fs::create_dir(&registry_dir).map_err(|e| Failure::io(registry_dir.display(), &e))?;
@@ -119,8 +119,7 @@ impl Subnet {
                 },
             };
             sockets.extend(site.admin_socket.clone());
-            let (node, kept) = site.start(identity)?;
-            agent = agent.or(kept);
+            let node = site.start(identity)?;
             draft.set_node(public_key, subnet, &[node.address()]);
             nodes.push(node);
         }
@@ -142,7 +141,6 @@ impl Subnet {
         Ok(Self {
             nodes,
             sockets,
-            agent,
             stage,
             connections_per_peer: usize::from(args.shards),
             started,
@@ -250,7 +248,8 @@ impl Subnet {
         }
     }
 
-    /// Shards publish their counts ten times a second: the table should not show the ones before the end.
+    /// Shards publish their counts ten times a second: the table should not show the ones before
+    /// the end.
     fn wait_for_counts(&self, payload: u64) {
         let publisher = self.nodes[0].id();
         for node in &self.nodes[1..] {
@@ -360,7 +359,6 @@ impl Subnet {
 
     /// All at once: each waits for its connections to drain.
     fn stop(mut self) {
-        drop(self.agent.take());
         std::thread::scope(|scope| {
             for node in self.nodes.drain(..) {
                 scope.spawn(move || drop(node));
@@ -380,16 +378,15 @@ struct NodeSite<'s> {
 }
 
 impl NodeSite<'_> {
-    fn start(&self, identity: SigningKey) -> Result<(Node, Option<EdgeAgent>), Failure> {
+    fn start(&self, identity: SigningKey) -> Result<Node, Failure> {
         let config = self.node_config();
         let parts = self.parts(identity, &config)?;
         let Some(stage) = self.stage else {
-            return Ok((Node::start(&config, parts)?, None));
+            return Ok(Node::start(&config, parts)?);
         };
         let side = Side::of(self.index);
         if side == Side::Outside {
-            let node = stage.on(side, || Ok(Node::start(&config, parts)?))?;
-            return Ok((node, None));
+            return stage.on(side, || Ok(Node::start(&config, parts)?));
         }
         let started = stage.on(side, || start_behind_edge(&config, parts))?;
         stage.join_far_end()?;
@@ -430,7 +427,8 @@ impl NodeSite<'_> {
             identity,
             admin_socket: self.admin_socket.clone(),
             shards: Some(self.shards(&config.shards.defaults)),
-            edge: EdgeParts::default(),
+            edge: None,
+            services: Services::default(),
         })
     }
 
@@ -454,19 +452,17 @@ impl NodeSite<'_> {
 }
 
 /// As `millrace node` does it.
-fn start_behind_edge(
-    config: &NodeConfig,
-    mut parts: NodeParts,
-) -> Result<(Node, Option<EdgeAgent>), Failure> {
+fn start_behind_edge(config: &NodeConfig, mut parts: NodeParts) -> Result<Node, Failure> {
     let shards = parts.shards.as_ref().map_or(1, Vec::len);
-    let firewall = versions::firewall(&parts.versions, &config.edge.roles);
-    let edge = edge::prepare(config, &mapping::udp(config, shards), firewall)?;
-    if !edge.loops.is_in_kernel() {
+    let host = EdgeHost {
+        helper: helper(),
+        notify: &mut |line| output::message(line),
+    };
+    let edge = edge::prepare(config, shards, &parts.versions, host)?;
+    if !edge.is_in_kernel() {
         let message = "the edge could not be attached; see above";
         return Err(Failure::new(Exit::Failed, message));
     }
-    parts.edge = edge.parts;
-    let node = Node::start(config, parts)?;
-    let agent = edge.loops.start(&node, config)?;
-    Ok((node, Some(agent)))
+    parts.edge = Some(edge);
+    Ok(Node::start(config, parts)?)
 }

@@ -73,6 +73,7 @@ impl From<StartError> for Failure {
     fn from(error: StartError) -> Self {
         let exit = match error {
             StartError::Key(error) => return error.into(),
+            StartError::Edge(error) => return error.into(),
             StartError::Config { .. } => Exit::BadConfig,
             StartError::NotPermitted { .. } => Exit::NotPermitted,
             _ => Exit::Failed,

@@ -7,7 +7,6 @@ mod check;
 mod cli;
 mod config_cmd;
 mod dev;
-mod edge;
 mod exit;
 mod keygen;
 mod load;

@@ -2,9 +2,10 @@
 
 use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use millrace_edge_control::EdgeAgent;
+use millrace_node::edge::{self, EdgeHost};
 use millrace_node::{Node, NodeParts, Paths, budget, host, mapping};
 use millrace_tuning::NodeConfig;
 use signal_hook::consts::TERM_SIGNALS;
@@ -13,7 +14,10 @@ use signal_hook::iterator::Signals;
 use crate::cli::NodeArgs;
 use crate::exit::{Exit, Failure};
 use crate::load::Loaded;
-use crate::{edge, output, versions};
+use crate::output;
+
+/// The subcommand that is the edge's helper.
+const HELPER: &str = "edge-helper";
 
 /// How long a node waits for its address.
 const ADDRESS_WAIT: Duration = Duration::from_secs(3);
@@ -24,7 +28,7 @@ pub(crate) fn run(args: &NodeArgs) -> Result<Exit, Failure> {
     // Before anything starts: a signal from here on stops the node in good order.
     let mut signals =
         Signals::new(TERM_SIGNALS).map_err(|error| Failure::io("signal handlers", &error))?;
-    let (node, agent) = start(&config, &paths)?;
+    let node = start(&config, &paths)?;
     output::message(format_args!(
         "node {} listens on {}, admin socket {}",
         node.id(),
@@ -34,12 +38,11 @@ pub(crate) fn run(args: &NodeArgs) -> Result<Exit, Failure> {
     if let Some(signal) = signals.forever().next() {
         output::message(format_args!("signal {signal}: shutting down"));
     }
-    drop(agent);
     drop(node);
     Ok(Exit::Ok)
 }
 
-fn start(config: &NodeConfig, paths: &Paths) -> Result<(Node, EdgeAgent), Failure> {
+fn start(config: &NodeConfig, paths: &Paths) -> Result<Node, Failure> {
     let mut parts = NodeParts::of_files(config, paths)?;
     let cpus = host::usable_cpus();
     output::message(format_args!(
@@ -47,13 +50,25 @@ fn start(config: &NodeConfig, paths: &Paths) -> Result<(Node, EdgeAgent), Failur
         budget::of(config, &cpus).total().0 as f64 / f64::from(1 << 20)
     ));
     wait_for_address(config.listen.address);
-    let udp = mapping::udp(config, mapping::shards(config, &cpus).len());
-    let firewall = versions::firewall(&parts.versions, &config.edge.roles);
-    let edge = edge::prepare(config, &udp, firewall)?;
-    parts.edge = edge.parts;
-    let node = Node::start(config, parts)?;
-    let agent = edge.loops.start(&node, config)?;
-    Ok((node, agent))
+    let shards = mapping::shards(config, &cpus).len();
+    let host = EdgeHost {
+        helper: helper(),
+        notify: &mut |line| output::message(line),
+    };
+    parts.edge = Some(edge::prepare(config, shards, &parts.versions, host)?);
+    Ok(Node::start(config, parts)?)
+}
+
+/// This binary as the edge's helper.
+pub(crate) fn helper() -> Option<Command> {
+    let program = std::env::current_exe()
+        .inspect_err(|error| {
+            tracing::warn!(%error, "no helper: nftables and programs stay as they are");
+        })
+        .ok()?;
+    let mut command = Command::new(program);
+    command.arg(HELPER);
+    Some(command)
 }
 
 /// The kernel tears an io_uring down after its process has ended, and its socket with it: a node

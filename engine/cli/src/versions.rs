@@ -2,8 +2,6 @@
 
 use std::path::Path;
 
-use millrace_edge_control::Firewall;
-use millrace_edge_policy::rules::Locality;
 use millrace_node::{PublicKey, RegistrySource, Versions, keys, registry};
 use millrace_tuning::NodeConfig;
 
@@ -20,19 +18,4 @@ pub(crate) fn of_config(
         folder: Some(dir.to_owned()),
     };
     Ok(registry::versions(me, config, source)?)
-}
-
-/// What the registry says to the edge of a node that has these roles.
-pub(crate) fn firewall(versions: &Versions, roles: &[String]) -> Firewall {
-    let records = versions.firewall();
-    Firewall {
-        version: records.version,
-        tables: records.tables,
-        members: records.members,
-        locality: Locality {
-            node: versions.node_id().to_string(),
-            subnet: records.subnet.map(|subnet| subnet.to_string()),
-            roles: roles.to_vec(),
-        },
-    }
 }

@@ -101,6 +101,34 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
 ];
 
+/// Edges that tests alone may have.
+const TEST_EDGES: &[(&str, &str)] = &[("millrace-node", "millrace-sim")];
+
+/// The one crate that ends the process, prints, and reads the command line.
+const CLI: &str = "millrace";
+
+/// What the libraries of a node must not name: an embedder's program does this itself.
+const OF_THE_CLI: &[(&str, &str)] = &[
+    ("process::exit", "the end of the process"),
+    ("ExitCode", "an exit code"),
+    ("clap", "the command line"),
+    ("println!", "printing"),
+    ("eprintln!", "printing"),
+    ("stdout()", "printing"),
+    ("stderr()", "printing"),
+];
+
+/// The libraries of a node.
+const LIBRARIES: &[&str] = &[
+    "millrace-edge-control",
+    "millrace-node",
+    "millrace-protocol",
+    "millrace-registry",
+    "millrace-shards",
+    "millrace-transport",
+    "millrace-tuning",
+];
+
 /// Crates that decide and do not act.
 const PURE: &[&str] = &[
     "millrace-protocol",
@@ -177,7 +205,8 @@ fn dependencies_point_down() {
             .unwrap_or_else(|| panic!("{name} has no row in EDGES"));
         for dependency in package["dependencies"].as_array().unwrap() {
             let (to, kind) = (dependency["name"].as_str().unwrap(), &dependency["kind"]);
-            let fine = if to == TESTKIT {
+            let for_tests = to == TESTKIT || TEST_EDGES.contains(&(name, to));
+            let fine = if for_tests {
                 kind == "dev"
             } else {
                 !to.starts_with("millrace") || may.contains(&to)
@@ -272,36 +301,59 @@ fn every_dependency_is_accounted_for() {
 /// A pure crate names no file, socket, thread, clock or hasher, and has no unsafe code.
 #[test]
 fn pure_crates_only_decide() {
-    let metadata = metadata(false);
-    let mut found = Vec::new();
-    for package in metadata["packages"].as_array().unwrap() {
-        if !PURE.contains(&package["name"].as_str().unwrap()) {
-            continue;
+    let found = lines_with(|name| PURE.contains(&name), IMPURE);
+    assert!(found.is_empty(), "pure crates must not use:\n{found}");
+}
+
+/// A library reports errors by whose fault they are; the binary makes exit codes of them.
+#[test]
+fn only_the_binary_knows_exit_codes() {
+    let is_word = |line: &str, at: usize| {
+        let is_part = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
+        let (before, after) = (&line[..at], &line[at + "Exit".len()..]);
+        !is_part(before.chars().next_back()) && !is_part(after.chars().next())
+    };
+    let mut named = String::new();
+    for (file, number, line) in shipped_lines(|name| name != CLI) {
+        let mut places = line.match_indices("Exit").map(|(at, _)| at);
+        if places.any(|at| is_word(&line, at)) {
+            named.push_str(&format!("{}:{number}: {}\n", file.display(), line.trim()));
         }
+    }
+    assert!(named.is_empty(), "only {CLI} may name Exit:\n{named}");
+    let found = lines_with(|name| LIBRARIES.contains(&name), OF_THE_CLI);
+    assert!(found.is_empty(), "libraries must not use:\n{found}");
+}
+
+/// The shipped lines of some crates that have one of these words in them.
+fn lines_with(of: impl Fn(&str) -> bool, words: &[(&str, &str)]) -> String {
+    let mut found = String::new();
+    for (file, number, line) in shipped_lines(of) {
+        for (_, what) in words.iter().filter(|(word, _)| line.contains(word)) {
+            let file = file.display();
+            found.push_str(&format!("{file}:{number}: {what}: {}\n", line.trim()));
+        }
+    }
+    found
+}
+
+/// File, number and text of each shipped line of the crates whose names are of interest.
+fn shipped_lines(of: impl Fn(&str) -> bool) -> Vec<(PathBuf, usize, String)> {
+    let metadata = metadata(false);
+    let packages = metadata["packages"].as_array().unwrap().iter();
+    let mut lines = Vec::new();
+    for package in packages.filter(|package| of(package["name"].as_str().unwrap())) {
         let manifest = Path::new(package["manifest_path"].as_str().unwrap());
         let mut files = Vec::new();
         sources(&manifest.parent().unwrap().join("src"), &mut files);
-        assert!(!files.is_empty());
+        assert!(!files.is_empty(), "{package}");
         for file in files {
             let text = std::fs::read_to_string(&file).unwrap();
-            for (number, line) in shipped(&text) {
-                for (word, what) in IMPURE {
-                    if line.contains(word) {
-                        found.push(format!(
-                            "{}:{number}: {what}: {}",
-                            file.display(),
-                            line.trim()
-                        ));
-                    }
-                }
-            }
+            let shipped = shipped(&text);
+            lines.extend(shipped.map(|(number, line)| (file.clone(), number, line.to_owned())));
         }
     }
-    assert!(
-        found.is_empty(),
-        "pure crates must not use:\n{}",
-        found.join("\n")
-    );
+    lines
 }
 
 fn sources(folder: &Path, files: &mut Vec<PathBuf>) {

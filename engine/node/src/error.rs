@@ -4,8 +4,11 @@ use std::error::Error;
 use std::fmt;
 use std::io;
 
+use millrace_edge_control::ControlError;
 use millrace_protocol::id::NodeId;
 use millrace_registry::KeyError;
+use millrace_shards::socket::SocketError;
+use millrace_transport::RouterError;
 
 /// Why a node did not start.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +39,12 @@ pub enum StartError {
         /// What the system said.
         source: io::Error,
     },
+    /// The program's: its services ask for methods that are not free.
+    #[error(transparent)]
+    Services(#[from] RouterError),
+    /// The edge's; it says whose fault that is.
+    #[error(transparent)]
+    Edge(#[from] ControlError),
     /// The host's: it lacks something, or failed.
     #[error("{what}: {source}")]
     Host {
@@ -66,6 +75,19 @@ impl StartError {
             },
             _ => Self::host(what, source),
         }
+    }
+}
+
+/// Why the transport has no sockets.
+pub(crate) fn socket_failed(error: SocketError) -> StartError {
+    let what = "the transport did not start";
+    match &error {
+        SocketError::Bind { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
+            StartError::Taken {
+                what: format!("{what}: {error}"),
+            }
+        }
+        _ => StartError::host(what, error),
     }
 }
 

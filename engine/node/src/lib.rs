@@ -8,6 +8,7 @@
 //! | module | job |
 //! |---|---|
 //! | `node`, `parts` | the node: start, handle, end of life |
+//! | `services` | the services of the node and of its embedder |
 //! | `core` | what the threads of a node share |
 //! | `reference` | the reference application: artifacts |
 //! | `registry`, `topology`, `peers` | follows the registry; who is a member, who is near |
@@ -30,13 +31,16 @@ mod payload;
 mod peers;
 pub mod reference;
 pub mod registry;
+mod services;
 pub mod status;
 mod topology;
 
 pub use error::{NotConnected, NotReady, StartError};
 pub use node::Node;
-pub use parts::{NodeParts, RegistrySource};
+pub use parts::NodeParts;
 pub use paths::Paths;
+pub use registry::RegistrySource;
+pub use services::{FIRST_FREE_METHOD, Services};
 
 // What a user of a node needs: one dependency is enough.
 pub use millrace_protocol::frame::{Class, FailureCode, Method};
@@ -45,11 +49,12 @@ pub use millrace_protocol::identity::{PublicKey, SigningKey};
 pub use millrace_protocol::registry::{RegistryError, RegistryVersion, SignedVersion};
 pub use millrace_registry::{Draft, DraftError, KeyError, Versions, folder, keys};
 pub use millrace_shards::Queue;
-pub use millrace_shards::chunk::{Body, BodyMut, Chunk, ChunkPool};
+pub use millrace_shards::chunk::{BodyMut, Chunk, ChunkPool};
 pub use millrace_shards::config::ShardConfig;
 pub use millrace_transport::{
-    Answer, Defer, Inbound, InboundBody, Messenger, Payload, PeerStatus, RemoteAnswer, Request,
-    Responder, RpcError, ShardMessenger, StatusBoard, Transport,
+    Answer, Body, BodyHead, BodyMode, BodySink, Defer, Inbound, InboundBody, Messenger, Negotiated,
+    Payload, PeerStatus, RemoteAnswer, Request, Responder, RpcError, Service, ShardMessenger,
+    StatusBoard, Transport,
 };
 pub use millrace_tuning::config;
 pub use millrace_tuning::{ByteSize, NodeConfig, Period};

@@ -23,7 +23,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
 use crate::core::Core;
-use crate::edge::{EdgeReport, EdgeSample};
+use crate::edge::{EdgeSample, Report};
 use reference::OfPeer;
 
 /// A metric of ours that is not in the transport's or the shards' tables.
@@ -262,7 +262,7 @@ impl Collector for CoreCollector {
         registry(core, &mut out)?;
         artifacts(core, &mut out)?;
         if let Some(report) = &core.edge {
-            edge(report.as_ref(), &mut out)?;
+            edge(report, &mut out)?;
         }
         let peers = core.transport.status().peers();
         paths(&peers, &mut out)?;
@@ -417,7 +417,7 @@ fn artifacts(core: &Core, out: &mut Out<'_>) -> fmt::Result {
     out.counter("millrace_artifacts_dropped", usage.dropped)
 }
 
-fn edge(report: &dyn EdgeReport, out: &mut Out<'_>) -> fmt::Result {
+fn edge(report: &Report, out: &mut Out<'_>) -> fmt::Result {
     let samples = report.samples();
     for same_name in samples.chunk_by(|a, b| a.name == b.name) {
         let Some(own) = OWN.iter().find(|own| own.name == same_name[0].name) else {

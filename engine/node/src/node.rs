@@ -2,31 +2,35 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
+use millrace_edge_control::EdgeAgent;
+use millrace_protocol::frame::{Class, Method};
 use millrace_protocol::id::NodeId;
 use millrace_protocol::identity::PublicKey;
 use millrace_protocol::registry::{RegistryError, SignedVersion};
+use millrace_registry::follow::Event;
+use millrace_registry::wire::{FIRST_METHOD, LAST_METHOD};
+use millrace_registry::{Events, Exchange, FollowThread, Versions};
 use millrace_shards::chunk::Body;
-use millrace_shards::socket::SocketError;
 use millrace_transport::{
-    RemoteAnswer, Request, Router, StartError as TransportError, Transport, TransportStart,
+    Payload, RemoteAnswer, Request, Router, RouterError, RpcError, ShardMessenger,
+    StartError as TransportError, Transport, TransportStart,
 };
 use millrace_tuning::NodeConfig;
 
 use crate::admin::{self, AdminServer};
 use crate::core::Core;
-use crate::error::{NotConnected, NotReady, StartError};
+use crate::error::{NotConnected, NotReady, StartError, socket_failed};
 use crate::parts::NodeParts;
 use crate::reference::Artifacts;
 use crate::reference::announced::Announced;
 use crate::reference::service::ArtifactService;
 use crate::reference::store::Store;
 use crate::reference::wire;
-use crate::registry::RegistryThread;
+use crate::services::Services;
 use crate::status::Status;
 use crate::topology::TopologyChanges;
 use crate::{host, mapping, metrics, peers, status};
@@ -35,11 +39,14 @@ use crate::{host, mapping, metrics, peers, status};
 ///
 /// # End of life
 /// Dropping the last handle stops the node: its admin socket is removed, its connections are closed
-/// cleanly, and its threads (shards, admin, registry) have ended when the drop returns. With idle
-/// peers that takes less than a second; a connection that still carries something is given
+/// cleanly, and its threads (shards, admin, registry, edge) have ended when the drop returns. With
+/// idle peers that takes less than a second; a connection that still carries something is given
 /// `transport.drain_timeout`. The address can be bound again then. A [`Transport`] or a
 /// [`RemoteAnswer`] that outlives the node answers with
 /// [`RpcError::LocalShuttingDown`](millrace_transport::RpcError::LocalShuttingDown).
+///
+/// One thread for the whole process, which wakes shards that lost a wake-up, stays; it holds
+/// nothing of a node.
 ///
 /// The drop waits for the node's threads, so the last handle must not be dropped on one of them: a
 /// service that runs on a shard keeps no `Node`.
@@ -50,8 +57,21 @@ pub struct Node {
 
 struct Inner {
     core: Arc<Core>,
+    agent: Option<EdgeAgent>,
     admin: Option<AdminServer>,
-    registry: RegistryThread,
+    registry: Option<FollowThread>,
+}
+
+impl Inner {
+    fn apply_topology(&self) {
+        if let Some(registry) = self
+            .registry
+            .as_ref()
+            .filter(|_| !self.core.apply_topology())
+        {
+            registry.apply_again();
+        }
+    }
 }
 
 impl fmt::Debug for Inner {
@@ -66,8 +86,8 @@ impl fmt::Debug for Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         drop(self.admin.take());
-        // Its question to a peer ends with the transport.
-        self.registry.stop();
+        drop(self.agent.take());
+        drop(self.registry.take());
         self.core.transport.shutdown();
     }
 }
@@ -91,25 +111,29 @@ impl Node {
         let announced = Arc::new(Announced::new(&topology));
         let changes = TopologyChanges::new(&topology);
         let public_key = parts.identity.public_key();
+        let (edge, report, loops) = match parts.edge {
+            Some(edge) => (edge.start, Some(edge.report), Some(edge.loops)),
+            None => Default::default(),
+        };
         let start = TransportStart {
             identity: parts.identity,
             config: mapping::transport(config),
             udp: mapping::udp(config, shards.len()),
             shards,
             topology,
-            edge: parts.edge.start,
+            edge,
         };
-        let of_shards = (
-            Arc::clone(&store),
-            Arc::clone(&versions),
-            Arc::clone(&announced),
-        );
-        let transport = Transport::start(start, move |messenger| {
-            let (store, versions, announced) = of_shards.clone();
-            let artifacts = ArtifactService::new(messenger, store, versions, announced);
-            Router::new().serve(wire::METHODS, artifacts)
-        })
-        .map_err(transport_failed)?;
+        let events = Events::default();
+        let shard = Shard {
+            store: Arc::clone(&store),
+            announced: Arc::clone(&announced),
+            versions: Arc::clone(&versions),
+            events: events.sender(),
+            ask_interval: config.registry.poll_interval.get(),
+            services: parts.services,
+        };
+        let transport = Transport::start(start, move |messenger| shard.router(messenger))
+            .map_err(transport_failed)?;
         let body_bytes_max = config.transport.body_bytes_max.bytes();
         let core = Arc::new(Core {
             public_key,
@@ -118,17 +142,28 @@ impl Node {
             versions,
             started: Instant::now(),
             topology: changes,
-            edge: parts.edge.report,
-            is_behind: AtomicBool::new(false),
+            edge: report,
         });
-        let threads = threads(config, &core, parts.admin_socket);
-        let (registry, admin) = threads.inspect_err(|_| core.transport.shutdown())?;
+        // From here on, an error drops what was started.
+        let mut inner = Inner {
+            core: Arc::clone(&core),
+            agent: None,
+            admin: None,
+            registry: None,
+        };
+        let interval = config.registry.poll_interval.get();
+        let (applies, versions) = (Arc::clone(&core), Arc::clone(&core.versions));
+        let apply = move || applies.apply_topology();
+        let registry = FollowThread::start(versions, events, interval, apply)
+            .map_err(|error| StartError::io("the registry thread", error))?;
+        inner.registry = Some(registry);
+        let agent = loops.map(|loops| loops.start(Arc::clone(&core), config));
+        inner.agent = agent.transpose()?;
+        let admin = parts.admin_socket;
+        let admin = admin.map(|socket| admin::serve(socket, core, &config.admin));
+        inner.admin = admin.transpose()?;
         Ok(Self {
-            inner: Arc::new(Inner {
-                core,
-                admin,
-                registry,
-            }),
+            inner: Arc::new(inner),
         })
     }
 
@@ -153,7 +188,7 @@ impl Node {
     }
 
     /// The registry versions that the node holds.
-    pub fn versions(&self) -> &millrace_registry::Versions {
+    pub fn versions(&self) -> &Versions {
         &self.inner.core.versions
     }
 
@@ -165,6 +200,27 @@ impl Node {
     /// Asks `peer`. The request's deadline bounds the wait for the answer.
     pub fn request(&self, peer: NodeId, request: Request) -> RemoteAnswer {
         self.transport().request(peer, request)
+    }
+
+    /// Asks `peer` and blocks this thread until it has answered, at most `limit`. Not for shards.
+    ///
+    /// # Errors
+    /// [`RpcError`], by whose fault it is; [`RpcError::Timeout`] after `limit`.
+    pub fn ask(
+        &self,
+        peer: NodeId,
+        class: Class,
+        method: Method,
+        body: Payload,
+        limit: Duration,
+    ) -> Result<Payload, RpcError> {
+        let request = Request {
+            class,
+            method,
+            body,
+            deadline: limit,
+        };
+        self.request(peer, request).wait(limit)
     }
 
     /// Copies bytes into chunks, for a body of more than 64 KiB; none if the pools have no room.
@@ -228,7 +284,7 @@ impl Node {
     pub fn offer_version(&self, version: SignedVersion) -> Result<bool, RegistryError> {
         let changed = self.versions().offer(version)?;
         if changed {
-            self.inner.core.apply_topology();
+            self.inner.apply_topology();
         }
         Ok(changed)
     }
@@ -237,7 +293,7 @@ impl Node {
     pub fn poll_registry(&self) -> bool {
         let changed = self.versions().poll_folder();
         if changed {
-            self.inner.core.apply_topology();
+            self.inner.apply_topology();
         }
         changed
     }
@@ -264,17 +320,31 @@ impl Node {
     }
 }
 
-type Threads = (RegistryThread, Option<AdminServer>);
+/// What the services of a shard are made from.
+#[derive(Clone)]
+struct Shard {
+    store: Arc<Store>,
+    announced: Arc<Announced>,
+    versions: Arc<Versions>,
+    events: SyncSender<Event>,
+    ask_interval: Duration,
+    services: Services,
+}
 
-fn threads(
-    config: &NodeConfig,
-    core: &Arc<Core>,
-    admin_socket: Option<PathBuf>,
-) -> Result<Threads, StartError> {
-    let interval = config.registry.poll_interval.get();
-    let registry = RegistryThread::start(Arc::clone(core), interval)?;
-    let admin = admin_socket.map(|socket| admin::serve(socket, Arc::clone(core), &config.admin));
-    Ok((registry, admin.transpose()?))
+impl Shard {
+    fn router(&self, messenger: ShardMessenger) -> Result<Router, RouterError> {
+        let (store, announced) = (Arc::clone(&self.store), Arc::clone(&self.announced));
+        let artifacts = ArtifactService::new(messenger.clone(), store, announced);
+        let versions = Arc::clone(&self.versions);
+        let exchange = Exchange::new(messenger.clone(), versions, self.events.clone());
+        if messenger.shard() == 0 {
+            exchange.ask_every(self.ask_interval);
+        }
+        let router = Router::new()
+            .serve(wire::METHODS, artifacts)?
+            .serve(FIRST_METHOD..=LAST_METHOD, exchange)?;
+        self.services.add_to(&messenger, router)
+    }
 }
 
 fn transport_failed(error: TransportError) -> StartError {
@@ -284,13 +354,8 @@ fn transport_failed(error: TransportError) -> StartError {
             key: what.to_owned(),
             reason: error.to_string(),
         },
-        TransportError::Socket(SocketError::Bind { ref source, .. })
-            if source.kind() == std::io::ErrorKind::AddrInUse =>
-        {
-            StartError::Taken {
-                what: format!("{what}: {error}"),
-            }
-        }
+        TransportError::Socket(error) => socket_failed(error),
+        TransportError::Services(error) => error.into(),
         error => StartError::host(what, error),
     }
 }

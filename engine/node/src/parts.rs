@@ -1,25 +1,20 @@
 //! What a node is started with, besides its config.
 
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
+use millrace_protocol::frame::Method;
 use millrace_protocol::identity::{PublicKey, SigningKey};
 use millrace_registry::{Versions, keys};
 use millrace_shards::config::ShardConfig;
+use millrace_transport::{Service, ShardMessenger};
 use millrace_tuning::NodeConfig;
 
-use crate::edge::EdgeParts;
+use crate::edge::PreparedEdge;
 use crate::error::StartError;
 use crate::paths::Paths;
-use crate::registry;
-
-/// Where a node gets registry versions from, besides its peers.
-#[derive(Debug, Clone)]
-pub struct RegistrySource {
-    /// The key that signs the versions.
-    pub public_key: PublicKey,
-    /// A folder that is read every `registry.poll_interval`; none: the embedder offers versions.
-    pub folder: Option<PathBuf>,
-}
+use crate::registry::{self, RegistrySource};
+use crate::services::Services;
 
 /// What a node is started with, besides its config.
 #[derive(Debug)]
@@ -32,8 +27,11 @@ pub struct NodeParts {
     pub admin_socket: Option<PathBuf>,
     /// One entry for each shard; none: as the config says, one for each of its cores.
     pub shards: Option<Vec<ShardConfig>>,
-    /// The edge; `Default`: none.
-    pub edge: EdgeParts,
+    /// The edge, as [`edge::prepare`](crate::edge::prepare) made it; none: caps and rates of the
+    /// transport's own alone, and no steering of packets.
+    pub edge: Option<PreparedEdge>,
+    /// The embedder's services; see [`serve`](Self::serve).
+    pub services: Services,
 }
 
 impl NodeParts {
@@ -73,6 +71,21 @@ impl NodeParts {
         })
     }
 
+    /// Adds a service that owns `methods`. `make` is called once on each shard.
+    ///
+    /// Methods below [`FIRST_FREE_METHOD`](crate::FIRST_FREE_METHOD) are kept for the node's own
+    /// services: a service that asks for one of them, or for one of another service, fails the
+    /// start.
+    #[must_use]
+    pub fn serve<S: Service>(
+        mut self,
+        methods: RangeInclusive<Method>,
+        make: impl Fn(ShardMessenger) -> S + Send + Sync + 'static,
+    ) -> Self {
+        self.services.add(methods, make);
+        self
+    }
+
     fn with(
         config: &NodeConfig,
         identity: SigningKey,
@@ -83,7 +96,8 @@ impl NodeParts {
             identity,
             admin_socket: None,
             shards: None,
-            edge: EdgeParts::default(),
+            edge: None,
+            services: Services::default(),
         })
     }
 }

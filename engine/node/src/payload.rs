@@ -1,6 +1,6 @@
 //! Bodies that are small enough to travel as bytes.
 
-use millrace_shards::chunk::{Body, Chunk};
+use millrace_shards::chunk::Body;
 use millrace_transport::{INLINE_BYTES_MAX, Payload};
 
 /// A body as a payload. A small one goes as bytes, because it travels beside other small messages.
@@ -10,14 +10,9 @@ pub(crate) fn payload_of(body: Body) -> Payload {
     }
     match body.chunks() {
         [] => Payload::Empty,
-        chunks => Payload::Bytes(joined(chunks).into()),
+        chunks => {
+            let bytes = chunks.iter().flat_map(|chunk| chunk.iter().copied());
+            Payload::Bytes(bytes.collect::<Vec<u8>>().into())
+        }
     }
-}
-
-/// The bytes of a few chunks in one piece.
-pub(crate) fn joined(chunks: &[Chunk]) -> Vec<u8> {
-    chunks
-        .iter()
-        .flat_map(|chunk| chunk.iter().copied())
-        .collect()
 }

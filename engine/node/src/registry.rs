@@ -1,10 +1,6 @@
-//! Follows the registry: the folder, and one connected peer in turn, every poll interval.
+//! The registry as a config names it.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::thread::JoinHandle;
-use std::time::Duration;
+use std::path::PathBuf;
 
 use millrace_protocol::identity::PublicKey;
 use millrace_protocol::registry::RegistryConfig;
@@ -13,10 +9,16 @@ use millrace_registry::{Follower, KeyError, Versions, VersionsConfig, keys};
 use millrace_tuning::NodeConfig;
 use millrace_tuning::config::Seed;
 
-use crate::core::Core;
 use crate::error::StartError;
-use crate::parts::RegistrySource;
-use crate::peers::nearest;
+
+/// Where a node gets registry versions from, besides its peers.
+#[derive(Debug, Clone)]
+pub struct RegistrySource {
+    /// The key that signs the versions.
+    pub public_key: PublicKey,
+    /// A folder that is read every `registry.poll_interval`; none: the embedder offers versions.
+    pub folder: Option<PathBuf>,
+}
 
 /// The versions that a node with the key `me` holds before it starts: the folder is read once.
 ///
@@ -55,58 +57,4 @@ pub fn versions(
     let versions = Versions::new(me, known, follower);
     versions.poll_folder();
     Ok(versions)
-}
-
-/// A thread that polls; stops when dropped.
-#[derive(Debug)]
-pub(crate) struct RegistryThread {
-    stop: Option<SyncSender<()>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl RegistryThread {
-    pub(crate) fn start(core: Arc<Core>, interval: Duration) -> Result<Self, StartError> {
-        let (stop, stopped) = sync_channel(0);
-        let thread = std::thread::Builder::new()
-            .name("millrace-registry".into())
-            .spawn(move || {
-                let mut turn = 0;
-                while stopped.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
-                    let is_new = core.versions.poll_folder();
-                    let is_newer = ask_a_peer(&core, turn);
-                    turn += 1;
-                    if is_new || is_newer || core.is_behind.load(Ordering::Relaxed) {
-                        core.apply_topology();
-                    }
-                }
-            })
-            .map_err(|error| StartError::io("the registry thread", error))?;
-        Ok(Self {
-            stop: Some(stop),
-            thread: Some(thread),
-        })
-    }
-
-    /// Lets the thread end, without waiting for it.
-    pub(crate) fn stop(&mut self) {
-        self.stop = None;
-    }
-}
-
-fn ask_a_peer(core: &Core, turn: usize) -> bool {
-    let peers = nearest(&core.transport);
-    match peers.get(turn % peers.len().max(1)) {
-        Some(peer) => core.ask_for_versions(*peer),
-        None => false,
-    }
-}
-
-impl Drop for RegistryThread {
-    fn drop(&mut self) {
-        self.stop();
-        if let Some(thread) = self.thread.take() {
-            // A panic there was reported there.
-            let _ = thread.join();
-        }
-    }
 }

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
-use millrace_edge_control::journal::Refused;
 use millrace_protocol::id::{ArtifactId, NodeId};
 use serde::{Deserialize, Serialize};
 
 use crate::core::Core;
+use crate::edge::{EdgeStatus, Report};
 use crate::host;
 use crate::reference::Delivery;
 
@@ -108,23 +108,6 @@ pub struct Artifacts {
     pub dropped: u64,
 }
 
-/// Who refuses at the node's edge; `millrace xdp status` says more.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct EdgeStatus {
-    /// `kernel`, or `user_space`: caps and rates alone, behind the socket.
-    pub place: String,
-    /// How packets find their shard: `ebpf`, `classic`, `none`.
-    pub steering: String,
-    /// 0 normal, 1 addresses are validated first, 2 registry peers only.
-    pub stress: u32,
-    /// Of the rules in force.
-    pub registry_version: u64,
-    /// A newer version whose rules are refused, and why.
-    pub refused: Option<Refused>,
-    /// Interfaces that were removed; the program is put on them again when they are back.
-    pub interfaces_gone: Vec<String>,
-}
-
 /// The report of a `put`.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Published {
@@ -191,7 +174,7 @@ pub(crate) fn of(core: &Core) -> Status {
             bytes_max: usage.bytes_max,
             dropped: usage.dropped,
         },
-        edge: core.edge.as_ref().map(|report| report.status()),
+        edge: core.edge.as_ref().map(Report::status),
         rss_bytes_max: host::peak_rss().map_or(0, |size| size.0),
     }
 }

@@ -18,6 +18,7 @@
 mod api;
 mod connection;
 mod dial;
+mod state;
 #[cfg(test)]
 mod tests;
 
@@ -33,8 +34,7 @@ use crate::{
     timer::{TimerId, Wheel},
     topology::Topology,
 };
-use connection::{Connection, State};
-use dial::Dial;
+use state::{Connection, Dial, State};
 use std::{
     collections::{BTreeMap, VecDeque},
     net::SocketAddr,

@@ -66,6 +66,19 @@ impl Draft {
         })
     }
 
+    /// Version 1, with one subnet and these nodes: a registry for a test. `name` is for people.
+    ///
+    /// # Errors
+    /// [`KeyError::NoRandom`].
+    pub fn with_nodes(name: &str, nodes: &[(PublicKey, SocketAddr)]) -> Result<Self, KeyError> {
+        let mut draft = Self::first(name)?;
+        let subnet = draft.version.subnets[0].id;
+        for (public_key, address) in nodes {
+            draft.set_node(*public_key, subnet, &[*address]);
+        }
+        Ok(draft)
+    }
+
     /// The version after `newest`, with the same contents.
     pub fn after(newest: RegistryVersion) -> Self {
         Self {

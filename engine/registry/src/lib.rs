@@ -7,15 +7,21 @@
 //! | `folder.rs` | the folder of signed versions |
 //! | `versions.rs` | what a node holds, and the members that follow from it |
 //! | `wire.rs` | how versions travel between peers |
+//! | `exchange.rs` | the service that asks and answers peers |
+//! | `follow.rs` | the thread that reads the folder and checks what peers sent |
 //! | `draft.rs` | the next version, before it is signed |
 
 pub mod draft;
+pub mod exchange;
 pub mod folder;
+pub mod follow;
 pub mod keys;
 pub mod versions;
 pub mod wire;
 
 pub use draft::{Draft, DraftError};
+pub use exchange::Exchange;
 pub use folder::{Follower, VersionError};
+pub use follow::{Events, FollowThread};
 pub use keys::KeyError;
 pub use versions::{FirewallRecords, Summary, Versions, VersionsConfig};

@@ -47,6 +47,9 @@ pub use clock::Clock;
 pub use config::{CongestionControl, PerClass, TransportConfig};
 pub use millrace_protocol::frame::Negotiated;
 pub use millrace_protocol::rpc::RpcError;
+// What a service names, so that it needs no other crate.
+pub use millrace_shards::Queue;
+pub use millrace_shards::chunk::Body;
 pub use quic::CloseCode;
 pub use service::body::{BodyHead, BodyMode, BodySink, INLINE_BYTES_MAX, StreamedBody};
 pub use service::message::{Answer, Inbound, InboundBody, Payload, Request};

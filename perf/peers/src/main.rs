@@ -14,6 +14,7 @@ mod plan;
 mod report;
 mod settings;
 mod socket;
+mod stack;
 mod workloads;
 
 use std::net::SocketAddr;

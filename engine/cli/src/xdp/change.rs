@@ -11,6 +11,7 @@ use millrace_edge_control::{
 };
 use millrace_edge_policy::rules::{RuleAction, Temporary};
 use millrace_edge_policy::settings::Mode;
+use millrace_node::edge::{self, mode};
 use millrace_node::{Paths, keys};
 use millrace_tuning::{NodeConfig, Period};
 use serde::Serialize;
@@ -18,7 +19,6 @@ use serde::Serialize;
 use super::args::{XdpApplyArgs, XdpAttachArgs, XdpPlaceArgs, XdpTemporaryArgs};
 use super::unapplied::unapplied_keys;
 use super::{adopt, pins, warn_of_offloads};
-use crate::edge::mode;
 use crate::exit::{Exit, Failure};
 use crate::load::Loaded;
 use crate::{output, versions};
@@ -172,7 +172,7 @@ fn request(
 fn firewall(config: &NodeConfig, paths: &Paths) -> Result<Firewall, Failure> {
     let identity = keys::read(&paths.key_file)?;
     let versions = versions::of_config(&identity.public_key(), config, &paths.registry_dir)?;
-    Ok(versions::firewall(&versions, &config.edge.roles))
+    Ok(edge::firewall(&versions, &config.edge.roles))
 }
 
 /// The lock, once the process that has it is done.

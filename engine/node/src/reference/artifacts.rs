@@ -193,7 +193,8 @@ impl Artifacts {
             };
             let mut answer = self.transport.request(*peer, ask.clone()).await;
             if let Err(RpcError::LocalNoBudget) = answer {
-                // What the store holds of this peer's is charged to it: drop some, and ask once more.
+                // What the store holds of this peer's is charged to it: drop some, and ask once
+                // more.
                 drop(Store::expect(&self.store, self.body_bytes_max));
                 answer = self.transport.request(*peer, ask).await;
             }

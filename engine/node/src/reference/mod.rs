@@ -1,8 +1,8 @@
 //! The reference application: artifacts by SHA-256, published to all peers and fetched from any.
 //!
 //! A thin use of the transport. A publisher first announces id and length, so that a peer that has
-//! the artifact is not sent it again, then sends the body as the body of a request. The peer answers
-//! with the hash that it computed.
+//! the artifact is not sent it again, then sends the body as the body of a request. The peer
+//! answers with the hash that it computed.
 //!
 //! | file | job |
 //! |---|---|

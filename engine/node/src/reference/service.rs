@@ -4,13 +4,10 @@ use std::sync::Arc;
 
 use millrace_protocol::frame::FailureCode;
 use millrace_protocol::id::{ArtifactId, NodeId};
-use millrace_registry::Versions;
-use millrace_registry::wire::NEWER_THAN;
 use millrace_shards::Queue;
 use millrace_shards::chunk::Body;
 use millrace_transport::{
-    Answer, BodyHead, BodyMode, Defer, INLINE_BYTES_MAX, Inbound, InboundBody, Messenger,
-    Responder, Service,
+    Answer, BodyHead, BodyMode, Defer, Inbound, InboundBody, Messenger, Responder, Service,
 };
 
 use super::announced::Announced;
@@ -23,21 +20,14 @@ use crate::payload::payload_of;
 pub(crate) struct ArtifactService<M> {
     messenger: M,
     store: Arc<Store>,
-    versions: Arc<Versions>,
     announced: Arc<Announced>,
 }
 
 impl<M: Messenger> ArtifactService<M> {
-    pub(crate) fn new(
-        messenger: M,
-        store: Arc<Store>,
-        versions: Arc<Versions>,
-        announced: Arc<Announced>,
-    ) -> Self {
+    pub(crate) fn new(messenger: M, store: Arc<Store>, announced: Arc<Announced>) -> Self {
         Self {
             messenger,
             store,
-            versions,
             announced,
         }
     }
@@ -122,23 +112,6 @@ impl<M: Messenger> ArtifactService<M> {
             None => Answer::Failure(FailureCode::NotFound),
         }
     }
-
-    fn registry(&self, body: &InboundBody<'_>) -> Answer {
-        let InboundBody::Slice(bytes) = body else {
-            return Answer::Failure(FailureCode::Malformed);
-        };
-        let Ok(number) = <[u8; 8]>::try_from(*bytes) else {
-            return Answer::Failure(FailureCode::Malformed);
-        };
-        let bytes = self.versions.newer_than(u64::from_le_bytes(number));
-        if bytes.len() <= INLINE_BYTES_MAX {
-            return Answer::Reply(bytes.into());
-        }
-        match Body::copy_from_slice(self.messenger.pool(), &bytes) {
-            Some(body) => Answer::Reply(body.into()),
-            None => Answer::Failure(FailureCode::Busy),
-        }
-    }
 }
 
 /// Stores a hashed body if its id was announced, and answers with the id.
@@ -170,7 +143,6 @@ impl<M: Messenger> Service for ArtifactService<M> {
             wire::ANNOUNCE => self.announce(&request.peer, &request.body),
             wire::PUT => self.put(request.peer, request.body, &defer),
             wire::GET => self.get(&request.body),
-            NEWER_THAN => self.registry(&request.body),
             _ => Answer::Failure(FailureCode::UnknownMethod),
         }
     }

@@ -1,10 +1,11 @@
 //! Artifacts that this node holds: bodies in chunks, bounded, the oldest dropped for new ones.
 //!
-//! A body that is about to come is expected: the store drops old ones for it at once, because what it
-//! holds is charged to the peers that sent it (`millrace_transport`), and such a peer has no space for
-//! another body before.
+//! A body that is about to come is expected: the store drops old ones for it at once, because what
+//! it holds is charged to the peers that sent it (`millrace_transport`), and such a peer has no
+//! space for another body before.
 //!
-//! 1. What all bodies take is at most `bytes_max`; a body counts in units of 64 KiB, as in the pool.
+//! 1. What all bodies take is at most `bytes_max`; a body counts in units of 64 KiB, as in the
+//!    pool.
 //! 2. `order` lists exactly the ids of `bodies`, oldest first.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -34,7 +35,8 @@ struct Held {
 }
 
 impl Held {
-    /// Drops the oldest bodies until `bytes` more fit beside those that are expected, or none is left.
+    /// Drops the oldest bodies until `bytes` more fit beside those that are expected, or none is
+    /// left.
     fn make_room(&mut self, bytes: u64, bytes_max: u64) {
         while self.bytes + self.expected_bytes + bytes > bytes_max {
             let Some(oldest) = self.order.pop_front() else {

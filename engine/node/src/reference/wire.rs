@@ -1,10 +1,9 @@
-//! What nodes say to each other: methods, and the few fixed forms of their bodies.
+//! What the reference application says to peers: methods, and the few fixed forms of their bodies.
 
 use std::ops::RangeInclusive;
 
 use millrace_protocol::frame::Method;
 use millrace_protocol::id::ArtifactId;
-use millrace_registry::wire::LAST_METHOD;
 
 /// "I have an artifact of this id and length": [`Announce`]; answered by [`WANTED`] or [`HELD`].
 pub(crate) const ANNOUNCE: Method = Method(1);
@@ -13,8 +12,8 @@ pub(crate) const PUT: Method = Method(2);
 /// An id; answered by the body.
 pub(crate) const GET: Method = Method(3);
 
-/// What the application answers: these, and the registry's exchange.
-pub(crate) const METHODS: RangeInclusive<Method> = ANNOUNCE..=LAST_METHOD;
+/// The methods that are kept for the reference application.
+pub(crate) const METHODS: RangeInclusive<Method> = ANNOUNCE..=Method(0x00ff);
 
 /// Answer to an announcement: send it.
 pub(crate) const WANTED: &[u8] = &[0];

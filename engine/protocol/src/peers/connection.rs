@@ -1,34 +1,10 @@
 //! The life of one connection: pending, up, draining.
 
 use super::{
-    Action, CloseKind, CloseReason, ConnKey, ConnectionNumber, Dial, Direction, NodeId, Peers,
-    Timer,
+    Action, CloseKind, CloseReason, ConnKey, Connection, ConnectionNumber, Dial, Direction, NodeId,
+    Peers, State, Timer,
 };
-use crate::timer::TimerId;
 use std::time::Instant;
-
-/// A connection whose handshake has proved its peer.
-#[derive(Debug)]
-pub(super) struct Connection {
-    pub(super) peer: NodeId,
-    pub(super) state: State,
-    pub(super) verifying: bool,
-    /// Hello, verification or drain deadline.
-    timer: Option<TimerId>,
-}
-
-#[derive(Debug)]
-pub(super) enum State {
-    /// Waits for the peer's hello.
-    Pending(Direction),
-    /// The current one.
-    Up {
-        number: ConnectionNumber,
-        since: Instant,
-    },
-    /// Replaced.
-    Draining,
-}
 
 impl Peers {
     pub(super) fn add_pending(

@@ -1,6 +1,6 @@
 //! When to dial, when to request a dial, and when to give up.
 
-use super::{Action, Attempt, CloseReason, NodeId, Peers, State, Timer};
+use super::{Action, Attempt, CloseReason, Dial, NodeId, Peers, State, Timer};
 use std::time::{Duration, Instant};
 
 /// Dial requests bring dials forward, but not to less than this after the last one.
@@ -9,28 +9,6 @@ const DIAL_INTERVAL_MIN: Duration = Duration::from_millis(100);
 /// QUIC retransmits only after 1, 3 and 7 s. The age doubles with each restart, so that a handshake
 /// on a path with a longer round trip completes.
 const ATTEMPT_PATIENCE: Duration = Duration::from_millis(250);
-
-/// The state of dialling a peer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Dial {
-    /// The peer dials.
-    Listening,
-    /// Nothing: there is a connection.
-    Idle,
-    /// The timer will dial.
-    Waiting,
-    /// A dial is under way; the timer is its deadline.
-    Under { attempt: Attempt, started: Instant },
-}
-
-impl Dial {
-    pub(super) fn attempt(&self) -> Option<Attempt> {
-        match self {
-            Self::Under { attempt, .. } => Some(*attempt),
-            _ => None,
-        }
-    }
-}
 
 impl Peers {
     /// Handles a peer without a connection: dials it, or requests a dial and waits.

@@ -44,6 +44,11 @@ impl Payload {
             Self::Chunks(_) => None,
         }
     }
+
+    /// The text of a small body in UTF-8; `None` for anything else.
+    pub fn as_text(&self) -> Option<&str> {
+        std::str::from_utf8(self.as_slice()?).ok()
+    }
 }
 
 impl From<Bytes> for Payload {

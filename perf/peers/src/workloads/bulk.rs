@@ -9,10 +9,10 @@ use tokio::sync::Mutex;
 
 use super::{Job, check_body, reusable_memory, static_body};
 use crate::Result;
-use crate::engines::Stack;
 use crate::measure::{Measurement, Meter, gbit_per_s, median};
 use crate::plan::BULK_BYTES;
 use crate::settings::Settings;
+use crate::stack::Stack;
 
 pub(super) fn serve<S: Stack>(settings: &Settings) -> Result<SocketAddr> {
     let memory = Arc::new(Mutex::new(reusable_memory(BULK_BYTES)));

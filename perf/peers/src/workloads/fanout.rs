@@ -7,10 +7,10 @@ use bytes::Bytes;
 
 use super::{Job, Stop, check_body, reusable_memory, static_body};
 use crate::Result;
-use crate::engines::Stack;
 use crate::measure::{Latencies, Measurement, Meter, gbit_per_s};
 use crate::plan::{FANOUT_BYTES, FANOUT_REPLY_BYTES};
 use crate::settings::Settings;
+use crate::stack::Stack;
 
 pub(super) fn serve<S: Stack>(settings: &Settings) -> Result<SocketAddr> {
     S::listen(settings, |mut connection| {

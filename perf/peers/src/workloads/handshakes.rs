@@ -11,9 +11,9 @@ use bytes::Bytes;
 
 use super::{Job, Stop};
 use crate::Result;
-use crate::engines::Stack;
 use crate::measure::{Latencies, Measurement, Meter};
 use crate::settings::Settings;
+use crate::stack::Stack;
 
 pub(super) fn serve<S: Stack>(settings: &Settings) -> Result<SocketAddr> {
     S::listen(settings, |mut connection| {

@@ -9,10 +9,10 @@ use tokio::sync::Mutex;
 
 use super::{Job, Stop, bulk, reusable_memory, rpc, static_body};
 use crate::Result;
-use crate::engines::Stack;
 use crate::measure::{Measurement, Meter, gbit_per_s};
 use crate::plan::{BULK_BYTES, RPC_BYTES};
 use crate::settings::Settings;
+use crate::stack::Stack;
 
 pub(super) fn serve<S: Stack>(settings: &Settings) -> Result<SocketAddr> {
     let memory = Arc::new(Mutex::new(reusable_memory(BULK_BYTES)));

@@ -16,10 +16,10 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::Result;
-use crate::engines::Stack;
 use crate::measure::Measurement;
 use crate::plan::{OnewayShape, Workload};
 use crate::settings::Settings;
+use crate::stack::Stack;
 
 /// Share of the measured time that runs first, unmeasured.
 const WARM_UP_SHARE: f64 = 0.25;

@@ -11,10 +11,10 @@ use bytes::{BufMut, Bytes, BytesMut};
 
 use super::{Job, Stop};
 use crate::Result;
-use crate::engines::{Connection, Stack};
 use crate::measure::{Measurement, Meter};
 use crate::plan::{ONEWAY_BYTES, OnewayShape};
 use crate::settings::Settings;
+use crate::stack::{Connection, Stack};
 
 static MESSAGE: [u8; ONEWAY_BYTES] = [9; ONEWAY_BYTES];
 

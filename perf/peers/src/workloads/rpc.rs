@@ -7,10 +7,10 @@ use bytes::Bytes;
 
 use super::{Job, Stop};
 use crate::Result;
-use crate::engines::Stack;
 use crate::measure::{Latencies, Measurement, Meter};
 use crate::plan::{RPC_BYTES, Workload};
 use crate::settings::Settings;
+use crate::stack::Stack;
 
 static MESSAGE: [u8; RPC_BYTES] = [7; RPC_BYTES];
 

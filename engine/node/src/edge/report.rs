@@ -4,22 +4,48 @@ use std::sync::Arc;
 
 use millrace_edge::metrics::{Counters, hits};
 use millrace_edge::publish::Publisher;
+use millrace_edge_control::journal::Refused;
 use millrace_edge_control::{AttachedEdge, EdgeView};
 use millrace_edge_policy::reason::Reason;
-use millrace_node::edge::{EdgeReport, EdgeSample};
-use millrace_node::status::EdgeStatus;
+use serde::{Deserialize, Serialize};
+
+/// Who refuses at the node's edge; `millrace xdp status` says more.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct EdgeStatus {
+    /// `kernel`, or `user_space`: caps and rates alone, behind the socket.
+    pub place: String,
+    /// How packets find their shard: `ebpf`, `classic`, `none`.
+    pub steering: String,
+    /// 0 normal, 1 addresses are validated first, 2 registry peers only.
+    pub stress: u32,
+    /// Version of the rules in force.
+    pub registry_version: u64,
+    /// A newer version whose rules are refused, and why.
+    pub refused: Option<Refused>,
+    /// Interfaces that were removed; the program is put on them again when they are back.
+    pub interfaces_gone: Vec<String>,
+}
+
+/// A value of a metric.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct EdgeSample {
+    pub(crate) name: &'static str,
+    /// The label's value, for a metric with a label.
+    pub(crate) label: Option<String>,
+    pub(crate) value: u64,
+}
 
 /// Shows what the edge's threads write down.
 #[derive(Debug)]
-pub(super) struct Report {
+pub(crate) struct Report {
     pub(super) view: Arc<EdgeView>,
     pub(super) kernel: Option<Arc<AttachedEdge>>,
     /// How packets find their shard: `ebpf`, `classic`, `none`.
     pub(super) steering: &'static str,
 }
 
-impl EdgeReport for Report {
-    fn status(&self) -> EdgeStatus {
+impl Report {
+    pub(crate) fn status(&self) -> EdgeStatus {
         let status = self.view.status();
         let place = if status.is_in_kernel {
             "kernel"
@@ -36,7 +62,7 @@ impl EdgeReport for Report {
         }
     }
 
-    fn samples(&self) -> Vec<EdgeSample> {
+    pub(crate) fn samples(&self) -> Vec<EdgeSample> {
         let status = self.view.status().clone();
         let gone = status.interfaces_gone.len() as u64;
         let mut samples = vec![
