@@ -271,7 +271,7 @@ impl Edge {
     ///
     /// # Errors
     ///
-    /// [`PublishError::NotAwaitingConfirm`] if none is.
+    /// `PublishError::NotAwaitingConfirm` if none is.
     pub fn confirm(&self) -> Result<(), EdgeError> {
         self.confirm_under(&self.pins.lock_waiting()?)
     }
@@ -280,7 +280,7 @@ impl Edge {
     ///
     /// # Errors
     ///
-    /// [`PublishError::NotAwaitingConfirm`].
+    /// `PublishError::NotAwaitingConfirm`.
     pub fn confirm_under(&self, _lock: &EdgeLock) -> Result<(), EdgeError> {
         Ok(Publisher::new(&self.maps).confirm()?)
     }
@@ -290,7 +290,7 @@ impl Edge {
     ///
     /// # Errors
     ///
-    /// [`PublishError::NotAwaitingConfirm`] if none is.
+    /// `PublishError::NotAwaitingConfirm` if none is.
     pub fn revert(&self) -> Result<(), EdgeError> {
         self.revert_under(&self.pins.lock_waiting()?)
     }
@@ -299,7 +299,7 @@ impl Edge {
     ///
     /// # Errors
     ///
-    /// [`PublishError::NotAwaitingConfirm`].
+    /// `PublishError::NotAwaitingConfirm`.
     pub fn revert_under(&self, lock: &EdgeLock) -> Result<(), EdgeError> {
         Publisher::new(&self.maps).revert()?;
         self.count_older(lock);

@@ -1,5 +1,5 @@
 //! Keeps the edge true while the node runs: one thread that wakes several times in each lease, and
-//! one that reconciles ([`Reconciler`]).
+//! one that reconciles (`Reconciler`).
 //!
 //! 1. The lease is renewed whatever else fails, and in time: the thread that renews it waits
 //!    neither for `nft` nor for [`EdgeLock`](millrace_edge::pins::EdgeLock).

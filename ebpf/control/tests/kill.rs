@@ -63,7 +63,7 @@ fn a_journal_is_old_or_new_after_a_kill_at_each_step() {
             let expected = if step < 5 { &before } else { &after };
             assert_eq!(&found, expected, "{kind}, step {step}");
             Record::read(&pins).unwrap();
-            // The next process is not in the way of what this one left.
+            // The files that this process left do not stop the next one.
             restore(&path, &before);
             done(&kind, &pins, version);
             assert_eq!(fs::read(&path).unwrap(), after, "{kind}, after step {step}");

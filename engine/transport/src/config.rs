@@ -179,9 +179,10 @@ impl Default for TransportConfig {
 }
 
 impl TransportConfig {
-    /// Bytes that lanes of class latency and of class normal take beyond their bound: the frame that
-    /// goes over it, and for refusals and cancellations alone a header for each request that may be
-    /// in flight, in either direction. So a full queue never keeps a refusal from the peer that waits.
+    /// Bytes that lanes of class latency and of class normal take beyond their bound: the frame
+    /// that goes over it, and for refusals and cancellations alone a header for each request that
+    /// may be in flight, in either direction. So a full queue never keeps a refusal from the peer
+    /// that waits.
     pub(crate) fn lane_headroom_bytes(&self) -> [usize; 2] {
         let (out, inward) = (&self.requests_out_max, &self.requests_in_max);
         let latency = out.latency.saturating_add(inward.latency);

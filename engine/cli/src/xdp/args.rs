@@ -32,7 +32,7 @@ pub(crate) enum XdpCommand {
     Allow(XdpTemporaryArgs),
     /// Deny a prefix for a while, before all rules.
     Deny(XdpTemporaryArgs),
-    /// Follow sampled drops (see sample_every in [edge]).
+    /// Follow sampled drops (see sample_every in `[edge]`).
     Events(XdpEventsArgs),
     /// Take the program, its pins and the table of nftables away. Needs no running node.
     Detach(XdpPlaceArgs),

@@ -60,7 +60,7 @@ struct InterfaceStatus {
     name: String,
     xdp: &'static str,
     /// It was removed since, and the programs with it, even if there is one of this name again; or
-    /// somebody detached one of them.
+    /// an operator detached one of them.
     gone: bool,
     /// VLAN devices on it whose tags the card hides from the program: its answers there leave
     /// without one.

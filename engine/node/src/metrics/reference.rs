@@ -37,8 +37,7 @@ pub(super) enum Read {
     Path(OfPeer),
 }
 
-/// Names of the reference that we do not have, and why: nothing is filled with a value that nobody
-/// counted.
+/// Names of the reference that are left out, and why: no metric gets a value that was not counted.
 #[cfg(test)]
 pub(super) const ABSENT: &[(&str, &str)] = &[
     (
