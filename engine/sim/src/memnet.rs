@@ -297,7 +297,7 @@ mod tests {
         out
     }
 
-    // Protects measurements on the memory transport: a link is as fast as it says.
+    // Protects measurements in simulations: a link is as fast as it says.
     #[test]
     fn capacity_and_queue_hold() {
         let config = LinkConfig {

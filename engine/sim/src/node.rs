@@ -52,7 +52,7 @@ struct Connection {
     key: ConnKey,
     /// Where the peer is.
     remote: Endpoint,
-    /// Whom this node dialled, or who dialled it: what the peer's certificate says.
+    /// The node that was dialled, or that dialled: what the peer's certificate says.
     peer: NodeId,
     /// The dial that this is, until its handshake is done.
     attempt: Option<Attempt>,
@@ -353,7 +353,7 @@ impl Running {
         self.mark_dirty(slot);
     }
 
-    /// The handshake is done on our side: who the peer is is known; may it stay?
+    /// The handshake is done on our side, so that the peer is known: asks whether it may stay.
     fn on_established(&mut self, slot: usize) {
         let (now, topology) = (self.now, Arc::clone(&self.topology));
         let Some(connection) = self.connections.get_mut(&slot) else {

@@ -37,7 +37,7 @@ struct Seen {
     kept: Vec<Body>,
     /// Announced length of a body for a sink, and how it ended.
     ends: Vec<(u64, &'static str)>,
-    /// Who heard what of whom.
+    /// A node, a peer that it is connected with, and what the two agreed on.
     hellos: Vec<(NodeId, NodeId, Negotiated)>,
 }
 

@@ -219,7 +219,7 @@ impl SendStreams {
         }
         let taken = len.min(capacity);
         if taken < len {
-            // What does not fit stays with the caller, who has it still.
+            // The caller keeps a reference to what does not fit.
             drop(buffer.split_at(taken));
         }
         stream.has_fin = fin && taken == len;
