@@ -7,7 +7,7 @@
 //! | `body` | bodies that a service takes chunk by chunk |
 //! | `messenger` | the trait for requests and messages to peers, on sockets and in the simulator |
 //! | `shard_messenger`, `routes`, `command` | its implementation on a shard; the way to other shards |
-//! | `handle`, `send` | a connection as this code sees it; what is sent to those of a shard |
+//! | `handle`, `send`, `early_cancels` | a connection as this code sees it; what is sent on it |
 //! | `pending`, `remote`, `completion` | answers that are waited for, on the shard and elsewhere |
 
 pub(crate) mod body;
