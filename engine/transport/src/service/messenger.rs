@@ -1,13 +1,5 @@
 //! The transport as the code above it is written against: on sockets and in the simulator alike.
-//!
-//! # Order of one-way messages
-//!
-//! Messages of class [`Class::Latency`] that one messenger, or one thread with a
-//! [`Transport`](crate::Transport), sends to a peer arrive in the order in which they were sent.
-//! Messages of the classes normal and bulk arrive in any order: a later one may come first. The
-//! order holds within a connection, which [`Inbound::connection`](crate::Inbound::connection)
-//! names: when it ends, its last messages are lost, and a connection that is replaced may still
-//! deliver some of them after the first of the new one. Requests and answers keep no order.
+//! [`Messenger`] states which messages keep their order.
 
 use std::future::Future;
 use std::time::{Duration, Instant};
@@ -60,6 +52,15 @@ impl PathInfo {
 ///
 /// A peer that another shard owns is reached by that shard's mailbox. Cheap to clone; stays on its
 /// shard.
+///
+/// # Order of one-way messages
+///
+/// Messages of class [`Class::Latency`] that one messenger, or one thread with a
+/// [`Transport`](crate::Transport), sends to a peer arrive in the order in which they were sent.
+/// Messages of the classes normal and bulk arrive in any order: a later one may come first. The
+/// order holds within a connection, which [`Inbound::connection`](crate::Inbound::connection)
+/// names: when it ends, its last messages are lost, and a connection that is replaced may still
+/// deliver some of them after the first of the new one. Requests and answers keep no order.
 pub trait Messenger: Clone + 'static {
     /// This node.
     fn node_id(&self) -> NodeId;
@@ -67,13 +68,14 @@ pub trait Messenger: Clone + 'static {
     /// Asks `peer`. The answer comes to the returned future; dropping that takes the request back.
     fn request(&self, peer: NodeId, request: Request) -> PendingAnswer;
 
-    /// Tells `peer`, without an answer. The message is lost with its connection; the module's page
-    /// says which messages keep their order.
+    /// Tells `peer`, without an answer. The message is lost with its connection. Only class latency
+    /// keeps the order of messages.
     ///
     /// # Errors
     /// [`RpcError::NotConnected`]; [`RpcError::LocalBusy`] when the queue of its class is full;
-    /// [`RpcError::LocalTooLarge`]. For a peer of another shard only what its mailbox says: what
-    /// the shard refuses later is counted there.
+    /// [`RpcError::LocalTooLarge`] above the limit of bodies, and in class latency above that of
+    /// lanes (16 KiB). For a peer of another shard only what its mailbox says: what the shard
+    /// refuses later is counted there.
     fn send(
         &self,
         peer: NodeId,
