@@ -1,5 +1,4 @@
-//! Keeps the edge true while the node runs: one thread that wakes several times in each lease, and
-//! one that reconciles (`Reconciler`).
+//! The threads of a node's edge: one renews the lease, the other reconciles (`Reconciler`).
 //!
 //! 1. The lease is renewed whatever else fails, and in time: the thread that renews it waits
 //!    neither for `nft` nor for [`EdgeLock`](millrace_edge::pins::EdgeLock).

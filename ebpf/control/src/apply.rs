@@ -372,8 +372,7 @@ impl<'e> LockedEdge<'e> {
         Ok(self.set_in_force())
     }
 
-    /// Writes down that a set was rolled back: it awaited a confirmation, and another set is in
-    /// force.
+    /// Writes down that a set was rolled back: another one than the pending one is in force.
     pub(crate) fn note_rolled_back(&self) -> Result<(), ControlError> {
         let record = self.record()?;
         let Some(pending) = &record.pending else {
@@ -389,7 +388,7 @@ impl<'e> LockedEdge<'e> {
         let rolled_back = inputs.map(|inputs| RolledBack { set, inputs });
         self.update(|record| {
             record.pending = None;
-            record.rolled_back = rolled_back.or(record.rolled_back.take());
+            record.rolled_back = rolled_back.or_else(|| record.rolled_back.take());
         })
     }
 
@@ -399,8 +398,7 @@ impl<'e> LockedEdge<'e> {
     }
 
     /// Lets nftables and the journal follow a pending set that the kernel has for good: it was
-    /// published a moment ago, or a process died there, or `nft` refused. The number of the set, if
-    /// there is one.
+    /// published a moment ago, or a process died there, or `nft` refused. Its number.
     ///
     /// # Errors
     ///

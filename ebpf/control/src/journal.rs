@@ -1,5 +1,4 @@
-//! What the control loop keeps in the edge's journal: everything that must outlive a process and
-//! that the kernel cannot say.
+//! The journal's content: everything that must outlive a process and that the kernel cannot say.
 //!
 //! 1. One file, replaced whole under [`EdgeLock`]: each change is there or is not.
 //! 2. A set is written down before it is published: its number in the kernel leads to its rules.
@@ -231,8 +230,7 @@ pub(crate) struct CachedJournal {
 }
 
 impl CachedJournal {
-    /// Reads the file if it is another one, and writes it again as it was read last if it was
-    /// removed.
+    /// Reads the file if it changed, and writes it again as it was read last if it was removed.
     pub(crate) fn read(
         &mut self,
         pins: &Pins,

@@ -1,5 +1,4 @@
-//! The edge's table of nftables: which process changes it, and what happens when another program
-//! does.
+//! The edge's table of nftables: which process changes it, and what it does when another did.
 //!
 //! 1. The journal holds the fingerprint of the table that was put in force: a later look tells
 //!    whether another program changed it.

@@ -8,8 +8,7 @@ use crate::plan::Firewall;
 
 /// What the edge's threads ask of the node that they run in.
 pub trait NodeProbe: Send + Sync + 'static {
-    /// QUIC handshakes that are begun and not completed now, and the most that there may be, on all
-    /// shards.
+    /// QUIC handshakes in progress on all shards, and the most that there may be.
     fn half_open(&self) -> (usize, usize);
 
     /// Keys of the registry peers, by node tag.

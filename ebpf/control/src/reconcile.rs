@@ -88,8 +88,7 @@ impl Reconciler {
         let own = EdgePolicy::of(&config.edge);
         let publisher = Publisher::new(edge.edge.maps());
         Self {
-            // What awaits a confirmation is another config than the one that this node started
-            // with.
+            // What awaits a confirmation is another config than this node's.
             started: publisher.awaits_confirm(),
             found: publisher.config().set,
             node,
