@@ -30,11 +30,11 @@ fn two_nodes() -> PathBuf {
         .unwrap();
     assert!(build.status.success());
     let messages = String::from_utf8(build.stdout).unwrap();
-    let executables = messages.lines().filter_map(|line| {
+    let mut executables = messages.lines().filter_map(|line| {
         let message: serde_json::Value = serde_json::from_str(line).unwrap();
         Some(PathBuf::from(message["executable"].as_str()?))
     });
-    executables.last().unwrap()
+    executables.next_back().unwrap()
 }
 
 #[test]

@@ -185,7 +185,7 @@ impl Stage {
         self.on(Side::Outside, || {
             Edge::attach(&self.far_pins(), &options)
                 .map(drop)
-                .map_err(|e| super::edge_failure(e))
+                .map_err(super::edge_failure)
         })
     }
 
@@ -223,7 +223,7 @@ impl Stage {
 
     /// The counters, as a table, with what a flood has sent so far.
     pub(super) fn print(&self, sent: &AtomicU64) -> Result<(), Failure> {
-        let edge = Edge::adopt(&self.pins()).map_err(|e| super::edge_failure(e))?;
+        let edge = Edge::adopt(&self.pins()).map_err(super::edge_failure)?;
         let counters = Counters::read(edge.maps().counters())
             .map_err(|error| Failure::new(Exit::Failed, error.to_string()))?;
         // After the counters: what they count was sent before.
