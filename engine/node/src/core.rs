@@ -1,7 +1,7 @@
 //! What all parts of a running node share: transport, artifacts and registry.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use millrace_protocol::identity::PublicKey;
@@ -23,11 +23,15 @@ pub(crate) struct Core {
     pub(crate) started: Instant,
     pub(crate) topology: TopologyChanges,
     pub(crate) edge: Option<Report>,
+    /// Held while a topology is computed and applied: several threads do.
+    pub(crate) applying: Mutex<()>,
 }
 
 impl Core {
     /// Tells the shards which nodes are members now; false when a mailbox was full.
     pub(crate) fn apply_topology(&self) -> bool {
+        // An older topology must not come after a newer one, nor its count.
+        let _applying = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
         let topology = Arc::new(self.versions.topology());
         self.topology.count(&topology);
         self.artifacts.announced.set_members(&topology);

@@ -2,8 +2,8 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use millrace_edge_control::EdgeAgent;
@@ -143,6 +143,7 @@ impl Node {
             started: Instant::now(),
             topology: changes,
             edge: report,
+            applying: Mutex::default(),
         });
         // From here on, an error drops what was started.
         let mut inner = Inner {

@@ -65,7 +65,8 @@ impl NodeId {
     ///
     /// Both ends and the kernel compute the same shard: the dialler puts `spread + index` into the
     /// first byte of its initial destination connection ID, and steering takes that byte modulo the
-    /// number of shards.
+    /// number of shards. The sum wraps, as the byte does: where 256 is no multiple of `shards`, two
+    /// connections of a peer may have one owner.
     pub fn owner_shard(&self, index: u8, shards: u8) -> u8 {
         self.spread().wrapping_add(index) % shards.max(1)
     }

@@ -84,7 +84,8 @@ enum Timer {
 
 impl Peers {
     /// A machine without peers. Connection numbers start above `numbers_base`, and differ from
-    /// those of the other shards of the process when all have the same base.
+    /// those of the process's other machines, of whatever shard and index, when all have the same
+    /// base.
     pub fn new(
         id: NodeId,
         config: PeersConfig,

@@ -110,6 +110,14 @@ fn a_full_queue_says_when_it_has_room() {
 }
 
 #[test]
+fn a_bound_of_requests_says_when_it_has_room() {
+    for link in links() {
+        let mut testbed = pair(scenarios::few_in_flight(), link);
+        testbed.run(scenarios::a_bound_of_requests_says_when_it_has_room);
+    }
+}
+
+#[test]
 fn a_full_answer_queue_says_busy() {
     let [lan, _] = links();
     let mut testbed = pair(scenarios::short_queues(), lan);
@@ -160,7 +168,7 @@ fn one_message_reaches_all() {
     for link in links() {
         let mut testbed = Testbed::new(5, TransportConfig::default(), link);
         let logs = (1..5).map(|node| testbed.log(node)).collect();
-        testbed.run(|a, _| scenarios::one_message_reaches_all(a, logs));
+        testbed.run(|a, _| scenarios::one_message_reaches_all(a, logs, |_| true));
     }
 }
 

@@ -21,6 +21,8 @@ pub(crate) type DialKeys = Arc<BTreeMap<NodeId, Key>>;
 pub(crate) struct PairKeys {
     mine: SigningKey,
     by_member: DialKeys,
+    /// Newest registry version of the topology that the keys are of.
+    version: u64,
 }
 
 impl PairKeys {
@@ -28,11 +30,18 @@ impl PairKeys {
         Self {
             mine,
             by_member: DialKeys::default(),
+            version: 0,
         }
+    }
+
+    /// Newest registry version of the last topology.
+    pub(crate) fn version(&self) -> u64 {
+        self.version
     }
 
     /// The keys of the members now.
     pub(crate) fn update(&mut self, topology: &Topology) -> DialKeys {
+        self.version = topology.newest_version();
         let me = self.mine.node_id();
         let others = topology.iter().filter(|(id, _)| **id != me);
         let keys = others.filter_map(|(id, member)| {

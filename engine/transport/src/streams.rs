@@ -8,8 +8,8 @@
 //! Invariants
 //! 1. At most `active_max` streams of a class are fed at a time, oldest first; the rest waits in
 //!    order.
-//! 2. A body never takes all of the connection's send capacity: half of the rest, up to
-//!    [`RESERVE_BYTES`], is kept for lanes.
+//! 2. A body of class bulk never takes all of the connection's send capacity: half of the rest, up
+//!    to [`RESERVE_BYTES`], is kept for lanes. Bodies of the other classes may take all of it.
 //! 3. Waiting plus active messages of a class never exceed its bound.
 
 use std::collections::VecDeque;

@@ -76,9 +76,10 @@ impl Shards {
 
     /// Asks all shards to stop, then waits for their threads.
     pub(crate) fn stop(&self) {
-        let handles = std::mem::take(&mut *self.lock());
+        // Held until the threads have ended: a second caller waits for them too.
+        let mut handles = self.lock();
         handles.iter().for_each(ShardHandle::stop);
-        for handle in handles {
+        for handle in handles.drain(..) {
             // A shard that panicked has said so; the others still end.
             handle.join().ok();
         }
@@ -135,17 +136,19 @@ impl Transport {
         self.inner.routes.board()
     }
 
-    /// Replaces the members: removed peers are cut, added ones dialled. False when a shard's
-    /// mailbox was full, or a shard has stopped; call again then.
+    /// Replaces the members: removed peers are cut, added ones dialled. A topology whose newest
+    /// version is below that of the one in force is ignored: of concurrent calls the newest wins.
+    /// False when a shard's mailbox was full, or a shard has stopped; call again then.
     #[must_use]
     pub fn update_topology(&self, topology: &Arc<Topology>) -> bool {
+        // Held until the shards have it, so that all of them hear of topologies in one order.
+        let mut pair_keys = self.pair_keys();
+        if topology.newest_version() < pair_keys.version() {
+            return true;
+        }
         self.set_registry_version(topology.newest_version());
-        let dial_keys = {
-            let mut pair_keys = self.pair_keys();
-            let dial_keys = pair_keys.update(topology);
-            self.inner.admission.set_peers(pair_keys.by_tag());
-            dial_keys
-        };
+        let dial_keys = pair_keys.update(topology);
+        self.inner.admission.set_peers(pair_keys.by_tag());
         let command = || Command::Topology(Arc::clone(topology), Arc::clone(&dial_keys));
         self.inner.routes.post_to_all(command)
     }
@@ -210,8 +213,9 @@ impl Transport {
         self.inner.routes.send_to_all(peers, class, method, &body)
     }
 
-    /// Closes all connections cleanly and stops the shards. Blocks until their threads have ended;
-    /// the config's `drain_timeout` bounds it. Not for a shard's thread.
+    /// Closes all connections cleanly and stops the shards. Blocks until their threads have ended,
+    /// also when another thread shuts down already; the config's `drain_timeout` bounds it. Not for
+    /// a shard's thread.
     pub fn shutdown(&self) {
         self.inner.shards.stop();
     }

@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::sync::Barrier;
 use std::time::Duration;
 
 use common::*;
@@ -208,6 +209,37 @@ fn a_topology_change_cuts_and_joins_live_nodes() {
         other => panic!("{other:?}"),
     };
     assert!(number() < number());
+    // A thread that comes late with an older topology changes nothing.
+    let older = topology(all[..2].to_vec(), 3);
+    assert!(a.transport.update_topology(&older));
+    assert_eq!(a.transport.peer_keys().len(), 2);
+    let answer = a
+        .transport
+        .request(c.id(), request(ECHO, Class::Normal, vec![7]));
+    assert_eq!(bytes_of(&answer.wait(PATIENCE).unwrap()), [7]);
+}
+
+#[test]
+fn each_of_two_threads_that_shut_down_waits_for_the_end() {
+    let (a, b) = pair(&TransportConfig::default(), 16 << 20);
+    // It makes the end take as long as connections may drain.
+    let _hanging = a
+        .transport
+        .request(b.id(), request(HANG, Class::Normal, vec![1]));
+    b.wait_for(|event| matches!(event, Event::Hanging));
+    let (transport, peer, both) = (&a.transport, b.id(), Barrier::new(2));
+    std::thread::scope(|scope| {
+        let shut_down = || {
+            both.wait();
+            transport.shutdown();
+            let body = vec![1].into();
+            let told = transport.send(peer, Class::Normal, TELL, body);
+            assert_eq!(told, Err(RpcError::LocalShuttingDown));
+        };
+        let other = scope.spawn(shut_down);
+        shut_down();
+        other.join().unwrap();
+    });
 }
 
 #[test]

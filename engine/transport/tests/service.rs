@@ -235,6 +235,14 @@ fn a_full_queue_says_when_it_has_room() {
 }
 
 #[test]
+fn a_bound_of_requests_says_when_it_has_room() {
+    let (a, others) = star(&scenarios::few_in_flight(), 1, 1);
+    let b = others[0].id();
+    let scenario = scenarios::a_bound_of_requests_says_when_it_has_room::<ShardMessenger>;
+    a.on_shard(0, move |messenger| scenario(messenger, b));
+}
+
+#[test]
 fn a_peer_that_fills_its_share_is_busy() {
     let (a, others) = star(&scenarios::small_budget(), 1, 1);
     let (b, log) = (others[0].id(), Arc::clone(&others[0].log));
@@ -360,10 +368,14 @@ fn every_shard_reaches_every_peer() {
 
 #[test]
 fn one_message_reaches_all() {
-    let (a, others) = star(&TransportConfig::default(), 2, 4);
-    let logs: Vec<_> = others.iter().map(|other| Arc::clone(&other.log)).collect();
-    let scenario = scenarios::one_message_reaches_all::<ShardMessenger>;
-    a.on_shard(0, move |messenger| scenario(messenger, logs));
+    for shards in [1, 2] {
+        let (a, others) = star(&TransportConfig::default(), shards, 4);
+        let logs: Vec<_> = others.iter().map(|other| Arc::clone(&other.log)).collect();
+        let is_own = move |peer: &NodeId| peer.owner_shard(0, shards as u8) == 0;
+        a.on_shard(0, move |messenger| {
+            scenarios::one_message_reaches_all(messenger, logs, is_own)
+        });
+    }
 }
 
 // Protects the cost of a fan-out: a mailbox message for each shard, and no copy of the body.

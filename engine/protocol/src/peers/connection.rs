@@ -52,8 +52,10 @@ impl Peers {
         };
         let id = connection.peer;
         self.numbers_given += 1;
-        let step = u64::from(self.config.shards.max(1));
-        let offset = self.numbers_given * step + u64::from(self.config.shard);
+        // Two connections of a pair may lie on one shard, where each has its own machine.
+        let shards = u64::from(self.config.shards.max(1));
+        let given = self.numbers_given * shards + u64::from(self.config.shard);
+        let offset = (given << u8::BITS) + u64::from(self.config.index);
         let number = ConnectionNumber(self.numbers_base + offset);
         connection.state = State::Up { number, since: now };
         self.stop_connection_timer(conn);

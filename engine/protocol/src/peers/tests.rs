@@ -395,22 +395,24 @@ fn listener_requests_dials_until_connected() {
     assert!(testbed.next_timeout() <= 52 * MS);
 }
 
-// Protects shards from sharing a peer: each peer is dialled by exactly one of them.
+// Protects shards from sharing a peer: each connection to a peer is dialled by exactly one of them,
+// and has a number of its own.
 #[test]
 fn shards_divide_the_peers() {
     let (all, now) = (members(20), Instant::now());
     let mut seen = BTreeSet::new();
     let mut numbers = BTreeSet::new();
-    for shard in 0..3 {
+    for (shard, index) in (0..3).flat_map(|shard| [(shard, 0), (shard, 1)]) {
         let config = PeersConfig {
             shard,
             shards: 3,
+            index,
             ..PeersConfig::default()
         };
         let mut peers = Peers::new(all[0].0, config, 1000, 1, now);
         peers.set_topology(topology(&all), now);
         while let Some(Action::Dial { peer, attempt, .. }) = peers.poll_action() {
-            assert!(seen.insert(peer));
+            assert!(seen.insert((index, peer)));
             let conn = ConnKey(attempt.0);
             peers
                 .handshake_done(conn, peer, Direction::Outbound(attempt), now)
@@ -429,7 +431,8 @@ fn shards_divide_the_peers() {
             ConnKey(999),
             *seen
                 .iter()
-                .find(|id| id.owner_shard(0, 3) != shard)
+                .map(|(_, peer)| peer)
+                .find(|id| id.owner_shard(index, 3) != shard)
                 .unwrap_or(&all[0].0),
             Direction::Outbound(Attempt(0)),
             now,
@@ -439,7 +442,7 @@ fn shards_divide_the_peers() {
             Err(Refusal::WrongShard | Refusal::SelfConnection)
         ));
     }
-    assert_eq!((seen.len(), numbers.len()), (19, 19));
+    assert_eq!((seen.len(), numbers.len()), (2 * 19, 2 * 19));
 }
 
 #[test]

@@ -24,6 +24,8 @@ pub struct RpcTable<W> {
     free_tail: u32,
     free: usize,
     in_flight: [u32; 3],
+    /// Classes that refused a request, and did not have room again when asked since.
+    refused: [bool; 3],
     deadlines: Wheel<u32>,
     late: u64,
 }
@@ -50,6 +52,7 @@ impl<W> RpcTable<W> {
             free_tail: NIL,
             free: 0,
             in_flight: [0; 3],
+            refused: [false; 3],
             deadlines: Wheel::new(now),
             late: 0,
         }
@@ -74,10 +77,10 @@ impl<W> RpcTable<W> {
         deadline: Instant,
         waiter: W,
     ) -> Result<u32, (RpcError, W)> {
-        if self.in_flight[class.index()] >= self.limits.in_flight_max[class.index()] {
-            return Err((RpcError::LocalBusy(class), waiter));
-        }
-        let Some(position) = self.take_position() else {
+        let is_full = self.in_flight[class.index()] >= self.limits.in_flight_max[class.index()];
+        let position = if is_full { None } else { self.take_position() };
+        let Some(position) = position else {
+            self.refused[class.index()] = true;
             return Err((RpcError::LocalBusy(class), waiter));
         };
         let slot = &mut self.slots[position as usize];
@@ -156,6 +159,15 @@ impl<W> RpcTable<W> {
     /// Number of requests of a class that wait.
     pub fn in_flight(&self, class: Class) -> u32 {
         self.in_flight[class.index()]
+    }
+
+    /// Whether the class refused no request, or has fallen under half of its limit since.
+    pub fn is_writable(&mut self, class: Class) -> bool {
+        let at = class.index();
+        let has_position = self.free > 0 || self.slots.len() < self.limits.slots() as usize;
+        let is_low = 2 * u64::from(self.in_flight[at]) < u64::from(self.limits.in_flight_max[at]);
+        self.refused[at] &= !(has_position && is_low);
+        !self.refused[at]
     }
 
     /// Number of requests that wait.

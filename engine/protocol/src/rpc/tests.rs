@@ -51,6 +51,38 @@ fn classes_are_bounded_apart() {
     assert_eq!(all, 1 << 16);
 }
 
+// Protects a shard's thread: an asker that was refused waits, and does not ask again at once.
+#[test]
+fn a_class_that_refused_is_writable_again_under_half() {
+    let now = Instant::now();
+    let mut table = RpcTable::new(LIMITS, now);
+    for class in Class::ALL {
+        let max = LIMITS.in_flight_max[class.index()];
+        let insert = |_| table.insert(class, now, ()).unwrap();
+        let ids: Vec<_> = (0..max).map(insert).collect();
+        assert!(table.is_writable(class), "full, and none was refused");
+        assert!(table.insert(class, now, ()).is_err());
+        for id in ids {
+            let is_low = 2 * table.in_flight(class) < max;
+            assert_eq!(table.is_writable(class), is_low, "{class:?}");
+            table.complete(id).unwrap();
+        }
+        assert!(table.is_writable(class), "{class:?}");
+    }
+    let of_positions = RpcLimits {
+        in_flight_max: [RpcLimits::SLOTS_MAX, RpcLimits::SLOTS_MAX, 0],
+    };
+    let mut table = RpcTable::new(of_positions, now);
+    let insert = |_| table.insert(Class::Latency, now, ()).unwrap();
+    let ids: Vec<_> = (0..RpcLimits::SLOTS_MAX).map(insert).collect();
+    assert!(table.insert(Class::Normal, now, ()).is_err());
+    assert!(!table.is_writable(Class::Normal), "no position is free");
+    table.complete(ids[0]).unwrap();
+    assert!(table.is_writable(Class::Normal));
+    assert!(table.insert(Class::Bulk, now, ()).is_err());
+    assert!(!table.is_writable(Class::Bulk), "it never takes one");
+}
+
 // Protects an asker from the response to another's request.
 #[test]
 fn ids_come_back_late_and_with_another_generation() {

@@ -33,6 +33,10 @@ use crate::outbox::Outbox;
 /// Futures of a connection that wait for room to send; more are refused.
 const WRITABLE_WAITERS_MAX: usize = 1_024;
 
+/// A future that waits for room to send on one of several connections: the first that has room
+/// takes the completion out.
+type Waiter = Rc<RefCell<Option<Completion>>>;
+
 /// What the connections of one shard share: limits, counters, the turn's time, which of them are
 /// up, and which have something to send.
 #[derive(Debug)]
@@ -107,19 +111,54 @@ impl ShardState {
         self.up.borrow().keys().copied().collect()
     }
 
-    /// The connection for the next message of `class` to `peer`: bodies take turns over all of
-    /// them; small messages take the one that has been up longest, so that they keep their order.
+    /// The connection for the next message of `class` to `peer`: class bulk takes turns over all of
+    /// them, past those that refused and are still full; the others take the one that has been up
+    /// longest, so that they keep their order.
     pub(crate) fn handle_to(&self, peer: &NodeId, class: Class) -> Option<Rc<ConnectionHandle>> {
         let mut up = self.up.borrow_mut();
-        let peer = up.get_mut(peer)?;
+        let PeerHandles { handles, turn } = up.get_mut(peer)?;
+        let count = handles.len();
         let at = match class {
-            Class::Bulk => {
-                peer.turn = (peer.turn + 1) % peer.handles.len().max(1);
-                peer.turn
+            Class::Bulk if count > 1 => {
+                let last = *turn;
+                let mut in_turn = (1..=count).map(|step| (last + step) % count);
+                let writable = in_turn.find(|at| handles[*at].is_writable(class));
+                *turn = writable.unwrap_or((last + 1) % count);
+                *turn
             }
-            Class::Latency | Class::Normal => 0,
+            Class::Latency | Class::Normal | Class::Bulk => 0,
         };
-        peer.handles.get(at).map(Rc::clone)
+        handles.get(at).map(Rc::clone)
+    }
+
+    /// Completes `completion` once a connection that takes messages of `class` to `peer` has room:
+    /// at once, if one of them is writable. Takes no turn.
+    pub(crate) fn wait_writable(&self, peer: &NodeId, class: Class, completion: Completion) {
+        let handles: Vec<_> = {
+            let up = self.up.borrow();
+            let handles = up.get(peer).map_or(&[][..], |peer| &peer.handles);
+            let taking = if class == Class::Bulk {
+                handles.len()
+            } else {
+                1
+            };
+            handles.iter().take(taking).map(Rc::clone).collect()
+        };
+        if handles.is_empty() {
+            return completion.complete(Err(RpcError::NotConnected));
+        }
+        if handles.iter().any(|handle| handle.is_writable(class)) {
+            return completion.complete(Ok(Payload::Empty));
+        }
+        let waiter = Waiter::new(RefCell::new(Some(completion)));
+        for handle in handles {
+            handle.add_waiter(class, &waiter);
+        }
+        if Rc::strong_count(&waiter) == 1
+            && let Some(completion) = waiter.take()
+        {
+            completion.complete(Err(RpcError::LocalBusy(class)));
+        }
     }
 }
 
@@ -139,7 +178,7 @@ pub(crate) struct ConnectionHandle {
     inbound: RefCell<InFlight<Option<Waker>>>,
     early_cancels: RefCell<EarlyCancels>,
     /// Who waits until a class is writable again.
-    writable: RefCell<Vec<(Class, Completion)>>,
+    writable: RefCell<Vec<(Class, Waiter)>>,
     is_dirty: Cell<bool>,
     is_closed: Cell<bool>,
 }
@@ -230,11 +269,15 @@ impl ConnectionHandle {
 
     /// Takes a request back.
     pub(crate) fn cancel(&self, header: Header) {
-        if self.is_closed.get() || self.calls.borrow_mut().cancel(header.id).is_none() {
+        if self.is_closed.get() {
             return;
         }
-        self.out.borrow_mut().cancel(header, true);
-        self.mark_dirty();
+        let cancelled = self.calls.borrow_mut().cancel(header.id);
+        if cancelled.is_some() {
+            self.out.borrow_mut().cancel(header, true);
+            self.mark_dirty();
+            self.wake_writable();
+        }
     }
 
     /// Takes back the request or the answer `id` if it is still being sent. If it is not, and
@@ -416,33 +459,35 @@ impl ConnectionHandle {
     pub(crate) fn on_answer(&self, id: u32, result: Result<Payload, RpcError>) {
         let completion = self.calls.borrow_mut().complete(id);
         match completion {
-            Some((_, completion)) => completion.complete(result),
+            Some((_, completion)) => {
+                completion.complete(result);
+                self.wake_writable();
+            }
             None => self.state.counters.add(Counter::AnswersLate, 1),
         }
     }
 
-    /// Completes `completion` once every queue of `class` that refused a message has fallen under
-    /// half of its bound: at once, if none has refused.
-    pub(crate) fn on_writable(&self, class: Class, completion: Completion) {
-        if self.is_closed.get() {
-            return completion.complete(Err(RpcError::NotConnected));
-        }
-        if self.out.borrow_mut().is_writable(class) {
-            return completion.complete(Ok(Payload::Empty));
-        }
-        let mut waiters = self.writable.borrow_mut();
-        if waiters.len() >= WRITABLE_WAITERS_MAX {
-            waiters.retain(|(_, waiter)| !waiter.is_abandoned());
-        }
-        if waiters.len() >= WRITABLE_WAITERS_MAX {
-            drop(waiters);
-            return completion.complete(Err(RpcError::LocalBusy(class)));
-        }
-        waiters.push((class, completion));
+    /// Whether all that refused a message of `class` has fallen under half of its bound: lanes,
+    /// streams, and requests in flight.
+    fn is_writable(&self, class: Class) -> bool {
+        let has_room = self.out.borrow_mut().is_writable(class);
+        // Both are asked: each forgets its refusal when it has room.
+        self.calls.borrow_mut().is_writable(class) && has_room
     }
 
-    /// Completes what waits for a class that has become writable. Called after the queues have
-    /// fallen.
+    /// `waiter` is told when `class` is writable again, unless too many wait.
+    fn add_waiter(&self, class: Class, waiter: &Waiter) {
+        let mut waiters = self.writable.borrow_mut();
+        if waiters.len() >= WRITABLE_WAITERS_MAX {
+            waiters.retain(|(_, waiter)| is_waiting(waiter));
+        }
+        if waiters.len() < WRITABLE_WAITERS_MAX {
+            waiters.push((class, Rc::clone(waiter)));
+        }
+    }
+
+    /// Completes what waits for a class that has become writable. Called after queues or requests
+    /// in flight have fallen.
     #[inline]
     pub(crate) fn wake_writable(&self) {
         if !self.writable.borrow().is_empty() {
@@ -452,14 +497,15 @@ impl ConnectionHandle {
 
     fn wake_waiters(&self) {
         let ready = {
-            let mut out = self.out.borrow_mut();
-            let is_writable = Class::ALL.map(|class| out.is_writable(class));
+            let is_writable = Class::ALL.map(|class| self.is_writable(class));
             let mut waiters = self.writable.borrow_mut();
-            let is_ready = |(class, _): &mut (Class, Completion)| is_writable[class.index()];
+            let is_ready = |(class, _): &mut (Class, Waiter)| is_writable[class.index()];
             waiters.extract_if(.., is_ready).collect::<Vec<_>>()
         };
-        for (_, completion) in ready {
-            completion.complete(Ok(Payload::Empty));
+        for (_, waiter) in ready {
+            if let Some(completion) = waiter.take() {
+                completion.complete(Ok(Payload::Empty));
+            }
         }
     }
 
@@ -481,6 +527,7 @@ impl ConnectionHandle {
                 .count(Family::Failed, RpcError::Timeout.reason());
             completion.complete(Err(RpcError::Timeout));
         }
+        self.wake_writable();
     }
 
     /// Ends everything: the connection is gone.
@@ -494,7 +541,11 @@ impl ConnectionHandle {
             .take_all(&mut |_, waker| wakers.extend(waker));
         wakers.into_iter().for_each(Waker::wake);
         for (_, waiter) in self.writable.take() {
-            waiter.complete(Err(RpcError::ConnectionLost));
+            // Another connection of the peer may still have room for it.
+            let is_last = Rc::strong_count(&waiter) == 1;
+            if is_last && let Some(completion) = waiter.take() {
+                completion.complete(Err(RpcError::ConnectionLost));
+            }
         }
         let mut lost = Vec::new();
         self.calls
@@ -572,9 +623,135 @@ impl ConnectionHandle {
     }
 }
 
+/// Whether a future still waits for room.
+fn is_waiting(waiter: &Waiter) -> bool {
+    let completion = waiter.borrow();
+    completion.as_ref().is_some_and(|held| !held.is_abandoned())
+}
+
 fn too_large(body_bytes: u64, max_bytes: u32) -> RpcError {
     RpcError::LocalTooLarge {
         body_bytes,
         max_bytes: max_bytes.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::pin::Pin;
+
+    use super::*;
+    use crate::service::pending::PendingAnswer;
+
+    const CLASS: Class = Class::Bulk;
+    const IN_FLIGHT: u32 = 2;
+
+    fn poll(answer: &mut PendingAnswer) -> Poll<Result<(), RpcError>> {
+        let polled = Pin::new(answer).poll(&mut Context::from_waker(Waker::noop()));
+        polled.map(|result| result.map(drop))
+    }
+
+    /// A shard with two connections to one peer.
+    struct Testbed {
+        state: Rc<ShardState>,
+        peer: NodeId,
+        handles: [Rc<ConnectionHandle>; 2],
+    }
+
+    impl Testbed {
+        fn new() -> Self {
+            let mut config = TransportConfig::default();
+            config.requests_out_max.bulk = IN_FLIGHT;
+            let state = Rc::new(ShardState::new(config, Arc::default(), Instant::now()));
+            let peer = NodeId::from_bytes([1; 29]);
+            let handles = [0, 1].map(|slot| ConnectionHandle::new(&state, slot, peer, true));
+            for handle in &handles {
+                state.insert(Rc::clone(handle));
+            }
+            Self {
+                state,
+                peer,
+                handles,
+            }
+        }
+
+        fn request(&self) -> PendingAnswer {
+            let request = Request {
+                class: CLASS,
+                method: Method(0),
+                body: Payload::Empty,
+                deadline: Duration::from_secs(1),
+            };
+            self.state.request(&self.peer, request)
+        }
+
+        fn on_writable(&self) -> PendingAnswer {
+            self.state.on_writable(&self.peer, CLASS)
+        }
+
+        /// As many requests as both connections take, one on each in turn.
+        fn fill(&self) -> Vec<PendingAnswer> {
+            let mut asked = Vec::new();
+            for sent in 1..=IN_FLIGHT {
+                for _ in &self.handles {
+                    assert_eq!(poll(&mut self.on_writable()), Poll::Ready(Ok(())));
+                    asked.push(self.request());
+                }
+                assert_eq!(self.in_flight(), [sent; 2]);
+            }
+            asked
+        }
+
+        fn in_flight(&self) -> [u32; 2] {
+            let in_flight = |handle: &Rc<ConnectionHandle>| handle.calls.borrow().in_flight(CLASS);
+            self.handles.each_ref().map(in_flight)
+        }
+    }
+
+    // Protects a shard's thread: a wait that looks at another connection than the one that refused
+    // is over at once, for ever.
+    #[test]
+    fn a_wait_for_room_ends_when_one_of_two_connections_has_it() {
+        for at in 0..2 {
+            let testbed = Testbed::new();
+            let mut asked = testbed.fill();
+            for _ in 0..3 {
+                let refused = poll(&mut testbed.request());
+                assert_eq!(refused, Poll::Ready(Err(RpcError::LocalBusy(CLASS))));
+            }
+            let mut waits = [(); 3].map(|()| testbed.on_writable());
+            let mut polled = || waits.each_mut().map(poll);
+            assert_eq!(polled(), [Poll::Pending; 3]);
+            drop(asked.remove(at + 2));
+            assert_eq!(polled(), [Poll::Pending; 3], "half is not under half");
+            drop(asked.remove(at));
+            assert_eq!(polled(), [Poll::Ready(Ok(())); 3]);
+            // The other one is still full: turns pass it by.
+            asked.extend([testbed.request(), testbed.request()]);
+            assert_eq!(testbed.in_flight(), [IN_FLIGHT; 2]);
+        }
+    }
+
+    #[test]
+    fn a_wait_for_room_outlives_one_of_two_connections() {
+        let testbed = Testbed::new();
+        let _asked = testbed.fill();
+        for _ in 0..2 {
+            let refused = poll(&mut testbed.request());
+            assert_eq!(refused, Poll::Ready(Err(RpcError::LocalBusy(CLASS))));
+        }
+        let mut wait = testbed.on_writable();
+        for (at, left) in [Poll::Pending, Poll::Ready(Err(RpcError::ConnectionLost))]
+            .into_iter()
+            .enumerate()
+        {
+            let handle = &testbed.handles[at];
+            testbed.state.remove(handle);
+            handle.close();
+            assert_eq!(poll(&mut wait), left);
+        }
+        let none = poll(&mut testbed.on_writable());
+        assert_eq!(none, Poll::Ready(Err(RpcError::NotConnected)));
     }
 }

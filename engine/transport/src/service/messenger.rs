@@ -109,9 +109,11 @@ pub trait Messenger: Clone + 'static {
         body: Payload,
     ) -> Vec<(NodeId, RpcError)>;
 
-    /// Ready once a queue of `class` to `peer` that refused a message has fallen under half of its
-    /// bound (`lane_queue_bytes` for small messages, `stream_queue_messages` for the others); at
-    /// once when none has refused. Dropping it ends the wait.
+    /// Ready once all that refused a message of `class` to `peer` has fallen under half of its
+    /// bound: queues (`lane_queue_bytes` for small messages, `stream_queue_messages` for the
+    /// others) and requests in flight (`requests_out_max`). Ready at once when nothing has refused.
+    /// Where several connections carry class bulk to `peer`, one with room is enough. Dropping the
+    /// future ends the wait.
     ///
     /// # Errors
     /// [`RpcError::NotConnected`]; [`RpcError::ConnectionLost`] when the connection ends meanwhile;

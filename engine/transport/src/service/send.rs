@@ -99,11 +99,8 @@ impl ShardState {
     /// See [`Messenger::on_writable`](super::messenger::Messenger::on_writable); the answer is
     /// empty.
     pub fn on_writable(&self, peer: &NodeId, class: Class) -> PendingAnswer {
-        let Some(handle) = self.handle_to(peer, class) else {
-            return PendingAnswer::failed(RpcError::NotConnected);
-        };
         let answer = Rc::new(AnswerSlot::default());
-        handle.on_writable(class, Completion::Local(Rc::clone(&answer)));
+        self.wait_writable(peer, class, Completion::Local(Rc::clone(&answer)));
         PendingAnswer::waiting(answer)
     }
 
@@ -114,10 +111,7 @@ impl ShardState {
             class,
             completion,
         } = remote;
-        match self.handle_to(&peer, class) {
-            Some(handle) => handle.on_writable(class, Completion::Remote(completion)),
-            None => completion.complete(Err(RpcError::NotConnected)),
-        }
+        self.wait_writable(&peer, class, Completion::Remote(completion));
     }
 
     /// A one-way message of another shard or thread.

@@ -172,7 +172,8 @@ impl Session {
         }
     }
 
-    /// The node is gone, as by kill -9: requests end, and no service hears of anything.
+    /// The node is gone, as by kill -9: requests end, sinks hear that their bodies are cut, and the
+    /// router hears of nothing.
     pub fn abandon(self) {
         self.take_down();
         self.handle.close();

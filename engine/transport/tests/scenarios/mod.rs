@@ -50,6 +50,18 @@ pub(crate) fn short_queues() -> TransportConfig {
     config
 }
 
+/// Requests of a class that are in flight at most, with [`few_in_flight`].
+const IN_FLIGHT: u32 = 4;
+
+/// The config that the scenario of bounded requests needs.
+pub(crate) fn few_in_flight() -> TransportConfig {
+    let mut config = TransportConfig::default();
+    config.requests_out_max.latency = IN_FLIGHT;
+    config.requests_out_max.normal = IN_FLIGHT;
+    config.requests_out_max.bulk = IN_FLIGHT;
+    config
+}
+
 /// The config that the scenario of a peer's share needs.
 pub(crate) fn small_budget() -> TransportConfig {
     TransportConfig {
@@ -312,6 +324,53 @@ pub(crate) async fn a_full_queue_says_when_it_has_room<M: Messenger>(messenger: 
     assert_eq!(wait.unwrap_err(), RpcError::NotConnected);
 }
 
+/// Requests over the bound of those in flight wait for room, and all are answered; a request that
+/// ends in another way makes room too. Runs with [`few_in_flight`].
+pub(crate) async fn a_bound_of_requests_says_when_it_has_room<M: Messenger>(
+    messenger: M,
+    peer: NodeId,
+) {
+    for class in Class::ALL {
+        let hang = || messenger.request(peer, request(HANG, class, vec![1]));
+        let busy = |answer: &Poll<Result<Payload, RpcError>>| matches!(answer, Poll::Ready(Err(error)) if *error == RpcError::LocalBusy(class));
+        let mut kept: Vec<_> = (0..IN_FLIGHT).map(|_| hang()).collect();
+        let mut free = std::pin::pin!(messenger.on_writable(peer, class));
+        let is_free = poll_once(free.as_mut()).await;
+        assert_eq!(is_free, Poll::Ready(Ok(())), "nothing was refused");
+        let refused = poll_once(std::pin::pin!(hang())).await;
+        assert!(busy(&refused), "{class:?}: {refused:?}");
+        // By taking requests back.
+        let mut full = std::pin::pin!(messenger.on_writable(peer, class));
+        while kept.len() >= IN_FLIGHT as usize / 2 {
+            let is_free = poll_once(full.as_mut()).await;
+            assert_eq!(is_free, Poll::Pending, "{class:?}: {}", kept.len());
+            kept.pop();
+        }
+        assert_eq!(poll_once(full.as_mut()).await, Poll::Ready(Ok(())));
+        drop(kept);
+        // By deadlines.
+        let soon = || {
+            let mut request = request(HANG, class, vec![1]);
+            request.deadline = Duration::from_millis(200);
+            messenger.request(peer, request)
+        };
+        let late: Vec<_> = (0..IN_FLIGHT).map(|_| soon()).collect();
+        let refused = poll_once(std::pin::pin!(hang())).await;
+        assert!(busy(&refused), "{class:?}: {refused:?}");
+        messenger.on_writable(peer, class).await.unwrap();
+        drop(late);
+        // By answers, which are not taken before the wait is over.
+        let echo = || messenger.request(peer, request(ECHO, class, vec![1]));
+        let answered: Vec<_> = (0..IN_FLIGHT).map(|_| echo()).collect();
+        let refused = poll_once(std::pin::pin!(hang())).await;
+        assert!(busy(&refused), "{class:?}: {refused:?}");
+        messenger.on_writable(peer, class).await.unwrap();
+        for answer in answered {
+            assert_eq!(answer.await.unwrap().len(), 1);
+        }
+    }
+}
+
 /// An answer that its queue has no room for is a refusal, not silence. Runs with [`short_queues`].
 pub(crate) async fn a_full_answer_queue_says_busy<M: Messenger>(messenger: M, peer: NodeId) {
     // They arrive in a few packets, and want a hundred times the queue's bytes.
@@ -414,8 +473,13 @@ pub(crate) async fn an_unknown_method_is_refused<M: Messenger>(messenger: M, pee
     assert_eq!(told, Ok(()));
 }
 
-/// One message to many peers arrives at each of them; who is not connected is named.
-pub(crate) async fn one_message_reaches_all<M: Messenger>(messenger: M, logs: Vec<Arc<Log>>) {
+/// One message to many peers arrives at each of them; those that the caller's shard refuses are
+/// named, and no others. `is_own` says which peers are of that shard.
+pub(crate) async fn one_message_reaches_all<M: Messenger>(
+    messenger: M,
+    logs: Vec<Arc<Log>>,
+    is_own: impl Fn(&NodeId) -> bool,
+) {
     const NUMBER: u64 = 1 << 40;
     let nobody = NodeId::from_bytes([0xee; 29]);
     let mut peers = messenger.peers();
@@ -433,8 +497,20 @@ pub(crate) async fn one_message_reaches_all<M: Messenger>(messenger: M, logs: Ve
     peers.push(nobody);
     let large = vec![0; LANE_BYTES + 1];
     let refused = messenger.send_to_all(&peers, Class::Latency, TELL, large.into());
-    let named: Vec<_> = refused.iter().map(|(peer, _)| *peer).collect();
-    assert!(named.iter().all(|peer| peers.contains(peer)), "{refused:?}");
+    let too_large = RpcError::LocalTooLarge {
+        body_bytes: LANE_BYTES as u64 + 1,
+        max_bytes: LANE_BYTES as u64,
+    };
+    let why = |peer: &NodeId| {
+        if *peer == nobody {
+            RpcError::NotConnected
+        } else {
+            too_large
+        }
+    };
+    let own = peers.iter().filter(|peer| is_own(peer));
+    let wanted: Vec<_> = own.map(|peer| (*peer, why(peer))).collect();
+    assert_eq!(refused, wanted);
 }
 
 /// Peers, paths and time of the whole node.
