@@ -3,7 +3,6 @@
 //!
 //! `docs/reference/edge.md` specifies the decisions, `src/bpf` makes them, `millrace_edge_policy`
 //! models them.
-#![warn(clippy::missing_errors_doc)]
 
 pub mod abi;
 pub mod clock;

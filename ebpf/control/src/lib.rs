@@ -21,8 +21,6 @@
 //! 4. Nothing here prints, ends the process or knows the command line. What it needs of a node
 //!    comes through [`probe::NodeProbe`] and plain values.
 
-#![warn(clippy::missing_errors_doc)]
-
 pub mod agent;
 pub mod apply;
 pub mod error;

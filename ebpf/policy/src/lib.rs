@@ -6,7 +6,6 @@
 //! 2. No packet makes the crate panic or allocate.
 //! 3. The kernel's programs and this crate agree bit by bit; `ebpf/tests/model.rs` compares them.
 #![forbid(unsafe_code)]
-#![warn(clippy::missing_errors_doc)]
 
 pub mod action;
 pub mod admission;

@@ -1,4 +1,4 @@
-//! `/metrics`: OpenMetrics text of what the node counts, under our names and, where the reference
+//! `/metrics`: OpenMetrics text of the node's counts, under our names and, where the reference
 //! has the same thing, under the reference's.
 //!
 //! Collected when asked: nothing is kept twice.

@@ -229,6 +229,9 @@ pub enum StreamKind {
 
 impl StreamKind {
     /// Reads the first byte of a stream.
+    ///
+    /// # Errors
+    /// When the byte names no kind of stream.
     pub fn decode(byte: u8) -> Result<Self, FrameError> {
         match byte {
             1 => Ok(Self::Lane),
@@ -295,7 +298,10 @@ impl Header {
         bytes
     }
 
-    /// Reads a header; its size is still to be checked.
+    /// Reads a header; the caller checks its size with [`Self::check`].
+    ///
+    /// # Errors
+    /// When the kind or the class is unknown.
     #[inline]
     pub fn decode(bytes: &[u8; Self::BYTES]) -> Result<Self, FrameError> {
         let [
@@ -327,6 +333,9 @@ impl Header {
     }
 
     /// Checks that a frame of this kind and size may travel on `carriage`.
+    ///
+    /// # Errors
+    /// When the kind does not travel there, or the body is above the limit.
     #[inline]
     pub fn check(&self, carriage: Carriage, limits: &Limits) -> Result<(), FrameError> {
         let carried = match carriage {

@@ -11,7 +11,6 @@
 //! 3. What a peer can make grow has a bound in [`TransportConfig`], and a counter with a reason for
 //!    what the bound refused.
 #![forbid(unsafe_code)]
-#![warn(clippy::missing_errors_doc)]
 
 mod address;
 mod admission;

@@ -36,6 +36,10 @@ impl LaneParser {
     }
 
     /// Takes the next bytes of the lane and hands over every frame that they complete.
+    ///
+    /// # Errors
+    /// The first fault of the peer, in this call and in every later one: the connection must be
+    /// closed. Frames before the fault have been handed over.
     pub fn push(
         &mut self,
         mut input: &[u8],
