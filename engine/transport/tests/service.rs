@@ -439,7 +439,7 @@ fn services_that_claim_the_same_methods_do_not_start() {
     assert!(
         error
             .to_string()
-            .contains("methods 64..=64 overlap methods 64..=67"),
+            .contains("methods 64..=64 overlap methods 64..=69"),
         "{error}"
     );
 }
