@@ -179,7 +179,8 @@ impl Versions {
             None if follower.registry().newest().is_none() => {
                 Topology::from_members(self.first.iter().cloned(), 0)
             }
-            None => Topology::empty(),
+            // It has the version that removed this node: the transport ignores an older one.
+            None => Topology::from_members([], follower.registry().newest_number()),
         }
     }
 
