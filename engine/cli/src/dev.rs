@@ -4,7 +4,7 @@
 //! Shards may share cores here, which a real node never allows; they park instead of spinning then.
 //! With `--edge`, the first node stands behind the edge, in network namespaces of its own.
 
-mod stage;
+mod testbed;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ use crate::cli::DevArgs;
 use crate::exit::{Exit, Failure};
 use crate::node::helper;
 use crate::{output, progress};
-use stage::{Side, Stage};
+use testbed::{Side, Testbed};
 
 /// Chunks beside the payload's: small artifacts that a user puts, answers of the registry.
 const SPARE_CHUNKS: u64 = 8;
@@ -84,7 +84,7 @@ struct Subnet {
     /// Their admin sockets; none with `--once`.
     sockets: Vec<PathBuf>,
     /// After the nodes: it takes the edge away.
-    stage: Option<Stage>,
+    testbed: Option<Testbed>,
     connections_per_peer: usize,
     started: Instant,
 }
@@ -94,7 +94,7 @@ impl Subnet {
     /// all: no port is guessed.
     fn start(args: &DevArgs, config: &NodeConfig, folder: &Path) -> Result<Self, Failure> {
         let started = Instant::now();
-        let stage = args.edge.then(Stage::make).transpose()?;
+        let testbed = args.edge.then(Testbed::make).transpose()?;
         let registry_key = keys::create(&folder.join("registry.key"))?;
         let registry_dir = folder.join("registry");
         std::fs::create_dir(&registry_dir).map_err(|e| Failure::io(registry_dir.display(), &e))?;
@@ -110,7 +110,7 @@ impl Subnet {
                 args,
                 config,
                 index,
-                stage: stage.as_ref(),
+                testbed: testbed.as_ref(),
                 // A client needs it while the subnet stays.
                 admin_socket: (!args.once).then(|| state_dir.join(&config.admin.socket)),
                 registry: RegistrySource {
@@ -141,7 +141,7 @@ impl Subnet {
         Ok(Self {
             nodes,
             sockets,
-            stage,
+            testbed,
             connections_per_peer: usize::from(args.shards),
             started,
         })
@@ -180,9 +180,9 @@ impl Subnet {
         let started = Instant::now();
         let deliveries = std::thread::scope(|scope| {
             let flood = self
-                .stage
+                .testbed
                 .as_ref()
-                .map(|stage| scope.spawn(|| stage.flood(&stop, &hostile)));
+                .map(|testbed| scope.spawn(|| testbed.flood(&stop, &hostile)));
             let publishing = scope.spawn(|| {
                 futures_lite::future::block_on(self.nodes[0].artifacts().publish(id, body))
             });
@@ -222,8 +222,8 @@ impl Subnet {
         } else {
             self.wait_for_counts(args.payload.bytes());
             self.print(id, &deliveries, &outcome, connected)?;
-            if let Some(stage) = &self.stage {
-                stage.print(&hostile)?;
+            if let Some(testbed) = &self.testbed {
+                testbed.print(&hostile)?;
             }
         }
         let all = delivered == self.nodes.len() - 1 && hash_ok;
@@ -341,10 +341,10 @@ impl Subnet {
                 socket.display()
             ))?;
         }
-        if let Some(stage) = &self.stage {
+        if let Some(testbed) = &self.testbed {
             output::message(format_args!(
                 "edge in front of node 0: millrace xdp status --pins {0}\n                         millrace xdp trace --pins {0} --from 10.77.0.66:40000 --to-port 4100",
-                stage.pins().root().display()
+                testbed.pins().root().display()
             ));
         }
         output::message(format_args!(
@@ -372,7 +372,7 @@ struct NodeSite<'s> {
     args: &'s DevArgs,
     config: &'s NodeConfig,
     index: u16,
-    stage: Option<&'s Stage>,
+    testbed: Option<&'s Testbed>,
     admin_socket: Option<PathBuf>,
     registry: RegistrySource,
 }
@@ -381,15 +381,15 @@ impl NodeSite<'_> {
     fn start(&self, identity: SigningKey) -> Result<Node, Failure> {
         let config = self.node_config();
         let parts = self.parts(identity, &config)?;
-        let Some(stage) = self.stage else {
+        let Some(testbed) = self.testbed else {
             return Ok(Node::start(&config, parts)?);
         };
         let side = Side::of(self.index);
         if side == Side::Outside {
-            return stage.on(side, || Ok(Node::start(&config, parts)?));
+            return testbed.on(side, || Ok(Node::start(&config, parts)?));
         }
-        let started = stage.on(side, || start_behind_edge(&config, parts))?;
-        stage.join_far_end()?;
+        let started = testbed.on(side, || start_behind_edge(&config, parts))?;
+        testbed.join_far_end()?;
         Ok(started)
     }
 
@@ -402,11 +402,11 @@ impl NodeSite<'_> {
     fn node_config(&self) -> NodeConfig {
         let mut config = self.config.clone();
         config.listen.address = std::net::SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 0));
-        if let Some(stage) = self.stage {
+        if let Some(testbed) = self.testbed {
             if Side::of(self.index) == Side::Inside {
-                config = stage.config(&config);
+                config = testbed.config(&config);
             }
-            config.listen.address = Stage::address(self.index);
+            config.listen.address = Testbed::address(self.index);
         }
         let buffers = UdpGroupConfig::default();
         config.listen.receive_buffer_bytes = ByteSize(buffers.recv_buffer_bytes as u64);

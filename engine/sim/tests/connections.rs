@@ -186,7 +186,7 @@ fn membership_walk() {
 }
 
 #[test]
-fn stranger_is_refused_and_does_not_disturb() {
+fn non_member_is_refused_and_does_not_disturb() {
     for_seeds(50, |seed| {
         let (mut sim, all) = start(seed);
         // Node 0 dials everyone; the others no longer know it.

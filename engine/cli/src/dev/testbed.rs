@@ -33,7 +33,7 @@ const INSIDE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 /// The other nodes.
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 /// A host that the registry does not name.
-const STRANGER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 66);
+const NON_MEMBER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 66);
 /// Port of the first node; the others follow.
 const PORT: u16 = 4100;
 /// From 63 nodes with 8 connections each, and again while they redial.
@@ -69,12 +69,12 @@ impl Side {
 
 /// The namespaces and the cable; dropped, they are gone.
 #[derive(Debug)]
-pub(super) struct Stage {
+pub(super) struct Testbed {
     prefix: String,
     pins: PathBuf,
 }
 
-impl Stage {
+impl Testbed {
     /// Makes them. Takes root, and iproute2.
     pub(super) fn make() -> Result<Self, Failure> {
         let missing = privileges::missing();
@@ -83,11 +83,11 @@ impl Stage {
             return Err(Failure::new(Exit::NotPermitted, message));
         }
         let id = std::process::id();
-        let stage = Self {
+        let testbed = Self {
             prefix: format!("millrace-dev-{id}"),
             pins: PathBuf::from(format!("/run/millrace/dev-{id}")),
         };
-        let (inside, outside) = (stage.space(Side::Inside), stage.space(Side::Outside));
+        let (inside, outside) = (testbed.space(Side::Inside), testbed.space(Side::Outside));
         ip(&["netns", "add", &inside])?;
         ip(&["netns", "add", &outside])?;
         ip(&[
@@ -96,9 +96,9 @@ impl Stage {
         ])?;
         for (side, addresses) in [
             (Side::Inside, vec![INSIDE]),
-            (Side::Outside, vec![OUTSIDE, STRANGER]),
+            (Side::Outside, vec![OUTSIDE, NON_MEMBER]),
         ] {
-            let space = stage.space(side);
+            let space = testbed.space(side);
             for address in addresses {
                 let address = format!("{address}/24");
                 ip(&["-n", &space, "addr", "add", &address, "dev", side.name()])?;
@@ -106,7 +106,7 @@ impl Stage {
             ip(&["-n", &space, "link", "set", side.name(), "up"])?;
             ip(&["-n", &space, "link", "set", "lo", "up"])?;
         }
-        Ok(stage)
+        Ok(testbed)
     }
 
     fn space(&self, side: Side) -> String {
@@ -128,7 +128,7 @@ impl Stage {
                 act()
             });
             thread.join().map_err(|_| {
-                Failure::new(Exit::Failed, "a thread of the stage ended with a panic")
+                Failure::new(Exit::Failed, "a thread of the testbed ended with a panic")
             })?
         })
     }
@@ -199,7 +199,7 @@ impl Stage {
                 Ok(socket)
             };
             let failed = |error: std::io::Error| Failure::io("the flood's socket", &error);
-            let stranger = socket(STRANGER).map_err(failed)?;
+            let non_member = socket(NON_MEMBER).map_err(failed)?;
             let forger = socket(OUTSIDE).map_err(failed)?;
             let initial = datagram(Shape::QuicInitial);
             let mut forged = datagram(Shape::QuicShort);
@@ -210,7 +210,7 @@ impl Stage {
                     let varied = number.to_le_bytes();
                     forged[1..9].copy_from_slice(&varied);
                     // A full queue is what a flood looks like from its sender.
-                    let _ = stranger.send(&initial);
+                    let _ = non_member.send(&initial);
                     let _ = forger.send(&forged);
                     if turn == BURST / 2 {
                         std::thread::yield_now();
@@ -250,7 +250,7 @@ impl Stage {
 /// What stands behind the UDP header of such a packet.
 fn datagram(shape: Shape) -> Vec<u8> {
     let description = Description {
-        from: SocketAddr::new(IpAddr::V4(STRANGER), PORT),
+        from: SocketAddr::new(IpAddr::V4(NON_MEMBER), PORT),
         to_port: PORT,
         shape,
         payload_bytes: None,
@@ -258,11 +258,11 @@ fn datagram(shape: Shape) -> Vec<u8> {
     description.frame().split_off(HEADERS)
 }
 
-impl Drop for Stage {
+impl Drop for Testbed {
     fn drop(&mut self) {
         for pins in [self.far_pins(), self.pins()] {
             if let Err(error) = Edge::detach(&pins) {
-                tracing::warn!(%error, "the pins of the stage stay");
+                tracing::warn!(%error, "the pins of the testbed stay");
             }
             // The folder that they were mounted on, and their locks: left there, they do no harm.
             let _ = fs::remove_dir(pins.root());
@@ -272,7 +272,7 @@ impl Drop for Stage {
         }
         for side in [Side::Inside, Side::Outside] {
             if let Err(failure) = ip(&["netns", "del", &self.space(side)]) {
-                tracing::warn!(%failure, "a namespace of the stage stays");
+                tracing::warn!(%failure, "a namespace of the testbed stays");
             }
         }
     }
