@@ -371,13 +371,41 @@ fn sources(folder: &Path, files: &mut Vec<PathBuf>) {
     }
 }
 
-/// The numbered lines that are neither comments nor below the tests at the bottom.
+/// The numbered lines that are neither comments nor of an item that is for tests only. rustfmt puts
+/// such an item's attribute, and the brace that ends its body, at the start of a line.
 fn shipped(text: &str) -> impl Iterator<Item = (usize, &str)> {
-    let lines = text
-        .lines()
-        .enumerate()
-        .map(|(index, line)| (index + 1, line));
-    lines
-        .take_while(|(_, line)| !line.starts_with("#[cfg(test)]"))
-        .filter(|(_, line)| !line.trim_start().starts_with("//"))
+    let mut in_tests = false;
+    text.lines().enumerate().filter_map(move |(index, line)| {
+        if in_tests {
+            let is_item_without_body = line.ends_with(';') && !line.starts_with(' ');
+            in_tests = !is_item_without_body && line != "}";
+            return None;
+        }
+        in_tests = line.starts_with("#[cfg(test)]");
+        let is_comment = line.trim_start().starts_with("//");
+        (!in_tests && !is_comment).then_some((index + 1, line))
+    })
+}
+
+/// Protects the checks above: an item for tests hides itself, and nothing below it.
+#[test]
+fn what_stands_below_tests_is_shipped() {
+    let text = "\
+use a;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+use b::{c, d};
+// a comment
+use e;
+#[cfg(test)]
+mod more {
+    fn f() {
+        g();
+    }
+}
+fn h() {}
+";
+    let shipped: Vec<_> = shipped(text).collect();
+    assert_eq!(shipped, [(1, "use a;"), (7, "use e;"), (14, "fn h() {}")]);
 }
