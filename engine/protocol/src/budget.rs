@@ -9,6 +9,10 @@
 //!    free, so the first comers leave room for others: one peer alone reaches half of the total,
 //!    n together n/(n+1). A peer that holds nothing gets what fits.
 //! 3. What a peer holds is what was reserved for it less what was released for it.
+//! 4. Inline bodies, which are small and given back right after their handler, have an allowance
+//!    beside the total: `peer_inline_bytes_max` for each peer. So a peer whose kept bodies fill its
+//!    share still gets its small messages through. One above the allowance is reserved as any
+//!    other.
 
 use crate::frame::FailureCode;
 use crate::id::NodeId;
@@ -22,6 +26,8 @@ pub struct BudgetConfig {
     pub total_bytes: u64,
     /// For one peer.
     pub peer_bytes_max: u64,
+    /// For inline bodies of one peer, beside the other two.
+    pub peer_inline_bytes_max: u64,
 }
 
 impl Default for BudgetConfig {
@@ -29,6 +35,7 @@ impl Default for BudgetConfig {
         Self {
             total_bytes: 512 << 20,
             peer_bytes_max: 256 << 20,
+            peer_inline_bytes_max: 1 << 20,
         }
     }
 }
@@ -89,6 +96,8 @@ pub struct ReceiveBudget {
     used_bytes: u64,
     /// Peers that hold something: as many as have a body in flight, at most.
     peers: BTreeMap<NodeId, u64>,
+    /// Peers that hold something of their allowance.
+    inline: BTreeMap<NodeId, u64>,
 }
 
 impl ReceiveBudget {
@@ -98,6 +107,7 @@ impl ReceiveBudget {
             config,
             used_bytes: 0,
             peers: BTreeMap::new(),
+            inline: BTreeMap::new(),
         }
     }
 
@@ -129,24 +139,35 @@ impl ReceiveBudget {
         Ok(())
     }
 
+    /// Reserves `bytes` of the allowance of `peer` for an inline body. False when the allowance has
+    /// not as much left; nothing changes then.
+    #[must_use]
+    pub fn reserve_inline(&mut self, peer: NodeId, bytes: u64) -> bool {
+        let held_bytes = self.inline_bytes(&peer);
+        if bytes > self.config.peer_inline_bytes_max - held_bytes {
+            return false;
+        }
+        if bytes > 0 {
+            self.inline.insert(peer, held_bytes + bytes);
+        }
+        self.invariants();
+        true
+    }
+
     /// Gives back `bytes` that are reserved for `peer`. More than it holds is a fault of the
     /// caller: a debug build panics, another gives back what it holds.
     pub fn release(&mut self, peer: &NodeId, bytes: u64) {
-        let Some(held) = self.peers.get_mut(peer) else {
-            debug_assert_eq!(bytes, 0, "released for a peer that holds nothing");
-            return;
-        };
-        debug_assert!(bytes <= *held, "released {bytes} of {held} bytes");
-        let bytes = bytes.min(*held);
-        *held -= bytes;
-        self.used_bytes -= bytes;
-        if *held == 0 {
-            self.peers.remove(peer);
-        }
+        self.used_bytes -= take_back(&mut self.peers, peer, bytes);
         self.invariants();
     }
 
-    /// Reserved by all peers.
+    /// As [`Self::release`], of the allowance for inline bodies.
+    pub fn release_inline(&mut self, peer: &NodeId, bytes: u64) {
+        take_back(&mut self.inline, peer, bytes);
+        self.invariants();
+    }
+
+    /// Reserved by all peers, without inline bodies of their allowances.
     pub fn used_bytes(&self) -> u64 {
         self.used_bytes
     }
@@ -156,9 +177,14 @@ impl ReceiveBudget {
         self.config.total_bytes - self.used_bytes
     }
 
-    /// Reserved by one peer.
+    /// Reserved by one peer, without inline bodies of its allowance.
     pub fn held_bytes(&self, peer: &NodeId) -> u64 {
         self.peers.get(peer).copied().unwrap_or(0)
+    }
+
+    /// Reserved by one peer of its allowance for inline bodies.
+    pub fn inline_bytes(&self, peer: &NodeId) -> u64 {
+        self.inline.get(peer).copied().unwrap_or(0)
     }
 
     fn invariants(&self) {
@@ -169,7 +195,27 @@ impl ReceiveBudget {
                 .values()
                 .all(|held| (1..=self.config.peer_bytes_max).contains(held))
         );
+        debug_assert!(
+            self.inline
+                .values()
+                .all(|held| (1..=self.config.peer_inline_bytes_max).contains(held))
+        );
     }
+}
+
+/// Takes `bytes` from what `peer` holds, and says how many were there.
+fn take_back(peers: &mut BTreeMap<NodeId, u64>, peer: &NodeId, bytes: u64) -> u64 {
+    let Some(held) = peers.get_mut(peer) else {
+        debug_assert_eq!(bytes, 0, "released for a peer that holds nothing");
+        return 0;
+    };
+    debug_assert!(bytes <= *held, "released {bytes} of {held} bytes");
+    let bytes = bytes.min(*held);
+    *held -= bytes;
+    if *held == 0 {
+        peers.remove(peer);
+    }
+    bytes
 }
 
 #[cfg(test)]
@@ -188,6 +234,7 @@ mod tests {
         let mut budget = ReceiveBudget::new(BudgetConfig {
             total_bytes: 100,
             peer_bytes_max: 80,
+            peer_inline_bytes_max: 0,
         });
         let refused =
             |result: Result<(), BudgetError>| result.err().map(|e| (e.reason(), e.failure_code()));
@@ -217,36 +264,87 @@ mod tests {
         assert_eq!(budget.reserve(peer(1), 80), Ok(()));
     }
 
+    // Protects the small messages of a peer whose kept bodies fill its share, and bounds them.
+    #[test]
+    fn a_full_share_leaves_the_allowance_for_inline_bodies() {
+        let mut budget = ReceiveBudget::new(BudgetConfig {
+            total_bytes: 100,
+            peer_bytes_max: 50,
+            peer_inline_bytes_max: 10,
+        });
+        budget.reserve(peer(1), 50).unwrap();
+        budget.reserve(peer(2), 50).unwrap();
+        assert!(budget.reserve(peer(1), 1).is_err() && budget.reserve(peer(2), 1).is_err());
+        assert!(budget.reserve_inline(peer(1), 7) && budget.reserve_inline(peer(2), 10));
+        assert!(!budget.reserve_inline(peer(1), 4));
+        assert!(budget.reserve_inline(peer(1), 3) && !budget.reserve_inline(peer(1), 1));
+        budget.release_inline(&peer(1), 4);
+        assert!(!budget.reserve_inline(peer(1), 5) && budget.reserve_inline(peer(1), 4));
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        Reserve,
+        Release,
+        ReserveInline,
+        ReleaseInline,
+    }
+
+    fn any_step() -> impl Strategy<Value = Step> {
+        use Step::*;
+        proptest::sample::select(vec![Reserve, Release, ReserveInline, ReleaseInline])
+    }
+
     proptest! {
         /// Against plain sums: what is granted is what the rules say, and what is held is what was
         /// granted less what came back, in whatever pieces.
         #[test]
         fn holds_what_was_granted_and_not_released(
-            steps in proptest::collection::vec((any::<bool>(), 0u8..4, 0u64..60), 1..100),
+            steps in proptest::collection::vec((any_step(), 0u8..4, 0u64..60), 1..100),
         ) {
             const TOTAL: u64 = 100;
             const MAX: u64 = 50;
+            const INLINE_MAX: u64 = 70;
             let mut budget = ReceiveBudget::new(BudgetConfig {
                 total_bytes: TOTAL,
                 peer_bytes_max: MAX,
+                peer_inline_bytes_max: INLINE_MAX,
             });
             let mut held = [0u64; 4];
-            for (reserve, n, bytes) in steps {
+            let mut inline = [0u64; 4];
+            for (step, n, bytes) in steps {
                 let mine = held[usize::from(n)];
                 let free = TOTAL - held.iter().sum::<u64>();
-                if reserve {
-                    let left = free.checked_sub(bytes);
-                    let is_fair = |left| mine == 0 || mine + bytes <= left;
-                    let granted = mine + bytes <= MAX && left.is_some_and(is_fair);
-                    let result = budget.reserve(peer(n), bytes);
-                    prop_assert_eq!(result.is_ok(), granted);
-                    let for_good = result.is_err_and(|e| e.failure_code() == FailureCode::TooLarge);
-                    prop_assert_eq!(for_good, bytes > MAX);
-                    held[usize::from(n)] += if granted { bytes } else { 0 };
-                } else {
-                    let bytes = bytes.min(mine);
-                    budget.release(&peer(n), bytes);
-                    held[usize::from(n)] -= bytes;
+                let mine_inline = inline[usize::from(n)];
+                match step {
+                    Step::Reserve => {
+                        let left = free.checked_sub(bytes);
+                        let is_fair = |left| mine == 0 || mine + bytes <= left;
+                        let granted = mine + bytes <= MAX && left.is_some_and(is_fair);
+                        let result = budget.reserve(peer(n), bytes);
+                        prop_assert_eq!(result.is_ok(), granted);
+                        let code = result.err().map(|e| e.failure_code());
+                        prop_assert_eq!(code == Some(FailureCode::TooLarge), bytes > MAX);
+                        held[usize::from(n)] += if granted { bytes } else { 0 };
+                    }
+                    Step::Release => {
+                        let bytes = bytes.min(mine);
+                        budget.release(&peer(n), bytes);
+                        held[usize::from(n)] -= bytes;
+                    }
+                    Step::ReserveInline => {
+                        let granted = mine_inline + bytes <= INLINE_MAX;
+                        prop_assert_eq!(budget.reserve_inline(peer(n), bytes), granted);
+                        inline[usize::from(n)] += if granted { bytes } else { 0 };
+                    }
+                    Step::ReleaseInline => {
+                        let bytes = bytes.min(mine_inline);
+                        budget.release_inline(&peer(n), bytes);
+                        inline[usize::from(n)] -= bytes;
+                    }
+                }
+                for (n, inline) in (0..).zip(inline) {
+                    prop_assert_eq!(budget.inline_bytes(&peer(n)), inline);
                 }
                 for (n, held) in (0..).zip(held) {
                     prop_assert_eq!(budget.held_bytes(&peer(n)), held);

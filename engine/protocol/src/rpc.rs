@@ -56,7 +56,8 @@ pub enum RpcError {
     /// Too many of this class in flight to the peer.
     #[error("too many {} requests in flight to this peer", .0.label())]
     LocalBusy(Class),
-    /// The body is above what any peer accepts.
+    /// The body is longer than any peer accepts; or it is of a one-way message of class latency and
+    /// longer than a frame on a lane, on which those messages keep their order.
     #[error("body of {body_bytes} bytes, at most {max_bytes} are sent")]
     LocalTooLarge {
         /// Length of the body.

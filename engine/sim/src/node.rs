@@ -12,7 +12,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use millrace_protocol::budget::BudgetConfig;
 use millrace_protocol::dial_request::DialRequest;
 use millrace_protocol::frame::{Hello, VersionRange};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
@@ -114,10 +113,6 @@ impl Node {
             pool: self.pool.clone(),
             tasks: tasks.clone(),
         });
-        let budget = BudgetConfig {
-            total_bytes: config.receive_budget_bytes,
-            peer_bytes_max: config.receive_budget_peer_bytes,
-        };
         let mut wheel = Wheel::new(now);
         wheel.schedule(Timer::Housekeeping, now + HOUSEKEEPING);
         let mut running = Running {
@@ -126,7 +121,7 @@ impl Node {
             router: make(messenger.clone()),
             state,
             paths,
-            bodies: BodyAllocator::new(budget, self.pool.clone()),
+            bodies: BodyAllocator::new(config.receive_budget(), self.pool.clone()),
             topology: Arc::new(Topology::empty()),
             versions: self.versions,
             peers: Peers::new(self.id, peers_config(config, 0, 0, 1), 0, seed, now),

@@ -3,9 +3,10 @@
 //! Invariants
 //! 1. What a peer holds of the budget is what its bodies take: from before their first byte until
 //!    the last handle to each of their chunks is dropped, on whatever shard, whether or not the
-//!    peer's connection still exists.
+//!    peer's connection still exists. Inline bodies take from the peer's allowance for them, and
+//!    what is above it from its share.
 //! 2. Space that came back on another thread is counted before a peer is refused for want of it.
-//! 3. There is an account for each peer that holds something, and for no other after
+//! 3. There are accounts for each peer that holds something, and for no other after
 //!    [`BodyAllocator::settle`].
 
 use std::collections::BTreeMap;
@@ -36,11 +37,18 @@ pub(crate) enum Space {
     Chunks(BodyMut),
 }
 
+/// What comes back of the space of one peer.
+#[derive(Debug, Default)]
+struct Accounts {
+    share: Arc<Account>,
+    inline: Arc<Account>,
+}
+
 /// Gives out space for the bodies that peers send to one shard.
 #[derive(Debug)]
 pub struct BodyAllocator {
     budget: ReceiveBudget,
-    accounts: BTreeMap<NodeId, Arc<Account>>,
+    accounts: BTreeMap<NodeId, Accounts>,
     pool: ChunkPool,
 }
 
@@ -57,19 +65,14 @@ impl BodyAllocator {
     /// Space for `bytes` of `peer`.
     pub(crate) fn allocate(&mut self, peer: NodeId, bytes: u32) -> Result<Space, Refusal> {
         let len = bytes as usize;
-        let charged_bytes = if len <= INLINE_BYTES_MAX {
-            bytes.into()
-        } else {
-            taken_bytes(bytes.into())
-        };
-        self.reserve(peer, charged_bytes)?;
-        let account = self.accounts.entry(peer).or_default();
         if len <= INLINE_BYTES_MAX {
-            let charge = Charge::new(account, charged_bytes);
+            let charge = self.charge_inline(peer, bytes.into())?;
             return Ok(Space::Inline(Vec::with_capacity(len), charge));
         }
+        let charged_bytes = taken_bytes(bytes.into());
+        self.reserve(peer, charged_bytes)?;
         if let Some(mut body) = BodyMut::with_len(&self.pool, len) {
-            body.charge(account);
+            body.charge(&self.accounts.entry(peer).or_default().share);
             return Ok(Space::Chunks(body));
         }
         self.budget.release(&peer, charged_bytes);
@@ -84,6 +87,26 @@ impl BodyAllocator {
                 reason: "pool_exhausted",
             }
         })
+    }
+
+    /// Charges an inline body to the peer's allowance, or to its share if that has no room.
+    fn charge_inline(&mut self, peer: NodeId, bytes: u64) -> Result<Charge, Refusal> {
+        let mut is_reserved = self.budget.reserve_inline(peer, bytes);
+        if !is_reserved && let Some(accounts) = self.accounts.get(&peer) {
+            let credited_bytes = accounts.inline.settle();
+            self.budget.release_inline(&peer, credited_bytes);
+            is_reserved = self.budget.reserve_inline(peer, bytes);
+        }
+        if !is_reserved {
+            self.reserve(peer, bytes)?;
+        }
+        let accounts = self.accounts.entry(peer).or_default();
+        let account = if is_reserved {
+            &accounts.inline
+        } else {
+            &accounts.share
+        };
+        Ok(Charge::new(account, bytes))
     }
 
     fn reserve(&mut self, peer: NodeId, bytes: u64) -> Result<(), Refusal> {
@@ -103,15 +126,16 @@ impl BodyAllocator {
     /// then a peer that holds nothing any more keeps its account.
     pub fn settle(&mut self) {
         let budget = &mut self.budget;
-        self.accounts.retain(|peer, account| {
+        self.accounts.retain(|peer, Accounts { share, inline }| {
             // Asked first: what the last charge of an account gave back is settled below.
-            let is_charged = Arc::get_mut(account).is_none();
-            budget.release(peer, account.settle());
+            let is_charged = Arc::get_mut(share).is_none() | Arc::get_mut(inline).is_none();
+            budget.release(peer, share.settle());
+            budget.release_inline(peer, inline.settle());
             is_charged
         });
     }
 
-    /// Bytes that bodies of `peer` take, as of the last [`Self::settle`].
+    /// Bytes that bodies of `peer` take of its share, as of the last [`Self::settle`].
     pub fn held_bytes(&self, peer: &NodeId) -> u64 {
         self.budget.held_bytes(peer)
     }
@@ -133,10 +157,14 @@ mod tests {
         NodeId::from_bytes([n; 29])
     }
 
+    /// The allowance for inline bodies: one of the longest, and a part of another.
+    const PEER_INLINE_BYTES_MAX: u64 = 100_000;
+
     fn allocator(total_bytes: u64, peer_bytes_max: u64, pool_bytes: u64) -> BodyAllocator {
         let config = BudgetConfig {
             total_bytes,
             peer_bytes_max,
+            peer_inline_bytes_max: PEER_INLINE_BYTES_MAX,
         };
         BodyAllocator::new(
             config,
@@ -230,11 +258,41 @@ mod tests {
         assert_eq!(pool.free_chunks(), pool.total_chunks());
     }
 
+    // Protects the small messages of a peer whose kept bodies fill its share, and bounds them.
+    #[test]
+    fn a_full_share_has_space_for_inline_bodies_only() {
+        let mut allocator = allocator(8 << 20, 4 << 20, 8 << 20);
+        let kept = allocator.allocate(peer(1), 4 << 20).unwrap();
+        let reason = |space: Result<Space, Refusal>| space.err().map(|refusal| refusal.reason);
+        let inline = allocator.allocate(peer(1), 64 << 10).unwrap();
+        let small = allocator.allocate(peer(1), 20).unwrap();
+        for bytes in [64 << 10, (64 << 10) + 1] {
+            let refused = reason(allocator.allocate(peer(1), bytes));
+            assert_eq!(refused, Some("budget_peer_share"), "{bytes}");
+        }
+        drop((inline, small));
+        for _ in 0..100 {
+            assert_eq!(reason(allocator.allocate(peer(1), 64 << 10)), None);
+        }
+        drop(kept);
+        allocator.settle();
+        assert!(allocator.accounts.is_empty(), "no account is left behind");
+    }
+
     #[derive(Clone, Debug)]
     enum Step {
         Allocate(u8, u32),
         /// Drops a chunk of a reservation.
         Drop(usize),
+    }
+
+    /// Of what a part of a body takes its bytes.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Of {
+        /// Chunks, which count in the share.
+        Pool,
+        Share,
+        Allowance,
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -255,18 +313,29 @@ mod tests {
         fn peers_hold_what_their_bodies_take(steps in steps()) {
             let mut allocator = allocator(8 << 20, 6 << 20, 8 << 20);
             let pool = allocator.pool.clone();
-            // Whose, how many bytes, whether of the pool, and what to drop.
-            let mut held: Vec<(u8, u64, bool, Box<dyn Any>)> = Vec::new();
+            // Whose, how many bytes, of what, and what to drop.
+            let mut held: Vec<(u8, u64, Of, Box<dyn Any>)> = Vec::new();
+            let sum = |held: &[(u8, u64, Of, Box<dyn Any>)], n, of: &[Of]| -> u64 {
+                let of_peer = held.iter().filter(|(peer, ..)| *peer == n);
+                let of_peer = of_peer.filter(|(_, _, its, _)| of.contains(its));
+                of_peer.map(|(_, bytes, ..)| bytes).sum()
+            };
             for step in steps {
                 match step {
                     Step::Allocate(n, bytes) => match allocator.allocate(peer(n), bytes) {
                         Ok(Space::Chunks(body)) => {
                             for chunk in body.freeze().chunks() {
                                 let taken = taken_bytes(chunk.len() as u64);
-                                held.push((n, taken, true, Box::new(chunk.clone())));
+                                held.push((n, taken, Of::Pool, Box::new(chunk.clone())));
                             }
                         }
-                        Ok(inline) => held.push((n, bytes.into(), false, Box::new(inline))),
+                        Ok(inline) => {
+                            let bytes = u64::from(bytes);
+                            let before = sum(&held, n, &[Of::Allowance]);
+                            let fits = before + bytes <= PEER_INLINE_BYTES_MAX;
+                            let of = if fits { Of::Allowance } else { Of::Share };
+                            held.push((n, bytes, of, Box::new(inline)));
+                        }
                         Err(_) => {}
                     },
                     Step::Drop(_) if held.is_empty() => {}
@@ -274,12 +343,12 @@ mod tests {
                 }
                 allocator.settle();
                 for n in 0..3 {
-                    let of_peer = held.iter().filter(|(of, ..)| *of == n);
-                    let sum: u64 = of_peer.map(|(_, bytes, ..)| bytes).sum();
-                    prop_assert_eq!(allocator.held_bytes(&peer(n)), sum);
+                    let share = sum(&held, n, &[Of::Pool, Of::Share]);
+                    prop_assert_eq!(allocator.held_bytes(&peer(n)), share);
+                    let inline = sum(&held, n, &[Of::Allowance]);
+                    prop_assert_eq!(allocator.budget.inline_bytes(&peer(n)), inline);
                 }
-                let in_chunks = held.iter().filter(|(_, _, is_of_pool, _)| *is_of_pool);
-                let taken: u64 = in_chunks.map(|(_, bytes, ..)| bytes).sum();
+                let taken: u64 = (0..3).map(|n| sum(&held, n, &[Of::Pool])).sum();
                 prop_assert_eq!(pool.total_bytes() - pool.free_bytes(), taken);
             }
             drop(held);

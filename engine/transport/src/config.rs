@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use millrace_protocol::budget::BudgetConfig;
 use millrace_protocol::frame::{Class, Header, Limits};
 use millrace_protocol::rpc::RpcLimits;
 
@@ -48,6 +49,13 @@ impl PerClass<u32> {
         }
     }
 }
+
+/// Bytes of bodies up to [`INLINE_BYTES_MAX`], on streams of their own, that one peer may have
+/// arriving at a shard besides its share of the receive budget: 16 of the longest. They are given
+/// back right after their handler, so kept bodies that fill the share never stop them.
+///
+/// [`INLINE_BYTES_MAX`]: crate::INLINE_BYTES_MAX
+pub(crate) const PEER_INLINE_BYTES_MAX: u64 = 1 << 20;
 
 /// Limits, windows and times of the transport. See each field; `Default` suits a LAN.
 #[derive(Clone, Debug)]
@@ -101,7 +109,8 @@ pub struct TransportConfig {
     pub requests_out_max: PerClass<u32>,
     /// Requests of a peer in flight at us, for each class.
     pub requests_in_max: PerClass<u32>,
-    /// Body bytes that one peer may make this shard hold at a time, arriving or kept.
+    /// Body bytes that one peer may make this shard hold at a time, arriving or kept; beside them
+    /// is 1 MiB for small bodies (`PEER_INLINE_BYTES_MAX`).
     pub receive_budget_peer_bytes: u64,
     /// Body bytes that all peers together may make this shard hold; at most its chunk pool. One
     /// peer alone reaches half of it.
@@ -192,13 +201,22 @@ impl TransportConfig {
         [latency, rest].map(|requests| frame + requests as usize * Header::BYTES)
     }
 
+    /// Sizes of the receive budget of a shard.
+    pub fn receive_budget(&self) -> BudgetConfig {
+        BudgetConfig {
+            total_bytes: self.receive_budget_bytes,
+            peer_bytes_max: self.receive_budget_peer_bytes,
+            peer_inline_bytes_max: PEER_INLINE_BYTES_MAX,
+        }
+    }
+
     /// What one connection may make this node hold besides chunks, bytes: queues at their bounds,
-    /// with the headroom of lanes for refusals, and a window of unread data.
+    /// with the headroom of lanes for refusals, a window of unread data, and inline bodies.
     pub fn connection_budget_bytes(&self) -> u64 {
         let queues = self.lane_queue_bytes.latency
             + self.lane_queue_bytes.normal
             + self.lane_queue_bytes.bulk;
         let headroom: usize = self.lane_headroom_bytes().into_iter().sum();
-        (queues + headroom) as u64 + self.connection_window_bytes
+        (queues + headroom) as u64 + self.connection_window_bytes + PEER_INLINE_BYTES_MAX
     }
 }

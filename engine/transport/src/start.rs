@@ -8,7 +8,6 @@ use std::time::Instant;
 use millrace_edge_policy::admission::{Admission, AdmissionConfig};
 use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::settings::{Caps, Limits};
-use millrace_protocol::budget::BudgetConfig;
 use millrace_protocol::identity::SigningKey;
 use millrace_protocol::peers::Peers;
 use millrace_protocol::topology::Topology;
@@ -210,11 +209,7 @@ impl Transport {
                     )
                 };
                 let peers = (0..connections_per_peer).map(machine).collect();
-                let budget = BudgetConfig {
-                    total_bytes: config.receive_budget_bytes,
-                    peer_bytes_max: config.receive_budget_peer_bytes,
-                };
-                let bodies = BodyAllocator::new(budget, context.pool.clone());
+                let bodies = BodyAllocator::new(config.receive_budget(), context.pool.clone());
                 let state = Rc::new(ShardState::new(config, counters, now));
                 let messenger = ShardMessenger::new(me, Rc::clone(&state), context.clone(), routes);
                 let router = services(messenger).unwrap_or_else(|error| {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use common::*;
 use millrace_protocol::frame::{Class, FailureCode, Header, Kind, Limits, Method};
 use millrace_shards::chunk::{Body, CHUNK_BYTES, Chunk};
-use millrace_transport::counters::Family;
+use millrace_transport::counters::{Counter, Family};
 use millrace_transport::{
     Answer, BodyHead, BodyMode, BodySink, Defer, EdgeStart, Inbound, InboundBody, Payload, Router,
     RpcError, Service, TransportConfig,
@@ -306,6 +306,9 @@ fn an_answer_without_space_is_an_error_of_the_asker() {
     let give = |bytes: u64| bed.ask(GIVE, (bytes as u32).to_le_bytes().to_vec());
     let held = give(3 * MIB).unwrap();
     assert_eq!(held.len(), 3 * MIB);
+    let rest = give(MIB).unwrap();
+    assert_eq!(give(40 << 10).unwrap().len(), 40 << 10, "a small one has");
+    drop(rest);
     let error = |bytes| give(bytes).map(drop).unwrap_err();
     assert_eq!(error(2 * MIB), RpcError::LocalNoBudget);
     let never = RpcError::LocalAnswerTooLarge {
@@ -415,8 +418,8 @@ fn a_sink_of_a_body_that_ends_early_is_cut_once() {
     };
     let (bed, mut raw) = keeper_and_raw(config);
     let part = vec![0; 70_000];
-    let mut begin = |n: u64, bytes: u64, end: &dyn Fn(&mut Raw, u64)| {
-        let head = header(Kind::Request, STREAM, n as u32, bytes).encode();
+    let mut begin = |n: u64, kind: Kind, bytes: u64, end: &dyn Fn(&mut Raw, u64)| {
+        let head = header(kind, STREAM, n as u32, bytes).encode();
         let opening = [&[2], &head[..], &part].concat();
         assert!(raw.send(Raw::stream(n), &opening, false));
         let seen = bed.seen.clone();
@@ -426,23 +429,29 @@ fn a_sink_of_a_body_that_ends_early_is_cut_once() {
         end(&mut raw, Raw::stream(n));
         assert!(raw.drive(LIMIT, |_| seen.ends().len() == count), "{n} ends");
     };
-    begin(0, 2 * MIB, &|raw, stream| {
+    let reset = |raw: &mut Raw, stream| {
         raw.quic
             .stream_shutdown(stream, quiche::Shutdown::Write, 1)
             .unwrap();
-    });
-    begin(1, 80_000, &|raw, stream| {
+    };
+    // A one-way message is no request, and is not counted as one.
+    for ((n, kind), requests) in (0..).zip([Kind::Send, Kind::Request]).zip(0..) {
+        begin(n, kind, 2 * MIB, &reset);
+        assert_eq!(bed.keeper.count(Counter::RequestsCancelled), requests);
+    }
+    begin(2, Kind::Request, 80_000, &|raw, stream| {
         raw.send(stream, &[0; 10_001], false);
     });
-    begin(2, 80_000, &|raw, stream| {
+    begin(3, Kind::Request, 80_000, &|raw, stream| {
         raw.send(stream, &[0; 9_999], true);
     });
-    begin(3, 9 * MIB, &|_, _| {});
-    begin(4, 3 * MIB, &|_, _| {});
-    begin(5, 3 * MIB, &|raw, _| {
+    begin(4, Kind::Request, 9 * MIB, &|_, _| {});
+    begin(5, Kind::Request, 3 * MIB, &|_, _| {});
+    begin(6, Kind::Request, 3 * MIB, &|raw, _| {
         raw.quic.close(true, 0, b"").unwrap();
     });
     let wanted = [
+        (2 * MIB, "peer_reset"),
         (2 * MIB, "peer_reset"),
         (80_000, "peer_body_longer_than_announced"),
         (80_000, "peer_body_shorter_than_announced"),

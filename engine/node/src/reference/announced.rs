@@ -6,9 +6,10 @@
 //! 1. Only members have a list; a node that leaves the topology loses it at once, and cannot get
 //!    another.
 //! 2. A list has at most `ANNOUNCED_MAX` entries; a new one takes the place of the oldest.
+//! 3. A peer begins at most one body for each of its announcements at a time.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use millrace_protocol::id::NodeId;
 use millrace_protocol::topology::Topology;
@@ -23,12 +24,34 @@ pub(crate) const ANNOUNCED_MAX: usize = 256;
 pub(crate) struct Announced {
     /// Each member's, the oldest first.
     lists: Mutex<BTreeMap<NodeId, VecDeque<Announce>>>,
+    /// How many bodies of a peer and a length are coming; never zero. Locked after `lists`.
+    coming: Mutex<BTreeMap<(NodeId, u64), usize>>,
+}
+
+/// A body that has begun to come; until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Coming {
+    announced: Arc<Announced>,
+    body: (NodeId, u64),
+}
+
+impl Drop for Coming {
+    fn drop(&mut self) {
+        let mut coming = self.announced.coming();
+        if let Some(count) = coming.get_mut(&self.body) {
+            *count -= 1;
+            if *count == 0 {
+                coming.remove(&self.body);
+            }
+        }
+    }
 }
 
 impl Announced {
     pub(crate) fn new(topology: &Topology) -> Self {
         let announced = Self {
             lists: Mutex::default(),
+            coming: Mutex::default(),
         };
         announced.set_members(topology);
         announced
@@ -68,6 +91,24 @@ impl Announced {
             .is_some_and(|list| list.iter().any(|one| one.length == length))
     }
 
+    /// Begins a body of this length; `None` when as many are coming as the peer announced.
+    pub(crate) fn begin(announced: &Arc<Self>, peer: NodeId, length: u64) -> Option<Coming> {
+        let lists = announced.lock();
+        let of_length = |one: &&Announce| one.length == length;
+        let count = lists.get(&peer)?.iter().filter(of_length).count();
+        let body = (peer, length);
+        let mut coming = announced.coming();
+        let begun = coming.get(&body).copied().unwrap_or(0);
+        if begun >= count {
+            return None;
+        }
+        coming.insert(body, begun + 1);
+        Some(Coming {
+            announced: Arc::clone(announced),
+            body,
+        })
+    }
+
     /// Takes the announcement of a body that has arrived; false when there was none.
     pub(crate) fn take(&self, peer: &NodeId, announce: &Announce) -> bool {
         let mut lists = self.lock();
@@ -76,6 +117,10 @@ impl Announced {
         };
         let at = list.iter().position(|one| one == announce);
         at.and_then(|at| list.remove(at)).is_some()
+    }
+
+    fn coming(&self) -> MutexGuard<'_, BTreeMap<(NodeId, u64), usize>> {
+        self.coming.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<NodeId, VecDeque<Announce>>> {
@@ -124,6 +169,30 @@ mod tests {
         assert!(!announced.take(&ids[0], &announce(2)));
         assert!(announced.take(&ids[0], &announce(1)));
         assert!(!announced.take(&ids[0], &announce(1)));
+    }
+
+    // Protects the store from headers without end: each body that is expected was announced.
+    #[test]
+    fn a_peer_begins_one_body_for_each_announcement() {
+        let (topology, ids) = topology(&[1, 2]);
+        let announced = Arc::new(Announced::new(&topology));
+        let begin = |n: usize| Announced::begin(&announced, ids[n], 1001);
+        assert!(begin(0).is_none(), "without an announcement");
+        announced.push(&ids[0], announce(1));
+        announced.push(&ids[1], announce(1));
+        let first = begin(0).unwrap();
+        assert!(begin(0).is_none() && begin(1).is_some());
+        announced.push(&ids[0], announce(1));
+        let second = begin(0).unwrap();
+        assert!(begin(0).is_none());
+        // One was cut, and may come again; one came whole.
+        drop(first);
+        let again = begin(0).unwrap();
+        assert!(begin(0).is_none() && announced.take(&ids[0], &announce(1)));
+        drop(second);
+        assert!(begin(0).is_none());
+        drop(again);
+        assert!(begin(0).is_some() && announced.coming().is_empty());
     }
 
     #[test]

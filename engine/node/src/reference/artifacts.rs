@@ -124,7 +124,7 @@ impl Artifacts {
         id: ArtifactId,
         body: Body,
     ) -> Result<Vec<(NodeId, Delivery)>, TooLarge> {
-        self.store.insert(id, body.clone())?;
+        self.store.insert(None, id, body.clone())?;
         let payload = payload_of(body);
         let deliveries = nearest(&self.transport).into_iter().map(|peer| {
             let payload = payload.clone();
@@ -195,7 +195,7 @@ impl Artifacts {
             if let Err(RpcError::LocalNoBudget) = answer {
                 // What the store holds of this peer's is charged to it: drop some, and ask once
                 // more.
-                drop(Store::expect(&self.store, self.body_bytes_max));
+                drop(Store::expect(&self.store, *peer, self.body_bytes_max));
                 answer = self.transport.request(*peer, ask).await;
             }
             let answer = match answer {
@@ -209,7 +209,7 @@ impl Artifacts {
             let body = self.body_of(answer).ok_or(FetchError::PoolFull)?;
             if hash::of_body(&body) == id {
                 // A body too large for the store is still given to the client.
-                if let Err(error) = self.store.insert(id, body.clone()) {
+                if let Err(error) = self.store.insert(Some(*peer), id, body.clone()) {
                     tracing::debug!(%error, "fetched body is not held");
                 }
                 return Ok(body);

@@ -57,8 +57,11 @@ impl<M: Messenger> ArtifactService<M> {
         if !self.announced.has_length(&from, length) {
             return BodyMode::Refuse(FailureCode::Malformed);
         }
-        // Before the transport looks for space: what the store drops for this body is in it.
-        let Some(expected) = Store::expect(&self.store, length) else {
+        let Some(coming) = Announced::begin(&self.announced, from, length) else {
+            return BodyMode::Refuse(FailureCode::Busy);
+        };
+        // Before the transport looks for space: what the store drops of this peer's is in it.
+        let Some(expected) = Store::expect(&self.store, from, length) else {
             return BodyMode::Refuse(FailureCode::TooLarge);
         };
         let (sink, hashing) = HashingSink::new();
@@ -69,6 +72,7 @@ impl<M: Messenger> ArtifactService<M> {
             if let Some((id, body, responder)) = received {
                 keep(&store, &announced, from, id, body, responder);
             }
+            drop(coming);
         });
         BodyMode::Stream(Box::new(sink))
     }
@@ -128,7 +132,7 @@ fn keep(
         tracing::warn!(peer = %from, %id, "a body has a hash that was not announced");
         return responder.fail(FailureCode::Malformed);
     }
-    match store.insert(id, body) {
+    match store.insert(Some(from), id, body) {
         Ok(()) => responder.reply(id.as_bytes().to_vec().into()),
         Err(error) => {
             tracing::warn!(peer = %from, %error, "a body cannot be held");

@@ -1,17 +1,24 @@
 //! Artifacts that this node holds: bodies in chunks, bounded, the oldest dropped for new ones.
 //!
-//! A body that is about to come is expected: the store drops old ones for it at once, because what
-//! it holds is charged to the peers that sent it (`millrace_transport`), and such a peer has no
-//! space for another body before.
+//! What the store holds is charged to the peers that sent it (`millrace_transport`). So a body that
+//! is about to come is expected: the store drops old bodies of the same peer at once, until the
+//! receive budget has space for it. Bodies of other peers are dropped when it is whole and
+//! verified: a peer whose bodies never come drops nothing but its own.
+//!
+//! The receive budget is at least twice `bytes_max` (a check of the config), and gives a peer that
+//! holds something more only while it would hold no more than what stays free. So a peer has space
+//! for a body of `n` bytes when what it holds, and `n`, and half of what other peers hold are at
+//! most `bytes_max`; or when it holds nothing.
 //!
 //! 1. What all bodies take is at most `bytes_max`; a body counts in units of 64 KiB, as in the
 //!    pool.
-//! 2. `order` lists exactly the ids of `bodies`, oldest first.
+//! 2. `order` lists exactly the ids of `bodies` and who sent them, oldest first.
+//! 3. `peers` has what the bodies of each peer take, and those that are expected of it; no zeros.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use millrace_protocol::id::ArtifactId;
+use millrace_protocol::id::{ArtifactId, NodeId};
 use millrace_shards::chunk::{Body, taken_bytes};
 
 /// The body is larger than the whole store.
@@ -27,25 +34,64 @@ pub struct TooLarge {
 #[derive(Debug, Default)]
 struct Held {
     bodies: BTreeMap<ArtifactId, Body>,
-    order: VecDeque<ArtifactId>,
+    /// Without a peer: published at this node, and charged to none.
+    order: VecDeque<(ArtifactId, Option<NodeId>)>,
     bytes: u64,
-    /// What bodies that are about to come will take.
-    expected_bytes: u64,
+    peers: BTreeMap<NodeId, PeerBytes>,
     dropped: u64,
 }
 
+/// Bytes of one peer.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct PeerBytes {
+    held: u64,
+    /// What bodies that are about to come will take.
+    expected: u64,
+}
+
 impl Held {
-    /// Drops the oldest bodies until `bytes` more fit beside those that are expected, or none is
-    /// left.
+    /// Drops the oldest bodies until `bytes` more fit, or none is left.
     fn make_room(&mut self, bytes: u64, bytes_max: u64) {
-        while self.bytes + self.expected_bytes + bytes > bytes_max {
-            let Some(oldest) = self.order.pop_front() else {
-                break;
-            };
-            if let Some(body) = self.bodies.remove(&oldest) {
-                self.bytes -= in_units(body.len() as u64);
-                self.dropped += 1;
+        while self.bytes + bytes > bytes_max && self.drop_at(0) {}
+    }
+
+    /// Drops the oldest bodies of `peer` until the receive budget has space for `bytes` more of it,
+    /// beside those that are expected of it; or none of its own is left.
+    fn make_own_room(&mut self, peer: NodeId, bytes: u64, bytes_max: u64) {
+        let others = self.peers.iter().filter(|(of, _)| **of != peer);
+        let others: u64 = others.map(|(_, of_peer)| of_peer.held).sum();
+        loop {
+            let own = self.peers.get(&peer).copied().unwrap_or_default();
+            if own.held + own.expected + bytes + others / 2 <= bytes_max {
+                return;
             }
+            let oldest = self.order.iter().position(|(_, of)| *of == Some(peer));
+            if !oldest.is_some_and(|at| self.drop_at(at)) {
+                return;
+            }
+        }
+    }
+
+    fn drop_at(&mut self, at: usize) -> bool {
+        let Some((id, from)) = self.order.remove(at) else {
+            return false;
+        };
+        if let Some(body) = self.bodies.remove(&id) {
+            let bytes = in_units(body.len() as u64);
+            self.bytes -= bytes;
+            self.dropped += 1;
+            if let Some(peer) = from {
+                self.count(peer, |of_peer| of_peer.held -= bytes);
+            }
+        }
+        true
+    }
+
+    fn count(&mut self, peer: NodeId, change: impl FnOnce(&mut PeerBytes)) {
+        let of_peer = self.peers.entry(peer).or_default();
+        change(of_peer);
+        if *of_peer == PeerBytes::default() {
+            self.peers.remove(&peer);
         }
     }
 }
@@ -54,12 +100,14 @@ impl Held {
 #[derive(Debug)]
 pub(crate) struct Expected {
     store: Arc<Store>,
+    peer: NodeId,
     bytes: u64,
 }
 
 impl Drop for Expected {
     fn drop(&mut self) {
-        self.store.lock().expected_bytes -= self.bytes;
+        let mut held = self.store.lock();
+        held.count(self.peer, |of_peer| of_peer.expected -= self.bytes);
     }
 }
 
@@ -95,23 +143,31 @@ impl Store {
         in_units(length) <= self.bytes_max
     }
 
-    /// Makes room for a body of this length; `None` when it could not be held at all.
-    pub(crate) fn expect(store: &Arc<Self>, length: u64) -> Option<Expected> {
+    /// Makes room for a body of this length among those of its peer; `None` when it could not be
+    /// held at all.
+    pub(crate) fn expect(store: &Arc<Self>, peer: NodeId, length: u64) -> Option<Expected> {
         let bytes = in_units(length);
         if bytes > store.bytes_max {
             return None;
         }
         let mut held = store.lock();
-        held.make_room(bytes, store.bytes_max);
-        held.expected_bytes += bytes;
+        held.make_own_room(peer, bytes, store.bytes_max);
+        held.count(peer, |of_peer| of_peer.expected += bytes);
         Some(Expected {
             store: Arc::clone(store),
+            peer,
             bytes,
         })
     }
 
-    /// Holds a body under the id that its bytes have; the caller computed it.
-    pub(crate) fn insert(&self, id: ArtifactId, body: Body) -> Result<(), TooLarge> {
+    /// Holds a body under the id that its bytes have; the caller computed it. `from`: the peer that
+    /// sent it.
+    pub(crate) fn insert(
+        &self,
+        from: Option<NodeId>,
+        id: ArtifactId,
+        body: Body,
+    ) -> Result<(), TooLarge> {
         let needed_bytes = in_units(body.len() as u64);
         if needed_bytes > self.bytes_max {
             return Err(TooLarge {
@@ -123,9 +179,14 @@ impl Store {
         if held.bodies.contains_key(&id) {
             return Ok(());
         }
+        if let Some(peer) = from {
+            // What is expected of the peer keeps its space.
+            held.make_own_room(peer, needed_bytes, self.bytes_max);
+            held.count(peer, |of_peer| of_peer.held += needed_bytes);
+        }
         held.make_room(needed_bytes, self.bytes_max);
         held.bytes += needed_bytes;
-        held.order.push_back(id);
+        held.order.push_back((id, from));
         held.bodies.insert(id, body);
         Ok(())
     }
@@ -161,10 +222,16 @@ fn in_units(length: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use millrace_protocol::budget::{BudgetConfig, ReceiveBudget};
     use millrace_shards::chunk::{ChunkPool, UNIT_BYTES};
     use millrace_shards::config::HugePages;
+    use proptest::prelude::*;
 
     use super::*;
+
+    fn peer(n: u8) -> NodeId {
+        NodeId::from_bytes([n; 29])
+    }
 
     fn id(n: u8) -> ArtifactId {
         ArtifactId::from_bytes([n; 32])
@@ -177,7 +244,7 @@ mod tests {
         let store = Store::new(2 * UNIT_BYTES as u64);
         for n in 1..=3 {
             store
-                .insert(id(n), Body::copy_from_slice(&pool, &[n; 10]).unwrap())
+                .insert(None, id(n), Body::copy_from_slice(&pool, &[n; 10]).unwrap())
                 .unwrap();
         }
         assert!(!store.contains(&id(1)) && store.contains(&id(2)) && store.contains(&id(3)));
@@ -203,10 +270,10 @@ mod tests {
         let store = Arc::new(Store::new(3 * UNIT));
         let insert = |n| {
             let body = Body::copy_from_slice(&pool, &[n; 10]).unwrap();
-            store.insert(id(n), body).unwrap();
+            store.insert(Some(peer(1)), id(n), body).unwrap();
         };
         (1..=3).for_each(insert);
-        let expected = Store::expect(&store, UNIT + 1).unwrap();
+        let expected = Store::expect(&store, peer(1), UNIT + 1).unwrap();
         assert_eq!(pool.total_bytes() - pool.free_bytes(), UNIT);
         assert!(store.contains(&id(3)) && !store.contains(&id(2)));
         insert(4);
@@ -214,8 +281,80 @@ mod tests {
         drop(expected);
         (5..=6).for_each(insert);
         assert_eq!(store.usage().artifacts, 3);
-        assert!(Store::expect(&store, 3 * UNIT + 1).is_none());
+        assert!(Store::expect(&store, peer(1), 3 * UNIT + 1).is_none());
         assert_eq!(store.usage().artifacts, 3, "what never fits drops nothing");
+    }
+
+    /// A peer whose bodies never come drops none of another; one that comes whole drops the oldest.
+    #[test]
+    fn what_never_comes_drops_nothing_of_other_peers() {
+        const UNIT: u64 = UNIT_BYTES as u64;
+        let pool = ChunkPool::new(4 << 20, HugePages::Never).unwrap();
+        let store = Arc::new(Store::new(6 * UNIT));
+        let insert = |from: Option<NodeId>, n: u8| {
+            let body = Body::copy_from_slice(&pool, &[n; 10]).unwrap();
+            store.insert(from, id(n), body).unwrap();
+        };
+        insert(None, 1);
+        (2..=4).for_each(|n| insert(Some(peer(1)), n));
+        (5..=6).for_each(|n| insert(Some(peer(2)), n));
+        let holds = |ids: &[u8]| {
+            assert!(ids.iter().all(|n| store.contains(&id(*n))), "{ids:?}");
+            assert_eq!(store.usage().artifacts, ids.len() as u64);
+        };
+        holds(&[1, 2, 3, 4, 5, 6]);
+        // Two of its own, two to come and half of three are not more than six.
+        let begun = Store::expect(&store, peer(2), 2 * UNIT);
+        holds(&[1, 2, 3, 4, 5, 6]);
+        let stalled: Vec<_> = (0..100)
+            .map(|_| Store::expect(&store, peer(2), 6 * UNIT).unwrap())
+            .collect();
+        holds(&[1, 2, 3, 4]);
+        // Another peer has its room all the same.
+        insert(Some(peer(1)), 7);
+        insert(Some(peer(3)), 8);
+        holds(&[1, 2, 3, 4, 7, 8]);
+        drop((stalled, begun));
+        insert(Some(peer(2)), 9);
+        holds(&[2, 3, 4, 7, 8, 9]);
+        assert_eq!(store.lock().peers[&peer(1)].held, 4 * UNIT);
+    }
+
+    proptest! {
+        /// A receive budget of twice the store's size has space for a body that is expected,
+        /// however the peers share the store.
+        #[test]
+        fn the_receive_budget_has_space_for_what_is_expected(
+            steps in proptest::collection::vec((0u8..4, 1u64..=8), 1..60),
+        ) {
+            const UNIT: u64 = UNIT_BYTES as u64;
+            const MAX: u64 = 16 * UNIT;
+            let pool = ChunkPool::new(4 << 20, HugePages::Never).unwrap();
+            let store = Arc::new(Store::new(MAX));
+            for (n, (from, units)) in (0..).zip(steps) {
+                let from = (from > 0).then(|| peer(from));
+                let expected = from.map(|peer| Store::expect(&store, peer, units * UNIT).unwrap());
+                let mut budget = ReceiveBudget::new(BudgetConfig {
+                    total_bytes: 2 * MAX,
+                    peer_bytes_max: MAX,
+                    peer_inline_bytes_max: 0,
+                });
+                for (peer, bytes) in &store.lock().peers {
+                    // Each at once: no order of theirs is above its share.
+                    prop_assert_eq!(budget.reserve(*peer, bytes.held), Ok(()));
+                }
+                if let Some(peer) = from {
+                    prop_assert_eq!(budget.reserve(peer, units * UNIT), Ok(()));
+                }
+                drop(expected);
+                let body = Body::copy_from_slice(&pool, &vec![n; (units * UNIT) as usize]);
+                store.insert(from, id(n), body.unwrap()).unwrap();
+                let held = store.lock();
+                let bytes = held.bodies.values().map(|body| body.len() as u64);
+                prop_assert_eq!(bytes.sum::<u64>(), held.bytes);
+                prop_assert!(held.bytes <= MAX && held.order.len() == held.bodies.len());
+            }
+        }
     }
 
     #[test]
@@ -223,12 +362,15 @@ mod tests {
         let pool = ChunkPool::new(4 << 20, HugePages::Never).unwrap();
         let store = Store::new(1 << 20);
         let body = Body::copy_from_slice(&pool, &[1; 10]).unwrap();
-        store.insert(id(1), body.clone()).unwrap();
-        store.insert(id(1), body).unwrap();
+        store.insert(None, id(1), body.clone()).unwrap();
+        store.insert(Some(peer(1)), id(1), body).unwrap();
         assert_eq!(store.usage().artifacts, 1);
         let large = Body::copy_from_slice(&pool, &vec![0; (1 << 20) + 1]).unwrap();
         assert_eq!(
-            store.insert(id(2), large).unwrap_err().needed_bytes,
+            store
+                .insert(Some(peer(1)), id(2), large)
+                .unwrap_err()
+                .needed_bytes,
             (1 << 20) + UNIT_BYTES as u64
         );
         assert!(store.contains(&id(1)), "what is refused drops nothing");

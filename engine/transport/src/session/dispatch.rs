@@ -197,7 +197,12 @@ pub(super) fn on_fault(
     }
     let Some(header) = header else { return };
     match fault {
-        StreamFault::Reset => handle.state.counters.add(Counter::RequestsCancelled, 1),
+        // The reason is counted above: only a request is one that was taken back.
+        StreamFault::Reset => {
+            let is_request = wants_answer(&header);
+            let counters = &handle.state.counters;
+            counters.add(Counter::RequestsCancelled, u64::from(is_request));
+        }
         _ if wants_answer(&header) => {
             let code = match fault {
                 StreamFault::Refused(refusal) => refusal.code,

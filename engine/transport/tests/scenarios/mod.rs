@@ -11,13 +11,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
 
-use millrace_protocol::frame::{Class, FailureCode, Method, Negotiated};
+use millrace_protocol::frame::{Class, FailureCode, Limits, Method, Negotiated};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_shards::Queue;
 use millrace_shards::chunk::{Body, CHUNK_BYTES, Chunk};
 use millrace_transport::{
-    Answer, BodyHead, BodyMode, BodySink, Defer, Inbound, InboundBody, Messenger, Payload, Request,
-    Router, RouterError, RpcError, Service, TransportConfig,
+    Answer, BodyHead, BodyMode, BodySink, Defer, INLINE_BYTES_MAX, Inbound, InboundBody, Messenger,
+    Payload, Request, Router, RouterError, RpcError, Service, TransportConfig,
 };
 
 /// Answers with the request's body.
@@ -62,11 +62,16 @@ pub(crate) fn few_in_flight() -> TransportConfig {
     config
 }
 
-/// The config that the scenario of a peer's share needs.
+/// The config that the scenario of a peer's share needs: lanes that take next to nothing, so that
+/// most messages have a stream of their own.
 pub(crate) fn small_budget() -> TransportConfig {
     TransportConfig {
         receive_budget_bytes: 8 << 20,
         receive_budget_peer_bytes: 4 << 20,
+        limits: Limits {
+            lane_body_bytes_max: 16,
+            ..Limits::default()
+        },
         ..TransportConfig::default()
     }
 }
@@ -395,7 +400,8 @@ fn body_of<M: Messenger>(messenger: &M, len: usize) -> Body {
 }
 
 /// A body is charged to its peer until the service drops it: a full share is Busy, what never fits
-/// is TooLarge. Runs with [`small_budget`].
+/// is TooLarge. Small requests with streams of their own are answered nevertheless. Runs with
+/// [`small_budget`].
 pub(crate) async fn a_peer_that_fills_its_share_is_busy<M: Messenger>(
     messenger: M,
     peer: NodeId,
@@ -412,6 +418,14 @@ pub(crate) async fn a_peer_that_fills_its_share_is_busy<M: Messenger>(
     assert_eq!(keep(len).await, Ok(()));
     assert_eq!(keep(len).await, refused(FailureCode::Busy));
     assert_eq!(keep(5 << 20).await, refused(FailureCode::TooLarge));
+    // Up to the last byte of the share.
+    assert_eq!(keep(1 << 20).await, Ok(()));
+    assert_eq!(keep(INLINE_BYTES_MAX + 1).await, refused(FailureCode::Busy));
+    for len in [20, 40 << 10, INLINE_BYTES_MAX] {
+        let answer = messenger.request(peer, request(ECHO, Class::Normal, vec![5; len]));
+        assert_eq!(answer.await.map(|answer| answer.len()), Ok(len as u64));
+    }
+    log.lock().kept.pop();
     let kept = log.lock().kept.pop();
     assert_eq!(kept.map(|body| body.len()), Some(len));
     assert_eq!(keep(len).await, Ok(()));
