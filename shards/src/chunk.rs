@@ -10,7 +10,6 @@
 //! 2. A body being received owns the chunks of all bytes that are still to arrive.
 //! 3. A length from a peer is checked against the pool before anything is allocated for it.
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -185,9 +184,9 @@ impl io::BufRead for BodyReader {
 /// they fill up.
 #[derive(Debug)]
 pub struct BodyMut {
-    /// Without those that were taken from the front.
-    chunks: VecDeque<ChunkMut>,
-    /// Chunks that were taken.
+    /// None where a chunk was taken: the first `gone`.
+    chunks: Vec<Option<ChunkMut>>,
+    /// Chunks that were taken, all of them filled.
     gone: usize,
     len: usize,
     filled: usize,
@@ -222,12 +221,12 @@ impl BodyMut {
         if full > pool.free_chunks() {
             return None;
         }
-        let mut chunks = VecDeque::with_capacity(full + 1);
+        let mut chunks = Vec::with_capacity(full + 1);
         for _ in 0..full {
-            chunks.push_back(pool.take()?);
+            chunks.push(Some(pool.take()?));
         }
         if rest > 0 {
-            chunks.push_back(pool.take_bytes(rest)?);
+            chunks.push(Some(pool.take_bytes(rest)?));
         }
         Some(Self {
             chunks,
@@ -239,12 +238,13 @@ impl BodyMut {
 
     /// Charges what the body takes, [`taken_bytes`] of its length, to `account`.
     pub fn charge(&mut self, account: &Arc<Account>) {
-        for chunk in &mut self.chunks {
+        for chunk in self.chunks.iter_mut().flatten() {
             chunk.charge(account);
         }
     }
 
     /// The contiguous free space behind the bytes so far, up to the chunk's end; empty when full.
+    #[inline]
     pub fn spare(&mut self) -> &mut [u8] {
         self.space_at(self.filled)
     }
@@ -253,8 +253,12 @@ impl BodyMut {
     ///
     /// # Panics
     /// When the spare space was shorter.
+    #[inline]
     pub fn advance(&mut self, bytes: usize) {
-        assert!(bytes <= self.spare().len(), "advanced past the spare space");
+        // The length of `spare`, without a look at the chunk: this runs for each packet.
+        let to_chunk_end = CHUNK_BYTES - self.filled % CHUNK_BYTES;
+        let spare_bytes = to_chunk_end.min(self.len - self.filled);
+        assert!(bytes <= spare_bytes, "advanced past the spare space");
         self.filled += bytes;
     }
 
@@ -266,7 +270,7 @@ impl BodyMut {
         if self.filled < end {
             return None;
         }
-        let chunk = self.chunks.pop_front()?;
+        let chunk = self.chunks.get_mut(self.gone)?.take()?;
         self.gone += 1;
         Some((offset, chunk.freeze(end - offset)))
     }
@@ -301,13 +305,18 @@ impl BodyMut {
 
     /// The free space from `offset` to its chunk's end or the body's, for a carrier that opens
     /// packets straight into place; empty past the end, and in a chunk that was taken.
+    #[inline]
     pub fn space_at(&mut self, offset: usize) -> &mut [u8] {
         let start = offset % CHUNK_BYTES;
         let left = self.len.saturating_sub(offset);
-        let chunk = (offset / CHUNK_BYTES).checked_sub(self.gone);
-        match chunk.and_then(|chunk| self.chunks.get_mut(chunk)) {
-            Some(chunk) => &mut chunk[start..CHUNK_BYTES.min(start + left)],
-            None => &mut [],
+        match self.chunks.get_mut(offset / CHUNK_BYTES) {
+            Some(Some(chunk)) => {
+                // Past the end, a last chunk of few units may end before `start`.
+                let space = chunk.get_mut(start..).unwrap_or_default();
+                let bytes = left.min(space.len());
+                &mut space[..bytes]
+            }
+            _ => &mut [],
         }
     }
 
@@ -346,6 +355,7 @@ impl BodyMut {
         let chunks: Arc<[Chunk]> = self
             .chunks
             .into_iter()
+            .flatten()
             .map(|chunk| {
                 let len = left.min(CHUNK_BYTES);
                 left -= len;
@@ -423,7 +433,9 @@ mod tests {
         assert!(body.write_at(CHUNK_BYTES + 8, b"abc").is_err());
         assert!(body.write_at(usize::MAX, b"a").is_err());
         assert_eq!(body.space_at(CHUNK_BYTES + 4).len(), 6);
-        assert_eq!(body.space_at(CHUNK_BYTES + 10).len(), 0);
+        for past in [CHUNK_BYTES + 10, CHUNK_BYTES + 100_000, 9 * CHUNK_BYTES] {
+            assert_eq!(body.space_at(past).len(), 0);
+        }
         let body = body.freeze();
         assert_eq!(&body.chunks()[0][CHUNK_BYTES - 2..], b"ab");
         assert_eq!(&body.chunks()[1][..2], b"cd");
