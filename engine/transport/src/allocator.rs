@@ -286,7 +286,7 @@ mod tests {
         Drop(usize),
     }
 
-    /// Of what a part of a body takes its bytes.
+    /// The account that pays for a part of a body.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     enum Of {
         /// Chunks, which count in the share.
@@ -313,7 +313,7 @@ mod tests {
         fn peers_hold_what_their_bodies_take(steps in steps()) {
             let mut allocator = allocator(8 << 20, 6 << 20, 8 << 20);
             let pool = allocator.pool.clone();
-            // Whose, how many bytes, of what, and what to drop.
+            // The peer, the bytes, the account that pays, and the part to drop.
             let mut held: Vec<(u8, u64, Of, Box<dyn Any>)> = Vec::new();
             let sum = |held: &[(u8, u64, Of, Box<dyn Any>)], n, of: &[Of]| -> u64 {
                 let of_peer = held.iter().filter(|(peer, ..)| *peer == n);

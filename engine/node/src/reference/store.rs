@@ -7,8 +7,8 @@
 //!
 //! The receive budget is at least twice `bytes_max` (a check of the config), and gives a peer that
 //! holds something more only while it would hold no more than what stays free. So a peer has space
-//! for a body of `n` bytes when what it holds, and `n`, and half of what other peers hold are at
-//! most `bytes_max`; or when it holds nothing.
+//! for a body of `n` bytes when `n`, the bytes that it holds, and half of those that the other
+//! peers hold are at most `bytes_max`; or when it holds nothing.
 //!
 //! 1. What all bodies take is at most `bytes_max`; a body counts in units of 64 KiB, as in the
 //!    pool.
