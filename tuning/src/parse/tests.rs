@@ -193,7 +193,14 @@ fn each_mistake_is_named_with_its_place_and_a_fix() {
             "lower it to \"4MiB\"",
         ),
         (
-            "[transport]\nreceive_budget_peer_bytes = \"100MiB\"\n",
+            "[transport]\nreceive_budget_peer_bytes = \"200MiB\"\n",
+            K::Contradiction,
+            "1:1",
+            "store_bytes 256MiB is more than one peer may fill, 200MiB",
+            "lower it to at most \"200MiB\"",
+        ),
+        (
+            "[transport]\nreceive_budget_peer_bytes = \"100MiB\"\n[artifacts]\nstore_bytes = \"64MiB\"\n",
             K::Contradiction,
             "3:2",
             "could never be received",
