@@ -27,7 +27,7 @@ use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 use crate::abi::{EdgeControl, LAYOUT};
 pub use crate::error::EdgeError;
 use crate::interface::{AttachMode, Interface};
-use crate::journal::Journal;
+use crate::journal::{Journal, Step, reach};
 use crate::lease::make_secrets;
 use crate::load::{LoadOptions, Loaded, Program, build};
 use crate::maps::Maps;
@@ -356,7 +356,8 @@ impl Edge {
     /// # Errors
     ///
     /// [`EdgeError::Interface`] if there is none of this name, [`EdgeError::Attach`] if the kernel
-    /// refuses, [`EdgeError::Elsewhere`] in another network namespace. Nothing has changed then.
+    /// refuses, [`EdgeError::Elsewhere`] in another network namespace. No interface that the edge
+    /// was on has lost a program then.
     pub fn attach_interface(&mut self, name: &str, mode: AttachMode) -> Result<(), EdgeError> {
         self.attach_under(name, mode, &self.pins.lock_waiting()?)
     }
@@ -389,13 +390,19 @@ impl Edge {
         for interface in journal.interfaces.extract_if(.., |i| gone(i)) {
             self.remove_links(interface.index)?;
         }
+        // A process may have died between its links and the journal.
+        self.remove_links(index)?;
         let stamp = self.link(Program::Stamp, name, index, Hook::TcxIngress)?;
         let learn = self.link(Program::Learn, name, index, Hook::TcxEgress)?;
         let (edge, mode) = self.link_xdp(name, index, mode)?;
         let pinned = OF_INTERFACE
             .into_iter()
             .zip([stamp, learn, edge])
-            .try_for_each(|(program, link)| pin(link.as_fd(), self.link_path(program, index)));
+            .try_for_each(|(program, link)| {
+                pin(link.as_fd(), self.link_path(program, index))?;
+                reach(Step::Linked);
+                Ok(())
+            });
         journal.interfaces.push(Interface {
             name: name.to_owned(),
             index,

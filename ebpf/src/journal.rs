@@ -152,9 +152,10 @@ struct Format {
     format: u32,
 }
 
-/// How far a write of the journal is.
+/// How far a process is with an interface or with a write of the journal: what it has done when it
+/// is killed there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WriteStep {
+pub enum Step {
     /// Nothing is written.
     Begin,
     /// Half of the text is in the temporary file.
@@ -167,18 +168,20 @@ pub enum WriteStep {
     Renamed,
     /// The name is on the disk, too.
     Done,
+    /// One more link of an interface is pinned, and the journal does not name the interface yet.
+    Linked,
 }
 
-static OBSERVER: OnceLock<fn(WriteStep)> = OnceLock::new();
+static OBSERVER: OnceLock<fn(Step)> = OnceLock::new();
 
-/// Calls a function at every step of every later write of this process. Tests end the process
-/// there. The first observer stays.
-pub fn observe_writes(observer: fn(WriteStep)) {
+/// Calls a function at every later step of this process. Tests end the process there. The first
+/// observer stays.
+pub fn observe_steps(observer: fn(Step)) {
     // A second observer is ignored, as documented.
     let _ = OBSERVER.set(observer);
 }
 
-fn reach(step: WriteStep) {
+pub(crate) fn reach(step: Step) {
     if let Some(observe) = OBSERVER.get() {
         observe(step);
     }
@@ -189,21 +192,21 @@ fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
     let mut new = path.as_os_str().to_owned();
     new.push(".new");
     let new = PathBuf::from(new);
-    reach(WriteStep::Begin);
+    reach(Step::Begin);
     // A killed process may have left it.
     let _ = fs::remove_file(&new);
     let mut file = File::create_new(&new)?;
     let (first, second) = text.split_at(text.len() / 2);
     file.write_all(first)?;
-    reach(WriteStep::Half);
+    reach(Step::Half);
     file.write_all(second)?;
-    reach(WriteStep::Written);
+    reach(Step::Written);
     file.sync_all()?;
-    reach(WriteStep::Synced);
+    reach(Step::Synced);
     fs::rename(&new, path)?;
-    reach(WriteStep::Renamed);
+    reach(Step::Renamed);
     File::open(path.parent().unwrap_or_else(|| Path::new(".")))?.sync_all()?;
-    reach(WriteStep::Done);
+    reach(Step::Done);
     Ok(())
 }
 

@@ -92,9 +92,14 @@ struct Testbed {
 }
 
 impl Testbed {
-    fn new() -> Self {
+    /// None where this process may not make one: then the test is skipped.
+    fn new(test: &str) -> Option<Self> {
+        if !skip::has_all(test, &millrace_edge::privileges::missing()) {
+            return None;
+        }
         let folder = tempfile::tempdir().unwrap();
-        let namespace = format!("mr-kill-{}", std::process::id());
+        let thread = rustix::thread::gettid().as_raw_nonzero();
+        let namespace = format!("mr-kill-{thread}");
         let bed = Self {
             pins: Pins::at(folder.path().join("edge")),
             version: 1,
@@ -107,7 +112,7 @@ impl Testbed {
         let veth = ["link", "add", "mr0", "type", "veth", "peer", "name", "mr1"];
         tool("ip", &veth);
         tool("ip", &["link", "set", "mr0", "up"]);
-        bed
+        Some(bed)
     }
 
     /// Another version than all before.
@@ -172,11 +177,9 @@ fn tool(program: &str, arguments: &[&str]) -> String {
 // are those of the set before or of the one after, and the next process finishes what is half done.
 #[test]
 fn an_edge_is_old_or_new_after_a_kill_at_each_step() {
-    let test = "an_edge_is_old_or_new_after_a_kill_at_each_step";
-    if !skip::has_all(test, &millrace_edge::privileges::missing()) {
+    let Some(mut bed) = Testbed::new("an_edge_is_old_or_new_after_a_kill_at_each_step") else {
         return;
-    }
-    let mut bed = Testbed::new();
+    };
     done("attach", &bed.pins, 1);
     for kind in ["apply", "deny", "try", "confirm", "revert"] {
         let mut steps = 0;
@@ -225,22 +228,28 @@ fn an_edge_is_old_or_new_after_a_kill_at_each_step() {
     }
     done("detach", &bed.pins, 1);
     assert!(!bed.pins.journal_path().exists());
-    // `attach` is slow: every fifth step, so that each kind of step has its turn.
-    for steps in (1..).step_by(5) {
-        let status = run("attach", &bed.pins, 1, Some(steps));
-        if !status.success() {
-            let adopted = Edge::adopt(&bed.pins);
-            match adopted.map(|edge| Publisher::new(edge.maps()).config().set) {
-                // Nothing, or an edge that refuses nothing yet.
-                Err(_) | Ok(0) => {}
-                Ok(_) => {
-                    done("finish", &bed.pins, 1);
-                    bed.assert_committed(&format!("attach, killed at step {steps}"));
-                }
-            }
-        }
+}
+
+// Protects an operator from a process that dies while it attaches, before and after each link, and
+// at each step of each write: the next `attach` needs no `detach` before it.
+#[test]
+fn an_attach_that_was_killed_is_made_again() {
+    let Some(bed) = Testbed::new("an_attach_that_was_killed_is_made_again") else {
+        return;
+    };
+    for step in 1.. {
+        let what = format!("attach, killed at step {step}");
+        let status = run("attach", &bed.pins, 1, Some(step));
+        done("attach", &bed.pins, 1);
+        let edge = Edge::adopt(&bed.pins).unwrap();
+        let interfaces = edge.interfaces().unwrap();
+        let names: Vec<_> = interfaces.iter().map(|known| &*known.name).collect();
+        assert_eq!(names, ["mr0"], "{what}");
+        assert!(edge.is_live(&interfaces[0]), "{what}");
+        bed.assert_committed(&what);
         done("detach", &bed.pins, 1);
         if status.success() {
+            assert!(step > 2 * STEPS, "it links, and writes more than once");
             break;
         }
     }

@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use millrace_edge::edge::Edge;
 use millrace_edge::interface::{AttachMode, Interface};
-use millrace_edge::journal::{Journal, WriteStep, observe_writes};
+use millrace_edge::journal::{Journal, Step, observe_steps};
 use millrace_edge::nft::Nft;
 use millrace_edge::pins::{EdgeLock, Pins};
+use millrace_edge::publish::Publisher;
 use millrace_edge_control::journal::{Pending, Refused};
 use millrace_edge_control::{
     ApplyOptions, ApplyRequest, ControlError, Firewall, LockedEdge, Record, attach, detach,
@@ -22,10 +23,10 @@ use millrace_edge_policy::settings::Mode;
 use millrace_tuning::NodeConfig;
 use rustix::process::{Signal, getpid, kill_process};
 
-/// Steps of writes until the end; 0: it never comes.
+/// Steps until the end; 0: it never comes.
 static LEFT: AtomicU32 = AtomicU32::new(0);
 
-fn end_at_its_step(_step: WriteStep) {
+fn end_at_its_step(_step: Step) {
     if LEFT.fetch_sub(1, Ordering::Relaxed) == 1 {
         let _ = kill_process(getpid(), Signal::KILL);
         // The signal is on its way to every thread of this process.
@@ -41,7 +42,7 @@ fn main() {
     let version: u16 = arguments.next().unwrap().parse().unwrap();
     if let Ok(steps) = std::env::var("MILLRACE_TEST_KILL_AT") {
         LEFT.store(steps.parse().unwrap(), Ordering::Relaxed);
-        observe_writes(end_at_its_step);
+        observe_steps(end_at_its_step);
     }
     let pins = Pins::at(pins);
     let lock = pins.lock_waiting().unwrap();
@@ -115,7 +116,9 @@ fn of_edge(kind: &str, pins: &Pins, lock: &EdgeLock, version: u16) -> Result<(),
     };
     let request = ApplyRequest::new(&config, 4100, firewall, options);
     match kind {
-        "attach" => return attach(pins, lock, &["mr0".into()], &request).map(drop),
+        "attach" if Edge::adopt(pins).is_err() => {
+            return attach(pins, lock, &["mr0".into()], &request).map(drop);
+        }
         "detach" => return detach(pins, lock),
         _ => {}
     }
@@ -123,6 +126,14 @@ fn of_edge(kind: &str, pins: &Pins, lock: &EdgeLock, version: u16) -> Result<(),
     let nft = Nft::of(pins);
     let locked = LockedEdge::new(&edge, lock, &nft);
     match kind {
+        // As `millrace xdp attach` does with what a dead process left: the interface, then a set.
+        "attach" => {
+            edge.attach_under("mr0", AttachMode::Auto, lock)?;
+            match Publisher::new(edge.maps()).config().set {
+                0 => locked.apply(&request).map(drop),
+                _ => locked.finish().map(drop),
+            }
+        }
         "apply" | "try" => locked.apply(&request).map(drop),
         "confirm" => locked.confirm().map(drop),
         "revert" => locked.revert().map(drop),
