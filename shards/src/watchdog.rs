@@ -1,5 +1,5 @@
-//! The fallback for lost wake-ups: one thread per process that wakes a shard asleep with work to
-//! do.
+//! The fallback for lost wake-ups: one thread for all shards of the process, which wakes a shard
+//! asleep with work to do.
 //!
 //! glommio can fall asleep with runnable tasks when its preempt timer fires at the wrong moment
 //! (see `runtime`). The loop's recipe keeps that from happening. Should it still happen, it costs
@@ -9,86 +9,152 @@
 //!
 //! 1. A shard is woken only when its heartbeat stood still over a tick, its thread sleeps in the
 //!    kernel, and it had not announced a park or has runnable tasks.
-//! 2. The watchdog holds no shard alive.
+//! 2. The thread runs while a shard is watched: the end of the last one ends it.
 //! 3. A look allocates nothing: a busy machine makes many of them.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::park::Parker;
 use crate::stats::ShardStats;
 
+/// The thread, while it runs. Locked before [`Watchdog::state`].
+static RUNNING: Mutex<Option<Running>> = Mutex::new(None);
+
+struct Running {
+    watchdog: Arc<Watchdog>,
+    thread: JoinHandle<()>,
+}
+
+#[derive(Default)]
+struct Watchdog {
+    state: Mutex<State>,
+    ended: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    shards: Vec<Watched>,
+    is_ended: bool,
+}
+
 struct Watched {
-    parker: Weak<Parker>,
+    parker: Arc<Parker>,
     stats: Arc<ShardStats>,
     beat: u64,
     /// What the kernel says of the shard's thread.
     thread: File,
 }
 
-#[derive(Default)]
-struct Watchdog {
-    shards: Mutex<Vec<Watched>>,
+/// A shard that is watched, until this is dropped on its thread.
+pub(crate) struct Watch {
+    parker: Arc<Parker>,
 }
 
-/// Watches a shard until its parker is gone. The first call starts the thread and sets its tick.
-pub(crate) fn watch(parker: &Arc<Parker>, stats: &Arc<ShardStats>, tick: Duration) {
-    static WATCHDOG: OnceLock<Arc<Watchdog>> = OnceLock::new();
-    let watchdog = WATCHDOG.get_or_init(|| {
-        let watchdog = Arc::new(Watchdog::default());
-        let shared = Arc::clone(&watchdog);
-        let thread = std::thread::Builder::new().name("millrace-watch".to_owned());
-        if let Err(error) = thread.spawn(move || shared.run(tick)) {
-            tracing::warn!(%error, "no watchdog thread: a lost wake-up would stop a shard");
-        }
-        watchdog
-    });
+/// Watches a shard. The first one starts the thread and sets its tick. None if it cannot be
+/// watched.
+pub(crate) fn watch(
+    parker: &Arc<Parker>,
+    stats: &Arc<ShardStats>,
+    tick: Duration,
+) -> Option<Watch> {
     let thread = match File::open(format!("/proc/self/task/{}/stat", parker.thread())) {
         Ok(thread) => thread,
         Err(error) => {
             tracing::warn!(%error, "a shard is not watched: a lost wake-up would stop it");
-            return;
+            return None;
         }
     };
     let watched = Watched {
-        parker: Arc::downgrade(parker),
+        parker: Arc::clone(parker),
         stats: Arc::clone(stats),
         beat: 0,
         thread,
     };
-    watchdog
-        .shards
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .push(watched);
+    let mut running = lock(&RUNNING);
+    let watchdog = match &*running {
+        Some(running) => Arc::clone(&running.watchdog),
+        None => match start(tick) {
+            Ok(started) => Arc::clone(&running.insert(started).watchdog),
+            Err(error) => {
+                tracing::warn!(%error, "no watchdog thread: a lost wake-up would stop a shard");
+                return None;
+            }
+        },
+    };
+    lock(&watchdog.state).shards.push(watched);
+    Some(Watch {
+        parker: Arc::clone(parker),
+    })
+}
+
+fn start(tick: Duration) -> std::io::Result<Running> {
+    let watchdog = Arc::new(Watchdog::default());
+    let shared = Arc::clone(&watchdog);
+    let thread = std::thread::Builder::new()
+        .name("millrace-watch".to_owned())
+        .spawn(move || shared.run(tick))?;
+    Ok(Running { watchdog, thread })
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let mut running = lock(&RUNNING);
+        let Some(watchdog) = running.as_ref().map(|one| Arc::clone(&one.watchdog)) else {
+            return;
+        };
+        let mut state = lock(&watchdog.state);
+        let is_other = |watched: &Watched| !Arc::ptr_eq(&watched.parker, &self.parker);
+        state.shards.retain(is_other);
+        if !state.shards.is_empty() {
+            return;
+        }
+        state.is_ended = true;
+        drop(state);
+        watchdog.ended.notify_all();
+        let ended = running.take();
+        // A shard that starts meanwhile has a thread of its own.
+        drop(running);
+        if let Some(ended) = ended {
+            // It waits for nothing but the notice. A panic there was reported there.
+            let _ = ended.thread.join();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Watchdog {
     fn run(&self, tick: Duration) {
+        let mut state = lock(&self.state);
         loop {
-            std::thread::sleep(tick);
-            let mut shards = self.shards.lock().unwrap_or_else(PoisonError::into_inner);
-            shards.retain_mut(Watched::look);
+            let waited = self
+                .ended
+                .wait_timeout_while(state, tick, |state| !state.is_ended);
+            (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+            if state.is_ended {
+                return;
+            }
+            state.shards.iter_mut().for_each(Watched::look);
         }
     }
 }
 
 impl Watched {
-    /// Looks at one shard; false when it is gone.
-    fn look(&mut self) -> bool {
-        let Some(parker) = self.parker.upgrade() else {
-            return false;
-        };
-        let beat = parker.heartbeat();
+    /// Wakes the shard if it sleeps with work to do.
+    fn look(&mut self) {
+        let beat = self.parker.heartbeat();
         let stood_still = std::mem::replace(&mut self.beat, beat) == beat;
-        let should_run = !parker.is_parked() || parker.any_runnable();
+        let should_run = !self.parker.is_parked() || self.parker.any_runnable();
         if stood_still && should_run && sleeps(&self.thread) {
             self.stats.watchdog_wakes.add_shared(1);
-            parker.wake_executor();
+            self.parker.wake_executor();
         }
-        true
     }
 }
 

@@ -361,7 +361,7 @@ impl Subnet {
     fn stop(mut self) {
         std::thread::scope(|scope| {
             for node in self.nodes.drain(..) {
-                scope.spawn(move || drop(node));
+                scope.spawn(move || node.shutdown());
             }
         });
     }

@@ -38,7 +38,7 @@ pub(crate) fn run(args: &NodeArgs) -> Result<Exit, Failure> {
     if let Some(signal) = signals.forever().next() {
         output::message(format_args!("signal {signal}: shutting down"));
     }
-    drop(node);
+    node.shutdown();
     Ok(Exit::Ok)
 }
 

@@ -38,15 +38,15 @@ use crate::{host, mapping, metrics, peers, status};
 /// A running node. Any thread may hold and clone the handle.
 ///
 /// # End of life
-/// Dropping the last handle stops the node: its admin socket is removed, its connections are closed
-/// cleanly, and its threads (shards, admin, registry, edge) have ended when the drop returns. With
-/// idle peers that takes less than a second; a connection that still carries something is given
-/// `transport.drain_timeout`. The address can be bound again then. A [`Transport`] or a
-/// [`RemoteAnswer`] that outlives the node answers with
-/// [`RpcError::LocalShuttingDown`](millrace_transport::RpcError::LocalShuttingDown).
+/// Dropping the last handle stops the node at once: its admin socket is removed, its peers are told
+/// that their connections close, and within a second its threads (shards, admin, registry, edge)
+/// have ended and the address can be bound again, when the drop returns. It does not wait for what
+/// is under way: requests that hang, here or at a peer, end with
+/// [`RpcError::ConnectionLost`] or [`RpcError::LocalShuttingDown`]. A [`Transport`] or a
+/// [`RemoteAnswer`] that outlives the node answers with the latter.
 ///
-/// One thread for the whole process, which wakes shards that lost a wake-up, stays; it holds
-/// nothing of a node.
+/// [`shutdown`](Self::shutdown) is the orderly end: it gives connections time for what they carry.
+/// Call it before the drop.
 ///
 /// The drop waits for the node's threads, so the last handle must not be dropped on one of them: a
 /// service that runs on a shard keeps no `Node`.
@@ -88,7 +88,7 @@ impl Drop for Inner {
         drop(self.admin.take());
         drop(self.agent.take());
         drop(self.registry.take());
-        self.core.transport.shutdown();
+        self.core.transport.close();
     }
 }
 
@@ -305,6 +305,14 @@ impl Node {
     /// [`NotReady`]: why not.
     pub fn readiness(&self) -> Result<(), NotReady> {
         self.inner.core.readiness()
+    }
+
+    /// Closes all connections in good order and stops the shards: a connection that carries
+    /// something gets `transport.drain_timeout` for it, an idle one needs none. Blocks until
+    /// the shards' threads have ended. The registry's, the admin socket's and the edge's end with
+    /// the last handle. Not for a shard's thread.
+    pub fn shutdown(&self) {
+        self.transport().shutdown();
     }
 
     /// What `/status` shows.

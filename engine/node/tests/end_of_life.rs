@@ -2,19 +2,52 @@
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 use std::net::UdpSocket;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
 
 use millrace_node::config::{Cores, HugePages};
-use millrace_node::{ByteSize, Draft, Method, Node, NodeConfig, NodeParts, RpcError, keys};
-use millrace_node::{Class, Payload, SigningKey};
+use millrace_node::{
+    Answer, ByteSize, Class, Defer, Draft, FIRST_FREE_METHOD, Inbound, Method, Node, NodeConfig,
+    NodeParts, Payload, Period, Request, Responder, RpcError, Service, SigningKey, keys,
+};
 use millrace_testkit::wait::within;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 /// A second is promised; ten times of it is allowed.
 const FREED: Duration = Duration::from_secs(10);
+/// Far beyond what is promised: a drop that waits for what is under way would be seen.
+const DRAIN_TIMEOUT: Period = Period::secs(60);
 
-/// Without the one that watches the shards of all nodes of the process; it ends with the process.
+/// Is never answered.
+const HANG: Method = FIRST_FREE_METHOD;
+
+/// Keeps its requests.
+struct Hanging {
+    heard: Sender<()>,
+    requests: Vec<Responder>,
+}
+
+impl Service for Hanging {
+    fn on_request(&mut self, _request: Inbound<'_>, defer: Defer<'_>) -> Answer {
+        self.requests.extend(defer.responder());
+        self.heard.send(()).unwrap();
+        Answer::Deferred
+    }
+
+    fn on_send(&mut self, _message: Inbound<'_>) {}
+}
+
+fn hang() -> Request {
+    Request {
+        class: Class::Normal,
+        method: HANG,
+        body: Payload::Empty,
+        deadline: DRAIN_TIMEOUT.get(),
+    }
+}
+
 fn threads() -> Vec<String> {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     let names = tasks.filter_map(|task| {
@@ -22,20 +55,27 @@ fn threads() -> Vec<String> {
         std::fs::read_to_string(task.unwrap().path().join("comm")).ok()
     });
     let names = names.map(|name| name.trim().to_owned());
-    names.filter(|name| name != "millrace-watch").collect()
+    names.collect()
 }
 
-fn start(folder: &Path, registry: &SigningKey) -> Node {
+/// A node, and what it says of each request that hangs there.
+fn start(folder: &Path, registry: &SigningKey) -> (Node, Receiver<()>) {
     let mut config = NodeConfig::default();
     config.listen.address = "127.0.0.1:0".parse().unwrap();
     config.shards.cores = Cores::List(vec![0]);
     config.shards.defaults.chunk_pool_bytes = ByteSize::mib(8);
     config.shards.defaults.huge_pages = HugePages::Never;
+    config.transport.drain_timeout = DRAIN_TIMEOUT;
     let key = keys::generate().unwrap();
     let socket = folder.join(format!("{}.sock", key.node_id()));
     let mut parts = NodeParts::in_memory(&config, key, registry.public_key()).unwrap();
     parts.admin_socket = Some(socket);
-    Node::start(&config, parts).unwrap()
+    let (sender, heard) = channel();
+    let parts = parts.serve(HANG..=HANG, move |_| Hanging {
+        heard: sender.clone(),
+        requests: Vec::new(),
+    });
+    (Node::start(&config, parts).unwrap(), heard)
 }
 
 #[test]
@@ -43,10 +83,8 @@ fn the_last_handle_takes_threads_address_and_socket_with_it() {
     let folder = tempfile::tempdir().unwrap();
     let registry = keys::generate().unwrap();
     let before = threads().len();
-    let (one, two) = (
-        start(folder.path(), &registry),
-        start(folder.path(), &registry),
-    );
+    let (one, one_heard) = start(folder.path(), &registry);
+    let (two, two_heard) = start(folder.path(), &registry);
     let nodes = [&one, &two].map(|node| (node.public_key(), node.address()));
     let draft = Draft::with_nodes("test", &nodes).unwrap();
     let version = draft.sign(&registry).unwrap();
@@ -65,7 +103,23 @@ fn the_last_handle_takes_threads_address_and_socket_with_it() {
     let again = one.clone();
     drop(one);
     again.wait_for_peer(peer, PATIENCE).unwrap();
+    // What hangs is not waited for: in a peer's service, in a service here, an admin client.
+    let asks = again.request(peer, hang());
+    two_heard.recv_timeout(PATIENCE).unwrap();
+    let asked = two.request(again.id(), hang());
+    one_heard.recv_timeout(PATIENCE).unwrap();
+    let socket = folder.path().join(format!("{}.sock", again.id()));
+    let _silent = UnixStream::connect(socket).unwrap();
+    let dropped_at = Instant::now();
     drop(again);
+    assert!(dropped_at.elapsed() < FREED, "the drop waited");
+    let bound = within(FREED, || UdpSocket::bind(address).ok());
+    assert!(bound.is_some(), "{address} is still taken");
+    for answer in [asks, asked] {
+        let lost = answer.wait(PATIENCE).unwrap_err();
+        let ends = [RpcError::ConnectionLost, RpcError::LocalShuttingDown];
+        assert!(ends.contains(&lost), "{lost}");
+    }
     let left = two
         .transport()
         .status()
@@ -75,16 +129,8 @@ fn the_last_handle_takes_threads_address_and_socket_with_it() {
 
     let names = within(FREED, || (threads().len() == before).then_some(()));
     assert_eq!(names, Some(()), "{:?}", threads());
-    let bound = within(FREED, || UdpSocket::bind(address).ok());
-    assert!(bound.is_some(), "{address} is still taken");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     // A handle of the transport that is left over does no harm.
-    let ask = millrace_node::Request {
-        class: Class::Normal,
-        method: Method(0x1000),
-        body: Payload::Empty,
-        deadline: PATIENCE,
-    };
-    let answer = transport.request(peer, ask).wait(PATIENCE);
+    let answer = transport.request(peer, hang()).wait(PATIENCE);
     assert_eq!(answer.unwrap_err(), RpcError::LocalShuttingDown);
 }

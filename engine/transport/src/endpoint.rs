@@ -45,7 +45,7 @@ use crate::service::remote::CallId;
 use crate::service::router::Router;
 use crate::session::Session;
 use crate::status::{PeerStatus, StatusBoard};
-use crate::stop::StopLimit;
+use crate::stop::{CLOSE_TIMEOUT, StopMode};
 use crate::tls::Members;
 
 /// TLS alert `certificate_required` as a QUIC error code (RFC 9001, 4.8).
@@ -89,7 +89,7 @@ pub(crate) struct EndpointParts {
     pub(crate) clock: Clock,
     /// What first packets prove themselves with, by the peer that is dialled.
     pub(crate) dial_keys: DialKeys,
-    pub(crate) stop_limit: Arc<StopLimit>,
+    pub(crate) stop_mode: Arc<StopMode>,
     pub(crate) now: Instant,
 }
 
@@ -401,12 +401,19 @@ impl Datapath for Endpoint {
     fn on_stop(&mut self, now: Instant) {
         self.parts.state.stopping.set(true);
         self.parts.state.now.set(now);
-        let drain_timeout = self.parts.state.config.drain_timeout;
-        let until = now + drain_timeout.min(self.parts.stop_limit.get());
+        let at_once = self.parts.stop_mode.is_at_once();
+        let until = now
+            + if at_once {
+                CLOSE_TIMEOUT
+            } else {
+                self.parts.state.config.drain_timeout
+            };
         self.stop_at = Some(until);
         for slot in 0..self.connections.len() {
             self.take_down(slot);
-            if let Some(connection) = &mut self.connections[slot]
+            if at_once {
+                self.close(slot, CloseCode::Done);
+            } else if let Some(connection) = &mut self.connections[slot]
                 && connection.phase != Phase::Closing
             {
                 connection.phase = Phase::Draining {

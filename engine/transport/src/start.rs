@@ -31,7 +31,7 @@ use crate::service::router::{Router, RouterError};
 use crate::service::routes::Routes;
 use crate::service::shard_messenger::ShardMessenger;
 use crate::status::StatusBoard;
-use crate::stop::StopLimit;
+use crate::stop::StopMode;
 use crate::tls::{Credentials, Members, TlsError};
 use crate::transport::{Inner, Shards, Transport};
 
@@ -181,8 +181,8 @@ impl Transport {
         ));
         // Only a label that tells this run's packets from an earlier run's.
         let [generation] = random_bytes();
-        let stop_limit = Arc::new(StopLimit::default());
-        let running = Shards::new(Arc::clone(&stop_limit));
+        let stop_mode = Arc::new(StopMode::default());
+        let running = Shards::new(Arc::clone(&stop_mode));
         let (mut pools, mut stats) = (Vec::new(), Vec::new());
         let refused = Arc::new(Mutex::new(None));
         let parts = shards.into_iter().zip(sockets).zip(receivers).zip(tls);
@@ -195,7 +195,7 @@ impl Transport {
             let registry_version = Arc::clone(&registry_version);
             let (control, clock, dial_keys) =
                 (control.clone(), clock.clone(), Arc::clone(&dial_keys));
-            let (stop_limit, refusal) = (Arc::clone(&stop_limit), Arc::clone(&refused));
+            let (stop_mode, refusal) = (Arc::clone(&stop_mode), Arc::clone(&refused));
             let make = move |context: &millrace_shards::ShardContext| {
                 let now = Instant::now();
                 let seed = u64::from_le_bytes(random_bytes());
@@ -234,7 +234,7 @@ impl Transport {
                     ticks_admission: ticks_admission && index == 0,
                     clock,
                     dial_keys,
-                    stop_limit,
+                    stop_mode,
                     now,
                 };
                 Endpoint::new(parts, topology, router)
@@ -258,7 +258,7 @@ impl Transport {
                 }),
             };
             if let Some(error) = failed {
-                running.stop();
+                running.close();
                 return Err(error);
             }
         }

@@ -1,31 +1,26 @@
-//! How long connections may take to finish when their shards stop.
+//! How a transport's shards stop: in good order, or at once.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// Time for connections to finish when the last handle of a transport was dropped: its address is
-/// to be free within a second.
-const ABANDONED: Duration = Duration::from_millis(500);
+/// How long a shard that closes at once may try to send its connections' last packets: its address
+/// is to be free within a second.
+pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// How long a stop may take; set before the shards are asked to stop.
-#[derive(Debug)]
-pub(crate) struct StopLimit(AtomicU64);
-
-impl Default for StopLimit {
-    fn default() -> Self {
-        Self(AtomicU64::new(u64::MAX))
-    }
+/// How the shards stop; set before they are asked to.
+#[derive(Debug, Default)]
+pub(crate) struct StopMode {
+    at_once: AtomicBool,
 }
 
-impl StopLimit {
-    /// The last handle of the transport is gone.
-    pub(crate) fn set_abandoned(&self) {
-        let ms = ABANDONED.as_millis() as u64;
-        self.0.store(ms, Ordering::Release);
+impl StopMode {
+    /// Connections are closed without waiting for what they carry.
+    pub(crate) fn set_at_once(&self) {
+        self.at_once.store(true, Ordering::Release);
     }
 
-    /// The longest time that the stop may take.
-    pub(crate) fn get(&self) -> Duration {
-        Duration::from_millis(self.0.load(Ordering::Acquire))
+    /// Whether connections close at once; otherwise they get the config's `drain_timeout`.
+    pub(crate) fn is_at_once(&self) -> bool {
+        self.at_once.load(Ordering::Acquire)
     }
 }

@@ -22,14 +22,15 @@ use crate::service::message::{Payload, Request};
 use crate::service::remote::RemoteAnswer;
 use crate::service::routes::Routes;
 use crate::status::StatusBoard;
-use crate::stop::StopLimit;
+use crate::stop::StopMode;
 
 /// A running transport: a handle that any thread may hold and clone.
 ///
-/// The transport runs until [`shutdown`](Self::shutdown) or until the last clone is dropped. A drop
-/// does not wait: the shards' threads end and the address is free within a second, and connections
-/// get half a second of it to finish what they carry. Messengers and services do not keep the
-/// transport running. A service must not hold a clone of it: the transport would then never end.
+/// The transport runs until [`shutdown`](Self::shutdown) or [`close`](Self::close), or until the
+/// last clone is dropped. Only `shutdown` lets connections finish what they carry. A drop does as
+/// `close`, but does not wait: the shards' threads end and the address is free within a second.
+/// Messengers and services do not keep the transport running. A service must not hold a clone of
+/// it: the transport would then never end.
 #[derive(Clone, Debug)]
 pub struct Transport {
     inner: Arc<Inner>,
@@ -55,14 +56,14 @@ pub(crate) struct Inner {
 #[derive(Debug)]
 pub(crate) struct Shards {
     handles: Mutex<Vec<ShardHandle<Command>>>,
-    limit: Arc<StopLimit>,
+    mode: Arc<StopMode>,
 }
 
 impl Shards {
-    pub(crate) fn new(limit: Arc<StopLimit>) -> Self {
+    pub(crate) fn new(mode: Arc<StopMode>) -> Self {
         Self {
             handles: Mutex::default(),
-            limit,
+            mode,
         }
     }
 
@@ -72,6 +73,12 @@ impl Shards {
 
     pub(crate) fn push(&self, handle: ShardHandle<Command>) {
         self.lock().push(handle);
+    }
+
+    /// As [`Self::stop`], and connections close at once.
+    pub(crate) fn close(&self) {
+        self.mode.set_at_once();
+        self.stop();
     }
 
     /// Asks all shards to stop, then waits for their threads.
@@ -88,7 +95,7 @@ impl Shards {
 
 impl Drop for Shards {
     fn drop(&mut self) {
-        self.limit.set_abandoned();
+        self.mode.set_at_once();
         // Not joined: the last handle may be dropped where a wait is not allowed.
         self.lock().iter().for_each(ShardHandle::stop);
     }
@@ -218,5 +225,14 @@ impl Transport {
     /// a shard's thread.
     pub fn shutdown(&self) {
         self.inner.shards.stop();
+    }
+
+    /// Closes all connections at once and stops the shards: peers are told, but what is under way
+    /// is lost, and requests end with [`RpcError::ConnectionLost`] or
+    /// [`RpcError::LocalShuttingDown`]. Blocks until the shards' threads have ended, within a
+    /// second; when another thread [shuts down](Self::shutdown) already, as long as that takes. Not
+    /// for a shard's thread.
+    pub fn close(&self) {
+        self.inner.shards.close();
     }
 }

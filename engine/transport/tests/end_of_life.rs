@@ -13,26 +13,35 @@ use millrace_protocol::frame::Class;
 use millrace_testkit::until;
 use millrace_transport::{RpcError, TransportConfig};
 
-/// Threads of shards, by the name that they are given: `millrace-` and the shard's index. Helpers
-/// that a shard's thread starts have its name too.
-fn shard_threads() -> usize {
+/// What the threads of the process that begin with `millrace-` are called, behind that.
+fn threads() -> Vec<String> {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     let names = tasks.filter_map(|task| {
         // A thread that ends meanwhile has no name any more.
-        std::fs::read_to_string(task.ok()?.path().join("comm")).ok()
+        let name = std::fs::read_to_string(task.ok()?.path().join("comm")).ok()?;
+        Some(name.trim_end().strip_prefix("millrace-")?.to_owned())
     });
-    let is_shard = |name: &String| {
-        let index = name.trim_end().strip_prefix("millrace-");
-        index.is_some_and(|index| index.parse::<usize>().is_ok())
-    };
-    names.filter(is_shard).count()
+    names.collect()
+}
+
+/// Threads of shards, by the name that they are given: the shard's index. Helpers that a shard's
+/// thread starts have its name too.
+fn shard_threads() -> usize {
+    let threads = threads();
+    let is_shard = |name: &&String| name.parse::<usize>().is_ok();
+    threads.iter().filter(is_shard).count()
 }
 
 // Protects embedders: handles and messengers used to hold each other, so that the threads went on
 // and the address stayed taken.
 #[test]
 fn the_last_handle_stops_the_threads_and_frees_the_address() {
-    let (a, b) = pair(&TransportConfig::default(), 16 << 20);
+    let config = TransportConfig {
+        // Far beyond what is promised: a drop that waits for what is under way would be seen.
+        drain_timeout: Duration::from_secs(60),
+        ..TransportConfig::default()
+    };
+    let (a, b) = pair(&config, 16 << 20);
     let of_both = shard_threads();
     assert!(of_both >= 2 && of_both.is_multiple_of(2), "{of_both}");
     // A request that hangs is not waited for.
@@ -58,5 +67,7 @@ fn the_last_handle_stops_the_threads_and_frees_the_address() {
     let ends = [RpcError::ConnectionLost, RpcError::LocalShuttingDown];
     assert!(ends.contains(&lost), "{lost}");
     drop(b);
-    until("the other threads end", || shard_threads() == 0);
+    until("the other threads end, and the watchdog's", || {
+        threads().is_empty()
+    });
 }

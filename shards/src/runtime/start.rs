@@ -18,7 +18,8 @@ use crate::mailbox::MailReceiver;
 use crate::ring::{self, Ring};
 use crate::socket::{SOCKETS_MAX, ShardSocket, SocketId};
 use crate::stats::ShardStats;
-use crate::{park, sys, watchdog};
+use crate::watchdog::{self, Watch};
+use crate::{park, sys};
 
 /// Locked memory that glommio's rings need.
 const MEMLOCK_BYTES: u64 = 512 * 1024;
@@ -247,9 +248,9 @@ where
             });
         }
     };
-    executor.run(async {
+    let watch = executor.run(async {
         match set_up(parts, init) {
-            Ok((shard, queues)) => {
+            Ok((shard, queues, watch)) => {
                 // The spawner waits for this; if it is gone, the shard still runs.
                 let _ = started.send(Ok(()));
                 match glommio::spawn_local_into(shard.run(), queues.latency) {
@@ -258,16 +259,24 @@ where
                 }
                 // Not before: up to here the executor could fall asleep and need the watchdog.
                 parker.set_executor(None);
+                watch
             }
-            Err(error) => report(error),
+            Err(error) => {
+                report(error);
+                None
+            }
         }
     });
+    drop(watch);
     park::set_drives_a_ring(false);
     Local::leave();
 }
 
 /// Makes everything of a shard that must be made on its thread.
-fn set_up<D, F>(parts: Parts<D::Message>, init: F) -> Result<(Shard<D>, Queues), StartError>
+fn set_up<D, F>(
+    parts: Parts<D::Message>,
+    init: F,
+) -> Result<(Shard<D>, Queues, Option<Watch>), StartError>
 where
     D: Datapath,
     F: FnOnce(&ShardContext) -> D,
@@ -327,9 +336,8 @@ where
         spawner: Spawner::new(Rc::clone(&local)),
     };
     let datapath = init(&context);
-    if !config.watchdog.is_zero() {
-        watchdog::watch(&parker, &stats, config.watchdog);
-    }
+    let is_watched = !config.watchdog.is_zero();
+    let watch = is_watched.then(|| watchdog::watch(&parker, &stats, config.watchdog));
     let eventfd = sys::eventfd_file(eventfd);
     let mailbox = receiver;
     let shard = Shard {
@@ -342,7 +350,7 @@ where
         stats,
         eventfd,
     };
-    Ok((shard, queues))
+    Ok((shard, queues, watch.flatten()))
 }
 
 fn note_pages(config: &ShardConfig, index: usize, pool: &ChunkPool) {

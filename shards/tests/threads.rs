@@ -1,0 +1,66 @@
+//! The end of shards leaves no thread behind. One test: it counts the threads of its process.
+#![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
+
+mod common;
+
+use std::time::Instant;
+
+use common::config;
+use millrace_shards::{Datagrams, Datapath, ShardHandle, Trains, Transmit, spawn};
+
+struct Nothing;
+
+impl Datapath for Nothing {
+    type Message = ();
+
+    fn on_message(&mut self, (): (), _: Instant) {}
+
+    fn on_datagrams(&mut self, _: Datagrams<'_>, _: Instant) {}
+
+    fn transmit(&mut self, _: &mut Trains<'_>, _: Instant) -> Transmit {
+        Transmit::Done
+    }
+
+    fn has_pending(&self) -> bool {
+        false
+    }
+}
+
+fn start(index: usize) -> ShardHandle<()> {
+    spawn(config(), index, 2, None, |_| Nothing).unwrap()
+}
+
+fn stop(shard: ShardHandle<()>) {
+    shard.stop();
+    shard.join().unwrap();
+}
+
+/// Names of this process's threads that begin with `millrace`.
+fn threads() -> Vec<String> {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let names = tasks.filter_map(|task| {
+        // A thread may end meanwhile.
+        std::fs::read_to_string(task.unwrap().path().join("comm")).ok()
+    });
+    let names = names.map(|name| name.trim().to_owned());
+    names.filter(|name| name.starts_with("millrace")).collect()
+}
+
+fn watchdogs() -> usize {
+    let threads = threads();
+    let is_watchdog = |name: &&String| *name == "millrace-watch";
+    threads.iter().filter(is_watchdog).count()
+}
+
+#[test]
+fn the_watchdog_ends_with_the_last_shard_and_starts_again() {
+    for _ in 0..3 {
+        let (first, second) = (start(0), start(1));
+        assert_eq!(watchdogs(), 1);
+        stop(first);
+        assert_eq!(watchdogs(), 1, "a shard is left");
+        stop(second);
+        // The kernel takes a thread out of the list a moment after the join.
+        millrace_testkit::until("all threads end", || threads().is_empty());
+    }
+}
