@@ -43,6 +43,7 @@ use crate::service::command::Command;
 use crate::service::handle::ShardState;
 use crate::service::remote::CallId;
 use crate::service::router::Router;
+use crate::service::routes::Routes;
 use crate::session::Session;
 use crate::status::{PeerStatus, StatusBoard};
 use crate::stop::{CLOSE_TIMEOUT, StopMode};
@@ -83,6 +84,7 @@ pub(crate) struct EndpointParts {
     pub(crate) bodies: BodyAllocator,
     pub(crate) state: Rc<ShardState>,
     pub(crate) board: Arc<StatusBoard>,
+    pub(crate) routes: Arc<Routes>,
     pub(crate) admission: AdmissionControl,
     /// Whether this endpoint ticks the admission.
     pub(crate) ticks_admission: bool,
@@ -383,9 +385,13 @@ impl Datapath for Endpoint {
 
     fn on_housekeeping(&mut self, now: Instant) {
         self.parts.state.now.set(now);
+        let has_abandoned = self.parts.routes.take_abandoned(self.parts.shard);
         for connection in self.connections.iter_mut().flatten() {
             if let Some(session) = &mut connection.session {
                 session.housekeep(&mut connection.quic);
+                if has_abandoned {
+                    session.cancel_abandoned();
+                }
             }
         }
         self.parts.bodies.settle();

@@ -176,6 +176,7 @@ impl Transport {
         }
         let routes = Arc::new(Routes::new(
             senders,
+            counters.clone(),
             Arc::clone(&board),
             connections_per_peer,
         ));
@@ -211,7 +212,9 @@ impl Transport {
                 let peers = (0..connections_per_peer).map(machine).collect();
                 let bodies = BodyAllocator::new(config.receive_budget(), context.pool.clone());
                 let state = Rc::new(ShardState::new(config, counters, now));
-                let messenger = ShardMessenger::new(me, Rc::clone(&state), context.clone(), routes);
+                let of_shard = Arc::clone(&routes);
+                let messenger =
+                    ShardMessenger::new(me, Rc::clone(&state), context.clone(), of_shard);
                 let router = services(messenger).unwrap_or_else(|error| {
                     *refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
                     Router::new()
@@ -230,6 +233,7 @@ impl Transport {
                     bodies,
                     state,
                     board,
+                    routes,
                     admission: control,
                     ticks_admission: ticks_admission && index == 0,
                     clock,

@@ -10,9 +10,10 @@ use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::pin::Pin;
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::task::{Poll, Waker};
+use std::time::Duration;
 
 use common::{PATIENCE, free_addr, key, member, shard_config, topology};
 use millrace_protocol::frame::{Class, Method};
@@ -24,8 +25,8 @@ use millrace_shards::chunk::{Body, CHUNK_BYTES};
 use millrace_shards::socket::UdpGroupConfig;
 use millrace_transport::counters::Family;
 use millrace_transport::{
-    EdgeStart, Messenger, Payload, Router, RouterError, RpcError, ShardMessenger, StartError,
-    Transport, TransportConfig, TransportStart,
+    EdgeStart, Messenger, Payload, Request, Router, RouterError, RpcError, ShardMessenger,
+    StartError, Transport, TransportConfig, TransportStart,
 };
 use scenarios::{ECHO, HANG, Log, TELL, request};
 
@@ -117,6 +118,21 @@ impl Node {
         result
             .recv_timeout(4 * PATIENCE)
             .expect("the scenario ends, and does not panic")
+    }
+
+    /// Keeps a shard's thread from its loop, until what this returns is dropped.
+    fn block(&self, shard: usize) -> SyncSender<()> {
+        let (release, released) = sync_channel::<()>(0);
+        let (sender, is_blocked) = sync_channel(1);
+        self.jobs[shard].push(Box::new(move |_| {
+            Box::pin(async move {
+                sender.send(()).unwrap();
+                // Ends with an error, when the other end is dropped.
+                released.recv().ok();
+            })
+        }));
+        is_blocked.recv_timeout(PATIENCE).unwrap();
+        release
     }
 
     fn counted(&self, family: Family, reason: &str) -> u64 {
@@ -341,6 +357,37 @@ fn a_dropped_answer_is_seen_by_the_peer() {
     drop(kept);
     let seen = || b.log.lock().cancelled == cancelled + 2;
     millrace_testkit::until("the peer sees the other one", seen);
+}
+
+// Protects the peer's service from work that nobody waits for: a mailbox that has no room for a
+// cancellation makes it late, and does not lose it.
+#[test]
+fn a_full_mailbox_delays_a_cancellation_and_counts_it() {
+    let (a, others) = star(&TransportConfig::default(), 2, 1);
+    let (b, log) = (others[0].id(), &others[0].log);
+    // Longer than any test waits: it is not the deadline that ends them.
+    let hang = || Request {
+        deadline: Duration::from_secs(3_600),
+        ..request(HANG, Class::Normal, vec![1])
+    };
+    let (dropped, kept) = (
+        a.transport.request(b, hang()),
+        a.transport.request(b, hang()),
+    );
+    millrace_testkit::until("both requests hang", || log.lock().hanging == 2);
+    let blocked = a.block(usize::from(b.owner_shard(0, 2)));
+    let tell = || a.transport.send(b, Class::Normal, TELL, vec![0; 8].into());
+    while tell().is_ok() {}
+    assert_eq!(tell(), Err(RpcError::LocalBusy(Class::Normal)));
+    drop(dropped);
+    assert_eq!(a.counted(Family::Failed, "local_cancel_late"), 1);
+    drop(blocked);
+    let seen = || log.lock().cancelled == 1;
+    millrace_testkit::until("the peer sees the cancellation", seen);
+    drop(kept);
+    let seen = || log.lock().cancelled == 2;
+    millrace_testkit::until("the peer sees the other one", seen);
+    assert_eq!(a.counted(Family::Failed, "local_cancel_late"), 1);
 }
 
 #[test]

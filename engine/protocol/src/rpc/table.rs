@@ -147,11 +147,24 @@ impl<W> RpcTable<W> {
 
     /// Empties the table after the loss of the connection, and returns every waiter.
     pub fn take_all(&mut self, on_lost: &mut impl FnMut(u32, W)) {
+        self.take_if(&mut |_| true, on_lost);
+    }
+
+    /// Takes the waiters that `is_taken` names; the caller sends cancel frames for those of live
+    /// requests. O(requests that were ever in flight at a time).
+    pub fn take_if(
+        &mut self,
+        is_taken: &mut impl FnMut(&W) -> bool,
+        on_taken: &mut impl FnMut(u32, W),
+    ) {
         for position in 0..self.slots.len() as u32 {
             let slot = &self.slots[position as usize];
             let id = position | u32::from(slot.generation) << POSITION_BITS;
-            if let Some(waiter) = self.remove(id) {
-                on_lost(id, waiter);
+            let waiting = slot.waiting.as_ref();
+            if waiting.is_some_and(|waiting| is_taken(&waiting.waiter))
+                && let Some(waiter) = self.remove(id)
+            {
+                on_taken(id, waiter);
             }
         }
     }

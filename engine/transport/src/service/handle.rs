@@ -530,6 +530,22 @@ impl ConnectionHandle {
         self.wake_writable();
     }
 
+    /// Takes back the requests whose asker has dropped its answer: those whose cancellation did not
+    /// fit into the shard's mailbox.
+    pub(crate) fn cancel_abandoned(&self) {
+        let mut abandoned = Vec::new();
+        self.calls.borrow_mut().take_if(
+            &mut |(_, completion)| completion.is_abandoned(),
+            &mut |id, call| abandoned.push((id, call)),
+        );
+        for (id, (class, _)) in &abandoned {
+            self.withdraw(Kind::Request, *class, *id, true);
+        }
+        if !abandoned.is_empty() {
+            self.wake_writable();
+        }
+    }
+
     /// Ends everything: the connection is gone.
     pub(crate) fn close(&self) {
         if self.is_closed.replace(true) {

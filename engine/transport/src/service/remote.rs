@@ -133,7 +133,8 @@ impl CallTracker {
 /// [`wait`](Self::wait) for it.
 ///
 /// Dropped before it is ready, it takes the request back: the peer's service sees the cancellation.
-/// A mailbox that is full then loses the cancellation; the request ends by its deadline.
+/// A mailbox that is full then delays the cancellation until its shard next keeps house
+/// (`ShardConfig::housekeeping`, 100 ms), and the delay is counted.
 #[derive(Debug)]
 #[must_use = "a request is taken back when its answer is dropped"]
 pub struct RemoteAnswer {

@@ -4,9 +4,11 @@
 //! Invariants
 //! 1. Nothing here keeps a shard running: a mailbox outlives its shard and then refuses.
 //! 2. Small messages to a peer always go to the same shard, by which they keep their order.
+//! 3. A cancellation for which a mailbox has no room is counted, and the shard finds the request
+//!    that no one waits for when it next keeps house: it is late, not lost.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use millrace_protocol::frame::{Class, Method};
 use millrace_protocol::id::NodeId;
@@ -16,12 +18,19 @@ use millrace_shards::mailbox::{MailError, MailSender};
 use super::command::{Command, Recipients, RemoteRequest, RemoteSend, RemoteWait};
 use super::message::{Payload, Request};
 use super::remote::{CallId, Canceller, RemoteAnswer, RemoteCompletion};
+use crate::counters::{Counters, Family};
 use crate::status::StatusBoard;
+
+/// Reason of a cancellation that the shard finds later than by its mailbox.
+const CANCEL_LATE: &str = "local_cancel_late";
 
 /// The mailboxes of a node's shards.
 #[derive(Debug)]
 pub(crate) struct Routes {
     senders: Vec<MailSender<Command>>,
+    /// By shard: what it counts, and whether it has to look for requests to be cancelled.
+    counters: Vec<Arc<Counters>>,
+    has_abandoned: Vec<AtomicBool>,
     board: Arc<StatusBoard>,
     connections_per_peer: u8,
     /// Which of a peer's connections takes the next body.
@@ -31,11 +40,14 @@ pub(crate) struct Routes {
 impl Routes {
     pub(crate) fn new(
         senders: Vec<MailSender<Command>>,
+        counters: Vec<Arc<Counters>>,
         board: Arc<StatusBoard>,
         connections_per_peer: u8,
     ) -> Self {
         Self {
+            has_abandoned: senders.iter().map(|_| AtomicBool::new(false)).collect(),
             senders,
+            counters,
             board,
             connections_per_peer,
             turn: AtomicUsize::new(0),
@@ -44,6 +56,13 @@ impl Routes {
 
     pub(crate) fn board(&self) -> &Arc<StatusBoard> {
         &self.board
+    }
+
+    /// Whether requests in flight on `shard` may have been abandoned without a cancellation since
+    /// the last call.
+    pub(crate) fn take_abandoned(&self, shard: usize) -> bool {
+        let flag = self.has_abandoned.get(shard);
+        flag.is_some_and(|flag| flag.swap(false, Ordering::Acquire))
     }
 
     /// The shard that owns a peer's first connection, which all small messages take.
@@ -220,7 +239,15 @@ fn error_of(refused: &MailError<Command>, class: Class) -> RpcError {
 
 impl Canceller for Routes {
     fn cancel(&self, shard: usize, call: CallId) {
-        // A full mailbox loses the cancellation: the request ends by its deadline.
-        self.try_post(shard, Command::Cancel(Box::new(call))).ok();
+        let posted = self.try_post(shard, Command::Cancel(Box::new(call)));
+        // A shard that has stopped has nothing in flight.
+        if let Err(MailError::Full(_)) = posted
+            && let (Some(counters), Some(flag)) =
+                (self.counters.get(shard), self.has_abandoned.get(shard))
+        {
+            counters.count(Family::Failed, CANCEL_LATE);
+            // After the answer was marked as dropped: who takes the flag finds it so.
+            flag.store(true, Ordering::Release);
+        }
     }
 }

@@ -196,6 +196,11 @@ impl Session {
         }
     }
 
+    /// Takes back the requests that no one waits for any more.
+    pub(crate) fn cancel_abandoned(&self) {
+        self.handle.cancel_abandoned();
+    }
+
     // --- what arrives ---
 
     /// Reads everything that the last packets made readable, and hands over what is whole: nothing
