@@ -269,6 +269,39 @@ fn a_sink_gets_a_body_chunk_by_chunk_or_hears_that_it_is_cut() {
     assert_eq!(testbed.taken_bytes(), 0);
 }
 
+// Protects the space of other bodies: on a slow path the rest of a cancelled one comes seconds after
+// the cancellation.
+#[test]
+fn a_body_that_is_cancelled_on_a_slow_path_gives_its_space_back_at_once() {
+    let mut testbed = Testbed::new(16 * MIB, 8 * MIB);
+    let slow = LinkConfig {
+        bytes_per_second: Some(20_000),
+        // What waits does so at the sender, where a small frame passes a body.
+        queue_bytes_max: 8 << 10,
+        ..LinkConfig::default()
+    };
+    testbed.sim.set_link(0, 1, slow);
+    // The path takes it whole at once, and so cannot take it back; it needs seven seconds for it.
+    let bytes = 140_000;
+    let request = Request {
+        class: Class::Bulk,
+        method: STREAM,
+        body: testbed.body(bytes).into(),
+        deadline: LIMIT / 2,
+    };
+    let answer = testbed.sim.messenger(0).request(testbed.sim.id(1), request);
+    testbed.sim.run_for(1_000 * MS);
+    assert!(testbed.taken_bytes() > 0);
+    drop(answer);
+    testbed.sim.run_for(1_000 * MS);
+    assert_eq!(testbed.taken_bytes(), 0);
+    testbed.sim.run_for(LIMIT);
+    let ends = testbed.seen.borrow().ends.clone();
+    assert_eq!(ends, [(bytes as u64, "peer_cancelled")]);
+    testbed.sim.set_link(0, 1, LinkConfig::default());
+    testbed.keep(MIB).unwrap();
+}
+
 #[test]
 fn two_neighbouring_releases_talk_and_others_do_not() {
     let mut testbed = Testbed::start(SimConfig {

@@ -39,8 +39,10 @@ pub(crate) enum StreamFault {
     Refused(Refusal),
     /// Too little arrived in an interval.
     Stalled,
-    /// The peer took the message back.
+    /// The peer took the message back, by ending its stream.
     Reset,
+    /// The peer took the request back, by a frame on a lane.
+    Cancelled,
     /// The peer opened a bidirectional stream, of which the protocol has none.
     Bidirectional,
     /// The peer ended a lane.
@@ -61,6 +63,7 @@ impl StreamFault {
             Self::Refused(refusal) => refusal.reason,
             Self::Stalled => "peer_stalled",
             Self::Reset => "peer_reset",
+            Self::Cancelled => "peer_cancelled",
             Self::Bidirectional => "peer_bidirectional_stream",
             Self::LaneEnded => "peer_lane_ended",
             Self::TooManyLanes => "peer_too_many_lanes",
@@ -72,7 +75,12 @@ impl StreamFault {
     pub(crate) fn is_fatal(self) -> bool {
         !matches!(
             self,
-            Self::Short | Self::Long | Self::Refused(_) | Self::Stalled | Self::Reset
+            Self::Short
+                | Self::Long
+                | Self::Refused(_)
+                | Self::Stalled
+                | Self::Reset
+                | Self::Cancelled
         )
     }
 }
@@ -81,6 +89,10 @@ impl StreamFault {
 pub(crate) trait Arrivals {
     /// A frame on a lane, or a small message with a stream of its own.
     fn on_frame(&mut self, header: Header, body: &[u8]);
+
+    /// The header of a message with a stream of its own is there: whether the peer took it back
+    /// before.
+    fn is_cancelled(&mut self, header: &Header) -> bool;
 
     /// A message with a body over [`INLINE_BYTES_MAX`] is announced: where its chunks go, if not
     /// into one body; or that it is refused.
@@ -276,6 +288,27 @@ impl Inbox {
         }
     }
 
+    /// The peer took its request `id` back: if its body is still arriving, what it holds is given
+    /// back, and the rest is thrown away. Its header, if so.
+    ///
+    /// # Errors
+    /// When the peer leaves too many such streams open.
+    pub(crate) fn cancel<P: StreamPath>(
+        &mut self,
+        path: &mut P,
+        id: u32,
+    ) -> Result<Option<Header>, StreamFault> {
+        let found = self.streams.iter().enumerate().find_map(|(at, stream)| {
+            let header = stream.header()?;
+            (wants_answer(&header) && header.id == id).then_some((at, header))
+        });
+        let Some((at, header)) = found else {
+            return Ok(None);
+        };
+        self.refuse(at, path, StreamFault::Cancelled)?;
+        Ok(Some(header))
+    }
+
     /// Drops all that the streams hold, and cuts their sinks: the connection is gone.
     pub(crate) fn clear(&mut self) {
         self.streams.clear();
@@ -459,6 +492,9 @@ impl<A: Arrivals> Read<'_, A> {
     }
 
     fn open_body(&mut self, header: Header) -> Result<State, StreamFault> {
+        if self.arrivals.is_cancelled(&header) {
+            return Err(StreamFault::Cancelled);
+        }
         let sink = if header.body_bytes as usize > INLINE_BYTES_MAX {
             let sink = self.arrivals.on_head(&header);
             sink.map_err(StreamFault::Refused)?

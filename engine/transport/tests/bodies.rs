@@ -409,6 +409,55 @@ fn a_sink_gets_a_body_chunk_by_chunk_and_goes_to_the_handler() {
     assert!(bed.keeper.transport.status().wait(PATIENCE, |_| is_sent()));
 }
 
+// Protects the space of other bodies from one that nobody wants: it does not wait for the end of
+// the body, which comes when it comes.
+#[test]
+fn a_request_that_is_cancelled_while_its_body_arrives_gives_its_space_back() {
+    let (bed, mut raw) = keeper_and_raw(budget(16 * MIB, 8 * MIB));
+    let cancelled = || bed.keeper.count(Counter::RequestsCancelled);
+    let opening = |method, id| {
+        let head = header(Kind::Request, method, id, 2 * MIB).encode();
+        [&[2], &head[..], &[0; 70_000]].concat()
+    };
+    let cancel = |id| header(Kind::Cancel, Method(0), id, 0);
+    let cancel = |id| {
+        Header {
+            arg: 0,
+            ..cancel(id)
+        }
+        .encode()
+    };
+    for (n, method) in (0..).zip([STREAM, KEEP]) {
+        let (stream, id) = (Raw::stream(n), n as u32);
+        assert!(raw.send(stream, &opening(method, id), false));
+        assert!(raw.drive(LIMIT, |_| bed.taken_bytes() > 0));
+        assert!(raw.send(Raw::LANE, &cancel(id), false));
+        assert!(raw.drive(LIMIT, |_| cancelled() == n + 1));
+        assert_eq!(bed.taken_bytes(), 0);
+        // The rest comes nevertheless, whole, and does no harm.
+        assert!(raw.send(stream, &vec![0; 2 << 20][70_000..], true));
+    }
+    assert_eq!(bed.seen.ends(), [(2 * MIB, "peer_cancelled")]);
+    // Before the first byte of the request: no service hears of it.
+    assert!(raw.send(Raw::LANE, &cancel(2), false));
+    // In its order on the lane, an answer says that the cancellation is there.
+    let unknown = header(Kind::Request, Method(99), 3, 0).encode();
+    assert!(raw.send(Raw::LANE, &unknown, false));
+    assert_eq!(raw.failure(LIMIT), Some((3, FailureCode::UnknownMethod)));
+    assert!(raw.send(Raw::stream(2), &opening(STREAM, 2), false));
+    assert!(raw.drive(LIMIT, |_| cancelled() == 3));
+    assert_eq!(bed.taken_bytes(), 0);
+    assert_eq!(bed.seen.begun.lock().unwrap().len(), 1);
+    // Another request of the connection is served.
+    let head = header(Kind::Request, STREAM, 4, 2 * MIB).encode();
+    let whole = [&[2], &head[..], &vec![0; 2 << 20]].concat();
+    assert!(raw.send(Raw::stream(3), &whole, true));
+    let ends = [(2 * MIB, "peer_cancelled"), (2 * MIB, "whole")];
+    assert!(raw.drive(LIMIT, |_| bed.seen.ends() == ends));
+    assert!(bed.seen.kept.lock().unwrap().is_empty());
+    assert_eq!(bed.keeper.reason(Family::Rejected, "peer_cancelled"), 3);
+}
+
 // Protects a service's bookkeeping: a sink whose body does not become whole hears why, once.
 #[test]
 fn a_sink_of_a_body_that_ends_early_is_cut_once() {

@@ -94,13 +94,6 @@ impl StreamedBody {
         self.body_bytes == 0
     }
 
-    /// The message does not count after all: the sink hears that its body was cut.
-    pub(crate) fn cut(mut self, reason: &'static str) {
-        if let Some(mut sink) = self.sink.take() {
-            sink.on_cut(reason);
-        }
-    }
-
     /// The sink that the service gave for it; `None` when it is of another type.
     pub fn into_sink<S: BodySink>(self) -> Option<Box<S>> {
         let sink: Box<dyn Any> = self.sink?;

@@ -2,7 +2,8 @@
 //!
 //! A cancellation is a small frame. A request on another lane, or on a stream of its own, may still
 //! be on its way when the cancellation is there. It is remembered for a while, so that the request
-//! is then thrown away and no service works on it.
+//! is then thrown away and no service works on it. A request whose header is here already is not
+//! remembered: the inbox cuts its body, however long that takes to arrive.
 //!
 //! Invariants
 //! 1. At most [`IDS_MAX`] ids are remembered, each for at most [`KEPT_FOR`]: a peer fills no
@@ -16,7 +17,8 @@ use std::time::{Duration, Instant};
 
 /// Ids that are remembered; the oldest makes room.
 const IDS_MAX: usize = 256;
-/// A request is not that much later than its cancellation: loss is repaired in a few round trips.
+/// A request's header is not that much later than its cancellation: loss is repaired in a few round
+/// trips.
 const KEPT_FOR: Duration = Duration::from_secs(2);
 
 /// The ids of one connection's early cancellations, oldest first.

@@ -611,31 +611,29 @@ impl ConnectionHandle {
         self.inbound.borrow_mut().get_mut(id).is_some()
     }
 
-    /// The peer took its request back, or no longer wants the answer that is under way.
-    pub(crate) fn on_cancel(&self, class: Class, id: u32) {
+    /// The peer took its request back, or no longer wants the answer that is under way. False when
+    /// the request is not in flight here: it was answered, or has not arrived whole. It is then
+    /// remembered.
+    pub(crate) fn on_cancel(&self, class: Class, id: u32) -> bool {
         let ended = self.inbound.borrow_mut().end(id);
         if let Some(waker) = ended {
             self.state.counters.add(Counter::RequestsCancelled, 1);
             if let Some(waker) = waker {
                 waker.wake();
             }
-        } else {
-            self.withdraw(Kind::Response, class, id, false);
-            let now = self.state.now.get();
-            self.early_cancels.borrow_mut().insert(id, now);
+            return true;
         }
+        self.withdraw(Kind::Response, class, id, false);
+        let now = self.state.now.get();
+        self.early_cancels.borrow_mut().insert(id, now);
+        false
     }
 
-    /// Whether the peer took the request `id` back before it arrived. It is then counted, and no
-    /// service hears of it.
+    /// Whether the peer took the request `id` back before it arrived: no service is to hear of it.
     #[inline]
     pub(crate) fn take_early_cancel(&self, id: u32) -> bool {
         let now = self.state.now.get();
-        let is_cancelled = self.early_cancels.borrow_mut().take(id, now);
-        if is_cancelled {
-            self.state.counters.add(Counter::RequestsCancelled, 1);
-        }
-        is_cancelled
+        self.early_cancels.borrow_mut().take(id, now)
     }
 }
 

@@ -27,6 +27,9 @@ const UNKNOWN_METHOD: &str = "unknown_method";
 pub struct Received {
     /// Numbers of probes that the peer answered.
     pub probe_replies: Vec<u32>,
+    /// Requests that the peer took back and that are not in flight: their bodies may be arriving.
+    /// Taken up while the connection is read.
+    pub(super) cancelled: Vec<u32>,
     /// The peer broke the protocol: the connection is to be closed, for this reason.
     pub fault: Option<&'static str>,
 }
@@ -42,6 +45,10 @@ pub(super) struct Delivery<'a> {
 impl Arrivals for Delivery<'_> {
     fn on_frame(&mut self, header: Header, body: &[u8]) {
         self.deliver(header, InboundBody::Slice(body));
+    }
+
+    fn is_cancelled(&mut self, header: &Header) -> bool {
+        wants_answer(header) && self.handle.take_early_cancel(header.id)
     }
 
     fn on_head(&mut self, header: &Header) -> Result<Option<OpenSink>, Refusal> {
@@ -126,9 +133,7 @@ impl Delivery<'_> {
                 exchanged.set(exchanged.get() + 1);
                 counters.received(header.class, body.len() as usize);
                 if self.handle.take_early_cancel(header.id) {
-                    if let InboundBody::Streamed(body) = body {
-                        body.cut("peer_cancelled");
-                    }
+                    counters.add(Counter::RequestsCancelled, 1);
                     return;
                 }
                 let deadline = self.deadline_of(&header);
@@ -171,7 +176,11 @@ impl Delivery<'_> {
                     Err(RpcError::Peer(FailureCode::from_arg(header.arg))),
                 );
             }
-            Kind::Cancel => self.handle.on_cancel(header.class, header.id),
+            Kind::Cancel => {
+                if !self.handle.on_cancel(header.class, header.id) {
+                    self.received.cancelled.push(header.id);
+                }
+            }
             Kind::Probe => self.handle.datagram(Kind::ProbeReply, header.arg),
             Kind::ProbeReply => self.received.probe_replies.push(header.arg),
             // The first was read before anything else. A later version may say it again.
@@ -198,7 +207,7 @@ pub(super) fn on_fault(
     let Some(header) = header else { return };
     match fault {
         // The reason is counted above: only a request is one that was taken back.
-        StreamFault::Reset => {
+        StreamFault::Reset | StreamFault::Cancelled => {
             let is_request = wants_answer(&header);
             let counters = &handle.state.counters;
             counters.add(Counter::RequestsCancelled, u64::from(is_request));

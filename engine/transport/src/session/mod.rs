@@ -25,7 +25,7 @@ use crate::allocator::BodyAllocator;
 use crate::carrier::Progress;
 use crate::config::{PerClass, TransportConfig};
 use crate::counters::{Counter, Family};
-use crate::inbox::Inbox;
+use crate::inbox::{Inbox, StreamFault};
 use crate::path::StreamPath;
 use crate::quic::CloseCode;
 use crate::service::handle::{ConnectionHandle, ShardState};
@@ -229,9 +229,12 @@ impl Session {
             if let Err((fault, header)) = inbox.read(path, stream, scratch, bodies, &mut delivery) {
                 on_fault(&handle, fault, header, delivery.received);
             }
+            // Before another stream brings the rest of a request.
+            cancel_arriving(&handle, inbox, path, delivery.received);
         }
         while let Some(datagram) = path.datagram_recv() {
             delivery.on_datagram(&datagram);
+            cancel_arriving(&handle, &mut self.inbox, path, delivery.received);
         }
         let opened = self.inbox.take_opened();
         if opened > 0 {
@@ -384,6 +387,28 @@ impl Session {
         let is_unfinished = self.inbox.unfinished() > 0;
         self.judge_at = is_unfinished.then(|| now + config.stream_progress_interval);
         received.fault.is_some()
+    }
+}
+
+/// Takes up the cancellations of requests that are not in flight: what still arrives of one is
+/// thrown away from now on.
+#[inline]
+fn cancel_arriving<P: StreamPath>(
+    handle: &Rc<ConnectionHandle>,
+    inbox: &mut Inbox,
+    path: &mut P,
+    received: &mut Received,
+) {
+    while let Some(id) = received.cancelled.pop() {
+        match inbox.cancel(path, id) {
+            Ok(None) => {}
+            Ok(header) => {
+                // Taken up: there is nothing left to remember.
+                handle.take_early_cancel(id);
+                on_fault(handle, StreamFault::Cancelled, header, received);
+            }
+            Err(fault) => on_fault(handle, fault, None, received),
+        }
     }
 }
 
