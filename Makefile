@@ -22,7 +22,7 @@ export MILLRACE_REQUIRE_KERNEL ?= 1
 endif
 
 .PHONY: setup demo test verify test-sim test-stress test-loom test-edge lint gates rustdoc deny docs \
-        bench bench-edge peers perf-gate
+        bench bench-edge bench-quick peers perf-gate
 
 setup:
 	@missing=""; \
@@ -117,6 +117,12 @@ peers: setup
 bench-edge: setup
 	$(CARGO) build --profile dist -p millrace-bench-edge
 	target/dist/bench-edge $(ARGS)
+
+# Every bench with a short round; fails when a figure is three times worse than its target.
+bench-quick: setup
+	$(CARGO) build --profile dist -p millrace-peers -p millrace-bench-edge
+	target/dist/peers --quick --check collapse
+	target/dist/bench-edge --quick --check collapse
 
 # Instruction counts of the pure hot pieces against the committed baseline; UPDATE=1 records a new one.
 perf-gate: setup

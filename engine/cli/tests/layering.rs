@@ -85,6 +85,7 @@ const EDGES: &[(&str, &[&str])] = &[
         &[
             "millrace-edge",
             "millrace-edge-policy",
+            "millrace-perf",
             "millrace-protocol",
             "millrace-shards",
             "millrace-transport",
@@ -94,6 +95,7 @@ const EDGES: &[(&str, &[&str])] = &[
         "millrace-peers",
         &[
             "millrace-edge-policy",
+            "millrace-perf",
             "millrace-protocol",
             "millrace-shards",
             "millrace-transport",

@@ -43,7 +43,7 @@ pub(crate) struct Parts<'a> {
 
 /// A filter that is in force until this is dropped.
 #[derive(Debug)]
-pub(crate) struct Standing<'a> {
+pub(crate) struct Installed<'a> {
     parts: &'a Parts<'a>,
     filter: Filter,
     sources: Sources,
@@ -77,7 +77,11 @@ impl Filter {
     }
 
     /// Puts it in force at the node's end, against packets of `sources`.
-    pub(crate) fn stand<'a>(self, parts: &'a Parts<'a>, sources: Sources) -> Result<Standing<'a>> {
+    pub(crate) fn install<'a>(
+        self,
+        parts: &'a Parts<'a>,
+        sources: Sources,
+    ) -> Result<Installed<'a>> {
         let _node = parts.testbed.enter_node()?;
         let device = parts.testbed.node_device();
         let index = i32::try_from(parts.testbed.node_index())?;
@@ -96,7 +100,7 @@ impl Filter {
             Self::Reference => load_reference(Attacker::Unknown).map(|()| None)?,
             Self::ReferenceListed => load_reference(Attacker::Listed).map(|()| None)?,
         };
-        Ok(Standing {
+        Ok(Installed {
             parts,
             filter: self,
             sources,
@@ -105,7 +109,7 @@ impl Filter {
     }
 }
 
-impl Standing<'_> {
+impl Installed<'_> {
     /// Checks the state of the filter once the attack has gone on for a while.
     ///
     /// # Errors
@@ -192,7 +196,7 @@ impl Standing<'_> {
     }
 }
 
-impl Drop for Standing<'_> {
+impl Drop for Installed<'_> {
     fn drop(&mut self) {
         let gone = self.parts.testbed.enter_node().and_then(|_node| {
             // This happens while the thread is in the namespace in which the device's number is

@@ -24,6 +24,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use millrace_edge::clock::now_ns;
+use millrace_perf::report::write_json;
 use serde::{Serialize, Serializer};
 
 pub(crate) use client::drive;
@@ -37,7 +38,7 @@ use crate::generator::{Generator, Sources, Traffic};
 use crate::host::Host;
 use crate::receiver::Receiver;
 use crate::testbed::{self, Testbed};
-use crate::{Result, cpu, namespace, write_json};
+use crate::{Result, cpu, namespace};
 
 /// The default rates.
 const RATES: [u32; 4] = [0, 500_000, 1_000_000, 2_000_000];
@@ -223,7 +224,7 @@ pub(crate) fn run(run: &Run) -> Result<()> {
         seconds: run.seconds,
         points: &points,
     };
-    write_json(&run.plots.join("goodput.json"), &report)
+    Ok(write_json(&run.plots.join("goodput.json"), &report)?)
 }
 
 /// The point whose completed requests are the median.
@@ -273,7 +274,7 @@ pub(crate) fn measure(
     cpu: usize,
     lasts: Duration,
 ) -> Result<Point> {
-    let standing = filter.stand(parts, Sources::MILLION)?;
+    let installed = filter.install(parts, Sources::MILLION)?;
     let _node = {
         let _inside = parts.testbed.enter_node()?;
         let charges = matches!(filter, Filter::Edge(_)).then_some("--kernel-charges");
@@ -284,7 +285,7 @@ pub(crate) fn measure(
         let probes = (series != Series::Connected).then_some("--probes");
         Role::start("drive", cpu, lasts, probes)?
     };
-    let (before, seen_before) = (parts.testbed.received()?, standing.tally()?);
+    let (before, seen_before) = (parts.testbed.received()?, installed.tally()?);
     let from_ns = now_ns() + LEAD.as_nanos() as u64;
     client.go(from_ns, from_ns + lasts.as_nanos() as u64)?;
     if let Some(rate) = NonZeroU32::new(rate) {
@@ -311,7 +312,7 @@ pub(crate) fn measure(
     let after = parts.testbed.received()?;
     let full = (after.dropped - before.dropped) as f64;
     let ring_full = full / (full + (after.packets - before.packets) as f64);
-    let tally = standing.tally()?;
+    let tally = installed.tally()?;
     let seen = (tally.seen - seen_before.seen).max(1);
     let answered = (tally.answered - seen_before.answered) as f64 / seen as f64;
     if filter == Filter::Edge(Case::Open) && rate > 0 && answered < ANSWERED {

@@ -22,14 +22,13 @@ mod rows;
 mod tally;
 mod testbed;
 
-use std::fs;
 use std::mem::MaybeUninit;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use serde::Serialize;
+use millrace_perf::report::{Check, write_json};
 
 use crate::cpu::Clock;
 use crate::edge::Edges;
@@ -89,9 +88,10 @@ struct Run {
     /// File for the result.
     #[arg(long, default_value = "perf/out/edge.json")]
     out: PathBuf,
-    /// Fail when a target does not hold or was not measured, and when a row was skipped.
-    #[arg(long)]
-    check: bool,
+    /// Fail when a target does not hold or a row was skipped, or (`collapse`) when a target is
+    /// missed by a factor of three.
+    #[arg(long, num_args = 0..=1, default_missing_value = "targets")]
+    check: Option<Check>,
 }
 
 fn main() -> ExitCode {
@@ -176,17 +176,8 @@ fn run(cli: &Run) -> Result<()> {
     report.print();
     write_json(&cli.out, &report)?;
     eprintln!("written to {}", cli.out.display());
-    match report.faults() {
-        faults if cli.check && !faults.is_empty() => Err(faults.join("; ").into()),
+    match cli.check.map(|check| report.faults(check)) {
+        Some(faults) if !faults.is_empty() => Err(faults.join("; ").into()),
         _ => Ok(()),
     }
-}
-
-fn write_json(path: &Path, report: &impl Serialize) -> Result<()> {
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder)?;
-    }
-    let mut text = serde_json::to_string_pretty(report)?;
-    text.push('\n');
-    Ok(fs::write(path, text)?)
 }

@@ -171,14 +171,14 @@ pub(crate) fn flush() -> Result<()> {
 
 /// The named counters of the rules.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Counted {
+pub(crate) struct RuleCounts {
     pub(crate) packets: u64,
     /// Those that the rules let through.
     pub(crate) accepted: u64,
 }
 
 /// Reads all named counters, in the namespace of the calling thread.
-pub(crate) fn counted() -> Result<Counted> {
+pub(crate) fn counted() -> Result<RuleCounts> {
     #[derive(Deserialize)]
     struct Listing {
         nftables: Vec<Entry>,
@@ -193,7 +193,7 @@ pub(crate) fn counted() -> Result<Counted> {
         packets: u64,
     }
     let listing: Listing = serde_json::from_str(&run("nft", &["-j", "list", "counters"])?)?;
-    let mut counted = Counted::default();
+    let mut counted = RuleCounts::default();
     for counter in listing
         .nftables
         .into_iter()

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use millrace_perf::report::{Better, Check, Target, cell, faults, median, targets_table};
 use serde::Serialize;
 
 use crate::cost::{Cost, Subject};
@@ -92,23 +93,6 @@ struct CostLine {
     loop_ns: f64,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum Better {
-    Higher,
-    Lower,
-}
-
-#[derive(Debug, Serialize)]
-struct Target {
-    name: &'static str,
-    /// Null when the run left out one of its rows.
-    value: Option<f64>,
-    target: f64,
-    better: Better,
-    holds: bool,
-}
-
 #[derive(Debug, Serialize)]
 struct Figure {
     name: &'static str,
@@ -153,16 +137,13 @@ impl Report {
         }
     }
 
-    /// Why the run shows less than it should: targets that do not hold or were not measured, rows
-    /// that are missing.
-    pub(crate) fn faults(&self) -> Vec<String> {
-        let targets = self.targets.iter().filter(|target| !target.holds);
-        let targets = targets.map(|target| match target.value {
-            Some(value) => format!("{}: {value:.2}, not {:.2}", target.name, target.target),
-            None => format!("{}: not measured", target.name),
-        });
-        let skipped = self.skipped.iter().map(|row| format!("skipped: {row}"));
-        targets.chain(skipped).collect()
+    /// Why the run fails: targets by `check`, and rows that are missing where all of them count.
+    pub(crate) fn faults(&self, check: Check) -> Vec<String> {
+        let mut faults = faults(&self.targets, check);
+        if check == Check::Targets {
+            faults.extend(self.skipped.iter().map(|row| format!("skipped: {row}")));
+        }
+        faults
     }
 
     pub(crate) fn print(&self) {
@@ -196,28 +177,10 @@ impl Report {
                 cost.what, cost.ns_per_packet, cost.loop_ns
             );
         }
-        println!("\n{:<64} {:>10} {:>10}  holds", "target", "value", "target");
-        for target in &self.targets {
-            let sign = if target.better == Better::Higher {
-                ">="
-            } else {
-                "<="
-            };
-            let verdict = match (target.value, target.holds) {
-                (None, _) => "not measured",
-                (_, true) => "yes",
-                (_, false) => "NO",
-            };
-            println!(
-                "{:<64} {:>10} {sign} {:>7.2}  {verdict}",
-                target.name,
-                decimal(target.value),
-                target.target
-            );
-        }
+        print!("\n{}", targets_table("target", &self.targets));
         println!("\n{:<64} {:>10}", "further figures", "value");
         for figure in &self.figures {
-            println!("{:<64} {:>10}", figure.name, decimal(figure.value));
+            println!("{:<64} {}", figure.name, cell(figure.value, 10, 2));
         }
         for skipped in &self.skipped {
             println!("SKIPPED: {skipped}");
@@ -225,25 +188,11 @@ impl Report {
     }
 }
 
-fn decimal(value: Option<f64>) -> String {
-    value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"))
-}
-
 fn percent(share: f64) -> String {
     if share == 0.0 {
         "-".into()
     } else {
         format!("{:.1} %", share * 100.0)
-    }
-}
-
-fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => None,
-        length if length % 2 == 1 => Some(values[middle]),
-        _ => Some(f64::midpoint(values[middle - 1], values[middle])),
     }
 }
 
@@ -306,37 +255,27 @@ fn targets(results: &Results) -> Vec<Target> {
         .cost(subject(Case::Prefixes))
         .zip(results.cost(subject(Case::Admitted)))
         .map(|(with, without)| with - without);
-    let target = |name, value: Option<f64>, target, better| Target {
-        name,
-        value,
-        target,
-        better,
-        holds: value.is_some_and(|value| match better {
-            Higher => value >= target,
-            Lower => value <= target,
-        }),
-    };
     vec![
-        target(
+        Target::new(
             "refused by its source's rate, 1 source: times the reference",
             to_reference(Sources::ONE),
             5.0,
             Higher,
         ),
-        target(
+        Target::new(
             "refused by its source's rate, 1 M sources: times the reference",
             to_reference(Sources::MILLION),
             5.0,
             Higher,
         ),
-        target(
+        Target::new(
             "full path: admitted, 2^32 sources: ns",
             results.cost(subject(Case::Admitted)),
             200.0,
             Lower,
         ),
-        target("100,000 prefixes add: ns", prefixes, 60.0, Lower),
-        target(
+        Target::new("100,000 prefixes add: ns", prefixes, 60.0, Lower),
+        Target::new(
             "Retry, 2^32 sources: million per CPU second",
             results.median_of(retry, |m| m.mpps_per_cpu_second),
             1.5,
@@ -415,7 +354,9 @@ mod tests {
             };
             results.add_cost(Subject { case, sources }, cost);
         }
-        let faults = |results: &Results| Report::new(results, Host::default(), 1, true).faults();
+        let faults = |results: &Results| {
+            Report::new(results, Host::default(), 1, true).faults(Check::Targets)
+        };
         assert_eq!(faults(&results), [""; 0]);
         results.skip("xdp-filter: not installed".into());
         assert_eq!(faults(&results).len(), 1);

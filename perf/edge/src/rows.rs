@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::Result;
 use crate::cpu::Clock;
 use crate::edge::Case;
-use crate::filters::{Filter, Parts, Standing};
+use crate::filters::{Filter, Installed, Parts};
 use crate::frames::Shape;
 use crate::generator::{Generator, Sources, Traffic};
 use crate::tally::Tally;
@@ -112,17 +112,17 @@ impl Row {
             is_answered: self.filter == Filter::Edge(Case::Retry),
         };
         let generator = Generator::load(&mut object, traffic)?;
-        let standing = self.filter.stand(parts, self.sources)?;
-        let rest = Snapshot::read(parts, &standing, &generator)?;
+        let installed = self.filter.install(parts, self.sources)?;
+        let rest = Snapshot::read(parts, &installed, &generator)?;
         let pace = timed_send(parts, clock, &generator, WARM_UP)?;
-        let before = Snapshot::settled(parts, &standing, &generator, rest)?;
-        standing.check()?;
+        let before = Snapshot::settled(parts, &installed, &generator, rest)?;
+        installed.check()?;
         // One call: each call ends by waiting, for tens of milliseconds, until all cores release
         // its pages.
         let packets = lasts.as_nanos() * u128::from(WARM_UP) / pace.as_nanos().max(1);
         let packets = u32::try_from(packets)?.max(WARM_UP);
         let cpu = timed_send(parts, clock, &generator, packets)?;
-        let after = Snapshot::settled(parts, &standing, &generator, before)?;
+        let after = Snapshot::settled(parts, &installed, &generator, before)?;
 
         let sent = after.sent - before.sent;
         self.check(before, after)?;
@@ -193,13 +193,13 @@ impl Snapshot {
     /// If that takes too long: packets were lost, or counted twice.
     fn settled(
         parts: &Parts<'_>,
-        standing: &Standing<'_>,
+        installed: &Installed<'_>,
         generator: &Generator<'_>,
         earlier: Self,
     ) -> Result<Self> {
         let deadline = Instant::now() + SETTLE;
         loop {
-            let now = Self::read(parts, standing, generator)?;
+            let now = Self::read(parts, installed, generator)?;
             let sent = now.sent - earlier.sent;
             let seen = now.tally.seen.saturating_sub(earlier.tally.seen);
             let received = now.received.saturating_sub(earlier.received);
@@ -214,7 +214,11 @@ impl Snapshot {
         }
     }
 
-    fn read(parts: &Parts<'_>, standing: &Standing<'_>, generator: &Generator<'_>) -> Result<Self> {
+    fn read(
+        parts: &Parts<'_>,
+        installed: &Installed<'_>,
+        generator: &Generator<'_>,
+    ) -> Result<Self> {
         let received = parts.testbed.received()?;
         if received.dropped > 0 {
             return Err(format!("the veth's ring dropped {} packets", received.dropped).into());
@@ -224,7 +228,7 @@ impl Snapshot {
             sent: generator.sent()?,
             received: received.packets,
             returned: counts.retries + counts.answers,
-            tally: standing.tally()?,
+            tally: installed.tally()?,
         })
     }
 }

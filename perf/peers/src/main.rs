@@ -23,6 +23,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use millrace_perf::report::Check;
 
 use plan::{Engine, Workload};
 use settings::Settings;
@@ -97,6 +98,9 @@ struct Run {
     /// Where the result goes.
     #[arg(long, default_value = "perf/out/peers.json")]
     out: PathBuf,
+    /// Fail when a target does not hold, or (`collapse`) when it is missed by a factor of three.
+    #[arg(long, num_args = 0..=1, default_missing_value = "targets")]
+    check: Option<Check>,
 }
 
 #[derive(Debug, Args)]

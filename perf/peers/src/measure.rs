@@ -114,17 +114,6 @@ impl Latencies {
     }
 }
 
-/// The middle value; of two middle values their mean.
-pub(crate) fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_unstable_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => None,
-        odd if odd % 2 == 1 => Some(values[middle]),
-        _ => Some((values[middle - 1] + values[middle]) / 2.0),
-    }
-}
-
 fn cpu_of_both(server_pid: u32) -> Result<Duration> {
     Ok(cpu_of(&server_pid.to_string())? + cpu_of("self")?)
 }
@@ -160,13 +149,6 @@ fn peak_rss_of(pid: &str) -> Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn median_of_odd_and_even() {
-        assert_eq!(median(vec![3.0, 1.0, 2.0]), Some(2.0));
-        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), Some(2.5));
-        assert_eq!(median(Vec::new()), None);
-    }
 
     #[test]
     fn quantiles_are_ranks() {

@@ -1,12 +1,12 @@
 //! Rounds: every engine once per workload and round, a pair of fresh processes each.
 
+use std::env;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
-use std::{env, fs};
 
 use clap::ValueEnum;
+use millrace_perf::report::write_json;
 
 use crate::measure::Measurement;
 use crate::plan::{Engine, Workload};
@@ -46,16 +46,10 @@ pub(crate) fn run(run: &Run) -> Result<()> {
     report.print();
     write_json(&run.out, &report)?;
     eprintln!("written to {}", run.out.display());
-    Ok(())
-}
-
-fn write_json(path: &Path, report: &Report) -> Result<()> {
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder)?;
+    match run.check.map(|check| report.faults(check)) {
+        Some(faults) if !faults.is_empty() => Err(faults.join("; ").into()),
+        _ => Ok(()),
     }
-    let mut text = serde_json::to_string_pretty(report)?;
-    text.push('\n');
-    Ok(fs::write(path, text)?)
 }
 
 /// The rounds and what every child is told.

@@ -6,10 +6,11 @@
 
 use std::collections::BTreeMap;
 
+use millrace_perf::report::{Better, Check, Target, cell, faults, median, targets_table};
 use serde::Serialize;
 
 use crate::limits::Limits;
-use crate::measure::{Measurement, median};
+use crate::measure::Measurement;
 use crate::plan::{Engine, Workload};
 
 /// Every measurement of a run.
@@ -88,23 +89,6 @@ struct Row {
     medians: Measurement,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum Better {
-    Higher,
-    Lower,
-}
-
-#[derive(Debug, Serialize)]
-struct Target {
-    name: String,
-    /// Null when the run left an engine or a workload of it out.
-    value: Option<f64>,
-    target: f64,
-    better: Better,
-    holds: bool,
-}
-
 impl Report {
     pub(crate) fn new(
         results: &Results,
@@ -175,38 +159,14 @@ impl Report {
                 println!("{name:<44} {}", cell(value.as_f64(), 8, 1));
             }
         }
-        println!(
-            "\n{:<56} {:>7} {:>9}  holds",
-            "target (median of per-round ratios)", "value", "target"
-        );
-        for target in &self.targets {
-            let (sign, verdict) = (
-                if target.better == Better::Higher {
-                    ">="
-                } else {
-                    "<="
-                },
-                match (target.value, target.holds) {
-                    (None, _) => "not measured",
-                    (_, true) => "yes",
-                    (_, false) => "NO",
-                },
-            );
-            println!(
-                "{:<56} {} {sign} {:>6.3}  {verdict}",
-                target.name,
-                cell(target.value, 7, 3),
-                target.target
-            );
-        }
+        let heading = "target (median of per-round ratios)";
+        print!("\n{}", targets_table(heading, &self.targets));
     }
-}
 
-fn cell(value: Option<f64>, width: usize, places: usize) -> String {
-    value.map_or_else(
-        || format!("{:>width$}", "-"),
-        |value| format!("{value:>width$.places$}"),
-    )
+    /// The targets that fail the run, one line each.
+    pub(crate) fn faults(&self, check: Check) -> Vec<String> {
+        faults(&self.targets, check)
+    }
 }
 
 fn targets(results: &Results) -> Vec<Target> {
@@ -224,17 +184,7 @@ fn targets(results: &Results) -> Vec<Target> {
     ];
     let mut targets = Vec::new();
     let mut add = |name: &str, value: Option<f64>, target: f64, better: Better| {
-        let holds = value.is_some_and(|value| match better {
-            Higher => value >= target,
-            Lower => value <= target,
-        });
-        targets.push(Target {
-            name: name.to_owned(),
-            value,
-            target,
-            better,
-            holds,
-        });
+        targets.push(Target::new(name, value, target, better));
     };
     add(
         "bulk-1452 rate, default",

@@ -1,41 +1,44 @@
-//! `gate [--update] [PIECE ...]`: counts the pieces and compares them with the baseline.
+//! Counts the pieces and compares them with the baseline.
 //!
-//! Exit codes: 0 all hold, 1 a piece fails or could not be counted, 2 usage. `--piece NAME` runs
-//! one piece: what the gate starts under callgrind.
+//! Exit codes: 0 all hold, 1 a piece fails or could not be counted, 2 usage.
 #![forbid(unsafe_code)]
 
 use std::error::Error;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
+use clap::Parser;
+use clap::builder::PossibleValuesParser;
+
 use millrace_perf::gate::{Baseline, Comparison, Counts, LIMIT_PERCENT, compare, count, table};
 use millrace_perf::pieces::{self, Piece};
 
-const USAGE: &str = "usage: gate [--update] [PIECE ...]";
+/// Counts the instructions of the pieces and compares them with the baseline.
+#[derive(Debug, Parser)]
+#[command(name = "gate", version)]
+struct Cli {
+    /// Record the counts of all pieces as the new baseline.
+    #[arg(long, conflicts_with = "pieces")]
+    update: bool,
+    /// Run one piece once: what the gate starts under callgrind.
+    #[arg(long, value_name = "PIECE", value_parser = piece_names(), hide = true)]
+    piece: Option<String>,
+    /// Count these pieces only.
+    #[arg(value_name = "PIECE", value_parser = piece_names())]
+    pieces: Vec<String>,
+}
+
+fn piece_names() -> PossibleValuesParser {
+    PossibleValuesParser::new(pieces::ALL.iter().map(|piece| piece.name))
+}
 
 fn main() -> ExitCode {
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    if let [flag, name] = args.as_slice()
-        && flag == "--piece"
-    {
-        return pieces::by_name(name).map_or_else(|| ExitCode::from(2), run_piece);
+    let cli = Cli::parse();
+    if let Some(name) = cli.piece {
+        return pieces::by_name(&name).map_or(ExitCode::FAILURE, run_piece);
     }
-    let update = args.iter().any(|arg| arg == "--update");
-    let names: Vec<&String> = args.iter().filter(|arg| *arg != "--update").collect();
-    if let Some(unknown) = names.iter().find(|name| pieces::by_name(name).is_none()) {
-        let known: Vec<_> = pieces::ALL.iter().map(|piece| piece.name).collect();
-        eprintln!(
-            "gate: no piece {unknown}; there are {}\n{USAGE}",
-            known.join(", ")
-        );
-        return ExitCode::from(2);
-    }
-    if update && !names.is_empty() {
-        eprintln!("gate: a baseline is of all pieces, leave the names out\n{USAGE}");
-        return ExitCode::from(2);
-    }
-    let chosen = |name: &str| names.is_empty() || names.iter().any(|n| *n == name);
-    match run(update, &chosen) {
+    let chosen = |name: &str| cli.pieces.is_empty() || cli.pieces.iter().any(|n| n == name);
+    match run(cli.update, &chosen) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("gate: {error}");
