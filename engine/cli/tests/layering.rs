@@ -104,7 +104,10 @@ const EDGES: &[(&str, &[&str])] = &[
 ];
 
 /// Edges that tests alone may have.
-const TEST_EDGES: &[(&str, &str)] = &[("millrace-node", "millrace-sim")];
+const TEST_EDGES: &[(&str, &str)] = &[
+    ("millrace-node", "millrace-sim"),
+    ("millrace-sim", "millrace-registry"),
+];
 
 /// The one crate that ends the process, prints, and reads the command line.
 const CLI: &str = "millrace";

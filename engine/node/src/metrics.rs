@@ -91,6 +91,12 @@ const OWN: &[Own] = &[
         help: "Registry versions that were refused",
     },
     Own {
+        name: "millrace_registry_questions_failed",
+        kind: Kind::Counter,
+        label: Some("reason"),
+        help: "Questions to peers for registry versions that failed; they are asked again",
+    },
+    Own {
         name: "millrace_topology_members",
         kind: Kind::Gauge,
         label: None,
@@ -405,6 +411,15 @@ fn registry(core: &Core, out: &mut Out<'_>) -> fmt::Result {
         "millrace_registry_versions_refused",
         help_of("millrace_registry_versions_refused"),
         refused,
+    )?;
+    let failed = summary
+        .questions_failed
+        .iter()
+        .map(|(reason, n)| (Some(("reason", (*reason).to_owned())), *n));
+    out.counters(
+        "millrace_registry_questions_failed",
+        help_of("millrace_registry_questions_failed"),
+        failed,
     )?;
     let members = core.topology.members.load(Ordering::Relaxed);
     out.gauge("millrace_topology_members", members)

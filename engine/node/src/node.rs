@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -11,7 +10,7 @@ use millrace_protocol::frame::{Class, Method};
 use millrace_protocol::id::NodeId;
 use millrace_protocol::identity::PublicKey;
 use millrace_protocol::registry::{RegistryError, SignedVersion};
-use millrace_registry::follow::Event;
+use millrace_registry::follow::OfferSender;
 use millrace_registry::wire::{FIRST_METHOD, LAST_METHOD};
 use millrace_registry::{Events, Exchange, FollowThread, Versions};
 use millrace_shards::chunk::Body;
@@ -128,7 +127,7 @@ impl Node {
             store: Arc::clone(&store),
             announced: Arc::clone(&announced),
             versions: Arc::clone(&versions),
-            events: events.sender(),
+            offers: events.sender(),
             ask_interval: config.registry.poll_interval.get(),
             services: parts.services,
         };
@@ -335,7 +334,7 @@ struct Shard {
     store: Arc<Store>,
     announced: Arc<Announced>,
     versions: Arc<Versions>,
-    events: SyncSender<Event>,
+    offers: OfferSender,
     ask_interval: Duration,
     services: Services,
 }
@@ -345,7 +344,7 @@ impl Shard {
         let (store, announced) = (Arc::clone(&self.store), Arc::clone(&self.announced));
         let artifacts = ArtifactService::new(messenger.clone(), store, announced);
         let versions = Arc::clone(&self.versions);
-        let exchange = Exchange::new(messenger.clone(), versions, self.events.clone());
+        let exchange = Exchange::new(messenger.clone(), versions, self.offers.clone());
         if messenger.shard() == 0 {
             exchange.ask_every(self.ask_interval);
         }

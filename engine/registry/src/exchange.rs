@@ -3,29 +3,50 @@
 //! It answers peers, and asks them: a peer whose hello says that it holds a newer version at once,
 //! and one peer in turn every poll interval. What peers answer goes to the thread that checks
 //! signatures (`follow.rs`); a shard checks none.
+//!
+//! 1. A long answer stays in the chunks that it came in, charged to its peer, until it was checked.
+//! 2. A question that brings nothing is counted, and asked again a poll interval later.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use millrace_protocol::frame::{Class, FailureCode};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
+use millrace_protocol::rpc::RpcError;
 use millrace_transport::{
-    Answer, Body, Defer, INLINE_BYTES_MAX, Inbound, InboundBody, Messenger, Negotiated, Payload,
-    Queue, Request, Service,
+    Answer, Body, Defer, INLINE_BYTES_MAX, Inbound, InboundBody, Messenger, Negotiated, Queue,
+    Request, Service,
 };
 
-use crate::follow::{Event, Offer};
+use crate::follow::OfferSender;
+use crate::questions::Offer;
 use crate::versions::Versions;
 use crate::wire;
 
 /// How long a peer may take to answer.
 const DEADLINE: Duration = Duration::from_secs(5);
 
+/// How long the chunks of a long answer are kept for other peers that ask the same: when a version
+/// comes, they all do within a few poll intervals.
+const KEPT: Duration = Duration::from_secs(10);
+
 /// The exchange on one shard, for the methods [`wire::FIRST_METHOD`] to [`wire::LAST_METHOD`].
 #[derive(Debug)]
 pub struct Exchange<M> {
     asker: Asker<M>,
+    /// The last answer that is longer than 64 KiB.
+    long: Rc<RefCell<Option<LongAnswer>>>,
+}
+
+/// An answer in chunks of the shard's pool.
+#[derive(Debug)]
+struct LongAnswer {
+    /// What it was copied from; held, so that no other answer lies at the same place.
+    bytes: Bytes,
+    body: Body,
 }
 
 /// What asks peers, and where their answers go.
@@ -33,18 +54,19 @@ pub struct Exchange<M> {
 struct Asker<M> {
     messenger: M,
     versions: Arc<Versions>,
-    events: SyncSender<Event>,
+    offers: OfferSender,
 }
 
 impl<M: Messenger> Exchange<M> {
-    /// An exchange that gives what peers answer to the owner of `events`.
-    pub fn new(messenger: M, versions: Arc<Versions>, events: SyncSender<Event>) -> Self {
+    /// An exchange that gives what peers answer to the owner of `offers`.
+    pub fn new(messenger: M, versions: Arc<Versions>, offers: OfferSender) -> Self {
         Self {
             asker: Asker {
                 messenger,
                 versions,
-                events,
+                offers,
             },
+            long: Rc::default(),
         }
     }
 
@@ -72,66 +94,87 @@ impl<M: Messenger> Exchange<M> {
         let Ok(number) = <[u8; 8]>::try_from(*bytes) else {
             return Answer::Failure(FailureCode::Malformed);
         };
-        let Asker {
-            messenger,
-            versions,
-            ..
-        } = &self.asker;
-        let bytes = versions.newer_than(u64::from_le_bytes(number));
+        let bytes = self.asker.versions.newer_than(u64::from_le_bytes(number));
         if bytes.len() <= INLINE_BYTES_MAX {
             return Answer::Reply(bytes.into());
         }
-        match Body::copy_from_slice(messenger.pool(), &bytes) {
+        match self.in_chunks(bytes) {
             Some(body) => Answer::Reply(body.into()),
             None => Answer::Failure(FailureCode::Busy),
         }
+    }
+
+    /// The chunks of a long answer: those of the last one, if it was the same.
+    fn in_chunks(&self, bytes: Bytes) -> Option<Body> {
+        let mut long = self.long.borrow_mut();
+        if let Some(last) = &*long
+            && std::ptr::eq(&raw const *last.bytes, &raw const *bytes)
+        {
+            return Some(last.body.clone());
+        }
+        // The chunks of the last one first: the pool may have room for one only.
+        *long = None;
+        let messenger = &self.asker.messenger;
+        let body = Body::copy_from_slice(messenger.pool(), &bytes)?;
+        *long = Some(LongAnswer {
+            bytes,
+            body: body.clone(),
+        });
+        let (kept, long) = (messenger.sleep(KEPT), Rc::downgrade(&self.long));
+        messenger.spawn(Queue::Background, async move {
+            kept.await;
+            if let Some(long) = long.upgrade() {
+                // Perhaps a later one's: it is copied anew then.
+                long.borrow_mut().take();
+            }
+        });
+        Some(body)
     }
 }
 
 impl<M: Messenger> Asker<M> {
     async fn ask(&self, peer: NodeId) {
+        let questions = self.versions.questions();
+        // What is under way brings the versions, or the next interval does.
+        let Some(question) = questions.ask(peer) else {
+            return;
+        };
         let request = Request {
             class: Class::Normal,
             method: wire::NEWER_THAN,
             body: self.versions.newest().to_le_bytes().to_vec().into(),
             deadline: DEADLINE,
         };
-        let answer = match self.messenger.request(peer, request).await {
+        let versions = match self.messenger.request(peer, request).await {
+            Ok(answer) if answer.is_empty() => return,
             Ok(answer) => answer,
-            Err(error) => {
-                let reason = error.reason();
-                return tracing::debug!(%peer, reason, "a peer does not say its versions");
-            }
+            Err(error) => return self.failed(peer, &error),
         };
-        let Some(versions) = small(answer) else {
+        if versions.len() > wire::ANSWER_BYTES_MAX as u64 {
+            questions.count_failed("answer_too_long");
             return tracing::warn!(%peer, "an answer with registry versions is too long");
-        };
-        if versions.is_empty() {
-            return;
         }
-        match self.events.try_send(Event::Offer(Offer { peer, versions })) {
-            Ok(()) | Err(TrySendError::Disconnected(_)) => {}
-            // The next question brings them again.
-            Err(TrySendError::Full(_)) => {
-                tracing::warn!(%peer, "registry versions of a peer are dropped: too many wait");
-            }
+        if !self.offers.offer(Offer::new(question, versions)) {
+            questions.count_failed("answers_wait");
+            tracing::warn!(%peer, "registry versions of a peer are dropped: too many wait");
         }
     }
-}
 
-/// The bytes of an answer; none if it is longer than any honest one.
-fn small(answer: Payload) -> Option<Vec<u8>> {
-    if answer.len() > 2 * wire::ANSWER_BYTES_MAX as u64 {
-        return None;
-    }
-    Some(match answer {
-        Payload::Empty => Vec::new(),
-        Payload::Bytes(bytes) => bytes.to_vec(),
-        Payload::Chunks(body) => {
-            let chunks = body.chunks().iter();
-            chunks.flat_map(|chunk| chunk.iter().copied()).collect()
+    fn failed(&self, peer: NodeId, error: &RpcError) {
+        let reason = error.reason();
+        let is_first = self.versions.questions().count_failed(reason);
+        // Bodies of the peer fill its share of the budget: an operator can change that.
+        if is_first && *error == RpcError::LocalNoBudget {
+            tracing::warn!(
+                %peer,
+                reason,
+                "registry versions of a peer have no room in its share of the budget; the peer \
+                 is asked again"
+            );
+        } else {
+            tracing::debug!(%peer, reason, "a peer does not say its versions");
         }
-    })
+    }
 }
 
 impl<M: Messenger> Service for Exchange<M> {

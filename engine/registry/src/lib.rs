@@ -8,6 +8,7 @@
 //! | `versions.rs` | what a node holds, and the members that follow from it |
 //! | `wire.rs` | how versions travel between peers |
 //! | `exchange.rs` | the service that asks and answers peers |
+//! | `questions.rs` | questions to peers: under way, answered, failed |
 //! | `follow.rs` | the thread that reads the folder and checks what peers sent |
 //! | `draft.rs` | the next version, before it is signed |
 
@@ -16,6 +17,7 @@ pub mod exchange;
 pub mod folder;
 pub mod follow;
 pub mod keys;
+mod questions;
 pub mod versions;
 pub mod wire;
 
@@ -24,4 +26,5 @@ pub use exchange::Exchange;
 pub use folder::{Follower, VersionError};
 pub use follow::{Events, FollowThread};
 pub use keys::KeyError;
+pub use questions::Offer;
 pub use versions::{FirewallRecords, Summary, Versions, VersionsConfig};

@@ -8,13 +8,15 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bytes::Bytes;
 use millrace_protocol::id::{NodeId, SubnetId};
 use millrace_protocol::identity::PublicKey;
 use millrace_protocol::registry::{Offered, RegistryError, SignedVersion};
 use millrace_protocol::topology::{Member, Topology};
 
 use crate::folder::Follower;
-use crate::wire;
+use crate::questions::{Offer, Questions};
+use crate::wire::{self, Encoded};
 
 /// What a node knows before it holds a version.
 #[derive(Debug, Clone, Default)]
@@ -38,11 +40,9 @@ pub struct Versions {
     newest: AtomicU64,
     /// The newest versions, for peers. A copy, because shards read it and must not wait for the
     /// follower, which reads files and checks signatures.
-    shared: Mutex<Arc<[Shared]>>,
+    shared: Mutex<Encoded>,
+    questions: Arc<Questions>,
 }
-
-/// A version and its number.
-type Shared = (u64, SignedVersion);
 
 /// What a node shows of the versions it holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,6 +53,8 @@ pub struct Summary {
     pub skipped: u64,
     /// How many versions were refused, by reason.
     pub refused: Vec<(&'static str, u64)>,
+    /// How many questions to peers for newer versions failed, by reason.
+    pub questions_failed: Vec<(&'static str, u64)>,
 }
 
 /// What the registry says about the firewall of a node.
@@ -84,7 +86,8 @@ impl Versions {
             subnet: config.subnet,
             follower: Mutex::new(follower),
             newest: AtomicU64::new(0),
-            shared: Mutex::new(Arc::new([])),
+            shared: Mutex::default(),
+            questions: Arc::default(),
         };
         versions.share(&versions.lock());
         versions
@@ -119,10 +122,12 @@ impl Versions {
         Ok(changed)
     }
 
-    /// Takes an answer that a peer sent (see [`wire`]), up to its first version that is refused;
-    /// whether something changed. Checks signatures: not for shards.
-    pub fn offer_encoded(&self, peer: &NodeId, bytes: &[u8]) -> bool {
-        let Some(versions) = wire::decode(bytes) else {
+    /// Takes an answer that a peer sent, up to its first version that is refused; whether something
+    /// changed. Checks signatures: not for shards.
+    pub fn take(&self, offer: &Offer) -> bool {
+        let peer = offer.peer();
+        let Some(versions) = wire::decode(&wire::contiguous(&offer.versions)) else {
+            self.questions.count_failed("unreadable");
             tracing::warn!(%peer, "an answer with registry versions cannot be read");
             return false;
         };
@@ -141,30 +146,23 @@ impl Versions {
         changed
     }
 
-    /// The encoded versions above a number: the answer to a peer that holds that one. For shards.
-    pub fn newer_than(&self, number: u64) -> Vec<u8> {
-        let shared = Arc::clone(&self.shared.lock().unwrap_or_else(PoisonError::into_inner));
-        let newer = shared.iter().filter(|(held, _)| *held > number);
-        wire::encode(newer.map(|(_, signed)| signed))
+    /// The encoded versions above a number (see [`wire`]): the answer to a peer that holds that
+    /// one. A part of one buffer, as long as no newer version comes. For shards.
+    pub fn newer_than(&self, number: u64) -> Bytes {
+        let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.newer_than(number)
     }
 
-    /// Copies the newest versions, as many as one answer takes. A peer that is further behind loses
-    /// nothing: every version says everything.
+    /// The questions to peers.
+    pub(crate) fn questions(&self) -> &Arc<Questions> {
+        &self.questions
+    }
+
+    /// Encodes the newest versions for peers.
     fn share(&self, follower: &Follower) {
         let held: Vec<_> = follower.registry().newer_than(0).collect();
-        let mut bytes = 0;
-        let fits = |(_, signed): &&(u64, &SignedVersion)| {
-            bytes += signed.document.len();
-            bytes <= wire::ANSWER_BYTES_MAX
-        };
-        let mut newest: Vec<Shared> = held
-            .iter()
-            .rev()
-            .take_while(fits)
-            .map(|(number, signed)| (*number, (*signed).clone()))
-            .collect();
-        newest.reverse();
-        *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = newest.into();
+        let encoded = Encoded::of(&held);
+        *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = encoded;
         let number = follower.registry().newest_number();
         self.newest.store(number, Ordering::Release);
     }
@@ -201,6 +199,7 @@ impl Versions {
                 .iter()
                 .map(|(reason, count)| (*reason, *count))
                 .collect(),
+            questions_failed: self.questions.failed(),
         }
     }
 
@@ -281,8 +280,12 @@ mod tests {
         let versions = versions(&key, &other.public_key());
         let draft = Draft::first("test").unwrap();
         let [good, bad] = [&key, &other].map(|key| draft.sign(key).unwrap());
-        let answer = wire::encode([&bad, &bad, &good].into_iter());
-        assert!(!versions.offer_encoded(&versions.node_id(), &answer));
+        let take = |answer: &[&SignedVersion]| {
+            let question = versions.questions().ask(versions.node_id()).unwrap();
+            let answer = wire::encode(answer.iter().copied());
+            versions.take(&Offer::new(question, answer.into()))
+        };
+        assert!(!take(&[&bad, &bad, &good]));
         let refused: u64 = versions
             .summary()
             .refused
@@ -290,8 +293,7 @@ mod tests {
             .map(|(_, count)| count)
             .sum();
         assert_eq!((versions.newest(), refused), (0, 1));
-        let answer = wire::encode([&good, &bad].into_iter());
-        assert!(versions.offer_encoded(&versions.node_id(), &answer));
+        assert!(take(&[&good, &bad]));
         assert_eq!(versions.newest(), 1);
     }
 }
