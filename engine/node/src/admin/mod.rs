@@ -12,8 +12,8 @@ mod io;
 
 mod reply;
 mod routes;
+mod socket_file;
 
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -33,6 +33,7 @@ use crate::core::Core;
 use crate::error::StartError;
 use idle_deadline::IdleDeadline;
 use io::HyperStream;
+use socket_file::{SocketFile, remove_stale};
 
 /// Longest header of a request.
 const HEADER_BYTES_MAX: usize = 64 << 10;
@@ -40,9 +41,10 @@ const HEADER_BYTES_MAX: usize = 64 << 10;
 /// A running admin server; stops when dropped.
 #[derive(Debug)]
 pub(crate) struct AdminServer {
+    /// None: the socket was not bound.
+    file: Option<SocketFile>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
-    socket: PathBuf,
 }
 
 /// Starts the control thread and listens on the socket.
@@ -52,20 +54,23 @@ pub(crate) fn serve(
     limits: &AdminSection,
 ) -> Result<AdminServer, StartError> {
     remove_stale(&socket)?;
-    let (limits, path) = (limits.clone(), socket.clone());
+    let limits = limits.clone();
     let (stop, stopped) = oneshot::channel();
     let (started, ready) = std::sync::mpsc::sync_channel(1);
     let thread = std::thread::Builder::new()
         .name("millrace-admin".into())
-        .spawn(move || run(&path, &core, &limits, stopped, &started))
+        .spawn(move || run(&socket, &core, &limits, stopped, &started))
         .map_err(|error| StartError::io("the admin thread", error))?;
-    let server = AdminServer {
+    let mut server = AdminServer {
+        file: None,
         stop: Some(stop),
         thread: Some(thread),
-        socket,
     };
     match ready.recv() {
-        Ok(Ok(())) => Ok(server),
+        Ok(Ok(file)) => {
+            server.file = Some(file);
+            Ok(server)
+        }
         Ok(Err(error)) => Err(error),
         Err(_) => Err(StartError::host(
             "the admin thread",
@@ -76,13 +81,13 @@ pub(crate) fn serve(
 
 impl Drop for AdminServer {
     fn drop(&mut self) {
+        // First: once the thread has stopped, another node may take the path.
+        drop(self.file.take());
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
             // A panic there was reported there.
             let _ = thread.join();
         }
-        // A socket that is gone already is what we want.
-        let _ = std::fs::remove_file(&self.socket);
     }
 }
 
@@ -91,7 +96,7 @@ fn run(
     core: &Arc<Core>,
     limits: &AdminSection,
     stopped: oneshot::Receiver<()>,
-    started: &SyncSender<Result<(), StartError>>,
+    started: &SyncSender<Result<SocketFile, StartError>>,
 ) {
     // A long preempt timer: with a short one glommio can sleep although tasks are runnable. Little
     // io memory: the default would lock 10 MiB.
@@ -104,23 +109,23 @@ fn run(
         Ok(executor) => executor,
         Err(error) => {
             let what = "the admin thread cannot make an io_uring";
-            let _ = started.send(Err(StartError::host(what, error.to_string())));
+            let _ = started.send(Err(StartError::io(what, error.into())));
             return;
         }
     };
     executor.run(async {
-        let listener = match UnixListener::bind(socket) {
-            Ok(listener) => listener,
+        let bind = |path: &Path| UnixListener::bind(path).map_err(Into::into);
+        let (listener, file) = match SocketFile::bind(socket, bind) {
+            Ok(bound) => bound,
             Err(error) => {
-                let failed = StartError::host(socket.display(), error.to_string());
-                let _ = started.send(Err(failed));
+                let _ = started.send(Err(error));
                 return;
             }
         };
         let permits = Rc::new(Semaphore::new(limits.connections_max));
         let accepting = accept(listener, Arc::clone(core), permits, limits.clone());
         let accepting = glommio::spawn_local(accepting).detach();
-        let _ = started.send(Ok(()));
+        let _ = started.send(Ok(file));
         // Dropping the sender is the stop.
         let _ = stopped.await;
         accepting.cancel();
@@ -180,22 +185,4 @@ async fn serve_connection(stream: UnixStream, core: Arc<Core>, limits: &AdminSec
         tracing::debug!("admin client was silent for too long");
     };
     futures_lite::future::or(served, gave_up).await;
-}
-
-/// Removes a socket file that no process listens on; refuses to take one from a running node.
-fn remove_stale(socket: &Path) -> Result<(), StartError> {
-    let name = socket.display();
-    match std::fs::symlink_metadata(socket) {
-        Err(_) => return Ok(()),
-        Ok(metadata) if !metadata.file_type().is_socket() => {
-            let what = format!("{name} is not a socket; remove it or choose another");
-            return Err(StartError::Taken { what });
-        }
-        Ok(_) => {}
-    }
-    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
-        let what = format!("{name}: a node is running with this socket");
-        return Err(StartError::Taken { what });
-    }
-    std::fs::remove_file(socket).map_err(|error| StartError::io(name, error))
 }
