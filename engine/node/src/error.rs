@@ -3,12 +3,14 @@
 use std::error::Error;
 use std::fmt;
 use std::io;
+use std::ops::RangeInclusive;
 
 use millrace_edge_control::ControlError;
+use millrace_protocol::frame::Method;
 use millrace_protocol::id::NodeId;
 use millrace_registry::KeyError;
 use millrace_shards::socket::SocketError;
-use millrace_transport::RouterError;
+use millrace_transport::{RouterError, StartError as TransportError};
 
 /// Why a node did not start.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +44,17 @@ pub enum StartError {
     /// The program's: its services ask for methods that are not free.
     #[error(transparent)]
     Services(#[from] RouterError),
+    /// The program's: a service asks for methods that are kept for the node's own services.
+    #[error(
+        "methods {}..={} of a service are kept for the node; fix: give it methods from {} on",
+        .methods.start().0, .methods.end().0, .first_free.0
+    )]
+    KeptMethods {
+        /// What the service asks for.
+        methods: RangeInclusive<Method>,
+        /// The first method that is free.
+        first_free: Method,
+    },
     /// The edge's; it says whose fault that is.
     #[error(transparent)]
     Edge(#[from] ControlError),
@@ -78,16 +91,48 @@ impl StartError {
     }
 }
 
+const NO_TRANSPORT: &str = "the transport did not start";
+
+/// Why the transport did not start.
+pub(crate) fn transport_failed(error: TransportError) -> StartError {
+    match error {
+        TransportError::NoShards => StartError::Config {
+            key: "shards.cores".to_owned(),
+            reason: error.to_string(),
+        },
+        TransportError::Socket(error) => socket_failed(error),
+        TransportError::Services(error) => error.into(),
+        error => StartError::host(NO_TRANSPORT, error),
+    }
+}
+
 /// Why the transport has no sockets.
 pub(crate) fn socket_failed(error: SocketError) -> StartError {
-    let what = "the transport did not start";
-    match &error {
-        SocketError::Bind { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
-            StartError::Taken {
-                what: format!("{what}: {error}"),
+    let text = error.to_string();
+    match error {
+        SocketError::Shards { .. } => StartError::Config {
+            key: "shards.cores".to_owned(),
+            reason: text,
+        },
+        SocketError::Bind { addr, source } => match source.kind() {
+            io::ErrorKind::AddrInUse => StartError::Taken {
+                what: format!("{NO_TRANSPORT}: {text}"),
+            },
+            io::ErrorKind::AddrNotAvailable => StartError::Config {
+                key: format!("listen.address = \"{addr}\""),
+                reason: format!("no interface of this host has the address: {source}"),
+            },
+            _ => StartError::io(format_args!("cannot bind {addr}"), source),
+        },
+        SocketError::Create { ref source } | SocketError::Option { ref source, .. }
+            if source.kind() == io::ErrorKind::PermissionDenied =>
+        {
+            StartError::NotPermitted {
+                what: NO_TRANSPORT.to_owned(),
+                source: io::Error::new(io::ErrorKind::PermissionDenied, error),
             }
         }
-        _ => StartError::host(what, error),
+        error => StartError::host(NO_TRANSPORT, error),
     }
 }
 
@@ -124,4 +169,84 @@ pub enum NotReady {
     /// The subnet has other members; none is connected.
     #[error("no peer is connected")]
     NoPeer,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use super::*;
+
+    fn errno(errno: i32) -> io::Error {
+        io::Error::from_raw_os_error(errno)
+    }
+
+    fn bind(code: i32) -> SocketError {
+        SocketError::Bind {
+            addr: SocketAddr::from(([192, 0, 2, 1], 443)),
+            source: errno(code),
+        }
+    }
+
+    fn fault(error: &StartError) -> &'static str {
+        match error {
+            StartError::Config { .. } => "config",
+            StartError::Taken { .. } => "other process",
+            StartError::NotPermitted { .. } => "permission",
+            StartError::Host { .. } => "host",
+            _ => "other",
+        }
+    }
+
+    /// Protects exit codes, and operators who read them: `millrace` makes the code from the fault.
+    #[test]
+    fn each_failure_of_the_sockets_says_whose_fault_it_is() {
+        // Errno: EPERM 1, ENOMEM 12, EACCES 13, EMFILE 24, EADDRINUSE 98, EADDRNOTAVAIL 99.
+        let option = |code| SocketError::Option {
+            option: "SO_RCVBUF",
+            source: errno(code),
+        };
+        let create = |code| SocketError::Create {
+            source: errno(code),
+        };
+        let table = [
+            (bind(98), "other process", "192.0.2.1:443"),
+            (bind(99), "config", "listen.address = \"192.0.2.1:443\""),
+            (bind(13), "permission", "192.0.2.1:443"),
+            (bind(1), "permission", "192.0.2.1:443"),
+            (bind(12), "host", "192.0.2.1:443"),
+            (
+                SocketError::Shards { shards: 300 },
+                "config",
+                "shards.cores",
+            ),
+            (create(24), "host", "open files"),
+            (create(13), "permission", "UDP socket"),
+            (option(12), "host", "SO_RCVBUF"),
+            (option(1), "permission", "SO_RCVBUF"),
+        ];
+        for (error, wanted, part) in table {
+            let shown = format!("{error:?}");
+            let failed = transport_failed(TransportError::Socket(error));
+            assert_eq!(fault(&failed), wanted, "{shown}");
+            assert!(failed.to_string().contains(part), "{failed}");
+        }
+    }
+
+    /// Protects the operator from a key that no config has.
+    #[test]
+    fn an_error_of_the_config_names_a_key_that_exists() {
+        let default = millrace_tuning::NodeConfig::default();
+        let no_shards = transport_failed(TransportError::NoShards);
+        assert!(
+            no_shards.to_string().starts_with("shards.cores: "),
+            "{no_shards}"
+        );
+        // The keys that are named above.
+        let _ = (
+            &default.shards.cores,
+            &default.listen.address,
+            &default.admin.socket,
+        );
+    }
 }

@@ -15,14 +15,14 @@ use millrace_registry::wire::{FIRST_METHOD, LAST_METHOD};
 use millrace_registry::{Events, Exchange, FollowThread, Versions};
 use millrace_shards::chunk::Body;
 use millrace_transport::{
-    Payload, RemoteAnswer, Request, Router, RouterError, RpcError, ShardMessenger,
-    StartError as TransportError, Transport, TransportStart,
+    Payload, RemoteAnswer, Request, Router, RouterError, RpcError, ShardMessenger, Transport,
+    TransportStart,
 };
 use millrace_tuning::NodeConfig;
 
 use crate::admin::{self, AdminServer};
 use crate::core::Core;
-use crate::error::{NotConnected, NotReady, StartError, socket_failed};
+use crate::error::{NotConnected, NotReady, StartError, transport_failed};
 use crate::parts::NodeParts;
 use crate::reference::Artifacts;
 use crate::reference::announced::Announced;
@@ -100,6 +100,7 @@ impl Node {
     /// # Errors
     /// [`StartError`], by whose fault it is. Nothing is left running then.
     pub fn start(config: &NodeConfig, parts: NodeParts) -> Result<Self, StartError> {
+        parts.services.check()?;
         let cpus = host::usable_cpus();
         let shards = parts
             .shards
@@ -352,18 +353,5 @@ impl Shard {
             .serve(wire::METHODS, artifacts)?
             .serve(FIRST_METHOD..=LAST_METHOD, exchange)?;
         self.services.add_to(&messenger, router)
-    }
-}
-
-fn transport_failed(error: TransportError) -> StartError {
-    let what = "the transport did not start";
-    match error {
-        TransportError::NoShards => StartError::Config {
-            key: what.to_owned(),
-            reason: error.to_string(),
-        },
-        TransportError::Socket(error) => socket_failed(error),
-        TransportError::Services(error) => error.into(),
-        error => StartError::host(what, error),
     }
 }

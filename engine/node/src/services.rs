@@ -7,6 +7,8 @@ use std::sync::Arc;
 use millrace_protocol::frame::Method;
 use millrace_transport::{Router, RouterError, Service, ShardMessenger};
 
+use crate::error::StartError;
+
 /// The first method that an embedder's service may own.
 pub const FIRST_FREE_METHOD: Method = Method(0x1000);
 
@@ -16,6 +18,8 @@ type Add = dyn Fn(&ShardMessenger, Router) -> Result<Router, RouterError> + Send
 #[derive(Clone, Default)]
 pub struct Services {
     all: Vec<Arc<Add>>,
+    /// The first methods that were asked for although they are kept for the node.
+    kept: Option<RangeInclusive<Method>>,
 }
 
 impl fmt::Debug for Services {
@@ -25,15 +29,33 @@ impl fmt::Debug for Services {
 }
 
 impl Services {
-    /// Adds a service that owns `methods`. `make` is called once on each shard.
+    /// Adds a service that owns `methods`, none of them below [`FIRST_FREE_METHOD`]: the node would
+    /// not start. `make` is called once on each shard.
     pub fn add<S: Service>(
         &mut self,
         methods: RangeInclusive<Method>,
         make: impl Fn(ShardMessenger) -> S + Send + Sync + 'static,
     ) {
+        if !methods.is_empty() && *methods.start() < FIRST_FREE_METHOD {
+            self.kept.get_or_insert(methods.clone());
+        }
         self.all.push(Arc::new(move |messenger, router| {
             router.serve(methods.clone(), make(messenger.clone()))
         }));
+    }
+
+    /// Whether the services leave the node's own methods alone.
+    ///
+    /// # Errors
+    /// [`StartError::KeptMethods`] if one does not.
+    pub(crate) fn check(&self) -> Result<(), StartError> {
+        match self.kept.clone() {
+            Some(methods) => Err(StartError::KeptMethods {
+                methods,
+                first_free: FIRST_FREE_METHOD,
+            }),
+            None => Ok(()),
+        }
     }
 
     /// Adds them to a shard's router.

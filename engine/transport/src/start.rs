@@ -94,9 +94,7 @@ pub enum StartError {
         sockets: usize,
     },
     /// There must be a shard.
-    #[error(
-        "no shard is configured; fix: give at least one [[shards.core]], or leave the section out"
-    )]
+    #[error("no shard is configured; fix: name a core at least")]
     NoShards,
     /// Two services claim the same methods: the program is at fault.
     #[error(transparent)]
