@@ -111,15 +111,15 @@ struct Place<'l> {
 }
 
 /// What a bucket holds of a key.
-struct Sight {
+struct Lookup {
     /// The slot and the word with the key's tag.
     own: Option<(usize, u64)>,
     /// The first idle slot and its word.
     idle: Option<(usize, u64)>,
 }
 
-/// The result of a look that did not refuse: how far ahead the key is, and the slot for its word.
-struct Standing {
+/// The result of a lookup that did not refuse: how far ahead the key is, and the slot for its word.
+struct Admission {
     ahead_ns: u64,
     /// The slot and its present word; none if the bucket has no room.
     slot: Option<(usize, u64)>,
@@ -143,7 +143,7 @@ impl<L: Buckets + ?Sized> Sketch<'_, L> {
         }
         let key = key_words(words, purpose, level);
         let place = self.place(self.active, &key);
-        self.standing(&place, &key, limit, now_ns).is_some()
+        self.admission(&place, &key, limit, now_ns).is_some()
     }
 
     /// Takes one from what the key `words` has left of `limit`. False: refused, and nothing is
@@ -162,18 +162,18 @@ impl<L: Buckets + ?Sized> Sketch<'_, L> {
         let key = key_words(words, purpose, level);
         let place = self.place(self.active, &key);
         for _ in 0..TRIES {
-            let Some(standing) = self.standing(&place, &key, limit, now_ns) else {
+            let Some(admission) = self.admission(&place, &key, limit, now_ns) else {
                 return false;
             };
-            let Some((slot, present)) = standing.slot else {
+            let Some((slot, present)) = admission.slot else {
                 return false;
             };
             let paid = now_ns
-                .wrapping_add(standing.ahead_ns)
+                .wrapping_add(admission.ahead_ns)
                 .wrapping_add(limit.interval_ns);
             let next = place.tag << TAG_SHIFT | paid & TIME_MASK;
             if place.replace(slot, present, next)
-                && (!standing.fresh || place.keep_only_one(slot, next))
+                && (!admission.fresh || place.keep_only_one(slot, next))
             {
                 return true;
             }
@@ -245,34 +245,34 @@ impl<L: Buckets + ?Sized> Sketch<'_, L> {
     }
 
     /// None: refused.
-    fn standing(
+    fn admission(
         &self,
         place: &Place<'_>,
         key: &[u64; 3],
         limit: Limit,
         now_ns: u64,
-    ) -> Option<Standing> {
-        let sight = place.see(now_ns);
-        let mut standing = match sight.own {
-            Some((_, word)) => Standing {
+    ) -> Option<Admission> {
+        let lookup = place.look_up(now_ns);
+        let mut admission = match lookup.own {
+            Some((_, word)) => Admission {
                 ahead_ns: ahead(word, now_ns),
-                slot: sight.own,
+                slot: lookup.own,
                 fresh: false,
             },
             None => {
                 let before = self.seen_before(key, now_ns);
-                if before.is_none() && sight.idle.is_none() {
+                if before.is_none() && lookup.idle.is_none() {
                     return None;
                 }
-                Standing {
+                Admission {
                     ahead_ns: before.unwrap_or(0),
-                    slot: sight.idle,
+                    slot: lookup.idle,
                     fresh: true,
                 }
             }
         };
-        standing.ahead_ns = limit.ahead_ns(standing.ahead_ns);
-        (standing.ahead_ns <= limit.tolerance_ns).then_some(standing)
+        admission.ahead_ns = limit.ahead_ns(admission.ahead_ns);
+        (admission.ahead_ns <= limit.tolerance_ns).then_some(admission)
     }
 
     /// How far ahead the other generation has the key. None if it does not have the key, or no
@@ -281,18 +281,18 @@ impl<L: Buckets + ?Sized> Sketch<'_, L> {
         if now_ns >= self.old_until_ns {
             return None;
         }
-        let (_, word) = self.place(self.active ^ 1, key).see(now_ns).own?;
+        let (_, word) = self.place(self.active ^ 1, key).look_up(now_ns).own?;
         Some(ahead(word, now_ns))
     }
 }
 
 impl Place<'_> {
-    fn see(&self, now_ns: u64) -> Sight {
+    fn look_up(&self, now_ns: u64) -> Lookup {
         let mut idle = None;
         for slot in self.visit() {
             let word = self.bucket[slot].load(Ordering::SeqCst);
             if word >> TAG_SHIFT == self.tag {
-                return Sight {
+                return Lookup {
                     own: Some((slot, word)),
                     idle,
                 };
@@ -301,7 +301,7 @@ impl Place<'_> {
                 idle = Some((slot, word));
             }
         }
-        Sight { own: None, idle }
+        Lookup { own: None, idle }
     }
 
     fn visit(&self) -> impl Iterator<Item = usize> + use<> {

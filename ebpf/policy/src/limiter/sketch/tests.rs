@@ -249,7 +249,7 @@ fn a_key_placed_twice_is_given_back() {
     let buckets = OwnedBuckets::new(1);
     let sketch = sketch(&buckets);
     let place = sketch.place(0, &key_words(KEY, Purpose::Quic, 0));
-    let (slot, present) = place.see(NOW).idle.unwrap();
+    let (slot, present) = place.look_up(NOW).idle.unwrap();
     let theirs = busy_word(place.tag, NOW + 10);
     let other = &buckets.bucket(0)[(slot + 3) % SLOTS];
     other.store(theirs, Ordering::Relaxed);
