@@ -326,6 +326,8 @@ pub struct TransportSection {
     /// Messages of the bulk class with a stream of their own that may wait or be in flight to a
     /// peer.
     pub stream_queue_bulk_max: u64,
+    /// Bytes of answers with a stream of their own that may wait for a peer on a connection.
+    pub answer_queue_bytes: ByteSize,
     /// Message streams of one class that are fed at the same time.
     pub streams_active_max: u64,
     /// Our requests of the latency class in flight to a peer.
@@ -559,6 +561,7 @@ impl Default for TransportSection {
             stream_queue_latency_max: 1024,
             stream_queue_normal_max: 1024,
             stream_queue_bulk_max: 256,
+            answer_queue_bytes: ByteSize::mib(8),
             streams_active_max: 8,
             requests_out_latency_max: 4096,
             requests_out_normal_max: 4096,

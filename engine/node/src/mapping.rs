@@ -82,6 +82,7 @@ pub fn transport(config: &NodeConfig) -> TransportConfig {
             normal: to_usize(from.stream_queue_normal_max),
             bulk: to_usize(from.stream_queue_bulk_max),
         },
+        answer_queue_bytes: from.answer_queue_bytes.bytes(),
         streams_active_max: to_usize(from.streams_active_max),
         requests_out_max: PerClass {
             latency: to_u32(from.requests_out_latency_max),

@@ -125,6 +125,14 @@ fn a_full_answer_queue_says_busy() {
 }
 
 #[test]
+fn answers_that_wait_are_bounded_in_bytes() {
+    for link in links() {
+        let mut testbed = pair(scenarios::few_answer_bytes(), link);
+        testbed.run(scenarios::answers_that_wait_are_bounded_in_bytes);
+    }
+}
+
+#[test]
 fn a_peer_that_fills_its_share_is_busy() {
     for link in links() {
         let mut testbed = pair(scenarios::small_budget(), link);

@@ -10,6 +10,8 @@ use millrace_protocol::budget::BudgetConfig;
 use millrace_protocol::frame::{Class, Header, Limits};
 use millrace_protocol::rpc::RpcLimits;
 
+use crate::streams::AnswerBounds;
+
 /// Congestion control of a path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CongestionControl {
@@ -103,6 +105,10 @@ pub struct TransportConfig {
     pub lane_queue_bytes: PerClass<usize>,
     /// Messages with a stream of their own that may wait or be in flight to a peer, for each class.
     pub stream_queue_messages: PerClass<usize>,
+    /// Bytes of answers to a peer that may wait to be sent on streams of their own, on a connection:
+    /// the next one is refused with `Busy`, unless it is the only one. Answers in chunks lie in the
+    /// pool: as many of their bytes may wait as `receive_budget_peer_bytes` says.
+    pub answer_queue_bytes: u64,
     /// Message streams of one class that are fed at the same time.
     pub streams_active_max: usize,
     /// Requests of ours in flight to a peer, for each class.
@@ -110,7 +116,8 @@ pub struct TransportConfig {
     /// Requests of a peer in flight at us, for each class.
     pub requests_in_max: PerClass<u32>,
     /// Body bytes that one peer may make this shard hold at a time, arriving or kept; beside them
-    /// is 1 MiB for small bodies (`PEER_INLINE_BYTES_MAX`).
+    /// is 1 MiB for small bodies (`PEER_INLINE_BYTES_MAX`). Counted apart from them, as many bytes
+    /// of answers in chunks may wait for a peer on a connection.
     pub receive_budget_peer_bytes: u64,
     /// Body bytes that all peers together may make this shard hold; at most its chunk pool. One
     /// peer alone reaches half of it.
@@ -162,6 +169,7 @@ impl Default for TransportConfig {
                 normal: 1_024,
                 bulk: 256,
             },
+            answer_queue_bytes: 8 << 20,
             streams_active_max: 8,
             requests_out_max: PerClass {
                 latency: 4_096,
@@ -210,13 +218,25 @@ impl TransportConfig {
         }
     }
 
+    /// Bytes of answers that may wait for a peer on a connection.
+    pub(crate) fn answer_bounds(&self) -> AnswerBounds {
+        AnswerBounds {
+            plain_bytes: self.answer_queue_bytes,
+            chunk_bytes: self.receive_budget_peer_bytes,
+        }
+    }
+
     /// What one connection may make this node hold besides chunks, bytes: queues at their bounds,
-    /// with the headroom of lanes for refusals, a window of unread data, and inline bodies.
+    /// with the headroom of lanes for refusals, answers that wait, a window of unread data, and
+    /// inline bodies.
     pub fn connection_budget_bytes(&self) -> u64 {
         let queues = self.lane_queue_bytes.latency
             + self.lane_queue_bytes.normal
             + self.lane_queue_bytes.bulk;
         let headroom: usize = self.lane_headroom_bytes().into_iter().sum();
-        (queues + headroom) as u64 + self.connection_window_bytes + PEER_INLINE_BYTES_MAX
+        (queues + headroom) as u64
+            + self.answer_queue_bytes
+            + self.connection_window_bytes
+            + PEER_INLINE_BYTES_MAX
     }
 }

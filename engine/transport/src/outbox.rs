@@ -152,6 +152,7 @@ impl Outbox {
         let streams = StreamCarrier::new(
             first_message,
             config.stream_queue_messages,
+            config.answer_bounds(),
             config.streams_active_max,
         );
         Self {
@@ -275,6 +276,17 @@ impl Outbox {
     /// peer hears a cancellation.
     pub(crate) fn cancel(&mut self, header: Header, tell: bool) {
         self.cancellations.push(Cancellation { header, tell });
+    }
+
+    /// Drops all that waits: the connection is gone.
+    pub(crate) fn clear(&mut self) {
+        for lane in &mut self.lanes {
+            (lane.pending, lane.blocked) = (Vec::new(), None);
+        }
+        self.queued = [0; 2];
+        self.streams.clear();
+        self.datagrams.clear();
+        self.cancellations.clear();
     }
 
     /// Moves what waits into the path.

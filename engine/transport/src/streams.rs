@@ -11,11 +11,14 @@
 //! 2. A body of class bulk never takes all of the connection's send capacity: half of the rest, up
 //!    to [`RESERVE_BYTES`], is kept for lanes. Bodies of the other classes may take all of it.
 //! 3. Waiting plus active messages of a class never exceed its bound.
+//! 4. Bytes of answers, which a peer may ask for and not take, have bounds of their own
+//!    ([`AnswerBounds`]). An answer counts in full from when it is queued until the path has taken
+//!    all of it, or it is taken back.
 
 use std::collections::VecDeque;
 
 use bytes::Bytes;
-use millrace_protocol::frame::{Class, Header, StreamKind};
+use millrace_protocol::frame::{Class, Header, Kind, StreamKind};
 use millrace_shards::chunk::ChunkSlice;
 
 use crate::buffers::StreamBuffer;
@@ -40,6 +43,55 @@ fn urgency(class: Class) -> u8 {
         Class::Latency => 32,
         Class::Normal => 96,
         Class::Bulk => 192,
+    }
+}
+
+/// Bytes of answers that may wait for their peer on one connection, by where they lie. An answer
+/// that is longer is taken while no other of its kind waits.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AnswerBounds {
+    /// In memory of their own.
+    pub(crate) plain_bytes: u64,
+    /// In chunks of the pool.
+    pub(crate) chunk_bytes: u64,
+}
+
+/// Bytes of answers that wait.
+#[derive(Debug)]
+struct Answers {
+    bounds: AnswerBounds,
+    plain_bytes: u64,
+    chunk_bytes: u64,
+}
+
+impl Answers {
+    /// What counts `message`, if it is an answer, and its bound.
+    fn of(&mut self, message: &Outgoing) -> Option<(&mut u64, u64)> {
+        if message.header.kind != Kind::Response {
+            return None;
+        }
+        match message.body {
+            Payload::Empty => None,
+            Payload::Bytes(_) => Some((&mut self.plain_bytes, self.bounds.plain_bytes)),
+            Payload::Chunks(_) => Some((&mut self.chunk_bytes, self.bounds.chunk_bytes)),
+        }
+    }
+
+    fn add(&mut self, message: &Outgoing) -> Result<(), QueueFull> {
+        if let Some((held, max)) = self.of(message) {
+            let sum = *held + message.body.len();
+            if *held > 0 && sum > max {
+                return Err(QueueFull);
+            }
+            *held = sum;
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, message: &Outgoing) {
+        if let Some((held, _)) = self.of(message) {
+            *held -= message.body.len();
+        }
     }
 }
 
@@ -132,6 +184,7 @@ pub(crate) struct StreamCarrier {
     active: Vec<Active>,
     active_in: [usize; 3],
     queue_max: PerClass<usize>,
+    answers: Answers,
     active_max: usize,
     next_stream: u64,
     opened: u64,
@@ -140,12 +193,22 @@ pub(crate) struct StreamCarrier {
 
 impl StreamCarrier {
     /// `first_stream`: the first unidirectional stream id after the lanes (RFC 9000, 2.1).
-    pub(crate) fn new(first_stream: u64, queue_max: PerClass<usize>, active_max: usize) -> Self {
+    pub(crate) fn new(
+        first_stream: u64,
+        queue_max: PerClass<usize>,
+        answer_bounds: AnswerBounds,
+        active_max: usize,
+    ) -> Self {
         Self {
             waiting: Default::default(),
             active: Vec::with_capacity(3 * active_max),
             active_in: [0; 3],
             queue_max,
+            answers: Answers {
+                bounds: answer_bounds,
+                plain_bytes: 0,
+                chunk_bytes: 0,
+            },
             active_max,
             next_stream: first_stream,
             opened: 0,
@@ -179,6 +242,23 @@ impl StreamCarrier {
     /// Whether nothing waits or flows.
     pub(crate) fn is_idle(&self) -> bool {
         self.active.is_empty() && self.waiting.iter().all(VecDeque::is_empty)
+    }
+
+    /// Drops all that waits or flows: the connection is gone.
+    pub(crate) fn clear(&mut self) {
+        self.waiting.iter_mut().for_each(VecDeque::clear);
+        self.active.clear();
+        self.active_in = [0; 3];
+        (self.answers.plain_bytes, self.answers.chunk_bytes) = (0, 0);
+        self.prefetcher.clear();
+    }
+
+    /// Drops an active message, and says which stream it had.
+    fn remove_active(&mut self, at: usize) -> u64 {
+        let active = self.active.remove(at);
+        self.active_in[active.message.header.class as usize] -= 1;
+        self.answers.remove(&active.message);
+        active.stream
     }
 
     /// Opens streams for waiting messages while their class and the peer's stream limit allow.
@@ -260,6 +340,7 @@ impl Carrier for StreamCarrier {
         if self.queued(class) >= self.queue_max.of(class) {
             return Err(QueueFull);
         }
+        self.answers.add(&message)?;
         self.waiting[class as usize].push_back(message);
         Ok(())
     }
@@ -274,8 +355,7 @@ impl Carrier for StreamCarrier {
         let mut finished = false;
         while at < self.active.len() {
             if Self::feed(&mut self.active[at], path, &mut self.prefetcher) {
-                let done = self.active.remove(at);
-                self.active_in[done.message.header.class as usize] -= 1;
+                self.remove_active(at);
                 finished = true;
             } else {
                 at += 1;
@@ -294,14 +374,15 @@ impl Carrier for StreamCarrier {
         };
         let queue = &mut self.waiting[header.class as usize];
         if let Some(at) = queue.iter().position(same) {
-            queue.remove(at);
+            if let Some(message) = queue.remove(at) {
+                self.answers.remove(&message);
+            }
             return true;
         }
         if let Some(at) = self.active.iter().position(|active| same(&active.message)) {
             self.prefetcher.clear();
-            let active = self.active.remove(at);
-            self.active_in[active.message.header.class as usize] -= 1;
-            path.stream_reset(active.stream, CODE_CANCELLED);
+            let stream = self.remove_active(at);
+            path.stream_reset(stream, CODE_CANCELLED);
             return true;
         }
         false
@@ -309,5 +390,61 @@ impl Carrier for StreamCarrier {
 
     fn queued(&self, class: Class) -> usize {
         self.waiting[class as usize].len() + self.active_in[class as usize]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use millrace_protocol::frame::Method;
+    use millrace_shards::chunk::{Body, ChunkPool};
+    use millrace_shards::config::HugePages;
+
+    use super::*;
+
+    const BOUNDS: AnswerBounds = AnswerBounds {
+        plain_bytes: 1_000,
+        chunk_bytes: 200_000,
+    };
+
+    fn message(kind: Kind, body: Payload) -> Outgoing {
+        let header = Header {
+            kind,
+            class: Class::Bulk,
+            method: Method(0),
+            id: 0,
+            body_bytes: body.len() as u32,
+            arg: 0,
+        };
+        Outgoing { header, body }
+    }
+
+    // Protects the pool and the memory of the node from a peer that asks and does not take: where an
+    // answer lies decides which bound it counts against.
+    #[test]
+    fn answers_have_bounds_of_bytes_and_requests_have_not() {
+        let messages = PerClass {
+            latency: 100,
+            normal: 100,
+            bulk: 100,
+        };
+        let mut carrier = StreamCarrier::new(2, messages, BOUNDS, 8);
+        let mut send = |kind, body| carrier.enqueue(message(kind, body)).is_ok();
+        let pool = ChunkPool::new(16 << 20, HugePages::Never).unwrap();
+        let chunks =
+            |len: usize| Payload::Chunks(Body::copy_from_slice(&pool, &vec![0; len]).unwrap());
+        let plain = |len: usize| Payload::from(vec![0; len]);
+        for body in [plain(2_000), chunks(400_000)] {
+            for kind in [Kind::Request, Kind::Send] {
+                assert!(send(kind, body.clone()) && send(kind, body.clone()));
+            }
+        }
+        // The first one, however long; then up to the bound.
+        assert!(send(Kind::Response, plain(600)));
+        assert!(!send(Kind::Response, plain(401)));
+        assert!(send(Kind::Response, plain(400)));
+        assert!(!send(Kind::Response, plain(1)));
+        assert!(send(Kind::Response, chunks(400_000)));
+        assert!(!send(Kind::Response, chunks(70_000)));
+        assert!(send(Kind::Response, Payload::Empty));
     }
 }

@@ -329,6 +329,14 @@ fn a_full_answer_queue_says_busy() {
 }
 
 #[test]
+fn answers_that_wait_are_bounded_in_bytes() {
+    let (a, others) = star(&scenarios::few_answer_bytes(), 1, 1);
+    let b = others[0].id();
+    let scenario = scenarios::answers_that_wait_are_bounded_in_bytes::<ShardMessenger>;
+    a.on_shard(0, move |messenger| scenario(messenger, b));
+}
+
+#[test]
 fn a_dropped_answer_is_seen_by_the_peer() {
     let (a, others) = star(&TransportConfig::default(), 3, 1);
     let b = &others[0];

@@ -345,6 +345,13 @@ pub(super) static SECTIONS: &[Section] = &[
             ),
             field!(
                 NodeConfig,
+                "answer_queue_bytes",
+                transport.answer_queue_bytes,
+                bytes(ByteSize::kib(64), ByteSize::gib(1)),
+                "Bytes of answers with a stream of their own that may wait for a peer on a connection; the next one is refused as Busy, unless no other waits. Those that lie in chunks, as artifacts do, are counted apart, with receive_budget_peer_bytes as their bound."
+            ),
+            field!(
+                NodeConfig,
                 "streams_active_max",
                 transport.streams_active_max,
                 integer(1, 1024),
@@ -397,7 +404,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "receive_budget_peer_bytes",
                 transport.receive_budget_peer_bytes,
                 bytes(ByteSize::mib(1), ByteSize::gib(512)),
-                "Chunk memory that bodies of one peer may take on a shard, arriving or kept."
+                "Chunk memory that bodies of one peer may take on a shard, arriving or kept; and, counted apart, bytes of answers in chunks that may wait for it on a connection."
             ),
             field!(
                 NodeConfig,

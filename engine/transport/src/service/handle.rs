@@ -551,6 +551,8 @@ impl ConnectionHandle {
         if self.is_closed.replace(true) {
             return;
         }
+        // A responder or an answer that is still held holds no queue with it.
+        self.out.borrow_mut().clear();
         let mut wakers = Vec::new();
         self.inbound
             .borrow_mut()
@@ -745,6 +747,24 @@ mod tests {
             asked.extend([testbed.request(), testbed.request()]);
             assert_eq!(testbed.in_flight(), [IN_FLIGHT; 2]);
         }
+    }
+
+    // Protects memory and chunks: a future or a responder that is still held keeps the handle.
+    #[test]
+    fn a_closed_connection_holds_nothing_that_waited() {
+        let testbed = Testbed::new();
+        let handle = &testbed.handles[0];
+        let small = Payload::from(vec![0; 100]);
+        let large = Payload::from(vec![0; 100_000]);
+        for body in [small, large] {
+            handle.send(CLASS, Method(0), body.clone()).unwrap();
+            handle.answer(CLASS, 1, Ok(body));
+        }
+        assert!(!handle.out.borrow().is_idle());
+        handle.close();
+        assert!(handle.out.borrow().is_idle());
+        let queued = handle.out.borrow().queued_bytes();
+        assert_eq!(Class::ALL.map(|class| queued.of(class)), [0; 3]);
     }
 
     #[test]

@@ -26,7 +26,7 @@ pub(crate) const ECHO: Method = Method(0x40);
 pub(crate) const HANG: Method = Method(0x41);
 /// A one-way message; its body begins with its number, u64, little endian.
 pub(crate) const TELL: Method = Method(0x42);
-/// Answers with as many bytes as a lane's frame takes.
+/// Answers with as many bytes as a lane's frame takes, or as the request's first four say.
 pub(crate) const FILL: Method = Method(0x43);
 /// Keeps the body, in the log.
 pub(crate) const KEEP: Method = Method(0x44);
@@ -48,6 +48,17 @@ pub(crate) fn short_queues() -> TransportConfig {
     config.lane_queue_bytes.normal = 64 << 10;
     config.stream_queue_messages.bulk = 4;
     config
+}
+
+/// Bytes of answers that may wait, with [`few_answer_bytes`].
+const ANSWER_QUEUE_BYTES: usize = 128 << 10;
+
+/// The config that the scenario of waiting answers needs.
+pub(crate) fn few_answer_bytes() -> TransportConfig {
+    TransportConfig {
+        answer_queue_bytes: ANSWER_QUEUE_BYTES as u64,
+        ..TransportConfig::default()
+    }
 }
 
 /// Requests of a class that are in flight at most, with [`few_in_flight`].
@@ -158,6 +169,10 @@ impl<M: Messenger> Service for Responding<M> {
         match (request.method, request.body) {
             (ECHO, InboundBody::Slice(slice)) => return Answer::Reply(slice.to_vec().into()),
             (ECHO, InboundBody::Chunks(body)) => return Answer::Reply(body.into()),
+            (FILL, InboundBody::Slice(len)) if !len.is_empty() => {
+                let len = u32::from_le_bytes(len.try_into().unwrap());
+                return Answer::Reply(vec![7; len as usize].into());
+            }
             (FILL, _) => return Answer::Reply(vec![7; LANE_BYTES].into()),
             (KEEP, InboundBody::Chunks(body)) => {
                 self.log.lock().kept.push(body);
@@ -392,6 +407,45 @@ pub(crate) async fn a_full_answer_queue_says_busy<M: Messenger>(messenger: M, pe
     }
     assert_eq!(whole + busy, REQUESTS);
     assert!(whole > 0 && busy > 0, "{whole} answers, {busy} refusals");
+}
+
+/// Answers that wait for their asker hold so many bytes and no more; the next ones are refused, and
+/// what is sent or taken back makes room. Runs with [`few_answer_bytes`].
+pub(crate) async fn answers_that_wait_are_bounded_in_bytes<M: Messenger>(
+    messenger: M,
+    peer: NodeId,
+) {
+    // They arrive in a few packets, and want thirty times the bound; by number they would fit.
+    const REQUESTS: usize = 200;
+    let ask = |bytes: usize| {
+        let bytes = (bytes as u32).to_le_bytes().to_vec();
+        messenger.request(peer, request(FILL, Class::Normal, bytes))
+    };
+    let many = || -> Vec<_> { (0..REQUESTS).map(|_| ask(20_000)).collect() };
+    let (mut whole, mut busy) = (0, 0);
+    for answer in many() {
+        match answer.await {
+            Ok(answer) if answer.len() == 20_000 => whole += 1,
+            Err(RpcError::Peer(FailureCode::Busy)) => busy += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(whole + busy, REQUESTS);
+    assert!(whole > 0 && busy > 0, "{whole} answers, {busy} refusals");
+    drop(many());
+    // One that is longer is taken once no other waits.
+    let deadline = messenger.now() + PATIENCE;
+    loop {
+        match ask(2 * ANSWER_QUEUE_BYTES).await {
+            Ok(answer) => break assert_eq!(answer.len(), 2 * ANSWER_QUEUE_BYTES as u64),
+            Err(error) => assert_eq!(error, RpcError::Peer(FailureCode::Busy)),
+        }
+        assert!(
+            messenger.now() < deadline,
+            "answers that were taken back hold room"
+        );
+        messenger.sleep(Duration::from_millis(1)).await;
+    }
 }
 
 fn body_of<M: Messenger>(messenger: &M, len: usize) -> Body {
