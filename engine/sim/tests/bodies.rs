@@ -269,8 +269,8 @@ fn a_sink_gets_a_body_chunk_by_chunk_or_hears_that_it_is_cut() {
     assert_eq!(testbed.taken_bytes(), 0);
 }
 
-// Protects the space of other bodies: on a slow path the rest of a cancelled one comes seconds after
-// the cancellation.
+// Protects the space of other bodies: on a slow path the rest of a cancelled one comes seconds
+// after the cancellation.
 #[test]
 fn a_body_that_is_cancelled_on_a_slow_path_gives_its_space_back_at_once() {
     let mut testbed = Testbed::new(16 * MIB, 8 * MIB);

@@ -10,8 +10,6 @@ use millrace_protocol::budget::BudgetConfig;
 use millrace_protocol::frame::{Class, Header, Limits};
 use millrace_protocol::rpc::RpcLimits;
 
-use crate::streams::AnswerBounds;
-
 /// Congestion control of a path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CongestionControl {
@@ -50,6 +48,16 @@ impl PerClass<u32> {
             in_flight_max: [self.latency, self.normal, self.bulk],
         }
     }
+}
+
+/// Bytes of answers that may wait for their peer on one connection, by where they lie. An answer
+/// that is longer is taken while no other of its kind waits.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AnswerBounds {
+    /// In memory of their own.
+    pub(crate) plain_bytes: u64,
+    /// In chunks of the pool.
+    pub(crate) chunk_bytes: u64,
 }
 
 /// Bytes of bodies up to [`INLINE_BYTES_MAX`], on streams of their own, that one peer may have
@@ -105,9 +113,9 @@ pub struct TransportConfig {
     pub lane_queue_bytes: PerClass<usize>,
     /// Messages with a stream of their own that may wait or be in flight to a peer, for each class.
     pub stream_queue_messages: PerClass<usize>,
-    /// Bytes of answers to a peer that may wait to be sent on streams of their own, on a connection:
-    /// the next one is refused with `Busy`, unless it is the only one. Answers in chunks lie in the
-    /// pool: as many of their bytes may wait as `receive_budget_peer_bytes` says.
+    /// Bytes of answers to a peer that may wait to be sent on streams of their own, on a
+    /// connection: the next one is refused with `Busy`, unless it is the only one. Answers in
+    /// chunks lie in the pool: as many of their bytes may wait as `receive_budget_peer_bytes` says.
     pub answer_queue_bytes: u64,
     /// Message streams of one class that are fed at the same time.
     pub streams_active_max: usize,

@@ -23,7 +23,7 @@ use millrace_shards::chunk::ChunkSlice;
 
 use crate::buffers::StreamBuffer;
 use crate::carrier::{Carrier, Outgoing, Progress, QueueFull};
-use crate::config::PerClass;
+use crate::config::{AnswerBounds, PerClass};
 use crate::path::{StreamError, StreamPath};
 use crate::service::message::Payload;
 
@@ -44,16 +44,6 @@ fn urgency(class: Class) -> u8 {
         Class::Normal => 96,
         Class::Bulk => 192,
     }
-}
-
-/// Bytes of answers that may wait for their peer on one connection, by where they lie. An answer
-/// that is longer is taken while no other of its kind waits.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct AnswerBounds {
-    /// In memory of their own.
-    pub(crate) plain_bytes: u64,
-    /// In chunks of the pool.
-    pub(crate) chunk_bytes: u64,
 }
 
 /// Bytes of answers that wait.
@@ -418,8 +408,8 @@ mod tests {
         Outgoing { header, body }
     }
 
-    // Protects the pool and the memory of the node from a peer that asks and does not take: where an
-    // answer lies decides which bound it counts against.
+    // Protects the pool and the memory of the node from a peer that asks and does not take: where
+    // an answer lies decides which bound it counts against.
     #[test]
     fn answers_have_bounds_of_bytes_and_requests_have_not() {
         let messages = PerClass {

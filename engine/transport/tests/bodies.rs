@@ -409,7 +409,7 @@ fn a_sink_gets_a_body_chunk_by_chunk_and_goes_to_the_handler() {
     assert!(bed.keeper.transport.status().wait(PATIENCE, |_| is_sent()));
 }
 
-// Protects the space of other bodies from one that nobody wants: it does not wait for the end of
+// Protects the space of other bodies from one whose asker is gone: it does not wait for the end of
 // the body, which comes when it comes.
 #[test]
 fn a_request_that_is_cancelled_while_its_body_arrives_gives_its_space_back() {

@@ -367,7 +367,7 @@ fn a_dropped_answer_is_seen_by_the_peer() {
     millrace_testkit::until("the peer sees the other one", seen);
 }
 
-// Protects the peer's service from work that nobody waits for: a mailbox that has no room for a
+// Protects the peer's service from work without an asker: a mailbox that has no room for a
 // cancellation makes it late, and does not lose it.
 #[test]
 fn a_full_mailbox_delays_a_cancellation_and_counts_it() {
