@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use millrace_protocol::identity::PublicKey;
+use millrace_protocol::topology::Topology;
 use millrace_registry::Versions;
 use millrace_transport::Transport;
 
@@ -23,19 +24,28 @@ pub(crate) struct Core {
     pub(crate) started: Instant,
     pub(crate) topology: TopologyChanges,
     pub(crate) edge: Option<Report>,
-    /// Held while a topology is computed and applied: several threads do.
-    pub(crate) applying: Mutex<()>,
+    /// The registry version whose topology was applied last; held while one is applied, because
+    /// several threads do.
+    pub(crate) applied: Mutex<u64>,
 }
 
 impl Core {
     /// Tells the shards which nodes are members now; false when a mailbox was full.
     pub(crate) fn apply_topology(&self) -> bool {
-        // An older topology must not come after a newer one, nor its count.
-        let _applying = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
-        let topology = Arc::new(self.versions.topology());
-        self.topology.count(&topology);
-        self.artifacts.announced.set_members(&topology);
-        let told = self.transport.update_topology(&topology);
+        self.apply(&Arc::new(self.versions.topology()))
+    }
+
+    /// As [`Self::apply_topology`]. A topology older than the one in force is ignored: another
+    /// thread was faster with the newer one.
+    pub(crate) fn apply(&self, topology: &Arc<Topology>) -> bool {
+        let mut applied = self.applied.lock().unwrap_or_else(PoisonError::into_inner);
+        if topology.newest_version() < *applied {
+            return true;
+        }
+        *applied = topology.newest_version();
+        self.topology.count(topology);
+        self.artifacts.announced.set_members(topology);
+        let told = self.transport.update_topology(topology);
         let version = self.versions.newest();
         // A node that is no member holds a version all the same.
         self.transport.set_registry_version(version);

@@ -44,12 +44,12 @@ pub enum StartError {
     /// The program's: its services ask for methods that are not free.
     #[error(transparent)]
     Services(#[from] RouterError),
-    /// The program's: a service asks for methods that are kept for the node's own services.
+    /// The program's: a service asks for methods that are reserved for the node's own services.
     #[error(
-        "methods {}..={} of a service are kept for the node; fix: give it methods from {} on",
+        "methods {}..={} of a service are reserved for the node; fix: give it methods from {} on",
         .methods.start().0, .methods.end().0, .first_free.0
     )]
-    KeptMethods {
+    ReservedMethods {
         /// What the service asks for.
         methods: RangeInclusive<Method>,
         /// The first method that is free.

@@ -143,7 +143,7 @@ impl Node {
             started: Instant::now(),
             topology: changes,
             edge: report,
-            applying: Mutex::default(),
+            applied: Mutex::default(),
         });
         // From here on, an error drops what was started.
         let mut inner = Inner {
@@ -353,5 +353,50 @@ impl Shard {
             .serve(wire::METHODS, artifacts)?
             .serve(FIRST_METHOD..=LAST_METHOD, exchange)?;
         self.services.add_to(&messenger, router)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use millrace_registry::{Draft, keys};
+    use millrace_tuning::ByteSize;
+    use millrace_tuning::config::{Cores, HugePages};
+
+    use super::*;
+
+    /// Protects a node whose threads apply two versions at once: members, counts and what peers
+    /// announced follow the newer one, also if the thread with the older one comes last.
+    #[test]
+    fn an_older_topology_does_not_replace_a_newer_one() {
+        let mut config = NodeConfig::default();
+        config.listen.address = ([127, 0, 0, 1], 0).into();
+        config.shards.cores = Cores::List(vec![0]);
+        config.shards.defaults.chunk_pool_bytes = ByteSize::mib(8);
+        config.shards.defaults.huge_pages = HugePages::Never;
+        let [key, other, registry] = [0, 1, 2].map(|_| keys::generate().unwrap());
+        let parts = NodeParts::in_memory(&config, key, registry.public_key()).unwrap();
+        let node = Node::start(&config, parts).unwrap();
+
+        let address = node.address();
+        let both = [node.public_key(), other.public_key()].map(|key| (key, address));
+        let first = Draft::with_nodes("test", &both).unwrap();
+        assert!(node.offer_version(first.sign(&registry).unwrap()).unwrap());
+        let older = Arc::new(node.versions().topology());
+        let mut second = Draft::after(first.version().clone());
+        second.remove_node(other.node_id()).unwrap();
+        assert!(node.offer_version(second.sign(&registry).unwrap()).unwrap());
+
+        let counted = || {
+            let changes = &node.inner.core.topology;
+            [&changes.members, &changes.changes, &changes.removed]
+                .map(|count| count.load(std::sync::atomic::Ordering::Relaxed))
+        };
+        let before = counted();
+        assert_eq!(before[0], 1);
+        assert!(node.inner.core.apply(&older));
+        assert_eq!(counted(), before);
+        // The same one again is no older one.
+        assert!(node.inner.core.apply_topology());
+        assert_eq!(counted(), before);
     }
 }

@@ -18,8 +18,8 @@ type Add = dyn Fn(&ShardMessenger, Router) -> Result<Router, RouterError> + Send
 #[derive(Clone, Default)]
 pub struct Services {
     all: Vec<Arc<Add>>,
-    /// The first methods that were asked for although they are kept for the node.
-    kept: Option<RangeInclusive<Method>>,
+    /// The first methods that were asked for although they are reserved for the node.
+    reserved: Option<RangeInclusive<Method>>,
 }
 
 impl fmt::Debug for Services {
@@ -37,7 +37,7 @@ impl Services {
         make: impl Fn(ShardMessenger) -> S + Send + Sync + 'static,
     ) {
         if !methods.is_empty() && *methods.start() < FIRST_FREE_METHOD {
-            self.kept.get_or_insert(methods.clone());
+            self.reserved.get_or_insert(methods.clone());
         }
         self.all.push(Arc::new(move |messenger, router| {
             router.serve(methods.clone(), make(messenger.clone()))
@@ -47,10 +47,10 @@ impl Services {
     /// Whether the services leave the node's own methods alone.
     ///
     /// # Errors
-    /// [`StartError::KeptMethods`] if one does not.
+    /// [`StartError::ReservedMethods`] if one does not.
     pub(crate) fn check(&self) -> Result<(), StartError> {
-        match self.kept.clone() {
-            Some(methods) => Err(StartError::KeptMethods {
+        match self.reserved.clone() {
+            Some(methods) => Err(StartError::ReservedMethods {
                 methods,
                 first_free: FIRST_FREE_METHOD,
             }),

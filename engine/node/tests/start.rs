@@ -55,8 +55,8 @@ fn a_service_gets_no_method_below_the_first_free_one() {
     let free = FIRST_FREE_METHOD.0;
     for methods in [0x0800..=0x0800, 0..=u16::MAX, free - 1..=free] {
         let error = start(methods.clone()).unwrap_err();
-        let is_kept = matches!(error, StartError::KeptMethods { .. });
-        assert!(is_kept, "{methods:?}: {error:?}");
+        let is_reserved = matches!(error, StartError::ReservedMethods { .. });
+        assert!(is_reserved, "{methods:?}: {error:?}");
         assert!(error.to_string().contains("from 4096 on"), "{error}");
     }
     start(free..=u16::MAX).unwrap();

@@ -31,7 +31,7 @@ const DEADLINE: Duration = Duration::from_secs(5);
 
 /// How long the chunks of a long answer are kept for other peers that ask the same: when a version
 /// comes, they all do within a few poll intervals.
-const KEPT: Duration = Duration::from_secs(10);
+const LONG_ANSWER_TTL: Duration = Duration::from_secs(10);
 
 /// The exchange on one shard, for the methods [`wire::FIRST_METHOD`] to [`wire::LAST_METHOD`].
 #[derive(Debug)]
@@ -120,7 +120,7 @@ impl<M: Messenger> Exchange<M> {
             bytes,
             body: body.clone(),
         });
-        let (kept, long) = (messenger.sleep(KEPT), Rc::downgrade(&self.long));
+        let (kept, long) = (messenger.sleep(LONG_ANSWER_TTL), Rc::downgrade(&self.long));
         messenger.spawn(Queue::Background, async move {
             kept.await;
             if let Some(long) = long.upgrade() {

@@ -7,19 +7,28 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use millrace_protocol::frame::Class;
+use millrace_protocol::frame::{Class, FailureCode, Method};
 use millrace_protocol::id::NodeId;
 use millrace_protocol::identity::SigningKey;
 use millrace_protocol::registry::{RegistryConfig, SignedVersion};
 use millrace_registry::{Draft, Events, Exchange, Follower, Versions, VersionsConfig, keys, wire};
-use millrace_shards::chunk::taken_bytes;
+use millrace_shards::chunk::{Body, taken_bytes};
 use millrace_sim::memnet::LinkConfig;
 use millrace_sim::{Sim, SimConfig, SimMessenger};
-use millrace_transport::{Answer, Defer, Inbound, Messenger, Request, Responder, Router, Service};
+use millrace_transport::{
+    Answer, Defer, Inbound, InboundBody, Messenger, Request, Responder, Router, Service,
+    TransportConfig,
+};
 
 const MS: Duration = Duration::from_millis(1);
 /// Virtual: costs nothing.
 const LIMIT: Duration = Duration::from_secs(60);
+
+/// What bodies of one peer may take.
+const PEER_BYTES_MAX: usize = 4 << 20;
+
+/// Keeps the body.
+const KEEP: Method = Method(0x1000);
 
 /// A path that delays, reorders, drops and repeats packets.
 fn lossy() -> LinkConfig {
@@ -68,6 +77,10 @@ fn sim(services: impl Fn(SimMessenger) -> Router + 'static) -> Sim {
     let config = SimConfig {
         nodes: 2,
         link: lossy(),
+        transport: TransportConfig {
+            receive_budget_peer_bytes: PEER_BYTES_MAX as u64,
+            ..TransportConfig::default()
+        },
         seed: 7,
         ..SimConfig::default()
     };
@@ -80,6 +93,16 @@ fn pair(
     versions: Vec<SignedVersion>,
     ask_interval: Option<Duration>,
 ) -> (Sim, [Rc<Held>; 2]) {
+    pair_with(registry, versions, ask_interval, |router| router)
+}
+
+/// As [`pair`], with more services.
+fn pair_with(
+    registry: SigningKey,
+    versions: Vec<SignedVersion>,
+    ask_interval: Option<Duration>,
+    more: impl Fn(Router) -> Router + 'static,
+) -> (Sim, [Rc<Held>; 2]) {
     let all = AllHeld::default();
     let of_nodes = Rc::clone(&all);
     let services = move |messenger: SimMessenger| {
@@ -91,7 +114,7 @@ fn pair(
         if let Some(interval) = ask_interval {
             exchange.ask_every(interval);
         }
-        router(exchange)
+        more(router(exchange))
     };
     let sim = sim(services);
     let held = [0, 1].map(|node| Rc::clone(&all.borrow()[&sim.id(node)]));
@@ -177,6 +200,38 @@ fn a_long_answer_takes_its_chunks_once_and_gives_them_back() {
     assert_eq!(taken(&sim), 0);
 }
 
+/// Protects a node whose peer fills its share with bodies: long versions have no room then. The
+/// node says so by a count, and has them once there is room.
+#[test]
+fn a_peer_whose_share_is_full_is_asked_again() {
+    let registry = keys::generate().unwrap();
+    let [version] = series(&registry, 1, 300_000).try_into().unwrap();
+    let kept = Rc::new(RefCell::new(Vec::new()));
+    let of_behind = Rc::clone(&kept);
+    let (mut sim, held) = pair_with(registry, Vec::new(), Some(1000 * MS), move |router| {
+        let store = BodyStore(Rc::clone(&of_behind));
+        router.serve(KEEP..=KEEP, store).unwrap()
+    });
+    assert!(sim.run_until(LIMIT, |sim| sim.connected(0, 1)));
+    let ahead = sim.messenger(0).clone();
+    let body = Body::copy_from_slice(ahead.pool(), &[7; PEER_BYTES_MAX]).unwrap();
+    ahead
+        .send(sim.id(1), Class::Normal, KEEP, body.into())
+        .unwrap();
+    let is_kept = |_: &Sim| !kept.borrow().is_empty();
+    assert!(sim.run_until(LIMIT, is_kept));
+    held[0].versions.offer(version).unwrap();
+    let failures = |held: &Held| held.versions.summary().questions_failed;
+    let is_asked = sim.run_until(LIMIT, |_| failures(&held[1]) == [("local_no_budget", 3)]);
+    assert!(is_asked, "{:?}", failures(&held[1]));
+    kept.borrow_mut().clear();
+    let is_caught_up = sim.run_until(LIMIT, |_| {
+        held[1].take_answers();
+        held[1].versions.newest() == 1
+    });
+    assert!(is_caught_up, "{:?}", failures(&held[1]));
+}
+
 /// Protects a node whose peer learns of a version while they are connected.
 #[test]
 fn a_connected_peer_is_asked_every_interval() {
@@ -192,6 +247,21 @@ fn a_connected_peer_is_asked_every_interval() {
     assert!(runs_until(1));
     held[0].versions.offer(second).unwrap();
     assert!(runs_until(2));
+}
+
+/// Keeps bodies, which stay charged to their peer.
+struct BodyStore(Rc<RefCell<Vec<Body>>>);
+
+impl Service for BodyStore {
+    fn on_request(&mut self, _request: Inbound<'_>, _defer: Defer<'_>) -> Answer {
+        Answer::Failure(FailureCode::UnknownMethod)
+    }
+
+    fn on_send(&mut self, message: Inbound<'_>) {
+        if let InboundBody::Chunks(body) = message.body {
+            self.0.borrow_mut().push(body);
+        }
+    }
 }
 
 /// Counts questions, and answers none.
