@@ -388,7 +388,10 @@ impl Peers {
             );
             assert_eq!(self.id < *id, peer.dial != Dial::Listening, "1");
             let seeks = peer.current.is_none() && peer.pending.is_none();
-            assert!(!seeks || peer.timer.is_some(), "4: nobody will dial {id}");
+            assert!(
+                !seeks || peer.timer.is_some(),
+                "4: this node neither dials {id} nor asks it to"
+            );
             assert!(
                 peer.dial.attempt().is_none() || peer.current.is_none() || self.id < *id,
                 "4"

@@ -1,4 +1,4 @@
-//! The world: nodes, network, virtual clock.
+//! The simulation: nodes, network, virtual clock.
 //!
 //! 1. Events happen in the order of their times; messages before timers, lower nodes first.
 //! 2. After every step all nodes are checked.
@@ -27,7 +27,7 @@ use crate::quic::packet::Packet;
 use crate::tasks::Tasks;
 use crate::wire::{address_of, endpoint};
 
-/// A world before it runs.
+/// A simulation before it runs.
 #[derive(Clone, Debug)]
 pub struct SimConfig {
     /// Nodes, all members of the first topology; at least one.
@@ -41,7 +41,7 @@ pub struct SimConfig {
     /// Chunk pool of each node, bytes.
     pub pool_bytes: u64,
     /// One pool for all nodes instead: its pages are touched once, which is most of the cost of a
-    /// small world.
+    /// small simulation.
     pub shared_pool: Option<ChunkPool>,
     /// What chance follows from, keys of nodes included.
     pub seed: u64,

@@ -41,7 +41,7 @@ struct Seen {
     hellos: Vec<(NodeId, NodeId, Negotiated)>,
 }
 
-struct Keeper {
+struct BodyStore {
     messenger: SimMessenger,
     seen: Rc<RefCell<Seen>>,
 }
@@ -64,7 +64,7 @@ impl BodySink for Sink {
     }
 }
 
-impl Service for Keeper {
+impl Service for BodyStore {
     fn on_request(&mut self, request: Inbound<'_>, _defer: Defer<'_>) -> Answer {
         match (request.method, request.body) {
             (KEEP, InboundBody::Chunks(body)) => {
@@ -115,7 +115,7 @@ impl Testbed {
         let of_nodes = Rc::clone(&seen);
         let services = move |messenger: SimMessenger| {
             let seen = Rc::clone(&of_nodes);
-            let router = Router::new().serve(KEEP..=STREAM, Keeper { messenger, seen });
+            let router = Router::new().serve(KEEP..=STREAM, BodyStore { messenger, seen });
             router.expect("one service overlaps none")
         };
         let config = SimConfig {
@@ -171,7 +171,7 @@ impl Testbed {
         counters.reason(Family::Rejected, reason)
     }
 
-    /// What of the keeper's pool is taken.
+    /// What of the store's pool is taken.
     fn taken_bytes(&self) -> usize {
         let pool = self.sim.messenger(1).pool();
         (pool.total_bytes() - pool.free_bytes()) as usize

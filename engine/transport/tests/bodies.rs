@@ -47,7 +47,7 @@ impl Seen {
     }
 }
 
-struct Keeper {
+struct BodyStore {
     seen: Seen,
     pool: millrace_shards::chunk::ChunkPool,
 }
@@ -74,7 +74,7 @@ impl BodySink for Sink {
     }
 }
 
-impl Service for Keeper {
+impl Service for BodyStore {
     fn on_request(&mut self, request: Inbound<'_>, _defer: Defer<'_>) -> Answer {
         match (request.method, request.body) {
             (KEEP, InboundBody::Chunks(body)) => {
@@ -136,17 +136,17 @@ impl Service for Keeper {
 /// A node that dials, and one that keeps bodies.
 struct Testbed {
     asker: Node,
-    keeper: Node,
+    store: Node,
     seen: Seen,
 }
 
 impl Testbed {
     /// The asker has the defaults, and pools of 32 MiB.
-    fn new(keeper_config: TransportConfig) -> Self {
-        Self::with(TransportConfig::default(), keeper_config)
+    fn new(store_config: TransportConfig) -> Self {
+        Self::with(TransportConfig::default(), store_config)
     }
 
-    fn with(asker_config: TransportConfig, keeper_config: TransportConfig) -> Self {
+    fn with(asker_config: TransportConfig, store_config: TransportConfig) -> Self {
         let (mut a, mut b) = (key(1), key(2));
         if b.node_id() < a.node_id() {
             std::mem::swap(&mut a, &mut b);
@@ -157,28 +157,24 @@ impl Testbed {
         let for_services = seen.clone();
         let services = move |messenger: millrace_transport::ShardMessenger| {
             use millrace_transport::Messenger;
-            let keeper = Keeper {
+            let store = BodyStore {
                 seen: for_services.clone(),
                 pool: messenger.pool().clone(),
             };
-            Router::new().serve(KEEP..=GIVE, keeper)
+            Router::new().serve(KEEP..=GIVE, store)
         };
         let shards = || vec![shard_config(32 * MIB)];
         let edge = EdgeStart::default();
-        let keeper = Node::start_serving(b, bt, &topology, keeper_config, shards(), edge, services);
+        let store = Node::start_serving(b, bt, &topology, store_config, shards(), edge, services);
         let asker = Node::start_shards(a, at, &topology, asker_config, shards());
-        asker.wait_for_peers(&[keeper.id()]);
-        keeper.wait_for_peers(&[asker.id()]);
-        Self {
-            asker,
-            keeper,
-            seen,
-        }
+        asker.wait_for_peers(&[store.id()]);
+        store.wait_for_peers(&[asker.id()]);
+        Self { asker, store, seen }
     }
 
     fn ask(&self, method: Method, body: impl Into<Payload>) -> Result<Payload, RpcError> {
         let request = request(method, Class::Bulk, body);
-        let answer = self.asker.transport.request(self.keeper.id(), request);
+        let answer = self.asker.transport.request(self.store.id(), request);
         answer.wait(PATIENCE)
     }
 
@@ -186,9 +182,9 @@ impl Testbed {
         self.ask(KEEP, self.asker.body(bytes as usize)).map(drop)
     }
 
-    /// What of the keeper's pool is taken, once nothing is on its way.
+    /// What of the store's pool is taken, once nothing is on its way.
     fn taken_bytes(&self) -> u64 {
-        let pool = self.keeper.transport.pool(0).unwrap();
+        let pool = self.store.transport.pool(0).unwrap();
         pool.total_bytes() - pool.free_bytes()
     }
 
@@ -224,7 +220,7 @@ fn a_peer_that_fills_its_share_is_busy_until_a_store_drops_a_body() {
     for _ in 0..3 {
         assert_eq!(bed.keep(2 * MIB), Err(BUSY));
     }
-    let rejected = |reason| bed.keeper.reason(Family::Rejected, reason);
+    let rejected = |reason| bed.store.reason(Family::Rejected, reason);
     assert_eq!(rejected("budget_peer_share"), 3);
     // One chunk of the second body stays with a clone: its space does too, and no more than that.
     let (first, second) = {
@@ -240,7 +236,7 @@ fn a_peer_that_fills_its_share_is_busy_until_a_store_drops_a_body() {
     bed.keep(4 * MIB).unwrap();
     bed.assert_not_replaced();
     // All is given back when the shard is gone, too: what is kept stays readable.
-    bed.keeper.transport.shutdown();
+    bed.store.transport.shutdown();
     let kept = std::mem::take(&mut *bed.seen.kept.lock().unwrap());
     let wanted = bytes_of(&bed.asker.body(4 << 20).into());
     for body in kept {
@@ -283,14 +279,14 @@ fn busy_and_too_large_are_told_apart() {
     bed.keep(100_000).unwrap();
     for (bytes, error, reason) in cases {
         assert_eq!(bed.keep(bytes), Err(error), "{bytes}");
-        assert_eq!(bed.keeper.reason(Family::Rejected, reason), 1, "{reason}");
+        assert_eq!(bed.store.reason(Family::Rejected, reason), 1, "{reason}");
     }
     // The pool is fuller than the budget says: the test holds its chunks.
     bed.seen.kept.lock().unwrap().clear();
-    let pool = bed.keeper.transport.pool(0).unwrap();
+    let pool = bed.store.transport.pool(0).unwrap();
     let held: Vec<_> = (0..30).map(|_| pool.take().unwrap()).collect();
     assert_eq!(bed.keep(5 * MIB), Err(BUSY));
-    assert_eq!(bed.keeper.reason(Family::Rejected, "pool_exhausted"), 1);
+    assert_eq!(bed.store.reason(Family::Rejected, "pool_exhausted"), 1);
     drop(held);
     bed.keep(10 * MIB).unwrap();
     let refused = bed.ask(REFUSE, bed.asker.body(100_000)).map(drop);
@@ -335,12 +331,12 @@ fn header(kind: Kind, method: Method, id: u32, body_bytes: u64) -> Header {
     }
 }
 
-/// The keeper, and a client without manners in the asker's place.
+/// The store, and a client without manners in the asker's place.
 fn keeper_and_raw(config: TransportConfig) -> (Testbed, Raw) {
     let bed = Testbed::new(config);
     bed.asker.transport.shutdown();
-    bed.keeper.wait_for_peers(&[]);
-    let to = bed.keeper.transport.local_addr();
+    bed.store.wait_for_peers(&[]);
+    let to = bed.store.transport.local_addr();
     let mut raw = Raw::dial(to, &RawOptions::of(&bed.asker.key));
     raw.introduce();
     (bed, raw)
@@ -388,7 +384,7 @@ fn a_sink_gets_a_body_chunk_by_chunk_and_goes_to_the_handler() {
         .into_iter()
         .map(|len| {
             let request = request(STREAM, Class::Bulk, bed.asker.body(len));
-            (len, bed.asker.transport.request(bed.keeper.id(), request))
+            (len, bed.asker.transport.request(bed.store.id(), request))
         })
         .collect();
     for (len, answer) in answers {
@@ -403,10 +399,10 @@ fn a_sink_gets_a_body_chunk_by_chunk_and_goes_to_the_handler() {
     let sent = bed
         .asker
         .transport
-        .send(bed.keeper.id(), Class::Normal, STREAM, body);
+        .send(bed.store.id(), Class::Normal, STREAM, body);
     sent.unwrap();
     let is_sent = || bed.seen.ends().last() == Some(&(100_000, "sent"));
-    assert!(bed.keeper.transport.status().wait(PATIENCE, |_| is_sent()));
+    assert!(bed.store.transport.status().wait(PATIENCE, |_| is_sent()));
 }
 
 // Protects the space of other bodies from one whose asker is gone: it does not wait for the end of
@@ -414,7 +410,7 @@ fn a_sink_gets_a_body_chunk_by_chunk_and_goes_to_the_handler() {
 #[test]
 fn a_request_that_is_cancelled_while_its_body_arrives_gives_its_space_back() {
     let (bed, mut raw) = keeper_and_raw(budget(16 * MIB, 8 * MIB));
-    let cancelled = || bed.keeper.count(Counter::RequestsCancelled);
+    let cancelled = || bed.store.count(Counter::RequestsCancelled);
     let opening = |method, id| {
         let head = header(Kind::Request, method, id, 2 * MIB).encode();
         [&[2], &head[..], &[0; 70_000]].concat()
@@ -455,7 +451,7 @@ fn a_request_that_is_cancelled_while_its_body_arrives_gives_its_space_back() {
     let ends = [(2 * MIB, "peer_cancelled"), (2 * MIB, "whole")];
     assert!(raw.drive(LIMIT, |_| bed.seen.ends() == ends));
     assert!(bed.seen.kept.lock().unwrap().is_empty());
-    assert_eq!(bed.keeper.reason(Family::Rejected, "peer_cancelled"), 3);
+    assert_eq!(bed.store.reason(Family::Rejected, "peer_cancelled"), 3);
 }
 
 // Protects a service's bookkeeping: a sink whose body does not become whole hears why, once.
@@ -486,7 +482,7 @@ fn a_sink_of_a_body_that_ends_early_is_cut_once() {
     // A one-way message is no request, and is not counted as one.
     for ((n, kind), requests) in (0..).zip([Kind::Send, Kind::Request]).zip(0..) {
         begin(n, kind, 2 * MIB, &reset);
-        assert_eq!(bed.keeper.count(Counter::RequestsCancelled), requests);
+        assert_eq!(bed.store.count(Counter::RequestsCancelled), requests);
     }
     begin(2, Kind::Request, 80_000, &|raw, stream| {
         raw.send(stream, &[0; 10_001], false);
@@ -508,7 +504,7 @@ fn a_sink_of_a_body_that_ends_early_is_cut_once() {
         (3 * MIB, "peer_stalled"),
         (3 * MIB, "connection_lost"),
     ];
-    bed.keeper.wait_for_peers(&[]);
+    bed.store.wait_for_peers(&[]);
     assert_eq!(bed.seen.ends(), wanted);
     assert_eq!(bed.taken_bytes(), 0, "what a cut body took is free");
 }
