@@ -1,7 +1,9 @@
 //! The memory a config allows: the sum that `check` prints and a node prints at its start.
 
 use millrace_protocol::registry::RegistryConfig;
+use millrace_registry::follow::ANSWERS_MAX;
 use millrace_registry::wire::ANSWER_BYTES_MAX;
+use millrace_transport::INLINE_BYTES_MAX;
 use millrace_tuning::{ByteSize, MemoryBudget, NodeConfig};
 
 use crate::mapping;
@@ -13,8 +15,8 @@ const HANDSHAKE_BYTES: ByteSize = ByteSize::kib(128);
 /// Code, stacks and allocator of the process itself, before any shard. An allowance.
 const PROCESS_BYTES: ByteSize = ByteSize::mib(32);
 
-/// Answers of the registry exchange outside the pools at once: the one that peers get; of one that
-/// a peer sent, the bytes in one piece and its versions. Those that wait lie in the pools.
+/// Long answers of the registry exchange beside the pools at once: the one that peers get; of one
+/// that a peer sent, the bytes in one piece and its versions. Long ones that wait lie in the pools.
 const REGISTRY_ANSWERS: u64 = 3;
 
 /// An admin client: hyper's buffers and the socket's.
@@ -74,6 +76,11 @@ pub fn of(config: &NodeConfig, cpus: &[u64]) -> MemoryBudget {
         "registry answers: one for peers, one that is read",
         ByteSize(ANSWER_BYTES_MAX as u64),
         REGISTRY_ANSWERS,
+    );
+    budget.add(
+        "registry answers: small ones that wait",
+        ByteSize(INLINE_BYTES_MAX as u64),
+        ANSWERS_MAX as u64,
     );
     budget.add("admin clients", ADMIN_BYTES, config.admin.connections_max);
     edge(config, &mut budget);

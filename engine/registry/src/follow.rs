@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use crate::questions::Offer;
 use crate::versions::Versions;
 
-/// Answers of peers that may wait to be checked, one of each peer; each is at most
-/// [`ANSWER_BYTES_MAX`](crate::wire::ANSWER_BYTES_MAX) long.
-const EVENTS_MAX: usize = 16;
+/// Answers of peers that may wait to be checked, one of each peer. Those of up to 64 KiB take memory
+/// beside the pools; the chunks of longer ones are charged to their peers.
+pub const ANSWERS_MAX: usize = 16;
 
 #[derive(Debug)]
 enum Event {
@@ -32,7 +32,7 @@ pub struct Events {
 
 impl Default for Events {
     fn default() -> Self {
-        let (sender, receiver) = sync_channel(EVENTS_MAX);
+        let (sender, receiver) = sync_channel(ANSWERS_MAX);
         Self { sender, receiver }
     }
 }
@@ -242,7 +242,7 @@ mod tests {
             let taken = (from..).take_while(|peer| shard.offer(unreadable(*peer)));
             taken.count()
         };
-        assert_eq!(fill(0), EVENTS_MAX);
+        assert_eq!(fill(0), ANSWERS_MAX);
         thread.apply_again();
         goes_on.send(()).unwrap();
         applied.recv_timeout(PATIENCE).unwrap();

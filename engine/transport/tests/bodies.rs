@@ -332,7 +332,7 @@ fn header(kind: Kind, method: Method, id: u32, body_bytes: u64) -> Header {
 }
 
 /// The store, and a client without manners in the asker's place.
-fn keeper_and_raw(config: TransportConfig) -> (Testbed, Raw) {
+fn store_and_raw(config: TransportConfig) -> (Testbed, Raw) {
     let bed = Testbed::new(config);
     bed.asker.transport.shutdown();
     bed.store.wait_for_peers(&[]);
@@ -345,7 +345,7 @@ fn keeper_and_raw(config: TransportConfig) -> (Testbed, Raw) {
 // Protects an asker's uplink: a refusal comes before the body was sent, whatever the reason.
 #[test]
 fn a_refused_request_is_answered_while_its_body_is_still_to_come() {
-    let (bed, mut raw) = keeper_and_raw(budget(16 * MIB, 8 * MIB));
+    let (bed, mut raw) = store_and_raw(budget(16 * MIB, 8 * MIB));
     bed.seen.kept.lock().unwrap().clear();
     let cases = [
         (KEEP, 9 * MIB, FailureCode::TooLarge),
@@ -409,7 +409,7 @@ fn a_sink_gets_a_body_chunk_by_chunk_and_goes_to_the_handler() {
 // the body, which comes when it comes.
 #[test]
 fn a_request_that_is_cancelled_while_its_body_arrives_gives_its_space_back() {
-    let (bed, mut raw) = keeper_and_raw(budget(16 * MIB, 8 * MIB));
+    let (bed, mut raw) = store_and_raw(budget(16 * MIB, 8 * MIB));
     let cancelled = || bed.store.count(Counter::RequestsCancelled);
     let opening = |method, id| {
         let head = header(Kind::Request, method, id, 2 * MIB).encode();
@@ -461,7 +461,7 @@ fn a_sink_of_a_body_that_ends_early_is_cut_once() {
         stream_progress_interval: Duration::from_millis(300),
         ..budget(32 * MIB, 8 * MIB)
     };
-    let (bed, mut raw) = keeper_and_raw(config);
+    let (bed, mut raw) = store_and_raw(config);
     let part = vec![0; 70_000];
     let mut begin = |n: u64, kind: Kind, bytes: u64, end: &dyn Fn(&mut Raw, u64)| {
         let head = header(kind, STREAM, n as u32, bytes).encode();
