@@ -4,30 +4,65 @@
 mod common;
 
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::PathBuf;
+use std::process::Output;
 
-use common::{json, millrace, ok, stderr, stdout, text};
+use common::{TestRegistry, json, keygen, millrace, ok, stderr, stdout, text};
+use tempfile::TempDir;
 
 const KEY: &str = "aa11111111111111111111111111111111111111111111111111111111111111";
+
+/// A config file, in a folder that goes with it.
+struct Config {
+    _folder: TempDir,
+    file: PathBuf,
+}
+
+impl Config {
+    fn of(content: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("node.toml");
+        std::fs::write(&file, content).unwrap();
+        Self {
+            _folder: folder,
+            file,
+        }
+    }
+
+    /// With a state folder and a registry key, and this behind.
+    fn usable(rest: &str) -> Self {
+        Self::of(&format!(
+            "[node]\nstate_dir = \".\"\n[registry]\npublic_key = \"{KEY}\"\n{rest}"
+        ))
+    }
+
+    fn path(&self) -> &str {
+        text(&self.file)
+    }
+
+    fn check(&self, arguments: &[&str]) -> Output {
+        millrace(&[&["check", "--config", self.path()], arguments].concat())
+    }
+}
+
+/// How a command must end.
+#[track_caller]
+fn has_code(output: &Output, code: i32) {
+    assert_eq!(output.status.code(), Some(code), "{}", stderr(output));
+}
 
 /// Five different mistakes are five lines, each with position, reason and fix; the exit code says
 /// bad config.
 #[test]
 fn check_reports_all_mistakes_of_a_config_at_once() {
-    let dir = tempfile::tempdir().unwrap();
-    let config = dir.path().join("node.toml");
-    std::fs::write(
-        &config,
-        format!(
-            "[registry]\npublic_key = \"{KEY}\"\n\n[transport]\nkeep_alve = \"1s\"\nlanes = \"many\"\n\
-             idle_timeout = \"3 parsecs\"\nstreams_max = 3\nstream_window_bytes = \"64MiB\"\n"
-        ),
-    )
-    .unwrap();
-    let output = millrace(&["check", "--config", text(&config), "--no-environment"]);
-    assert_eq!(output.status.code(), Some(78));
+    let config = Config::of(&format!(
+        "[registry]\npublic_key = \"{KEY}\"\n\n[transport]\nkeep_alve = \"1s\"\nlanes = \"many\"\n\
+         idle_timeout = \"3 parsecs\"\nstreams_max = 3\nstream_window_bytes = \"64MiB\"\n"
+    ));
+    let output = config.check(&["--no-environment"]);
+    has_code(&output, 78);
     let report = stderr(&output);
-    let file = text(&config);
+    let file = config.path();
     for line in [
         format!(
             "{file}:5:1: unknown key \"keep_alve\" in [transport]; fix: did you mean \"keep_alive\"?"
@@ -45,8 +80,8 @@ fn check_reports_all_mistakes_of_a_config_at_once() {
     }
     assert!(report.contains("5 mistakes"), "{report}");
 
-    let output = millrace(&["check", "--config", file, "--no-environment", "--json"]);
-    assert_eq!(output.status.code(), Some(78));
+    let output = config.check(&["--no-environment", "--json"]);
+    has_code(&output, 78);
     let report: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
     let kinds: Vec<_> = report["problems"]
         .as_array()
@@ -70,22 +105,16 @@ fn check_reports_all_mistakes_of_a_config_at_once() {
 /// names its fix.
 #[test]
 fn check_tells_mistakes_from_obstacles_of_the_host() {
-    let dir = tempfile::tempdir().unwrap();
-    let config = dir.path().join("node.toml");
-    std::fs::write(
-        &config,
-        format!("[node]\nstate_dir = \".\"\n[registry]\npublic_key = \"{KEY}\"\n"),
-    )
-    .unwrap();
-    let output = millrace(&["check", "--config", text(&config), "--no-environment"]);
-    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let config = Config::usable("");
+    let output = config.check(&["--no-environment"]);
+    has_code(&output, 0);
     assert!(
         stdout(&output).contains("total"),
         "the memory budget is printed"
     );
 
-    let output = millrace(&["check", "--config", text(&config)]);
-    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    let output = config.check(&[]);
+    has_code(&output, 3);
     let report = stderr(&output);
     assert!(
         report.contains("key file node.key") && report.contains("millrace keygen"),
@@ -98,18 +127,14 @@ fn check_tells_mistakes_from_obstacles_of_the_host() {
 /// may be there elsewhere.
 #[test]
 fn check_refuses_of_the_edge_what_apply_would() {
-    let dir = tempfile::tempdir().unwrap();
-    let config = dir.path().join("node.toml");
     let check = |edge: &str, arguments: &[&str]| {
-        let head = format!("[node]\nstate_dir = \".\"\n[registry]\npublic_key = \"{KEY}\"\n");
-        std::fs::write(&config, format!("{head}[edge]\n{edge}\n")).unwrap();
-        millrace(&[&["check", "--config", text(&config)], arguments].concat())
+        Config::usable(&format!("[edge]\n{edge}\n")).check(arguments)
     };
     for of in ["quic", "tcp"] {
         let edge = format!("{of}_per_minute = 1\n{of}_burst = 1_000_000");
         let output = check(&edge, &["--no-environment"]);
+        has_code(&output, 78);
         let report = stderr(&output);
-        assert_eq!(output.status.code(), Some(78), "{report}");
         assert!(
             report.contains("7:1: the edge refuses this")
                 && report.contains(&format!("source_{of}")),
@@ -128,7 +153,7 @@ fn check_refuses_of_the_edge_what_apply_would() {
         "{report}"
     );
     let output = check("interfaces = [\"nowhere0\"]", &["--no-environment"]);
-    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    has_code(&output, 0);
     assert!(stdout(&output).contains("edge: helper process"));
 }
 
@@ -136,7 +161,7 @@ fn check_refuses_of_the_edge_what_apply_would() {
 fn a_missing_config_is_a_bad_config() {
     for command in ["check", "node"] {
         let output = millrace(&[command, "--config", "/nonexistent/node.toml"]);
-        assert_eq!(output.status.code(), Some(78), "{command}");
+        has_code(&output, 78);
         assert!(
             stderr(&output).contains("config default"),
             "{}",
@@ -147,17 +172,12 @@ fn a_missing_config_is_a_bad_config() {
 
 #[test]
 fn the_default_config_is_commented_and_valid_apart_from_the_registry_key() {
-    let dir = tempfile::tempdir().unwrap();
-    let config = dir.path().join("node.toml");
     let default = ok(&["config", "default"]);
-    std::fs::write(
-        &config,
-        default.replace("# public_key = \"<", &format!("public_key = \"{KEY}\" # <")),
-    )
-    .unwrap();
-    ok(&["check", "--no-environment", "--config", text(&config)]);
+    let key = format!("public_key = \"{KEY}\" # <");
+    let config = Config::of(&default.replace("# public_key = \"<", &key));
+    has_code(&config.check(&["--no-environment"]), 0);
 
-    let shown = ok(&["config", "show", "--config", text(&config)]);
+    let shown = ok(&["config", "show", "--config", config.path()]);
     let line = shown
         .lines()
         .find(|line| line.starts_with("transport.keep_alive"))
@@ -172,14 +192,10 @@ fn the_default_config_is_commented_and_valid_apart_from_the_registry_key() {
 
 #[test]
 fn show_tells_defaults_from_what_is_written() {
-    let dir = tempfile::tempdir().unwrap();
-    let config = dir.path().join("node.toml");
-    std::fs::write(
-        &config,
-        format!("[registry]\npublic_key = \"{KEY}\"\n[transport]\nlanes = 2\n"),
-    )
-    .unwrap();
-    let shown = json(&["config", "show", "--config", text(&config), "--json"]);
+    let config = Config::of(&format!(
+        "[registry]\npublic_key = \"{KEY}\"\n[transport]\nlanes = 2\n"
+    ));
+    let shown = json(&["config", "show", "--config", config.path(), "--json"]);
     let find = |key: &str| {
         shown
             .as_array()
@@ -210,7 +226,7 @@ fn keygen_makes_a_private_key_once() {
 
     let before = std::fs::read(&key).unwrap();
     let again = millrace(&["keygen", text(&key)]);
-    assert_eq!(again.status.code(), Some(1));
+    has_code(&again, 1);
     assert!(stderr(&again).contains("never overwritten"));
     assert_eq!(std::fs::read(&key).unwrap(), before);
 }
@@ -220,153 +236,91 @@ fn keygen_makes_a_private_key_once() {
 #[test]
 fn registry_versions_are_added_signed_and_checked() {
     let dir = tempfile::tempdir().unwrap();
-    let (registry, key) = (dir.path().join("registry"), dir.path().join("registry.key"));
-    let (registry, key) = (text(&registry), text(&key));
-    let made = json(&["registry", "init", registry, "--key", key, "--json"]);
-    assert_eq!(made["version"], 1);
-    let public_key = made["public_key"].as_str().unwrap();
-
-    let mut ids = Vec::new();
-    for (name, address) in [("a", "127.0.0.1:4101"), ("b", "127.0.0.1:4102")] {
-        let node = json(&["keygen", text(&dir.path().join(name)), "--json"]);
-        let public_key = node["public_key"].as_str().unwrap();
-        let add = [
+    let registry = TestRegistry::init(dir.path());
+    let show = |public_key: &str| {
+        let dir = text(&registry.dir);
+        millrace(&[
             "registry",
-            "add-node",
-            registry,
-            "--key",
-            key,
+            "show",
+            dir,
             "--public-key",
             public_key,
-        ];
-        ok(&[&add[..], &["--address", address]].concat());
-        ids.push((
-            node["node_id"].as_str().unwrap().to_owned(),
-            public_key.to_owned(),
-        ));
+            "--json",
+        ])
+    };
+    // The newest version, and the addresses of its nodes.
+    let newest = || {
+        let output = show(&registry.public_key);
+        has_code(&output, 0);
+        let shown: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+        let nodes = shown["nodes"].as_array().unwrap().iter();
+        let addresses = nodes.map(|node| node["addresses"][0].as_str().unwrap().to_owned());
+        let mut addresses: Vec<_> = addresses.collect();
+        addresses.sort();
+        (shown["version"].as_u64().unwrap(), addresses)
+    };
+    assert_eq!(newest(), (1, vec![]));
+
+    let nodes = ["a", "b"].map(|name| keygen(&dir.path().join(name)));
+    let [a, b] = &nodes;
+    for ((_, key), address) in [
+        (a, "127.0.0.1:4101"),
+        (b, "127.0.0.1:4102"),
+        (a, "127.0.0.1:4109"),
+    ] {
+        has_code(&registry.add_key(key, address), 0);
     }
-    let moved = [
-        "registry",
-        "add-node",
-        registry,
-        "--key",
-        key,
-        "--public-key",
-        &ids[0].1,
-    ];
-    ok(&[&moved[..], &["--address", "127.0.0.1:4109"]].concat());
-    let shown = json(&[
-        "registry",
-        "show",
-        registry,
-        "--public-key",
-        public_key,
-        "--json",
-    ]);
-    assert_eq!(shown["version"], 4);
-    assert_eq!(shown["nodes"].as_array().unwrap().len(), 2);
-    let addresses: Vec<_> = shown["nodes"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|n| &n["addresses"][0])
-        .collect();
-    assert!(
-        addresses.iter().any(|a| *a == "127.0.0.1:4109"),
-        "{addresses:?}"
-    );
+    let both = ["127.0.0.1:4102", "127.0.0.1:4109"].map(str::to_owned);
+    assert_eq!(newest(), (4, both.to_vec()));
 
-    ok(&["registry", "remove-node", registry, "--key", key, &ids[1].0]);
-    let shown = json(&[
-        "registry",
-        "show",
-        registry,
-        "--public-key",
-        public_key,
-        "--json",
-    ]);
-    assert_eq!(shown["version"], 5);
-    assert_eq!(shown["nodes"].as_array().unwrap().len(), 1);
+    registry.run_ok("remove-node", &[&b.0]);
+    assert_eq!(newest(), (5, both[1..].to_vec()));
 
-    let unknown = millrace(&["registry", "remove-node", registry, "--key", key, &ids[1].0]);
-    assert_eq!(unknown.status.code(), Some(1));
-    let other = json(&["keygen", text(&dir.path().join("other")), "--json"]);
-    let wrong = other["public_key"].as_str().unwrap();
-    let show = millrace(&["registry", "show", registry, "--public-key", wrong]);
-    assert_eq!(
-        show.status.code(),
-        Some(3),
-        "nothing verifies under another key"
-    );
+    has_code(&registry.run("remove-node", &[&b.0]), 1);
+    let (_, wrong) = keygen(&dir.path().join("other"));
+    // Nothing verifies under another key.
+    has_code(&show(&wrong), 3);
 
     // One flipped byte: that version is refused with a reason, the others still show.
-    let document = Path::new(registry).join("000000000003.toml");
+    let document = registry.dir.join("000000000003.toml");
     let changed = std::fs::read_to_string(&document)
         .unwrap()
         .replace("4102", "4103");
     std::fs::write(&document, changed).unwrap();
-    let show = millrace(&["registry", "show", registry, "--public-key", public_key]);
-    assert_eq!(show.status.code(), Some(3));
-    assert!(
-        stderr(&show).contains("registry_bad_signature"),
-        "{}",
-        stderr(&show)
-    );
+    let shown = show(&registry.public_key);
+    has_code(&shown, 3);
+    let report = stderr(&shown);
+    assert!(report.contains("registry_bad_signature"), "{report}");
 }
 
 #[test]
 fn what_nodes_would_skip_is_not_signed() {
     let dir = tempfile::tempdir().unwrap();
-    let (registry, key) = (dir.path().join("registry"), dir.path().join("registry.key"));
-    let (registry, key) = (text(&registry), text(&key));
-    ok(&["registry", "init", registry, "--key", key]);
-    let node = json(&["keygen", text(&dir.path().join("n")), "--json"]);
-    let public_key = node["public_key"].as_str().unwrap();
-    let add = [
-        "registry",
-        "add-node",
-        registry,
-        "--key",
-        key,
-        "--public-key",
-        public_key,
-    ];
-    let output = millrace(&[&add[..], &["--address", "0.0.0.0:4100"]].concat());
-    assert_eq!(output.status.code(), Some(1));
-    assert!(
-        stderr(&output).contains("record_address"),
-        "{}",
-        stderr(&output)
-    );
+    let registry = TestRegistry::init(dir.path());
+    let (_, public_key) = keygen(&dir.path().join("n"));
+    let output = registry.add_key(&public_key, "0.0.0.0:4100");
+    has_code(&output, 1);
+    let report = stderr(&output);
+    assert!(report.contains("record_address"), "{report}");
 
     let document = dir.path().join("next.toml");
     std::fs::write(&document, "number = 7\n").unwrap();
-    let sign = ["registry", "sign", registry, "--key", key, text(&document)];
-    assert!(stderr(&millrace(&sign)).contains("the next one is 2"));
+    let refused = registry.run("sign", &[text(&document)]);
+    assert!(stderr(&refused).contains("the next one is 2"));
     std::fs::write(&document, "number = 2\n").unwrap();
-    ok(&sign);
+    registry.run_ok("sign", &[text(&document)]);
 }
 
 #[test]
 fn usage_and_absence_have_their_codes() {
-    assert_eq!(millrace(&["frobnicate"]).status.code(), Some(2));
-    assert_eq!(
-        millrace(&["status"]).status.code(),
-        Some(2),
-        "neither --socket nor --config"
-    );
-    assert_eq!(millrace(&["--help"]).status.code(), Some(0));
-    let status = millrace(&["status", "--socket", "/nonexistent/admin.sock"]);
-    assert_eq!(status.status.code(), Some(69), "{}", stderr(&status));
-    let get = millrace(&[
-        "get",
-        "zz",
-        "-o",
-        "/tmp/x",
-        "--socket",
-        "/nonexistent/admin.sock",
-    ]);
-    assert_eq!(get.status.code(), Some(2), "an id that is none");
-    let dev = millrace(&["dev", "--payload", "129MiB", "--once"]);
-    assert_eq!(dev.status.code(), Some(2), "{}", stderr(&dev));
+    const SOCKET: &str = "/nonexistent/admin.sock";
+    has_code(&millrace(&["frobnicate"]), 2);
+    // Neither --socket nor --config.
+    has_code(&millrace(&["status"]), 2);
+    has_code(&millrace(&["--help"]), 0);
+    has_code(&millrace(&["status", "--socket", SOCKET]), 69);
+    // An id that is none.
+    let get = ["get", "zz", "-o", "/tmp/x", "--socket", SOCKET];
+    has_code(&millrace(&get), 2);
+    has_code(&millrace(&["dev", "--payload", "129MiB", "--once"]), 2);
 }

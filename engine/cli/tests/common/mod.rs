@@ -58,6 +58,13 @@ pub fn json(args: &[&str]) -> serde_json::Value {
     serde_json::from_str(&ok(args)).unwrap()
 }
 
+/// Makes a key file; the node's id, and its public key.
+pub fn keygen(file: &Path) -> (String, String) {
+    let made = json(&["keygen", text(file), "--json"]);
+    let [id, key] = ["node_id", "public_key"].map(|field| made[field].as_str().unwrap().to_owned());
+    (id, key)
+}
+
 /// A node of a test subnet: its folder, its config, and its process while it runs.
 #[derive(Debug)]
 pub struct TestNode {
@@ -98,29 +105,32 @@ impl TestRegistry {
         }
     }
 
+    /// `millrace registry COMMAND` on this folder, with its key.
+    pub fn run(&self, command: &str, arguments: &[&str]) -> Output {
+        let (dir, key) = (text(&self.dir), text(&self.key));
+        millrace(&[&["registry", command, dir, "--key", key], arguments].concat())
+    }
+
+    /// As [`Self::run`], and it must succeed.
+    pub fn run_ok(&self, command: &str, arguments: &[&str]) {
+        let output = self.run(command, arguments);
+        let (code, stderr) = (output.status.code(), stderr(&output));
+        assert_eq!(code, Some(0), "{command} {arguments:?}: {stderr}");
+    }
+
+    /// Adds a node, or moves it.
+    pub fn add_key(&self, public_key: &str, address: &str) -> Output {
+        let arguments = ["--public-key", public_key, "--address", address];
+        self.run("add-node", &arguments)
+    }
+
     pub fn add(&self, node: &TestNode, address: &str) {
-        ok(&[
-            "registry",
-            "add-node",
-            text(&self.dir),
-            "--key",
-            text(&self.key),
-            "--public-key",
-            &node.public_key,
-            "--address",
-            address,
-        ]);
+        let output = self.add_key(&node.public_key, address);
+        assert!(output.status.success(), "{}", stderr(&output));
     }
 
     pub fn remove(&self, node: &TestNode) {
-        ok(&[
-            "registry",
-            "remove-node",
-            text(&self.dir),
-            "--key",
-            text(&self.key),
-            &node.node_id,
-        ]);
+        self.run_ok("remove-node", &[&node.node_id]);
     }
 
     /// Signs a version that differs from the newest by its firewall alone: `[[firewall]]` tables in
@@ -144,15 +154,7 @@ impl TestRegistry {
         document.extend(read(rules));
         let file = self.dir.with_extension("next.toml");
         std::fs::write(&file, document.to_string()).unwrap();
-        let key = text(&self.key);
-        ok(&[
-            "registry",
-            "sign",
-            text(&self.dir),
-            "--key",
-            key,
-            text(&file),
-        ]);
+        self.run_ok("sign", &[text(&file)]);
         number.try_into().unwrap()
     }
 }
@@ -161,7 +163,7 @@ impl TestNode {
     /// Key and config of a node that listens on a free port of `ip`; `extra` follows `[registry]`.
     pub fn new(folder: &Path, registry: &TestRegistry, ip: &str, extra: &str) -> Self {
         std::fs::create_dir_all(folder).unwrap();
-        let made = json(&["keygen", text(&folder.join("node.key")), "--json"]);
+        let (node_id, public_key) = keygen(&folder.join("node.key"));
         let config = folder.join("node.toml");
         std::fs::write(
             &config,
@@ -178,8 +180,8 @@ impl TestNode {
         )
         .unwrap();
         Self {
-            node_id: made["node_id"].as_str().unwrap().to_owned(),
-            public_key: made["public_key"].as_str().unwrap().to_owned(),
+            node_id,
+            public_key,
             config,
             socket: folder.join("admin.sock"),
             said: Vec::new(),
