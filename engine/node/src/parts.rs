@@ -73,8 +73,8 @@ impl NodeParts {
 
     /// Adds a service that owns `methods`. `make` is called once on each shard.
     ///
-    /// Methods below [`FIRST_FREE_METHOD`](crate::FIRST_FREE_METHOD) are reserved for the node's own
-    /// services: a service that asks for one of them fails the start
+    /// Methods below [`FIRST_FREE_METHOD`](crate::FIRST_FREE_METHOD) are reserved for the node's
+    /// own services: a service that asks for one of them fails the start
     /// ([`StartError::ReservedMethods`]), and so does one that asks for a method of another service
     /// ([`StartError::Services`]).
     #[must_use]

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use crate::questions::Offer;
 use crate::versions::Versions;
 
-/// Answers of peers that may wait to be checked, one of each peer. Those of up to 64 KiB take memory
-/// beside the pools; the chunks of longer ones are charged to their peers.
+/// Answers of peers that may wait to be checked, one of each peer. Those of up to 64 KiB take
+/// memory beside the pools; the chunks of longer ones are charged to their peers.
 pub const ANSWERS_MAX: usize = 16;
 
 #[derive(Debug)]
