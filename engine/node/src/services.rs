@@ -37,7 +37,7 @@ impl Services {
         make: impl Fn(ShardMessenger) -> S + Send + Sync + 'static,
     ) {
         if !methods.is_empty() && *methods.start() < FIRST_FREE_METHOD {
-            self.reserved.get_or_insert(methods.clone());
+            self.reserved.get_or_insert_with(|| methods.clone());
         }
         self.all.push(Arc::new(move |messenger, router| {
             router.serve(methods.clone(), make(messenger.clone()))
