@@ -5,7 +5,7 @@
 //! 2. Everything of one layout of the maps is in one folder. A binary touches no other layout,
 //!    except to remove it.
 //! 3. Links are named by interface index: a bpffs allows no dot in a name, interface names do.
-//! 4. A process that changes the pins, or publishes, holds the lock.
+//! 4. A process that changes the pins, or publishes, holds the lock. A trace holds another.
 //! 5. Only the owner has access to pins and lock: any user who could open the lock's file could
 //!    keep the lock.
 //! 6. Nothing is pinned in a bpffs that ends with a mount namespace, such as that of `ip netns
@@ -184,6 +184,12 @@ pub struct NodeLock {
     _file: File,
 }
 
+/// The turn to trace. Dropping it or the death of its process gives it back.
+#[derive(Debug)]
+pub(crate) struct TraceLock {
+    _file: File,
+}
+
 /// Time between two attempts to take a [`NodeLock`].
 const NODE_LOCK_RETRY: Duration = Duration::from_millis(5);
 
@@ -305,6 +311,17 @@ impl Pins {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Waits for the turn to trace: the program leaves its decision in one place, so traces run one
+    /// at a time.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::Lock`] if the file beside the folder cannot be made.
+    pub(crate) fn lock_trace(&self) -> Result<TraceLock, PinError> {
+        let file = self.flock("trace", FlockOperation::LockExclusive)?;
+        Ok(TraceLock { _file: file })
     }
 
     fn locked(&self, operation: FlockOperation) -> Result<EdgeLock, PinError> {

@@ -3,6 +3,8 @@
 //! 1. The program that runs is the attached one, compiled into an entry point that neither charges
 //!    nor counts, on the maps in force.
 //! 2. The frame is not sent anywhere.
+//! 3. It reads what is in force, whatever a command changes meanwhile: no command waits for a
+//!    trace, and no trace for a command.
 
 use std::io;
 use std::net::IpAddr;
@@ -120,8 +122,7 @@ impl Edge {
     /// See [`TraceError`].
     pub fn trace(&self, frame: &[u8]) -> Result<Trace, TraceError> {
         let decision = {
-            // The program leaves its decision in one place, so traces run one at a time.
-            let _lock = self.pins().lock_waiting().map_err(EdgeError::from)?;
+            let _turn = self.pins().lock_trace().map_err(EdgeError::from)?;
             sys::test_run(self.program(Program::EdgeTrace), frame).map_err(TraceError::Run)?;
             self.maps().decision.load(0)
         };

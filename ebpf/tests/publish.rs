@@ -24,6 +24,7 @@ use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::rules::RuleAction;
 use millrace_edge_policy::settings::Mode;
 use millrace_edge_policy::verdict::Action;
+use millrace_testkit::PATIENCE;
 
 /// Time to confirm; longer than any test.
 const PERIOD: Duration = Duration::from_secs(600);
@@ -227,6 +228,15 @@ fn hits_and_traces_tell_the_rule() {
     let other = trace("192.0.2.1:1024", PORT + 1);
     assert_eq!((other.reason, other.service), (Reason::PassOther, None));
     assert!(edge.trace(b"short").is_err());
+    // A command that changes the edge is not waited for.
+    let lock = edge.pins().lock().unwrap();
+    std::thread::scope(|scope| {
+        let (traced, heard) = std::sync::mpsc::channel();
+        scope.spawn(move || traced.send(trace("192.0.2.1:1024", PORT)));
+        let heard = heard.recv_timeout(PATIENCE);
+        drop(lock);
+        heard.expect("a trace beside a command");
+    });
     let after = counters(&edge);
     assert_eq!((hits(), after.acted_on(Reason::PassUdp)), (vec![0, 2], 2));
     assert_eq!(after.acted_on(Reason::FirewallDefault), 0);
