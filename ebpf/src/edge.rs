@@ -57,6 +57,17 @@ pub struct Edge {
     programs: BTreeMap<Program, OwnedFd>,
 }
 
+/// What [`Edge::renew`] did.
+#[derive(Debug, Default)]
+pub struct Renewed {
+    /// Interfaces that the edge is on now, and was not.
+    pub added: Vec<String>,
+    /// Interfaces that it could not be attached to, and why.
+    pub not_added: Vec<(String, EdgeError)>,
+    /// Whether the programs of another version were replaced; none: there were none.
+    pub reloaded: Option<Result<(), EdgeError>>,
+}
+
 /// Programs that are pinned. The one for tests is not: it charges and counts.
 const PINNED: [Program; 6] = [
     Program::Edge,
@@ -554,6 +565,27 @@ impl Edge {
         self.pins.set_build(&build())?;
         *self = Self::adopt(&self.pins)?;
         Ok(())
+    }
+
+    /// Gives the edge what it lacks: those of the interfaces that it is not on, and the programs of
+    /// this binary. What is in force stays; what fails stands in the answer.
+    pub fn renew(&mut self, interfaces: &[String], mode: AttachMode, lock: &EdgeLock) -> Renewed {
+        let known = self.interfaces().unwrap_or_default();
+        let mut renewed = Renewed::default();
+        for name in interfaces {
+            let mut named = known.iter().filter(|known| known.name == *name);
+            if named.any(|known| self.is_live(known)) {
+                continue;
+            }
+            match self.attach_under(name, mode, lock) {
+                Ok(()) => renewed.added.push(name.clone()),
+                Err(error) => renewed.not_added.push((name.clone(), error)),
+            }
+        }
+        if !self.is_current() {
+            renewed.reloaded = Some(self.reload_under(lock));
+        }
+        renewed
     }
 
     /// Whether the running programs are those that this binary carries. False if that is not known.

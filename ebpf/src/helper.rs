@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::edge::Edge;
 use crate::interface::AttachMode;
-use crate::nft::{self, Fingerprint, Nft, NftError, Table};
+use crate::nft::{self, Fingerprint, Nft, NftRequest};
 use crate::pins::{EdgeLock, Pins};
 use crate::privileges::drop_capabilities;
 
@@ -63,12 +63,8 @@ pub struct Setup {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
-    /// Check whether the edge's table could be replaced.
-    CheckNft(Table),
-    /// Replace the table.
-    ApplyNft(Table),
-    /// Return the fingerprint of the table.
-    LookAtNft,
+    /// Ask nftables.
+    Nft(NftRequest),
     /// Attach to one more interface, or again to one that was made anew.
     Attach {
         /// Its name.
@@ -82,10 +78,8 @@ pub enum Request {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
-    /// The request is done.
-    Done,
-    /// The fingerprint of the edge's table; none: there is no table.
-    Nft(Option<Fingerprint>),
+    /// The request is done. After a look: the fingerprint of the edge's table, if there is one.
+    Done(Option<Fingerprint>),
     /// The request failed, and nothing has changed.
     Failed {
         /// The error as a metric label.
@@ -182,22 +176,17 @@ impl Helper {
         self.exchange(request).map(drop)
     }
 
-    /// The fingerprint of the edge's table; none: there is no table.
+    /// Does what [`Nft::perform`] does, as [`Self::request`].
     ///
     /// # Errors
     ///
     /// See [`HelperError`].
-    pub fn nft_fingerprint(&self) -> Result<Option<Fingerprint>, HelperError> {
-        match self.exchange(&Request::LookAtNft)? {
-            Answer::Nft(fingerprint) => Ok(fingerprint),
-            answer => Err(HelperError::Gone(io::Error::other(format!(
-                "it answered {answer:?}"
-            )))),
-        }
+    pub fn nft(&self, request: &NftRequest) -> Result<Option<Fingerprint>, HelperError> {
+        self.exchange(&Request::Nft(request.clone()))
     }
 
-    /// Sends a message and returns the answer. A failure becomes an error.
-    fn exchange(&self, message: &impl Serialize) -> Result<Answer, HelperError> {
+    /// Sends a message and returns what was done. A failure becomes an error.
+    fn exchange(&self, message: &impl Serialize) -> Result<Option<Fingerprint>, HelperError> {
         let Some(socket) = &self.socket else {
             return Err(HelperError::Gone(io::ErrorKind::NotConnected.into()));
         };
@@ -211,7 +200,7 @@ impl Helper {
             answer.and_then(|answer| answer.ok_or_else(|| io::ErrorKind::UnexpectedEof.into()));
         match answer {
             Ok(Answer::Failed { reason, message }) => Err(HelperError::Refused { reason, message }),
-            Ok(answer) => Ok(answer),
+            Ok(Answer::Done(fingerprint)) => Ok(fingerprint),
             Err(error) => {
                 tracing::debug!(%error, "the helper does not answer");
                 // A late answer would be taken for that of the next request.
@@ -263,7 +252,7 @@ pub fn serve(mut socket: UnixStream) -> io::Result<()> {
     let Some(setup) = receive::<Setup>(&mut socket)? else {
         return Ok(());
     };
-    answer(&mut socket, &Answer::Done)?;
+    answer(&mut socket, &Answer::Done(None))?;
     while let Some(request) = receive(&mut socket)? {
         let done = perform(&setup, &request);
         if let Answer::Failed { message, .. } = &done {
@@ -276,19 +265,24 @@ pub fn serve(mut socket: UnixStream) -> io::Result<()> {
 }
 
 fn perform(setup: &Setup, request: &Request) -> Answer {
-    let of_nft = |error: NftError| (error.reason().to_owned(), error.to_string());
-    let nft = |result: Result<(), NftError>| result.map(|()| Answer::Done).map_err(of_nft);
-    let result = match request {
-        Request::CheckNft(table) => nft(setup.nft.check(table)),
-        Request::ApplyNft(table) => nft(setup.nft.apply(table)),
-        Request::LookAtNft => setup.nft.fingerprint().map(Answer::Nft).map_err(of_nft),
+    let done = match request {
+        Request::Nft(request) => setup
+            .nft
+            .perform(request)
+            .map_err(|error| (error.reason(), error.to_string())),
         Request::Attach { interface, mode } => Edge::adopt(&setup.pins)
             // The node that asks holds the lock until it has the answer.
             .and_then(|edge| edge.attach_under(interface, *mode, &EdgeLock::of_requester()))
-            .map(|()| Answer::Done)
-            .map_err(|error| (error.reason().to_owned(), error.to_string())),
+            .map(|()| None)
+            .map_err(|error| (error.reason(), error.to_string())),
     };
-    result.unwrap_or_else(|(reason, message)| Answer::Failed { reason, message })
+    match done {
+        Ok(fingerprint) => Answer::Done(fingerprint),
+        Err((reason, message)) => Answer::Failed {
+            reason: reason.to_owned(),
+            message,
+        },
+    }
 }
 
 fn answer(socket: &mut impl Write, answer: &Answer) -> io::Result<()> {
@@ -336,9 +330,13 @@ mod tests {
     #[test]
     fn messages_are_bounded_and_whole() {
         let mut wire = Vec::new();
-        send(&mut wire, &serde_json::to_vec(&Request::LookAtNft).unwrap()).unwrap();
+        send(
+            &mut wire,
+            &serde_json::to_vec(&Request::Nft(NftRequest::Look)).unwrap(),
+        )
+        .unwrap();
         let request: Option<Request> = receive(&mut wire.as_slice()).unwrap();
-        assert_eq!(request, Some(Request::LookAtNft));
+        assert_eq!(request, Some(Request::Nft(NftRequest::Look)));
         assert_eq!(receive::<Request>(&mut [].as_slice()).unwrap(), None);
 
         let cut = &wire[..wire.len() - 1];
@@ -366,10 +364,14 @@ mod tests {
     #[test]
     fn an_interruption_ends_no_conversation() {
         let mut wire = Vec::new();
-        send(&mut wire, &serde_json::to_vec(&Request::LookAtNft).unwrap()).unwrap();
+        send(
+            &mut wire,
+            &serde_json::to_vec(&Request::Nft(NftRequest::Look)).unwrap(),
+        )
+        .unwrap();
         let mut wire = Interrupted(wire.as_slice(), false);
         let request: Option<Request> = receive(&mut wire).unwrap();
-        assert_eq!(request, Some(Request::LookAtNft));
+        assert_eq!(request, Some(Request::Nft(NftRequest::Look)));
         assert_eq!(receive::<Request>(&mut wire).unwrap(), None);
     }
 

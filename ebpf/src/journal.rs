@@ -8,18 +8,23 @@
 //!    stays as it is.
 
 use std::fs::{self, File};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::interface::Interface;
 use crate::pins::{EdgeLock, Pins};
 
 /// Format of the file that this binary writes and reads.
 pub const FORMAT: u32 = 2;
+
+/// Longest file, in bytes: four sets (the one in force, the one before or after it, the committed
+/// one, the one that was rolled back) of 32 MiB, the longest message to a helper.
+pub const JOURNAL_BYTES_MAX: u64 = 128 << 20;
 
 /// The file. `C` is the part of the control loop; a new edge gets its default.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,7 +41,7 @@ pub struct Journal<C = serde_json::Value> {
     /// Interfaces that the edge is attached to.
     pub interfaces: Vec<Interface>,
     /// The part of the control loop.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "default_if_null")]
     pub control: C,
 }
 
@@ -59,6 +64,14 @@ pub enum JournalError {
         path: PathBuf,
         /// The kernel's error.
         source: io::Error,
+    },
+    /// It is longer than every journal.
+    #[error("{} has {bytes} bytes, a journal at most {JOURNAL_BYTES_MAX}; detach and attach again", .path.display())]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
     },
     /// The file is no journal.
     #[error("{} is no journal of the edge: {source}; detach and attach again", .path.display())]
@@ -85,6 +98,7 @@ impl JournalError {
         match self {
             Self::Read { .. } => "journal_read",
             Self::Write { .. } => "journal_write",
+            Self::TooLong { .. } => "journal_too_long",
             Self::Parse { .. } => "journal_parse",
             Self::Format { .. } => "journal_format",
         }
@@ -110,11 +124,19 @@ impl<C: Serialize + DeserializeOwned + Default> Journal<C> {
     /// See [`JournalError`].
     pub fn read(pins: &Pins) -> Result<Self, JournalError> {
         let path = pins.journal_path();
-        let text = match fs::read(&path) {
-            Ok(text) => text,
+        let file = match File::open(&path) {
             Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(source) => return Err(JournalError::Read { path, source }),
+            file => file,
         };
+        let failed = |source| JournalError::Read {
+            path: path.clone(),
+            source,
+        };
+        let file = file.map_err(failed)?;
+        check_length(&path, file.metadata().map_err(failed)?.len())?;
+        let mut text = Vec::new();
+        let mut bounded = file.take(JOURNAL_BYTES_MAX);
+        bounded.read_to_end(&mut text).map_err(failed)?;
         let parse = |source| JournalError::Parse {
             path: path.clone(),
             source,
@@ -134,16 +156,69 @@ impl<C: Serialize + DeserializeOwned + Default> Journal<C> {
     ///
     /// # Errors
     ///
-    /// [`JournalError::Write`]. The file is as before; if the folder could not be synced, it may be
-    /// the new one.
+    /// [`JournalError::Write`], or [`JournalError::TooLong`]. The file is as before; if the folder
+    /// could not be synced, it may be the new one.
     pub fn write(&self, pins: &Pins, _lock: &EdgeLock) -> Result<(), JournalError> {
         let path = pins.journal_path();
         let text = serde_json::to_vec(self).map_err(|source| JournalError::Parse {
             path: path.clone(),
             source,
         })?;
+        check_length(&path, text.len() as u64)?;
         replace(&path, &text).map_err(|source| JournalError::Write { path, source })
     }
+}
+
+/// A journal as it was read last: a file that has not changed is not read again.
+#[derive(Debug)]
+pub struct CachedJournal<C> {
+    /// Device, inode, length and time of the file that was read: every write makes another file.
+    read: Option<(u64, u64, u64, i64, i64)>,
+    journal: Arc<Journal<C>>,
+}
+
+impl<C: Default> Default for CachedJournal<C> {
+    fn default() -> Self {
+        let (read, journal) = (None, Arc::default());
+        Self { read, journal }
+    }
+}
+
+impl<C: Serialize + DeserializeOwned + Default> CachedJournal<C> {
+    /// Reads the file if it changed, and writes it again as it was read last if it was removed.
+    ///
+    /// # Errors
+    ///
+    /// See [`JournalError`]. The next call tries again.
+    pub fn read(&mut self, pins: &Pins, lock: &EdgeLock) -> Result<Arc<Journal<C>>, JournalError> {
+        let path = pins.journal_path();
+        if self.read.is_some() && !path.exists() {
+            self.journal.write(pins, lock)?;
+        }
+        let file = fs::metadata(path).ok();
+        let now = file.map(|f| (f.dev(), f.ino(), f.size(), f.mtime(), f.mtime_nsec()));
+        if now.is_none() || self.read != now {
+            self.journal = Arc::new(Journal::read(pins)?);
+            self.read = now;
+        }
+        Ok(Arc::clone(&self.journal))
+    }
+}
+
+/// A new edge has a control part of null.
+fn default_if_null<'de, D, C>(deserializer: D) -> Result<C, D::Error>
+where
+    D: Deserializer<'de>,
+    C: Deserialize<'de> + Default,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+fn check_length(path: &Path, bytes: u64) -> Result<(), JournalError> {
+    let path = path.to_owned();
+    (bytes <= JOURNAL_BYTES_MAX)
+        .then_some(())
+        .ok_or(JournalError::TooLong { path, bytes })
 }
 
 /// The one field that all formats have.
@@ -271,6 +346,51 @@ mod tests {
             <Journal>::read(&pins).unwrap_err(),
             JournalError::Parse { .. }
         ));
+    }
+
+    // Protects the memory of a node: the size is checked before a byte is read.
+    #[test]
+    fn a_file_above_the_bound_is_refused() {
+        let (_folder, pins) = pins();
+        let file = File::create(pins.journal_path()).unwrap();
+        file.set_len(JOURNAL_BYTES_MAX + 1).unwrap();
+        let error = <Journal>::read(&pins).unwrap_err();
+        assert_eq!(error.reason(), "journal_too_long", "{error}");
+        file.set_len(JOURNAL_BYTES_MAX).unwrap();
+        let error = <Journal>::read(&pins).unwrap_err();
+        assert_eq!(error.reason(), "journal_parse", "{error}");
+    }
+
+    // Protects what a running node knows: a file that was removed is written again, one that
+    // changed is read again.
+    #[test]
+    fn a_removed_journal_is_written_again() {
+        let (_folder, pins) = pins();
+        let lock = pins.lock().unwrap();
+        let mut cached = CachedJournal::<u32>::default();
+        assert_eq!(cached.read(&pins, &lock).unwrap().control, 0);
+        assert!(!pins.journal_path().exists(), "nothing was known");
+        for control in 1..3 {
+            let journal = Journal {
+                control,
+                ..Journal::default()
+            };
+            journal.write(&pins, &lock).unwrap();
+            assert_eq!(*cached.read(&pins, &lock).unwrap(), journal);
+            fs::remove_file(pins.journal_path()).unwrap();
+            assert_eq!(*cached.read(&pins, &lock).unwrap(), journal);
+            assert_eq!(Journal::read(&pins).unwrap(), journal);
+        }
+    }
+
+    // Protects a process that died before the first set: the edge that it attached has no control
+    // part yet.
+    #[test]
+    fn a_new_edge_has_a_default_control_part() {
+        let (_folder, pins) = pins();
+        let new = <Journal>::default();
+        new.write(&pins, &pins.lock().unwrap()).unwrap();
+        assert_eq!(Journal::<u32>::read(&pins).unwrap().control, 0);
     }
 
     #[test]

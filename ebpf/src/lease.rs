@@ -76,6 +76,8 @@ pub struct NodeLease<'m> {
     maps: &'m Maps,
     period: Duration,
     rotation: Rotation,
+    /// The kernel's peers, once they were set.
+    peers: Option<BTreeMap<u32, Key>>,
 }
 
 impl<'m> NodeLease<'m> {
@@ -87,6 +89,7 @@ impl<'m> NodeLease<'m> {
             maps,
             period,
             rotation: Rotation::new(active, sketch_limits(limits), now_ns()),
+            peers: None,
         };
         lease.set_stress(Level::Normal);
         lease.set_keys(keys);
@@ -121,12 +124,16 @@ impl<'m> NodeLease<'m> {
         store_keys(self.maps, keys);
     }
 
-    /// Replaces the registry peers in the kernel by `peers`, by node tag.
+    /// Replaces the registry peers in the kernel by `peers`, by node tag, if they are others.
     ///
     /// # Errors
     ///
     /// The kernel's error, for example when the map is full. Some peers are set then.
-    pub fn set_peers(&self, peers: &BTreeMap<u32, Key>) -> Result<(), libbpf_rs::Error> {
+    pub fn set_peers(&mut self, peers: &BTreeMap<u32, Key>) -> Result<(), libbpf_rs::Error> {
+        if self.peers.as_ref() == Some(peers) {
+            return Ok(());
+        }
+        self.peers = None;
         let map = self.maps.peers();
         let stale: Vec<Vec<u8>> = map
             .keys()
@@ -139,6 +146,7 @@ impl<'m> NodeLease<'m> {
             let value = [key.k0.to_le_bytes(), key.k1.to_le_bytes()].concat();
             map.update(&tag.to_le_bytes(), &value, MapFlags::ANY)?;
         }
+        self.peers = Some(peers.clone());
         Ok(())
     }
 

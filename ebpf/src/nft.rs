@@ -121,6 +121,18 @@ impl NftError {
 /// [`NftError::reason`] where the cause is a rule of the table, and not the host.
 pub const RULE_REFUSED: &str = "nft_rule_refused";
 
+/// What is asked of nftables about the edge's table.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NftRequest {
+    /// Check whether it could be replaced: [`Nft::check`].
+    Check(Table),
+    /// Replace it: [`Nft::apply`].
+    Apply(Table),
+    /// Look at it: [`Nft::fingerprint`].
+    Look,
+}
+
 /// A hash of the table as it is now, without its counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint(u64);
@@ -198,6 +210,19 @@ impl Nft {
         Self {
             table: TableName::of(pins),
             ..Self::default()
+        }
+    }
+
+    /// Does what is asked. After a look: the fingerprint of the table in force, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// See [`NftError`].
+    pub fn perform(&self, request: &NftRequest) -> Result<Option<Fingerprint>, NftError> {
+        match request {
+            NftRequest::Check(table) => self.check(table).map(|()| None),
+            NftRequest::Apply(table) => self.apply(table).map(|()| None),
+            NftRequest::Look => self.fingerprint(),
         }
     }
 

@@ -129,12 +129,7 @@ impl<'m> Publisher<'m> {
         number: u32,
         confirm_within: Option<Duration>,
     ) -> Result<(), PublishError> {
-        if let CommitState::AwaitingConfirm { left } = self.commit_state() {
-            return Err(PublishError::AwaitingConfirm {
-                set: self.config().set,
-                left,
-            });
-        }
+        self.check_turn()?;
         self.check_room(set)?;
         self.leave_alias();
         std::thread::sleep(GRACE);
@@ -249,7 +244,27 @@ impl<'m> Publisher<'m> {
         }
     }
 
-    fn check_room(&self, set: &Compiled) -> Result<(), PublishError> {
+    /// Checks that no set awaits confirmation.
+    ///
+    /// # Errors
+    ///
+    /// [`PublishError::AwaitingConfirm`], as [`Self::publish`] would say.
+    pub fn check_turn(&self) -> Result<(), PublishError> {
+        match self.commit_state() {
+            CommitState::AwaitingConfirm { left } => Err(PublishError::AwaitingConfirm {
+                set: self.config().set,
+                left,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks that the maps hold a set.
+    ///
+    /// # Errors
+    ///
+    /// [`PublishError::TooLarge`], as [`Self::publish`] would say.
+    pub fn check_room(&self, set: &Compiled) -> Result<(), PublishError> {
         let maps = self.maps;
         let (trie4, trie6) = (&set.trie4, &set.trie6);
         let nodes = |what, needed, available| (what, needed, available, "trie_nodes_max");

@@ -122,9 +122,9 @@ fn who_asks_for_what_the_node_never_asks_is_not_heard_again() {
     ] {
         let (mut ours, mut helper) = talked_to();
         say(&mut ours, &setup);
-        assert_eq!(heard(&mut ours).unwrap(), r#""done""#);
+        assert_eq!(heard(&mut ours).unwrap(), r#"{"done":null}"#);
         // What a node asks for is tried and answered.
-        say(&mut ours, r#""look_at_nft""#);
+        say(&mut ours, r#"{"nft":"look"}"#);
         assert!(heard(&mut ours).unwrap().contains("nft_run"));
         say(&mut ours, request);
         assert_eq!(heard(&mut ours), None, "{request}");

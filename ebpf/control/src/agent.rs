@@ -3,7 +3,7 @@
 //! 1. The lease is renewed whatever else fails, and in time: the thread that renews it waits
 //!    neither for `nft` nor for [`EdgeLock`](millrace_edge::pins::EdgeLock).
 
-use std::collections::BTreeMap;
+use std::iter::{once, repeat};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
@@ -14,14 +14,11 @@ use millrace_edge::lease::{NodeLease, unpredictable};
 use millrace_edge::metrics::Counters;
 use millrace_edge::publish::Publisher;
 use millrace_edge_policy::settings::{Caps, Limits, Mode};
-use millrace_edge_policy::siphash::Key;
-use millrace_edge_policy::stress::{
-    BudgetLoad, LoadSample, Stress, StressConfig, UnvalidatedPackets,
-};
+use millrace_edge_policy::stress::{BudgetLoad, LoadSample, Stress, StressConfig};
 use millrace_tuning::NodeConfig;
 
 use crate::error::{ControlError, Fault};
-use crate::open::EdgeHandles;
+use crate::open::{EdgeContext, EdgeHandles};
 use crate::probe::NodeProbe;
 use crate::reconcile::Reconciler;
 use crate::view::EdgeView;
@@ -48,22 +45,22 @@ impl EdgeAgent {
         handles: EdgeHandles,
         view: Arc<EdgeView>,
     ) -> Result<Self, ControlError> {
-        let period = config.edge.lease.get() / WAKES_PER_LEASE;
-        let reconciler = handles.kernel.clone().map(|edge| {
-            let (node, config) = (Arc::clone(&node), Arc::clone(&config));
-            let mut reconciler =
-                Reconciler::new(node, config, handles.port, edge, Arc::clone(&view));
-            Periodic::start("millrace-rules", period, move |next| {
-                while next() {
-                    reconciler.wake();
-                }
+        let context = Arc::new(EdgeContext {
+            node,
+            config,
+            handles,
+            view,
+        });
+        let period = context.config.edge.lease.get() / WAKES_PER_LEASE;
+        let reconciler = context.handles.kernel.clone().map(|edge| {
+            let mut reconciler = Reconciler::new(Arc::clone(&context), edge);
+            Periodic::start("millrace-rules", period, move |wakes| {
+                wakes.for_each(|()| reconciler.wake());
             })
         });
-        let lease = Periodic::start("millrace-edge", period, move |next| {
-            let mut lease_loop = LeaseLoop::new(&*node, &config, &handles, &view);
-            while next() {
-                lease_loop.wake();
-            }
+        let lease = Periodic::start("millrace-edge", period, move |wakes| {
+            let mut lease_loop = LeaseLoop::new(&context);
+            wakes.for_each(|()| lease_loop.wake());
             if let Some(lease) = &lease_loop.lease {
                 lease.end();
             }
@@ -79,28 +76,22 @@ impl EdgeAgent {
 #[derive(Debug)]
 struct Periodic(Option<(SyncSender<()>, JoinHandle<()>)>);
 
-/// True at once, and then after each period, until there is no more.
-type Next<'n> = &'n mut dyn FnMut() -> bool;
-
 impl Periodic {
+    /// `run` gets a wake at once, and then one in each period, until there is no more.
     fn start(
         name: &'static str,
         period: Duration,
-        run: impl FnOnce(Next<'_>) + Send + 'static,
+        run: impl FnOnce(&mut dyn Iterator<Item = ()>) + Send + 'static,
     ) -> Result<Self, ControlError> {
         let (stop, stopped) = sync_channel::<()>(0);
-        let mut wait = Duration::ZERO;
-        let mut next = move || {
-            let is_stopped = stopped.recv_timeout(wait) != Err(RecvTimeoutError::Timeout);
-            wait = period;
-            !is_stopped
-        };
-        let thread = std::thread::Builder::new()
-            .name(name.into())
-            .spawn(move || run(&mut next))
-            .map_err(|error| {
-                ControlError::new(Fault::Host, format!("a thread of the edge: {error}"))
-            })?;
+        let waits = once(Duration::ZERO).chain(repeat(period));
+        let mut wakes = waits.map_while(move |wait| {
+            (stopped.recv_timeout(wait) == Err(RecvTimeoutError::Timeout)).then_some(())
+        });
+        let thread = std::thread::Builder::new().name(name.into());
+        let thread = thread.spawn(move || run(&mut wakes)).map_err(|error| {
+            ControlError::new(Fault::Host, format!("a thread of the edge: {error}"))
+        })?;
         Ok(Self(Some((stop, thread))))
     }
 }
@@ -117,42 +108,29 @@ impl Drop for Periodic {
 
 /// Renews the lease, turns keys, judges stress, follows limits and peers.
 struct LeaseLoop<'k> {
-    node: &'k dyn NodeProbe,
-    handles: &'k EdgeHandles,
-    view: &'k EdgeView,
+    context: &'k EdgeContext,
     lease: Option<NodeLease<'k>>,
     stress: Stress,
-    /// Of QUIC, and of TCP.
-    seen: Option<[UnvalidatedPackets; 2]>,
-    peers: Option<BTreeMap<u32, Key>>,
     /// Of the set that was in force at the last wake.
     limits: Option<(Limits, Caps)>,
 }
 
 impl<'k> LeaseLoop<'k> {
-    fn new(
-        node: &'k dyn NodeProbe,
-        config: &NodeConfig,
-        handles: &'k EdgeHandles,
-        view: &'k EdgeView,
-    ) -> Self {
+    fn new(context: &'k EdgeContext) -> Self {
+        let handles = &context.handles;
         let lease = handles.kernel.as_ref().map(|kernel| {
             NodeLease::begin(
                 kernel.edge.maps(),
                 kernel.counts.run(),
-                config.edge.lease.get(),
+                context.config.edge.lease.get(),
                 &handles.limits,
                 &handles.admission.keys(),
             )
         });
         Self {
-            node,
-            handles,
-            view,
+            context,
             lease,
             stress: Stress::new(StressConfig::default(), now_ns()),
-            seen: None,
-            peers: None,
             limits: None,
         }
     }
@@ -170,12 +148,12 @@ impl<'k> LeaseLoop<'k> {
     /// Caps and rates are those of the set in force, here and in the sketch, whichever process put
     /// it there and however long it stays.
     fn follow_set(&mut self) {
-        let Some(kernel) = &self.handles.kernel else {
+        let Some(kernel) = &self.context.handles.kernel else {
             return;
         };
         let publisher = Publisher::new(kernel.edge.maps());
-        let admission = &self.handles.admission;
-        let charges = self.view.status().is_in_kernel && publisher.mode() == Mode::Enforce;
+        let admission = &self.context.handles.admission;
+        let charges = self.context.view.status().is_in_kernel && publisher.mode() == Mode::Enforce;
         admission.set_kernel_charges(charges);
         let now = publisher.limits();
         if let Some((limits, caps)) = now.filter(|_| now != self.limits) {
@@ -188,7 +166,7 @@ impl<'k> LeaseLoop<'k> {
     }
 
     fn turn_keys(&mut self) {
-        let admission = &self.handles.admission;
+        let admission = &self.context.handles.admission;
         let changed = admission.tick(now_ns(), unpredictable);
         if let Some(lease) = &mut self.lease {
             if changed {
@@ -199,8 +177,16 @@ impl<'k> LeaseLoop<'k> {
     }
 
     fn judge_stress(&mut self) {
-        let (half_open, half_open_max) = self.node.half_open();
-        let [quic, syn] = self.loads();
+        let (half_open, half_open_max) = self.context.node.half_open();
+        let kernel = self.context.handles.kernel.as_ref();
+        let counters = kernel.map(|kernel| Counters::read(kernel.edge.maps().counters()));
+        let [quic, syn] = match (counters, &self.limits) {
+            (Some(Ok(counters)), Some((limits, _))) => {
+                let budgets = [limits.unvalidated, limits.syn];
+                self.stress.loads(counters.unvalidated(), budgets)
+            }
+            _ => [BudgetLoad::default(); 2],
+        };
         let sample = LoadSample {
             half_open,
             half_open_max,
@@ -209,46 +195,22 @@ impl<'k> LeaseLoop<'k> {
         };
         let before = self.stress.level();
         let level = self.stress.tick(sample, now_ns());
-        self.handles.admission.set_stress(level);
+        self.context.handles.admission.set_stress(level);
         if let Some(lease) = &self.lease {
             lease.set_stress(level);
         }
-        self.view.status().stress = level as u32;
+        self.context.view.status().stress = level as u32;
         if level != before {
             tracing::warn!(?before, ?level, ?sample, "stress");
         }
     }
 
-    /// What was asked of the budgets of QUIC and of SYNs since the last time.
-    fn loads(&mut self) -> [BudgetLoad; 2] {
-        let kernel = self.handles.kernel.as_ref();
-        let counters = kernel.map(|kernel| Counters::read(kernel.edge.maps().counters()));
-        let (Some(Ok(counters)), Some((limits, _))) = (counters, &self.limits) else {
-            return [BudgetLoad::default(); 2];
-        };
-        let now = counters.unvalidated();
-        let [quic, tcp] = self.seen.replace(now).unwrap_or(now);
-        let level = self.stress.level();
-        [
-            now[0].load_since(quic, level, limits.unvalidated),
-            now[1].load_since(tcp, level, limits.syn),
-        ]
-    }
-
     fn follow_peers(&mut self) {
-        let Some(lease) = &self.lease else {
-            return;
-        };
-        let peers = self.node.peer_keys();
-        if self.peers.as_ref() != Some(&peers) {
-            match lease.set_peers(&peers) {
-                Ok(()) => self.peers = Some(peers),
-                Err(error) => tracing::warn!(
-                    %error,
-                    peers = peers.len(),
-                    "the kernel does not know all peers; raise peers_max in [edge]"
-                ),
-            }
+        let peers = self.context.node.peer_keys();
+        let set = self.lease.as_mut().map(|lease| lease.set_peers(&peers));
+        if let Some(Err(error)) = set {
+            let peers = peers.len();
+            tracing::warn!(%error, peers, "the kernel does not know all peers; raise peers_max in [edge]");
         }
     }
 }

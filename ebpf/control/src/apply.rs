@@ -28,10 +28,10 @@
 use std::time::{Duration, SystemTime};
 
 use millrace_edge::abi::{EdgeSampling, GENERATIONS};
-use millrace_edge::edge::{Edge, EdgeError};
+use millrace_edge::edge::Edge;
 use millrace_edge::nft::{Nft, Table};
 use millrace_edge::pins::{EdgeLock, Pins};
-use millrace_edge::publish::{CommitState, PublishError, Publisher};
+use millrace_edge::publish::Publisher;
 use millrace_edge_policy::rules::{Compiled, Temporary};
 use millrace_edge_policy::settings::Mode;
 use millrace_tuning::NodeConfig;
@@ -39,9 +39,9 @@ use millrace_tuning::units::to_u32;
 use serde::Serialize;
 
 use crate::error::{ControlError, Fault, Retry};
-use crate::journal::{Pending, Record, Refused, RolledBack, SetInputs, SetRecord};
-use crate::nftables::{Nftables, Restored, Tables, mend};
-use crate::plan::{self, Firewall};
+use crate::journal::{Pending, Record, Refused, RolledBack, SetRecord};
+use crate::nftables::{Nftables, Tables, mend};
+use crate::plan::{self, Firewall, SetInputs};
 use crate::policy::{EdgePolicy, ProgramPolicy};
 
 /// What is to be in force.
@@ -88,14 +88,6 @@ pub struct ApplyOptions {
     pub only_changes: bool,
 }
 
-/// A set that is ready to be put in force.
-struct PreparedSet {
-    set: Compiled,
-    inputs: SetInputs,
-    /// Why its rules are not the newest, if so.
-    refused: Option<Refused>,
-}
-
 impl ApplyOptions {
     /// In force for good, only with good rules, as an operator asks.
     #[must_use]
@@ -107,6 +99,9 @@ impl ApplyOptions {
         }
     }
 }
+
+/// A set that may be put in force, and what it was made from.
+type Prepared = (Compiled, SetInputs);
 
 /// What is in force now.
 #[derive(Debug, Serialize)]
@@ -162,53 +157,66 @@ impl<'e> LockedEdge<'e> {
     /// [`Fault::Operator`] while a set awaits a confirmation; otherwise what the rules, the kernel,
     /// nftables or the journal refuse, with a text that says whether the kernel has the set.
     pub fn apply(&self, request: &ApplyRequest) -> Result<ApplyReport, ControlError> {
-        let prepared = self.prepare(request)?;
-        let in_force = self.set_in_force();
-        let record = self.record()?;
-        let is_committed = record.set == in_force
-            && record.pending.is_none()
-            && record.inputs(in_force) == Some(&prepared.inputs);
-        let mut report = ApplyReport {
-            set: in_force,
-            mode: request.options.mode.word(),
-            registry_version: prepared.inputs.firewall.version,
-            rules: prepared.set.rules.len(),
-            refused: prepared.refused.clone(),
-        };
-        if !(request.options.only_changes && is_committed) {
-            report.set = self.publish(request, prepared, &record)?;
-        }
-        Ok(report)
-    }
-
-    /// Compiles, and asks nftables. Nothing is in force that was not.
-    fn prepare(&self, request: &ApplyRequest) -> Result<PreparedSet, ControlError> {
-        let in_force = self.set_in_force();
-        if let CommitState::AwaitingConfirm { left } = self.publisher().commit_state() {
-            let set = in_force;
-            return Err(EdgeError::Publish(PublishError::AwaitingConfirm { set, left }).into());
-        }
+        self.publisher().check_turn()?;
         if let Err(error) = self.finish() {
             // What is asked for now takes its place.
             tracing::warn!(%error, "a change that was left half done stays so");
         }
         self.note_rolled_back()?;
-        let record = self.record()?;
+        let (record, in_force) = (self.record()?, self.set_in_force());
+        let ((set, inputs), refused) = self.prepare(request, &record, in_force)?;
+        let is_committed = record.set == in_force
+            && record.pending.is_none()
+            && record.inputs(in_force) == Some(&inputs);
+        let mut report = ApplyReport {
+            set: in_force,
+            mode: request.options.mode.word(),
+            registry_version: inputs.firewall.version,
+            rules: set.rules.len(),
+            refused,
+        };
+        if !(request.options.only_changes && is_committed) {
+            let pending = Pending {
+                set: self.free_number(&record),
+                to_confirm: request.options.confirm_within.is_some(),
+                anew: request.options.anew,
+                refused: report.refused.clone(),
+            };
+            report.set = pending.set;
+            self.publish(request, &set, inputs, pending)?;
+        }
+        Ok(report)
+    }
+
+    /// Compiles, and asks nftables: the set, and why its rules are not the newest, if so. Nothing
+    /// is in force that was not.
+    fn prepare(
+        &self,
+        request: &ApplyRequest,
+        record: &Record,
+        in_force: u32,
+    ) -> Result<(Prepared, Option<Refused>), ControlError> {
         let last = record.inputs(in_force);
         let last = last.filter(|inputs| inputs.registry == request.inputs.registry);
         let newest = newest(request, last, record.rolled_back.as_ref(), in_force)?;
-        let mut temporary = record.live_temporary(SystemTime::now());
+        let mut inputs = request.inputs.clone();
+        inputs.temporary = record.live_temporary(SystemTime::now());
         for rule in &request.inputs.temporary {
-            temporary.retain(|known| known.prefix != rule.prefix);
-            temporary.push(rule.clone());
+            inputs.temporary.retain(|known| known.prefix != rule.prefix);
+            inputs.temporary.push(rule.clone());
         }
-        let compile = |firewall, refused| self.compile(request, firewall, &temporary, refused);
-        let mut refused = record.refused.clone();
-        refused.take_if(|refused| refused.registry_version <= newest.version);
-        let error = match compile(newest.clone(), refused) {
+        let compile = |firewall| {
+            let inputs = inputs.clone();
+            self.compile(request, SetInputs { firewall, ..inputs })
+        };
+        let error = match compile(newest.clone()) {
             // The rules that stand in for a refused version are asked for as they are.
             Err(error) if error.fault.retry() == Retry::AfterChange => error,
-            compiled => return compiled,
+            compiled => {
+                let refused = record.refused.clone();
+                let newer = refused.filter(|refused| refused.registry_version > newest.version);
+                return Ok((compiled?, newer));
+            }
         };
         if last.is_some_and(|inputs| inputs.firewall.version == newest.version) {
             // The config's or a temporary rule's fault, and not the registry's.
@@ -222,78 +230,55 @@ impl<'e> LockedEdge<'e> {
             self.update(|record| record.refused.clone_from(&refused))?;
         }
         match last.filter(|_| request.options.or_last_good) {
-            Some(good) => compile(good.rules_for(newest), refused),
+            Some(good) => Ok((compile(good.rules_for(newest))?, refused)),
             None => Err(error),
         }
     }
 
-    fn compile(
-        &self,
-        request: &ApplyRequest,
-        firewall: Firewall,
-        temporary: &[Temporary],
-        refused: Option<Refused>,
-    ) -> Result<PreparedSet, ControlError> {
-        let inputs = SetInputs {
-            firewall,
-            temporary: temporary.to_vec(),
-            ..request.inputs.clone()
-        };
-        let settings = inputs.policy.settings(inputs.port, request.options.mode);
-        let bounds = request.program.bounds();
-        let set = plan::compiled(&settings, bounds, &inputs.firewall, temporary)?;
-        self.tables.check(&Table::of(&set))?;
-        Ok(PreparedSet {
-            set,
-            inputs,
-            refused,
-        })
+    fn compile(&self, request: &ApplyRequest, inputs: SetInputs) -> Result<Prepared, ControlError> {
+        let set = plan::compiled(&inputs, request.options.mode, request.program.bounds())?;
+        // The maps may be smaller than this config's.
+        self.publisher().check_room(&set)?;
+        self.tables.check(Table::of(&set))?;
+        Ok((set, inputs))
     }
 
-    /// Publishes a set; nftables and the journal follow unless it is to be confirmed. Its number.
-    fn publish(
-        &self,
-        request: &ApplyRequest,
-        prepared: PreparedSet,
-        record: &Record,
-    ) -> Result<u32, ControlError> {
-        let confirm_within = request.options.confirm_within;
-        // A set that is pending, was rolled back, or is in the idle generation keeps its number.
+    /// A set that is pending, was rolled back, or is in the idle generation keeps its number.
+    fn free_number(&self, record: &Record) -> u32 {
         let pending = record.pending.as_ref().map_or(0, |set| set.set);
         let rolled_back = record.rolled_back.as_ref().map_or(0, |set| set.set);
         let taken = [record.set, pending, rolled_back].into_iter();
-        let number = taken.chain(self.numbers()).max().unwrap_or(0) + 1;
-        let in_force = self.set_in_force();
+        taken.chain(self.numbers()).max().unwrap_or(0) + 1
+    }
+
+    /// Publishes a set; nftables and the journal follow unless it is to be confirmed.
+    fn publish(
+        &self,
+        request: &ApplyRequest,
+        set: &Compiled,
+        inputs: SetInputs,
+        pending: Pending,
+    ) -> Result<(), ControlError> {
+        let (edge, number, in_force) = (self.edge, pending.set, self.set_in_force());
         self.update(|record| {
             // Before the first set: what the program was loaded with a moment ago.
-            record
-                .program
-                .get_or_insert_with(|| request.program.clone());
-            record.keep(
-                SetRecord::new(number, &prepared.set, prepared.inputs),
-                in_force,
-            );
-            record.pending = Some(Pending {
-                set: number,
-                to_confirm: confirm_within.is_some(),
-                anew: request.options.anew,
-                refused: prepared.refused,
-            });
+            let program = &mut record.program;
+            program.get_or_insert_with(|| request.program.clone());
+            record.keep(SetRecord::new(number, set, inputs), in_force);
+            record.pending = Some(pending);
         })?;
-        let edge = self.edge;
-        if let Err(error) = edge.publish_under(&prepared.set, number, confirm_within, self.lock) {
+        let confirm_within = request.options.confirm_within;
+        if let Err(error) = edge.publish_under(set, number, confirm_within, self.lock) {
             // It never was in force, so it cannot be rolled back either.
-            self.update(|record| record.pending = None)?;
-            return Err(error.into());
+            let forgotten = self.update(|record| record.pending = None);
+            return Err(ControlError::from(error).after(forgotten));
         }
-        let every = to_u32(request.inputs.policy.sample_every);
         let sampling = EdgeSampling {
-            every,
+            every: to_u32(request.inputs.policy.sample_every),
             ..Default::default()
         };
         edge.maps().sampling.store(0, &sampling);
-        self.finish()?;
-        Ok(number)
+        self.finish().map(drop)
     }
 
     /// Puts a temporary rule on top of the set in force, before all other rules. The request gives
@@ -435,19 +420,20 @@ impl<'e> LockedEdge<'e> {
         })
     }
 
-    /// Puts the table of the committed set in force again if it is not what the journal says.
+    /// Puts the table of the committed set in force again if it is not what the journal says; then
+    /// whether another program is to blame.
     pub(crate) fn restore_table(
         &self,
         nftables: &dyn Nftables,
         record: &Record,
-    ) -> Result<Option<Restored>, ControlError> {
+    ) -> Result<bool, ControlError> {
         let written = record.set(record.set);
         let mended = written.map(|set| mend(nftables, &set.table, record.fingerprint));
-        let Some((restored, fingerprint)) = mended.transpose()?.flatten() else {
-            return Ok(None);
+        let Some((fingerprint, by_others)) = mended.transpose()?.flatten() else {
+            return Ok(false);
         };
         self.update(|record| record.fingerprint = fingerprint)?;
-        Ok(Some(restored))
+        Ok(by_others)
     }
 }
 

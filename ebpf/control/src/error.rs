@@ -1,14 +1,15 @@
 //! Why the edge does not do what was asked, and whose fault that is.
 
+use std::error::Error;
+use std::io;
+
 use millrace_edge::edge::EdgeError;
 use millrace_edge::helper::HelperError;
 use millrace_edge::journal::JournalError;
 use millrace_edge::nft::{NftError, RULE_REFUSED};
 use millrace_edge::pins::PinError;
-use millrace_edge::privileges;
 use millrace_edge::publish::PublishError;
 use millrace_edge_policy::rules::RulesError;
-use millrace_edge_policy::settings::SettingsError;
 
 /// Whose fault an error is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,9 +26,9 @@ pub enum Fault {
     Absent,
     /// The journal's: the file cannot be read or written.
     Journal,
-    /// The caller's: it lacks capabilities.
+    /// The caller's: the kernel denies it what it asks for (EPERM, EACCES).
     Permission,
-    /// The host's: a program, a thread, an interface or random bytes are missing.
+    /// The host's: a program, a thread, a file, an interface or random bytes are missing.
     Host,
     /// The kernel's: it refuses a program, a map, a pin or a link.
     Kernel,
@@ -74,74 +75,86 @@ impl ControlError {
     pub(crate) fn reworded(self, words: impl FnOnce(&str) -> String) -> Self {
         Self::new(self.fault, words(&self.text))
     }
-}
 
-impl From<EdgeError> for ControlError {
-    fn from(error: EdgeError) -> Self {
-        let fault = match &error {
-            EdgeError::Absent { .. } => Fault::Absent,
-            EdgeError::Publish(
-                PublishError::AwaitingConfirm { .. } | PublishError::NotAwaitingConfirm,
-            ) => Fault::Operator,
-            // Whatever else stands in the way, this does first.
-            _ if !privileges::missing().is_empty() => Fault::Permission,
-            EdgeError::Journal(_) => Fault::Journal,
-            EdgeError::Present { .. } | EdgeError::Pins(PinError::Busy { .. }) => Fault::Held,
-            EdgeError::Elsewhere { .. }
-            | EdgeError::OutOfSight { .. }
-            | EdgeError::NotAttached { .. } => Fault::Operator,
-            EdgeError::Interface { .. } | EdgeError::Random { .. } => Fault::Host,
-            _ => Fault::Kernel,
-        };
-        Self::new(fault, error.to_string())
+    /// This error, after what undoes its work: a second failure is mentioned behind it.
+    #[must_use]
+    pub fn after(self, undone: Result<(), Self>) -> Self {
+        let Err(second) = undone else { return self };
+        self.reworded(|text| format!("{text}; then this failed as well: {second}"))
     }
 }
 
-impl From<JournalError> for ControlError {
-    fn from(error: JournalError) -> Self {
-        EdgeError::from(error).into()
+/// Errors of other crates, each with whose fault it is unless the kernel denies permission.
+macro_rules! faults {
+    ($($error:ty: $fault:expr;)*) => {$(
+        impl From<$error> for ControlError {
+            fn from(error: $error) -> Self {
+                let fault: fn(&$error) -> Fault = $fault;
+                let fault = if is_denied(&error) { Fault::Permission } else { fault(&error) };
+                Self::new(fault, error.to_string())
+            }
+        }
+    )*};
+}
+
+faults! {
+    EdgeError: of_edge;
+    JournalError: |_| Fault::Journal;
+    PinError: of_pins;
+    PublishError: of_publish;
+    RulesError: |error| match error {
+        RulesError::Rule { .. } => Fault::Registry,
+        _ => Fault::Config,
+    };
+    NftError: |error| of_nft(error.reason());
+    HelperError: |error| of_nft(error.reason());
+}
+
+fn of_edge(error: &EdgeError) -> Fault {
+    match error {
+        EdgeError::Absent { .. } => Fault::Absent,
+        EdgeError::Elsewhere { .. }
+        | EdgeError::OutOfSight { .. }
+        | EdgeError::NotAttached { .. } => Fault::Operator,
+        EdgeError::Publish(error) => of_publish(error),
+        EdgeError::Present { .. } => Fault::Held,
+        EdgeError::Journal(_) => Fault::Journal,
+        EdgeError::Pins(error) => of_pins(error),
+        EdgeError::Interface { .. } | EdgeError::Random { .. } => Fault::Host,
+        _ => Fault::Kernel,
     }
 }
 
-impl From<PinError> for ControlError {
-    fn from(error: PinError) -> Self {
-        EdgeError::from(error).into()
+fn of_pins(error: &PinError) -> Fault {
+    match error {
+        PinError::Busy { .. } => Fault::Held,
+        PinError::Lock { .. } => Fault::Host,
+        _ => Fault::Kernel,
     }
 }
 
-impl From<RulesError> for ControlError {
-    fn from(error: RulesError) -> Self {
-        let fault = match &error {
-            RulesError::Rule { .. } => Fault::Registry,
-            _ => Fault::Config,
-        };
-        Self::new(fault, error.to_string())
+fn of_publish(error: &PublishError) -> Fault {
+    match error {
+        PublishError::AwaitingConfirm { .. } | PublishError::NotAwaitingConfirm => Fault::Operator,
+        PublishError::TooLarge { .. } => Fault::Config,
+        _ => Fault::Kernel,
     }
 }
 
-impl From<SettingsError> for ControlError {
-    fn from(error: SettingsError) -> Self {
-        Self::new(Fault::Config, format!("[edge]: {error}"))
+fn of_nft(reason: &str) -> Fault {
+    match reason {
+        RULE_REFUSED => Fault::Registry,
+        _ => Fault::Host,
     }
 }
 
-impl From<NftError> for ControlError {
-    fn from(error: NftError) -> Self {
-        Self::new(fault_of_nft(error.reason()), error.to_string())
-    }
-}
-
-impl From<HelperError> for ControlError {
-    fn from(error: HelperError) -> Self {
-        Self::new(fault_of_nft(error.reason()), error.to_string())
-    }
-}
-
-fn fault_of_nft(reason: &str) -> Fault {
-    let is_rule = reason == RULE_REFUSED;
-    if is_rule {
-        Fault::Registry
-    } else {
-        Fault::Host
-    }
+/// Whether EPERM or EACCES is among an error's causes.
+fn is_denied(error: &(dyn Error + 'static)) -> bool {
+    let io = error.downcast_ref::<io::Error>().map(io::Error::kind);
+    let bpf = error
+        .downcast_ref::<libbpf_rs::Error>()
+        .map(libbpf_rs::Error::kind);
+    io == Some(io::ErrorKind::PermissionDenied)
+        || bpf == Some(libbpf_rs::ErrorKind::PermissionDenied)
+        || error.source().is_some_and(is_denied)
 }

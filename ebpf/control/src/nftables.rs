@@ -7,47 +7,34 @@
 //! 3. `nft` says how a table reads after it was put in force: a change by another program in the
 //!    milliseconds between is taken for ours, until the next set.
 
-use millrace_edge::helper::{Helper, Request};
-use millrace_edge::nft::{Fingerprint, Nft, Table};
+use millrace_edge::helper::Helper;
+use millrace_edge::nft::{Fingerprint, Nft, NftRequest, Table};
 
 use crate::error::{ControlError, Retry};
 
-/// The process that changes nftables for this one.
+/// The process that asks nftables for this one.
 pub(crate) trait Nftables: std::fmt::Debug {
-    /// Whether nftables would take the table.
-    fn check(&self, table: &Table) -> Result<(), ControlError>;
-    fn apply(&self, table: &Table) -> Result<(), ControlError>;
-    /// None: there is no table.
-    fn fingerprint(&self) -> Result<Option<Fingerprint>, ControlError>;
+    /// As [`Nft::perform`].
+    fn ask(&self, request: &NftRequest) -> Result<Option<Fingerprint>, ControlError>;
+
+    /// The fingerprint of the table that replaced the other.
+    fn replace(&self, table: &Table) -> Result<Option<Fingerprint>, ControlError> {
+        self.ask(&NftRequest::Apply(table.clone()))?;
+        self.ask(&NftRequest::Look)
+    }
 }
 
 /// A command: it has the privileges.
 impl Nftables for Nft {
-    fn check(&self, table: &Table) -> Result<(), ControlError> {
-        Ok(Self::check(self, table)?)
-    }
-
-    fn apply(&self, table: &Table) -> Result<(), ControlError> {
-        Ok(Self::apply(self, table)?)
-    }
-
-    fn fingerprint(&self) -> Result<Option<Fingerprint>, ControlError> {
-        Ok(Self::fingerprint(self)?)
+    fn ask(&self, request: &NftRequest) -> Result<Option<Fingerprint>, ControlError> {
+        Ok(self.perform(request)?)
     }
 }
 
 /// A node: its helper has them.
 impl Nftables for Helper {
-    fn check(&self, table: &Table) -> Result<(), ControlError> {
-        Ok(self.request(&Request::CheckNft(table.clone()))?)
-    }
-
-    fn apply(&self, table: &Table) -> Result<(), ControlError> {
-        Ok(self.request(&Request::ApplyNft(table.clone()))?)
-    }
-
-    fn fingerprint(&self) -> Result<Option<Fingerprint>, ControlError> {
-        Ok(self.nft_fingerprint()?)
+    fn ask(&self, request: &NftRequest) -> Result<Option<Fingerprint>, ControlError> {
+        Ok(self.nft(request)?)
     }
 }
 
@@ -65,13 +52,14 @@ pub(crate) enum Tables<'n> {
 
 impl Tables<'_> {
     /// Whether nftables would take the table, as far as it can be asked.
-    pub(crate) fn check(self, table: &Table) -> Result<(), ControlError> {
+    pub(crate) fn check(self, table: Table) -> Result<(), ControlError> {
+        let request = NftRequest::Check(table);
         match self {
             Self::Unreachable => Ok(()),
-            Self::OfCommand(nftables) => nftables.check(table),
-            Self::OfNode(nftables) => match nftables.check(table) {
-                Err(error) if error.fault.retry() == Retry::Later => Ok(()),
-                checked => checked,
+            Self::OfCommand(nftables) => nftables.ask(&request).map(drop),
+            Self::OfNode(nftables) => match nftables.ask(&request) {
+                Err(error) if error.fault.retry() == Retry::AfterChange => Err(error),
+                _ => Ok(()),
             },
         }
     }
@@ -80,38 +68,25 @@ impl Tables<'_> {
     pub(crate) fn replace(self, table: &Table) -> Result<Option<Fingerprint>, ControlError> {
         match self {
             Self::Unreachable => Ok(None),
-            Self::OfCommand(nftables) => {
-                nftables.apply(table)?;
-                nftables.fingerprint()
-            }
-            Self::OfNode(nftables) => Ok(Self::OfCommand(nftables).replace(table).unwrap_or(None)),
+            Self::OfCommand(nftables) => nftables.replace(table),
+            Self::OfNode(nftables) => Ok(nftables.replace(table).unwrap_or(None)),
         }
     }
 }
 
-/// Why a table was put in force again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Restored {
-    /// It could not be before.
-    Missing,
-    /// Another program changed or removed it.
-    Changed,
-}
-
-/// Puts a table in force again if its fingerprint is not the one that was written down; then why,
-/// and its fingerprint now.
+/// Puts a table in force again if its fingerprint is not the one that was written down. Then its
+/// fingerprint now, and whether another program changed or removed it: else it could not be put in
+/// force before.
 pub(crate) fn mend(
     nftables: &dyn Nftables,
     table: &Table,
     written: Option<Fingerprint>,
-) -> Result<Option<(Restored, Option<Fingerprint>)>, ControlError> {
-    let now = nftables.fingerprint()?;
+) -> Result<Option<(Option<Fingerprint>, bool)>, ControlError> {
+    let now = nftables.ask(&NftRequest::Look)?;
     if now.is_some() && now == written {
         return Ok(None);
     }
-    nftables.apply(table)?;
-    let restored = written.map_or(Restored::Missing, |_| Restored::Changed);
-    Ok(Some((restored, nftables.fingerprint()?)))
+    Ok(Some((nftables.replace(table)?, written.is_some())))
 }
 
 #[cfg(test)]
@@ -131,19 +106,12 @@ mod tests {
     const OURS: u64 = 7;
 
     impl Nftables for Host {
-        fn check(&self, _table: &Table) -> Result<(), ControlError> {
-            Ok(())
-        }
-
-        fn apply(&self, _table: &Table) -> Result<(), ControlError> {
-            if !self.takes.get() {
-                return Err(ControlError::new(Fault::Host, "no nft"));
+        fn ask(&self, request: &NftRequest) -> Result<Option<Fingerprint>, ControlError> {
+            match request {
+                NftRequest::Apply(_) if self.takes.get() => self.now.set(Some(OURS)),
+                NftRequest::Apply(_) => return Err(ControlError::new(Fault::Host, "no nft")),
+                _ => {}
             }
-            self.now.set(Some(OURS));
-            Ok(())
-        }
-
-        fn fingerprint(&self) -> Result<Option<Fingerprint>, ControlError> {
             let of = |number: u64| serde_json::from_value(number.into()).unwrap();
             Ok(self.now.get().map(of))
         }
@@ -170,13 +138,13 @@ mod tests {
         mend(&host, &table, written).unwrap_err();
         host.takes.set(true);
         let mended = mend(&host, &table, written).unwrap();
-        assert_eq!(mended, Some((Restored::Missing, Some(ours))));
+        let by = |by_others| Some((Some(ours), by_others));
+        assert_eq!(mended, by(false));
         assert_eq!(mend(&host, &table, Some(ours)).unwrap(), None);
         for by_others in [None, Some(OURS + 1)] {
             host.now.set(by_others);
             let mended = mend(&host, &table, Some(ours)).unwrap();
-            let changed = Some((Restored::Changed, Some(ours)));
-            assert_eq!(mended, changed, "{by_others:?}");
+            assert_eq!(mended, by(true), "{by_others:?}");
             assert_eq!(mend(&host, &table, Some(ours)).unwrap(), None);
         }
     }

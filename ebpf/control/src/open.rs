@@ -12,11 +12,11 @@ use std::time::Duration;
 
 use libbpf_rs::MapHandle;
 use millrace_edge::counts::Counts;
-use millrace_edge::edge::{Edge, EdgeError};
+use millrace_edge::edge::{Edge, EdgeError, Renewed};
 use millrace_edge::helper::{Helper, Setup};
 use millrace_edge::nft::Nft;
 use millrace_edge::offload::untagged_warning;
-use millrace_edge::pins::{EdgeLock, Kind, NodeLock, Pins};
+use millrace_edge::pins::{EdgeLock, Kind, NodeLock, PinError, Pins};
 use millrace_edge::ruleset::Watch;
 use millrace_edge::{lease, privileges};
 use millrace_edge_policy::admission::Admission;
@@ -26,7 +26,9 @@ use millrace_tuning::NodeConfig;
 use crate::apply::{ApplyReport, ApplyRequest, LockedEdge, detach};
 use crate::error::{ControlError, Fault};
 use crate::nftables::Tables;
-use crate::policy::{NodePolicy, ProgramPolicy};
+use crate::policy::NodePolicy;
+use crate::probe::NodeProbe;
+use crate::view::EdgeView;
 
 /// Takes what an operator should read.
 pub type Notify<'n> = &'n mut dyn FnMut(std::fmt::Arguments<'_>);
@@ -45,11 +47,8 @@ pub fn attach(
     let edge = Edge::attach_new(pins, &request.program.attach_options(interfaces), lock)?;
     match LockedEdge::new(&edge, lock, &Nft::of(pins)).apply(request) {
         Ok(report) => Ok((edge, report)),
-        Err(error) => {
-            // Half an edge would be worse than none. The first error is the one to tell.
-            let _ = detach(pins, lock);
-            Err(error)
-        }
+        // Half an edge would be worse than none.
+        Err(error) => Err(error.after(detach(pins, lock))),
     }
 }
 
@@ -100,6 +99,14 @@ pub struct EdgeHandles {
     pub limits: Limits,
 }
 
+/// What the threads of a node's edge share.
+pub(crate) struct EdgeContext {
+    pub(crate) node: Arc<dyn NodeProbe>,
+    pub(crate) config: Arc<NodeConfig>,
+    pub(crate) handles: EdgeHandles,
+    pub(crate) view: Arc<EdgeView>,
+}
+
 /// Takes over what is pinned as the edge's node, or attaches if nothing is and this process may.
 /// None if there is no edge for a reason that `notify` hears. `helper` is the command whose process
 /// calls [`millrace_edge::helper::serve_stdin`].
@@ -126,13 +133,12 @@ pub fn open(
         Ok(Some(node)) => take_over(node, &pins, config, request, helper, notify),
         Err(error) => Err(error.into()),
     };
-    Ok(found
-        .inspect_err(|error| {
-            notify(format_args!(
-                "no edge in the kernel: {error}; user space holds caps and rates by itself, without the firewall"
-            ));
-        })
-        .ok())
+    let tell = |error: &ControlError| {
+        notify(format_args!(
+            "no edge in the kernel: {error}; user space holds caps and rates by itself, without the firewall"
+        ));
+    };
+    Ok(found.inspect_err(tell).ok())
 }
 
 fn take_over(
@@ -144,17 +150,16 @@ fn take_over(
     notify: Notify<'_>,
 ) -> Result<AttachedEdge, ControlError> {
     // Until everything of it is open: what is attached here in the meantime would be another edge.
-    let lock = match pins.lock() {
-        Err(millrace_edge::pins::PinError::Busy { .. }) => {
+    let lock = pins.lock().or_else(|error| {
+        if matches!(error, PinError::Busy { .. }) {
             let root = pins.root().display();
             notify(format_args!(
                 "waiting for a command that changes the edge at {root}"
             ));
-            pins.lock_waiting()?
         }
-        lock => lock?,
-    };
-    let edge = adopt_or_attach(pins, &lock, config, request, notify)?;
+        pins.lock_waiting()
+    })?;
+    let edge = adopt_or_attach(pins, &lock, &config.edge.interfaces, request, notify)?;
     // An operator may edit the config meanwhile. The node runs without it as well.
     let nft = Nft::of(pins);
     let locked = LockedEdge::new(&edge, &lock, &nft);
@@ -176,9 +181,8 @@ fn take_over(
         .map_err(|error| ControlError::new(Fault::Kernel, format!("quic_sources: {error}")))?;
     // Without it, rules still change, nftables and programs do not.
     let start = |command| {
-        let (pins, nft) = (pins.clone(), Nft::of(pins));
-        let started = Helper::start(command, &Setup { pins, nft });
-        started
+        let (pins, nft) = (pins.clone(), nft.clone());
+        Helper::start(command, &Setup { pins, nft })
             .inspect_err(|error| tracing::warn!(%error, "no helper: nftables and programs stay"))
             .ok()
     };
@@ -197,7 +201,7 @@ fn take_over(
 fn adopt_or_attach(
     pins: &Pins,
     lock: &EdgeLock,
-    config: &NodeConfig,
+    interfaces: &[String],
     request: &ApplyRequest,
     notify: Notify<'_>,
 ) -> Result<Edge, ControlError> {
@@ -206,51 +210,44 @@ fn adopt_or_attach(
         Ok(mut found) => {
             found.check_here()?;
             notify(format_args!("edge adopted from {}", pins.root().display()));
-            renew(&mut found, lock, config, notify);
-            return Ok(found);
+            // As far as this process may.
+            let renewed = found.renew(interfaces, request.program.attach_mode(), lock);
+            tell(renewed, notify);
+            Ok(found)
         }
-        Err(EdgeError::Absent { .. }) if missing.is_empty() => {}
+        // The remains of a process that died while attaching do no harm where this one may attach.
+        Err(EdgeError::Absent { .. } | EdgeError::Incomplete { .. } | EdgeError::Maps(_))
+            if missing.is_empty() =>
+        {
+            let (attached, report) = attach(pins, lock, interfaces, request)?;
+            let (names, mode) = (interfaces.join(", "), report.mode);
+            notify(format_args!("edge attached to {names}, mode {mode}"));
+            Ok(attached)
+        }
         Err(EdgeError::Absent { .. }) => {
             let names: Vec<_> = missing.iter().map(ToString::to_string).collect();
             let text = format!("attaching takes {}", names.join(", "));
-            return Err(ControlError::new(Fault::Permission, text));
+            Err(ControlError::new(Fault::Permission, text))
         }
-        // The remains of a process that died while attaching do no harm where this one may attach.
-        Err(EdgeError::Incomplete { .. } | EdgeError::Maps(_)) if missing.is_empty() => {}
-        Err(error) => return Err(error.into()),
+        Err(error) => Err(error.into()),
     }
-    let (attached, report) = attach(pins, lock, &config.edge.interfaces, request)?;
-    notify(format_args!(
-        "edge attached to {}, mode {}",
-        config.edge.interfaces.join(", "),
-        report.mode
-    ));
-    Ok(attached)
 }
 
-/// Gives an edge that was adopted what the config asks for and this binary brings, as far as this
-/// process may. What fails is told, and what is in force stays. An interface that is gone is
-/// attached again when it is back.
-fn renew(edge: &mut Edge, lock: &EdgeLock, config: &NodeConfig, notify: Notify<'_>) {
-    let known = edge.interfaces().unwrap_or_default();
-    let mode = ProgramPolicy::of(&config.edge).attach_mode();
-    let is_new = |name: &&String| known.iter().all(|known| known.name != **name);
-    for name in config.edge.interfaces.iter().filter(is_new) {
-        match edge.attach_under(name, mode, lock) {
-            Ok(()) => notify(format_args!("edge attached to {name} as well")),
-            Err(error) => notify(format_args!(
-                "the edge is not on {name}: {error}; `millrace xdp attach` puts it there"
-            )),
-        }
+fn tell(renewed: Renewed, notify: Notify<'_>) {
+    for name in renewed.added {
+        notify(format_args!("edge attached to {name} as well"));
     }
-    if edge.is_current() {
-        return;
+    for (name, error) in renewed.not_added {
+        notify(format_args!(
+            "the edge is not on {name}: {error}; `millrace xdp attach` puts it there"
+        ));
     }
-    match edge.reload_under(lock) {
-        Ok(()) => notify(format_args!(
+    match renewed.reloaded {
+        None => {}
+        Some(Ok(())) => notify(format_args!(
             "the edge's programs are replaced by those of this version"
         )),
-        Err(error) => notify(format_args!(
+        Some(Err(error)) => notify(format_args!(
             "the edge goes on with the programs of another version: {error}; `millrace xdp attach` replaces them"
         )),
     }

@@ -8,8 +8,10 @@ use std::net::IpAddr;
 
 use millrace_edge_policy::rules::{Bounds, Compiled, Locality, RuleSet, RulesError, Temporary};
 use millrace_edge_policy::rules::{compile, in_order};
-use millrace_edge_policy::settings::Settings;
+use millrace_edge_policy::settings::Mode;
 use serde::{Deserialize, Serialize};
+
+use crate::policy::EdgePolicy;
 
 /// What the registry says to the edge of this node.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -25,51 +27,86 @@ pub struct Firewall {
     pub locality: Locality,
 }
 
-/// Compiles what is to be in force, with temporary rules that have not ended.
+/// What a set was made from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetInputs {
+    /// Public key of the registry: versions of another one are not comparable.
+    pub registry: String,
+    /// What the registry said.
+    pub firewall: Firewall,
+    /// The transport's port.
+    pub port: u16,
+    /// What the config said.
+    pub policy: EdgePolicy,
+    /// Temporary rules that had not ended.
+    pub temporary: Vec<Temporary>,
+}
+
+impl SetInputs {
+    /// Its rules, for the members of now.
+    pub(crate) fn rules_for(&self, now: Firewall) -> Firewall {
+        Firewall {
+            version: self.firewall.version,
+            tables: self.firewall.tables.clone(),
+            ..now
+        }
+    }
+
+    /// What the registry said then, for a node and its roles of now.
+    pub(crate) fn firewall_for(&self, now: &Firewall) -> Firewall {
+        let mut then = self.firewall.clone();
+        then.locality = Locality {
+            subnet: then.locality.subnet,
+            ..now.locality.clone()
+        };
+        then
+    }
+}
+
+/// Compiles what is to be in force; its temporary rules have not ended.
 pub(crate) fn compiled(
-    settings: &Settings,
+    inputs: &SetInputs,
+    mode: Mode,
     bounds: Bounds,
-    firewall: &Firewall,
-    temporary: &[Temporary],
 ) -> Result<Compiled, RulesError> {
+    let firewall = &inputs.firewall;
     let set = RuleSet::read(firewall.version, &firewall.tables)?;
-    let rules = in_order(
-        temporary,
-        firewall.members.iter().copied(),
-        &set,
-        &firewall.locality,
-        // None of them has ended.
-        0,
-    );
-    compile(settings, &rules, bounds)
+    let members = firewall.members.iter().copied();
+    // No temporary rule has ended at 0.
+    let rules = in_order(&inputs.temporary, members, &set, &firewall.locality, 0);
+    compile(&inputs.policy.settings(inputs.port, mode), &rules, bounds)
 }
 
 #[cfg(test)]
 mod tests {
-    use millrace_edge_policy::settings::Mode;
     use millrace_tuning::NodeConfig;
 
     use super::*;
-    use crate::policy::{EdgePolicy, ProgramPolicy};
+    use crate::policy::ProgramPolicy;
 
     #[test]
     fn members_are_allowed_and_a_bad_rule_refuses_the_set() {
         let edge = NodeConfig::default().edge;
-        let settings = EdgePolicy::of(&edge).settings(4100, Mode::Enforce);
-        let bounds = ProgramPolicy::of(&edge).bounds();
-        let mut firewall = Firewall {
-            version: 3,
-            members: vec!["192.0.2.1".parse().unwrap()],
-            ..Firewall::default()
+        let mut inputs = SetInputs {
+            registry: "ab".into(),
+            firewall: Firewall {
+                version: 3,
+                members: vec!["192.0.2.1".parse().unwrap()],
+                ..Firewall::default()
+            },
+            port: 4100,
+            policy: EdgePolicy::of(&edge),
+            temporary: Vec::new(),
         };
-        let set = |firewall: &Firewall| compiled(&settings, bounds, firewall, &[]);
-        assert_eq!(set(&firewall).unwrap().rules.len(), 1);
-        firewall.tables = vec![toml::from_str("action = \"perhaps\"\nscope = \"global\"").unwrap()];
-        let error = set(&firewall).unwrap_err();
+        let bounds = ProgramPolicy::of(&edge).bounds();
+        let set = |inputs: &SetInputs| compiled(inputs, Mode::Enforce, bounds);
+        assert_eq!(set(&inputs).unwrap().rules.len(), 1);
+        let bad = toml::from_str("action = \"perhaps\"\nscope = \"global\"").unwrap();
+        inputs.firewall.tables = vec![bad];
+        let error = set(&inputs).unwrap_err().to_string();
         assert!(
-            error
-                .to_string()
-                .contains("registry version 3, firewall rule 1"),
+            error.contains("registry version 3, firewall rule 1"),
             "{error}"
         );
     }

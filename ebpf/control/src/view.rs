@@ -20,7 +20,10 @@ pub struct EdgeStatus {
     pub registry_version: u64,
     /// A newer version, whose rules are refused.
     pub refused: Option<Refused>,
-    /// How often rules did not follow, by reason: `rules`, `publish`, `journal`.
+    /// What does not follow now, and why: what [`Self::refusals`] names, `interface NAME`, and the
+    /// node's own `config` or the `registry`, where a set was rolled back.
+    pub failures: BTreeMap<String, String>,
+    /// How often that was: `lock`, `journal`, `rules`, `publish`, `table`.
     pub refusals: BTreeMap<&'static str, u64>,
     /// How often the table of nftables was put back after another program changed it.
     pub tables_restored: u64,

@@ -196,6 +196,8 @@ pub struct Stress {
     sampled_at_ns: u64,
     /// Since when all measures have been below the marks for leaving the level.
     calm_since_ns: Option<u64>,
+    /// Of QUIC and of TCP, at the last look.
+    seen: Option<[UnvalidatedPackets; 2]>,
 }
 
 impl Stress {
@@ -206,7 +208,15 @@ impl Stress {
             level: Level::Normal,
             sampled_at_ns: now_ns,
             calm_since_ns: None,
+            seen: None,
         }
+    }
+
+    /// What was asked of the budgets of QUIC and of SYNs since the last call. `now` counts all
+    /// packets so far. Nothing at the first call.
+    pub fn loads(&mut self, now: [UnvalidatedPackets; 2], budgets: [Limit; 2]) -> [BudgetLoad; 2] {
+        let before = self.seen.replace(now).unwrap_or(now);
+        std::array::from_fn(|of| now[of].load_since(before[of], self.level, budgets[of]))
     }
 
     /// The level since the last tick.

@@ -15,7 +15,7 @@ use millrace_edge::helper::{Helper, HelperError, Request, Setup};
 use millrace_edge::interface::AttachMode;
 use millrace_edge::load::{LoadError, Loaded};
 use millrace_edge::maps::Table;
-use millrace_edge::nft::{self, Nft};
+use millrace_edge::nft::{self, Nft, NftRequest};
 use millrace_edge::pins::Pins;
 use millrace_edge::privileges::{NEEDED, drop_capabilities, missing};
 use millrace_edge_policy::reason::Reason;
@@ -111,8 +111,8 @@ fn table() -> nft::Table {
 }
 
 fn asks_its_helper(helper: &Helper, pins: &Pins) {
-    helper.request(&Request::ApplyNft(table())).unwrap();
-    assert!(helper.nft_fingerprint().unwrap().is_some());
+    helper.nft(&NftRequest::Apply(table())).unwrap();
+    assert!(helper.nft(&NftRequest::Look).unwrap().is_some());
     let attach = |interface: &str| {
         helper.request(&Request::Attach {
             interface: interface.into(),

@@ -58,6 +58,9 @@ fn print(status: &Status) -> Result<(), Failure> {
                 refused.registry_version, refused.message
             ))?;
         }
+        for (about, why) in &edge.failures {
+            output::data(format_args!("           {about}: {why}"))?;
+        }
         if !edge.interfaces_gone.is_empty() {
             let gone = edge.interfaces_gone.join(", ");
             output::data(format_args!("           not on {gone}, which is gone"))?;

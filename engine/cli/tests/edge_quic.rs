@@ -82,7 +82,7 @@ fn who_is_entitled_gets_in_at_every_level_of_stress() {
     let Some(testbed) = Testbed::new("who_is_entitled_gets_in_at_every_level_of_stress") else {
         return;
     };
-    let connected = ConnectedTestbed::new(&testbed);
+    let mut connected = ConnectedTestbed::new(&testbed);
     assert_gets_in(&connected, Reason::PassQuicPeer);
     connected.press(Level::Retry);
     assert_gets_in(&connected, Reason::PassQuicPeer);
@@ -106,7 +106,7 @@ fn at_the_highest_stress_a_member_needs_its_proof() {
     let Some(testbed) = Testbed::new("at_the_highest_stress_a_member_needs_its_proof") else {
         return;
     };
-    let connected = ConnectedTestbed::new(&testbed);
+    let mut connected = ConnectedTestbed::new(&testbed);
     connected.know_peers(false);
     connected.press(Level::Peers);
     let before = testbed.counters();

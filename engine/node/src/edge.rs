@@ -20,7 +20,7 @@ use millrace_edge::{lease, privileges};
 use millrace_edge_control::policy::EdgePolicy;
 use millrace_edge_control::{
     ApplyOptions, ApplyRequest, AttachedEdge, ControlError, EdgeAgent, EdgeHandles, EdgeView,
-    Firewall, NodeProbe, open,
+    Fault, Firewall, NodeProbe, open,
 };
 use millrace_edge_policy::admission::{Admission, AdmissionConfig};
 use millrace_edge_policy::rules::Locality;
@@ -193,7 +193,9 @@ pub fn prepare(
         None => mode(config.edge.mode),
     };
     let settings = EdgePolicy::of(&config.edge).settings(port, mode);
-    settings.validate().map_err(ControlError::from)?;
+    settings
+        .validate()
+        .map_err(|error| ControlError::new(Fault::Config, format!("[edge]: {error}")))?;
     let admission = Arc::new(admission(config, &settings)?);
     admission.set_kernel_charges(kernel.is_some() && mode == Mode::Enforce);
     // With or without an edge: sockets are bound and have their buffers.

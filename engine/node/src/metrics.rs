@@ -172,7 +172,7 @@ const OWN: &[Own] = &[
         name: "millrace_edge_rules_refused",
         kind: Kind::Counter,
         label: Some("reason"),
-        help: "Rule sets that were refused; the last good one stayed in force",
+        help: "Times that the edge did not follow what it should: `lock`, `journal`, `rules`, `publish`, `table`; the last good set stayed in force",
     },
     Own {
         name: "millrace_edge_tables_restored",

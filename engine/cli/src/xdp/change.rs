@@ -60,22 +60,13 @@ fn renew(
     request: &ApplyRequest,
     json: bool,
 ) -> Result<Exit, Failure> {
-    let known = edge.interfaces().map_err(ControlError::from)?;
-    let is_live = |name: &String| {
-        let mut named = known.iter().filter(|known| known.name == *name);
-        named.any(|known| edge.is_live(known))
-    };
-    let mut added = interfaces.to_vec();
-    added.retain(|name| !is_live(name));
-    for name in &added {
-        edge.attach_under(name, request.program.attach_mode(), lock)
-            .map_err(ControlError::from)?;
+    let mode = request.program.attach_mode();
+    let made = edge.renew(interfaces, mode, lock);
+    if let Some((_, error)) = made.not_added.into_iter().next() {
+        return Err(ControlError::from(error).into());
     }
     warn_of_offloads(&edge);
-    let reloaded = !edge.is_current();
-    if reloaded {
-        edge.reload_under(lock).map_err(ControlError::from)?;
-    }
+    let reloaded = made.reloaded.transpose().map_err(ControlError::from)?;
     let config = Publisher::new(edge.maps()).config();
     if config.set == 0 {
         let nft = Nft::of(edge.pins());
@@ -87,8 +78,8 @@ fn renew(
         set: config.set,
         mode: Publisher::new(edge.maps()).mode().word(),
         interfaces: interfaces.into_iter().map(|known| known.name).collect(),
-        added,
-        reloaded,
+        added: made.added,
+        reloaded: reloaded.is_some(),
     };
     if json {
         output::json(&renewed)?;
@@ -98,7 +89,7 @@ fn renew(
         [] => "no interface added".to_owned(),
         added => format!("now on {} as well", added.join(", ")),
     };
-    let programs = if reloaded {
+    let programs = if renewed.reloaded {
         "programs replaced by those of this version"
     } else {
         "programs are those of this version"

@@ -201,7 +201,7 @@ impl<'g> ConnectedTestbed<'g> {
             let shards = vec![shard_config(POOL_BYTES); 2];
             Node::start_behind(listener, LISTENER, &topology, config_of(), shards, edge)
         });
-        let connected = Self {
+        let mut connected = Self {
             testbed,
             listener,
             dialler,
@@ -218,7 +218,7 @@ impl<'g> ConnectedTestbed<'g> {
     }
 
     /// Whether proofs of peers are known. Without its key the dialler is a client like any other.
-    pub fn know_peers(&self, known: bool) {
+    pub fn know_peers(&mut self, known: bool) {
         let keys: BTreeMap<u32, Key> = if known {
             self.listener.transport.peer_keys()
         } else {

@@ -1,5 +1,6 @@
 //! What the edge shows on `/status` and `/metrics`: what the program counted, and what keeps it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use millrace_edge::metrics::{Counters, hits};
@@ -22,6 +23,10 @@ pub struct EdgeStatus {
     pub registry_version: u64,
     /// A newer version whose rules are refused, and why.
     pub refused: Option<Refused>,
+    /// What does not follow now, and why: `lock`, `journal`, `rules`, `publish`, `table`, `config`,
+    /// `registry`, `interface NAME`.
+    #[serde(default)]
+    pub failures: BTreeMap<String, String>,
     /// Interfaces that were removed; the program is put on them again when they are back.
     pub interfaces_gone: Vec<String>,
 }
@@ -58,6 +63,7 @@ impl Report {
             stress: status.stress,
             registry_version: status.registry_version,
             refused: status.refused.clone(),
+            failures: status.failures.clone(),
             interfaces_gone: status.interfaces_gone.clone(),
         }
     }
