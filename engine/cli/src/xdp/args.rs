@@ -19,13 +19,13 @@ pub(crate) enum XdpCommand {
     /// Put the config and the newest registry version in force.
     Apply(XdpApplyArgs),
     /// Keep what `apply --confirm` put in force.
-    Confirm(XdpPlaceArgs),
+    Confirm(XdpPinsArgs),
     /// Go back to what was in force before `apply --confirm`, now.
-    Revert(XdpPlaceArgs),
+    Revert(XdpPinsArgs),
     /// Show interfaces, mode, stress, limits and every reason's count.
-    Status(XdpPlaceArgs),
+    Status(XdpPinsArgs),
     /// Show the rules in force, in their order, and how often each decided.
-    Rules(XdpPlaceArgs),
+    Rules(XdpPinsArgs),
     /// Ask the program what it would do with a packet, and why; changes nothing.
     Trace(XdpTraceArgs),
     /// Allow a prefix for a while, before all rules.
@@ -35,7 +35,7 @@ pub(crate) enum XdpCommand {
     /// Follow sampled drops (see sample_every in `[edge]`).
     Events(XdpEventsArgs),
     /// Take the program, its pins and the table of nftables away. Needs no running node.
-    Detach(XdpPlaceArgs),
+    Detach(XdpPinsArgs),
 }
 
 /// Takes the words of a choice of the config.
@@ -46,7 +46,7 @@ fn choice<C: Choice + Send + Sync>() -> impl TypedValueParser<Value = C> {
 
 /// Where the edge is pinned.
 #[derive(Debug, Args)]
-pub(crate) struct XdpPlace {
+pub(crate) struct XdpPins {
     /// The node's config file, which names the folder of pins.
     #[arg(long, value_name = "FILE", conflicts_with = "pins")]
     pub(crate) config: Option<PathBuf>,
@@ -57,9 +57,9 @@ pub(crate) struct XdpPlace {
 
 /// `millrace xdp status|rules|confirm|revert|detach`
 #[derive(Debug, Args)]
-pub(crate) struct XdpPlaceArgs {
+pub(crate) struct XdpPinsArgs {
     #[command(flatten)]
-    pub(crate) place: XdpPlace,
+    pub(crate) at: XdpPins,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
@@ -122,7 +122,7 @@ pub(crate) struct XdpTemporaryArgs {
 #[derive(Debug, Args)]
 pub(crate) struct XdpTraceArgs {
     #[command(flatten)]
-    pub(crate) place: XdpPlace,
+    pub(crate) at: XdpPins,
     /// The whole frame in hexadecimal, from the Ethernet header on; instead of the options below.
     #[arg(long, value_name = "HEX", conflicts_with_all = ["from", "to_port", "kind"])]
     pub(crate) frame: Option<String>,
@@ -144,7 +144,7 @@ pub(crate) struct XdpTraceArgs {
 #[derive(Debug, Args)]
 pub(crate) struct XdpEventsArgs {
     #[command(flatten)]
-    pub(crate) place: XdpPlace,
+    pub(crate) at: XdpPins,
     /// End after this many.
     #[arg(long, value_name = "N")]
     pub(crate) count: Option<u64>,

@@ -16,7 +16,7 @@ use millrace_node::{Paths, keys};
 use millrace_tuning::{NodeConfig, Period};
 use serde::Serialize;
 
-use super::args::{XdpApplyArgs, XdpAttachArgs, XdpPlaceArgs, XdpTemporaryArgs};
+use super::args::{XdpApplyArgs, XdpAttachArgs, XdpPinsArgs, XdpTemporaryArgs};
 use super::unapplied::unapplied_keys;
 use super::{adopt, pins, warn_of_offloads};
 use crate::exit::{Exit, Failure};
@@ -231,24 +231,24 @@ fn say_applied(
     Ok(Exit::Ok)
 }
 
-pub(super) fn confirm(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
-    let pins = pins(&args.place)?;
+pub(super) fn confirm(args: &XdpPinsArgs) -> Result<Exit, Failure> {
+    let pins = pins(&args.at)?;
     let lock = wait(&pins)?;
     let edge = adopt(&pins)?;
     let set = LockedEdge::new(&edge, &lock, &Nft::of(&pins)).confirm()?;
     plain(args.json, "confirmed", set)
 }
 
-pub(super) fn revert(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
-    let pins = pins(&args.place)?;
+pub(super) fn revert(args: &XdpPinsArgs) -> Result<Exit, Failure> {
+    let pins = pins(&args.at)?;
     let lock = wait(&pins)?;
     let edge = Edge::adopt(&pins).map_err(ControlError::from)?;
     let set = LockedEdge::new(&edge, &lock, &Nft::of(&pins)).revert()?;
     plain(args.json, "reverted", set)
 }
 
-pub(super) fn detach(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
-    let pins = pins(&args.place)?;
+pub(super) fn detach(args: &XdpPinsArgs) -> Result<Exit, Failure> {
+    let pins = pins(&args.at)?;
     let lock = wait(&pins)?;
     let present = pins.is_present();
     let elsewhere = Edge::may_detach(&pins).map_err(ControlError::from)?;

@@ -13,7 +13,7 @@ use millrace_edge_control::journal::{Record, Refused};
 use millrace_edge_policy::reason::Reason;
 use serde::Serialize;
 
-use super::args::{TraceKind, XdpEventsArgs, XdpPlaceArgs, XdpTraceArgs};
+use super::args::{TraceKind, XdpEventsArgs, XdpPinsArgs, XdpTraceArgs};
 use super::look;
 use crate::exit::{Exit, Failure};
 use crate::output;
@@ -93,8 +93,8 @@ impl Status {
     }
 }
 
-pub(super) fn status(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
-    let edge = look(&args.place)?;
+pub(super) fn status(args: &XdpPinsArgs) -> Result<Exit, Failure> {
+    let edge = look(&args.at)?;
     let status = status_of(&edge)?;
     if args.json {
         output::json(&status)?;
@@ -285,8 +285,8 @@ struct RuleRow {
     origin: String,
 }
 
-pub(super) fn rules(args: &XdpPlaceArgs) -> Result<Exit, Failure> {
-    let edge = look(&args.place)?;
+pub(super) fn rules(args: &XdpPinsArgs) -> Result<Exit, Failure> {
+    let edge = look(&args.at)?;
     let (set, rows) = rows(&edge)?;
     if args.json {
         output::json(&rows)?;
@@ -353,7 +353,7 @@ struct TraceReport {
 }
 
 pub(super) fn trace(args: &XdpTraceArgs) -> Result<Exit, Failure> {
-    let edge = look(&args.place)?;
+    let edge = look(&args.at)?;
     let frame = frame(args)?;
     let trace = edge
         .trace(&frame)
@@ -458,7 +458,7 @@ struct EventLine {
 }
 
 pub(super) fn events(args: &XdpEventsArgs) -> Result<Exit, Failure> {
-    let edge = look(&args.place)?;
+    let edge = look(&args.at)?;
     if edge.maps().sampling.load(0).every == 0 {
         output::message("no drop is sampled: set sample_every in [edge] and apply");
     }

@@ -17,7 +17,7 @@ use millrace_edge_policy::rules::RuleAction;
 use crate::exit::{Exit, Failure};
 use crate::load::Loaded;
 use crate::output;
-use args::{XdpCommand, XdpPlace};
+use args::{XdpCommand, XdpPins};
 
 pub(crate) fn run(command: XdpCommand) -> Result<Exit, Failure> {
     match command {
@@ -36,9 +36,9 @@ pub(crate) fn run(command: XdpCommand) -> Result<Exit, Failure> {
 }
 
 /// Where the pins are: as the config says, or the command line.
-fn pins(place: &XdpPlace) -> Result<Pins, Failure> {
-    match &place.config {
-        None => Ok(Pins::at(&place.pins)),
+fn pins(at: &XdpPins) -> Result<Pins, Failure> {
+    match &at.config {
+        None => Ok(Pins::at(&at.pins)),
         Some(file) => {
             let (config, _) = Loaded::read(file)?.usable()?;
             Ok(Pins::at(&config.edge.pins))
@@ -47,8 +47,8 @@ fn pins(place: &XdpPlace) -> Result<Pins, Failure> {
 }
 
 /// Takes over what is pinned, for a look.
-fn look(place: &XdpPlace) -> Result<Edge, Failure> {
-    Ok(Edge::adopt(&pins(place)?).map_err(ControlError::from)?)
+fn look(at: &XdpPins) -> Result<Edge, Failure> {
+    Ok(Edge::adopt(&pins(at)?).map_err(ControlError::from)?)
 }
 
 /// Takes over what is pinned, for a change: in the edge's own network namespace.
