@@ -19,31 +19,10 @@ use millrace_edge::publish::Publisher;
 use millrace_edge_control::Record;
 use serde_json::Value;
 
-/// Another line in `[edge]`, the section that the config ends with.
-fn edit(testbed: &Testbed, from: &str, to: &str) {
-    let config = std::fs::read_to_string(&testbed.node.config).unwrap();
-    assert!(config.contains(from), "{config}");
-    std::fs::write(&testbed.node.config, config.replace(from, to)).unwrap();
-}
-
-fn follows(testbed: &Testbed, version: u64) {
-    eventually("the node follows the registry", || {
-        (testbed.node.status()["edge"]["registry_version"] == version).then_some(())
-    });
-}
-
 /// The node has looked at what is in force, and leaves it: it looks at rules before it puts the
 /// table back, in the same turn.
 fn stays(testbed: &Testbed, set: &Value) {
-    let restored = || {
-        let metrics = testbed.node.get("/metrics").1;
-        let mut lines = metrics.lines();
-        let value = |line: &str| {
-            let value = line.strip_prefix("millrace_edge_tables_restored_total ")?;
-            value.parse::<f64>().ok()
-        };
-        lines.find_map(value).unwrap()
-    };
+    let restored = || testbed.counter("millrace_edge_tables_restored_total");
     let before = restored();
     testbed
         .pair
@@ -99,12 +78,12 @@ fn what_was_rolled_back_stays_out_while_a_node_runs() {
     let own = text(&testbed.registry.dir).to_owned();
     let known = Known::new(&testbed, known);
     let start = |testbed: &mut Testbed| {
-        edit(testbed, &own, text(&known.folder));
+        testbed.node.edit(&own, text(&known.folder));
         testbed.start_node();
-        edit(testbed, text(&known.folder), &own);
+        testbed.node.edit(text(&known.folder), &own);
     };
     start(&mut testbed);
-    follows(&testbed, good);
+    testbed.follows(good);
     let before = testbed.status()["set"].clone();
     for (period, reverts) in [("2s", false), ("60s", true)] {
         let version = testbed.registry.set_firewall(&rule("deny", "10.77.0.0/24"));
@@ -113,9 +92,7 @@ fn what_was_rolled_back_stays_out_while_a_node_runs() {
             testbed.json("revert", &[]);
         }
         known.learn();
-        eventually("the node has the version", || {
-            (testbed.node.status()["registry"]["newest_version"] == version).then_some(())
-        });
+        testbed.knows(version);
         eventually("it is written down", || {
             (testbed.status()["rolled_back"]["registry_version"] == version).then_some(())
         });
@@ -131,7 +108,7 @@ fn what_was_rolled_back_stays_out_while_a_node_runs() {
     testbed.talk(OPERATOR, PORT).unwrap();
     testbed.node.stop();
     start(&mut testbed);
-    follows(&testbed, good);
+    testbed.follows(good);
     testbed.talk(OPERATOR, PORT).unwrap();
 
     // An operator asks for it anew, and confirms.
@@ -146,7 +123,7 @@ fn what_was_rolled_back_stays_out_while_a_node_runs() {
         .registry
         .set_firewall(&allow_all_but_the_non_member());
     known.learn();
-    follows(&testbed, newer);
+    testbed.follows(newer);
 }
 
 // Protects a version that was never tried: a process that is killed before the kernel has the
@@ -177,7 +154,7 @@ fn what_never_was_in_force_is_not_rolled_back() {
     Record::update(&pins, &lock, |record| record.pending = Some(pending)).unwrap();
     drop(lock);
     testbed.start_node();
-    follows(&testbed, version);
+    testbed.follows(version);
     testbed.assert_denied(NON_MEMBER);
     let status = testbed.status();
     assert!(status["rolled_back"].is_null(), "{status}");
@@ -196,19 +173,19 @@ fn a_running_node_goes_on_from_what_was_applied() {
         .registry
         .set_firewall(&rule("allow", "10.77.0.0/24"));
     testbed.start_node();
-    follows(&testbed, first);
-    edit(
-        &testbed,
+    testbed.follows(first);
+    testbed.node.edit(
         "tcp_connections_max = 100",
         "tcp_connections_max = 7\nquic_per_minute = 60",
     );
-    edit(
-        &testbed,
+    testbed.node.edit(
         &format!("tcp_ports = [{PORT}]"),
         &format!("tcp_ports = [{PORT}, 8443]"),
     );
-    edit(&testbed, "limiter_buckets = 1024", "limiter_buckets = 2048");
-    edit(&testbed, "lease = \"500ms\"", "lease = \"600ms\"");
+    testbed
+        .node
+        .edit("limiter_buckets = 1024", "limiter_buckets = 2048");
+    testbed.node.edit("lease = \"500ms\"", "lease = \"600ms\"");
     let applied = testbed.json("apply", &["--mode", "enforce"]);
     assert_eq!(
         applied["unapplied_keys"],
@@ -232,14 +209,14 @@ fn a_running_node_goes_on_from_what_was_applied() {
     let version = testbed
         .registry
         .set_firewall(&allow_all_but_the_non_member());
-    follows(&testbed, version);
+    testbed.follows(version);
     assert_eq!(in_force(&testbed), wanted);
     let denied = testbed.json("deny", &[&format!("{OPERATOR}/32"), "--for", "1h"]);
     assert_eq!(in_force(&testbed), wanted);
     stays(&testbed, &denied["set"]);
 
     // What its config says is its own again when it starts.
-    edit(&testbed, ", 8443]", ", 8443, 8444]");
+    testbed.node.edit(", 8443]", ", 8443, 8444]");
     testbed.node.stop();
     testbed.start_node();
     eventually("the node has put its config in force", || {
@@ -261,7 +238,7 @@ fn enforcing_goes_on_without_the_journal() {
         .registry
         .set_firewall(&allow_all_but_the_non_member());
     testbed.start_node();
-    follows(&testbed, first);
+    testbed.follows(first);
     testbed.json("apply", &["--mode", "enforce"]);
     let applied = testbed.json("deny", &["198.51.100.0/24", "--for", "1h"]);
     // What the node has seen, it knows.
@@ -284,14 +261,8 @@ fn enforcing_goes_on_without_the_journal() {
     let whole = std::fs::read(&path).unwrap();
     std::fs::write(&path, &whole[..whole.len() / 2]).unwrap();
     let unreadable = |testbed: &Testbed| {
-        let metric = "millrace_edge_rules_refused_total{reason=\"journal\"} 1\n";
         eventually("the node counts it", || {
-            testbed
-                .node
-                .get("/metrics")
-                .1
-                .contains(metric)
-                .then_some(())
+            (testbed.refusals("journal") == 1).then_some(())
         });
         assert_eq!(testbed.node.status()["edge"]["place"], "kernel");
     };
@@ -323,9 +294,54 @@ fn enforcing_goes_on_without_the_journal() {
         .registry
         .set_firewall(&rule("allow", "10.77.0.0/24"));
     std::fs::write(&path, &whole).unwrap();
-    follows(&testbed, version);
+    testbed.follows(version);
     testbed.talk(NON_MEMBER, PORT).unwrap();
     assert_eq!(testbed.status()["mode"], "enforce");
+}
+
+// Protects the host from endless attempts: a set that the maps do not hold is refused until the
+// config or the registry is another, and the last good one stays.
+#[test]
+fn a_set_that_the_maps_do_not_hold_is_refused_once() {
+    if !privileged("a_set_that_the_maps_do_not_hold_is_refused_once") {
+        return;
+    }
+    let mut testbed = Testbed::new("room", "");
+    let good = testbed
+        .registry
+        .set_firewall(&rule("allow", "10.77.0.0/24"));
+    testbed.json("attach", &[]);
+    // The maps stay as they were made.
+    testbed.node.edit("rules_max = 64", "rules_max = 128");
+    testbed
+        .node
+        .edit("trie_nodes_max = 256", "trie_nodes_max = 4096");
+    testbed.start_node();
+    testbed.follows(good);
+    let set = testbed.status()["set"].clone();
+    let rules: String = (0..100)
+        .map(|net| rule("deny", &format!("10.{net}.0.0/16")))
+        .collect();
+    testbed.registry.set_firewall(&rules);
+    let message = |testbed: &Testbed| testbed.status()["refused"]["message"].clone();
+    eventually("it is refused", || {
+        message(&testbed).is_string().then_some(())
+    });
+    let text = message(&testbed);
+    assert!(text.as_str().unwrap().contains("raise rules_max"), "{text}");
+    let stayed = testbed.status()["set"].clone();
+    stays(&testbed, &stayed);
+    assert!(testbed.refusals("rules") == 1, "tried once");
+    assert_eq!(
+        testbed.status()["registry_version"],
+        good,
+        "since set {set}"
+    );
+    let output = testbed.xdp("apply", &[]);
+    assert_eq!(output.status.code(), Some(78), "{}", stderr(&output));
+    // What fits is in force again.
+    let version = testbed.registry.set_firewall(&rule("allow", "10.0.0.0/8"));
+    testbed.follows(version);
 }
 
 // Protects a confirmation from another one: it is for the set that awaits confirmation, or
@@ -403,7 +419,7 @@ fn a_flood_beyond_the_budget_asks_for_addresses_until_it_ends() {
         .registry
         .set_firewall(&rule("allow", "10.77.0.0/24"));
     testbed.start_node();
-    follows(&testbed, version);
+    testbed.follows(version);
     let stress = |testbed: &Testbed| testbed.node.status()["edge"]["stress"].clone();
     assert_eq!(stress(&testbed), 0);
     let initial = Description {

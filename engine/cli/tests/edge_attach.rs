@@ -271,3 +271,20 @@ fn what_a_killed_attempt_left_is_completed_or_cleared() {
     assert_eq!(testbed.status()["mode"], "enforce");
     testbed.assert_denied(NON_MEMBER);
 }
+
+#[test]
+fn an_interface_that_is_not_there_leaves_nothing_behind() {
+    if !privileged("an_interface_that_is_not_there_leaves_nothing_behind") {
+        return;
+    }
+    let testbed = Testbed::new("nic", "");
+    // The first of the two is there, and must be left as it was.
+    let interfaces = ["--interface", "mr0", "--interface", "nowhere0"];
+    let output = testbed.xdp("attach", &interfaces);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("nowhere0"), "{}", stderr(&output));
+    assert!(!testbed.pinned.pins().is_present());
+    assert!(!testbed.pair.node.ip("-d link show mr0").contains("xdp"));
+    assert_eq!(testbed.pair.node.nft("list tables"), "");
+    testbed.json("attach", &[]);
+}

@@ -88,6 +88,35 @@ impl Testbed {
         self.json("status", &[])
     }
 
+    /// Waits until the node has this version of the registry.
+    pub fn knows(&self, version: u64) {
+        eventually("the node has the version", || {
+            (self.node.status()["registry"]["newest_version"] == version).then_some(())
+        });
+    }
+
+    /// Waits until the node has put this version of the registry in force.
+    pub fn follows(&self, version: u64) {
+        eventually("the node puts the version in force", || {
+            (self.node.status()["edge"]["registry_version"] == version).then_some(())
+        });
+    }
+
+    /// A metric of the node, by its name and labels as `/metrics` writes them.
+    pub fn counter(&self, name: &str) -> u64 {
+        let metrics = self.node.get("/metrics").1;
+        let mut lines = metrics.lines();
+        let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.map_or(0, |value| value.parse::<f64>().unwrap() as u64)
+    }
+
+    /// How often the edge did not follow, for this reason.
+    pub fn refusals(&self, reason: &str) -> u64 {
+        self.counter(&format!(
+            "millrace_edge_rules_refused_total{{reason=\"{reason}\"}}"
+        ))
+    }
+
     /// Packets that this reason decided about, and those that it would have.
     pub fn packets(&self, reason: &str) -> (u64, u64) {
         let status = self.status();

@@ -168,8 +168,8 @@ impl TestNode {
         std::fs::write(
             &config,
             format!(
-                "[node]\nstate_dir = \".\"\n[listen]\naddress = \"{ip}:4100\"\n[admin]\nheader_timeout = \"300ms\"\n\
-                 body_timeout = \"300ms\"\nconnections_max = 4\n\
+                "[node]\nstate_dir = \".\"\n[listen]\naddress = \"{ip}:4100\"\n[admin]\nheader_timeout = \"30s\"\n\
+                 body_timeout = \"30s\"\nconnections_max = 4\n\
                  [artifacts]\nstore_bytes = \"16MiB\"\n[shards]\ncores = [0]\nspin = \"0s\"\n\
                  chunk_pool_bytes = \"48MiB\"\nhuge_pages = \"never\"\n\
                  [transport]\nreceive_budget_bytes = \"32MiB\"\nreceive_budget_peer_bytes = \"32MiB\"\n\
@@ -188,6 +188,14 @@ impl TestNode {
             says: Arc::default(),
             process: None,
         }
+    }
+
+    /// Writes other words into the config.
+    #[allow(dead_code, reason = "shared by test crates")]
+    pub fn edit(&self, from: &str, to: &str) {
+        let config = std::fs::read_to_string(&self.config).unwrap();
+        assert!(config.contains(from), "{config}");
+        std::fs::write(&self.config, config.replace(from, to)).unwrap();
     }
 
     /// Starts the process and waits until its admin socket answers.
