@@ -1,0 +1,95 @@
+//! The orderly end of a node: what is under way is finished.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+use std::sync::Mutex;
+use std::sync::mpsc::{SyncSender, sync_channel};
+
+use futures_channel::oneshot;
+use millrace_node::config::{Cores, HugePages};
+use millrace_node::{
+    Answer, ByteSize, Class, Defer, Draft, FIRST_FREE_METHOD, FailureCode, Inbound, Messenger,
+    Method, Node, NodeConfig, NodeParts, Payload, Period, Queue, Request, RpcError, Service,
+    ShardMessenger, SigningKey, keys,
+};
+use millrace_testkit::PATIENCE;
+
+/// Is answered once the test says so.
+const LATER: Method = FIRST_FREE_METHOD;
+
+type Release = oneshot::Sender<()>;
+
+struct Later {
+    messenger: ShardMessenger,
+    heard: SyncSender<Release>,
+}
+
+impl Service for Later {
+    fn on_request(&mut self, _request: Inbound<'_>, defer: Defer<'_>) -> Answer {
+        let Some(responder) = defer.responder() else {
+            return Answer::Failure(FailureCode::Busy);
+        };
+        let (release, released) = oneshot::channel();
+        self.heard.send(release).unwrap();
+        self.messenger.spawn(Queue::Latency, async move {
+            released.await.unwrap();
+            responder.reply(b"late".to_vec().into());
+        });
+        Answer::Deferred
+    }
+
+    fn on_send(&mut self, _message: Inbound<'_>) {}
+}
+
+fn start(registry: &SigningKey, heard: &SyncSender<Release>) -> Node {
+    let mut config = NodeConfig::default();
+    config.listen.address = "127.0.0.1:0".parse().unwrap();
+    config.shards.cores = Cores::List(vec![0]);
+    config.shards.defaults.chunk_pool_bytes = ByteSize::mib(8);
+    config.shards.defaults.huge_pages = HugePages::Never;
+    config.transport.drain_timeout = Period::secs(60);
+    let key = keys::generate().unwrap();
+    let parts = NodeParts::in_memory(&config, key, registry.public_key()).unwrap();
+    let heard = Mutex::new(heard.clone());
+    let parts = parts.serve(LATER..=LATER, move |messenger| Later {
+        messenger,
+        heard: heard.lock().unwrap().clone(),
+    });
+    Node::start(&config, parts).unwrap()
+}
+
+#[test]
+fn a_node_that_shuts_down_answers_what_it_was_asked_and_takes_no_more() {
+    let registry = keys::generate().unwrap();
+    let (heard, hears) = sync_channel(1);
+    let nodes = [0, 1].map(|_| start(&registry, &heard));
+    let records = nodes
+        .each_ref()
+        .map(|node| (node.public_key(), node.address()));
+    let version = Draft::with_nodes("test", &records).unwrap();
+    let version = version.sign(&registry).unwrap();
+    for node in &nodes {
+        node.offer_version(version.clone()).unwrap();
+    }
+    let [asks, ends] = &nodes;
+    asks.wait_for_peer(ends.id(), PATIENCE).unwrap();
+    ends.wait_for_peer(asks.id(), PATIENCE).unwrap();
+
+    let later = || Request {
+        class: Class::Normal,
+        method: LATER,
+        body: Payload::Empty,
+        deadline: PATIENCE,
+    };
+    let answer = asks.request(ends.id(), later());
+    let release = hears.recv_timeout(PATIENCE).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| ends.shutdown());
+        let status = ends.transport().status();
+        assert!(status.wait(PATIENCE, <[_]>::is_empty), "it has begun");
+        release.send(()).unwrap();
+        let answer = answer.wait(PATIENCE).unwrap();
+        assert_eq!(answer.as_text(), Some("late"));
+    });
+    let refused = ends.request(asks.id(), later()).wait(PATIENCE);
+    assert_eq!(refused.unwrap_err(), RpcError::LocalShuttingDown);
+}
