@@ -44,8 +44,8 @@ use crate::core::Core;
 use crate::error::{StartError, socket_failed};
 use crate::mapping;
 
-/// Kept for the shards: memory that they register with their rings is locked.
-const KEPT: [Capability; 1] = [Capability::CAP_IPC_LOCK];
+/// Retained for the shards: memory that they register with their rings is locked.
+const RETAINED: [Capability; 1] = [Capability::CAP_IPC_LOCK];
 
 /// What the edge of a node asks of the program that it runs in.
 pub struct EdgeHost<'h> {
@@ -199,7 +199,7 @@ pub fn prepare(
     let admission = Arc::new(admission(config, &settings)?);
     admission.set_kernel_charges(kernel.is_some() && mode == Mode::Enforce);
     // With or without an edge: sockets are bound and have their buffers.
-    privileges::drop_capabilities(&KEPT)
+    privileges::drop_capabilities(&RETAINED)
         .map_err(|error| StartError::host("capabilities cannot be given up", error))?;
     let counts = kernel.clone().map(KernelCounts);
     let view = Arc::new(EdgeView::new(kernel.is_some()));

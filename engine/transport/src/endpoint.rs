@@ -120,6 +120,8 @@ pub(crate) struct Endpoint {
     /// next turn.
     replies: Vec<(Vec<u8>, SocketAddr)>,
     stop_at: Option<Instant>,
+    /// Whether connections were closed at once when the stop began, or since.
+    closed_at_once: bool,
     admission_tick_at: Instant,
 }
 
@@ -154,6 +156,7 @@ impl Endpoint {
             topology: Arc::clone(&topology),
             replies: Vec::new(),
             stop_at: None,
+            closed_at_once: false,
             admission_tick_at: now,
         };
         endpoint.set_topology(topology, now);
@@ -396,6 +399,10 @@ impl Datapath for Endpoint {
         }
         self.parts.bodies.settle();
         self.renew_all_ids(now);
+        // An orderly stop that was under way.
+        if self.stop_at.is_some() && !self.closed_at_once && self.parts.stop_mode.is_at_once() {
+            self.on_stop(now);
+        }
         if self.parts.ticks_admission && self.admission_tick_at <= now {
             self.admission_tick_at = now + ADMISSION_TICK;
             let now_ns = self.parts.clock.ns(now);
@@ -408,6 +415,7 @@ impl Datapath for Endpoint {
         self.parts.state.stopping.set(true);
         self.parts.state.now.set(now);
         let at_once = self.parts.stop_mode.is_at_once();
+        self.closed_at_once = at_once;
         let until = now
             + if at_once {
                 CLOSE_TIMEOUT

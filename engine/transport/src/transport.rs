@@ -230,8 +230,8 @@ impl Transport {
     /// Closes all connections at once and stops the shards: peers are told, but what is under way
     /// is lost, and requests end with [`RpcError::ConnectionLost`] or
     /// [`RpcError::LocalShuttingDown`]. Blocks until the shards' threads have ended, within a
-    /// second; when another thread [shuts down](Self::shutdown) already, as long as that takes. Not
-    /// for a shard's thread.
+    /// second; a [`shutdown`](Self::shutdown) that is under way is cut short. Not for a shard's
+    /// thread.
     pub fn close(&self) {
         self.inner.shards.close();
     }

@@ -5,7 +5,7 @@
 mod common;
 
 use std::sync::Barrier;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::*;
 use millrace_protocol::frame::{Class, FailureCode, Method};
@@ -240,6 +240,33 @@ fn each_of_two_threads_that_shut_down_waits_for_the_end() {
         shut_down();
         other.join().unwrap();
     });
+}
+
+// Protects the end of a node from an orderly one that another thread began and that takes long.
+#[test]
+fn a_close_cuts_a_shutdown_short() {
+    let config = TransportConfig {
+        drain_timeout: 2 * PATIENCE,
+        ..TransportConfig::default()
+    };
+    let (a, b) = pair(&config, 16 << 20);
+    let hanging = a
+        .transport
+        .request(b.id(), request(HANG, Class::Normal, vec![1]));
+    b.wait_for(|event| matches!(event, Event::Hanging));
+    let began_at = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| a.transport.shutdown());
+        let status = a.transport.status();
+        assert!(status.wait(PATIENCE, <[_]>::is_empty), "it has begun");
+        a.transport.close();
+    });
+    // Within a second, it says.
+    assert!(began_at.elapsed() < PATIENCE);
+    assert_eq!(
+        hanging.wait(PATIENCE).unwrap_err(),
+        RpcError::ConnectionLost
+    );
 }
 
 #[test]
