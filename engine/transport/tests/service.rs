@@ -7,7 +7,7 @@ mod scenarios;
 
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::ops::RangeInclusive;
 use std::pin::Pin;
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -23,7 +23,7 @@ use millrace_protocol::topology::Topology;
 use millrace_shards::Queue;
 use millrace_shards::chunk::{Body, CHUNK_BYTES};
 use millrace_shards::socket::UdpGroupConfig;
-use millrace_transport::counters::Family;
+use millrace_transport::counters::{Counter, Family};
 use millrace_transport::{
     EdgeStart, Messenger, Payload, Request, Router, RouterError, RpcError, ShardMessenger,
     StartError, Transport, TransportConfig, TransportStart,
@@ -142,11 +142,11 @@ impl Node {
             .sum()
     }
 
-    fn wait_for_peers(&self, peers: usize) {
+    fn wait_for_connections(&self, connections: usize) {
         let up = self
             .transport
             .status()
-            .wait(PATIENCE, |up| up.len() == peers);
+            .wait(PATIENCE, |up| up.len() == connections);
         assert!(up, "{:?}", self.transport.status().peers());
     }
 }
@@ -173,17 +173,37 @@ fn start(
 
 /// A node of `shards` shards and its `peers` of one each, all connected; the peers by their ids.
 fn star(config: &TransportConfig, shards: usize, peers: u8) -> (Node, Vec<Node>) {
+    connect(config, shards, peers, 1)
+}
+
+/// As [`star`], with as many connections between two nodes as the peers have shards.
+fn connect(
+    config: &TransportConfig,
+    shards: usize,
+    peers: u8,
+    connections: u8,
+) -> (Node, Vec<Node>) {
+    let config = TransportConfig {
+        connections_per_peer: connections,
+        // A machine that is busy with other things is no reason to give up a peer, or a body: each
+        // test says itself how long it waits.
+        idle_timeout: PATIENCE,
+        connect_timeout: PATIENCE,
+        probe_failures_max: 1_000,
+        stream_progress_interval: PATIENCE,
+        ..config.clone()
+    };
+    let of_peers = usize::from(connections);
     let keys: Vec<_> = (1..=peers + 1).map(key).collect();
     let addresses: Vec<_> = keys.iter().map(|_| free_addr()).collect();
     let members = keys.iter().zip(&addresses);
     let all = topology(members.map(|(key, address)| member(key, *address)), 1);
-    let node = |at: usize, shards| Node::start(&keys[at], addresses[at], &all, config, shards);
+    let node = |at: usize, shards| Node::start(&keys[at], addresses[at], &all, &config, shards);
     let center = node(0, shards);
-    let mut others: Vec<_> = (1..keys.len()).map(|at| node(at, 1)).collect();
+    let mut others: Vec<_> = (1..keys.len()).map(|at| node(at, of_peers)).collect();
     others.sort_by_key(Node::id);
-    center.wait_for_peers(others.len());
-    for other in &others {
-        other.wait_for_peers(others.len());
+    for node in others.iter().chain([&center]) {
+        node.wait_for_connections(of_peers * others.len());
     }
     (center, others)
 }
@@ -318,6 +338,84 @@ fn a_wait_for_room_ends_with_its_connection_and_crosses_shards() {
     });
     let ends = [RpcError::ConnectionLost, RpcError::NotConnected];
     assert!(ends.contains(&waiting), "{waiting}");
+}
+
+/// With several connections to a peer, on a shard that has none of them and on one that has.
+#[test]
+fn a_bound_of_requests_says_when_it_has_room_on_several_connections() {
+    let (a, others) = connect(&scenarios::few_in_flight(), 3, 1, 2);
+    let b = others[0].id();
+    let [owner, second] = [0, 1].map(|index| usize::from(b.owner_shard(index, 3)));
+    assert_ne!(owner, second);
+    // Bodies of the owner take its own connection.
+    let scenario = scenarios::a_bound_of_requests_says_when_it_has_room::<ShardMessenger>;
+    a.on_shard(owner, move |messenger| scenario(messenger, b));
+    for class in Class::ALL {
+        let connections = if class == Class::Bulk { 2 } else { 1 };
+        let log = Arc::clone(&others[0].log);
+        let scenario = scenarios::a_bound_at_another_shard_says_when_it_has_room::<ShardMessenger>;
+        a.on_shard(3 - owner - second, move |messenger| {
+            scenario(messenger, b, log, class, connections)
+        });
+    }
+}
+
+#[test]
+fn bodies_take_all_connections_of_a_peer() {
+    const COUNT: usize = 20;
+    let (a, others) = connect(&TransportConfig::default(), 3, 1, 2);
+    let b = others[0].id();
+    let owners = [0, 1].map(|index| usize::from(b.owner_shard(index, 3)));
+    let sent = |shard: usize| a.transport.counters()[shard].get(Counter::SentBulk);
+    // From a thread, and from a shard that has no connection.
+    let ask = || {
+        let body = Body::copy_from_slice(a.transport.pool(0).unwrap(), &vec![1; 100_000]).unwrap();
+        a.transport.request(b, request(ECHO, Class::Bulk, body))
+    };
+    for answer in [(); COUNT].map(|()| ask()) {
+        assert_eq!(answer.wait(PATIENCE).unwrap().len(), 100_000);
+    }
+    assert_eq!(owners.map(sent), [COUNT as u64 / 2; 2]);
+    a.on_shard(3 - owners[0] - owners[1], move |messenger| async move {
+        for _ in 0..COUNT {
+            let body = Body::copy_from_slice(messenger.pool(), &vec![1; 100_000]).unwrap();
+            let answer = messenger.request(b, request(ECHO, Class::Bulk, body));
+            assert_eq!(answer.await.unwrap().len(), 100_000);
+        }
+    });
+    assert_eq!(owners.map(sent), [COUNT as u64; 2]);
+    // Small messages keep to one of them, in their order.
+    let (log, scenario) = (
+        Arc::clone(&others[0].log),
+        scenarios::latency_keeps_its_order::<ShardMessenger>,
+    );
+    a.on_shard(owners[0], move |messenger| {
+        scenario(messenger, b, log, 20_000)
+    });
+}
+
+// Protects an embedder whose last handle is held by a task of a shard: the drop waits for no
+// thread, and so not for its own.
+#[test]
+fn the_last_handle_may_be_dropped_on_a_shard_of_its_own() {
+    for shards in [1, 2] {
+        let (a, others) = star(&TransportConfig::default(), shards, 1);
+        let address = a.transport.local_addr();
+        let Node {
+            transport, jobs, ..
+        } = a;
+        let (sender, is_dropped) = sync_channel(1);
+        jobs[0].push(Box::new(move |_| {
+            Box::pin(async move {
+                drop(transport);
+                sender.send(()).unwrap();
+            })
+        }));
+        is_dropped.recv_timeout(PATIENCE).expect("the drop returns");
+        let can_bind = || UdpSocket::bind(address).is_ok();
+        millrace_testkit::until("the address can be bound", can_bind);
+        others[0].wait_for_connections(0);
+    }
 }
 
 #[test]

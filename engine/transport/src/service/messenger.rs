@@ -112,8 +112,12 @@ pub trait Messenger: Clone + 'static {
     /// Ready once all that refused a message of `class` to `peer` has fallen under half of its
     /// bound: queues (`lane_queue_bytes` for small messages, `stream_queue_messages` for the
     /// others) and requests in flight (`requests_out_max`). Ready at once when nothing has refused.
-    /// Where several connections carry class bulk to `peer`, one with room is enough. Dropping the
-    /// future ends the wait.
+    /// Dropping the future ends the wait.
+    ///
+    /// Where several connections carry class bulk to `peer`: on a shard that has some of them, one
+    /// of these with room is enough. On any other shard messages take turns over the shards that
+    /// have some, and the wait is for the one that sends the next message. With a message of
+    /// another task in between, the next one is another shard's, and may be refused again.
     ///
     /// # Errors
     /// [`RpcError::NotConnected`]; [`RpcError::ConnectionLost`] when the connection ends meanwhile;

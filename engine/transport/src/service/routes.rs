@@ -70,13 +70,21 @@ impl Routes {
         usize::from(peer.owner_shard(0, self.senders.len() as u8))
     }
 
-    /// The shard that sends the next message of `class` to `peer`: bodies take turns over the
-    /// connections that are up.
+    /// The shard that sends the next message of `class` to `peer`, which takes its turn: bodies
+    /// take turns over the connections that are up.
     fn shard_for(&self, peer: &NodeId, class: Class) -> usize {
+        self.shard_at(peer, class, || self.turn.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// As [`Self::shard_for`], and takes no turn.
+    fn next_shard_for(&self, peer: &NodeId, class: Class) -> usize {
+        self.shard_at(peer, class, || self.turn.load(Ordering::Relaxed))
+    }
+
+    fn shard_at(&self, peer: &NodeId, class: Class, turn: impl Fn() -> usize) -> usize {
         if class == Class::Bulk && self.connections_per_peer > 1 {
             let up = self.board.shards_of(peer);
-            let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-            if let Some(shard) = turn.checked_rem(up.len()).and_then(|at| up.get(at)) {
+            if let Some(shard) = turn().checked_rem(up.len()).and_then(|at| up.get(at)) {
                 return *shard;
             }
         }
@@ -115,8 +123,8 @@ impl Routes {
         self.post_send(shard, peers, class, method, body)
     }
 
-    /// Waits until the queue of `class` to `peer` takes messages again, on the shard that owns the
-    /// connection.
+    /// Waits until the queue of `class` to `peer` takes messages again, on the shard that sends the
+    /// next one. A message of another asker may take that turn before the wait is over.
     ///
     /// # Errors
     /// As [`Self::send`].
@@ -125,7 +133,7 @@ impl Routes {
         peer: NodeId,
         class: Class,
     ) -> Result<RemoteAnswer, RpcError> {
-        let shard = self.owner_of(&peer);
+        let shard = self.next_shard_for(&peer, class);
         let canceller = Arc::clone(self) as Arc<dyn Canceller>;
         let (completion, answer) = RemoteCompletion::new(shard, canceller);
         let wait = RemoteWait {
@@ -248,6 +256,102 @@ impl Canceller for Routes {
             counters.count(Family::Failed, CANCEL_LATE);
             // After the answer was marked as dropped: who takes the flag finds it so.
             flag.store(true, Ordering::Release);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use millrace_shards::mailbox::{MailReceiver, mailbox};
+
+    use super::*;
+    use crate::config::PerClass;
+    use crate::status::PeerStatus;
+
+    const SHARDS: u8 = 4;
+
+    fn peer() -> NodeId {
+        NodeId::from_bytes([1; 29])
+    }
+
+    fn up() -> PeerStatus {
+        PeerStatus {
+            node_id: peer(),
+            connection: millrace_protocol::id::ConnectionNumber(1),
+            address: None,
+            rtt: None,
+            probe_rtt: None,
+            queued_bytes: PerClass {
+                latency: 0,
+                normal: 0,
+                bulk: 0,
+            },
+            congestion_window_bytes: 0,
+            packets_sent: 0,
+            packets_lost: 0,
+            bytes_sent: 0,
+            bytes_received: 0,
+            shard: 0,
+        }
+    }
+
+    /// Mailboxes of shards, of which these have a connection to the peer.
+    fn testbed(connected: &[usize]) -> (Arc<Routes>, Vec<MailReceiver<Command>>) {
+        let mailboxes = (0..SHARDS).map(|_| mailbox(8).unwrap());
+        let (senders, receivers): (Vec<_>, Vec<_>) = mailboxes.unzip();
+        let board = Arc::new(StatusBoard::new(senders.len()));
+        for shard in connected {
+            board.publish(*shard, vec![up()], 1, 0);
+        }
+        let counters = senders.iter().map(|_| Arc::default()).collect();
+        let count = connected.len() as u8;
+        (
+            Arc::new(Routes::new(senders, counters, board, count)),
+            receivers,
+        )
+    }
+
+    /// Which mailbox has a message.
+    fn taken(receivers: &mut [MailReceiver<Command>]) -> usize {
+        let full = receivers
+            .iter_mut()
+            .position(|mail| mail.try_recv().is_some());
+        full.expect("a message was sent")
+    }
+
+    // Protects a shard's thread and its mailbox: a wait at another shard than the one that sends
+    // the next message is over at once, for ever.
+    #[test]
+    fn a_wait_for_room_is_where_the_next_message_goes() {
+        let owner = usize::from(peer().owner_shard(0, SHARDS));
+        let second = (owner + 2) % usize::from(SHARDS);
+        let (routes, mut receivers) = testbed(&[owner, second]);
+        for class in Class::ALL {
+            let mut shards = [0; SHARDS as usize];
+            for _ in 0..6 {
+                let waits = [(); 2].map(|()| {
+                    let wait = routes.on_writable(peer(), class).unwrap();
+                    (wait, taken(&mut receivers)).1
+                });
+                let request = Request {
+                    class,
+                    method: Method(0),
+                    body: Payload::Empty,
+                    deadline: Duration::from_secs(1),
+                };
+                drop(routes.request(peer(), request));
+                let asked = taken(&mut receivers);
+                assert_eq!(waits, [asked; 2], "{class:?}: a wait takes no turn");
+                shards[asked] += 1;
+            }
+            let bulk = usize::from(class == Class::Bulk) * 3;
+            assert_eq!(
+                (shards[owner], shards[second]),
+                (6 - bulk, bulk),
+                "{class:?}"
+            );
         }
     }
 }

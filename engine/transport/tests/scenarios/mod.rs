@@ -391,6 +391,41 @@ pub(crate) async fn a_bound_of_requests_says_when_it_has_room<M: Messenger>(
     }
 }
 
+/// As [`a_bound_of_requests_says_when_it_has_room`], on a shard that has no connection to the peer;
+/// others have so many that carry the class.
+pub(crate) async fn a_bound_at_another_shard_says_when_it_has_room<M: Messenger>(
+    messenger: M,
+    peer: NodeId,
+    log: Arc<Log>,
+    class: Class,
+    connections: usize,
+) {
+    let hang = || messenger.request(peer, request(HANG, class, vec![1]));
+    let most = IN_FLIGHT as usize * connections;
+    let before = log.lock().hanging;
+    let kept: Vec<_> = (0..most).map(|_| hang()).collect();
+    let all_hang = || log.lock().hanging == before + most;
+    until(&messenger, "as many as the bounds allow hang", all_hang).await;
+    for _ in 0..connections {
+        assert_eq!(hang().await.unwrap_err(), RpcError::LocalBusy(class));
+    }
+    let mut full = std::pin::pin!(messenger.on_writable(peer, class));
+    assert_eq!(poll_once(full.as_mut()).await, Poll::Pending);
+    // Behind the wait in its mailbox: what it says, it has said by then.
+    assert_eq!(hang().await.unwrap_err(), RpcError::LocalBusy(class));
+    assert_eq!(poll_once(full.as_mut()).await, Poll::Pending, "{class:?}");
+    drop(kept);
+    full.await.unwrap();
+    let gone = || {
+        let seen = log.lock();
+        seen.cancelled == seen.hanging
+    };
+    until(&messenger, "all that hung are taken back", gone).await;
+    messenger.on_writable(peer, class).await.unwrap();
+    let answer = messenger.request(peer, request(ECHO, class, vec![1]));
+    assert_eq!(answer.await.unwrap().len(), 1);
+}
+
 /// An answer that its queue has no room for is a refusal, not silence. Runs with [`short_queues`].
 pub(crate) async fn a_full_answer_queue_says_busy<M: Messenger>(messenger: M, peer: NodeId) {
     // They arrive in a few packets, and want a hundred times the queue's bytes.
