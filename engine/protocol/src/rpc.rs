@@ -92,7 +92,8 @@ pub enum RpcError {
     /// The peer says that it failed.
     #[error("peer failed: {}", .0.reason())]
     Peer(FailureCode),
-    /// The peer's response is not one, or ended early.
+    /// The peer's response is not one, or ended early; or the peer stopped the request's stream and
+    /// did not say why.
     #[error("peer broke the protocol")]
     PeerProtocol,
 }

@@ -336,6 +336,11 @@ impl Outbox {
         self.lanes.iter().any(|lane| lane.is_stopped)
     }
 
+    /// The messages whose streams the peer stopped, since the last call.
+    pub(crate) fn take_stopped(&mut self) -> Vec<Header> {
+        self.streams.take_stopped()
+    }
+
     pub(crate) fn take_streams_opened(&mut self) -> u64 {
         self.streams.take_opened()
     }

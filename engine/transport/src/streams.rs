@@ -178,7 +178,20 @@ pub(crate) struct StreamCarrier {
     active_max: usize,
     next_stream: u64,
     opened: u64,
+    /// Messages whose streams the peer stopped, since the last look.
+    stopped: Vec<Header>,
     prefetcher: Prefetcher,
+}
+
+/// What became of a stream that was fed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fed {
+    /// The path takes no more now.
+    Blocked,
+    /// The path has taken all, or the connection is closing.
+    Done,
+    /// The peer wants no more of it (STOP_SENDING).
+    Stopped,
 }
 
 impl StreamCarrier {
@@ -202,6 +215,7 @@ impl StreamCarrier {
             active_max,
             next_stream: first_stream,
             opened: 0,
+            stopped: Vec::new(),
             prefetcher: Prefetcher::default(),
         }
     }
@@ -216,6 +230,11 @@ impl StreamCarrier {
     /// Streams opened since the last call.
     pub(crate) fn take_opened(&mut self) -> u64 {
         std::mem::take(&mut self.opened)
+    }
+
+    /// The messages whose streams the peer stopped, since the last call.
+    pub(crate) fn take_stopped(&mut self) -> Vec<Header> {
+        std::mem::take(&mut self.stopped)
     }
 
     /// Body bytes of `class` that quiche has not taken. Adds up over the queue: not for every
@@ -282,12 +301,13 @@ impl StreamCarrier {
         }
     }
 
-    /// Feeds one stream. True when it is done (all taken, or the peer stopped it).
-    fn feed<P: StreamPath>(active: &mut Active, path: &mut P, prefetcher: &mut Prefetcher) -> bool {
+    /// Feeds one stream.
+    fn feed<P: StreamPath>(active: &mut Active, path: &mut P, prefetcher: &mut Prefetcher) -> Fed {
         loop {
-            // Stopped by the peer, or the connection is closing: the answer, if any, says why.
-            let Ok(capacity) = path.stream_capacity(active.stream) else {
-                return true;
+            let capacity = match path.stream_capacity(active.stream) {
+                Ok(capacity) => capacity,
+                Err(StreamError::Stopped) => return Fed::Stopped,
+                Err(_) => return Fed::Done,
             };
             let reserve = if active.message.header.class == Class::Bulk {
                 RESERVE_BYTES.min(capacity / 2)
@@ -296,7 +316,7 @@ impl StreamCarrier {
             };
             let room = capacity - reserve;
             if room == 0 {
-                return false;
+                return Fed::Blocked;
             }
             let (buffer, last) = active.next(room);
             let offered = buffer.as_ref().len();
@@ -311,14 +331,15 @@ impl StreamCarrier {
                         prefetcher.push(piece.slice(0..taken));
                     }
                     if active.taken == active.total() {
-                        return true;
+                        return Fed::Done;
                     }
                     if taken < offered {
-                        return false;
+                        return Fed::Blocked;
                     }
                 }
-                Err(StreamError::Blocked) => return false,
-                Err(_) => return true,
+                Err(StreamError::Blocked) => return Fed::Blocked,
+                Err(StreamError::Stopped) => return Fed::Stopped,
+                Err(StreamError::Ended) => return Fed::Done,
             }
         }
     }
@@ -344,12 +365,17 @@ impl Carrier for StreamCarrier {
         let mut at = 0;
         let mut finished = false;
         while at < self.active.len() {
-            if Self::feed(&mut self.active[at], path, &mut self.prefetcher) {
-                self.remove_active(at);
-                finished = true;
-            } else {
+            let fed = Self::feed(&mut self.active[at], path, &mut self.prefetcher);
+            if fed == Fed::Blocked {
                 at += 1;
+                continue;
             }
+            if fed == Fed::Stopped {
+                self.prefetcher.clear();
+                self.stopped.push(self.active[at].message.header);
+            }
+            self.remove_active(at);
+            finished = true;
         }
         if finished && self.waiting.iter().any(|queue| !queue.is_empty()) {
             Progress::More

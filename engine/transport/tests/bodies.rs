@@ -454,6 +454,53 @@ fn a_request_that_is_cancelled_while_its_body_arrives_gives_its_space_back() {
     assert_eq!(bed.store.reason(Family::Rejected, "peer_cancelled"), 3);
 }
 
+// Protects an asker from waiting for its deadline, and the space of a body that is not sent: a peer
+// that stops a stream (STOP_SENDING) ends that message, and all others go on.
+#[test]
+fn a_peer_that_stops_a_body_ends_that_message_alone() {
+    /// The store's first stream after its lanes, and how they count on.
+    const STREAM_OF_MESSAGE: u64 = 23;
+    let (bed, mut raw) = store_and_raw(budget(16 * MIB, 8 * MIB));
+    let is_up = || bed.store.transport.status().peers().len() == 1;
+    assert!(raw.drive(LIMIT, |_| is_up()));
+    let (transport, peer) = (&bed.store.transport, bed.asker.id());
+    let stopped = || bed.store.reason(Family::Failed, "peer_stopped");
+    let stop = |raw: &mut Raw, stream| {
+        assert!(raw.drive(LIMIT, |quic| quic.stream_readable(stream)));
+        let stop = raw.quic.stream_shutdown(stream, quiche::Shutdown::Read, 7);
+        stop.unwrap();
+    };
+    // More than the window of a stream: the rest waits at the store.
+    let body = bed.store.body(6 << 20);
+    let answer = transport.request(peer, request(KEEP, Class::Bulk, body));
+    let other = transport.send(peer, Class::Normal, KEEP, bed.store.body(100_000).into());
+    assert_eq!(other, Ok(()));
+    stop(&mut raw, STREAM_OF_MESSAGE);
+    assert!(raw.drive(LIMIT, |_| stopped() == 1));
+    assert_eq!(answer.wait(LIMIT).unwrap_err(), RpcError::PeerProtocol);
+    // The other message comes whole, and what both took is free then.
+    let (mut bytes, mut buffer, mut is_whole) = (0, [0; 4_096], false);
+    let whole = raw.drive(LIMIT, |quic| {
+        while let Ok((read, fin)) = quic.stream_recv(STREAM_OF_MESSAGE + 4, &mut buffer) {
+            bytes += read;
+            is_whole |= fin;
+        }
+        is_whole
+    });
+    assert!(whole && bytes == 1 + Header::BYTES + 100_000, "{bytes}");
+    assert!(raw.drive(LIMIT, |_| bed.taken_bytes() == 0));
+    // Answers too: two at a time would be more than may wait.
+    for n in 0..3 {
+        let give = header(Kind::Request, GIVE, n as u32, 4).encode();
+        let give = [&give[..], &(6_u32 << 20).to_le_bytes()].concat();
+        assert!(raw.send(Raw::LANE, &give, false));
+        stop(&mut raw, STREAM_OF_MESSAGE + 8 + 4 * n);
+        assert!(raw.drive(LIMIT, |_| stopped() == 2 + n));
+    }
+    assert!(raw.drive(LIMIT, |_| bed.taken_bytes() == 0));
+    assert!(is_up());
+}
+
 // Protects a service's bookkeeping: a sink whose body does not become whole hears why, once.
 #[test]
 fn a_sink_of_a_body_that_ends_early_is_cut_once() {

@@ -467,6 +467,15 @@ impl ConnectionHandle {
         }
     }
 
+    /// The peer stopped the stream of a message of ours before it had all of it. A peer that
+    /// refuses a request says why in a frame; this one did not, or says so too late.
+    pub(crate) fn on_stopped(&self, header: &Header) {
+        self.state.counters.count(Family::Failed, "peer_stopped");
+        if header.kind == Kind::Request {
+            self.on_answer(header.id, Err(RpcError::PeerProtocol));
+        }
+    }
+
     /// Whether all that refused a message of `class` has fallen under half of its bound: lanes,
     /// streams, and requests in flight.
     fn is_writable(&self, class: Class) -> bool {

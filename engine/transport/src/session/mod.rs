@@ -271,7 +271,11 @@ impl Session {
             let opened = out.take_streams_opened();
             self.handle.state.counters.add(Counter::StreamsOut, opened);
         }
+        let stopped = out.take_stopped();
         drop(out);
+        stopped
+            .iter()
+            .for_each(|header| self.handle.on_stopped(header));
         self.handle.wake_writable();
         Transmitted {
             progress,
