@@ -9,6 +9,7 @@ use millrace_edge_control::ControlError;
 use millrace_protocol::frame::Method;
 use millrace_protocol::id::NodeId;
 use millrace_registry::KeyError;
+use millrace_shards::runtime::StartError as ShardError;
 use millrace_shards::socket::SocketError;
 use millrace_transport::{RouterError, StartError as TransportError};
 
@@ -102,6 +103,14 @@ pub(crate) fn transport_failed(error: TransportError) -> StartError {
         },
         TransportError::Socket(error) => socket_failed(error),
         TransportError::Services(error) => error.into(),
+        TransportError::Shard { source, .. }
+            if matches!(source, ShardError::CpuNotAllowed { .. }) =>
+        {
+            StartError::Config {
+                key: "shards.cores".to_owned(),
+                reason: source.to_string(),
+            }
+        }
         error => StartError::host(NO_TRANSPORT, error),
     }
 }
@@ -237,6 +246,15 @@ mod tests {
     #[test]
     fn an_error_of_the_config_names_a_key_that_exists() {
         let default = millrace_tuning::NodeConfig::default();
+        let source = ShardError::CpuNotAllowed {
+            cpu: 99,
+            allowed: vec![0],
+        };
+        let no_core = transport_failed(TransportError::Shard { shard: 0, source });
+        assert!(
+            no_core.to_string().starts_with("shards.cores: "),
+            "{no_core}"
+        );
         let no_shards = transport_failed(TransportError::NoShards);
         assert!(
             no_shards.to_string().starts_with("shards.cores: "),

@@ -141,6 +141,8 @@ pub(crate) fn contiguous(answer: &Payload) -> Cow<'_, [u8]> {
 
 #[cfg(test)]
 mod tests {
+    use millrace_protocol::registry::RegistryConfig;
+
     use super::*;
 
     fn version(bytes: usize) -> SignedVersion {
@@ -174,6 +176,15 @@ mod tests {
         let largest = ANSWER_BYTES_MAX - encoded_bytes(&version(0));
         assert!(decode(&encode([version(largest)].iter())).is_some());
         assert_eq!(decode(&encode([version(largest + 1)].iter())), None);
+    }
+
+    /// Protects every peer: the newest version is in an answer, whatever its length, and a node
+    /// with the default config gives all that it holds.
+    #[test]
+    fn an_answer_has_space_for_what_a_node_may_hold() {
+        let config = RegistryConfig::default();
+        assert!(encoded_bytes(&version(config.document_bytes_max)) <= ANSWER_BYTES_MAX);
+        assert_eq!(config.versions_max, ANSWER_VERSIONS_MAX);
     }
 
     /// Protects a peer that is far behind: the newest version is in every answer.
