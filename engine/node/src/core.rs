@@ -55,6 +55,9 @@ impl Core {
 
     /// Whether the node can do its work; otherwise why not.
     pub(crate) fn readiness(&self) -> Result<(), NotReady> {
+        if let Some(shard) = self.transport.status().first_ended() {
+            return Err(NotReady::ShardEnded { shard });
+        }
         if self.versions.newest() == 0 {
             return Err(NotReady::NoRegistry);
         }

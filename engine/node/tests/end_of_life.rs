@@ -1,18 +1,21 @@
 //! A node that is dropped leaves nothing behind. One test: it counts the threads of its process.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
+mod common;
+
 use std::net::UdpSocket;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use millrace_node::config::{Cores, HugePages};
 use millrace_node::{
-    Answer, ByteSize, Class, Defer, Draft, FIRST_FREE_METHOD, Inbound, Method, Node, NodeConfig,
-    NodeParts, Payload, Period, Request, Responder, RpcError, Service, SigningKey, keys,
+    Answer, Class, Defer, Draft, FIRST_FREE_METHOD, Inbound, Method, Node, NodeParts, Payload,
+    Period, Request, Responder, RpcError, Service, SigningKey, keys,
 };
 use millrace_testkit::wait::within;
+
+use common::config;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 /// A second is promised; ten times of it is allowed.
@@ -60,11 +63,7 @@ fn threads() -> Vec<String> {
 
 /// A node, and what it says of each request that hangs there.
 fn start(folder: &Path, registry: &SigningKey) -> (Node, Receiver<()>) {
-    let mut config = NodeConfig::default();
-    config.listen.address = "127.0.0.1:0".parse().unwrap();
-    config.shards.cores = Cores::List(vec![0]);
-    config.shards.defaults.chunk_pool_bytes = ByteSize::mib(8);
-    config.shards.defaults.huge_pages = HugePages::Never;
+    let mut config = config();
     config.transport.drain_timeout = DRAIN_TIMEOUT;
     let key = keys::generate().unwrap();
     let socket = folder.join(format!("{}.sock", key.node_id()));

@@ -1,24 +1,21 @@
 //! Registry versions go from node to node.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
+mod common;
+
 use std::net::SocketAddr;
 
-use millrace_node::config::{Cores, HugePages};
-use millrace_node::{
-    ByteSize, Draft, Node, NodeConfig, NodeParts, Period, PublicKey, SigningKey, keys,
-};
+use millrace_node::{Draft, Node, NodeParts, Period, PublicKey, SigningKey, keys};
 use millrace_testkit::{PATIENCE, until};
+
+use common::config;
 
 /// No poll comes in a test of this length.
 const NEVER: Period = Period::secs(3_600);
 
 fn start(registry: &SigningKey, poll_interval: Period) -> Node {
-    let mut config = NodeConfig::default();
-    config.listen.address = "127.0.0.1:0".parse().unwrap();
-    config.shards.cores = Cores::List(vec![0]);
+    let mut config = config();
     config.shards.defaults.spin = Period::secs(0);
-    config.shards.defaults.chunk_pool_bytes = ByteSize::mib(8);
-    config.shards.defaults.huge_pages = HugePages::Never;
     config.registry.poll_interval = poll_interval;
     let key = keys::generate().unwrap();
     let parts = NodeParts::in_memory(&config, key, registry.public_key()).unwrap();

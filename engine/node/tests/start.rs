@@ -1,15 +1,18 @@
 //! Nodes that cannot start say whose fault it is, and leave what others have alone.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
+mod common;
+
 use std::ops::RangeInclusive;
 use std::path::Path;
 
 use millrace_node::admin::client;
-use millrace_node::config::{Cores, HugePages};
 use millrace_node::{
-    Answer, ByteSize, Defer, FIRST_FREE_METHOD, FailureCode, Inbound, Method, Node, NodeConfig,
-    NodeParts, Service, StartError, keys,
+    Answer, Defer, FIRST_FREE_METHOD, FailureCode, Inbound, Method, Node, NodeConfig, NodeParts,
+    Service, StartError, keys,
 };
+
+use common::config;
 
 struct Deaf;
 
@@ -19,15 +22,6 @@ impl Service for Deaf {
     }
 
     fn on_send(&mut self, _message: Inbound<'_>) {}
-}
-
-fn config() -> NodeConfig {
-    let mut config = NodeConfig::default();
-    config.listen.address = "127.0.0.1:0".parse().unwrap();
-    config.shards.cores = Cores::List(vec![0]);
-    config.shards.defaults.chunk_pool_bytes = ByteSize::mib(8);
-    config.shards.defaults.huge_pages = HugePages::Never;
-    config
 }
 
 fn parts(config: &NodeConfig) -> NodeParts {

@@ -134,6 +134,20 @@ impl std::fmt::Debug for Endpoint {
     }
 }
 
+/// Also after a panic of a service: the other threads must not count on this shard any longer.
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        let shard = self.parts.shard;
+        if std::thread::panicking() {
+            tracing::error!(
+                shard,
+                "the shard panicked and has ended; fix: restart the node"
+            );
+        }
+        self.parts.board.end(shard);
+    }
+}
+
 impl Endpoint {
     pub(crate) fn new(parts: EndpointParts, topology: Arc<Topology>, router: Router) -> Self {
         let now = parts.now;

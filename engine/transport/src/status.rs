@@ -49,6 +49,8 @@ pub struct ShardStatus {
     pub connections: usize,
     /// Its handshakes.
     pub handshakes: usize,
+    /// Whether its thread has ended, by a shutdown or by a panic.
+    pub has_ended: bool,
 }
 
 /// The published state of all shards of a node.
@@ -82,9 +84,26 @@ impl StatusBoard {
                 peers,
                 connections,
                 handshakes,
+                has_ended: false,
             };
         }
         self.changed.notify_all();
+    }
+
+    /// A shard's thread ends: what it published is no longer true.
+    pub(crate) fn end(&self, shard: usize) {
+        if let Some(held) = self.lock().get_mut(shard) {
+            *held = ShardStatus {
+                has_ended: true,
+                ..ShardStatus::default()
+            };
+        }
+        self.changed.notify_all();
+    }
+
+    /// The first shard whose thread has ended, if one has.
+    pub fn first_ended(&self) -> Option<usize> {
+        self.lock().iter().position(|shard| shard.has_ended)
     }
 
     /// The state of every shard.

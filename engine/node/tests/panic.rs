@@ -1,0 +1,62 @@
+//! A service that panics takes its shard down. The rest of the process learns of it.
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+
+use millrace_node::{
+    Answer, Class, Defer, Draft, FIRST_FREE_METHOD, Inbound, Node, NodeParts, NotReady, Payload,
+    Service, SigningKey, keys,
+};
+use millrace_testkit::{PATIENCE, until};
+
+struct Panicking;
+
+impl Service for Panicking {
+    fn on_request(&mut self, _request: Inbound<'_>, _defer: Defer<'_>) -> Answer {
+        panic!("this service panics, as its test wants it");
+    }
+
+    fn on_send(&mut self, _message: Inbound<'_>) {}
+}
+
+fn start(registry: &SigningKey) -> Node {
+    let config = common::config();
+    let key = keys::generate().unwrap();
+    let parts = NodeParts::in_memory(&config, key, registry.public_key()).unwrap();
+    let methods = FIRST_FREE_METHOD..=FIRST_FREE_METHOD;
+    Node::start(&config, parts.serve(methods, |_| Panicking)).unwrap()
+}
+
+/// Protects operators and embedders: a node whose shard is gone does not say that it is well.
+#[test]
+fn a_node_whose_shard_panicked_is_not_ready_and_has_no_peers() {
+    let registry = keys::generate().unwrap();
+    let (asker, broken) = (start(&registry), start(&registry));
+    let records = [&asker, &broken].map(|node| (node.public_key(), node.address()));
+    let version = Draft::with_nodes("test", &records).unwrap();
+    let version = version.sign(&registry).unwrap();
+    for node in [&asker, &broken] {
+        node.offer_version(version.clone()).unwrap();
+    }
+    for node in [&asker, &broken] {
+        node.wait_for_peers(1, PATIENCE).unwrap();
+    }
+    assert_eq!(broken.readiness(), Ok(()));
+
+    let method = FIRST_FREE_METHOD;
+    let answer = asker.ask(broken.id(), Class::Normal, method, Payload::Empty, PATIENCE);
+    assert!(answer.is_err());
+    until("the broken node says so", || broken.readiness().is_err());
+    assert_eq!(broken.readiness(), Err(NotReady::ShardEnded { shard: 0 }));
+    assert!(broken.peers().is_empty());
+    assert_eq!(
+        broken
+            .status()
+            .not_ready_because
+            .map(|why| why.contains("shard 0")),
+        Some(true)
+    );
+    // The other node is well: it only lost its peer.
+    until("the peer is gone", || asker.peers().is_empty());
+    assert_eq!(asker.readiness(), Err(NotReady::NoPeer));
+}
