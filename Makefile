@@ -45,8 +45,7 @@ setup:
 
 # Four nodes, one 128 MiB artifact, delivered and hash-checked.
 demo: setup
-	$(CARGO) build --release -p millrace
-	target/release/millrace dev --nodes 4 --payload 128MiB --once $(ARGS)
+	$(CARGO) run --release -p millrace -- dev --nodes 4 --payload 128MiB --once $(ARGS)
 
 test: setup
 	$(CARGO) fmt --all --check
@@ -115,14 +114,12 @@ peers: setup
 # The cost of a hostile packet: the edge, nftables, xdp-filter on one testbed. Needs root.
 # ARGS=--quick for a look of under 50 s.
 bench-edge: setup
-	$(CARGO) build --profile dist -p millrace-bench-edge
-	target/dist/bench-edge $(ARGS)
+	$(CARGO) run --profile dist -p millrace-bench-edge -- $(ARGS)
 
 # Every bench with a short round; fails when a figure is three times worse than its target.
 bench-quick: setup
-	$(CARGO) build --profile dist -p millrace-peers -p millrace-bench-edge
-	target/dist/peers --quick --check collapse
-	target/dist/bench-edge --quick --check collapse
+	$(CARGO) run --profile dist -p millrace-peers -- --quick --check collapse
+	$(CARGO) run --profile dist -p millrace-bench-edge -- --quick --check collapse
 
 # Instruction counts of the pure hot pieces against the committed baseline; UPDATE=1 records a new one.
 perf-gate: setup

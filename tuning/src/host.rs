@@ -60,7 +60,10 @@ pub fn check(parsed: &Parsed, facts: &HostFacts, budget: &MemoryBudget) -> Vec<P
                 .into(),
         );
     }
-    if let Some(error) = &facts.registry_dir_error {
+    // A seed gives the node its first version: the folder may be missing then.
+    if let Some(error) = &facts.registry_dir_error
+        && parsed.config.registry.seeds.is_empty()
+    {
         found.error(
             "registry.dir",
             format!("registry folder {}: {error}", parsed.config.registry.dir),
@@ -302,5 +305,21 @@ mod tests {
         assert!(problems.iter().all(|p| !p.fix.is_empty()));
         let cores = problems.iter().find(|p| p.key == "shards.cores").unwrap();
         assert_eq!(cores.position.line, 4);
+    }
+
+    /// Protects a node that joins by a seed: it starts without a registry folder.
+    #[test]
+    fn a_node_with_a_seed_needs_no_registry_folder() {
+        let facts = HostFacts {
+            registry_dir_error: Some("no such folder".into()),
+            ..roomy()
+        };
+        let found = |text: &str| {
+            let parsed = parse(text);
+            assert_eq!(parsed.problems, []);
+            check(&parsed, &facts, &MemoryBudget::default()).len()
+        };
+        let seeds = format!("{}seeds = [\"{}@192.0.2.1:4100\"]\n", KEY, "22".repeat(32));
+        assert_eq!([found(KEY), found(&seeds)], [1, 0]);
     }
 }

@@ -122,10 +122,10 @@ fn print_budget(budget: &MemoryBudget) -> Result<(), Failure> {
     for line in budget.lines() {
         let total = mib(line.total().0);
         output::data(format_args!(
-            "  {:<44} {:>6} x {:>10.2} MiB = {total:>10.1} MiB",
+            "  {:<44} {:>6} x {:>10.1} KiB = {total:>10.1} MiB",
             line.name,
             line.count,
-            mib(line.each.0)
+            line.each.0 as f64 / 1024.0
         ))?;
     }
     output::data(format_args!(

@@ -12,7 +12,7 @@ use crate::xdp::args::XdpCommand;
 #[derive(Debug, Parser)]
 #[command(name = "millrace", version, about, disable_help_subcommand = true)]
 #[command(
-    after_help = "Exit codes: 0 ok, 1 failed, 2 usage, 3 check found problems, 69 not running, \
+    after_help = "Exit codes: 0 ok, 1 failed, 2 usage, 3 check found obstacles, 69 not running, \
                         77 not permitted, 78 bad config."
 )]
 pub(crate) struct Cli {

@@ -68,8 +68,11 @@ fn print(status: &Status) -> Result<(), Failure> {
     }
     for (index, shard) in status.shards.iter().enumerate() {
         output::data(format_args!(
-            "shard {index}    {} connections, {} of {} chunks free",
-            shard.connections, shard.chunks_free, shard.chunks
+            "shard {index}    connections {}, handshakes {}, chunks free {} of {}",
+            shard.connections.saturating_sub(shard.handshakes),
+            shard.handshakes,
+            shard.chunks_free,
+            shard.chunks
         ))?;
     }
     for peer in &status.peers {

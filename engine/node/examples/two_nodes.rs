@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use millrace_node::{Answer, Class, Defer, FailureCode, Inbound, InboundBody, Method, Service};
 use millrace_node::{ByteSize, Draft, Node, NodeConfig, NodeParts, SigningKey};
-use millrace_node::{config::Cores, keys, reference::of_body};
+use millrace_node::{config::Cores, host, keys, reference::of_body};
 
 const GREET: Method = Method(0x1000);
 const HASH: Method = Method(0x1001);
@@ -29,7 +29,7 @@ impl Service for Greeter {
 fn start(registry: &SigningKey) -> Result<Node, Box<dyn Error>> {
     let mut config = NodeConfig::default();
     config.listen.address = "127.0.0.1:0".parse()?;
-    config.shards.cores = Cores::List(vec![0]);
+    config.shards.cores = Cores::List(host::usable_cpus()[..1].to_vec());
     config.shards.defaults.chunk_pool_bytes = ByteSize::mib(64);
     let parts = NodeParts::in_memory(&config, keys::generate()?, registry.public_key())?;
     let parts = parts.serve(GREET..=HASH, |_messenger| Greeter);

@@ -52,9 +52,9 @@ pub use millrace_shards::Queue;
 pub use millrace_shards::chunk::{BodyMut, Chunk, ChunkPool};
 pub use millrace_shards::config::ShardConfig;
 pub use millrace_transport::{
-    Answer, Body, BodyHead, BodyMode, BodySink, Defer, Inbound, InboundBody, Messenger, Negotiated,
-    Payload, PeerStatus, RemoteAnswer, Request, Responder, RpcError, Service, ShardMessenger,
-    StatusBoard, Transport,
+    Answer, Body, BodyHead, BodyMode, BodySink, Defer, INLINE_BYTES_MAX, Inbound, InboundBody,
+    Messenger, Negotiated, PathInfo, Payload, PeerStatus, PendingAnswer, PerClass, RemoteAnswer,
+    Request, Responder, RpcError, Service, ShardMessenger, StatusBoard, StreamedBody, Transport,
 };
 pub use millrace_tuning::config;
-pub use millrace_tuning::{ByteSize, NodeConfig, Period};
+pub use millrace_tuning::{ByteSize, NodeConfig, Parsed, Period, Problem, parse};

@@ -1,4 +1,4 @@
-//! The example of docs/embedding.md: it runs, and the page shows it whole.
+//! The examples of docs/embedding.md and docs/services.md: they run, and the pages show them whole.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 use std::path::{Path, PathBuf};
@@ -18,11 +18,29 @@ fn blocks(page: &str, language: &str) -> Vec<String> {
         .collect()
 }
 
-/// The example, built from the sources of now. With the features of `make test`, which has built
-/// all that it depends on already.
-fn two_nodes() -> PathBuf {
+/// A page and the example that it is built around.
+struct Shown {
+    page: &'static str,
+    example: &'static str,
+    lines_max: usize,
+}
+
+const TWO_NODES: Shown = Shown {
+    page: "docs/embedding.md",
+    example: "two_nodes",
+    lines_max: 60,
+};
+const OWN_SERVICE: Shown = Shown {
+    page: "docs/services.md",
+    example: "own_service",
+    lines_max: 120,
+};
+
+/// An example, built from the sources of now. With the features of `make test`, which has built all
+/// that it depends on already.
+fn build(example: &str) -> PathBuf {
     let build = Command::new(env!("CARGO"))
-        .args(["build", "--quiet", "--example", "two_nodes"])
+        .args(["build", "--quiet", "--example", example])
         .args(["--workspace", "--exclude", "millrace-peers"])
         .args(["--message-format", "json"])
         .stderr(Stdio::inherit())
@@ -37,25 +55,37 @@ fn two_nodes() -> PathBuf {
     executables.next_back().unwrap()
 }
 
-#[test]
-fn the_page_shows_the_example_whole_and_in_its_order() {
-    let example = read("engine/node/examples/two_nodes.rs");
-    assert!(example.lines().count() <= 60);
-    let shown = blocks(&read("docs/embedding.md"), "rust").join("\n");
-    assert_eq!(shown, example, "docs/embedding.md, engine/node/examples");
-}
-
-#[test]
-fn the_example_prints_the_answer_and_the_hash_and_ends() {
-    let hash = ring::digest::digest(&ring::digest::SHA256, &vec![7; 8 << 20]);
-    let hash: String = hash.as_ref().iter().map(|b| format!("{b:02x}")).collect();
-    let expected = format!("answer: hello, alice\nhash: {hash}\n");
-    let output = Command::new(two_nodes())
+/// Runs an example to its end; what it prints is what its page says.
+fn prints(shown: &Shown, expected: &str) {
+    let output = Command::new(build(shown.example))
         .stderr(Stdio::inherit())
         .output()
         .unwrap();
     assert!(output.status.success());
     assert_eq!(String::from_utf8(output.stdout).unwrap(), expected);
-    let page = read("docs/embedding.md");
-    assert_eq!(blocks(&page, "text"), [expected], "docs/embedding.md");
+    let page = read(shown.page);
+    assert_eq!(blocks(&page, "text"), [expected], "{}", shown.page);
+}
+
+#[test]
+fn each_page_shows_its_example_whole_and_in_its_order() {
+    for shown in [TWO_NODES, OWN_SERVICE] {
+        let path = format!("engine/node/examples/{}.rs", shown.example);
+        let example = read(&path);
+        assert!(example.lines().count() <= shown.lines_max, "{path}");
+        let blocks = blocks(&read(shown.page), "rust").join("\n");
+        assert_eq!(blocks, example, "{}, {path}", shown.page);
+    }
+}
+
+#[test]
+fn two_nodes_prints_the_answer_and_the_hash_and_ends() {
+    let hash = ring::digest::digest(&ring::digest::SHA256, &vec![7; 8 << 20]);
+    let hash: String = hash.as_ref().iter().map(|b| format!("{b:02x}")).collect();
+    prints(&TWO_NODES, &format!("answer: hello, alice\nhash: {hash}\n"));
+}
+
+#[test]
+fn own_service_prints_the_sum_and_the_later_answer_and_ends() {
+    prints(&OWN_SERVICE, "sum: 3145728 in 3 chunks\nlater: waited\n");
 }

@@ -54,7 +54,7 @@ pub trait Service: 'static {
 pub enum RouterError {
     /// Another service owns some of the methods.
     #[error(
-        "methods {}..={} overlap methods {}..={} of another service; \
+        "methods {:#06x}..={:#06x} overlap methods {:#06x}..={:#06x} of another service; \
          fix: give each service a range of its own",
         added.start().0, added.end().0, held.start().0, held.end().0
     )]
@@ -66,7 +66,7 @@ pub enum RouterError {
     },
     /// The range has no method in it.
     #[error(
-        "methods {}..={} are none; fix: begin the range with its lowest method",
+        "methods {:#06x}..={:#06x} are none; fix: begin the range with its lowest method",
         .0.start().0, .0.end().0
     )]
     EmptyRange(RangeInclusive<Method>),
