@@ -22,7 +22,7 @@ use millrace_edge_policy::settings::Mode;
 
 use crate::apply::{ApplyOptions, ApplyReport, ApplyRequest, LockedEdge};
 use crate::error::{ControlError, Fault, Retry};
-use crate::journal::{Record, RolledBack};
+use crate::journal::{Journal, Record, RolledBack};
 use crate::open::{AttachedEdge, EdgeContext};
 use crate::plan::SetInputs;
 use crate::policy::{EdgePolicy, ProgramPolicy};
@@ -297,18 +297,23 @@ impl Reconciler {
         let Some(helper) = &edge.helper else {
             return;
         };
-        // Without news of nftables, it is looked at again and again.
+        // Without news of nftables, it is looked at again and again; so is one that is missing, of
+        // which nothing is told.
         let news = edge.ruleset.as_ref();
         self.table_changed |= news.is_none_or(|news| news.has_changed());
+        let journal = self.journal.read(locked.edge.pins(), locked.lock);
+        let is_missing = |journal: &Arc<Journal>| journal.control.fingerprint.is_none();
+        self.table_changed |= journal.as_ref().is_ok_and(is_missing);
         if !self.table_changed || !self.is_due(TABLE) {
             return;
         }
         // Before the look: what changes meanwhile is told again.
         self.table_changed = false;
         self.wait(TABLE, LOOK);
-        let journal = self.journal.read(locked.edge.pins(), locked.lock);
-        let journal = journal.map_err(ControlError::from);
-        match journal.and_then(|journal| locked.restore_table(helper, &journal.control)) {
+        match journal
+            .map_err(ControlError::from)
+            .and_then(|journal| locked.restore_table(helper, &journal.control))
+        {
             Ok(by_others) => {
                 self.settle(TABLE);
                 if by_others {

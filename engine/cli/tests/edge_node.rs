@@ -95,25 +95,12 @@ fn the_lease_goes_on_while_nft_hangs() {
     let mut testbed = Testbed::new("slow", "mode = \"enforce\"");
     let file = |name: &str| testbed.folder.path().join(name);
     let (hold, held) = (file("hold"), file("held"));
-    std::fs::create_dir(file("bin")).unwrap();
-    // Waits as long as there is a file `hold`.
-    let script = format!(
-        "#!/bin/sh\nwhile [ -e {0:?} ]; do : > {1:?}; sleep 0.02; done\nPATH=\"$REAL_PATH\" exec nft \"$@\"\n",
-        hold, held
-    );
-    std::fs::write(file("bin/nft"), script).unwrap();
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    std::fs::set_permissions(file("bin/nft"), mode).unwrap();
-    let path = std::env::var("PATH").unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_millrace"));
-    command
-        .env("REAL_PATH", &path)
-        .env("PATH", format!("{}:{path}", text(&file("bin"))));
     testbed
         .registry
         .set_firewall(&rule("allow", "10.77.0.0/24"));
-    let Testbed { node, pair, .. } = &mut testbed;
-    pair.node.enter(|| node.start_by(command));
+    // Waits as long as there is a file `hold`.
+    let waits = format!("while [ -e {hold:?} ]; do : > {held:?}; sleep 0.02; done");
+    start_with_nft(&mut testbed, &waits);
 
     let edge = Edge::adopt(&testbed.pinned.pins()).unwrap();
     let lease = || edge.maps().control.load(0).lease_until_ns;
@@ -129,6 +116,64 @@ fn the_lease_goes_on_while_nft_hangs() {
     assert_ne!(testbed.node.status()["edge"]["registry_version"], version);
     std::fs::remove_file(&hold).unwrap();
     testbed.follows(version);
+}
+
+// Protects outbound rules from an `nft` that fails once: nothing tells the node that the table is
+// not that of the set, and it tries again all the same.
+#[test]
+fn a_table_that_could_not_be_put_in_force_is_tried_again() {
+    if !privileged("a_table_that_could_not_be_put_in_force_is_tried_again") {
+        return;
+    }
+    let mut testbed = Testbed::new("again", "mode = \"enforce\"");
+    let fail = testbed.folder.path().join("fail");
+    let first = testbed
+        .registry
+        .set_firewall(&rule("allow", "10.77.0.0/24"));
+    start_with_nft(&mut testbed, &format!("[ -e {fail:?} ] && exit 1"));
+    testbed.follows(first);
+    let is_table =
+        |testbed: &Testbed, word: &str| (testbed.status()["table"] == word).then_some(());
+    eventually("the table is put in force", || {
+        is_table(&testbed, "in_force")
+    });
+    std::fs::write(&fail, "").unwrap();
+    let version = testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
+    testbed.follows(version);
+    eventually("the node says so", || {
+        testbed.node.status()["edge"]["failures"]["table"]
+            .is_string()
+            .then_some(())
+    });
+    is_table(&testbed, "missing").unwrap();
+    std::fs::remove_file(&fail).unwrap();
+    eventually("the table is put in force", || {
+        is_table(&testbed, "in_force")
+    });
+    eventually("nothing is left to say", || {
+        testbed.node.status()["edge"]["failures"]["table"]
+            .is_null()
+            .then_some(())
+    });
+}
+
+/// Starts the node with an `nft` that does this first.
+fn start_with_nft(testbed: &mut Testbed, first: &str) {
+    let folder = testbed.folder.path().join("bin");
+    std::fs::create_dir(&folder).unwrap();
+    let script = format!("#!/bin/sh\n{first}\nPATH=\"$REAL_PATH\" exec nft \"$@\"\n");
+    std::fs::write(folder.join("nft"), script).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(folder.join("nft"), mode).unwrap();
+    let path = std::env::var("PATH").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_millrace"));
+    command
+        .env("REAL_PATH", &path)
+        .env("PATH", format!("{}:{path}", text(&folder)));
+    let Testbed { node, pair, .. } = testbed;
+    pair.node.enter(|| node.start_by(command));
 }
 
 // Protects the program from everything around it: without its helper, a node changes its rules all
