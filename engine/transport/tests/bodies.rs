@@ -465,14 +465,19 @@ fn a_peer_that_stops_a_body_ends_that_message_alone() {
     assert!(raw.drive(LIMIT, |_| is_up()));
     let (transport, peer) = (&bed.store.transport, bed.asker.id());
     let stopped = || bed.store.reason(Family::Failed, "peer_stopped");
-    let stop = |raw: &mut Raw, stream| {
+    let begins = |raw: &mut Raw, stream| {
         assert!(raw.drive(LIMIT, |quic| quic.stream_readable(stream)));
+    };
+    let stop = |raw: &mut Raw, stream| {
+        begins(raw, stream);
         let stop = raw.quic.stream_shutdown(stream, quiche::Shutdown::Read, 7);
         stop.unwrap();
     };
     // More than the window of a stream: the rest waits at the store.
     let body = bed.store.body(6 << 20);
     let answer = transport.request(peer, request(KEEP, Class::Bulk, body));
+    // The other one begins later, whatever the order of classes.
+    begins(&mut raw, STREAM_OF_MESSAGE);
     let other = transport.send(peer, Class::Normal, KEEP, bed.store.body(100_000).into());
     assert_eq!(other, Ok(()));
     stop(&mut raw, STREAM_OF_MESSAGE);
