@@ -166,12 +166,12 @@ mod tests {
     fn a_target_fails_by_its_direction_and_a_collapse_by_three_times() {
         use Better::{Higher, Lower};
         let cases = [
-            (Some(1.2), 1.2, Higher, true, true),
-            (Some(0.4), 1.2, Higher, false, true),
-            (Some(0.39), 1.2, Higher, false, false),
-            (Some(0.3), 0.3, Lower, true, true),
-            (Some(0.9), 0.3, Lower, false, true),
-            (Some(0.91), 0.3, Lower, false, false),
+            (Some(1.5), 1.5, Higher, true, true),
+            (Some(0.5), 1.5, Higher, false, true),
+            (Some(0.49), 1.5, Higher, false, false),
+            (Some(0.25), 0.25, Lower, true, true),
+            (Some(0.75), 0.25, Lower, false, true),
+            (Some(0.76), 0.25, Lower, false, false),
             (None, 1.0, Higher, false, false),
             (None, 1.0, Lower, false, false),
         ];
