@@ -208,20 +208,28 @@ fn connect(
     (center, others)
 }
 
+/// Runs a scenario on one of two nodes; it gets what the other saw.
+fn on_pair<F: Future<Output = ()> + 'static>(
+    config: &TransportConfig,
+    scenario: impl FnOnce(ShardMessenger, NodeId, Arc<Log>) -> F + Send + 'static,
+) {
+    let (a, others) = star(config, 1, 1);
+    let (b, log) = (others[0].id(), Arc::clone(&others[0].log));
+    a.on_shard(0, move |messenger| scenario(messenger, b, log));
+}
+
 #[test]
 fn two_hundred_thousand_messages_of_class_latency_keep_their_order() {
-    let (a, others) = star(&TransportConfig::default(), 1, 1);
-    let (b, log) = (others[0].id(), Arc::clone(&others[0].log));
-    let scenario = scenarios::latency_keeps_its_order::<ShardMessenger>;
-    a.on_shard(0, move |messenger| scenario(messenger, b, log, 200_000));
+    on_pair(&TransportConfig::default(), |a, b, log| {
+        scenarios::latency_keeps_its_order(a, b, log, 200_000)
+    });
 }
 
 #[test]
 fn two_hundred_thousand_messages_of_class_normal_arrive_once() {
-    let (a, others) = star(&TransportConfig::default(), 1, 1);
-    let (b, log) = (others[0].id(), Arc::clone(&others[0].log));
-    let scenario = scenarios::normal_arrives_once::<ShardMessenger>;
-    a.on_shard(0, move |messenger| scenario(messenger, b, log, 200_000));
+    on_pair(&TransportConfig::default(), |a, b, log| {
+        scenarios::normal_arrives_once(a, b, log, 200_000)
+    });
 }
 
 // From another shard, and from a thread, a message may be lost after the mailbox took it; what
@@ -264,34 +272,30 @@ fn messages_by_way_of_a_mailbox_keep_their_order() {
 
 #[test]
 fn a_full_queue_says_when_it_has_room() {
-    let (a, others) = star(&scenarios::short_queues(), 1, 1);
-    let b = others[0].id();
-    let scenario = scenarios::a_full_queue_says_when_it_has_room::<ShardMessenger>;
-    a.on_shard(0, move |messenger| scenario(messenger, b));
+    on_pair(&scenarios::short_queues(), |a, b, _| {
+        scenarios::a_full_queue_says_when_it_has_room(a, b)
+    });
 }
 
 #[test]
 fn a_bound_of_requests_says_when_it_has_room() {
-    let (a, others) = star(&scenarios::few_in_flight(), 1, 1);
-    let b = others[0].id();
-    let scenario = scenarios::a_bound_of_requests_says_when_it_has_room::<ShardMessenger>;
-    a.on_shard(0, move |messenger| scenario(messenger, b));
+    on_pair(&scenarios::few_in_flight(), |a, b, _| {
+        scenarios::a_bound_of_requests_says_when_it_has_room(a, b)
+    });
 }
 
 #[test]
 fn a_peer_that_fills_its_share_is_busy() {
-    let (a, others) = star(&scenarios::small_budget(), 1, 1);
-    let (b, log) = (others[0].id(), Arc::clone(&others[0].log));
-    let scenario = scenarios::a_peer_that_fills_its_share_is_busy::<ShardMessenger>;
-    a.on_shard(0, move |messenger| scenario(messenger, b, log));
+    on_pair(&scenarios::small_budget(), |a, b, log| {
+        scenarios::a_peer_that_fills_its_share_is_busy(a, b, log)
+    });
 }
 
 #[test]
 fn a_sink_gets_a_body_chunk_by_chunk() {
-    let (a, others) = star(&TransportConfig::default(), 1, 1);
-    let (b, log) = (others[0].id(), Arc::clone(&others[0].log));
-    let scenario = scenarios::a_sink_gets_a_body_chunk_by_chunk::<ShardMessenger>;
-    a.on_shard(0, move |messenger| scenario(messenger, b, log));
+    on_pair(&TransportConfig::default(), |a, b, log| {
+        scenarios::a_sink_gets_a_body_chunk_by_chunk(a, b, log)
+    });
 }
 
 #[test]
@@ -420,18 +424,16 @@ fn the_last_handle_may_be_dropped_on_a_shard_of_its_own() {
 
 #[test]
 fn a_full_answer_queue_says_busy() {
-    let (a, others) = star(&scenarios::short_queues(), 1, 1);
-    let b = others[0].id();
-    let scenario = scenarios::a_full_answer_queue_says_busy::<ShardMessenger>;
-    a.on_shard(0, move |messenger| scenario(messenger, b));
+    on_pair(&scenarios::short_queues(), |a, b, _| {
+        scenarios::a_full_answer_queue_says_busy(a, b)
+    });
 }
 
 #[test]
 fn answers_that_wait_are_bounded_in_bytes() {
-    let (a, others) = star(&scenarios::few_answer_bytes(), 1, 1);
-    let b = others[0].id();
-    let scenario = scenarios::answers_that_wait_are_bounded_in_bytes::<ShardMessenger>;
-    a.on_shard(0, move |messenger| scenario(messenger, b));
+    on_pair(&scenarios::few_answer_bytes(), |a, b, _| {
+        scenarios::answers_that_wait_are_bounded_in_bytes(a, b)
+    });
 }
 
 #[test]
@@ -592,7 +594,7 @@ fn services_that_claim_the_same_methods_do_not_start() {
     assert!(
         error
             .to_string()
-            .contains("methods 64..=64 overlap methods 64..=69"),
+            .contains("methods 0x0040..=0x0040 overlap methods 0x0040..=0x0045"),
         "{error}"
     );
 }
