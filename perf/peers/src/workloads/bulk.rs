@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
+use millrace_perf::report::median;
 use tokio::sync::Mutex;
 
 use super::{Job, check_body, reusable_memory, static_body};
 use crate::Result;
-use crate::measure::{Measurement, Meter, gbit_per_s, median};
+use crate::measure::{Measurement, Meter, gbit_per_s};
 use crate::plan::BULK_BYTES;
 use crate::settings::Settings;
 use crate::stack::Stack;

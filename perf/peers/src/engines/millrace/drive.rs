@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
+use millrace_perf::report::median;
 use millrace_protocol::frame::{Class, Method, Negotiated};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_shards::chunk::{Body, BodyMut};
@@ -19,7 +20,7 @@ use super::{
     BODY, COUNT, Identities, ONEWAY, RPC, body_bytes, handshakes, member, nowhere, rpc_body, shard,
     start, topology,
 };
-use crate::measure::{Latencies, Measurement, Meter, gbit_per_s, median};
+use crate::measure::{Latencies, Measurement, Meter, gbit_per_s};
 use crate::plan::{BULK_BYTES, Engine, FANOUT_BYTES, ONEWAY_BYTES, RPC_BYTES, Workload};
 use crate::settings::Settings;
 use crate::workloads::{self, Job};
