@@ -367,8 +367,8 @@ impl Edge {
     /// # Errors
     ///
     /// [`EdgeError::Interface`] if there is none of this name, [`EdgeError::Attach`] if the kernel
-    /// refuses, [`EdgeError::Elsewhere`] in another network namespace. No interface that the edge
-    /// was on has lost a program then.
+    /// refuses, [`EdgeError::Elsewhere`] in another network namespace. No interface that has
+    /// all its programs has lost one then; one that had lost some may have lost the others.
     pub fn attach_interface(&mut self, name: &str, mode: AttachMode) -> Result<(), EdgeError> {
         self.attach_under(name, mode, &self.pins.lock_waiting()?)
     }

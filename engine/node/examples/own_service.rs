@@ -2,6 +2,7 @@
 //! back. See docs/services.md.
 
 use std::error::Error;
+use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
 use millrace_node::{Answer, BodyHead, BodyMode, BodySink, Chunk, Defer, FailureCode, Inbound};
@@ -10,7 +11,7 @@ use millrace_node::{Class, InboundBody, Messenger, Method, Queue, Request, Servi
 use millrace_node::{ShardMessenger, config::Cores, host, keys};
 
 const SUM: Method = Method(0x1000);
-const WAIT: Method = Method(0x1001);
+const HANG: Method = Method(0x1001);
 const SOON: Duration = Duration::from_secs(10);
 
 #[derive(Default)]
@@ -28,6 +29,7 @@ impl BodySink for Sum {
 
 struct Example {
     messenger: ShardMessenger,
+    events: Sender<&'static str>,
 }
 
 impl Service for Example {
@@ -41,7 +43,7 @@ impl Service for Example {
     fn on_request(&mut self, request: Inbound<'_>, defer: Defer<'_>) -> Answer {
         let body = match (request.method, request.body) {
             (SUM, InboundBody::Streamed(body)) => body,
-            (WAIT, _) => return self.wait(&defer),
+            (HANG, _) => return self.hang(&defer),
             _ => return Answer::Failure(FailureCode::Malformed),
         };
         let Some(sum) = body.into_sink::<Sum>() else {
@@ -55,35 +57,37 @@ impl Service for Example {
 }
 
 impl Example {
-    fn wait(&self, defer: &Defer<'_>) -> Answer {
+    fn hang(&self, defer: &Defer<'_>) -> Answer {
         let Some(responder) = defer.responder() else {
             return Answer::Failure(FailureCode::Busy);
         };
-        let messenger = self.messenger.clone();
+        let events = self.events.clone();
         self.messenger.spawn(Queue::Background, async move {
-            messenger.sleep(Duration::from_millis(20)).await;
-            if responder.is_cancelled() {
-                return;
-            }
-            responder.reply(b"waited".to_vec().into());
+            let _ = events.send("asked");
+            responder.cancelled().await;
+            let _ = events.send("taken back");
         });
         Answer::Deferred
     }
 }
 
-fn start(registry: &SigningKey) -> Result<Node, Box<dyn Error>> {
+fn start(registry: &SigningKey, events: Sender<&'static str>) -> Result<Node, Box<dyn Error>> {
     let mut config = NodeConfig::default();
     config.listen.address = "127.0.0.1:0".parse()?;
     config.shards.cores = Cores::List(host::usable_cpus()[..1].to_vec());
     config.shards.defaults.chunk_pool_bytes = ByteSize::mib(64);
     let parts = NodeParts::in_memory(&config, keys::generate()?, registry.public_key())?;
-    let parts = parts.serve(SUM..=WAIT, |messenger| Example { messenger });
+    let parts = parts.serve(SUM..=HANG, move |messenger| Example {
+        messenger,
+        events: events.clone(),
+    });
     Ok(Node::start(&config, parts)?)
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
     let registry = keys::generate()?;
-    let (alice, bob) = (start(&registry)?, start(&registry)?);
+    let (sender, events) = channel();
+    let (alice, bob) = (start(&registry, sender.clone())?, start(&registry, sender)?);
     let nodes = [&alice, &bob].map(|node| (node.public_key(), node.address()));
     let version = Draft::with_nodes("example", &nodes)?.sign(&registry)?;
     alice.offer_version(version.clone())?;
@@ -94,14 +98,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     let answer = alice.ask(bob.id(), Class::Bulk, SUM, body.into(), SOON)?;
     println!("sum: {}", answer.as_text().unwrap_or_default());
 
-    let wait = || Request {
+    let request = Request {
         class: Class::Normal,
-        method: WAIT,
+        method: HANG,
         body: Payload::Empty,
         deadline: SOON,
     };
-    drop(alice.request(bob.id(), wait()));
-    let answer = alice.request(bob.id(), wait()).wait(SOON)?;
-    println!("later: {}", answer.as_text().unwrap_or_default());
+    let answer = alice.request(bob.id(), request);
+    println!("request: {}", events.recv_timeout(SOON)?);
+    drop(answer);
+    println!("request: {}", events.recv_timeout(SOON)?);
     Ok(())
 }

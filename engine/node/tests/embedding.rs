@@ -86,6 +86,9 @@ fn two_nodes_prints_the_answer_and_the_hash_and_ends() {
 }
 
 #[test]
-fn own_service_prints_the_sum_and_the_later_answer_and_ends() {
-    prints(&OWN_SERVICE, "sum: 3145728 in 3 chunks\nlater: waited\n");
+fn own_service_prints_the_sum_and_hears_the_cancellation_and_ends() {
+    prints(
+        &OWN_SERVICE,
+        "sum: 3145728 in 3 chunks\nrequest: asked\nrequest: taken back\n",
+    );
 }

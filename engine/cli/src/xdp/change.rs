@@ -62,10 +62,21 @@ fn renew(
 ) -> Result<Exit, Failure> {
     let mode = request.program.attach_mode();
     let made = edge.renew(interfaces, mode, lock);
-    if let Some((_, error)) = made.not_added.into_iter().next() {
+    warn_of_offloads(&edge);
+    let mut not_added = made.not_added.into_iter();
+    if let Some((_, error)) = not_added.next() {
+        // The command fails, and what it did all the same is in force.
+        for name in &made.added {
+            output::message(format_args!("attached to {name}"));
+        }
+        if matches!(made.reloaded, Some(Ok(()))) {
+            output::message("the programs are those of this binary now");
+        }
+        for (name, error) in not_added {
+            output::message(format_args!("not attached to {name}: {error}"));
+        }
         return Err(ControlError::from(error).into());
     }
-    warn_of_offloads(&edge);
     let reloaded = made.reloaded.transpose().map_err(ControlError::from)?;
     let config = Publisher::new(edge.maps()).config();
     if config.set == 0 {
