@@ -55,8 +55,12 @@ impl Core {
 
     /// Whether the node can do its work; otherwise why not.
     pub(crate) fn readiness(&self) -> Result<(), NotReady> {
-        if let Some(shard) = self.transport.status().first_ended() {
+        let status = self.transport.status();
+        if let Some(shard) = status.first_panicked() {
             return Err(NotReady::ShardEnded { shard });
+        }
+        if status.is_stopping() {
+            return Err(NotReady::Stopping);
         }
         if self.versions.newest() == 0 {
             return Err(NotReady::NoRegistry);
@@ -65,7 +69,7 @@ impl Core {
         if members == 0 {
             return Err(NotReady::NotListed);
         }
-        if members > 1 && self.transport.status().peers().is_empty() {
+        if members > 1 && status.peers().is_empty() {
             return Err(NotReady::NoPeer);
         }
         Ok(())

@@ -169,12 +169,15 @@ pub enum NotConnected {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum NotReady {
-    /// A shard's thread has ended: by a panic, most likely in a service, or because the node ends.
+    /// A shard's thread has ended by a panic, most likely in a service.
     #[error("shard {shard} has ended; fix: restart the node, its log says why")]
     ShardEnded {
         /// The shard.
         shard: usize,
     },
+    /// The node was asked to stop, or has stopped.
+    #[error("the node stops")]
+    Stopping,
     /// The folder and the peers gave no version that verifies.
     #[error("no registry version is held")]
     NoRegistry,

@@ -8,8 +8,8 @@ use futures_channel::oneshot;
 use millrace_node::config::{Cores, HugePages};
 use millrace_node::{
     Answer, ByteSize, Class, Defer, Draft, FIRST_FREE_METHOD, FailureCode, Inbound, Messenger,
-    Method, Node, NodeConfig, NodeParts, Payload, Period, Queue, Request, RpcError, Service,
-    ShardMessenger, SigningKey, keys,
+    Method, Node, NodeConfig, NodeParts, NotReady, Payload, Period, Queue, Request, RpcError,
+    Service, ShardMessenger, SigningKey, keys,
 };
 use millrace_testkit::PATIENCE;
 
@@ -86,10 +86,13 @@ fn a_node_that_shuts_down_answers_what_it_was_asked_and_takes_no_more() {
         scope.spawn(|| ends.shutdown());
         let status = ends.transport().status();
         assert!(status.wait(PATIENCE, <[_]>::is_empty), "it has begun");
+        assert_eq!(ends.readiness(), Err(NotReady::Stopping));
         release.send(()).unwrap();
         let answer = answer.wait(PATIENCE).unwrap();
         assert_eq!(answer.as_text(), Some("late"));
     });
     let refused = ends.request(asks.id(), later()).wait(PATIENCE);
     assert_eq!(refused.unwrap_err(), RpcError::LocalShuttingDown);
+    // An orderly end is no failure of a shard.
+    assert_eq!(ends.readiness(), Err(NotReady::Stopping));
 }

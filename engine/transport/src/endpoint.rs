@@ -138,13 +138,14 @@ impl std::fmt::Debug for Endpoint {
 impl Drop for Endpoint {
     fn drop(&mut self) {
         let shard = self.parts.shard;
-        if std::thread::panicking() {
+        let has_panicked = std::thread::panicking();
+        if has_panicked {
             tracing::error!(
                 shard,
                 "the shard panicked and has ended; fix: restart the node"
             );
         }
-        self.parts.board.end(shard);
+        self.parts.board.end(shard, has_panicked);
     }
 }
 
@@ -427,6 +428,7 @@ impl Datapath for Endpoint {
 
     fn on_stop(&mut self, now: Instant) {
         self.parts.state.stopping.set(true);
+        self.parts.board.begin_stop();
         self.parts.state.now.set(now);
         let at_once = self.parts.stop_mode.is_at_once();
         self.closed_at_once = at_once;

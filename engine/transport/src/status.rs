@@ -3,6 +3,7 @@
 //! connection comes up.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -49,8 +50,8 @@ pub struct ShardStatus {
     pub connections: usize,
     /// Its handshakes.
     pub handshakes: usize,
-    /// Whether its thread has ended, by a shutdown or by a panic.
-    pub has_ended: bool,
+    /// Whether its thread has ended by a panic.
+    pub has_panicked: bool,
 }
 
 /// The published state of all shards of a node.
@@ -58,6 +59,8 @@ pub struct ShardStatus {
 pub struct StatusBoard {
     shards: Mutex<Vec<ShardStatus>>,
     changed: Condvar,
+    /// Set by the first shard that begins to stop.
+    is_stopping: AtomicBool,
 }
 
 impl StatusBoard {
@@ -65,6 +68,7 @@ impl StatusBoard {
         Self {
             shards: Mutex::new(vec![ShardStatus::default(); shards]),
             changed: Condvar::new(),
+            is_stopping: AtomicBool::new(false),
         }
     }
 
@@ -84,26 +88,36 @@ impl StatusBoard {
                 peers,
                 connections,
                 handshakes,
-                has_ended: false,
+                has_panicked: false,
             };
         }
         self.changed.notify_all();
     }
 
     /// A shard's thread ends: what it published is no longer true.
-    pub(crate) fn end(&self, shard: usize) {
+    pub(crate) fn end(&self, shard: usize, has_panicked: bool) {
         if let Some(held) = self.lock().get_mut(shard) {
             *held = ShardStatus {
-                has_ended: true,
+                has_panicked,
                 ..ShardStatus::default()
             };
         }
         self.changed.notify_all();
     }
 
-    /// The first shard whose thread has ended, if one has.
-    pub fn first_ended(&self) -> Option<usize> {
-        self.lock().iter().position(|shard| shard.has_ended)
+    /// The first shard whose thread has ended by a panic, if one has.
+    pub fn first_panicked(&self) -> Option<usize> {
+        self.lock().iter().position(|shard| shard.has_panicked)
+    }
+
+    /// A shard was asked to stop; all are.
+    pub(crate) fn begin_stop(&self) {
+        self.is_stopping.store(true, Ordering::Release);
+    }
+
+    /// Whether the shards stop in good order, or have stopped.
+    pub fn is_stopping(&self) -> bool {
+        self.is_stopping.load(Ordering::Acquire)
     }
 
     /// The state of every shard.
