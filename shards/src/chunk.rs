@@ -20,9 +20,13 @@ pub use crate::buf::{
 pub use crate::memory::{CHUNK_BYTES, UNIT_BYTES};
 
 /// What a body of `len` bytes takes from its pool: whole chunks, and units for the rest.
+///
+/// A peer may announce any length: where the multiple is above the largest number, the largest
+/// number stands for it, which no pool has.
 #[must_use]
 pub fn taken_bytes(len: u64) -> u64 {
-    len.next_multiple_of(UNIT_BYTES as u64)
+    let multiple = len.checked_next_multiple_of(UNIT_BYTES as u64);
+    multiple.unwrap_or(u64::MAX)
 }
 
 /// A body that is complete: a list of chunks, cheap to clone.
@@ -459,6 +463,24 @@ mod tests {
             });
             assert_eq!(credited.sum::<u64>(), taken_bytes(len as u64));
             assert_eq!(pool.free_bytes(), free_bytes);
+        }
+    }
+
+    /// A length is a peer's word: none overflows.
+    #[test]
+    fn what_a_body_takes_is_known_for_every_length() {
+        const UNIT: u64 = UNIT_BYTES as u64;
+        let largest_multiple = u64::MAX - (UNIT - 1);
+        for (len, taken) in [
+            (0, 0),
+            (1, UNIT),
+            (UNIT, UNIT),
+            (UNIT + 1, 2 * UNIT),
+            (largest_multiple, largest_multiple),
+            (largest_multiple + 1, u64::MAX),
+            (u64::MAX, u64::MAX),
+        ] {
+            assert_eq!(taken_bytes(len), taken, "{len}");
         }
     }
 

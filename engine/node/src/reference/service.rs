@@ -23,15 +23,7 @@ pub(crate) struct ArtifactService<M> {
     announced: Arc<Announced>,
 }
 
-impl<M: Messenger> ArtifactService<M> {
-    pub(crate) fn new(messenger: M, store: Arc<Store>, announced: Arc<Announced>) -> Self {
-        Self {
-            messenger,
-            store,
-            announced,
-        }
-    }
-
+impl<M> ArtifactService<M> {
     fn announce(&self, from: &NodeId, body: &InboundBody<'_>) -> Answer {
         let InboundBody::Slice(bytes) = body else {
             return Answer::Failure(FailureCode::Malformed);
@@ -50,6 +42,16 @@ impl<M: Messenger> ArtifactService<M> {
             return Answer::Failure(FailureCode::Busy);
         }
         Answer::Reply(wire::WANTED.to_vec().into())
+    }
+}
+
+impl<M: Messenger> ArtifactService<M> {
+    pub(crate) fn new(messenger: M, store: Arc<Store>, announced: Arc<Announced>) -> Self {
+        Self {
+            messenger,
+            store,
+            announced,
+        }
     }
 
     /// A body is about to come: it is hashed while it does.
@@ -162,5 +164,50 @@ impl<M: Messenger> Service for ArtifactService<M> {
     fn on_send(&mut self, message: Inbound<'_>) {
         // This application has no one-way messages.
         tracing::debug!(peer = %message.peer, method = message.method.0, "one-way message ignored");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use millrace_protocol::identity::SigningKey;
+    use millrace_protocol::topology::{Member, Topology};
+
+    use super::*;
+
+    // Protects the node: the length in an announcement is a peer's word, and may be any number.
+    #[test]
+    fn an_announced_length_that_no_store_holds_is_too_large() {
+        const STORE_BYTES: u64 = 1 << 20;
+        let public_key = SigningKey::from_seed([1; 32]).public_key();
+        let peer = public_key.node_id();
+        let addresses = vec![([127, 0, 0, 1], 4100).into()];
+        let member = Member {
+            public_key,
+            addresses,
+        };
+        let topology = Topology::from_members([member], 1);
+        let service = ArtifactService {
+            messenger: (),
+            store: Arc::new(Store::new(STORE_BYTES)),
+            announced: Arc::new(Announced::new(&topology)),
+        };
+        let answer = |length: u64| {
+            let announce = Announce {
+                id: ArtifactId::from_bytes([7; 32]),
+                length,
+            };
+            service.announce(&peer, &InboundBody::Slice(&announce.encode()))
+        };
+        let is_too_large =
+            |answer: &Answer| matches!(answer, Answer::Failure(FailureCode::TooLarge));
+        for length in [0, 1, STORE_BYTES] {
+            assert!(matches!(answer(length), Answer::Reply(_)), "{length}");
+        }
+        let wrapping = u64::MAX - 0xfffe;
+        for length in [STORE_BYTES + 1, wrapping - 1, wrapping, u64::MAX] {
+            assert!(is_too_large(&answer(length)), "{length}");
+            assert!(!service.announced.has_length(&peer, length), "{length}");
+            assert!(Store::expect(&service.store, peer, length).is_none());
+        }
     }
 }
