@@ -331,6 +331,18 @@ impl Outbox {
         std::mem::take(&mut self.exchanges) && self.streams.is_idle()
     }
 
+    /// The peer stopped this stream of ours, as the path says once. Whether that is to be taken up:
+    /// the stream is a lane, or a message is under way on it.
+    pub(crate) fn on_stopped(&mut self, stream: u64) -> bool {
+        match self.lanes.iter_mut().find(|lane| lane.stream == stream) {
+            Some(lane) => {
+                lane.is_stopped = true;
+                true
+            }
+            None => self.streams.on_stopped(stream),
+        }
+    }
+
     /// Whether the peer stopped a lane.
     pub(crate) fn is_stopped(&self) -> bool {
         self.lanes.iter().any(|lane| lane.is_stopped)

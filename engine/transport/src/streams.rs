@@ -237,6 +237,24 @@ impl StreamCarrier {
         std::mem::take(&mut self.stopped)
     }
 
+    /// The peer stopped this stream of ours. Whether a message was under way on it.
+    pub(crate) fn on_stopped(&mut self, stream: u64) -> bool {
+        let at = self
+            .active
+            .iter()
+            .position(|active| active.stream == stream);
+        if let Some(at) = at {
+            self.stop_active(at);
+        }
+        at.is_some()
+    }
+
+    fn stop_active(&mut self, at: usize) {
+        self.prefetcher.clear();
+        self.stopped.push(self.active[at].message.header);
+        self.remove_active(at);
+    }
+
     /// Body bytes of `class` that quiche has not taken. Adds up over the queue: not for every
     /// packet.
     pub(crate) fn queued_bytes(&self, class: Class) -> u64 {
@@ -371,10 +389,10 @@ impl Carrier for StreamCarrier {
                 continue;
             }
             if fed == Fed::Stopped {
-                self.prefetcher.clear();
-                self.stopped.push(self.active[at].message.header);
+                self.stop_active(at);
+            } else {
+                self.remove_active(at);
             }
-            self.remove_active(at);
             finished = true;
         }
         if finished && self.waiting.iter().any(|queue| !queue.is_empty()) {

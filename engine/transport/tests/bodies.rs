@@ -14,8 +14,8 @@ use millrace_protocol::frame::{Class, FailureCode, Header, Kind, Limits, Method}
 use millrace_shards::chunk::{Body, CHUNK_BYTES, Chunk};
 use millrace_transport::counters::{Counter, Family};
 use millrace_transport::{
-    Answer, BodyHead, BodyMode, BodySink, Defer, EdgeStart, Inbound, InboundBody, Payload, Router,
-    RpcError, Service, TransportConfig,
+    Answer, BodyHead, BodyMode, BodySink, CloseCode, Defer, EdgeStart, Inbound, InboundBody,
+    Payload, Router, RpcError, Service, TransportConfig,
 };
 use raw::{Raw, RawOptions};
 
@@ -504,6 +504,24 @@ fn a_peer_that_stops_a_body_ends_that_message_alone() {
     }
     assert!(raw.drive(LIMIT, |_| bed.taken_bytes() == 0));
     assert!(is_up());
+}
+
+// Protects a node from a peer that takes none of its lanes, and says so while nothing is sent on
+// them: housekeeping is the first to hear of it.
+#[test]
+fn a_lane_that_is_stopped_while_it_is_idle_ends_the_connection() {
+    /// The store's lane of class latency, which begins with its hello.
+    const LANE: u64 = 3;
+    let (bed, mut raw) = store_and_raw(budget(16 * MIB, 8 * MIB));
+    assert!(raw.drive(LIMIT, |quic| {
+        quic.stream_readable(LANE) && bed.store.transport.status().peers().len() == 1
+    }));
+    let stop = raw.quic.stream_shutdown(LANE, quiche::Shutdown::Read, 7);
+    stop.unwrap();
+    assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
+    let error = raw.quic.peer_error().unwrap();
+    let violation = CloseCode::Violation as u64;
+    assert_eq!((error.is_app, error.error_code), (true, violation));
 }
 
 // Protects a service's bookkeeping: a sink whose body does not become whole hears why, once.

@@ -26,7 +26,7 @@ use crate::carrier::Progress;
 use crate::config::{PerClass, TransportConfig};
 use crate::counters::{Counter, Family};
 use crate::inbox::{Inbox, StreamFault};
-use crate::path::StreamPath;
+use crate::path::{StreamError, StreamPath};
 use crate::quic::CloseCode;
 use crate::service::handle::{ConnectionHandle, ShardState};
 use crate::service::remote::CallId;
@@ -312,16 +312,24 @@ impl Session {
         close
     }
 
-    /// From time to time: takes up whether the path loses packets, and frees streams of ours that
-    /// the peer stopped after quiche had taken all of them: quiche does so only when asked about
-    /// them.
+    /// From time to time: takes up whether the path loses packets, and which streams of ours the
+    /// peer stopped. quiche frees those, and says so, only when it is asked about them; it says so
+    /// once, so a lane or a message among them hears of it here.
     pub fn housekeep<P: StreamPath>(&mut self, path: &mut P) {
         let lost = path.stats().lost;
         let is_lossy = std::mem::replace(&mut self.lost_seen, lost) < lost;
+        let mut out = self.handle.out.borrow_mut();
+        let mut has_stopped = false;
         while let Some(stream) = path.stream_writable_next() {
-            path.stream_capacity(stream).ok();
+            if path.stream_capacity(stream) == Err(StreamError::Stopped) {
+                has_stopped |= out.on_stopped(stream);
+            }
         }
-        self.handle.out.borrow_mut().set_lossy(is_lossy);
+        out.set_lossy(is_lossy);
+        drop(out);
+        if has_stopped {
+            self.handle.mark_dirty();
+        }
     }
 
     /// Asks the peer for a sign of life. False when an answer cannot be expected within 400 ms.
