@@ -506,6 +506,34 @@ fn a_peer_that_stops_a_body_ends_that_message_alone() {
     assert!(is_up());
 }
 
+// Protects an asker from waiting for its deadline: a peer that takes its answer back, in the middle
+// of it, ends the request.
+#[test]
+fn an_answer_that_is_reset_in_its_middle_ends_the_request() {
+    let (bed, mut raw) = store_and_raw(budget(16 * MIB, 8 * MIB));
+    let is_up = || bed.store.transport.status().peers().len() == 1;
+    assert!(raw.drive(LIMIT, |_| is_up()));
+    let question = request(GIVE, Class::Bulk, Payload::Empty);
+    let answer = bed.store.transport.request(bed.asker.id(), question);
+    let (id, _) = raw.request(LIMIT).expect("the question comes");
+    let head = Header {
+        arg: 0,
+        ..header(Kind::Response, Method(0), id, 2 * MIB)
+    };
+    let part = [&[2], &head.encode()[..], &[0; 70_000]].concat();
+    assert!(raw.send(Raw::stream(0), &part, false));
+    assert!(raw.drive(LIMIT, |_| bed.taken_bytes() > 0));
+    let reset = raw
+        .quic
+        .stream_shutdown(Raw::stream(0), quiche::Shutdown::Write, 1);
+    reset.unwrap();
+    let resets = || bed.store.reason(Family::Rejected, "peer_reset");
+    assert!(raw.drive(LIMIT, |_| resets() == 1));
+    assert_eq!(answer.wait(LIMIT).unwrap_err(), RpcError::PeerProtocol);
+    assert_eq!(bed.taken_bytes(), 0);
+    assert!(is_up());
+}
+
 // Protects a node from a peer that takes none of its lanes, and says so while nothing is sent on
 // them: housekeeping is the first to hear of it.
 #[test]

@@ -189,7 +189,8 @@ impl Delivery<'_> {
     }
 }
 
-/// Counts a cut stream; a request among them is answered, since its sender may still wait.
+/// Counts a cut stream. A request among them is answered, since its sender may still wait; a cut
+/// answer ends the wait of its asker.
 pub(super) fn on_fault(
     handle: &Rc<ConnectionHandle>,
     fault: StreamFault,
@@ -206,6 +207,12 @@ pub(super) fn on_fault(
     }
     let Some(header) = header else { return };
     match fault {
+        _ if matches!(header.kind, Kind::Response | Kind::Failure) => {
+            // A peer that took its answer back has nothing left to be told.
+            let tell = fault != StreamFault::Reset;
+            handle.withdraw(Kind::Request, header.class, header.id, tell);
+            handle.on_answer(header.id, Err(error_of(fault, &header)));
+        }
         // The reason is counted above: only a request is one that was taken back.
         StreamFault::Reset | StreamFault::Cancelled => {
             let is_request = wants_answer(&header);
@@ -218,10 +225,6 @@ pub(super) fn on_fault(
                 _ => FailureCode::Malformed,
             };
             handle.answer(header.class, header.id, Err(code));
-        }
-        _ if matches!(header.kind, Kind::Response | Kind::Failure) => {
-            handle.withdraw(Kind::Request, header.class, header.id, true);
-            handle.on_answer(header.id, Err(error_of(fault, &header)));
         }
         _ => {}
     }

@@ -23,6 +23,7 @@ pub(crate) struct Raw {
     /// The node's lanes, by stream: whether their first byte was read, and what follows it.
     lanes: BTreeMap<u64, (bool, LaneParser)>,
     failures: VecDeque<(u32, FailureCode)>,
+    requests: VecDeque<(u32, Method)>,
 }
 
 /// More packets than any window of a test allows at once.
@@ -110,6 +111,7 @@ impl Raw {
             buffer: vec![0; 65_536],
             lanes: BTreeMap::new(),
             failures: VecDeque::new(),
+            requests: VecDeque::new(),
         }
     }
 
@@ -222,12 +224,28 @@ impl Raw {
 
     /// Takes turns until the node has sent a failure; its request's id and its code.
     pub(crate) fn failure(&mut self, limit: Duration) -> Option<(u32, FailureCode)> {
+        self.read_until(limit, |raw| raw.failures.pop_front())
+    }
+
+    /// Takes turns until the node has sent a request on a lane; its id and its method.
+    pub(crate) fn request(&mut self, limit: Duration) -> Option<(u32, Method)> {
+        self.read_until(limit, |raw| raw.requests.pop_front())
+    }
+
+    fn read_until<T>(
+        &mut self,
+        limit: Duration,
+        mut next: impl FnMut(&mut Self) -> Option<T>,
+    ) -> Option<T> {
         let until = Instant::now() + limit;
-        while self.failures.is_empty() && Instant::now() < until {
+        loop {
+            let found = next(self);
+            if found.is_some() || Instant::now() >= until {
+                return found;
+            }
             self.turn();
             self.read_lanes();
         }
-        self.failures.pop_front()
     }
 
     /// Reads the node's lanes; what is on its other streams is thrown away.
@@ -240,11 +258,13 @@ impl Raw {
                     (false, LaneParser::new(Limits::default()))
                 });
                 let skipped = usize::from(!std::mem::replace(&mut lane.0, true));
-                let failures = &mut self.failures;
-                let mut on_frame = |header: Header, _: &[u8]| {
-                    if header.kind == Kind::Failure {
+                let (failures, requests) = (&mut self.failures, &mut self.requests);
+                let mut on_frame = |header: Header, _: &[u8]| match header.kind {
+                    Kind::Failure => {
                         failures.push_back((header.id, FailureCode::from_arg(header.arg)));
                     }
+                    Kind::Request => requests.push_back((header.id, header.method)),
+                    _ => {}
                 };
                 lane.1.push(&bytes[skipped..read], &mut on_frame).unwrap();
             }
