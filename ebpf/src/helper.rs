@@ -15,10 +15,12 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use caps::Capability;
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -39,8 +41,8 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 const _: () = assert!(nft::WITHIN.as_secs() < ANSWER_WITHIN.as_secs());
 
 /// How long the helper may take to end after the node has closed the socket, and the time between
-/// two looks at it.
-const END_WITHIN: Duration = Duration::from_secs(5);
+/// two looks at it. The end of a node is promised within a second.
+const END_WITHIN: Duration = Duration::from_millis(300);
 const END_LOOK: Duration = Duration::from_millis(2);
 
 /// Capabilities that the helper keeps: for loading and attaching, and for `nft`.
@@ -99,6 +101,9 @@ pub enum HelperError {
     /// The helper is gone, or did not answer in time.
     #[error("the helper is gone; restart the node to change programs or nftables again")]
     Gone(#[source] io::Error),
+    /// The node ends: see [`HangUp`].
+    #[error("the node ends, and waits for its helper no longer")]
+    HungUp,
     /// The request does not fit into a message.
     #[error("a message of {bytes} bytes is above {MESSAGE_BYTES_MAX}")]
     TooLong {
@@ -122,19 +127,48 @@ impl HelperError {
         match self {
             Self::Start(_) => "helper_start",
             Self::Gone(_) => "helper_gone",
+            Self::HungUp => "helper_hung_up",
             Self::TooLong { .. } => "helper_too_long",
             Self::Refused { reason, .. } => reason,
         }
     }
 }
 
-/// The node's end of the conversation. On drop it closes the socket, and waits until the helper
-/// ends or kills it.
+/// The node's end of the conversation. On drop it closes the conversation, and waits up to 300 ms
+/// until the helper ends; then it kills it with all that it started, for example an `nft` that
+/// hangs.
 #[derive(Debug)]
 pub struct Helper {
     child: Child,
-    /// None once it is closed.
-    socket: Option<Mutex<UnixStream>>,
+    socket: Mutex<UnixStream>,
+    line: Arc<Line>,
+}
+
+/// The way to end the conversation while a thread waits for an answer.
+#[derive(Debug)]
+struct Line {
+    /// The same socket as the helper's, for which a thread may hold the lock.
+    socket: UnixStream,
+    is_hung_up: AtomicBool,
+}
+
+impl Line {
+    fn hang_up(&self) {
+        self.is_hung_up.store(true, Ordering::Release);
+        // It fails where the other end has closed already.
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+}
+
+/// Ends the conversation when it is dropped: a request that waits, and each one after it, fails at
+/// once with [`HelperError::HungUp`].
+#[derive(Debug)]
+pub struct HangUp(Arc<Line>);
+
+impl Drop for HangUp {
+    fn drop(&mut self) {
+        self.0.hang_up();
+    }
 }
 
 impl Helper {
@@ -150,6 +184,10 @@ impl Helper {
             .map_err(HelperError::Start)?;
         ours.set_write_timeout(Some(ANSWER_WITHIN))
             .map_err(HelperError::Start)?;
+        let line = Line {
+            socket: ours.try_clone().map_err(HelperError::Start)?,
+            is_hung_up: AtomicBool::new(false),
+        };
         // The helper gets a process group of its own, so that a Ctrl-C meant for the node lets it
         // end in order.
         let child = command
@@ -161,10 +199,17 @@ impl Helper {
         drop(command);
         let helper = Self {
             child,
-            socket: Some(Mutex::new(ours)),
+            socket: Mutex::new(ours),
+            line: Arc::new(line),
         };
         helper.exchange(setup)?;
         Ok(helper)
+    }
+
+    /// What ends the conversation from another thread.
+    #[must_use]
+    pub fn hang_up_on_drop(&self) -> HangUp {
+        HangUp(Arc::clone(&self.line))
     }
 
     /// Sends a request, and waits up to 60 seconds until it is done.
@@ -187,10 +232,7 @@ impl Helper {
 
     /// Sends a message and returns what was done. A failure becomes an error.
     fn exchange(&self, message: &impl Serialize) -> Result<Option<Fingerprint>, HelperError> {
-        let Some(socket) = &self.socket else {
-            return Err(HelperError::Gone(io::ErrorKind::NotConnected.into()));
-        };
-        let mut socket = socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes = serde_json::to_vec(message).map_err(|error| HelperError::Gone(error.into()))?;
         if bytes.len() > MESSAGE_BYTES_MAX {
             return Err(HelperError::TooLong { bytes: bytes.len() });
@@ -201,6 +243,7 @@ impl Helper {
         match answer {
             Ok(Answer::Failed { reason, message }) => Err(HelperError::Refused { reason, message }),
             Ok(Answer::Done(fingerprint)) => Ok(fingerprint),
+            Err(_) if self.line.is_hung_up.load(Ordering::Acquire) => Err(HelperError::HungUp),
             Err(error) => {
                 tracing::debug!(%error, "the helper does not answer");
                 // A late answer would be taken for that of the next request.
@@ -213,14 +256,19 @@ impl Helper {
 
 impl Drop for Helper {
     fn drop(&mut self) {
-        // This closes the node's end, which ends the helper.
-        self.socket = None;
+        // The helper ends when it looks for the next request.
+        self.line.hang_up();
         let until = Instant::now() + END_WITHIN;
         let ended = loop {
             match self.child.try_wait() {
                 Ok(None) if Instant::now() < until => std::thread::sleep(END_LOOK),
-                // The helper may wait for something, for example `nft`.
-                Ok(None) => break self.child.kill().and_then(|()| self.child.wait()).map(drop),
+                // The helper may wait for something, for example `nft`, which must not change the
+                // table under the next node. Its process group is its own.
+                Ok(None) => {
+                    let group = Pid::from_child(&self.child);
+                    let killed = kill_process_group(group, Signal::KILL).map_err(io::Error::from);
+                    break killed.and_then(|()| self.child.wait()).map(drop);
+                }
                 ended => break ended.map(drop),
             }
         };

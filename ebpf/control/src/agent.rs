@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use millrace_edge::clock::now_ns;
+use millrace_edge::helper::{HangUp, Helper};
 use millrace_edge::lease::{NodeLease, unpredictable};
 use millrace_edge::metrics::Counters;
 use millrace_edge::publish::Publisher;
@@ -29,6 +30,8 @@ const WAKES_PER_LEASE: u32 = 5;
 /// The threads of a node's edge. They stop when this is dropped, and the lease ends with them.
 #[derive(Debug)]
 pub struct EdgeAgent {
+    /// Before the threads, which may wait for the helper.
+    _hang_up: Option<HangUp>,
     _lease: Periodic,
     _reconciler: Option<Periodic>,
 }
@@ -52,6 +55,9 @@ impl EdgeAgent {
             view,
         });
         let period = context.config.edge.lease.get() / WAKES_PER_LEASE;
+        let kernel = context.handles.kernel.as_ref();
+        let helper = kernel.and_then(|kernel| kernel.helper.as_ref());
+        let hang_up = helper.map(Helper::hang_up_on_drop);
         let reconciler = context.handles.kernel.clone().map(|edge| {
             let mut reconciler = Reconciler::new(Arc::clone(&context), edge);
             Periodic::start("millrace-rules", period, move |wakes| {
@@ -66,6 +72,7 @@ impl EdgeAgent {
             }
         })?;
         Ok(Self {
+            _hang_up: hang_up,
             _reconciler: reconciler.transpose()?,
             _lease: lease,
         })

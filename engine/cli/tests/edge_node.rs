@@ -8,6 +8,7 @@ mod edge_testbed;
 
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use caps::Capability;
 use common::namespace::{NON_MEMBER, OPERATOR, Pinned, privileged, tool};
@@ -116,6 +117,41 @@ fn the_lease_goes_on_while_nft_hangs() {
     assert_ne!(testbed.node.status()["edge"]["registry_version"], version);
     std::fs::remove_file(&hold).unwrap();
     testbed.follows(version);
+}
+
+// Protects the successor of a node: its end waits for no `nft` that hangs, and leaves none behind
+// that could change the table later.
+#[test]
+fn a_node_ends_while_nft_hangs() {
+    if !privileged("a_node_ends_while_nft_hangs") {
+        return;
+    }
+    let mut testbed = Testbed::new("ends", "mode = \"enforce\"");
+    let file = |name: &str| testbed.folder.path().join(name);
+    let (hold, held) = (file("hold"), file("held"));
+    let first = testbed
+        .registry
+        .set_firewall(&rule("allow", "10.77.0.0/24"));
+    let waits = format!("while [ -e {hold:?} ]; do echo $$ > {held:?}; sleep 0.02; done");
+    start_with_nft(&mut testbed, &waits);
+    testbed.follows(first);
+    std::fs::write(&hold, "").unwrap();
+    testbed
+        .registry
+        .set_firewall(&allow_all_but_the_non_member());
+    let nft = eventually("nft hangs", || {
+        let pid = std::fs::read_to_string(&held).ok()?;
+        pid.trim().parse::<u32>().ok()
+    });
+    let stopped_at = Instant::now();
+    assert_eq!(testbed.node.stop(), Some(0));
+    // A second is promised; ten times of it is allowed. `nft` is given more.
+    assert!(stopped_at.elapsed() < Duration::from_secs(10));
+    eventually("nft is killed", || {
+        // A killed process without a parent that waits for it has no command line.
+        let command = std::fs::read(format!("/proc/{nft}/cmdline"));
+        command.unwrap_or_default().is_empty().then_some(())
+    });
 }
 
 // Protects outbound rules from an `nft` that fails once: nothing tells the node that the table is

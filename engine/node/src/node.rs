@@ -84,10 +84,11 @@ impl fmt::Debug for Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        // First: peers hear of the end, whatever the threads below wait for.
+        self.core.transport.close();
         drop(self.admin.take());
         drop(self.agent.take());
         drop(self.registry.take());
-        self.core.transport.close();
     }
 }
 
