@@ -288,25 +288,28 @@ impl Inbox {
         }
     }
 
-    /// The peer took its request `id` back: if its body is still arriving, what it holds is given
-    /// back, and the rest is thrown away. Its header, if so.
-    ///
-    /// # Errors
-    /// When the peer leaves too many such streams open.
+    /// The peer took these requests back, whose ids are in ascending order: of each whose body is
+    /// still arriving, what it holds is given back, and the rest is thrown away. It costs one look
+    /// at each stream, however many ids there are.
     pub(crate) fn cancel<P: StreamPath>(
         &mut self,
         path: &mut P,
-        id: u32,
-    ) -> Result<Option<Header>, StreamFault> {
-        let found = self.streams.iter().enumerate().find_map(|(at, stream)| {
-            let header = stream.header()?;
-            (wants_answer(&header) && header.id == id).then_some((at, header))
-        });
-        let Some((at, header)) = found else {
-            return Ok(None);
-        };
-        self.refuse(at, path, StreamFault::Cancelled)?;
-        Ok(Some(header))
+        ids: &[u32],
+        cut: &mut impl FnMut(StreamFault, Option<Header>),
+    ) {
+        // From the back: refusing a stream may move the last one into its place.
+        for at in (0..self.streams.len()).rev() {
+            let header = self.streams[at]
+                .header()
+                .filter(|header| wants_answer(header) && ids.binary_search(&header.id).is_ok());
+            if header.is_none() {
+                continue;
+            }
+            cut(StreamFault::Cancelled, header);
+            if let Err(fault) = self.refuse(at, path, StreamFault::Cancelled) {
+                cut(fault, None);
+            }
+        }
     }
 
     /// Drops all that the streams hold, and cuts their sinks: the connection is gone.

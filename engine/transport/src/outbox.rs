@@ -137,7 +137,11 @@ pub(crate) struct Outbox {
     /// Requests or answers were put on lanes since the last feed.
     exchanges: bool,
     datagrams: Vec<Vec<u8>>,
+    /// Each was a request of ours, in flight or queued since the last feed: as few as those are.
     cancellations: Vec<Cancellation>,
+    /// Ids of the peer's requests whose answers it wants no more; at most `unwanted_max`.
+    unwanted: Vec<u32>,
+    unwanted_max: usize,
 }
 
 impl Outbox {
@@ -170,6 +174,8 @@ impl Outbox {
             exchanges: false,
             datagrams: Vec::new(),
             cancellations: Vec::new(),
+            unwanted: Vec::new(),
+            unwanted_max: config.cancellations_max(),
         }
     }
 
@@ -278,6 +284,23 @@ impl Outbox {
         self.cancellations.push(Cancellation { header, tell });
     }
 
+    /// The peer wants no answer to its request `id` any more: it is taken back at the next feed if
+    /// it has not left whole.
+    ///
+    /// # Errors
+    /// When the peer said so of too many since the last feed: this one is sent.
+    pub(crate) fn withdraw_answer(&mut self, id: u32) -> Result<(), QueueFull> {
+        // What is on a lane is not taken back.
+        if self.streams.is_idle() {
+            return Ok(());
+        }
+        if self.unwanted.len() >= self.unwanted_max {
+            return Err(QueueFull);
+        }
+        self.unwanted.push(id);
+        Ok(())
+    }
+
     /// Drops all that waits: the connection is gone.
     pub(crate) fn clear(&mut self) {
         for lane in &mut self.lanes {
@@ -287,6 +310,7 @@ impl Outbox {
         self.streams.clear();
         self.datagrams.clear();
         self.cancellations.clear();
+        self.unwanted.clear();
     }
 
     /// Moves what waits into the path.
@@ -306,6 +330,11 @@ impl Outbox {
     }
 
     fn cancel_all<P: StreamPath>(&mut self, path: &mut P) {
+        if !self.unwanted.is_empty() {
+            let mut ids = std::mem::take(&mut self.unwanted);
+            ids.sort_unstable();
+            self.streams.cancel_answers(path, &ids);
+        }
         for Cancellation { header, tell } in std::mem::take(&mut self.cancellations) {
             if !self.streams.cancel(path, &header) && tell {
                 let frame = Header {
@@ -361,6 +390,7 @@ impl Outbox {
     pub(crate) fn is_idle(&self) -> bool {
         self.streams.is_idle()
             && self.cancellations.is_empty()
+            && self.unwanted.is_empty()
             && self
                 .lanes
                 .iter()
@@ -426,5 +456,25 @@ mod tests {
         let frame = Header::BYTES + BODY_BYTES;
         let most = refusals + frame.div_ceil(Header::BYTES);
         assert!((refusals..=most).contains(&taken), "{taken}");
+    }
+
+    // Protects the node from a peer that takes back what it never asked for: nothing is noted while
+    // no answer is under way, and a bounded number otherwise.
+    #[test]
+    fn answers_that_the_peer_wants_no_more_are_noted_within_a_bound() {
+        let config = TransportConfig::default();
+        let bound = config.cancellations_max();
+        let mut out = Outbox::new(&config, true);
+        let noted = |out: &mut Outbox| {
+            let withdraw = |id: &u32| out.withdraw_answer(*id).is_ok();
+            let taken = (0..2 * bound as u32).take_while(withdraw).count();
+            (taken, out.unwanted.len())
+        };
+        assert_eq!(noted(&mut out), (2 * bound, 0));
+        let body = Payload::from(vec![0; config.limits.lane_body_bytes_max as usize + 1]);
+        out.push(header(Kind::Response), body).unwrap();
+        assert_eq!(noted(&mut out), (bound, bound));
+        out.clear();
+        assert!(out.is_idle());
     }
 }

@@ -237,6 +237,35 @@ impl StreamCarrier {
         std::mem::take(&mut self.stopped)
     }
 
+    /// Takes back the answers to these requests, whose ids are in ascending order. It costs one look
+    /// at each message, however many ids there are.
+    pub(crate) fn cancel_answers<P: StreamPath>(&mut self, path: &mut P, ids: &[u32]) {
+        let is_unwanted = |message: &Outgoing| {
+            let header = &message.header;
+            header.kind == Kind::Response && ids.binary_search(&header.id).is_ok()
+        };
+        for queue in &mut self.waiting {
+            queue.retain(|message| {
+                let is_kept = !is_unwanted(message);
+                if !is_kept {
+                    self.answers.remove(message);
+                }
+                is_kept
+            });
+        }
+        for at in (0..self.active.len()).rev() {
+            if is_unwanted(&self.active[at].message) {
+                self.reset_active(path, at);
+            }
+        }
+    }
+
+    fn reset_active<P: StreamPath>(&mut self, path: &mut P, at: usize) {
+        self.prefetcher.clear();
+        let stream = self.remove_active(at);
+        path.stream_reset(stream, CODE_CANCELLED);
+    }
+
     /// The peer stopped this stream of ours. Whether a message was under way on it.
     pub(crate) fn on_stopped(&mut self, stream: u64) -> bool {
         let at = self
@@ -414,9 +443,7 @@ impl Carrier for StreamCarrier {
             return true;
         }
         if let Some(at) = self.active.iter().position(|active| same(&active.message)) {
-            self.prefetcher.clear();
-            let stream = self.remove_active(at);
-            path.stream_reset(stream, CODE_CANCELLED);
+            self.reset_active(path, at);
             return true;
         }
         false

@@ -15,7 +15,7 @@ use millrace_shards::chunk::{Body, CHUNK_BYTES, Chunk};
 use millrace_transport::counters::{Counter, Family};
 use millrace_transport::{
     Answer, BodyHead, BodyMode, BodySink, CloseCode, Defer, EdgeStart, Inbound, InboundBody,
-    Payload, Router, RpcError, Service, TransportConfig,
+    Payload, PerClass, Router, RpcError, Service, TransportConfig,
 };
 use raw::{Raw, RawOptions};
 
@@ -452,6 +452,41 @@ fn a_request_that_is_cancelled_while_its_body_arrives_gives_its_space_back() {
     assert!(raw.drive(LIMIT, |_| bed.seen.ends() == ends));
     assert!(bed.seen.kept.lock().unwrap().is_empty());
     assert_eq!(bed.store.reason(Family::Rejected, "peer_cancelled"), 3);
+}
+
+// Protects a node's processor and memory: of a flood of cancellations a few are taken up at a time,
+// the others are dropped, and neither the connection nor what comes after suffers.
+#[test]
+fn a_flood_of_cancellations_is_dropped_above_its_bound() {
+    const FLOOD: u32 = 2_000;
+    let mut config = budget(16 * MIB, 8 * MIB);
+    config.requests_in_max = PerClass {
+        latency: 8,
+        normal: 8,
+        bulk: 8,
+    };
+    let (bed, mut raw) = store_and_raw(config);
+    let head = header(Kind::Request, STREAM, 1, 2 * MIB).encode();
+    let opening = [&[2], &head[..], &[0; 70_000]].concat();
+    assert!(raw.send(Raw::stream(0), &opening, false));
+    assert!(raw.drive(LIMIT, |_| bed.taken_bytes() > 0));
+    let cancel = |id| {
+        let head = header(Kind::Cancel, Method(0), id, 0);
+        Header { arg: 0, ..head }.encode()
+    };
+    let unknown = header(Kind::Request, Method(99), 2, 0).encode();
+    let flood: Vec<u8> = (100..100 + FLOOD).flat_map(cancel).collect();
+    assert!(raw.send(Raw::LANE, &[&flood, &unknown[..]].concat(), false));
+    // In its order on the lane, the refusal says that the flood is over.
+    let rejected = |reason| bed.store.reason(Family::Rejected, reason);
+    assert!(raw.drive(LIMIT, |_| rejected("unknown_method") == 1));
+    let dropped = rejected("peer_too_many_cancellations");
+    assert!((1..u64::from(FLOOD)).contains(&dropped), "{dropped}");
+    assert!(bed.taken_bytes() > 0);
+    assert!(raw.send(Raw::LANE, &cancel(1), false));
+    assert!(raw.drive(LIMIT, |_| bed.taken_bytes() == 0));
+    assert_eq!(bed.store.count(Counter::RequestsCancelled), 1);
+    assert!(raw.quic.peer_error().is_none());
 }
 
 // Protects an asker from waiting for its deadline, and the space of a body that is not sent: a peer

@@ -155,11 +155,11 @@ impl ConnectionHandle {
         }
     }
 
-    /// Takes back the request or the answer `id` if it is still being sent. If it is not, and
-    /// `tell`, the peer gets a cancellation.
-    pub(crate) fn withdraw(&self, kind: Kind, class: Class, id: u32, tell: bool) {
+    /// Takes back the request `id` if it is still being sent. If it is not, and `tell`, the peer
+    /// gets a cancellation.
+    fn withdraw(&self, class: Class, id: u32, tell: bool) {
         let header = Header {
-            kind,
+            kind: Kind::Request,
             class,
             method: Method(0),
             id,
@@ -170,15 +170,24 @@ impl ConnectionHandle {
         self.mark_dirty();
     }
 
-    /// Hands an answer to its asker.
-    pub(crate) fn on_answer(&self, id: u32, result: Result<Payload, RpcError>) {
-        let completion = self.calls.borrow_mut().complete(id);
-        match completion {
-            Some((_, completion)) => {
-                completion.complete(result);
-                self.wake_writable();
-            }
-            None => self.state.counters.add(Counter::AnswersLate, 1),
+    /// Hands an answer to its asker; the class of the request, if one waited.
+    pub(crate) fn on_answer(&self, id: u32, result: Result<Payload, RpcError>) -> Option<Class> {
+        let call = self.calls.borrow_mut().complete(id);
+        let Some((class, completion)) = call else {
+            self.state.counters.add(Counter::AnswersLate, 1);
+            return None;
+        };
+        completion.complete(result);
+        self.wake_writable();
+        Some(class)
+    }
+
+    /// Ends a request that will have no answer: what was not sent of it need not be. If all of it
+    /// was, and `tell`, the peer gets a cancellation. A peer that says so of requests which no one
+    /// waits for adds nothing to any queue.
+    pub(crate) fn on_no_answer(&self, id: u32, error: RpcError, tell: bool) {
+        if let Some(class) = self.on_answer(id, Err(error)) {
+            self.withdraw(class, id, tell);
         }
     }
 
@@ -203,7 +212,7 @@ impl ConnectionHandle {
             .borrow_mut()
             .expire(now, &mut |id, completion| late.push((id, completion)));
         for (id, (class, completion)) in late {
-            self.withdraw(Kind::Request, class, id, true);
+            self.withdraw(class, id, true);
             self.state
                 .counters
                 .count(Family::Failed, RpcError::Timeout.reason());
@@ -221,7 +230,7 @@ impl ConnectionHandle {
             &mut |id, call| abandoned.push((id, call)),
         );
         for (id, (class, _)) in &abandoned {
-            self.withdraw(Kind::Request, *class, *id, true);
+            self.withdraw(*class, *id, true);
         }
         if !abandoned.is_empty() {
             self.wake_writable();

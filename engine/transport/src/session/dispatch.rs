@@ -28,7 +28,8 @@ pub struct Received {
     /// Numbers of probes that the peer answered.
     pub probe_replies: Vec<u32>,
     /// Requests that the peer took back and that are not in flight: their bodies may be arriving.
-    /// Taken up while the connection is read.
+    /// Taken up after each stream that is read, and never more than
+    /// [`cancellations_max`](crate::TransportConfig::cancellations_max).
     pub(super) cancelled: Vec<u32>,
     /// The peer broke the protocol: the connection is to be closed, for this reason.
     pub fault: Option<&'static str>,
@@ -113,6 +114,15 @@ impl Delivery<'_> {
         }
     }
 
+    /// Notes that the body of a request may be arriving which the peer took back.
+    fn cancel_arriving(&mut self, id: u32) {
+        let cancelled = &mut self.received.cancelled;
+        if cancelled.len() >= self.handle.state.config.cancellations_max() {
+            return self.handle.count_too_many_cancellations();
+        }
+        cancelled.push(id);
+    }
+
     fn deadline_of(&self, header: &Header) -> Instant {
         self.now + Duration::from_millis(header.arg.into())
     }
@@ -169,16 +179,12 @@ impl Delivery<'_> {
             }
             Kind::Failure => {
                 // Refused before all of it was there: the rest need not be sent.
-                self.handle
-                    .withdraw(Kind::Request, header.class, header.id, false);
-                self.handle.on_answer(
-                    header.id,
-                    Err(RpcError::Peer(FailureCode::from_arg(header.arg))),
-                );
+                let error = RpcError::Peer(FailureCode::from_arg(header.arg));
+                self.handle.on_no_answer(header.id, error, false);
             }
             Kind::Cancel => {
-                if !self.handle.on_cancel(header.class, header.id) {
-                    self.received.cancelled.push(header.id);
+                if !self.handle.on_cancel(header.id) {
+                    self.cancel_arriving(header.id);
                 }
             }
             Kind::Probe => self.handle.datagram(Kind::ProbeReply, header.arg),
@@ -210,8 +216,7 @@ pub(super) fn on_fault(
         _ if matches!(header.kind, Kind::Response | Kind::Failure) => {
             // A peer that took its answer back has nothing left to be told.
             let tell = fault != StreamFault::Reset;
-            handle.withdraw(Kind::Request, header.class, header.id, tell);
-            handle.on_answer(header.id, Err(error_of(fault, &header)));
+            handle.on_no_answer(header.id, error_of(fault, &header), tell);
         }
         // The reason is counted above: only a request is one that was taken back.
         StreamFault::Reset | StreamFault::Cancelled => {

@@ -25,7 +25,7 @@ use crate::allocator::BodyAllocator;
 use crate::carrier::Progress;
 use crate::config::{PerClass, TransportConfig};
 use crate::counters::{Counter, Family};
-use crate::inbox::{Inbox, StreamFault};
+use crate::inbox::Inbox;
 use crate::path::{StreamError, StreamPath};
 use crate::quic::CloseCode;
 use crate::service::handle::{ConnectionHandle, ShardState};
@@ -411,17 +411,18 @@ fn cancel_arriving<P: StreamPath>(
     path: &mut P,
     received: &mut Received,
 ) {
-    while let Some(id) = received.cancelled.pop() {
-        match inbox.cancel(path, id) {
-            Ok(None) => {}
-            Ok(header) => {
-                // Taken up: there is nothing left to remember.
-                handle.take_early_cancel(id);
-                on_fault(handle, StreamFault::Cancelled, header, received);
-            }
-            Err(fault) => on_fault(handle, fault, None, received),
-        }
+    if received.cancelled.is_empty() {
+        return;
     }
+    let mut ids = std::mem::take(&mut received.cancelled);
+    ids.sort_unstable();
+    inbox.cancel(path, &ids, &mut |fault, header| {
+        if let Some(header) = &header {
+            // Taken up: there is nothing left to remember.
+            handle.take_early_cancel(header.id);
+        }
+        on_fault(handle, fault, header, received);
+    });
 }
 
 /// How long the last bytes of a connection and their repeats may take: three round trips, within

@@ -2,10 +2,10 @@
 
 use std::task::{Context, Poll};
 
-use millrace_protocol::frame::{Class, Kind};
+use millrace_protocol::frame::Class;
 
 use super::ConnectionHandle;
-use crate::counters::Counter;
+use crate::counters::{Counter, Family};
 
 impl ConnectionHandle {
     pub(crate) fn open_inbound(&self, class: Class, id: u32) -> bool {
@@ -34,7 +34,7 @@ impl ConnectionHandle {
     /// The peer took its request back, or no longer wants the answer that is under way. False when
     /// the request is not in flight here: it was answered, or has not arrived whole. It is then
     /// remembered.
-    pub(crate) fn on_cancel(&self, class: Class, id: u32) -> bool {
+    pub(crate) fn on_cancel(&self, id: u32) -> bool {
         let ended = self.inbound.borrow_mut().end(id);
         if let Some(waker) = ended {
             self.state.counters.add(Counter::RequestsCancelled, 1);
@@ -43,10 +43,19 @@ impl ConnectionHandle {
             }
             return true;
         }
-        self.withdraw(Kind::Response, class, id, false);
+        if self.out.borrow_mut().withdraw_answer(id).is_err() {
+            self.count_too_many_cancellations();
+        }
+        self.mark_dirty();
         let now = self.state.now.get();
         self.early_cancels.borrow_mut().insert(id, now);
         false
+    }
+
+    /// A cancellation of the peer's was dropped, as one too many.
+    pub(crate) fn count_too_many_cancellations(&self) {
+        let counters = &self.state.counters;
+        counters.count(Family::Rejected, "peer_too_many_cancellations");
     }
 
     /// Whether the peer took the request `id` back before it arrived: no service is to hear of it.
