@@ -16,7 +16,8 @@ const HANDSHAKE_BYTES: ByteSize = ByteSize::kib(128);
 const PROCESS_BYTES: ByteSize = ByteSize::mib(32);
 
 /// Long answers of the registry exchange beside the pools at once: the one that peers get; of one
-/// that a peer sent, the bytes in one piece and its versions. Long ones that wait lie in the pools.
+/// that a peer sent, the bytes in one piece and its versions. In the pools lie long ones that wait,
+/// and up to two copies of the one that peers get on each shard.
 const REGISTRY_ANSWERS: u64 = 3;
 
 /// An admin client: hyper's buffers and the socket's.

@@ -12,7 +12,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use millrace_protocol::frame::{Class, FailureCode};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_protocol::rpc::RpcError;
@@ -22,31 +21,19 @@ use millrace_transport::{
 };
 
 use crate::follow::OfferSender;
+use crate::long_answers::LongAnswers;
 use crate::questions::Offer;
 use crate::versions::Versions;
-use crate::wire;
+use crate::wire::{self, Newer};
 
 /// How long a peer may take to answer.
 const DEADLINE: Duration = Duration::from_secs(5);
-
-/// How long the chunks of a long answer are kept for other peers that ask the same: when a version
-/// comes, they all do within a few poll intervals.
-const LONG_ANSWER_TTL: Duration = Duration::from_secs(10);
 
 /// The exchange on one shard, for the methods [`wire::FIRST_METHOD`] to [`wire::LAST_METHOD`].
 #[derive(Debug)]
 pub struct Exchange<M> {
     asker: Asker<M>,
-    /// The last answer that is longer than 64 KiB.
-    long: Rc<RefCell<Option<LongAnswer>>>,
-}
-
-/// An answer in chunks of the shard's pool.
-#[derive(Debug)]
-struct LongAnswer {
-    /// What it was copied from; held, so that no other answer lies at the same place.
-    bytes: Bytes,
-    body: Body,
+    long: Rc<RefCell<LongAnswers<Body>>>,
 }
 
 /// What asks peers, and where their answers go.
@@ -94,41 +81,37 @@ impl<M: Messenger> Exchange<M> {
         let Ok(number) = <[u8; 8]>::try_from(*bytes) else {
             return Answer::Failure(FailureCode::Malformed);
         };
-        let bytes = self.asker.versions.newer_than(u64::from_le_bytes(number));
-        if bytes.len() <= INLINE_BYTES_MAX {
-            return Answer::Reply(bytes.into());
+        let newer = self.asker.versions.newer(u64::from_le_bytes(number));
+        if newer.bytes.len() <= INLINE_BYTES_MAX {
+            return Answer::Reply(newer.bytes.into());
         }
-        match self.in_chunks(bytes) {
+        match self.in_chunks(&newer) {
             Some(body) => Answer::Reply(body.into()),
             None => Answer::Failure(FailureCode::Busy),
         }
     }
 
-    /// The chunks of a long answer: those of the last one, if it was the same.
-    fn in_chunks(&self, bytes: Bytes) -> Option<Body> {
-        let mut long = self.long.borrow_mut();
-        if let Some(last) = &*long
-            && std::ptr::eq(&raw const *last.bytes, &raw const *bytes)
-        {
-            return Some(last.body.clone());
-        }
-        // The chunks of the last one first: the pool may have room for one only.
-        *long = None;
+    /// The chunks of a long answer.
+    fn in_chunks(&self, newer: &Newer) -> Option<Body> {
         let messenger = &self.asker.messenger;
-        let body = Body::copy_from_slice(messenger.pool(), &bytes)?;
-        *long = Some(LongAnswer {
-            bytes,
-            body: body.clone(),
+        let mut long = self.long.borrow_mut();
+        let mut is_new = false;
+        let body = long.answer(newer, |bytes| {
+            is_new = true;
+            Body::copy_from_slice(messenger.pool(), bytes)
         });
-        let (kept, long) = (messenger.sleep(LONG_ANSWER_TTL), Rc::downgrade(&self.long));
-        messenger.spawn(Queue::Background, async move {
-            kept.await;
-            if let Some(long) = long.upgrade() {
-                // Perhaps a later one's: it is copied anew then.
-                long.borrow_mut().take();
-            }
-        });
-        Some(body)
+        if is_new && body.is_some() && long.keep(messenger.now()) {
+            let (waits, long) = (messenger.clone(), Rc::downgrade(&self.long));
+            messenger.spawn(Queue::Background, async move {
+                while let Some(long) = long.upgrade()
+                    && let Some(left) = { long.borrow_mut().left(waits.now()) }
+                {
+                    drop(long);
+                    waits.sleep(left).await;
+                }
+            });
+        }
+        body
     }
 }
 

@@ -8,6 +8,7 @@
 //! | `versions.rs` | what a node holds, and the members that follow from it |
 //! | `wire.rs` | how versions travel between peers |
 //! | `exchange.rs` | the service that asks and answers peers |
+//! | `long_answers.rs` | copies of long answers, shared by peers that ask the same |
 //! | `questions.rs` | questions to peers: under way, answered, failed |
 //! | `follow.rs` | the thread that reads the folder and checks what peers sent |
 //! | `draft.rs` | the next version, before it is signed |
@@ -17,6 +18,7 @@ pub mod exchange;
 pub mod folder;
 pub mod follow;
 pub mod keys;
+mod long_answers;
 mod questions;
 pub mod versions;
 pub mod wire;

@@ -16,7 +16,7 @@ use millrace_protocol::topology::{Member, Topology};
 
 use crate::folder::Follower;
 use crate::questions::{Offer, Questions};
-use crate::wire::{self, Encoded};
+use crate::wire::{self, Encoded, Newer};
 
 /// What a node knows before it holds a version.
 #[derive(Debug, Clone, Default)]
@@ -149,6 +149,11 @@ impl Versions {
     /// The encoded versions above a number (see [`wire`]): the answer to a peer that holds that
     /// one. A part of one buffer, as long as no newer version comes. For shards.
     pub fn newer_than(&self, number: u64) -> Bytes {
+        self.newer(number).bytes
+    }
+
+    /// As [`Self::newer_than`], and what a shorter answer is made from.
+    pub(crate) fn newer(&self, number: u64) -> Newer {
         let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         shared.newer_than(number)
     }
@@ -162,7 +167,9 @@ impl Versions {
     fn share(&self, follower: &Follower) {
         let held: Vec<_> = follower.registry().newer_than(0).collect();
         let encoded = Encoded::of(&held);
-        *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = encoded;
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.replace(encoded);
+        drop(shared);
         let number = follower.registry().newest_number();
         self.newest.store(number, Ordering::Release);
     }

@@ -6,8 +6,9 @@
 //!
 //! An answer is versions one after the other: length of the document (u32, little endian),
 //! document, signature. It has the newest ones, at most [`ANSWER_VERSIONS_MAX`] of them in
-//! [`ANSWER_BYTES_MAX`]. A peer that is further behind loses nothing, because every version says
-//! everything; it does not ask for those that are left out.
+//! [`ANSWER_BYTES_MAX`]; one of more than 64 KiB may have fewer of the newest. A peer that is
+//! further behind loses nothing, because every version says everything; it does not ask for those
+//! that are left out.
 
 use std::borrow::Cow;
 
@@ -31,15 +32,39 @@ pub const ANSWER_BYTES_MAX: usize = 2 << 20;
 /// Most versions of an answer; as many as a node holds by default.
 pub const ANSWER_VERSIONS_MAX: usize = 32;
 
-/// The newest versions that a node holds, encoded once for all peers that ask.
+/// The newest versions that a node holds, encoded once for all peers that ask. A shard that has
+/// given a long answer holds up to two copies in chunks for 10 seconds (`long_answers.rs`).
 #[derive(Debug, Default)]
 pub(crate) struct Encoded {
+    /// Counts the sets that were encoded.
+    set: u64,
     bytes: Bytes,
     /// Number of each version, ascending, and where it begins.
     versions: Vec<(u64, usize)>,
 }
 
+/// The answer to one question: parts of one buffer, as long as no newer version comes.
+#[derive(Debug, Clone)]
+pub(crate) struct Newer {
+    /// The set of versions that it is of.
+    pub(crate) set: u64,
+    /// Where in the encoded set the answer begins.
+    pub(crate) begins: usize,
+    /// The answer; empty when there are no newer versions.
+    pub(crate) bytes: Bytes,
+    /// Where in the encoded set the newest version begins.
+    pub(crate) newest_begins: usize,
+    /// The newest version alone.
+    pub(crate) newest: Bytes,
+}
+
 impl Encoded {
+    /// Takes the place of what was encoded, which has another number then.
+    pub(crate) fn replace(&mut self, encoded: Self) {
+        let set = self.set + 1;
+        *self = Self { set, ..encoded };
+    }
+
     /// Of the versions with their numbers, ascending: the newest, as many as an answer may have.
     pub(crate) fn of(versions: &[(u64, &SignedVersion)]) -> Self {
         let mut bytes = 0;
@@ -56,17 +81,24 @@ impl Encoded {
             (*number, at)
         });
         Self {
+            set: 0,
             versions: index.collect(),
             bytes: encode(newest.iter().map(|(_, signed)| *signed)).into(),
         }
     }
 
     /// The answer to a peer that holds this number.
-    pub(crate) fn newer_than(&self, number: u64) -> Bytes {
+    pub(crate) fn newer_than(&self, number: u64) -> Newer {
         let older = self.versions.partition_point(|(held, _)| *held <= number);
-        match self.versions.get(older) {
-            Some((_, begins)) => self.bytes.slice(begins..),
-            None => Bytes::new(),
+        let end = self.bytes.len();
+        let begins = self.versions.get(older).map_or(end, |(_, begins)| *begins);
+        let newest_begins = self.versions.last().map_or(end, |(_, begins)| *begins);
+        Newer {
+            set: self.set,
+            begins,
+            bytes: self.bytes.slice(begins..),
+            newest_begins,
+            newest: self.bytes.slice(newest_begins..),
         }
     }
 }
@@ -193,20 +225,22 @@ mod tests {
         let some = [version(3), version(2), version(1)];
         let encoded = Encoded::of(&numbered(&some));
         for held in 0..4 {
-            let answer = decode(&encoded.newer_than(held)).unwrap();
-            assert_eq!(answer, some[held as usize..]);
+            let newer = encoded.newer_than(held);
+            assert_eq!(decode(&newer.bytes).unwrap(), some[held as usize..]);
+            assert_eq!(decode(&newer.newest).unwrap(), some[2..]);
         }
-        assert!(encoded.newer_than(u64::MAX).is_empty());
-        let [one, other] = [0, 0].map(|held| encoded.newer_than(held).as_ptr());
+        assert!(encoded.newer_than(u64::MAX).bytes.is_empty());
+        assert!(Encoded::default().newer_than(0).newest.is_empty());
+        let [one, other] = [0, 0].map(|held| encoded.newer_than(held).bytes.as_ptr());
         assert_eq!(one, other, "encoded once for all peers");
 
         // Their headers and signatures count: the documents alone would fit.
         let large = [version(1), version(1 << 20), version(1 << 20)];
-        let answer = decode(&Encoded::of(&numbered(&large)).newer_than(0)).unwrap();
+        let answer = decode(&Encoded::of(&numbered(&large)).newer_than(0).bytes).unwrap();
         assert_eq!(answer, large[2..]);
 
         let many: Vec<_> = (0..ANSWER_VERSIONS_MAX + 5).map(version).collect();
-        let answer = decode(&Encoded::of(&numbered(&many)).newer_than(0)).unwrap();
+        let answer = decode(&Encoded::of(&numbered(&many)).newer_than(0).bytes).unwrap();
         assert_eq!(answer, many[5..]);
     }
 }
