@@ -28,7 +28,7 @@ use signal_hook::iterator::Signals;
 use crate::cli::DevArgs;
 use crate::exit::{Exit, Failure};
 use crate::node::helper;
-use crate::{output, progress};
+use crate::{log, output, progress};
 use testbed::{Side, Testbed};
 
 /// Chunks beside the payload's: small artifacts that a user puts, answers of the registry.
@@ -95,6 +95,7 @@ impl Subnet {
     fn start(args: &DevArgs, config: &NodeConfig, folder: &Path) -> Result<Self, Failure> {
         let started = Instant::now();
         let testbed = args.edge.then(Testbed::make).transpose()?;
+        log::start_writer().map_err(|error| Failure::io("the thread of the log", &error))?;
         let registry_key = keys::create(&folder.join("registry.key"))?;
         let registry_dir = folder.join("registry");
         std::fs::create_dir(&registry_dir).map_err(|e| Failure::io(registry_dir.display(), &e))?;

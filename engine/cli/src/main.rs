@@ -10,6 +10,7 @@ mod dev;
 mod exit;
 mod keygen;
 mod load;
+mod log;
 mod node;
 mod output;
 mod progress;
@@ -34,7 +35,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return exit::usage(&error),
     };
-    output::start_log(&cli.log);
+    let _flush = log::start(&cli.log);
     match run(cli.command) {
         Ok(exit) => exit.into(),
         Err(failure) => output::report(&failure),

@@ -14,7 +14,7 @@ use signal_hook::iterator::Signals;
 use crate::cli::NodeArgs;
 use crate::exit::{Exit, Failure};
 use crate::load::Loaded;
-use crate::output;
+use crate::{log, output};
 
 /// The subcommand that is the edge's helper.
 const HELPER: &str = "edge-helper";
@@ -56,6 +56,8 @@ fn start(config: &NodeConfig, paths: &Paths) -> Result<Node, Failure> {
         notify: &mut |line| output::message(line),
     };
     parts.edge = Some(edge::prepare(config, shards, &parts.versions, host)?);
+    // The capabilities are dropped now, and no shard runs yet.
+    log::start_writer().map_err(|error| Failure::io("the thread of the log", &error))?;
     Ok(Node::start(config, parts)?)
 }
 

@@ -1,13 +1,12 @@
 //! Data to stdout, messages to stderr, both without panicking when the reader went away.
 
 use std::fmt;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::process::ExitCode;
 
-use serde::Serialize;
-use tracing_subscriber::EnvFilter;
-
 use crate::exit::{Exit, Failure};
+use crate::log;
+use serde::Serialize;
 
 /// Writes a line of data.
 pub(crate) fn data(line: impl fmt::Display) -> Result<(), Failure> {
@@ -28,8 +27,7 @@ pub(crate) fn json(value: &impl Serialize) -> Result<(), Failure> {
 
 /// Writes a message for people.
 pub(crate) fn message(line: impl fmt::Display) {
-    // There is no way to report that stderr is closed.
-    let _ = writeln!(std::io::stderr().lock(), "{line}");
+    log::say(format!("{line}\n").as_bytes());
 }
 
 /// Prints a failure and gives its code.
@@ -38,17 +36,6 @@ pub(crate) fn report(failure: &Failure) -> ExitCode {
         message(format_args!("millrace: {}", failure.message));
     }
     failure.exit.into()
-}
-
-/// Starts the log on stderr with a filter such as `info` or `millrace_transport=debug`.
-pub(crate) fn start_log(filter: &str) {
-    let subscriber = tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_env_filter(EnvFilter::new(filter))
-        .finish();
-    // Fails only when a log was started before, which nothing here does.
-    let _ = tracing::subscriber::set_global_default(subscriber);
 }
 
 fn written(result: std::io::Result<()>) -> Result<(), Failure> {

@@ -9,11 +9,11 @@ pub mod process;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
-pub use millrace_testkit::{eventually, skip};
+pub use millrace_testkit::{PATIENCE, eventually, skip};
 
 /// How loopback addresses begin that no other test has, and no other run of this one beside it.
 pub fn own_addresses() -> String {
@@ -204,27 +204,9 @@ impl TestNode {
     }
 
     /// As [`Self::start`], by a command that lacks the arguments of `millrace`.
-    pub fn start_by(&mut self, mut millrace: Command) {
-        let process = millrace
-            .args(["node", "--config", text(&self.config)])
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let process = self.process.insert(process);
-        // The line that names the admin socket comes when everything has started.
-        let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
-        let mut said = Vec::new();
-        loop {
-            match lines.next() {
-                Some(line) => said.push(line.unwrap()),
-                None => panic!("the node ended: {said:?}"),
-            }
-            if said.last().unwrap().contains("listens on") {
-                break;
-            }
-        }
-        self.said = said;
+    pub fn start_by(&mut self, millrace: Command) {
         // What it says later must not fill the pipe.
+        let lines = self.start_unread(millrace).lines();
         let says = Arc::new(Mutex::new(Vec::new()));
         self.says = Arc::clone(&says);
         std::thread::spawn(move || {
@@ -232,6 +214,28 @@ impl TestNode {
                 says.lock().unwrap().push(line);
             }
         });
+    }
+
+    /// As [`Self::start_by`], but what the node says after its start stays in the pipe.
+    pub fn start_unread(&mut self, mut millrace: Command) -> BufReader<ChildStderr> {
+        let process = millrace
+            .args(["node", "--config", text(&self.config)])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let process = self.process.insert(process);
+        // The line that names the admin socket comes when everything has started.
+        let mut reader = BufReader::new(process.stderr.take().unwrap());
+        self.said.clear();
+        loop {
+            let mut line = String::new();
+            let length = reader.read_line(&mut line).unwrap();
+            assert!(length > 0, "the node ended: {:?}", self.said);
+            self.said.push(line.trim_end().to_owned());
+            if line.contains("listens on") {
+                return reader;
+            }
+        }
     }
 
     /// The number of the process.
@@ -260,6 +264,7 @@ impl TestNode {
     /// One raw request, the whole raw answer.
     pub fn raw(&self, request: &[u8]) -> String {
         let mut stream = UnixStream::connect(&self.socket).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.write_all(request).unwrap();
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).unwrap();
