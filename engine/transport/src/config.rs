@@ -50,13 +50,12 @@ impl PerClass<u32> {
     }
 }
 
-/// Bytes of answers that may wait for their peer on one connection, by where they lie. An answer
-/// that is longer is taken while no other of its kind waits.
+/// Bytes of answers that may wait for their peer on one connection, by where they lie.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AnswerBounds {
-    /// In memory of their own.
+    /// In memory of their own: never more.
     pub(crate) plain_bytes: u64,
-    /// In chunks of the pool.
+    /// In chunks of the pool. An answer that is longer is taken while no other in chunks waits.
     pub(crate) chunk_bytes: u64,
 }
 
@@ -114,8 +113,9 @@ pub struct TransportConfig {
     /// Messages with a stream of their own that may wait or be in flight to a peer, for each class.
     pub stream_queue_messages: PerClass<usize>,
     /// Bytes of answers to a peer that may wait to be sent on streams of their own, on a
-    /// connection: the next one is refused with `Busy`, unless it is the only one. Answers in
-    /// chunks lie in the pool: as many of their bytes may wait as `receive_budget_peer_bytes` says.
+    /// connection: the next one is refused with `Busy`, and one that is longer with `TooLarge`.
+    /// Answers in chunks lie in the pool: as many of their bytes may wait as
+    /// `receive_budget_peer_bytes` says, or one of any length.
     pub answer_queue_bytes: u64,
     /// Message streams of one class that are fed at the same time.
     pub streams_active_max: usize,
@@ -232,6 +232,15 @@ impl TransportConfig {
             plain_bytes: self.answer_queue_bytes,
             chunk_bytes: self.receive_budget_peer_bytes,
         }
+    }
+
+    /// The longest answer in memory of its own. One on a lane counts against the bound of lanes.
+    pub(crate) fn plain_answer_bytes_max(&self) -> u32 {
+        let limits = &self.limits;
+        let queue = u32::try_from(self.answer_queue_bytes).unwrap_or(u32::MAX);
+        queue
+            .max(limits.lane_body_bytes_max)
+            .min(limits.body_bytes_max)
     }
 
     /// Cancellations of a peer that are taken up at a time: one for each request that it may have in

@@ -55,7 +55,7 @@ struct Answers {
 }
 
 impl Answers {
-    /// What counts `message`, if it is an answer, and its bound.
+    /// What counts `message`, if it is an answer, and its bound as things are.
     fn of(&mut self, message: &Outgoing) -> Option<(&mut u64, u64)> {
         if message.header.kind != Kind::Response {
             return None;
@@ -63,6 +63,8 @@ impl Answers {
         match message.body {
             Payload::Empty => None,
             Payload::Bytes(_) => Some((&mut self.plain_bytes, self.bounds.plain_bytes)),
+            // The pool holds it already: the first one is taken, however long.
+            Payload::Chunks(_) if self.chunk_bytes == 0 => Some((&mut self.chunk_bytes, u64::MAX)),
             Payload::Chunks(_) => Some((&mut self.chunk_bytes, self.bounds.chunk_bytes)),
         }
     }
@@ -70,7 +72,7 @@ impl Answers {
     fn add(&mut self, message: &Outgoing) -> Result<(), QueueFull> {
         if let Some((held, max)) = self.of(message) {
             let sum = *held + message.body.len();
-            if *held > 0 && sum > max {
+            if sum > max {
                 return Err(QueueFull);
             }
             *held = sum;
@@ -499,7 +501,8 @@ mod tests {
                 assert!(send(kind, body.clone()) && send(kind, body.clone()));
             }
         }
-        // The first one, however long; then up to the bound.
+        // Up to the bound; the first one in chunks, however long.
+        assert!(!send(Kind::Response, plain(1_001)));
         assert!(send(Kind::Response, plain(600)));
         assert!(!send(Kind::Response, plain(401)));
         assert!(send(Kind::Response, plain(400)));

@@ -348,7 +348,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "answer_queue_bytes",
                 transport.answer_queue_bytes,
                 bytes(ByteSize::kib(64), ByteSize::gib(1)),
-                "Bytes of answers with a stream of their own that may wait for a peer on a connection; the next one is refused as Busy, unless no other waits. Those that lie in chunks, as artifacts do, are counted apart, with receive_budget_peer_bytes as their bound."
+                "Bytes of answers with a stream of their own that may wait for a peer on a connection; the next one is refused as Busy, and one that is longer as TooLarge. Those that lie in chunks, as artifacts do, are counted apart, with receive_budget_peer_bytes as their bound; one of any length may wait alone."
             ),
             field!(
                 NodeConfig,

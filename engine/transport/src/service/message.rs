@@ -139,7 +139,9 @@ impl InboundBody<'_> {
 /// What a service says to a request.
 #[derive(Debug)]
 pub enum Answer {
-    /// The answer, now.
+    /// The answer, now. In place of one that is longer than
+    /// [`answer_queue_bytes`](crate::TransportConfig::answer_queue_bytes) and not in chunks, the
+    /// peer hears [`FailureCode::TooLarge`].
     Reply(Payload),
     /// Refused, now.
     Failure(FailureCode),

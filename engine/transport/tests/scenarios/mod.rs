@@ -445,7 +445,8 @@ pub(crate) async fn a_full_answer_queue_says_busy<M: Messenger>(messenger: M, pe
 }
 
 /// Answers that wait for their asker hold so many bytes and no more; the next ones are refused, and
-/// what is sent or taken back makes room. Runs with [`few_answer_bytes`].
+/// what is sent or taken back makes room. One that is longer is refused for good, unless it lies in
+/// chunks. Runs with [`few_answer_bytes`].
 pub(crate) async fn answers_that_wait_are_bounded_in_bytes<M: Messenger>(
     messenger: M,
     peer: NodeId,
@@ -468,11 +469,11 @@ pub(crate) async fn answers_that_wait_are_bounded_in_bytes<M: Messenger>(
     assert_eq!(whole + busy, REQUESTS);
     assert!(whole > 0 && busy > 0, "{whole} answers, {busy} refusals");
     drop(many());
-    // One that is longer is taken once no other waits.
+    // The longest is taken once no other waits.
     let deadline = messenger.now() + PATIENCE;
     loop {
-        match ask(2 * ANSWER_QUEUE_BYTES).await {
-            Ok(answer) => break assert_eq!(answer.len(), 2 * ANSWER_QUEUE_BYTES as u64),
+        match ask(ANSWER_QUEUE_BYTES).await {
+            Ok(answer) => break assert_eq!(answer.len(), ANSWER_QUEUE_BYTES as u64),
             Err(error) => assert_eq!(error, RpcError::Peer(FailureCode::Busy)),
         }
         assert!(
@@ -481,6 +482,11 @@ pub(crate) async fn answers_that_wait_are_bounded_in_bytes<M: Messenger>(
         );
         messenger.sleep(Duration::from_millis(1)).await;
     }
+    let too_large = RpcError::Peer(FailureCode::TooLarge);
+    assert_eq!(ask(ANSWER_QUEUE_BYTES + 1).await.map(drop), Err(too_large));
+    let in_chunks = body_of(&messenger, 2 * ANSWER_QUEUE_BYTES);
+    let answer = messenger.request(peer, request(ECHO, Class::Bulk, in_chunks));
+    assert_eq!(answer.await.unwrap().len(), 2 * ANSWER_QUEUE_BYTES as u64);
 }
 
 fn body_of<M: Messenger>(messenger: &M, len: usize) -> Body {

@@ -121,16 +121,22 @@ impl ConnectionHandle {
     }
 
     /// Sends the answer to the peer's request `id`. An answer that its queue has no room for
-    /// becomes [`FailureCode::Busy`].
+    /// becomes [`FailureCode::Busy`]; one that it never has room for, [`FailureCode::TooLarge`].
     pub(crate) fn answer(&self, class: Class, id: u32, answer: Result<Payload, FailureCode>) {
         if self.is_closed.get() {
             return;
         }
         let body = match answer {
-            Ok(body) if body.len() <= u64::from(self.state.config.limits.body_bytes_max) => body,
-            Ok(_) => return self.fail(class, id, FailureCode::TooLarge),
+            Ok(body) => body,
             Err(code) => return self.fail(class, id, code),
         };
+        let max_bytes = self.answer_bytes_max(&body);
+        if body.len() > max_bytes.into() {
+            let error = too_large(body.len(), max_bytes);
+            let counters = &self.state.counters;
+            counters.count(Family::Failed, error.reason());
+            return self.fail(class, id, FailureCode::TooLarge);
+        }
         let body_bytes = body.len() as u32;
         let header = Header {
             kind: Kind::Response,
@@ -147,6 +153,15 @@ impl ConnectionHandle {
         }
         self.state.counters.sent(class, body_bytes as usize);
         self.mark_dirty();
+    }
+
+    /// The longest answer that is ever sent of what `body` lies in.
+    fn answer_bytes_max(&self, body: &Payload) -> u32 {
+        let config = &self.state.config;
+        match body {
+            Payload::Empty | Payload::Chunks(_) => config.limits.body_bytes_max,
+            Payload::Bytes(_) => config.plain_answer_bytes_max(),
+        }
     }
 
     /// Refuses the peer's request `id`.
