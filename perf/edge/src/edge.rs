@@ -142,7 +142,8 @@ impl Case {
                 source_quic: never,
                 ..defaults
             },
-            Self::Admitted | Self::Admitted6 | Self::Prefixes => Limits {
+            // Beyond the global budget a source without a token gets a Retry, and no look at its cap.
+            Self::Cap | Self::Admitted | Self::Admitted6 | Self::Prefixes => Limits {
                 unvalidated: always,
                 ..defaults
             },
