@@ -3,10 +3,11 @@
 use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
 use std::process::Command;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
 use millrace_node::edge::{self, EdgeHost};
-use millrace_node::{Node, NodeParts, Paths, budget, host, mapping};
+use millrace_node::{Node, NodeParts, NotReady, Paths, budget, host, mapping};
 use millrace_tuning::NodeConfig;
 use signal_hook::consts::TERM_SIGNALS;
 use signal_hook::iterator::Signals;
@@ -23,10 +24,13 @@ const HELPER: &str = "edge-helper";
 const ADDRESS_WAIT: Duration = Duration::from_secs(3);
 const ADDRESS_RETRY: Duration = Duration::from_millis(5);
 
+/// How often the node is asked whether its shards live.
+const HEALTH_INTERVAL: Duration = Duration::from_secs(1);
+
 pub(crate) fn run(args: &NodeArgs) -> Result<Exit, Failure> {
     let (config, paths) = Loaded::read(&args.config)?.usable()?;
     // Before anything starts: a signal from here on stops the node in good order.
-    let mut signals =
+    let signals =
         Signals::new(TERM_SIGNALS).map_err(|error| Failure::io("signal handlers", &error))?;
     let node = start(&config, &paths)?;
     output::message(format_args!(
@@ -35,11 +39,43 @@ pub(crate) fn run(args: &NodeArgs) -> Result<Exit, Failure> {
         node.address(),
         paths.admin_socket.display()
     ));
-    if let Some(signal) = signals.forever().next() {
+    let end = wait_for_end(&hear(signals)?, HEALTH_INTERVAL, || node.health());
+    if let Ok(signal) = end {
         output::message(format_args!("signal {signal}: shutting down"));
     }
     node.shutdown();
-    Ok(Exit::Ok)
+    end.map(|_| Exit::Ok)
+        .map_err(|error| Failure::new(Exit::Failed, error.to_string()))
+}
+
+/// Sends the first signal.
+fn hear(mut signals: Signals) -> Result<Receiver<i32>, Failure> {
+    let (sender, receiver) = sync_channel(1);
+    std::thread::Builder::new()
+        .name("millrace-signal".into())
+        .spawn(move || {
+            for signal in signals.forever().take(1) {
+                // Main does not listen when it ends by itself.
+                let _ = sender.send(signal);
+            }
+        })
+        .map_err(|error| Failure::io("the thread of the signals", &error))?;
+    Ok(receiver)
+}
+
+/// Waits for a signal, and looks at the node's health once an `interval`: a service manager
+/// restarts what ends with a failure, and not what runs without a shard.
+fn wait_for_end(
+    signals: &Receiver<i32>,
+    interval: Duration,
+    health: impl Fn() -> Result<(), NotReady>,
+) -> Result<i32, NotReady> {
+    loop {
+        if let Ok(signal) = signals.recv_timeout(interval) {
+            return Ok(signal);
+        }
+        health()?;
+    }
 }
 
 fn start(config: &NodeConfig, paths: &Paths) -> Result<Node, Failure> {
@@ -83,5 +119,35 @@ fn wait_for_address(address: SocketAddr) {
             Err(error) if error.kind() == ErrorKind::AddrInUse => std::thread::sleep(ADDRESS_RETRY),
             _ => return,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    const INTERVAL: Duration = Duration::from_millis(1);
+
+    // Protects operators who count on a restart: a node without one of its shards does not run on.
+    #[test]
+    fn a_node_whose_shard_ended_ends_without_a_signal() {
+        let (_open, signals) = sync_channel(1);
+        let asked = Cell::new(0);
+        let ended = NotReady::ShardEnded { shard: 1 };
+        let health = || {
+            asked.set(asked.get() + 1);
+            if asked.get() < 3 { Ok(()) } else { Err(ended) }
+        };
+        assert_eq!(wait_for_end(&signals, INTERVAL, health), Err(ended));
+        assert_eq!(asked.get(), 3);
+    }
+
+    #[test]
+    fn a_signal_ends_a_node_that_is_well() {
+        let (sender, signals) = sync_channel(1);
+        sender.send(15).unwrap();
+        assert_eq!(wait_for_end(&signals, INTERVAL, || Ok(())), Ok(15));
     }
 }

@@ -53,12 +53,16 @@ impl Core {
         told
     }
 
+    /// Whether all shards live that should; otherwise only a restart helps.
+    pub(crate) fn health(&self) -> Result<(), NotReady> {
+        let panicked = self.transport.status().first_panicked();
+        panicked.map_or(Ok(()), |shard| Err(NotReady::ShardEnded { shard }))
+    }
+
     /// Whether the node can do its work; otherwise why not.
     pub(crate) fn readiness(&self) -> Result<(), NotReady> {
+        self.health()?;
         let status = self.transport.status();
-        if let Some(shard) = status.first_panicked() {
-            return Err(NotReady::ShardEnded { shard });
-        }
         if status.is_stopping() {
             return Err(NotReady::Stopping);
         }

@@ -300,6 +300,14 @@ impl Node {
         changed
     }
 
+    /// Whether the node lives: what `/healthz` says. A node that does not has to be restarted.
+    ///
+    /// # Errors
+    /// [`NotReady::ShardEnded`].
+    pub fn health(&self) -> Result<(), NotReady> {
+        self.inner.core.health()
+    }
+
     /// Whether the node can do its work.
     ///
     /// # Errors

@@ -3,6 +3,9 @@
 
 mod common;
 
+use std::path::Path;
+
+use millrace_node::admin::client::get_text;
 use millrace_node::{
     Answer, Class, Defer, Draft, FIRST_FREE_METHOD, Inbound, Node, NodeParts, NotReady, Payload,
     Service, SigningKey, keys,
@@ -19,10 +22,11 @@ impl Service for Panicking {
     fn on_send(&mut self, _message: Inbound<'_>) {}
 }
 
-fn start(registry: &SigningKey) -> Node {
+fn start(registry: &SigningKey, admin_socket: &Path) -> Node {
     let config = common::config();
     let key = keys::generate().unwrap();
-    let parts = NodeParts::in_memory(&config, key, registry.public_key()).unwrap();
+    let mut parts = NodeParts::in_memory(&config, key, registry.public_key()).unwrap();
+    parts.admin_socket = Some(admin_socket.to_owned());
     let methods = FIRST_FREE_METHOD..=FIRST_FREE_METHOD;
     Node::start(&config, parts.serve(methods, |_| Panicking)).unwrap()
 }
@@ -31,7 +35,9 @@ fn start(registry: &SigningKey) -> Node {
 #[test]
 fn a_node_whose_shard_panicked_is_not_ready_and_has_no_peers() {
     let registry = keys::generate().unwrap();
-    let (asker, broken) = (start(&registry), start(&registry));
+    let folder = tempfile::tempdir().unwrap();
+    let sockets = ["asker", "broken"].map(|name| folder.path().join(name));
+    let [asker, broken] = sockets.each_ref().map(|socket| start(&registry, socket));
     let records = [&asker, &broken].map(|node| (node.public_key(), node.address()));
     let version = Draft::with_nodes("test", &records).unwrap();
     let version = version.sign(&registry).unwrap();
@@ -42,12 +48,16 @@ fn a_node_whose_shard_panicked_is_not_ready_and_has_no_peers() {
         node.wait_for_peers(1, PATIENCE).unwrap();
     }
     assert_eq!(broken.readiness(), Ok(()));
+    assert_eq!(get_text(&sockets[1], "/healthz").unwrap(), "ok\n");
 
     let method = FIRST_FREE_METHOD;
     let answer = asker.ask(broken.id(), Class::Normal, method, Payload::Empty, PATIENCE);
     assert!(answer.is_err());
     until("the broken node says so", || broken.readiness().is_err());
     assert_eq!(broken.readiness(), Err(NotReady::ShardEnded { shard: 0 }));
+    assert_eq!(broken.health(), Err(NotReady::ShardEnded { shard: 0 }));
+    let refused = get_text(&sockets[1], "/healthz").unwrap_err().to_string();
+    assert!(refused.contains("shard 0 has ended"), "{refused}");
     assert!(broken.peers().is_empty());
     assert_eq!(
         broken
@@ -59,4 +69,7 @@ fn a_node_whose_shard_panicked_is_not_ready_and_has_no_peers() {
     // The other node is well: it only lost its peer.
     until("the peer is gone", || asker.peers().is_empty());
     assert_eq!(asker.readiness(), Err(NotReady::NoPeer));
+    assert_eq!(asker.health(), Ok(()));
+    // What is left of the broken one ends all the same.
+    broken.shutdown();
 }

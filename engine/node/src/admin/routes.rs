@@ -33,7 +33,10 @@ pub(super) async fn answer(
             Ok(text) => reply::text(StatusCode::OK, OPEN_METRICS, text),
             Err(error) => reply::refusal(StatusCode::INTERNAL_SERVER_ERROR, error),
         },
-        (Method::GET, "/healthz", _) => reply::text(StatusCode::OK, PLAIN, "ok\n".into()),
+        (Method::GET, "/healthz", _) => match core.health() {
+            Ok(()) => reply::text(StatusCode::OK, PLAIN, "ok\n".into()),
+            Err(why) => reply::refusal(StatusCode::SERVICE_UNAVAILABLE, why),
+        },
         (Method::GET, "/readyz", _) => match core.readiness() {
             Ok(()) => reply::text(StatusCode::OK, PLAIN, "ready\n".into()),
             Err(why) => reply::refusal(StatusCode::SERVICE_UNAVAILABLE, why),
