@@ -3,12 +3,10 @@
 
 mod common;
 
-use std::net::SocketAddr;
-
-use millrace_node::{Draft, Node, NodeParts, Period, PublicKey, SigningKey, keys};
+use millrace_node::{Draft, Node, NodeParts, Period, SigningKey, keys};
 use millrace_testkit::{PATIENCE, until};
 
-use common::config;
+use common::{config, pair, record};
 
 /// No poll comes in a test of this length.
 const NEVER: Period = Period::secs(3_600);
@@ -22,25 +20,6 @@ fn start(registry: &SigningKey, poll_interval: Period) -> Node {
     Node::start(&config, parts).unwrap()
 }
 
-/// Two connected nodes that know version 1, and the draft of it.
-fn pair(registry: &SigningKey, poll_interval: Period) -> ([Node; 2], Draft) {
-    let nodes = [0, 1].map(|_| start(registry, poll_interval));
-    let records = nodes.each_ref().map(record);
-    let first = Draft::with_nodes("test", &records).unwrap();
-    let signed = first.sign(registry).unwrap();
-    for node in &nodes {
-        node.offer_version(signed.clone()).unwrap();
-    }
-    for node in &nodes {
-        node.wait_for_peers(1, PATIENCE).unwrap();
-    }
-    (nodes, first)
-}
-
-fn record(node: &Node) -> (PublicKey, SocketAddr) {
-    (node.public_key(), node.address())
-}
-
 fn next(draft: &Draft) -> Draft {
     Draft::after(draft.version().clone())
 }
@@ -48,7 +27,7 @@ fn next(draft: &Draft) -> Draft {
 #[test]
 fn a_connected_peer_is_asked_every_interval() {
     let registry = keys::generate().unwrap();
-    let (nodes, first) = pair(&registry, Period::millis(20));
+    let (nodes, first) = pair(&registry, |_| start(&registry, Period::millis(20)));
     let second = next(&first).sign(&registry).unwrap();
     nodes[0].offer_version(second).unwrap();
     until("the peer has version 2", || {
@@ -60,7 +39,7 @@ fn a_connected_peer_is_asked_every_interval() {
 #[test]
 fn a_node_that_is_behind_asks_when_it_connects() {
     let registry = keys::generate().unwrap();
-    let (nodes, first) = pair(&registry, NEVER);
+    let (nodes, first) = pair(&registry, |_| start(&registry, NEVER));
     let [ahead, behind] = &nodes;
     // Version 2 lacks the node that is behind: it is cut, and does not hear why.
     let mut second = next(&first);

@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -19,6 +20,10 @@ use crate::status::{self, Published};
 
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const PLAIN: &str = "text/plain; charset=utf-8";
+
+/// When peers are asked once more of which one was busy: its answers to this node wait, and leave
+/// it within milliseconds on a path that works.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 pub(super) async fn answer(
     request: Request<Incoming>,
@@ -60,10 +65,17 @@ async fn get(id: &str, core: &Core, deadline: Rc<IdleDeadline>) -> Answer {
     let Ok(id) = id.parse::<ArtifactId>() else {
         return reply::refusal(StatusCode::BAD_REQUEST, "an id is 64 hexadecimal digits");
     };
-    match core.artifacts.fetch(id).await {
+    let mut fetched = core.artifacts.fetch(id).await;
+    if fetched.as_ref().is_err_and(FetchError::is_for_now) {
+        glommio::timer::sleep(ASK_AGAIN).await;
+        fetched = core.artifacts.fetch(id).await;
+    }
+    match fetched {
         Ok(body) => reply::artifact(&body, deadline),
         Err(error @ FetchError::NotFound { .. }) => reply::refusal(StatusCode::NOT_FOUND, error),
-        Err(error @ FetchError::PoolFull) => reply::refusal(StatusCode::SERVICE_UNAVAILABLE, error),
+        Err(error @ (FetchError::Unavailable { .. } | FetchError::PoolFull)) => {
+            reply::refusal(StatusCode::SERVICE_UNAVAILABLE, error)
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use millrace_protocol::frame::Class;
+use millrace_protocol::frame::{Class, FailureCode};
 use millrace_protocol::id::{ArtifactId, NodeId};
 use millrace_shards::chunk::{Body, BodyMut, ChunkPool};
 use millrace_transport::{Payload, Request, RpcError, Transport};
@@ -59,9 +59,35 @@ pub enum FetchError {
         /// Peers that were asked.
         asked: usize,
     },
+    /// No peer gave it, and not every one said that it does not have it. It may come later.
+    #[error("no peer gives it now, and not every one lacks it: {last}")]
+    Unavailable {
+        /// That a peer is busy, if one said so; else what the last one failed with.
+        last: RpcError,
+    },
     /// The chunk pool has no room for it.
     #[error("the chunk pool is full")]
     PoolFull,
+}
+
+impl FetchError {
+    /// Of `asked` peers, none gave the artifact; they failed with these.
+    fn of(asked: usize, failures: &[RpcError]) -> Self {
+        let busy = RpcError::Peer(FailureCode::Busy);
+        let lacks = RpcError::Peer(FailureCode::NotFound);
+        let last = failures.iter().rfind(|failure| **failure != lacks);
+        match last {
+            None => Self::NotFound { asked },
+            Some(_) if failures.contains(&busy) => Self::Unavailable { last: busy },
+            Some(last) => Self::Unavailable { last: *last },
+        }
+    }
+
+    /// Whether the same question may have another answer in a moment.
+    pub(crate) fn is_for_now(&self) -> bool {
+        let last = RpcError::Peer(FailureCode::Busy);
+        *self == Self::Unavailable { last }
+    }
 }
 
 /// The artifacts of a node: its store, and the way to those of its peers. For threads that are no
@@ -184,6 +210,7 @@ impl Artifacts {
             return Ok(body);
         }
         let peers = nearest(&self.transport);
+        let mut failures = Vec::with_capacity(peers.len());
         for peer in &peers {
             let ask = Request {
                 class: Class::Bulk,
@@ -203,6 +230,7 @@ impl Artifacts {
                 Err(error) => {
                     let reason = error.reason();
                     tracing::debug!(%peer, reason, "peer does not give the artifact");
+                    failures.push(error);
                     continue;
                 }
             };
@@ -216,7 +244,7 @@ impl Artifacts {
             }
             tracing::warn!(%peer, %id, "a peer answered with other bytes");
         }
-        Err(FetchError::NotFound { asked: peers.len() })
+        Err(FetchError::of(peers.len(), &failures))
     }
 
     fn body_of(&self, payload: Payload) -> Option<Body> {
@@ -250,4 +278,23 @@ async fn join_all<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Out
     })
     .await;
     outputs.into_iter().flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Protects an operator from the word that an artifact is nowhere while a peer is only busy.
+    #[test]
+    fn not_found_is_what_every_peer_said() {
+        let [lacks, busy] = [FailureCode::NotFound, FailureCode::Busy].map(RpcError::Peer);
+        let lost = RpcError::ConnectionLost;
+        let of = |failures: &[RpcError]| FetchError::of(failures.len(), failures);
+        assert_eq!(of(&[]), FetchError::NotFound { asked: 0 });
+        assert_eq!(of(&[lacks, lacks]), FetchError::NotFound { asked: 2 });
+        assert_eq!(of(&[lost, lacks]), FetchError::Unavailable { last: lost });
+        let some_busy = of(&[lacks, busy, lost]);
+        assert_eq!(some_busy, FetchError::Unavailable { last: busy });
+        assert!(some_busy.is_for_now() && !of(&[lost]).is_for_now());
+    }
 }
