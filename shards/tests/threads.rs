@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use common::config;
 use millrace_shards::{Datagrams, Datapath, ShardHandle, Trains, Transmit, spawn};
+use millrace_testkit::{threads_with, until};
 
 struct Nothing;
 
@@ -35,32 +36,22 @@ fn stop(shard: ShardHandle<()>) {
     shard.join().unwrap();
 }
 
-/// Names of this process's threads that begin with `millrace`.
-fn threads() -> Vec<String> {
-    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
-    let names = tasks.filter_map(|task| {
-        // A thread may end meanwhile.
-        std::fs::read_to_string(task.unwrap().path().join("comm")).ok()
-    });
-    let names = names.map(|name| name.trim().to_owned());
-    names.filter(|name| name.starts_with("millrace")).collect()
-}
-
 fn watchdogs() -> usize {
-    let threads = threads();
-    let is_watchdog = |name: &&String| *name == "millrace-watch";
-    threads.iter().filter(is_watchdog).count()
+    threads_with(|name| name == "millrace-watch")
 }
 
 #[test]
 fn the_watchdog_ends_with_the_last_shard_and_starts_again() {
     for _ in 0..3 {
         let (first, second) = (start(0), start(1));
-        assert_eq!(watchdogs(), 1);
+        // A new thread gives itself its name, a moment after its start.
+        until("the watchdog is there", || watchdogs() == 1);
         stop(first);
         assert_eq!(watchdogs(), 1, "a shard is left");
         stop(second);
         // The kernel takes a thread out of the list a moment after the join.
-        millrace_testkit::until("all threads end", || threads().is_empty());
+        until("all threads end", || {
+            threads_with(|name| name.starts_with("millrace")) == 0
+        });
     }
 }

@@ -10,14 +10,14 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use millrace_node::{
-    Answer, Class, Defer, Draft, FIRST_FREE_METHOD, Inbound, Method, Node, NodeParts, Payload,
-    Period, Request, Responder, RpcError, Service, SigningKey, keys,
+    Answer, Class, Defer, FIRST_FREE_METHOD, Inbound, Method, Node, NodeParts, Payload, Period,
+    Request, Responder, RpcError, Service, SigningKey, keys,
 };
 use millrace_testkit::wait::within;
+use millrace_testkit::{PATIENCE, threads};
 
 use common::config;
 
-const PATIENCE: Duration = Duration::from_secs(30);
 /// A second is promised; ten times of it is allowed.
 const FREED: Duration = Duration::from_secs(10);
 /// Far beyond what is promised: a drop that waits for what is under way would be seen.
@@ -51,16 +51,6 @@ fn hang() -> Request {
     }
 }
 
-fn threads() -> Vec<String> {
-    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
-    let names = tasks.filter_map(|task| {
-        // A thread may end meanwhile.
-        std::fs::read_to_string(task.unwrap().path().join("comm")).ok()
-    });
-    let names = names.map(|name| name.trim().to_owned());
-    names.collect()
-}
-
 /// A node, and what it says of each request that hangs there.
 fn start(folder: &Path, registry: &SigningKey) -> (Node, Receiver<()>) {
     let mut config = config();
@@ -82,15 +72,12 @@ fn the_last_handle_takes_threads_address_and_socket_with_it() {
     let folder = tempfile::tempdir().unwrap();
     let registry = keys::generate().unwrap();
     let before = threads().len();
-    let (one, one_heard) = start(folder.path(), &registry);
-    let (two, two_heard) = start(folder.path(), &registry);
-    let nodes = [&one, &two].map(|node| (node.public_key(), node.address()));
-    let draft = Draft::with_nodes("test", &nodes).unwrap();
-    let version = draft.sign(&registry).unwrap();
-    for node in [&one, &two] {
-        assert!(node.offer_version(version.clone()).unwrap());
-    }
-    one.wait_for_peers(1, PATIENCE).unwrap();
+    let mut heard = Vec::new();
+    let ([one, two], _) = common::pair(&registry, |_| {
+        let (node, hears) = start(folder.path(), &registry);
+        heard.push(hears);
+        node
+    });
     let names = threads();
     for name in ["millrace-admin", "millrace-regis"] {
         let of_name = names.iter().filter(|thread| thread.starts_with(name));
@@ -104,9 +91,9 @@ fn the_last_handle_takes_threads_address_and_socket_with_it() {
     again.wait_for_peer(peer, PATIENCE).unwrap();
     // What hangs is not waited for: in a peer's service, in a service here, an admin client.
     let asks = again.request(peer, hang());
-    two_heard.recv_timeout(PATIENCE).unwrap();
+    heard[1].recv_timeout(PATIENCE).unwrap();
     let asked = two.request(again.id(), hang());
-    one_heard.recv_timeout(PATIENCE).unwrap();
+    heard[0].recv_timeout(PATIENCE).unwrap();
     let socket = folder.path().join(format!("{}.sock", again.id()));
     let _silent = UnixStream::connect(socket).unwrap();
     let dropped_at = Instant::now();

@@ -7,8 +7,8 @@ use std::path::Path;
 
 use millrace_node::admin::client::get_text;
 use millrace_node::{
-    Answer, Class, Defer, Draft, FIRST_FREE_METHOD, Inbound, Node, NodeParts, NotReady, Payload,
-    Service, SigningKey, keys,
+    Answer, Class, Defer, FIRST_FREE_METHOD, Inbound, Node, NodeParts, NotReady, Payload, Service,
+    SigningKey, keys,
 };
 use millrace_testkit::{PATIENCE, until};
 
@@ -37,16 +37,7 @@ fn a_node_whose_shard_panicked_is_not_ready_and_has_no_peers() {
     let registry = keys::generate().unwrap();
     let folder = tempfile::tempdir().unwrap();
     let sockets = ["asker", "broken"].map(|name| folder.path().join(name));
-    let [asker, broken] = sockets.each_ref().map(|socket| start(&registry, socket));
-    let records = [&asker, &broken].map(|node| (node.public_key(), node.address()));
-    let version = Draft::with_nodes("test", &records).unwrap();
-    let version = version.sign(&registry).unwrap();
-    for node in [&asker, &broken] {
-        node.offer_version(version.clone()).unwrap();
-    }
-    for node in [&asker, &broken] {
-        node.wait_for_peers(1, PATIENCE).unwrap();
-    }
+    let ([asker, broken], _) = common::pair(&registry, |index| start(&registry, &sockets[index]));
     assert_eq!(broken.readiness(), Ok(()));
     assert_eq!(get_text(&sockets[1], "/healthz").unwrap(), "ok\n");
 

@@ -1,15 +1,16 @@
 //! The orderly end of a node: what is under way is finished.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
+mod common;
+
 use std::sync::Mutex;
 use std::sync::mpsc::{SyncSender, sync_channel};
 
 use futures_channel::oneshot;
-use millrace_node::config::{Cores, HugePages};
 use millrace_node::{
-    Answer, ByteSize, Class, Defer, Draft, FIRST_FREE_METHOD, FailureCode, Inbound, Messenger,
-    Method, Node, NodeConfig, NodeParts, NotReady, Payload, Period, Queue, Request, RpcError,
-    Service, ShardMessenger, SigningKey, keys,
+    Answer, Class, Defer, FIRST_FREE_METHOD, FailureCode, Inbound, Messenger, Method, Node,
+    NodeParts, NotReady, Payload, Period, Queue, Request, RpcError, Service, ShardMessenger,
+    SigningKey, keys,
 };
 use millrace_testkit::PATIENCE;
 
@@ -41,11 +42,7 @@ impl Service for Later {
 }
 
 fn start(registry: &SigningKey, heard: &SyncSender<Release>) -> Node {
-    let mut config = NodeConfig::default();
-    config.listen.address = "127.0.0.1:0".parse().unwrap();
-    config.shards.cores = Cores::List(vec![0]);
-    config.shards.defaults.chunk_pool_bytes = ByteSize::mib(8);
-    config.shards.defaults.huge_pages = HugePages::Never;
+    let mut config = common::config();
     config.transport.drain_timeout = Period::secs(60);
     let key = keys::generate().unwrap();
     let parts = NodeParts::in_memory(&config, key, registry.public_key()).unwrap();
@@ -61,18 +58,8 @@ fn start(registry: &SigningKey, heard: &SyncSender<Release>) -> Node {
 fn a_node_that_shuts_down_answers_what_it_was_asked_and_takes_no_more() {
     let registry = keys::generate().unwrap();
     let (heard, hears) = sync_channel(1);
-    let nodes = [0, 1].map(|_| start(&registry, &heard));
-    let records = nodes
-        .each_ref()
-        .map(|node| (node.public_key(), node.address()));
-    let version = Draft::with_nodes("test", &records).unwrap();
-    let version = version.sign(&registry).unwrap();
-    for node in &nodes {
-        node.offer_version(version.clone()).unwrap();
-    }
+    let (nodes, _) = common::pair(&registry, |_| start(&registry, &heard));
     let [asks, ends] = &nodes;
-    asks.wait_for_peer(ends.id(), PATIENCE).unwrap();
-    ends.wait_for_peer(asks.id(), PATIENCE).unwrap();
 
     let later = || Request {
         class: Class::Normal,

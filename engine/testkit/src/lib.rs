@@ -6,6 +6,7 @@
 //! - [`netns`]: network namespaces.
 //! - [`ids`]: keys and node ids made from small numbers.
 //! - [`page`]: pages that are generated from the code.
+//! - [`mod@threads`]: the threads of a test's own process.
 //! - [`seeds`]: how many seeds a simulation runs, and which one failed.
 
 pub mod ids;
@@ -14,10 +15,12 @@ pub mod netns;
 pub mod page;
 pub mod seeds;
 pub mod skip;
+pub mod threads;
 pub mod wait;
 
 pub use net::free_addr;
 pub use netns::Namespace;
 pub use seeds::for_seeds;
 pub use skip::has_all;
+pub use threads::{threads, threads_with};
 pub use wait::{PATIENCE, eventually, until};

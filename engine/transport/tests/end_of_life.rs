@@ -10,26 +10,18 @@ use std::time::{Duration, Instant};
 
 use common::{Event, HANG, pair, request};
 use millrace_protocol::frame::Class;
-use millrace_testkit::until;
+use millrace_testkit::{threads_with, until};
 use millrace_transport::{RpcError, TransportConfig};
 
-/// What the threads of the process that begin with `millrace-` are called, behind that.
-fn threads() -> Vec<String> {
-    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
-    let names = tasks.filter_map(|task| {
-        // A thread that ends meanwhile has no name any more.
-        let name = std::fs::read_to_string(task.ok()?.path().join("comm")).ok()?;
-        Some(name.trim_end().strip_prefix("millrace-")?.to_owned())
-    });
-    names.collect()
-}
+const OURS: &str = "millrace-";
 
 /// Threads of shards, by the name that they are given: the shard's index. Helpers that a shard's
 /// thread starts have its name too.
 fn shard_threads() -> usize {
-    let threads = threads();
-    let is_shard = |name: &&String| name.parse::<usize>().is_ok();
-    threads.iter().filter(is_shard).count()
+    threads_with(|name| {
+        let index = name.strip_prefix(OURS);
+        index.is_some_and(|index| index.parse::<usize>().is_ok())
+    })
 }
 
 // Protects embedders: handles and messengers used to hold each other, so that the threads went on
@@ -68,6 +60,6 @@ fn the_last_handle_stops_the_threads_and_frees_the_address() {
     assert!(ends.contains(&lost), "{lost}");
     drop(b);
     until("the other threads end, and the watchdog's", || {
-        threads().is_empty()
+        threads_with(|name| name.starts_with(OURS)) == 0
     });
 }
