@@ -192,7 +192,8 @@ impl ConnectionHandle {
     }
 
     /// The peer stopped the stream of a message of ours before it had all of it. A peer that
-    /// refuses a request says why in a frame; this one did not, or says so too late.
+    /// refuses a request says why in a frame, and must not stop the stream: a stop ends the request
+    /// at once, and a failure that comes after it is late.
     pub(crate) fn on_stopped(&self, header: &Header) {
         self.state.counters.count(Family::Failed, "peer_stopped");
         if header.kind == Kind::Request {

@@ -155,7 +155,7 @@ impl ConnectionHandle {
         self.mark_dirty();
     }
 
-    /// The longest answer that is ever sent of what `body` lies in.
+    /// The longest answer that is ever sent in memory of the kind of `body`.
     fn answer_bytes_max(&self, body: &Payload) -> u32 {
         let config = &self.state.config;
         match body {
