@@ -4,7 +4,7 @@
 //! 1. What peers ask has no influence on how much is copied and held: for one set of versions, an
 //!    answer from the first question's beginning and one with the newest version alone. Any other
 //!    question gets the one of them that fits. No peer loses by it: every version says everything.
-//! 2. At most one task waits for the end of what is held.
+//! 2. At most one task waits for the end of a copy.
 
 use std::time::{Duration, Instant};
 

@@ -59,7 +59,7 @@ pub(crate) struct Newer {
 }
 
 impl Encoded {
-    /// Takes the place of what was encoded, which has another number then.
+    /// Takes the place of the versions encoded before; the set has another number then.
     pub(crate) fn replace(&mut self, encoded: Self) {
         let set = self.set + 1;
         *self = Self { set, ..encoded };

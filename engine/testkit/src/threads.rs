@@ -1,6 +1,6 @@
 //! The threads of a test's own process.
 
-/// Names of the threads of this process: the first 15 bytes of what each was called.
+/// Names of the threads of this process: of each the first 15 bytes.
 ///
 /// A new thread gives itself its name, a moment after its start; one that was joined is listed for
 /// a moment more. Wait for a count with [`until`](crate::until).

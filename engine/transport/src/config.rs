@@ -243,10 +243,10 @@ impl TransportConfig {
             .min(limits.body_bytes_max)
     }
 
-    /// Cancellations of a peer that are taken up at a time: one for each request that it may have in
-    /// flight here. More come at once only from a path that stalled for longer than the requests'
-    /// deadlines, or from a peer without manners. They are dropped, not a reason to close: what is
-    /// lost with one is the work that it would have saved.
+    /// Cancellations of a peer that are taken up at a time: one for each request that it may have
+    /// in flight here. More come at once only from a path that stalled for longer than the
+    /// requests' deadlines, or from a peer without manners. They are dropped, not a reason to
+    /// close: what is lost with one is the work that it would have saved.
     pub(crate) fn cancellations_max(&self) -> usize {
         let max = &self.requests_in_max;
         let all = [max.latency, max.normal, max.bulk].map(|max| max as usize);

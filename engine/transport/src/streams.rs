@@ -239,8 +239,8 @@ impl StreamCarrier {
         std::mem::take(&mut self.stopped)
     }
 
-    /// Takes back the answers to these requests, whose ids are in ascending order. It costs one look
-    /// at each message, however many ids there are.
+    /// Takes back the answers to these requests, whose ids are in ascending order. It costs one
+    /// look at each message, however many ids there are.
     pub(crate) fn cancel_answers<P: StreamPath>(&mut self, path: &mut P, ids: &[u32]) {
         let is_unwanted = |message: &Outgoing| {
             let header = &message.header;

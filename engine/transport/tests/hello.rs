@@ -94,8 +94,8 @@ fn a_newer_release_that_still_speaks_our_version_is_up() {
     let overtaking = [&[2], &request.encode()[..]].concat();
     assert!(raw.send(Raw::stream(0), &overtaking, true));
     assert!(raw.send(Raw::LANE, first, false));
-    // quiche forgets a stream that was acknowledged to its end. The node looks at its streams before
-    // it acknowledges them.
+    // quiche forgets a stream that was acknowledged to its end. The node looks at its streams
+    // before it acknowledges them.
     let is_acknowledged =
         |quic: &mut quiche::Connection| quic.stream_capacity(Raw::stream(0)).is_err();
     assert!(raw.drive(LIMIT, is_acknowledged));

@@ -142,7 +142,8 @@ impl Case {
                 source_quic: never,
                 ..defaults
             },
-            // Beyond the global budget a source without a token gets a Retry, and no look at its cap.
+            // Beyond the global budget a source without a token gets a Retry; its cap is not looked
+            // at.
             Self::Cap | Self::Admitted | Self::Admitted6 | Self::Prefixes => Limits {
                 unvalidated: always,
                 ..defaults
