@@ -33,7 +33,7 @@ use crate::core::Core;
 use crate::error::StartError;
 use idle_deadline::IdleDeadline;
 use io::HyperStream;
-use socket_file::{SocketFile, remove_stale};
+use socket_file::SocketFile;
 
 /// Longest header of a request.
 const HEADER_BYTES_MAX: usize = 64 << 10;
@@ -53,7 +53,6 @@ pub(crate) fn serve(
     core: Arc<Core>,
     limits: &AdminSection,
 ) -> Result<AdminServer, StartError> {
-    remove_stale(&socket)?;
     let limits = limits.clone();
     let (stop, stopped) = oneshot::channel();
     let (started, ready) = std::sync::mpsc::sync_channel(1);

@@ -4,13 +4,22 @@
 //!    may have made a new one at the same path.
 //! 2. It removes the file while its socket still listens: until then no other node takes the file
 //!    for a stale one.
+//! 3. Of nodes that start over one stale file, one at a time looks, removes and binds: it holds a
+//!    lock on the folder (flock(2)), which leaves no file behind.
 
+use std::fs::{File, TryLockError};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::error::StartError;
+
+/// How long to wait for the lock of the folder, which a node holds for some milliseconds, and the
+/// time between two attempts. Any process that may read the folder can hold it for longer.
+const LOCKED_WITHIN: Duration = Duration::from_secs(5);
+const LOCK_RETRY: Duration = Duration::from_millis(5);
 
 /// The file that a socket of this process made; removed when dropped, if it is still that one.
 /// Drop it before the socket.
@@ -24,15 +33,18 @@ pub(super) struct SocketFile {
 type Inode = (u64, u64);
 
 impl SocketFile {
-    /// Has `bind` make a socket at `path`.
+    /// Has `bind` make a socket at `path`, in the place of one that no process listens on.
     ///
     /// # Errors
-    /// [`StartError::Taken`] if there is a file, [`StartError::Config`] if the path is too long for
-    /// a socket; otherwise the system's rules or the host. Nothing is removed.
+    /// [`StartError::Taken`] if a process listens there, the file is no socket, or another process
+    /// holds the folder's lock for 5 seconds; [`StartError::Config`] if the path is too long for a
+    /// socket; otherwise the system's rules or the host. Nothing is removed.
     pub(super) fn bind<L>(
         path: &Path,
         bind: impl FnOnce(&Path) -> io::Result<L>,
     ) -> Result<(L, Self), StartError> {
+        let _lock = lock_folder(path)?;
+        remove_stale(path)?;
         let socket = bind(path).map_err(|error| bind_failed(path, error))?;
         let inode = inode(path).map_err(|error| StartError::io(path.display(), error))?;
         let path = path.to_owned();
@@ -68,12 +80,35 @@ fn bind_failed(path: &Path, error: io::Error) -> StartError {
     }
 }
 
-/// Removes a socket file that no process listens on; refuses to take one from a running node.
+/// The lock of the folder that `path` is in, held until the file is dropped.
+fn lock_folder(path: &Path) -> Result<File, StartError> {
+    let folder = path.parent().filter(|name| !name.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new("."));
+    let failed = |error| StartError::io(folder.display(), error);
+    let file = File::open(folder).map_err(failed)?;
+    let until = Instant::now() + LOCKED_WITHIN;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if Instant::now() < until => {
+                std::thread::sleep(LOCK_RETRY);
+            }
+            Err(TryLockError::WouldBlock) => {
+                let what = format!("{}: another process holds its lock", folder.display());
+                return Err(StartError::Taken { what });
+            }
+            Err(TryLockError::Error(error)) => return Err(failed(error)),
+        }
+    }
+}
+
+/// Removes a socket file that no process listens on; refuses to take one from a running node. The
+/// caller holds the lock of the folder.
 ///
 /// # Errors
 /// [`StartError::Taken`] if a process listens there, or the file is no socket; otherwise the
 /// system's rules or the host.
-pub(super) fn remove_stale(path: &Path) -> Result<(), StartError> {
+fn remove_stale(path: &Path) -> Result<(), StartError> {
     let name = path.display();
     match std::fs::symlink_metadata(path) {
         Err(_) => return Ok(()),
@@ -103,6 +138,7 @@ pub(super) fn remove_stale(path: &Path) -> Result<(), StartError> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixListener;
+    use std::sync::Barrier;
 
     use super::*;
 
@@ -157,6 +193,34 @@ mod tests {
         let error = remove_stale(&path).unwrap_err();
         assert!(matches!(error, StartError::Taken { .. }), "{error:?}");
         assert!(path.exists());
+    }
+
+    /// Protects a node that starts beside another one after a crash: neither removes the new file
+    /// of the other.
+    #[test]
+    fn of_many_that_start_over_one_stale_file_one_gets_it() {
+        const NODES: usize = 4;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        for _ in 0..200 {
+            drop(UnixListener::bind(&path).unwrap());
+            let start = Barrier::new(NODES);
+            let run = || {
+                start.wait();
+                bind(&path).ok()
+            };
+            let bound = std::thread::scope(|scope| {
+                let nodes = [(); NODES].map(|()| scope.spawn(run));
+                nodes.map(|node| node.join().unwrap())
+            });
+            assert_eq!(bound.iter().flatten().count(), 1);
+            assert!(UnixStream::connect(&path).is_ok());
+            for (listener, file) in bound.into_iter().flatten() {
+                drop(file);
+                drop(listener);
+            }
+            assert!(!path.exists());
+        }
     }
 
     /// Each failure says whose fault it is, and keeps what the system said.
