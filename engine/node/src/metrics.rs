@@ -94,7 +94,7 @@ const OWN: &[Own] = &[
         name: "millrace_registry_questions_failed",
         kind: Kind::Counter,
         label: Some("reason"),
-        help: "Questions to peers for registry versions that failed; they are asked again",
+        help: "Questions to peers for registry versions that failed; peers are asked in turn",
     },
     Own {
         name: "millrace_topology_members",

@@ -5,7 +5,8 @@
 //! signatures (`follow.rs`); a shard checks none.
 //!
 //! 1. A long answer stays in the chunks that it came in, charged to its peer, until it was checked.
-//! 2. A question that brings nothing is counted, and asked again a poll interval later.
+//! 2. A question that fails is counted, one that is answered by nothing is not. Neither is repeated:
+//!    the next interval asks the next peer.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -151,8 +152,8 @@ impl<M: Messenger> Asker<M> {
             tracing::warn!(
                 %peer,
                 reason,
-                "registry versions of a peer have no room in its share of the budget; the peer \
-                 is asked again"
+                "registry versions of a peer have no room in its share of the budget; peers are \
+                 asked in turn"
             );
         } else {
             tracing::debug!(%peer, reason, "a peer does not say its versions");
