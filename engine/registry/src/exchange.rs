@@ -5,8 +5,8 @@
 //! signatures (`follow.rs`); a shard checks none.
 //!
 //! 1. A long answer stays in the chunks that it came in, charged to its peer, until it was checked.
-//! 2. A question that fails is counted, one that is answered by nothing is not. Neither is repeated:
-//!    the next interval asks the next peer.
+//! 2. A question that fails is counted, one that is answered by nothing is not. Neither is
+//!    repeated: the next interval asks the next peer.
 
 use std::cell::RefCell;
 use std::rc::Rc;

@@ -14,8 +14,8 @@ use millrace_transport::Payload;
 /// The questions of one node.
 #[derive(Debug, Default)]
 pub(crate) struct Questions {
-    /// At most as many as there are connected peers and answers that wait to be checked
-    /// ([`ANSWERS_MAX`](crate::follow::ANSWERS_MAX)) or are checked now: a peer may leave meanwhile.
+    /// At most as many as there are connected peers, and answers that are checked or wait for it
+    /// ([`ANSWERS_MAX`](crate::follow::ANSWERS_MAX)): their peers may have left.
     asked: Mutex<BTreeSet<NodeId>>,
     failed: Mutex<BTreeMap<&'static str, u64>>,
 }
