@@ -83,7 +83,7 @@ fn bind_failed(path: &Path, error: io::Error) -> StartError {
 /// The lock of the folder that `path` is in, held until the file is dropped.
 fn lock_folder(path: &Path) -> Result<File, StartError> {
     let folder = path.parent().filter(|name| !name.as_os_str().is_empty());
-    let folder = folder.unwrap_or(Path::new("."));
+    let folder = folder.unwrap_or_else(|| Path::new("."));
     let failed = |error| StartError::io(folder.display(), error);
     let file = File::open(folder).map_err(failed)?;
     let until = Instant::now() + LOCKED_WITHIN;
