@@ -1,7 +1,7 @@
 //! millrace through its own public API: a node on one shard for each side.
 //!
 //! Callers run as tasks on the shard and requests go out through
-//! [`ShardMessenger`](millrace_transport::ShardMessenger), as the layers above the transport do it.
+//! [`ShardMessenger`], as the layers above the transport do it.
 //! Three profiles differ only in how long an idle shard polls before it parks.
 
 mod drive;
