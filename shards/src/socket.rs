@@ -181,7 +181,9 @@ pub fn bind_group(config: &UdpGroupConfig) -> Result<Vec<ShardSocket>, SocketErr
 ///
 /// The sockets of a group of several are bound with `SO_REUSEPORT` (socket(7)); none fragments
 /// (`IP_PMTUDISC_DO`, ip(7)), and where the kernel can, it hands over several datagrams as one
-/// message (`UDP_GRO`, udp(7), Linux 5.0).
+/// message (`UDP_GRO`, udp(7), Linux 5.0). At an open address (`0.0.0.0`, `[::]`) the kernel says
+/// to which of the host's addresses each datagram came (`IP_PKTINFO`, ip(7); `IPV6_PKTINFO`, RFC
+/// 3542, 6).
 ///
 /// # Errors
 /// [`SocketError::Shards`] for a group of none or of more than [`SHARDS_MAX`];
@@ -271,23 +273,23 @@ fn bind_one(config: &UdpGroupConfig, addr: SocketAddr) -> Result<ShardSocket, So
     if config.shards > 1 {
         set("SO_REUSEPORT", libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
     }
-    // QUIC forbids fragments and finds the path's MTU itself.
-    if addr.is_ipv4() {
-        let always = libc::IP_PMTUDISC_DO;
-        set(
-            "IP_MTU_DISCOVER",
-            libc::IPPROTO_IP,
-            libc::IP_MTU_DISCOVER,
-            always,
-        )?;
-    } else {
+    // QUIC forbids fragments and finds the path's MTU itself. An IPv6 socket needs both options:
+    // to an IPv4 peer it sends IPv4, by the option of that.
+    let always = libc::IP_PMTUDISC_DO;
+    let option = libc::IP_MTU_DISCOVER;
+    set("IP_MTU_DISCOVER", libc::IPPROTO_IP, option, always)?;
+    if addr.is_ipv6() {
         let always = libc::IPV6_PMTUDISC_DO;
-        set(
-            "IPV6_MTU_DISCOVER",
-            libc::IPPROTO_IPV6,
-            libc::IPV6_MTU_DISCOVER,
-            always,
-        )?;
+        let option = libc::IPV6_MTU_DISCOVER;
+        set("IPV6_MTU_DISCOVER", libc::IPPROTO_IPV6, option, always)?;
+    }
+    // An open address is several: the kernel says to which of them a datagram came. An IPv6 socket
+    // hears it of IPv4 too.
+    if addr.ip().is_unspecified() && addr.is_ipv4() {
+        set("IP_PKTINFO", libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?;
+    } else if addr.ip().is_unspecified() {
+        let option = libc::IPV6_RECVPKTINFO;
+        set("IPV6_RECVPKTINFO", libc::IPPROTO_IPV6, option, 1)?;
     }
     let recv_buffer_bytes = grow_buffer(
         &fd,

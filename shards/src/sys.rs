@@ -276,6 +276,40 @@ pub(crate) fn decode_addr(raw: &[u8]) -> Option<SocketAddr> {
     None
 }
 
+/// The local address in a control message of the kernel (`struct in_pktinfo`, ip(7), or `struct
+/// in6_pktinfo`, RFC 3542, 6.1). An IPv4 address that an IPv6 socket names so comes as IPv4.
+pub(crate) fn decode_pktinfo(level: i32, kind: i32, value: &[u8]) -> Option<IpAddr> {
+    if level == libc::IPPROTO_IP && kind == libc::IP_PKTINFO {
+        // Behind the interface's index, the local address; the destination is the third field, and
+        // no address of this host where the datagram was broadcast.
+        let ip: [u8; 4] = value.get(4..8)?.try_into().ok()?;
+        return Some(Ipv4Addr::from(ip).into());
+    }
+    if level == libc::IPPROTO_IPV6 && kind == libc::IPV6_PKTINFO {
+        let ip: [u8; 16] = value.get(..16)?.try_into().ok()?;
+        return Some(IpAddr::from(Ipv6Addr::from(ip)).to_canonical());
+    }
+    None
+}
+
+/// The control message that makes the kernel send from `source`, by a socket of that family: level,
+/// kind, value and the value's length. The kernel chooses the interface.
+pub(crate) fn encode_pktinfo(source: IpAddr, by_ipv6: bool) -> (i32, i32, [u8; 20], usize) {
+    let mut value = [0; 20];
+    if by_ipv6 {
+        let ip = match source {
+            IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+            IpAddr::V6(ip) => ip,
+        };
+        value[..16].copy_from_slice(&ip.octets());
+        return (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, value, 20);
+    }
+    if let IpAddr::V4(ip) = source.to_canonical() {
+        value[4..8].copy_from_slice(&ip.octets());
+    }
+    (libc::IPPROTO_IP, libc::IP_PKTINFO, value, 12)
+}
+
 /// The address that stands for "no socket".
 pub(crate) const NO_ADDR: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
 
@@ -298,5 +332,22 @@ mod tests {
         }
         assert_eq!(decode_addr(&[0; 28]), None);
         assert_eq!(decode_addr(&[2, 0, 1]), None);
+    }
+
+    /// What is sent from an address is what a datagram to it says, by sockets of both families.
+    #[test]
+    fn local_addresses_round_trip() {
+        let cases: [(&str, bool); 3] = [
+            ("192.0.2.1", false),
+            ("192.0.2.1", true),
+            ("2001:db8::1", true),
+        ];
+        for (address, by_ipv6) in cases {
+            let address: IpAddr = address.parse().unwrap();
+            let (level, kind, value, len) = encode_pktinfo(address, by_ipv6);
+            assert_eq!(decode_pktinfo(level, kind, &value[..len]), Some(address));
+            assert_eq!(decode_pktinfo(level, kind, &value[..3]), None);
+        }
+        assert_eq!(decode_pktinfo(libc::SOL_UDP, libc::UDP_GRO, &[0; 20]), None);
     }
 }

@@ -5,7 +5,7 @@
 //!
 //! Invariant: `timer` is armed at the earliest thing this connection waits for.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use millrace_protocol::peers::{Attempt, ConnKey};
@@ -53,6 +53,9 @@ pub(crate) struct Connection {
     pub(crate) key: ConnKey,
     /// Where the peer is.
     pub(crate) address: PeerAddress,
+    /// The address of this host that the peer chose, where the listen address is open; `None`: the
+    /// kernel chooses.
+    pub(crate) source: Option<IpAddr>,
     /// Our connection IDs.
     pub(crate) ids: LiveIds,
     /// On the listening side, until the handshake is done: the ID that the client chose for its
@@ -100,6 +103,7 @@ impl Connection {
             quic,
             key,
             address: PeerAddress::new(peer),
+            source: None,
             ids: LiveIds::new(handshake_id),
             initial: None,
             is_server,
@@ -181,6 +185,7 @@ impl Connection {
             }
         }
         let (to, allowed_bytes) = self.address.target();
+        trains.set_source(self.source);
         let (mut packets, mut sent_bytes) = (0, 0);
         let mut out = self
             .session

@@ -17,7 +17,7 @@ mod routing;
 mod timing;
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -60,6 +60,15 @@ const ADMISSION_TICK: Duration = Duration::from_secs(1);
 
 /// Datagrams outside connections that may wait for the next turn; more are dropped.
 const REPLIES_MAX: usize = 64;
+
+/// How a datagram came: what an answer to it turns round.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Arrival {
+    /// The peer's address.
+    pub(crate) from: SocketAddr,
+    /// The address of this host that it came to, where the listen address is open.
+    pub(crate) at: Option<IpAddr>,
+}
 
 #[derive(Clone, Copy, Debug)]
 enum Timer {
@@ -118,7 +127,7 @@ pub(crate) struct Endpoint {
     topology: Arc<Topology>,
     /// Datagrams outside connections (version negotiation, Retry, dial requests), sent with the
     /// next turn.
-    replies: Vec<(Vec<u8>, SocketAddr)>,
+    replies: Vec<(Vec<u8>, Arrival)>,
     stop_at: Option<Instant>,
     /// Whether connections were closed at once when the stop began, or since.
     closed_at_once: bool,
@@ -368,12 +377,13 @@ impl Datapath for Endpoint {
     fn transmit(&mut self, trains: &mut Trains<'_>, now: Instant) -> Transmit {
         self.parts.state.now.set(now);
         self.parts.state.exchanged.set(0);
-        for (reply, to) in std::mem::take(&mut self.replies) {
+        for (reply, arrival) in std::mem::take(&mut self.replies) {
+            trains.set_source(arrival.at);
             let Some(buffer) = trains.packet(self.parts.state.config.udp_payload_bytes_max) else {
                 break;
             };
             buffer[..reply.len()].copy_from_slice(&reply);
-            trains.push(reply.len(), to);
+            trains.push(reply.len(), arrival.from);
         }
         let turns = self.parts.state.dirty.borrow().len();
         for _ in 0..turns {

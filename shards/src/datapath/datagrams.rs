@@ -54,7 +54,11 @@ impl<'a> Datagrams<'a> {
         self.from
     }
 
-    /// The address that the socket is bound to.
+    /// The address that they came to: the one that the socket is bound to, or where that is open,
+    /// the host's address that the peer chose. Answer from the same one: see
+    /// [`Trains::set_source`].
+    ///
+    /// [`Trains::set_source`]: crate::Trains::set_source
     #[must_use]
     pub fn local(&self) -> SocketAddr {
         self.local

@@ -10,13 +10,13 @@
 //! Invariants:
 //!
 //! 1. A train lies in one slot; its packets have one size but the last, which may be shorter, one
-//!    peer and one socket.
+//!    peer, one socket and one source.
 //! 2. Trains do not overlap, and are sent in the order in which they were built.
 //! 3. Between two calls of the buffer no more trains are finished than its last slot allowed.
 //! 4. The memory of a slot is not touched after its trains were handed over.
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use crate::socket::SocketId;
 
@@ -57,6 +57,8 @@ pub struct Train {
     pub socket: SocketId,
     /// The peer.
     pub to: SocketAddr,
+    /// The local address that it leaves from; `None`: the kernel chooses by the route.
+    pub source: Option<IpAddr>,
     /// The slot it lies in.
     pub slot: u16,
     /// Packets of it, 1 to [`SEGMENTS_MAX`].
@@ -93,6 +95,7 @@ pub struct Trains<'a> {
     trains_left: usize,
     unsegmented: u16,
     socket: SocketId,
+    source: Option<IpAddr>,
     /// Whether the selected socket's device segments.
     segments: bool,
     open: Option<Open>,
@@ -113,6 +116,7 @@ impl<'a> Trains<'a> {
             trains_left: 0,
             unsegmented: 0,
             socket: SocketId::FIRST,
+            source: None,
             segments: true,
             open: None,
             offered_bytes: None,
@@ -138,6 +142,18 @@ impl<'a> Trains<'a> {
             self.finish();
             self.socket = socket;
             self.segments = !socket.is_in(self.unsegmented);
+        }
+    }
+
+    /// The local address that packets pushed from here on leave from; ends the open train if it
+    /// leaves from another. `None`, with which each call of `transmit` begins: the kernel chooses
+    /// by the route. For a socket at an open address: a peer drops answers that come from another
+    /// address than it asked.
+    #[inline]
+    pub fn set_source(&mut self, source: Option<IpAddr>) {
+        if source != self.source {
+            self.finish();
+            self.source = source;
         }
     }
 
@@ -181,6 +197,7 @@ impl<'a> Trains<'a> {
         self.finished.push(Train {
             socket: self.socket,
             to: open.to,
+            source: self.source,
             slot: self.slot,
             segments: open.segments,
             start_bytes: open.start_bytes,

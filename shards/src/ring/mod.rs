@@ -118,7 +118,7 @@ impl Ring {
         let uring = build(entries)?;
         uring.submitter().register_eventfd(eventfd.as_raw_fd())?;
         let submitter = Submitter::new(&uring);
-        let tx = UdpTx::new(config, entries, sockets.len())?;
+        let tx = UdpTx::new(config, entries, &sockets)?;
         let rx = if sockets.is_empty() {
             None
         } else {

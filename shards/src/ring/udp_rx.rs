@@ -14,7 +14,7 @@
 //!    slots would only leave the cache.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use io_uring::{IoUring, opcode, squeue, types};
@@ -31,8 +31,9 @@ use crate::sys;
 const GROUP: u16 = 0;
 /// `struct io_uring_recvmsg_out`: four u32.
 const HEADER_BYTES: usize = 16;
-/// Room for one control message with an int, and some.
-const CONTROL_BYTES: usize = 32;
+/// Room for the two control messages that the sockets ask for: an int of 24 bytes with its header,
+/// and the local address, `struct in6_pktinfo`, of 40.
+const CONTROL_BYTES: usize = 64;
 /// `struct cmsghdr`: a length of a word, level, type.
 const CMSG_HEADER_BYTES: usize = 16;
 
@@ -189,12 +190,16 @@ impl UdpRx {
         }
         let (name, control) = head[HEADER_BYTES..].split_at(socket.name_bytes);
         let from = sys::decode_addr(&name[..name_len.min(socket.name_bytes)])?;
-        let segment_bytes =
-            gro_segment(&control[..control_len.min(CONTROL_BYTES)]).unwrap_or(payload.len());
+        let control = Control::read(&control[..control_len.min(CONTROL_BYTES)]);
+        let mut local = socket.local;
+        if let Some(ip) = control.local {
+            local.set_ip(ip);
+        }
+        let segment_bytes = control.segment_bytes.unwrap_or(payload.len());
         Some(Datagrams::new(
             received.socket,
             from,
-            socket.local,
+            local,
             segment_bytes,
             payload,
         ))
@@ -261,65 +266,95 @@ impl Receiver {
     }
 }
 
-/// The segment size in a GRO control message; `None` when the message is one datagram.
-fn gro_segment(control: &[u8]) -> Option<usize> {
-    let mut rest = control;
-    while rest.len() >= CMSG_HEADER_BYTES {
-        let len = usize::from_ne_bytes(rest[..8].try_into().ok()?);
-        let level = i32::from_ne_bytes(rest[8..12].try_into().ok()?);
-        let kind = i32::from_ne_bytes(rest[12..16].try_into().ok()?);
-        if len < CMSG_HEADER_BYTES || len > rest.len() {
-            return None;
+/// What the kernel says of a message beside its bytes.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Control {
+    /// Bytes of each datagram but the last; `None` when the message is one datagram.
+    segment_bytes: Option<usize>,
+    /// The address that it came to; said of sockets with an open address.
+    local: Option<IpAddr>,
+}
+
+impl Control {
+    /// Reads control messages up to the first that is none.
+    fn read(control: &[u8]) -> Self {
+        let mut this = Self::default();
+        let mut rest = control;
+        while let Some((level, kind, value, next)) = next_message(rest) {
+            if level == libc::SOL_UDP && kind == libc::UDP_GRO {
+                this.segment_bytes = segment_bytes(value);
+            } else if let Some(local) = sys::decode_pktinfo(level, kind, value) {
+                this.local = Some(local);
+            }
+            rest = next;
         }
-        if level == libc::SOL_UDP && kind == libc::UDP_GRO {
-            let value = rest.get(16..20)?.try_into().ok()?;
-            return usize::try_from(i32::from_ne_bytes(value))
-                .ok()
-                .filter(|&bytes| bytes > 0);
-        }
-        rest = rest.get(len.next_multiple_of(8)..)?;
+        this
     }
-    None
+}
+
+/// The first control message: level, kind, value, and what is behind it.
+fn next_message(control: &[u8]) -> Option<(i32, i32, &[u8], &[u8])> {
+    let (header, _) = control.split_at_checked(CMSG_HEADER_BYTES)?;
+    let len = usize::from_ne_bytes(header[..8].try_into().ok()?);
+    let level = i32::from_ne_bytes(header[8..12].try_into().ok()?);
+    let kind = i32::from_ne_bytes(header[12..16].try_into().ok()?);
+    let value = control.get(CMSG_HEADER_BYTES..len)?;
+    let next = control.get(len.next_multiple_of(8)..).unwrap_or_default();
+    Some((level, kind, value, next))
+}
+
+fn segment_bytes(value: &[u8]) -> Option<usize> {
+    let bytes = i32::from_ne_bytes(value.get(..4)?.try_into().ok()?);
+    usize::try_from(bytes).ok().filter(|&bytes| bytes > 0)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn cmsg(len: usize, level: i32, kind: i32, value: i32) -> Vec<u8> {
+    fn cmsg(len: usize, level: i32, kind: i32, value: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();
         bytes.extend(len.to_ne_bytes());
         bytes.extend(level.to_ne_bytes());
         bytes.extend(kind.to_ne_bytes());
-        bytes.extend(value.to_ne_bytes());
+        bytes.extend(value);
         bytes.resize(bytes.len().next_multiple_of(8), 0);
         bytes
     }
 
-    /// The segment size is found behind other control data, and nonsense is no segment size.
+    fn gro(len: usize, bytes: i32) -> Vec<u8> {
+        cmsg(len, libc::SOL_UDP, libc::UDP_GRO, &bytes.to_ne_bytes())
+    }
+
+    /// Segment size and local address are found behind other control data, and nonsense is neither.
     #[test]
-    fn gro_control() {
-        let gro = cmsg(20, libc::SOL_UDP, libc::UDP_GRO, 1452);
-        assert_eq!(gro_segment(&gro), Some(1452));
-        let other = cmsg(20, 0, 8, 7);
-        assert_eq!(
-            gro_segment(&[other.clone(), gro.clone()].concat()),
-            Some(1452)
-        );
-        assert_eq!(gro_segment(&other), None);
-        assert_eq!(gro_segment(&[]), None);
-        assert_eq!(
-            gro_segment(&cmsg(3, libc::SOL_UDP, libc::UDP_GRO, 1452)),
-            None
-        );
-        assert_eq!(
-            gro_segment(&cmsg(400, libc::SOL_UDP, libc::UDP_GRO, 1452)),
-            None
-        );
-        assert_eq!(
-            gro_segment(&cmsg(20, libc::SOL_UDP, libc::UDP_GRO, -1)),
-            None
-        );
-        assert_eq!(gro_segment(&gro[..18]), None);
+    fn control_messages() {
+        let segments = |bytes| Control {
+            segment_bytes: Some(bytes),
+            local: None,
+        };
+        let other = cmsg(20, 0, 2, &7i32.to_ne_bytes());
+        let (level, kind, value, len) = sys::encode_pktinfo(IpAddr::from([192, 0, 2, 1]), true);
+        let local = cmsg(CMSG_HEADER_BYTES + len, level, kind, &value[..len]);
+        let both = Control {
+            segment_bytes: Some(1452),
+            local: Some(IpAddr::from([192, 0, 2, 1])),
+        };
+        let cases = [
+            (gro(20, 1452), segments(1452)),
+            ([other.clone(), gro(20, 1452)].concat(), segments(1452)),
+            ([gro(20, 1452), local.clone()].concat(), both),
+            (other, Control::default()),
+            (Vec::new(), Control::default()),
+            (gro(3, 1452), Control::default()),
+            (gro(400, 1452), Control::default()),
+            (gro(20, -1), Control::default()),
+            (gro(20, 1452)[..18].to_vec(), Control::default()),
+            (local[..local.len() - 8].to_vec(), Control::default()),
+        ];
+        for (control, expected) in cases {
+            assert_eq!(Control::read(&control), expected, "{control:?}");
+        }
+        assert!(gro(20, 1452).len() + local.len() <= CONTROL_BYTES);
     }
 }

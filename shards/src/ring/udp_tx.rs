@@ -21,7 +21,7 @@ use super::token;
 use crate::buf::Mapping;
 use crate::config::{ShardConfig, TX_SLOT_BYTES};
 use crate::datapath::{Slot, Train};
-use crate::socket::SocketId;
+use crate::socket::{ShardSocket, SocketId};
 use crate::stats::ShardStats;
 use crate::sys::{self, AddrBytes};
 
@@ -31,15 +31,18 @@ const ZC_BYTES_MIN: usize = 16 * 1024;
 const REPORT_USAGE: u16 = 1 << 3;
 /// `IORING_NOTIF_USAGE_ZC_COPIED`: it did.
 const USAGE_COPIED: u32 = 1 << 31;
-/// One control message with a u16: header of 16 bytes, value, padding.
-const CONTROL_BYTES: usize = 24;
+/// `struct cmsghdr`: a length of a word, level, type.
+const CMSG_HEADER_BYTES: usize = 16;
+/// Room for two control messages: the segment size, of 24 bytes with header and padding, and the
+/// source, `struct in6_pktinfo`, of 40.
+const CONTROL_BYTES: usize = 64;
 
 /// What the kernel reads of a train, and where the train lies.
 #[repr(C, align(64))]
 struct Record {
     header: libc::msghdr,
     iov: libc::iovec,
-    control: [u64; CONTROL_BYTES / 8],
+    control: Control,
     addr: AddrBytes,
     slot: u16,
     segments: u16,
@@ -53,6 +56,33 @@ struct Device {
     zero_copy: ZeroCopy,
     /// Cleared when the device turns out not to segment.
     gso: bool,
+    /// The socket's family.
+    is_ipv6: bool,
+}
+
+/// Control messages of a train, aligned as `struct cmsghdr`.
+#[repr(C, align(8))]
+struct Control {
+    bytes: [u8; CONTROL_BYTES],
+    len_bytes: usize,
+}
+
+impl Control {
+    const EMPTY: Self = Self {
+        bytes: [0; CONTROL_BYTES],
+        len_bytes: 0,
+    };
+
+    /// Adds a message. There is room for the two that a train may have.
+    fn push(&mut self, level: i32, kind: i32, value: &[u8]) {
+        let (at, len) = (self.len_bytes, CMSG_HEADER_BYTES + value.len());
+        let message = &mut self.bytes[at..at + len];
+        message[..8].copy_from_slice(&len.to_ne_bytes());
+        message[8..12].copy_from_slice(&level.to_ne_bytes());
+        message[12..16].copy_from_slice(&kind.to_ne_bytes());
+        message[16..].copy_from_slice(value);
+        self.len_bytes = (at + len).next_multiple_of(8);
+    }
 }
 
 /// Whether trains are sent without a copy. Over loopback and veth the kernel copies in spite of the
@@ -82,20 +112,25 @@ pub(super) struct UdpTx {
 }
 
 impl UdpTx {
-    pub(super) fn new(config: &ShardConfig, records: u32, sockets: usize) -> io::Result<Self> {
-        let (count, slots_max) = if sockets == 0 {
+    pub(super) fn new(
+        config: &ShardConfig,
+        records: u32,
+        sockets: &[ShardSocket],
+    ) -> io::Result<Self> {
+        let (count, slots_max) = if sockets.is_empty() {
             (0, 0)
         } else {
             let count = config.tx_slots.max(1);
             (count, config.tx_slots_max.max(count))
         };
-        let device = Device {
+        let device = |socket: &ShardSocket| Device {
             zero_copy: if config.zero_copy {
                 ZeroCopy::Unknown
             } else {
                 ZeroCopy::Never
             },
             gso: true,
+            is_ipv6: socket.local_addr().is_ipv6(),
         };
         let slots = Mapping::for_slots(usize::from(slots_max) * TX_SLOT_BYTES)?;
         let records: Box<[Record]> = (0..records).map(|_| Record::empty()).collect();
@@ -109,7 +144,7 @@ impl UdpTx {
             lent: None,
             per_turn: config.tx_slots_per_turn.max(1),
             left: 0,
-            devices: vec![device; sockets],
+            devices: sockets.iter().map(device).collect(),
         };
         tx.add_slots(count);
         Ok(tx)
@@ -154,7 +189,7 @@ impl UdpTx {
             && matches!(device.zero_copy, ZeroCopy::Unknown | ZeroCopy::Works);
         let record = &mut self.records[index as usize];
         record.zero_copy = zero_copy;
-        let header = record.fill(start, train);
+        let header = record.fill(start, train, device.is_ipv6);
         let socket = types::Fixed(train.socket.index() as u32);
         let entry = if zero_copy {
             stats.trains_sent_zc.add(1);
@@ -298,7 +333,7 @@ impl Record {
                 iov_base: std::ptr::null_mut(),
                 iov_len: 0,
             },
-            control: [0; CONTROL_BYTES / 8],
+            control: Control::EMPTY,
             addr: AddrBytes::default(),
             slot: 0,
             segments: 0,
@@ -308,7 +343,7 @@ impl Record {
     }
 
     /// Describes a train; the record does not move while the kernel may read it.
-    fn fill(&mut self, start: *mut u8, train: &Train) -> *const libc::msghdr {
+    fn fill(&mut self, start: *mut u8, train: &Train, by_ipv6: bool) -> *const libc::msghdr {
         self.slot = train.slot;
         self.segments = train.segments;
         self.socket = train.socket;
@@ -322,18 +357,18 @@ impl Record {
         self.header.msg_namelen = addr_bytes as libc::socklen_t;
         self.header.msg_iov = &raw mut self.iov;
         self.header.msg_iovlen = 1;
+        self.control.len_bytes = 0;
         if train.segments > 1 {
-            // struct cmsghdr { len: usize, level: i32, type: i32 }, then the segment size as u16.
-            // As words of a little-endian machine, which glommio's targets are.
-            self.control[0] = 16 + 2;
-            self.control[1] = libc::SOL_UDP as u64 | (libc::UDP_SEGMENT as u64) << 32;
-            self.control[2] = train.segment_bytes as u64;
-            self.header.msg_control = (&raw mut self.control).cast();
-            self.header.msg_controllen = CONTROL_BYTES;
-        } else {
-            self.header.msg_control = std::ptr::null_mut();
-            self.header.msg_controllen = 0;
+            // At most 65,507: a train's length.
+            let bytes = (train.segment_bytes as u16).to_ne_bytes();
+            self.control.push(libc::SOL_UDP, libc::UDP_SEGMENT, &bytes);
         }
+        if let Some(source) = train.source {
+            let (level, kind, value, len) = sys::encode_pktinfo(source, by_ipv6);
+            self.control.push(level, kind, &value[..len]);
+        }
+        self.header.msg_control = (&raw mut self.control.bytes).cast();
+        self.header.msg_controllen = self.control.len_bytes;
         &raw const self.header
     }
 }
@@ -341,18 +376,26 @@ impl Record {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::socket::{UdpGroupConfig, bind_unsteered};
 
     /// The kernel is given no byte outside the slot that is lent, also when a train claims it.
     #[test]
     fn a_train_lies_in_the_lent_slot() {
         let config = ShardConfig::default();
         let stats = ShardStats::default();
-        let mut tx = UdpTx::new(&config, 64, 1).unwrap();
+        let local = "127.0.0.1:0".parse().unwrap();
+        let group = UdpGroupConfig {
+            local,
+            ..UdpGroupConfig::default()
+        };
+        let sockets = bind_unsteered(&group).unwrap();
+        let mut tx = UdpTx::new(&config, 64, &sockets).unwrap();
         tx.begin_turn();
         let slot = tx.next_slot().unwrap();
         let train = Train {
             socket: SocketId::FIRST,
             to: sys::NO_ADDR,
+            source: None,
             slot,
             segments: 1,
             start_bytes: TX_SLOT_BYTES - 10,

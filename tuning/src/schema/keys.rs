@@ -110,7 +110,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "address",
                 listen.address,
                 Kind::Address,
-                "Address and port on which all shards receive."
+                "Address and port on which all shards receive. With `0.0.0.0` or `[::]` a node answers from the address that its peer asked."
             ),
             field!(
                 NodeConfig,

@@ -4,14 +4,13 @@
 //! 1. A connection that is removed gives back its slot, its timer and its callers, once.
 //! 2. Services hear of a connection's end once it is gone, and of no connection that was never up.
 
-use std::net::SocketAddr;
 use std::time::Instant;
 
 use millrace_protocol::dial_request::DialRequest;
 use millrace_protocol::id::ConnectionNumber;
 use millrace_protocol::peers::{Action, CloseKind, ConnKey};
 
-use super::{CERTIFICATE_REQUIRED, CERTIFICATE_UNKNOWN, Endpoint, REPLIES_MAX, Timer};
+use super::{Arrival, CERTIFICATE_REQUIRED, CERTIFICATE_UNKNOWN, Endpoint, REPLIES_MAX, Timer};
 use crate::connection::Connection;
 use crate::counters::{Family, TlsRefusal};
 use crate::phase::Phase;
@@ -58,7 +57,11 @@ impl Endpoint {
                     sender: self.parts.me,
                     target: peer,
                 };
-                self.reply(dial_request.encode(index as u8).to_vec(), address);
+                let to = Arrival {
+                    from: address,
+                    at: None,
+                };
+                self.reply(dial_request.encode(index as u8).to_vec(), to);
             }
             Action::Verify { conn } => {
                 if let Some(slot) = self.slot_of(conn)
@@ -118,7 +121,7 @@ impl Endpoint {
         self.publish();
     }
 
-    pub(super) fn reply(&mut self, datagram: Vec<u8>, to: SocketAddr) {
+    pub(super) fn reply(&mut self, datagram: Vec<u8>, to: Arrival) {
         if self.replies.len() < REPLIES_MAX {
             self.replies.push((datagram, to));
         }

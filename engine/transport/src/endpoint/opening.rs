@@ -9,7 +9,7 @@
 //!    bound.
 //! 3. A dial proves in its first packet which node it comes from.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
 use millrace_edge_policy::admission::{Entitlement, First, Full};
@@ -22,7 +22,7 @@ use millrace_protocol::peers::Attempt;
 use millrace_shards::socket::source_address;
 use quiche::ConnectionId;
 
-use super::Endpoint;
+use super::{Arrival, Endpoint};
 use crate::buffers::{Buffers, QuicConnection};
 use crate::clock::wall_ns;
 use crate::connection::Connection;
@@ -42,10 +42,11 @@ impl Endpoint {
     pub(super) fn accept(
         &mut self,
         datagram: &mut [u8],
-        from: SocketAddr,
+        arrival: Arrival,
         now: Instant,
     ) -> Option<usize> {
-        let header = self.first_header(datagram, from)?;
+        let from = arrival.from;
+        let header = self.first_header(datagram, arrival)?;
         if self.handshakes >= self.parts.state.config.handshakes_max || !self.has_room() {
             self.counters().count(Family::Refused, Full::Shard.label());
             return None;
@@ -59,7 +60,7 @@ impl Endpoint {
                     Entitlement::Token(original) => Some(original),
                     Entitlement::Unvalidated | Entitlement::Peer(_) => None,
                 };
-                let slot = self.open(&header, original, from, now)?;
+                let slot = self.open(&header, original, arrival, now)?;
                 if let Some(Some(connection)) = self.connections.get_mut(slot) {
                     connection.is_uncharged = by == Entitlement::Unvalidated;
                     connection.handshake_permit = Some(permit);
@@ -67,7 +68,7 @@ impl Endpoint {
                 Some(slot)
             }
             First::Retry(minted) => {
-                self.retry(&header, &minted, from);
+                self.retry(&header, &minted, arrival);
                 None
             }
             // A late packet: the connection that had this ID is gone.
@@ -91,7 +92,7 @@ impl Endpoint {
     fn first_header<'d>(
         &mut self,
         datagram: &'d mut [u8],
-        from: SocketAddr,
+        arrival: Arrival,
     ) -> Option<quiche::Header<'d>> {
         // RFC 9000, 14.1: a datagram that opens a connection or asks for a version has at least
         // 1,200 bytes.
@@ -106,7 +107,7 @@ impl Endpoint {
         };
         let is_supported = quiche::version_is_supported(header.version);
         if !is_supported && header.ty != quiche::Type::VersionNegotiation {
-            self.negotiate_version(&header, from);
+            self.negotiate_version(&header, arrival);
         }
         if header.ty != quiche::Type::Initial || self.stop_at.is_some() {
             self.counters().add(Counter::DatagramsUnroutable, 1);
@@ -121,9 +122,10 @@ impl Endpoint {
         &mut self,
         header: &quiche::Header<'_>,
         original: Option<OriginalId>,
-        from: SocketAddr,
+        arrival: Arrival,
         now: Instant,
     ) -> Option<usize> {
+        let from = arrival.from;
         let slot = self.take_slot();
         let id = self.handshake_id(slot, from, now);
         let scid = ConnectionId::from_ref(&id);
@@ -152,12 +154,13 @@ impl Endpoint {
         let dcid = header.dcid.to_vec();
         self.initial.insert(dcid.clone(), slot);
         connection.initial = Some(dcid);
+        connection.source = arrival.at;
         self.insert(slot, connection);
         Some(slot)
     }
 
     /// Asks a client to show that its address is its own. Keeps no state.
-    fn retry(&mut self, header: &quiche::Header<'_>, minted: &Minted, to: SocketAddr) {
+    fn retry(&mut self, header: &quiche::Header<'_>, minted: &Minted, to: Arrival) {
         let mut reply = vec![0; 128];
         let written = quiche::retry(
             &header.scid,
@@ -174,7 +177,7 @@ impl Endpoint {
         }
     }
 
-    fn negotiate_version(&mut self, header: &quiche::Header<'_>, to: SocketAddr) {
+    fn negotiate_version(&mut self, header: &quiche::Header<'_>, to: Arrival) {
         let mut reply = vec![0; 128];
         if let Ok(len) = quiche::negotiate_version(&header.scid, &header.dcid, &mut reply) {
             reply.truncate(len);
@@ -201,7 +204,11 @@ impl Endpoint {
             return;
         };
         // The form in which the shard's socket will name the peer.
-        let to = SocketAddr::new(to.ip().to_canonical(), to.port());
+        let to = match to.ip().to_canonical() {
+            IpAddr::V4(ip) => SocketAddr::from((ip, to.port())),
+            // With its scope: without one a link-local address leads nowhere.
+            IpAddr::V6(_) => to,
+        };
         let slot = self.take_slot();
         let id = self.handshake_id(slot, to, now);
         let opened = quiche::connect_with_dcid_and_buffer_factory::<Buffers>(

@@ -1,14 +1,13 @@
 //! Receiving: gives datagrams to their connections, and after the packets of one completion does
 //! everything that they made possible.
 
-use std::net::SocketAddr;
 use std::time::Instant;
 
 use millrace_edge_policy::cid::dcid_of;
 use millrace_protocol::dial_request::DialRequest;
 use millrace_shards::datapath::Datagrams;
 
-use super::Endpoint;
+use super::{Arrival, Endpoint};
 use crate::address::PeerAddress;
 use crate::counters::Counter;
 use crate::ids::IdBytes;
@@ -23,14 +22,19 @@ struct Touched {
     /// From where quiche is told that its datagrams are.
     info: quiche::RecvInfo,
     bytes: usize,
-    /// How many packets it had received, if these come from another port than before.
+    /// How many packets it had received, if these come from another port than before, or to another
+    /// address of this host.
     elsewhere: Option<usize>,
 }
 
 impl Endpoint {
     /// One receive completion: datagrams from one address, nearly always for one connection.
     pub(super) fn receive(&mut self, datagrams: Datagrams<'_>, now: Instant) {
-        let from = datagrams.from();
+        let is_open = self.parts.local.ip().is_unspecified();
+        let arrival = Arrival {
+            from: datagrams.from(),
+            at: is_open.then(|| datagrams.local().ip()),
+        };
         let mut touched: Option<Touched> = None;
         for datagram in datagrams.into_segments() {
             if let Some(dial_request) = DialRequest::decode(datagram) {
@@ -43,15 +47,15 @@ impl Endpoint {
             if !touched.as_ref().is_some_and(is_next) {
                 let Some(slot) = self
                     .route(datagram)
-                    .or_else(|| self.accept(datagram, from, now))
+                    .or_else(|| self.accept(datagram, arrival, now))
                 else {
                     continue;
                 };
                 if let Some(last) = touched.take_if(|last| last.slot != slot) {
-                    self.on_touched(&last, from, now);
+                    self.on_touched(&last, arrival, now);
                 }
                 if touched.is_none() {
-                    touched = self.touch(slot, from);
+                    touched = self.touch(slot, arrival);
                 }
                 if let (Some(touched), Some((dcid, false))) = (&mut touched, dcid_of(datagram)) {
                     touched.id.copy_from_slice(dcid);
@@ -70,18 +74,20 @@ impl Endpoint {
             }
         }
         if let Some(last) = touched {
-            self.on_touched(&last, from, now);
+            self.on_touched(&last, arrival, now);
         }
     }
 
     /// None when datagrams from there are not for this connection.
-    fn touch(&self, slot: usize, from: SocketAddr) -> Option<Touched> {
+    fn touch(&self, slot: usize, arrival: Arrival) -> Option<Touched> {
+        let from = arrival.from;
         let connection = self.connections.get(slot)?.as_deref()?;
         if !connection.address.may_be(from) {
             self.counters().add(Counter::DatagramsInvalid, 1);
             return None;
         }
-        let is_elsewhere = connection.is_server && !connection.address.is_settled_at(from);
+        let is_settled = connection.address.is_settled_at(from) && connection.source == arrival.at;
+        let is_elsewhere = connection.is_server && !is_settled;
         Some(Touched {
             slot,
             id: connection.ids.oldest(),
@@ -100,12 +106,15 @@ impl Endpoint {
         })
     }
 
-    fn on_touched(&mut self, touched: &Touched, from: SocketAddr, now: Instant) {
+    fn on_touched(&mut self, touched: &Touched, arrival: Arrival, now: Instant) {
         if let (Some(before), Some(Some(connection))) =
-            (touched.elsewhere, self.connections.get(touched.slot))
+            (touched.elsewhere, self.connections.get_mut(touched.slot))
             && connection.quic.stats().recv > before
         {
-            self.follow_peer(touched.slot, from, touched.bytes, now);
+            connection.source = arrival.at;
+            if !connection.address.is_settled_at(arrival.from) {
+                self.follow_peer(touched.slot, arrival.from, touched.bytes, now);
+            }
         }
         self.on_packets(touched.slot, now);
     }
