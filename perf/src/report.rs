@@ -1,8 +1,9 @@
 //! What the reports of all benches share: targets, their table, the file, and the verdict.
 //!
 //! 1. A target without a value does not hold: what was not measured shows nothing.
-//! 2. A value that is worse than a [`COLLAPSE`]th of its target has collapsed. One quick round on a
-//!    shared host stays far from that, so continuous integration fails by it alone.
+//! 2. A value that is [`COLLAPSE`] times worse than its target has collapsed. The median of three
+//!    quick rounds on a shared host stays far from that, so continuous integration fails by it
+//!    alone.
 
 use std::fs;
 use std::io;
