@@ -61,7 +61,7 @@ const ADMISSION_TICK: Duration = Duration::from_secs(1);
 /// Datagrams outside connections that may wait for the next turn; more are dropped.
 const REPLIES_MAX: usize = 64;
 
-/// How a datagram came: what an answer to it turns round.
+/// The two addresses of a datagram that came. An answer goes the other way.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Arrival {
     /// The peer's address.

@@ -205,9 +205,10 @@ impl Endpoint {
         };
         // The form in which the shard's socket will name the peer.
         let to = match to.ip().to_canonical() {
-            IpAddr::V4(ip) => SocketAddr::from((ip, to.port())),
-            // With its scope: without one a link-local address leads nowhere.
-            IpAddr::V6(_) => to,
+            // Without its scope a link-local address leads nowhere. The kernel names no other
+            // peer with one.
+            IpAddr::V6(ip) if ip.is_unicast_link_local() => to,
+            ip => SocketAddr::new(ip, to.port()),
         };
         let slot = self.take_slot();
         let id = self.handshake_id(slot, to, now);
