@@ -9,32 +9,14 @@ use std::net::UdpSocket;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use common::{config, socket};
+use common::{Nothing, config, socket};
 use millrace_shards::{
-    ChunkPool, Datagrams, Datapath, HugePages, SHARDS_MAX, SOCKETS_MAX, ShardConfig, Trains,
-    Transmit, UdpGroupConfig, bind_group, bind_unsteered, spawn,
+    ChunkPool, HugePages, SHARDS_MAX, SOCKETS_MAX, ShardConfig, UdpGroupConfig, bind_group,
+    bind_unsteered, spawn,
 };
 use millrace_testkit::skip;
-
-struct Nothing;
-
-impl Datapath for Nothing {
-    type Message = ();
-
-    fn on_message(&mut self, (): (), _: Instant) {}
-
-    fn on_datagrams(&mut self, _: Datagrams<'_>, _: Instant) {}
-
-    fn transmit(&mut self, _: &mut Trains<'_>, _: Instant) -> Transmit {
-        Transmit::Done
-    }
-
-    fn has_pending(&self) -> bool {
-        false
-    }
-}
 
 /// Sixteen shards of a group, with chunks, start and stop with the test's own rights. If each
 /// locked much memory, they would exceed a small limit.

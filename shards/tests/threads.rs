@@ -3,29 +3,9 @@
 
 mod common;
 
-use std::time::Instant;
-
-use common::config;
-use millrace_shards::{Datagrams, Datapath, ShardHandle, Trains, Transmit, spawn};
+use common::{Nothing, config};
+use millrace_shards::{ShardHandle, spawn};
 use millrace_testkit::{threads_with, until};
-
-struct Nothing;
-
-impl Datapath for Nothing {
-    type Message = ();
-
-    fn on_message(&mut self, (): (), _: Instant) {}
-
-    fn on_datagrams(&mut self, _: Datagrams<'_>, _: Instant) {}
-
-    fn transmit(&mut self, _: &mut Trains<'_>, _: Instant) -> Transmit {
-        Transmit::Done
-    }
-
-    fn has_pending(&self) -> bool {
-        false
-    }
-}
 
 fn start(index: usize) -> ShardHandle<()> {
     spawn(config(), index, 2, None, |_| Nothing).unwrap()

@@ -1,7 +1,31 @@
 //! What the tests of this crate share.
 #![allow(dead_code, reason = "each test takes what it needs")]
 
-use millrace_shards::{HugePages, ShardConfig, ShardSocket, UdpGroupConfig, bind_group};
+use std::time::Instant;
+
+use millrace_shards::{
+    Datagrams, Datapath, HugePages, ShardConfig, ShardSocket, Trains, Transmit, UdpGroupConfig,
+    bind_group,
+};
+
+/// A datapath of a shard that only starts and stops.
+pub(crate) struct Nothing;
+
+impl Datapath for Nothing {
+    type Message = ();
+
+    fn on_message(&mut self, (): (), _: Instant) {}
+
+    fn on_datagrams(&mut self, _: Datagrams<'_>, _: Instant) {}
+
+    fn transmit(&mut self, _: &mut Trains<'_>, _: Instant) -> Transmit {
+        Transmit::Done
+    }
+
+    fn has_pending(&self) -> bool {
+        false
+    }
+}
 
 /// The defaults, without chunks: most tests move none.
 pub(crate) fn config() -> ShardConfig {
