@@ -357,7 +357,8 @@ pub struct TransportSection {
     pub body_bytes_max: ByteSize,
     /// Interval of health probes to every peer.
     pub probe_interval: Period,
-    /// Probes lost in a row before a connection is given up and the peer dialled again.
+    /// Probes lost in a row before a connection is given up and the peer dialled again, if nothing
+    /// else arrives meanwhile.
     pub probe_failures_max: u64,
     /// Connections one shard holds, handshakes included.
     pub connections_max: u64,
@@ -542,8 +543,8 @@ impl Default for TransportSection {
             udp_payload_bytes_max: ByteSize(1452),
             mtu: Mtu::Discover,
             keep_alive: Period::secs(1),
-            idle_timeout: Period::secs(3),
-            connect_timeout: Period::secs(10),
+            idle_timeout: Period::secs(15),
+            connect_timeout: Period::secs(20),
             redial_delay_min: Period::millis(50),
             redial_delay_max: Period::secs(10),
             drain_timeout: Period::secs(2),
@@ -576,7 +577,7 @@ impl Default for TransportSection {
             lane_body_bytes_max: ByteSize::kib(16),
             body_bytes_max: ByteSize::mib(128),
             probe_interval: Period::secs(1),
-            probe_failures_max: 3,
+            probe_failures_max: 10,
             // 128 whole connections beside the handshakes: three of the largest subnets.
             connections_max: 1152,
             handshakes_max: 1024,

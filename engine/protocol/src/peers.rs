@@ -8,7 +8,8 @@
 //! 2. A peer has at most one current connection, at most one that is not yet up, and at most one
 //!    that drains; so connections are bounded by three per peer.
 //! 3. A connection is up at the peer's first hello. It then gets a number above all earlier ones,
-//!    and replaces the current one, which drains.
+//!    and replaces the current one, which drains: as long as its messages come forward, up to
+//!    `drain_max`, or until the next one is replaced.
 //! 4. A dialler has at most one attempt under way per peer, always with a deadline; when it has
 //!    no connection and no attempt, a redial is scheduled.
 //! 5. Redials back off from `base` to `cap`; only a connection that was up for `stable_after`
@@ -194,6 +195,14 @@ impl Peers {
             connection.verifying = false;
             self.stop_connection_timer(conn);
         }
+    }
+
+    /// Takes the report that messages of a replaced connection come forward: it is closed at
+    /// `until` if no later report follows, and [`PeersConfig::drain_max`] after its replacement at
+    /// the latest. A report never brings the end forward.
+    pub fn drains_on(&mut self, conn: ConnKey, until: Instant) {
+        self.drain_on(conn, until);
+        self.invariants();
     }
 
     /// Does what is due at `now`.
@@ -383,7 +392,7 @@ impl Peers {
                 "2"
             );
             assert!(
-                matches!(state(peer.draining), None | Some(State::Draining)),
+                matches!(state(peer.draining), None | Some(State::Draining { .. })),
                 "2"
             );
             assert_eq!(self.id < *id, peer.dial != Dial::Listening, "1");

@@ -12,7 +12,7 @@ use millrace_shards::chunk::ChunkPool;
 use millrace_sim::SimConfig;
 use millrace_sim::memnet::LinkConfig;
 use millrace_transport::counters::{Counter, Family};
-use millrace_transport::{Messenger, Payload, Responder, RpcError};
+use millrace_transport::{Messenger, Payload, Responder, RpcError, TransportConfig};
 
 #[test]
 fn every_class_and_size_is_answered_and_gives_its_memory_back() {
@@ -235,6 +235,11 @@ fn storm(seed: u64, pool: &ChunkPool) -> (Vec<String>, usize) {
     let mut testbed = Testbed::connected(SimConfig {
         nodes: 3,
         link,
+        // Shorter than the cut.
+        transport: TransportConfig {
+            idle_timeout: 3_000 * MS,
+            ..TransportConfig::default()
+        },
         seed,
         shared_pool: Some(pool.clone()),
         ..SimConfig::default()

@@ -138,7 +138,7 @@ pub struct TransportConfig {
     pub limits: Limits,
     /// Interval of health probes.
     pub probe_interval: Duration,
-    /// Probes lost in a row before a connection is given up.
+    /// Probes lost in a row before a connection is given up, if nothing else arrives meanwhile.
     pub probe_failures_max: u32,
     /// Connections that one shard holds, handshakes included.
     pub connections_max: usize,
@@ -154,8 +154,8 @@ impl Default for TransportConfig {
             udp_payload_bytes_max: 1_452,
             discover_mtu: true,
             keep_alive: Duration::from_secs(1),
-            idle_timeout: Duration::from_secs(3),
-            connect_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(15),
+            connect_timeout: Duration::from_secs(20),
             redial_delay_min: Duration::from_millis(50),
             redial_delay_max: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(2),
@@ -195,7 +195,7 @@ impl Default for TransportConfig {
             stream_progress_interval: Duration::from_secs(5),
             limits: Limits::default(),
             probe_interval: Duration::from_secs(1),
-            probe_failures_max: 3,
+            probe_failures_max: 10,
             connections_max: 4_096,
             handshakes_max: 1_024,
             packets_per_turn: 180,

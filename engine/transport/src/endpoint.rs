@@ -417,6 +417,12 @@ impl Datapath for Endpoint {
         for connection in self.connections.iter_mut().flatten() {
             if let Some(session) = &mut connection.session {
                 session.housekeep(&mut connection.quic);
+                if matches!(connection.phase, Phase::Draining { .. })
+                    && let Some(until) = session.drains_until(&connection.quic, now)
+                    && let Some(peers) = self.parts.peers.get_mut(connection.index)
+                {
+                    peers.drains_on(connection.key, until);
+                }
                 if has_abandoned {
                     session.cancel_abandoned();
                 }

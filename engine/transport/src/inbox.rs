@@ -136,6 +136,8 @@ struct Incoming {
     state: State,
     /// Bytes since progress was last judged.
     progress_bytes: u64,
+    /// Its first interval is not over: it is not judged yet.
+    is_new: bool,
 }
 
 /// The incoming streams of one connection.
@@ -151,6 +153,8 @@ pub(crate) struct Inbox {
     opened: u64,
     /// A body in chunks came forward, and is not whole, since the last look.
     in_body: bool,
+    /// Bytes read on message streams.
+    moved_bytes: u64,
 }
 
 impl Inbox {
@@ -164,6 +168,7 @@ impl Inbox {
             last: 0,
             opened: 0,
             in_body: false,
+            moved_bytes: 0,
         }
     }
 
@@ -175,6 +180,11 @@ impl Inbox {
     /// Whether a body in chunks came forward, and is not whole, since the last call.
     pub(crate) fn take_in_body(&mut self) -> bool {
         std::mem::take(&mut self.in_body)
+    }
+
+    /// Bytes that messages with streams of their own brought so far.
+    pub(crate) fn moved_bytes(&self) -> u64 {
+        self.moved_bytes
     }
 
     /// Messages that have begun and not ended.
@@ -206,6 +216,7 @@ impl Inbox {
         let at = self.position(id);
         let stream = &mut self.streams[at];
         let was_opening = matches!(stream.state, State::Opening);
+        let before = stream.progress_bytes;
         let mut read = Read {
             peer: self.peer,
             limits: &self.limits,
@@ -215,6 +226,9 @@ impl Inbox {
         };
         let result = read.stream(stream, path);
         self.in_body |= matches!(stream.state, State::Large { .. });
+        if !matches!(stream.state, State::Lane(_) | State::Refused) {
+            self.moved_bytes += stream.progress_bytes - before;
+        }
         match result {
             Ok(false) if was_opening && self.lanes() > LANES_MAX => {
                 Err((StreamFault::TooManyLanes, None))
@@ -276,8 +290,12 @@ impl Inbox {
             let stream = &mut self.streams[at];
             // Counted from the interval's start, or the stream's: a stream is judged in its second
             // interval at the latest.
-            let new = std::mem::take(&mut stream.progress_bytes);
-            if matches!(stream.state, State::Lane(_) | State::Refused) || new >= progress_bytes {
+            let bytes = std::mem::take(&mut stream.progress_bytes);
+            let is_new = std::mem::take(&mut stream.is_new);
+            if matches!(stream.state, State::Lane(_) | State::Refused)
+                || is_new
+                || bytes >= progress_bytes
+            {
                 continue;
             }
             let header = stream.header();
@@ -329,12 +347,11 @@ impl Inbox {
             Some(at) => at,
             None => {
                 self.opened += 1;
-                // The bytes of a stream's first interval count as enough progress: it is judged
-                // from the second interval on.
                 self.streams.push(Incoming {
                     id,
                     state: State::Opening,
-                    progress_bytes: u64::MAX / 2,
+                    progress_bytes: 0,
+                    is_new: true,
                 });
                 self.streams.len() - 1
             }
@@ -401,7 +418,7 @@ impl<A: Arrivals> Read<'_, A> {
                 Err(StreamError::Blocked) => return Ok(false),
                 Err(_) => return Err(StreamFault::Reset),
             };
-            stream.progress_bytes = stream.progress_bytes.saturating_add(read as u64);
+            stream.progress_bytes += read as u64;
             let got = &self.scratch[..];
             match &mut stream.state {
                 State::Refused => {}

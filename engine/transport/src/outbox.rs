@@ -382,6 +382,16 @@ impl Outbox {
         self.streams.take_stopped()
     }
 
+    /// Bytes of messages with streams of their own that the path has taken so far.
+    pub(crate) fn moved_bytes(&self) -> u64 {
+        self.streams.moved_bytes()
+    }
+
+    /// Whether a message with a stream of its own waits or is under way.
+    pub(crate) fn has_streams(&self) -> bool {
+        !self.streams.is_idle()
+    }
+
     pub(crate) fn take_streams_opened(&mut self) -> u64 {
         self.streams.take_opened()
     }

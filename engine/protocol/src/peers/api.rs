@@ -31,8 +31,11 @@ pub struct PeersConfig {
     /// Longest time from the dial to the peer's hello; on the listener, from the handshake to the
     /// hello.
     pub connect_timeout: Duration,
-    /// How long a replaced connection may go on with the messages that it has begun.
+    /// How long a replaced connection may go on with the messages that it has begun, when none of
+    /// them comes forward; see [`super::Peers::drains_on`].
     pub drain_timeout: Duration,
+    /// How long it may go on at the longest.
+    pub drain_max: Duration,
     /// Time after which an up connection resets the backoff: see invariant 5 of [`super`].
     pub stable_after: Duration,
     /// Longest time between two dial requests at a dialler that is not connected.
@@ -49,8 +52,9 @@ impl Default for PeersConfig {
             index: 0,
             peers_max: 1024,
             backoff: BackoffConfig::default(),
-            connect_timeout: Duration::from_secs(10),
+            connect_timeout: Duration::from_secs(20),
             drain_timeout: Duration::from_secs(5),
+            drain_max: Duration::from_secs(1_104),
             stable_after: Duration::from_secs(1),
             dial_request_interval: Duration::from_millis(500),
             verify_timeout: Duration::from_millis(600),

@@ -98,11 +98,26 @@ impl Peers {
         let Some(connection) = self.connections.get_mut(&conn) else {
             return;
         };
-        connection.state = State::Draining;
+        let until = now + self.config.drain_timeout;
+        let latest = until.max(now + self.config.drain_max);
+        connection.state = State::Draining { until, latest };
         connection.verifying = false;
         self.counters.replaced += 1;
         self.actions.push_back(Action::Drain { conn });
-        self.set_connection_timer(conn, now + self.config.drain_timeout);
+        self.set_connection_timer(conn, until);
+    }
+
+    pub(super) fn drain_on(&mut self, conn: ConnKey, wanted: Instant) {
+        let Some(connection) = self.connections.get_mut(&conn) else {
+            return;
+        };
+        if let State::Draining { until, latest } = &mut connection.state
+            && *until < wanted.min(*latest)
+        {
+            let at = wanted.min(*latest);
+            *until = at;
+            self.set_connection_timer(conn, at);
+        }
     }
 
     /// Forgets a connection that has ended, and dials again where the peer is left without one.
@@ -117,7 +132,7 @@ impl Peers {
             return;
         };
         match state {
-            State::Draining => peer.draining = None,
+            State::Draining { .. } => peer.draining = None,
             State::Pending(Direction::Outbound(_)) => {
                 peer.pending = None;
                 self.redial_later(id, now);
@@ -174,7 +189,7 @@ impl Peers {
                 (CloseReason::Unresponsive, CloseKind::Reset)
             }
             State::Up { .. } => return,
-            State::Draining => (CloseReason::Drained, CloseKind::Clean),
+            State::Draining { .. } => (CloseReason::Drained, CloseKind::Clean),
         };
         self.actions.push_back(Action::Close { conn, reason });
         self.forget(conn, kind, now);

@@ -45,6 +45,6 @@ pub(super) enum State {
         number: ConnectionNumber,
         since: Instant,
     },
-    /// Replaced.
-    Draining,
+    /// Replaced; closed at `until`, which moves up to `latest` while its messages come forward.
+    Draining { until: Instant, latest: Instant },
 }

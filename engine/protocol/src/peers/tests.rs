@@ -158,6 +158,51 @@ fn up_at_hello_and_newer_replaces_older() {
     assert_eq!(testbed.actions(), []);
 }
 
+// Protects a body that is under way when its connection is replaced, and the bound on how long a
+// replaced connection lives.
+#[test]
+fn a_replaced_connection_drains_while_its_messages_come_forward() {
+    let config = PeersConfig::default();
+    let (timeout, max) = (config.drain_timeout, config.drain_max);
+    // When it is said, after the replacement, that the connection may go on until when; its end.
+    let cases: [(&[(Duration, Duration)], Duration); 5] = [
+        (&[], timeout),
+        (&[(timeout / 2, 3 * timeout)], 3 * timeout),
+        // A report does not bring the end forward.
+        (
+            &[(timeout / 2, 3 * timeout), (timeout, 2 * timeout)],
+            3 * timeout,
+        ),
+        (&[(timeout / 2, timeout / 2 + MS)], timeout),
+        (&[(timeout / 2, 2 * max)], max),
+    ];
+    for (reports, end) in cases {
+        let mut testbed = Testbed::new(1, 2);
+        testbed.up(1, 0, Direction::Inbound);
+        testbed.up(2, 0, Direction::Inbound);
+        testbed.actions();
+        let replaced_at = testbed.now;
+        for (at, until) in reports {
+            testbed.now = replaced_at + *at;
+            testbed.peers.handle_timeout(testbed.now);
+            testbed.peers.drains_on(ConnKey(1), replaced_at + *until);
+            // Of one that is current it changes nothing.
+            testbed.peers.drains_on(ConnKey(2), replaced_at + *until);
+        }
+        testbed.next_timeout();
+        let late = (testbed.now - replaced_at).saturating_sub(end);
+        assert!(
+            testbed.now - replaced_at >= end && late <= 2 * MS,
+            "{reports:?}"
+        );
+        let closed = Action::Close {
+            conn: ConnKey(1),
+            reason: CloseReason::Drained,
+        };
+        assert_eq!(testbed.actions(), [closed]);
+    }
+}
+
 #[test]
 fn redial_backs_off_and_a_stable_connection_resets_it() {
     let mut testbed = Testbed::new(0, 2);
@@ -207,7 +252,10 @@ fn redial_backs_off_and_a_stable_connection_resets_it() {
 fn attempt_and_hello_have_deadlines() {
     let mut testbed = Testbed::new(0, 2);
     let attempt = testbed.dial();
-    assert_eq!(testbed.next_timeout(), Duration::from_secs(10));
+    assert_eq!(
+        testbed.next_timeout(),
+        PeersConfig::default().connect_timeout
+    );
     assert_eq!(testbed.actions(), [Action::Abandon { attempt }]);
     let peer = testbed.ids[1];
     let late = Direction::Outbound(attempt);

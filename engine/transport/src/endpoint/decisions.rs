@@ -91,6 +91,14 @@ impl Endpoint {
                             until: None,
                             code: CloseCode::Replaced,
                         };
+                        let session = connection.session.as_mut();
+                        let until =
+                            session.and_then(|held| held.drains_until(&connection.quic, now));
+                        if let Some(until) = until
+                            && let Some(peers) = self.parts.peers.get_mut(index)
+                        {
+                            peers.drains_on(conn, until);
+                        }
                     }
                     self.mark_dirty(slot);
                 }

@@ -40,6 +40,13 @@ use dispatch::{Delivery, on_fault};
 /// How long a connection may stay silent after its peer requested a dial.
 pub(crate) const VERIFY_TIMEOUT: Duration = Duration::from_millis(400);
 
+/// The time for progress in round trips: 12.4 s on a path of 619 ms.
+const PROGRESS_ROUND_TRIPS: u32 = 20;
+
+/// A peer that acknowledges late lengthens the round trip, and so the time for progress; not over
+/// this, unless the config grants more.
+const PROGRESS_INTERVAL_MAX: Duration = Duration::from_secs(60);
+
 /// What [`Session::poll_transmit`] moved into the path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Transmitted {
@@ -70,6 +77,10 @@ pub struct Session {
     /// A sign of life was asked for when this many packets had been received.
     verify_from: Option<usize>,
     lost_seen: usize,
+    /// Packets received until the last health probe.
+    received_seen: usize,
+    /// Bytes of messages with streams of their own, in both directions, until the last look.
+    moved_seen: u64,
 }
 
 impl Session {
@@ -96,6 +107,8 @@ impl Session {
             judge_at: None,
             verify_from: None,
             lost_seen: 0,
+            received_seen: 0,
+            moved_seen: 0,
         }
     }
 
@@ -184,6 +197,18 @@ impl Session {
         self.handle.is_idle()
     }
 
+    /// Until when the connection may go on after its replacement: for an interval of progress, if
+    /// messages with streams of their own came forward since the last call and are not whole.
+    pub fn drains_until<P: StreamPath>(&mut self, path: &P, now: Instant) -> Option<Instant> {
+        let out = self.handle.out.borrow();
+        let moved = out.moved_bytes() + self.inbox.moved_bytes();
+        let is_carrying = out.has_streams() || self.inbox.unfinished() > 0;
+        drop(out);
+        let has_moved = std::mem::replace(&mut self.moved_seen, moved) < moved;
+        let interval = progress_interval(self.config(), path.stats().rtt);
+        (is_carrying && has_moved).then(|| now + interval)
+    }
+
     /// Bytes that wait to be sent, for each class; small frames of class bulk count as normal.
     pub fn queued_bytes(&self) -> PerClass<u64> {
         self.handle.out.borrow().queued_bytes()
@@ -240,7 +265,7 @@ impl Session {
         if opened > 0 {
             handle.state.counters.add(Counter::StreamsIn, opened);
             if self.judge_at.is_none() && self.inbox.unfinished() > 0 {
-                self.judge_at = Some(now + self.config().stream_progress_interval);
+                self.judge_at = Some(now + progress_interval(self.config(), path.stats().rtt));
             }
         }
         received
@@ -305,7 +330,7 @@ impl Session {
     pub fn on_timeout<P: StreamPath>(&mut self, path: &mut P, now: Instant) -> Option<CloseCode> {
         self.handle.expire(now);
         self.keep_alive(path, now);
-        let mut close = self.probe(now).then_some(CloseCode::Unhealthy);
+        let mut close = self.probe(path, now).then_some(CloseCode::Unhealthy);
         if self.judge_at.is_some_and(|at| at <= now) && self.judge_streams(path, now) {
             close = Some(CloseCode::Violation);
         }
@@ -372,11 +397,17 @@ impl Session {
         self.start_keep_alive(path, now);
     }
 
-    /// Sends the probes that are due. True when the peer has missed too many.
-    fn probe(&mut self, now: Instant) -> bool {
+    /// Sends the probes that are due. True when the peer has missed too many, and was silent.
+    fn probe<P: StreamPath>(&mut self, path: &P, now: Instant) -> bool {
         let Some(health) = &mut self.health else {
             return false;
         };
+        if health.poll_timeout().is_some_and(|at| at <= now) {
+            let received = path.stats().received;
+            if std::mem::replace(&mut self.received_seen, received) < received {
+                health.alive(now);
+            }
+        }
         health.handle_timeout(now);
         while let Some(action) = health.poll_action(now) {
             match action {
@@ -397,7 +428,8 @@ impl Session {
                 on_fault(&handle, fault, header, &mut received);
             });
         let is_unfinished = self.inbox.unfinished() > 0;
-        self.judge_at = is_unfinished.then(|| now + config.stream_progress_interval);
+        let interval = progress_interval(config, path.stats().rtt);
+        self.judge_at = is_unfinished.then(|| now + interval);
         received.fault.is_some()
     }
 }
@@ -425,11 +457,23 @@ fn cancel_arriving<P: StreamPath>(
     });
 }
 
+/// How long a message may take for `stream_progress_bytes`: on a long path repeated losses take
+/// several round trips.
+fn progress_interval(config: &TransportConfig, rtt: Option<Duration>) -> Duration {
+    let round_trips = PROGRESS_ROUND_TRIPS * rtt.unwrap_or(Duration::ZERO);
+    let longest = config.stream_progress_interval.max(PROGRESS_INTERVAL_MAX);
+    config
+        .stream_progress_interval
+        .max(round_trips)
+        .min(longest)
+}
+
 /// How long the last bytes of a connection and their repeats may take: three round trips, within
 /// bounds.
 pub fn linger<P: StreamPath>(path: &P) -> Duration {
     const SHORTEST: Duration = Duration::from_millis(5);
-    const LONGEST: Duration = Duration::from_millis(500);
+    // The longest round trip of the reference's nodes is 619 ms.
+    const LONGEST: Duration = Duration::from_secs(2);
     let rtt = path.stats().rtt.unwrap_or(SHORTEST);
     (3 * rtt).clamp(SHORTEST, LONGEST)
 }

@@ -69,6 +69,7 @@ impl Running {
                     until: None,
                     code: CloseCode::Replaced,
                 };
+                self.drain_on(slot_of(conn));
                 self.mark_dirty(slot_of(conn));
             }
             Action::Up { peer, conn, number } => self.up(peer, conn, number),

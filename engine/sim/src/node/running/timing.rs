@@ -1,7 +1,7 @@
 //! Timers: of connections, of the machine, and the look at everything now and then.
 
 use millrace_transport::counters::Family;
-use millrace_transport::driver::{Expired, Session, StreamPath};
+use millrace_transport::driver::{Expired, Phase, Session, StreamPath};
 use millrace_transport::{CloseCode, PathInfo};
 
 use super::{HOUSEKEEPING, Running, Timer, slot_of};
@@ -24,6 +24,8 @@ impl Running {
                             session.housekeep(&mut connection.quic);
                         }
                     }
+                    let slots: Vec<usize> = self.connections.keys().copied().collect();
+                    slots.into_iter().for_each(|slot| self.drain_on(slot));
                     self.bodies.settle();
                     self.publish();
                     let next = self.now + HOUSEKEEPING;
@@ -77,6 +79,17 @@ impl Running {
             self.close(slot, code);
         }
         self.mark_dirty(slot);
+    }
+
+    /// A replaced connection goes on while its messages come forward.
+    pub(super) fn drain_on(&mut self, slot: usize) {
+        if let Some(connection) = self.connections.get_mut(&slot)
+            && matches!(connection.phase, Phase::Draining { .. })
+            && let Some(session) = &mut connection.session
+            && let Some(until) = session.drains_until(&connection.quic, self.now)
+        {
+            self.peers.drains_on(connection.key, until);
+        }
     }
 
     pub(super) fn arm(&mut self, slot: usize) {
