@@ -22,7 +22,7 @@ export MILLRACE_REQUIRE_KERNEL ?= 1
 endif
 
 .PHONY: setup demo test verify test-sim test-stress test-loom test-edge lint gates rustdoc deny docs \
-        bench bench-edge bench-quick peers perf-gate
+        bench bench-edge bench-quick bench-wan peers perf-gate
 
 setup:
 	@missing=""; \
@@ -111,6 +111,11 @@ bench: setup
 peers: setup
 	$(CARGO) run --profile dist -p millrace-peers -- $(ARGS)
 
+# Bodies, RPCs and a mesh over long and lossy links, beside quinn and s2n-quic; 40 minutes.
+# ARGS=--quick for the 150 ms row in 3 minutes.
+bench-wan: setup
+	$(CARGO) run --profile dist -p millrace-peers -- wan $(ARGS)
+
 # The cost of a hostile packet: the edge, nftables, xdp-filter on one testbed. Needs root.
 # ARGS=--quick for a look of under 50 s.
 bench-edge: setup
@@ -120,6 +125,7 @@ bench-edge: setup
 # rounds for the peers, whose two sides the host may move apart in the middle of one.
 bench-quick: setup
 	$(CARGO) run --profile dist -p millrace-peers -- --quick --rounds 3 --check collapse
+	$(CARGO) run --profile dist -p millrace-peers -- wan --quick --check collapse
 	$(CARGO) run --profile dist -p millrace-bench-edge -- --quick --check collapse
 
 # Instruction counts of the pure hot pieces against the committed baseline; UPDATE=1 records a new one.

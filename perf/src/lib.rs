@@ -6,8 +6,10 @@
 //! and the kernel, are only timed, in `benches/shards.rs`.
 //!
 //! [`report`] is what the benches of the other crates share: targets, their table, their verdict.
+//! [`relay`] is the model of a long or lossy link, which `perf/peers` moves packets by.
 #![forbid(unsafe_code)]
 
 pub mod gate;
 pub mod pieces;
+pub mod relay;
 pub mod report;

@@ -15,6 +15,7 @@ mod report;
 mod settings;
 mod socket;
 mod stack;
+mod wan;
 mod workloads;
 
 use std::net::SocketAddr;
@@ -54,6 +55,17 @@ enum Role {
     /// Sending side of one measurement (started by the run itself).
     #[command(hide = true)]
     Drive(DriveArgs),
+    /// Long and lossy links: bodies and small requests over them, a mesh, shares, restarts.
+    Wan(wan::WanRun),
+    /// Receiving side of one cell of `wan` (started by the run itself).
+    #[command(hide = true)]
+    WanServe(wan::ServeArgs),
+    /// Sending side of one cell of `wan` (started by the run itself).
+    #[command(hide = true)]
+    WanDrive(wan::DriveArgs),
+    /// The nodes of the mesh (started by the run itself).
+    #[command(hide = true)]
+    WanMesh(wan::MeshArgs),
     /// The limits of the machine alone.
     Limits {
         /// Seconds per limit.
@@ -136,6 +148,10 @@ fn main() -> ExitCode {
     let outcome = match cli.role {
         Some(Role::Serve(args)) => serve(&args),
         Some(Role::Drive(args)) => drive(args),
+        Some(Role::Wan(run)) => wan::run(&run),
+        Some(Role::WanServe(args)) => wan::serve(&args),
+        Some(Role::WanDrive(args)) => wan::drive(&args),
+        Some(Role::WanMesh(args)) => wan::mesh(&args),
         Some(Role::Limits { seconds }) => print_limits(Duration::from_secs_f64(seconds)),
         None => orchestrate::run(&cli.run),
     };

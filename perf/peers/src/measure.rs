@@ -81,6 +81,11 @@ pub(crate) fn peak_rss_bytes(server_pid: u32) -> Result<u64> {
     Ok(peak_rss_of(&server_pid.to_string())?.max(peak_rss_of("self")?))
 }
 
+/// This process's peak resident size.
+pub(crate) fn own_peak_rss_bytes() -> Result<u64> {
+    peak_rss_of("self")
+}
+
 pub(crate) fn gbit_per_s(bytes: usize, took: Duration) -> f64 {
     bytes as f64 * 8.0 / took.as_secs_f64() / 1e9
 }

@@ -1,6 +1,7 @@
 //! What each engine is given. `README.md` says why; `--set name=value` changes it for a look.
 
 use std::str::FromStr;
+use std::time::Duration;
 
 use crate::plan::{Engine, Workload};
 use crate::{Error, Result};
@@ -28,7 +29,11 @@ pub(crate) struct Settings {
     /// Packets for each ACK that the sender asks for; 0 leaves the default.
     pub(crate) ack_threshold: u8,
     pub(crate) congestion: Congestion,
+    /// 0 leaves the engine's default.
     pub(crate) initial_window_bytes: u64,
+    /// RTT assumed before the first sample, where the engine lets one say so: s2n-quic.
+    pub(crate) initial_rtt: Duration,
+    pub(crate) idle_timeout: Duration,
     /// Cipher implementation of rustls.
     pub(crate) crypto: Crypto,
     /// One task for each request at the server instead of one loop for each connection.
@@ -89,6 +94,8 @@ impl Settings {
             ack_threshold: 0,
             congestion: Congestion::Cubic,
             initial_window_bytes: 1 << 20,
+            initial_rtt: Duration::from_millis(1),
+            idle_timeout: Duration::from_secs(5),
             crypto: Crypto::AwsLc,
             task_per_request: false,
         }
@@ -117,7 +124,23 @@ impl Settings {
         }
     }
 
-    fn set(&mut self, name: &str, value: &str) -> Result<()> {
+    /// For long paths: windows of the product of rate and RTT, and the defaults of the protocol
+    /// where the others are tuned to loopback.
+    pub(crate) fn wan(congestion: Congestion) -> Self {
+        Self {
+            window_bytes: 32 << 20,
+            stream_window_bytes: 16 << 20,
+            send_window_bytes: 64 << 20,
+            initial_window_bytes: 0,
+            // RFC 9002, 6.2.2.
+            initial_rtt: Duration::from_millis(333),
+            idle_timeout: Duration::from_secs(60),
+            congestion,
+            ..Self::quinn(Workload::RpcUnderBulk)
+        }
+    }
+
+    pub(crate) fn set(&mut self, name: &str, value: &str) -> Result<()> {
         match name {
             "payload" => self.udp_payload_bytes = parse(value)?,
             "socket-buffer" => self.socket_buffer_bytes = parse(value)?,

@@ -33,6 +33,9 @@ pub(crate) trait Stack: 'static {
 
     fn close(handle: &Self::Handle);
 
+    /// Packets sent, and of them declared lost, where the engine tells.
+    fn packets(handle: &Self::Handle) -> Option<(u64, u64)>;
+
     fn open_bi(
         handle: &Self::Handle,
     ) -> impl Future<Output = Result<(Self::Send, Self::Recv)>> + Send;

@@ -1,9 +1,9 @@
 //! The engines, each behind the trait [`Stack`].
 
 #[cfg(feature = "millrace")]
-mod millrace;
-mod quinn;
-mod s2n;
+pub(crate) mod millrace;
+pub(crate) mod quinn;
+pub(crate) mod s2n;
 
 use crate::Result;
 use crate::measure::Measurement;
@@ -42,7 +42,7 @@ pub(crate) fn drive(engine: Engine, job: Job, settings: Settings) -> Result<Meas
     }
 }
 
-fn single_threaded() -> Result<tokio::runtime::Runtime> {
+pub(crate) fn single_threaded() -> Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?)

@@ -78,6 +78,11 @@ impl Stack for Quinn {
         handle.close(VarInt::from_u32(0), b"");
     }
 
+    fn packets(handle: &quinn::Connection) -> Option<(u64, u64)> {
+        let path = handle.stats().path;
+        Some((path.sent_packets, path.lost_packets))
+    }
+
     async fn open_bi(handle: &quinn::Connection) -> Result<(SendStream, RecvStream)> {
         Ok(handle.open_bi().await?)
     }
@@ -251,7 +256,7 @@ fn transport(settings: &Settings) -> Result<TransportConfig> {
         .max_concurrent_uni_streams(VarInt::from_u32(settings.max_streams))
         .datagram_send_buffer_size(settings.datagram_queue * ONEWAY_BYTES)
         .datagram_receive_buffer_size(Some(settings.datagram_queue * ONEWAY_BYTES))
-        .max_idle_timeout(Some(std::time::Duration::from_secs(5).try_into()?));
+        .max_idle_timeout(Some(settings.idle_timeout.try_into()?));
     if !settings.default_mtu {
         let mut discovery = MtuDiscoveryConfig::default();
         discovery.upper_bound(settings.udp_payload_bytes);

@@ -4,7 +4,6 @@ use std::convert::Infallible;
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::task::Poll;
-use std::time::Duration;
 
 use bytes::Bytes;
 use s2n_quic::client::Connect;
@@ -99,6 +98,11 @@ impl Stack for S2n {
 
     fn close(handle: &Handle) {
         handle.close(0u32.into());
+    }
+
+    fn packets(_handle: &Handle) -> Option<(u64, u64)> {
+        // It tells them by events only.
+        None
     }
 
     async fn open_bi(handle: &Handle) -> Result<(SendStream, ReceiveStream)> {
@@ -248,8 +252,8 @@ fn limits(settings: &Settings) -> Result<Limits> {
         .with_max_open_remote_bidirectional_streams(streams)?
         .with_max_open_local_unidirectional_streams(streams)?
         .with_max_open_remote_unidirectional_streams(streams)?
-        .with_max_idle_timeout(Duration::from_secs(5))?
-        .with_initial_round_trip_time(Duration::from_millis(1))?;
+        .with_max_idle_timeout(settings.idle_timeout)?
+        .with_initial_round_trip_time(settings.initial_rtt)?;
     if settings.ack_threshold > 0 {
         limits = limits.with_ack_elicitation_interval(settings.ack_threshold)?;
     }

@@ -68,7 +68,7 @@ pub(super) async fn drive<S: Stack>(
 }
 
 /// Sends the body and waits until the receiver has all of it.
-pub(super) async fn transfer<S: Stack>(
+pub(crate) async fn transfer<S: Stack>(
     handle: &S::Handle,
     body: &Bytes,
     slice_bytes: usize,

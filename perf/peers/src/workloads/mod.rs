@@ -1,6 +1,6 @@
 //! The workloads, written once over [`Stack`]: each has a serving and a driving half.
 
-mod bulk;
+pub(crate) mod bulk;
 mod fanout;
 mod handshakes;
 mod mixed;

@@ -6,7 +6,9 @@
 
 mod drive;
 mod handshakes;
+pub(crate) mod mesh;
 mod serve;
+pub(crate) mod wan;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
