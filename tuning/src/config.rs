@@ -351,6 +351,10 @@ pub struct TransportSection {
     pub stream_progress_bytes: ByteSize,
     /// How often the progress of a message stream is judged.
     pub stream_progress_interval: Period,
+    /// How long a request with a long body or answer waits while nothing comes forward.
+    pub body_patience: Period,
+    /// The least rate that is expected of bodies, bytes in a second.
+    pub body_bytes_per_second_min: ByteSize,
     /// Longest body on a lane; a longer one gets a stream of its own.
     pub lane_body_bytes_max: ByteSize,
     /// Longest body that is accepted.
@@ -574,6 +578,8 @@ impl Default for TransportSection {
             receive_budget_bytes: ByteSize::mib(512),
             stream_progress_bytes: ByteSize::kib(64),
             stream_progress_interval: Period::secs(5),
+            body_patience: Period::secs(30),
+            body_bytes_per_second_min: ByteSize(125_000),
             lane_body_bytes_max: ByteSize::kib(16),
             body_bytes_max: ByteSize::mib(128),
             probe_interval: Period::secs(1),

@@ -102,7 +102,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         class: Class::Normal,
         method: HANG,
         body: Payload::Empty,
-        deadline: SOON,
+        deadline: SOON.into(),
     };
     let answer = alice.request(bob.id(), request);
     println!("request: {}", events.recv_timeout(SOON)?);

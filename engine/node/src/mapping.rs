@@ -98,6 +98,8 @@ pub fn transport(config: &NodeConfig) -> TransportConfig {
         receive_budget_bytes: from.receive_budget_bytes.bytes(),
         stream_progress_bytes: from.stream_progress_bytes.bytes(),
         stream_progress_interval: from.stream_progress_interval.get(),
+        body_patience: from.body_patience.get(),
+        body_bytes_per_second_min: from.body_bytes_per_second_min.bytes(),
         limits: Limits {
             lane_body_bytes_max: to_u32(from.lane_body_bytes_max.bytes()),
             body_bytes_max: to_u32(from.body_bytes_max.bytes()),

@@ -220,7 +220,7 @@ impl Node {
             class,
             method,
             body,
-            deadline: limit,
+            deadline: limit.into(),
         };
         self.request(peer, request).wait(limit)
     }

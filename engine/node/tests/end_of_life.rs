@@ -47,7 +47,7 @@ fn hang() -> Request {
         class: Class::Normal,
         method: HANG,
         body: Payload::Empty,
-        deadline: DRAIN_TIMEOUT.get(),
+        deadline: DRAIN_TIMEOUT.get().into(),
     }
 }
 

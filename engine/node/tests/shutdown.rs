@@ -65,7 +65,7 @@ fn a_node_that_shuts_down_answers_what_it_was_asked_and_takes_no_more() {
         class: Class::Normal,
         method: LATER,
         body: Payload::Empty,
-        deadline: PATIENCE,
+        deadline: PATIENCE.into(),
     };
     let answer = asks.request(ends.id(), later());
     let release = hears.recv_timeout(PATIENCE).unwrap();

@@ -154,7 +154,7 @@ pub enum FailureCode {
     Malformed,
     /// Never: the body is larger than the server takes from one peer.
     TooLarge,
-    /// The deadline passed before the handler was done.
+    /// The deadline passed before the handler was done, or the request's body stood still.
     DeadlineExceeded,
     /// The server goes away.
     ShuttingDown,

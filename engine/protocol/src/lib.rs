@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backoff;
+pub mod body_deadline;
 pub mod budget;
 pub mod dial_request;
 pub mod frame;

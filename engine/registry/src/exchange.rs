@@ -127,7 +127,7 @@ impl<M: Messenger> Asker<M> {
             class: Class::Normal,
             method: wire::NEWER_THAN,
             body: self.versions.newest().to_le_bytes().to_vec().into(),
-            deadline: DEADLINE,
+            deadline: DEADLINE.into(),
         };
         let versions = match self.messenger.request(peer, request).await {
             Ok(answer) if answer.is_empty() => return,

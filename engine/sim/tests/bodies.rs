@@ -155,7 +155,7 @@ impl Testbed {
             class: Class::Bulk,
             method,
             body: body.into(),
-            deadline: LIMIT / 2,
+            deadline: (LIMIT / 2).into(),
         };
         let answer = self.sim.messenger(0).request(self.sim.id(1), request);
         let answer = self.sim.run(LIMIT, answer);
@@ -256,7 +256,7 @@ fn a_sink_gets_a_body_chunk_by_chunk_or_hears_that_it_is_cut() {
         class: Class::Bulk,
         method: STREAM,
         body: body.into(),
-        deadline: LIMIT / 2,
+        deadline: (LIMIT / 2).into(),
     };
     let answer = testbed.sim.messenger(0).request(testbed.sim.id(1), request);
     testbed.sim.run_for(150 * MS);
@@ -287,7 +287,7 @@ fn a_body_that_is_cancelled_on_a_slow_path_gives_its_space_back_at_once() {
         class: Class::Bulk,
         method: STREAM,
         body: testbed.body(bytes).into(),
-        deadline: LIMIT / 2,
+        deadline: (LIMIT / 2).into(),
     };
     let answer = testbed.sim.messenger(0).request(testbed.sim.id(1), request);
     testbed.sim.run_for(1_000 * MS);

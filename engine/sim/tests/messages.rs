@@ -178,7 +178,7 @@ fn a_crash_is_noticed_and_a_restart_joins() {
 fn a_deadline_ends_the_wait_at_its_time() {
     let mut testbed = Testbed::connected(SimConfig::default());
     let mut hang = request(HANG, Class::Latency, vec![0; 4]);
-    hang.deadline = 250 * MS;
+    hang.deadline = (250 * MS).into();
     let from = testbed.sim.elapsed();
     assert_eq!(testbed.ask(0, 1, hang).unwrap_err(), RpcError::Timeout);
     let took = testbed.sim.elapsed() - from;
@@ -256,7 +256,7 @@ fn storm(seed: u64, pool: &ChunkPool) -> (Vec<String>, usize) {
         let (messenger, peer) = (testbed.node(from), testbed.id(to));
         let sent = payload(&messenger, number, len);
         let mut echo = request(ECHO, class, sent);
-        echo.deadline = Duration::from_secs(20);
+        echo.deadline = Duration::from_secs(20).into();
         asked.push((number, len, to, messenger.request(peer, echo)));
         let message = payload(&messenger, 1000 + number, 4 + len / 10);
         messenger.send(peer, class, ECHO, message).ok();

@@ -182,7 +182,7 @@ fn a_long_answer_takes_its_chunks_once_and_gives_them_back() {
             class: Class::Normal,
             method: wire::NEWER_THAN,
             body: number.to_le_bytes().to_vec().into(),
-            deadline: LIMIT,
+            deadline: LIMIT.into(),
         };
         sim.messenger(1).request(asked, request)
     };

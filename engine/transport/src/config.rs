@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use millrace_protocol::body_deadline::BodyDeadlineConfig;
 use millrace_protocol::budget::BudgetConfig;
 use millrace_protocol::frame::{Class, Header, Limits};
 use millrace_protocol::rpc::RpcLimits;
@@ -132,8 +133,15 @@ pub struct TransportConfig {
     pub receive_budget_bytes: u64,
     /// A message stream must bring this much in each `stream_progress_interval`, or be done.
     pub stream_progress_bytes: u64,
-    /// How often a message stream's progress is judged.
+    /// How often a message stream's progress is judged; 20 round trips where that is longer, up to
+    /// a minute.
     pub stream_progress_interval: Duration,
+    /// How long a request with [`Deadline::Progress`](crate::Deadline::Progress) waits for its turn
+    /// or its answer while nothing comes forward: also what a peer has to store a body.
+    pub body_patience: Duration,
+    /// The least rate that is expected of bodies, bytes in a second: what a peer is told of such a
+    /// request's deadline follows from it, and how long a replaced connection may go on.
+    pub body_bytes_per_second_min: u64,
     /// Sizes of frames and bodies.
     pub limits: Limits,
     /// Interval of health probes.
@@ -193,6 +201,8 @@ impl Default for TransportConfig {
             receive_budget_bytes: 512 << 20,
             stream_progress_bytes: 64 << 10,
             stream_progress_interval: Duration::from_secs(5),
+            body_patience: Duration::from_secs(30),
+            body_bytes_per_second_min: 125_000,
             limits: Limits::default(),
             probe_interval: Duration::from_secs(1),
             probe_failures_max: 10,
@@ -215,6 +225,15 @@ impl TransportConfig {
         let rest = rest.into_iter().fold(0, u32::saturating_add);
         let frame = Header::BYTES + self.limits.lane_body_bytes_max as usize;
         [latency, rest].map(|requests| frame + requests as usize * Header::BYTES)
+    }
+
+    /// Times and rates of requests with bodies.
+    pub(crate) fn body_deadline(&self) -> BodyDeadlineConfig {
+        BodyDeadlineConfig {
+            patience: self.body_patience,
+            bytes_per_second_min: self.body_bytes_per_second_min,
+            progress_bytes: self.stream_progress_bytes,
+        }
     }
 
     /// Sizes of the receive budget of a shard.

@@ -43,6 +43,9 @@ pub fn peers_config(config: &TransportConfig, index: u8, shard: u8, shards: u8) 
         },
         connect_timeout: config.connect_timeout,
         drain_timeout: config.drain_timeout,
+        drain_max: config
+            .body_deadline()
+            .time_for(config.limits.body_bytes_max.into()),
         verify_timeout: VERIFY_TIMEOUT,
         ..Default::default()
     }

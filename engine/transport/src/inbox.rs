@@ -13,13 +13,14 @@
 //! 3. What a stream holds is its own: whatever ends the stream gives it back, by dropping it.
 
 use millrace_protocol::frame::{
-    Carriage, FailureCode, FrameError, Header, Kind, LaneParser, Limits, StreamKind,
+    Carriage, Class, FailureCode, FrameError, Header, Kind, LaneParser, Limits, StreamKind,
 };
 use millrace_protocol::id::NodeId;
 use millrace_shards::chunk::{BodyMut, Charge};
 
 use crate::allocator::{BodyAllocator, Refusal, Space};
 use crate::path::{StreamError, StreamPath};
+use crate::progress::{Finished, Turn, standing_still};
 use crate::service::body::{INLINE_BYTES_MAX, OpenSink};
 use crate::service::message::InboundBody;
 
@@ -138,6 +139,8 @@ struct Incoming {
     progress_bytes: u64,
     /// Its first interval is not over: it is not judged yet.
     is_new: bool,
+    /// Of its message, once the header is there.
+    class: Option<Class>,
 }
 
 /// The incoming streams of one connection.
@@ -155,6 +158,8 @@ pub(crate) struct Inbox {
     in_body: bool,
     /// Bytes read on message streams.
     moved_bytes: u64,
+    /// Messages that became whole since progress was last judged.
+    finished: Finished,
 }
 
 impl Inbox {
@@ -169,6 +174,7 @@ impl Inbox {
             opened: 0,
             in_body: false,
             moved_bytes: 0,
+            finished: Finished::default(),
         }
     }
 
@@ -235,7 +241,9 @@ impl Inbox {
             }
             Ok(false) => Ok(()),
             Ok(true) => {
-                self.streams.swap_remove(at);
+                let stream = self.streams.swap_remove(at);
+                let class = stream.class.unwrap_or(Class::Bulk);
+                self.finished.add(class, stream.id, stream.progress_bytes);
                 Ok(())
             }
             Err(fault) => {
@@ -278,27 +286,28 @@ impl Inbox {
         Ok(())
     }
 
-    /// Cuts every unfinished message that brought less than `progress_bytes` since the last call.
+    /// Whether the answer to our request `id` has begun to arrive, and is not whole.
+    pub(crate) fn is_answering(&self, id: u32) -> bool {
+        let is_answer = |header: &Header| header.kind == Kind::Response && header.id == id;
+        let mut headers = self.streams.iter().filter_map(Incoming::header);
+        headers.any(|header| is_answer(&header))
+    }
+
+    /// Cuts every unfinished message that brought less than `progress_bytes` since the last call,
+    /// unless it waits behind others that came forward.
     pub(crate) fn cut_stalled<P: StreamPath>(
         &mut self,
         path: &mut P,
         progress_bytes: u64,
         cut: &mut impl FnMut(StreamFault, Option<Header>),
     ) {
-        // From the back: refusing a stream may move the last one into its place.
-        for at in (0..self.streams.len()).rev() {
-            let stream = &mut self.streams[at];
-            // Counted from the interval's start, or the stream's: a stream is judged in its second
-            // interval at the latest.
-            let bytes = std::mem::take(&mut stream.progress_bytes);
-            let is_new = std::mem::take(&mut stream.is_new);
-            if matches!(stream.state, State::Lane(_) | State::Refused)
-                || is_new
-                || bytes >= progress_bytes
-            {
+        let mut turns: Vec<_> = self.streams.iter_mut().map(Incoming::take_turn).collect();
+        turns.extend(self.finished.take_turns());
+        for id in standing_still(turns, progress_bytes) {
+            let Some(at) = self.streams.iter().position(|stream| stream.id == id) else {
                 continue;
-            }
-            let header = stream.header();
+            };
+            let header = self.streams[at].header();
             cut(StreamFault::Stalled, header);
             if let Err(fault) = self.refuse(at, path, StreamFault::Stalled) {
                 cut(fault, None);
@@ -352,6 +361,7 @@ impl Inbox {
                     state: State::Opening,
                     progress_bytes: 0,
                     is_new: true,
+                    class: None,
                 });
                 self.streams.len() - 1
             }
@@ -371,6 +381,22 @@ impl Incoming {
                 // Reset, or gone already.
                 Err(_) => return true,
             }
+        }
+    }
+
+    /// Ends its interval. Counted from the interval's start, or the stream's: a stream is judged in
+    /// its second interval at the latest.
+    fn take_turn(&mut self) -> Turn {
+        let is_new = std::mem::take(&mut self.is_new);
+        let class = match &self.state {
+            State::Lane(_) => 0,
+            // One without a header has no bytes to speak of.
+            _ => self.class.unwrap_or(Class::Bulk).index(),
+        };
+        Turn {
+            place: (class, self.id),
+            bytes: std::mem::take(&mut self.progress_bytes),
+            is_judged: !is_new && !matches!(self.state, State::Lane(_) | State::Refused),
         }
     }
 
@@ -450,6 +476,7 @@ impl<A: Arrivals> Read<'_, A> {
                     *have += read;
                     if *have == Header::BYTES {
                         let header = Header::decode(bytes).map_err(StreamFault::Frame)?;
+                        stream.class = Some(header.class);
                         self.check(&header)?;
                         if fin && header.body_bytes > 0 {
                             return Err(StreamFault::Short);

@@ -12,6 +12,7 @@
 //! 2. A frame is never torn: a lane's bytes are offered to the path in order until all are taken.
 
 use bytes::Bytes;
+use millrace_protocol::body_deadline::Sighting;
 use millrace_protocol::frame::{Class, Header, Kind, StreamKind};
 
 use crate::buffers::StreamBuffer;
@@ -134,6 +135,8 @@ pub(crate) struct Outbox {
     lane_body_max: usize,
     lossy: bool,
     streams: StreamCarrier,
+    /// Bytes of lanes that the path has taken.
+    lanes_bytes: u64,
     /// Requests or answers were put on lanes since the last feed.
     exchanges: bool,
     datagrams: Vec<Vec<u8>>,
@@ -171,6 +174,7 @@ impl Outbox {
             lane_body_max: config.limits.lane_body_bytes_max as usize,
             lossy: false,
             streams,
+            lanes_bytes: 0,
             exchanges: false,
             datagrams: Vec::new(),
             cancellations: Vec::new(),
@@ -324,6 +328,7 @@ impl Outbox {
             let taken = lane.flush(path);
             let queued = &mut self.queued[lane.class as usize];
             *queued = queued.saturating_sub(taken);
+            self.lanes_bytes += taken as u64;
         }
         self.turn_lane = self.turn_lane % (self.lanes.len() - 1) + 1;
         self.streams.poll_transmit(path)
@@ -385,6 +390,14 @@ impl Outbox {
     /// Bytes of messages with streams of their own that the path has taken so far.
     pub(crate) fn moved_bytes(&self) -> u64 {
         self.streams.moved_bytes()
+    }
+
+    /// How far a message has come on its way to the path, and the bytes that it waits for: lanes
+    /// are fed before all messages. One on a lane counts as sent.
+    pub(crate) fn sighting(&self, header: &Header) -> Sighting {
+        let mut seen = self.streams.sighting(header);
+        seen.moved_bytes += self.lanes_bytes;
+        seen
     }
 
     /// Whether a message with a stream of its own waits or is under way.

@@ -18,6 +18,7 @@
 use std::collections::VecDeque;
 
 use bytes::Bytes;
+use millrace_protocol::body_deadline::{Sighting, Stage};
 use millrace_protocol::frame::{Class, Header, Kind, StreamKind};
 use millrace_shards::chunk::ChunkSlice;
 
@@ -93,6 +94,8 @@ struct Active {
     stream: u64,
     /// Bytes of opening and body that the path has taken.
     taken: u64,
+    /// Bytes that it took meanwhile of the messages that are fed before this one.
+    before_bytes: u64,
 }
 
 impl Active {
@@ -187,6 +190,11 @@ pub(crate) struct StreamCarrier {
     prefetcher: Prefetcher,
 }
 
+/// Whether this is the message that `header` names.
+fn is_same(message: &Outgoing, header: &Header) -> bool {
+    message.header.id == header.id && message.header.kind == header.kind
+}
+
 /// What became of a stream that was fed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fed {
@@ -235,6 +243,22 @@ impl StreamCarrier {
     /// Bytes of messages that the path has taken so far.
     pub(crate) fn moved_bytes(&self) -> u64 {
         self.moved_bytes
+    }
+
+    /// How far a message has come, and the bytes of messages that it waits for. One that is not
+    /// held counts as sent.
+    pub(crate) fn sighting(&self, header: &Header) -> Sighting {
+        let mut waiting = self.waiting[header.class.index()].iter();
+        let mut active = self.active.iter();
+        let (stage, moved_bytes) =
+            if let Some(active) = active.find(|active| is_same(&active.message, header)) {
+                (Stage::Sending, active.before_bytes + active.taken)
+            } else if waiting.any(|message| is_same(message, header)) {
+                (Stage::Queued, self.moved_bytes)
+            } else {
+                (Stage::Sent, 0)
+            };
+        Sighting { stage, moved_bytes }
     }
 
     /// Streams opened since the last call.
@@ -348,6 +372,7 @@ impl StreamCarrier {
                     message,
                     stream,
                     taken: 0,
+                    before_bytes: 0,
                 };
                 // Kept in order of class, then age: `poll_transmit` feeds from the front.
                 let at = self
@@ -421,10 +446,13 @@ impl Carrier for StreamCarrier {
         self.activate(path);
         let mut at = 0;
         let mut finished = false;
+        let mut moved_bytes = 0;
         while at < self.active.len() {
-            let before = self.active[at].taken;
-            let fed = Self::feed(&mut self.active[at], path, &mut self.prefetcher);
-            self.moved_bytes += self.active[at].taken - before;
+            let active = &mut self.active[at];
+            active.before_bytes += moved_bytes;
+            let before = active.taken;
+            let fed = Self::feed(active, path, &mut self.prefetcher);
+            moved_bytes += active.taken - before;
             if fed == Fed::Blocked {
                 at += 1;
                 continue;
@@ -436,6 +464,7 @@ impl Carrier for StreamCarrier {
             }
             finished = true;
         }
+        self.moved_bytes += moved_bytes;
         if finished && self.waiting.iter().any(|queue| !queue.is_empty()) {
             Progress::More
         } else {
@@ -444,9 +473,7 @@ impl Carrier for StreamCarrier {
     }
 
     fn cancel<P: StreamPath>(&mut self, path: &mut P, header: &Header) -> bool {
-        let same = |message: &Outgoing| {
-            message.header.id == header.id && message.header.kind == header.kind
-        };
+        let same = |message: &Outgoing| is_same(message, header);
         let queue = &mut self.waiting[header.class as usize];
         if let Some(at) = queue.iter().position(same) {
             if let Some(message) = queue.remove(at) {

@@ -131,7 +131,7 @@ fn refused_bodies_cost_the_connection_nothing() {
 fn a_deadline_ends_the_wait_of_the_asker() {
     let (a, b) = pair(&TransportConfig::default(), 16 << 20);
     let mut hang = request(HANG, Class::Normal, vec![1]);
-    hang.deadline = Duration::from_millis(200);
+    hang.deadline = Duration::from_millis(200).into();
     let late = a.transport.request(b.id(), hang).wait(PATIENCE);
     assert_eq!(late.unwrap_err(), RpcError::Timeout);
     assert_eq!(a.reason(Family::Failed, "timeout"), 1);

@@ -475,7 +475,7 @@ fn a_full_mailbox_delays_a_cancellation_and_counts_it() {
     let (b, log) = (others[0].id(), &others[0].log);
     // Longer than any test waits: it is not the deadline that ends them.
     let hang = || Request {
-        deadline: Duration::from_secs(3_600),
+        deadline: Duration::from_secs(3_600).into(),
         ..request(HANG, Class::Normal, vec![1])
     };
     let (dropped, kept) = (

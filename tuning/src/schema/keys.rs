@@ -425,7 +425,21 @@ pub(super) static SECTIONS: &[Section] = &[
                 "stream_progress_interval",
                 transport.stream_progress_interval,
                 duration(Period::millis(100), Period::secs(600)),
-                "How often the progress of a message stream is judged."
+                "How often the progress of a message stream is judged; 20 round trips where that is longer, up to a minute."
+            ),
+            field!(
+                NodeConfig,
+                "body_patience",
+                transport.body_patience,
+                duration(Period::millis(100), Period::secs(3600)),
+                "How long a request with a long body or answer waits for its turn or its answer while nothing comes forward; also the time of a peer to store a body before it answers."
+            ),
+            field!(
+                NodeConfig,
+                "body_bytes_per_second_min",
+                transport.body_bytes_per_second_min,
+                bytes(ByteSize(1_000), ByteSize::gib(1)),
+                "Least rate that is expected of bodies. Peers are told a deadline of body_patience and the length at this rate, 18 minutes for 128MiB; a replaced connection may go on for as long. A body that comes forward may be slower."
             ),
             field!(
                 NodeConfig,

@@ -120,6 +120,17 @@ impl<W> RpcTable<W> {
 
     /// Hands over the waiters whose deadline has passed; the caller sends cancel frames.
     pub fn expire(&mut self, now: Instant, on_expired: &mut impl FnMut(u32, W)) {
+        self.expire_unless(now, &mut |_, _| None, on_expired);
+    }
+
+    /// As [`Self::expire`], and asks of each waiter whose deadline has passed whether it is to have
+    /// a later one.
+    pub fn expire_unless(
+        &mut self,
+        now: Instant,
+        extend: &mut impl FnMut(u32, &mut W) -> Option<Instant>,
+        on_expired: &mut impl FnMut(u32, W),
+    ) {
         let Self {
             slots,
             deadlines,
@@ -129,14 +140,25 @@ impl<W> RpcTable<W> {
             in_flight,
             ..
         } = self;
+        let mut extended = Vec::new();
         deadlines.poll(now, &mut |id| {
             let position = id & POSITION_MASK;
-            if let Some(waiting) = slots[position as usize].waiting.take() {
+            let waiting = &mut slots[position as usize].waiting;
+            if let Some(held) = waiting
+                && let Some(at) = extend(id, &mut held.waiter)
+            {
+                extended.push((position, id, at));
+            } else if let Some(waiting) = waiting.take() {
                 in_flight[waiting.class.index()] -= 1;
                 push_free(slots, free_head, free_tail, free, position);
                 on_expired(id, waiting.waiter);
             }
         });
+        for (position, id, at) in extended {
+            if let Some(waiting) = &mut slots[position as usize].waiting {
+                waiting.timer = deadlines.schedule(id, at);
+            }
+        }
         self.invariants();
     }
 

@@ -132,6 +132,29 @@ fn server_bounds_and_finds_requests() {
     assert_eq!(Class::ALL.map(|class| served.in_flight(class)), [0; 3]);
 }
 
+// Protects a body that comes forward: its request is asked at each deadline, and ends once.
+#[test]
+fn a_deadline_that_is_extended_passes_later_and_once() {
+    let start = Instant::now();
+    let mut table = RpcTable::new(LIMITS, start);
+    let second = Duration::from_secs(1);
+    let extended = table.insert(Class::Bulk, start + second, 3).unwrap();
+    let plain = table.insert(Class::Normal, start + second, 0).unwrap();
+    let mut ended = Vec::new();
+    let mut now = start;
+    while let Some(at) = table.poll_timeout() {
+        now = now.max(at);
+        let mut extend = |_, left: &mut usize| {
+            *left = left.checked_sub(1)?;
+            Some(now + second)
+        };
+        table.expire_unless(now, &mut extend, &mut |id, left| ended.push((id, left)));
+    }
+    assert_eq!(ended, [(plain, 0), (extended, 0)]);
+    assert!(now >= start + 4 * second && now < start + 5 * second);
+    assert!(table.is_empty() && table.complete(extended).is_none());
+}
+
 proptest! {
     // Protects every waiter: against a plain map, each is handed back exactly once.
     #[test]

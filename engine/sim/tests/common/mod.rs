@@ -200,7 +200,7 @@ pub(crate) fn request(method: Method, class: Class, body: impl Into<Payload>) ->
         class,
         method,
         body: body.into(),
-        deadline: PATIENCE / 2,
+        deadline: (PATIENCE / 2).into(),
     }
 }
 

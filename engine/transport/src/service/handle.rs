@@ -24,18 +24,28 @@ use std::rc::Rc;
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
+use millrace_protocol::body_deadline::{BodyDeadline, Sighting, Stage, Verdict};
 use millrace_protocol::frame::{Class, Header, Kind, Method};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_protocol::rpc::{InFlight, RpcError, RpcTable};
 
 use super::completion::Completion;
 use super::early_cancels::EarlyCancels;
-use super::message::{Payload, Request};
+use super::message::{Deadline, Payload, Request};
 use crate::counters::{Counter, Family};
 use crate::outbox::Outbox;
 use room::Waiter;
 
 pub use shard::ShardState;
+
+/// A request in flight.
+#[derive(Debug)]
+struct Call {
+    class: Class,
+    completion: Completion,
+    /// What judges a request that is given up when it does not come forward.
+    body: Option<Box<BodyDeadline>>,
+}
 
 /// One established connection.
 #[derive(Debug)]
@@ -48,7 +58,9 @@ pub(crate) struct ConnectionHandle {
     pub(crate) peer: NodeId,
     pub(crate) number: Cell<ConnectionNumber>,
     pub(crate) out: RefCell<Outbox>,
-    calls: RefCell<RpcTable<(Class, Completion)>>,
+    calls: RefCell<RpcTable<Call>>,
+    /// Bytes that messages with streams of their own brought so far.
+    received_bytes: Cell<u64>,
     /// Requests of the peer that are answered later, with who is to hear that one was cancelled.
     inbound: RefCell<InFlight<Option<Waker>>>,
     early_cancels: RefCell<EarlyCancels>,
@@ -77,6 +89,7 @@ impl ConnectionHandle {
                 config.requests_out_max.rpc_limits(),
                 state.now.get(),
             )),
+            received_bytes: Cell::new(0),
             inbound: RefCell::new(InFlight::new(config.requests_in_max.rpc_limits())),
             early_cancels: RefCell::default(),
             writable: RefCell::default(),
@@ -115,13 +128,29 @@ impl ConnectionHandle {
             return Err((too_large(request.body.len(), max_bytes), completion));
         }
         let body_bytes = request.body.len() as u32;
-        let arg = u32::try_from(request.deadline.as_millis()).unwrap_or(u32::MAX);
-        let deadline = self.state.now.get() + Duration::from_millis(arg.into());
+        let config = &self.state.config;
+        let (told, first) = match request.deadline {
+            Deadline::After(after) => (after, after),
+            Deadline::Progress { answer_bytes_max } => {
+                let bytes = answer_bytes_max.saturating_add(body_bytes.into());
+                let told = config.body_deadline().time_for(bytes);
+                (told, config.stream_progress_interval)
+            }
+        };
+        let [arg, first_ms] =
+            [told, first].map(|time| u32::try_from(time.as_millis()).unwrap_or(u32::MAX));
+        let now = self.state.now.get();
+        let call = Call {
+            class: request.class,
+            completion,
+            body: None,
+        };
+        let first_at = now + Duration::from_millis(first_ms.into());
         let id = self
             .calls
             .borrow_mut()
-            .insert_with(request.class, deadline, (request.class, completion))
-            .map_err(|(error, (_, completion))| (error, completion))?;
+            .insert_with(request.class, first_at, call)
+            .map_err(|(error, call)| (error, call.completion))?;
         let header = Header {
             kind: Kind::Request,
             class: request.class,
@@ -131,11 +160,19 @@ impl ConnectionHandle {
             arg,
         };
         if self.out.borrow_mut().push(header, request.body).is_err() {
-            let completion = self.calls.borrow_mut().cancel(id);
-            return match completion {
-                Some((_, completion)) => Err((RpcError::LocalBusy(request.class), completion)),
+            let call = self.calls.borrow_mut().cancel(id);
+            return match call {
+                Some(call) => Err((RpcError::LocalBusy(request.class), call.completion)),
                 None => Ok(header),
             };
+        }
+        if let Deadline::Progress { answer_bytes_max } = request.deadline {
+            let has_long_answer = answer_bytes_max > config.limits.lane_body_bytes_max.into();
+            let seen = self.sighting(&header, false);
+            let body = BodyDeadline::new(config.body_deadline(), has_long_answer, seen, now);
+            if let Some(call) = self.calls.borrow_mut().get_mut(id) {
+                call.body = Some(Box::new(body));
+            }
         }
         self.state.counters.sent(request.class, body_bytes as usize);
         self.mark_dirty();
@@ -158,28 +195,43 @@ impl ConnectionHandle {
     /// Takes back the request `id` if it is still being sent. If it is not, and `tell`, the peer
     /// gets a cancellation.
     fn withdraw(&self, class: Class, id: u32, tell: bool) {
-        let header = Header {
-            kind: Kind::Request,
-            class,
-            method: Method(0),
-            id,
-            body_bytes: 0,
-            arg: 0,
-        };
-        self.out.borrow_mut().cancel(header, tell);
+        self.out
+            .borrow_mut()
+            .cancel(request_header(class, id), tell);
         self.mark_dirty();
+    }
+
+    /// How far a request of ours has come, and the bytes that it waits for.
+    fn sighting(&self, request: &Header, is_answering: bool) -> Sighting {
+        let sent = self.out.borrow().sighting(request);
+        match sent.stage {
+            Stage::Sent => Sighting {
+                stage: if is_answering {
+                    Stage::Answering
+                } else {
+                    Stage::Sent
+                },
+                moved_bytes: self.received_bytes.get(),
+            },
+            _ => sent,
+        }
+    }
+
+    /// Messages with streams of their own brought so many bytes so far.
+    pub(crate) fn set_received_bytes(&self, bytes: u64) {
+        self.received_bytes.set(bytes);
     }
 
     /// Hands an answer to its asker; the class of the request, if one waited.
     pub(crate) fn on_answer(&self, id: u32, result: Result<Payload, RpcError>) -> Option<Class> {
         let call = self.calls.borrow_mut().complete(id);
-        let Some((class, completion)) = call else {
+        let Some(call) = call else {
             self.state.counters.add(Counter::AnswersLate, 1);
             return None;
         };
-        completion.complete(result);
+        call.completion.complete(result);
         self.wake_writable();
-        Some(class)
+        Some(call.class)
     }
 
     /// Ends a request that will have no answer: what was not sent of it need not be. If all of it
@@ -206,18 +258,28 @@ impl ConnectionHandle {
         self.calls.borrow().poll_timeout()
     }
 
-    /// Ends the requests whose deadline has passed.
-    pub(crate) fn expire(&self, now: Instant) {
+    /// Ends the requests whose deadline has passed, and those that do not come forward. `look` says
+    /// whether the answer to a request has begun to arrive, and how long it has for progress.
+    pub(crate) fn expire(&self, now: Instant, look: &mut impl FnMut(u32) -> (bool, Duration)) {
         let mut late = Vec::new();
+        let mut extend = |id, call: &mut Call| {
+            let body = call.body.as_mut()?;
+            let (is_answering, interval) = look(id);
+            let seen = self.sighting(&request_header(call.class, id), is_answering);
+            match body.judge(seen, interval, now) {
+                Verdict::Wait(at) => Some(at),
+                Verdict::GiveUp => None,
+            }
+        };
         self.calls
             .borrow_mut()
-            .expire(now, &mut |id, completion| late.push((id, completion)));
-        for (id, (class, completion)) in late {
-            self.withdraw(class, id, true);
+            .expire_unless(now, &mut extend, &mut |id, call| late.push((id, call)));
+        for (id, call) in late {
+            self.withdraw(call.class, id, true);
             self.state
                 .counters
                 .count(Family::Failed, RpcError::Timeout.reason());
-            completion.complete(Err(RpcError::Timeout));
+            call.completion.complete(Err(RpcError::Timeout));
         }
         self.wake_writable();
     }
@@ -227,11 +289,11 @@ impl ConnectionHandle {
     pub(crate) fn cancel_abandoned(&self) {
         let mut abandoned = Vec::new();
         self.calls.borrow_mut().take_if(
-            &mut |(_, completion)| completion.is_abandoned(),
+            &mut |call| call.completion.is_abandoned(),
             &mut |id, call| abandoned.push((id, call)),
         );
-        for (id, (class, _)) in &abandoned {
-            self.withdraw(*class, *id, true);
+        for (id, call) in &abandoned {
+            self.withdraw(call.class, *id, true);
         }
         if !abandoned.is_empty() {
             self.wake_writable();
@@ -254,7 +316,7 @@ impl ConnectionHandle {
         let mut lost = Vec::new();
         self.calls
             .borrow_mut()
-            .take_all(&mut |_, (_, completion)| lost.push(completion));
+            .take_all(&mut |_, call| lost.push(call.completion));
         for completion in lost {
             self.state
                 .counters
@@ -274,6 +336,18 @@ impl ConnectionHandle {
             .iter()
             .map(|class| inbound.in_flight(*class))
             .sum()
+    }
+}
+
+/// What names a request of ours to its queue and to the peer.
+fn request_header(class: Class, id: u32) -> Header {
+    Header {
+        kind: Kind::Request,
+        class,
+        method: Method(0),
+        id,
+        body_bytes: 0,
+        arg: 0,
     }
 }
 

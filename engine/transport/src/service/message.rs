@@ -69,6 +69,31 @@ impl From<Body> for Payload {
     }
 }
 
+/// When a request is given up. Its asker then hears
+/// [`RpcError::Timeout`](millrace_protocol::rpc::RpcError::Timeout), and the peer a cancellation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deadline {
+    /// So long from now, whatever happens: for a question with a small answer.
+    After(Duration),
+    /// When nothing of it comes forward any more: for a long body, or a long answer.
+    ///
+    /// While bodies are sent or arrive, `stream_progress_bytes` in each `stream_progress_interval`
+    /// are enough. A peer that has all of the request and says nothing has `body_patience`; a long
+    /// answer may wait for longer while other bodies of the peer arrive. The rules are those of
+    /// [`BodyDeadline`](millrace_protocol::body_deadline::BodyDeadline), the times of
+    /// [`TransportConfig`](crate::TransportConfig).
+    Progress {
+        /// Longest body that the answer may have, bytes; 0 where it is small.
+        answer_bytes_max: u64,
+    },
+}
+
+impl From<Duration> for Deadline {
+    fn from(after: Duration) -> Self {
+        Self::After(after)
+    }
+}
+
 /// A request to a peer.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -78,8 +103,8 @@ pub struct Request {
     pub method: Method,
     /// The body.
     pub body: Payload,
-    /// When the answer is no longer wanted, from now. The peer learns it.
-    pub deadline: Duration,
+    /// When it is given up. The peer learns it, in milliseconds.
+    pub deadline: Deadline,
 }
 
 /// A message that arrived.
@@ -93,7 +118,8 @@ pub struct Inbound<'a> {
     pub class: Class,
     /// What is asked.
     pub method: Method,
-    /// When the sender stops waiting; `None` for a one-way message.
+    /// When the sender stops waiting, as it announced; `None` for a one-way message. It may wait
+    /// longer while bodies come forward: see [`Deadline::Progress`].
     pub deadline: Option<Instant>,
     /// The body.
     pub body: InboundBody<'a>,

@@ -339,7 +339,7 @@ mod tests {
                     class,
                     method: Method(0),
                     body: Payload::Empty,
-                    deadline: Duration::from_secs(1),
+                    deadline: Duration::from_secs(1).into(),
                 };
                 drop(routes.request(peer(), request));
                 let asked = taken(&mut receivers);

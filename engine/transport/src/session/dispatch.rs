@@ -227,6 +227,7 @@ pub(super) fn on_fault(
         _ if wants_answer(&header) => {
             let code = match fault {
                 StreamFault::Refused(refusal) => refusal.code,
+                StreamFault::Stalled => FailureCode::DeadlineExceeded,
                 _ => FailureCode::Malformed,
             };
             handle.answer(header.class, header.id, Err(code));
@@ -244,6 +245,7 @@ fn error_of(fault: StreamFault, header: &Header) -> RpcError {
             }
         }
         StreamFault::Refused(_) => RpcError::LocalNoBudget,
+        StreamFault::Stalled => RpcError::Timeout,
         _ => RpcError::PeerProtocol,
     }
 }

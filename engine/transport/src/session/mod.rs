@@ -27,6 +27,7 @@ use crate::config::{PerClass, TransportConfig};
 use crate::counters::{Counter, Family};
 use crate::inbox::Inbox;
 use crate::path::{StreamError, StreamPath};
+use crate::progress::progress_interval;
 use crate::quic::CloseCode;
 use crate::service::handle::{ConnectionHandle, ShardState};
 use crate::service::remote::CallId;
@@ -39,13 +40,6 @@ use dispatch::{Delivery, on_fault};
 
 /// How long a connection may stay silent after its peer requested a dial.
 pub(crate) const VERIFY_TIMEOUT: Duration = Duration::from_millis(400);
-
-/// The time for progress in round trips: 12.4 s on a path of 619 ms.
-const PROGRESS_ROUND_TRIPS: u32 = 20;
-
-/// A peer that acknowledges late lengthens the round trip, and so the time for progress; not over
-/// this, unless the config grants more.
-const PROGRESS_INTERVAL_MAX: Duration = Duration::from_secs(60);
 
 /// What [`Session::poll_transmit`] moved into the path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -261,6 +255,7 @@ impl Session {
             delivery.on_datagram(&datagram);
             cancel_arriving(&handle, &mut self.inbox, path, delivery.received);
         }
+        handle.set_received_bytes(self.inbox.moved_bytes());
         let opened = self.inbox.take_opened();
         if opened > 0 {
             handle.state.counters.add(Counter::StreamsIn, opened);
@@ -328,7 +323,13 @@ impl Session {
     /// Does what is due: deadlines, PING, probes, messages that do not come forward. What the
     /// connection is to be closed with, if it is to be.
     pub fn on_timeout<P: StreamPath>(&mut self, path: &mut P, now: Instant) -> Option<CloseCode> {
-        self.handle.expire(now);
+        let (inbox, config) = (&self.inbox, self.config());
+        let mut interval = None;
+        self.handle.expire(now, &mut |id| {
+            let interval =
+                interval.get_or_insert_with(|| progress_interval(config, path.stats().rtt));
+            (inbox.is_answering(id), *interval)
+        });
         self.keep_alive(path, now);
         let mut close = self.probe(path, now).then_some(CloseCode::Unhealthy);
         if self.judge_at.is_some_and(|at| at <= now) && self.judge_streams(path, now) {
@@ -455,17 +456,6 @@ fn cancel_arriving<P: StreamPath>(
         }
         on_fault(handle, fault, header, received);
     });
-}
-
-/// How long a message may take for `stream_progress_bytes`: on a long path repeated losses take
-/// several round trips.
-fn progress_interval(config: &TransportConfig, rtt: Option<Duration>) -> Duration {
-    let round_trips = PROGRESS_ROUND_TRIPS * rtt.unwrap_or(Duration::ZERO);
-    let longest = config.stream_progress_interval.max(PROGRESS_INTERVAL_MAX);
-    config
-        .stream_progress_interval
-        .max(round_trips)
-        .min(longest)
 }
 
 /// How long the last bytes of a connection and their repeats may take: three round trips, within

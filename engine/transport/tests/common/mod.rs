@@ -279,7 +279,7 @@ pub(crate) fn request(method: Method, class: Class, body: impl Into<Payload>) ->
         class,
         method,
         body: body.into(),
-        deadline: PATIENCE,
+        deadline: PATIENCE.into(),
     }
 }
 

@@ -227,7 +227,7 @@ pub(crate) fn request(method: Method, class: Class, body: impl Into<Payload>) ->
         class,
         method,
         body: body.into(),
-        deadline: PATIENCE,
+        deadline: PATIENCE.into(),
     }
 }
 
@@ -371,7 +371,7 @@ pub(crate) async fn a_bound_of_requests_says_when_it_has_room<M: Messenger>(
         // By deadlines.
         let soon = || {
             let mut request = request(HANG, class, vec![1]);
-            request.deadline = Duration::from_millis(200);
+            request.deadline = Duration::from_millis(200).into();
             messenger.request(peer, request)
         };
         let late: Vec<_> = (0..IN_FLIGHT).map(|_| soon()).collect();

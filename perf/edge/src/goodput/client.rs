@@ -220,7 +220,7 @@ async fn ask_by_quic(
             class: Class::Normal,
             method: RPC,
             body: Payload::Bytes(BODY.as_slice().into()),
-            deadline: PATIENCE,
+            deadline: PATIENCE.into(),
         };
         let answer = messenger.request(peer, request).await;
         if let Some(window) = window.get() {

@@ -157,7 +157,7 @@ mod tests {
                 class: CLASS,
                 method: Method(0),
                 body: Payload::Empty,
-                deadline: Duration::from_secs(1),
+                deadline: Duration::from_secs(1).into(),
             };
             self.state.request(&self.peer, request)
         }

@@ -219,7 +219,7 @@ impl Run {
                 class: Class::Normal,
                 method: COUNT,
                 body: Payload::Empty,
-                deadline: DEADLINE,
+                deadline: DEADLINE.into(),
             };
             let answer = match self.messenger.request(self.peers[0], request).await {
                 Ok(answer) => answer,
@@ -342,7 +342,7 @@ impl Run {
             class,
             method,
             body,
-            deadline: DEADLINE,
+            deadline: DEADLINE.into(),
         };
         Ok(self.messenger.request(peer, request).await?)
     }

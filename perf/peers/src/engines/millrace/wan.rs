@@ -234,7 +234,7 @@ impl Driver {
             class,
             method,
             body,
-            deadline: DEADLINE,
+            deadline: DEADLINE.into(),
         };
         self.node.request(self.peer, request).wait(within)
     }
