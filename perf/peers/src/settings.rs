@@ -131,7 +131,9 @@ impl Settings {
             window_bytes: 32 << 20,
             stream_window_bytes: 16 << 20,
             send_window_bytes: 64 << 20,
-            initial_window_bytes: 0,
+            // As millrace: what a sender may burst into a path that it does not know is the
+            // operator's choice, not the engine's merit.
+            initial_window_bytes: 128 * 1_452,
             // RFC 9002, 6.2.2.
             initial_rtt: Duration::from_millis(333),
             idle_timeout: Duration::from_secs(60),

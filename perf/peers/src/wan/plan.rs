@@ -121,7 +121,7 @@ impl Part {
         all
     }
 
-    /// Those that a run with `--only` names takes: a name, or the beginning of several up to a dash.
+    /// Those that a run with `--only` names takes: a name, or the beginning of several to a dash.
     pub(super) fn named(names: &[String]) -> Result<Vec<Self>> {
         let all = Self::all();
         let mut taken = Vec::new();

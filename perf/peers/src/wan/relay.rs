@@ -9,29 +9,30 @@
 //!    for real-time priority, because it shares two cores with both ends.
 
 mod counts;
+mod paths;
 
 use std::collections::VecDeque;
 use std::io::{self, IoSliceMut};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::process::{Command as Program, Stdio};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use millrace_perf::relay::{Direction, Fate, Lateness, LinkConfig};
-use quinn_udp::{BATCH_SIZE, RecvMeta, Transmit, UdpSocketState};
+use quinn_udp::{BATCH_SIZE, RecvMeta, Transmit};
 use rustix::event::{Timespec, epoll};
 
 pub(super) use counts::{LinkReport, RelayReport};
+pub(super) use paths::Path;
+use paths::PathState;
 
 use super::clock;
-use crate::{Result, socket};
+use crate::Result;
 
 /// Packets leave up to this early and, but for the scheduler, this late: one wake-up for all that
 /// are due within twice of it, instead of one for each.
 const TOLERANCE: Duration = Duration::from_micros(100);
-/// Receive and send buffer of each socket: 200 ms of 300 Mbit/s.
-const SOCKET_BUFFER_BYTES: usize = 8 << 20;
 /// The longest that a command waits.
 const COMMANDS_EVERY: Duration = Duration::from_millis(5);
 /// What one GSO train may hold.
@@ -44,14 +45,6 @@ const READS_MAX: usize = 4;
 const RECORD_EVERY: Duration = Duration::from_millis(5);
 /// Buffers of packets that are kept for the next ones.
 const SPARE_MAX: usize = 32 << 10;
-
-/// Two sockets over a link, and whom they face; `None` until one speaks.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Path {
-    /// Index of the link.
-    pub(super) link: usize,
-    pub(super) ends: [Option<SocketAddr>; 2],
-}
 
 #[derive(Debug)]
 enum Command {
@@ -120,36 +113,6 @@ struct Lane {
     /// When how many bytes had left.
     record: Vec<(u64, u64)>,
     bytes_left: u64,
-}
-
-struct Side {
-    socket: UdpSocket,
-    state: UdpSocketState,
-    end: Option<SocketAddr>,
-}
-
-struct PathState {
-    link: usize,
-    sides: [Side; 2],
-}
-
-impl PathState {
-    fn new(path: &Path) -> Result<Self> {
-        let side = |end| -> Result<Side> {
-            let socket = socket::bind_loopback(SOCKET_BUFFER_BYTES)?;
-            let state = UdpSocketState::new((&socket).into())?;
-            Ok(Side { socket, state, end })
-        };
-        Ok(Self {
-            link: path.link,
-            sides: [side(path.ends[0])?, side(path.ends[1])?],
-        })
-    }
-
-    fn addresses(&self) -> io::Result<[SocketAddr; 2]> {
-        let [one, two] = &self.sides;
-        Ok([one.socket.local_addr()?, two.socket.local_addr()?])
-    }
 }
 
 struct Engine {
@@ -382,7 +345,7 @@ fn ask_for_realtime() -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
+    use std::net::{Ipv4Addr, UdpSocket};
 
     use super::*;
 

@@ -6,19 +6,15 @@ use serde::Serialize;
 use super::child::End;
 use super::plan::Part;
 use super::relay::RelayReport;
-use super::results::{Cell, MeshCell, Ramp, Shares};
+use super::results::{Cell, MeshCell, Ramp, Results, Shares};
 use super::targets::targets;
 
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
-    rounds: usize,
-    quick: bool,
+    #[serde(flatten)]
+    results: Results,
     /// Of the whole run.
     seconds: f64,
-    pub(super) cells: Vec<Cell>,
-    pub(super) shares: Vec<Shares>,
-    pub(super) resumed: Vec<Ramp>,
-    pub(super) mesh: Option<MeshCell>,
     faults: Vec<String>,
     pub(super) targets: Vec<Target>,
 }
@@ -26,13 +22,12 @@ pub(super) struct Report {
 impl Report {
     pub(super) fn new(rounds: usize, quick: bool) -> Self {
         Self {
-            rounds,
-            quick,
+            results: Results {
+                rounds,
+                quick,
+                ..Results::default()
+            },
             seconds: 0.0,
-            cells: Vec::new(),
-            shares: Vec::new(),
-            resumed: Vec::new(),
-            mesh: None,
             faults: Vec::new(),
             targets: Vec::new(),
         }
@@ -45,13 +40,13 @@ impl Report {
         });
         let fault = cell.fault.iter().cloned();
         eprintln!("{}", bodies.chain(fault).collect::<Vec<_>>().join("; "));
-        self.cells.push(cell);
+        self.results.cells.push(cell);
     }
 
     pub(super) fn add_shares(&mut self, shares: Shares) {
         let (first, second) = (shares.first_mbit_per_s, shares.second_mbit_per_s);
         eprintln!("{first:.1} and {second:.1} Mbit/s");
-        self.shares.push(shares);
+        self.results.shares.push(shares);
     }
 
     pub(super) fn add_ramp(&mut self, ramp: Ramp) {
@@ -59,7 +54,7 @@ impl Report {
             "{:.2} of the link in the second round trip",
             ramp.second_rtt
         );
-        self.resumed.push(ramp);
+        self.results.resumed.push(ramp);
     }
 
     pub(super) fn set_mesh(&mut self, mesh: MeshCell) {
@@ -67,7 +62,7 @@ impl Report {
             "up after {:?} s, closed {:?}",
             mesh.full_mesh_s, mesh.closed
         );
-        self.mesh = Some(mesh);
+        self.results.mesh = Some(mesh);
     }
 
     pub(super) fn add_fault(&mut self, fault: String) {
@@ -75,19 +70,15 @@ impl Report {
         self.faults.push(fault);
     }
 
-    pub(super) fn is_quick(&self) -> bool {
-        self.quick
-    }
-
     /// Computes the targets of the parts that ran.
     pub(super) fn finish(&mut self, parts: &[Part], seconds: f64) {
         self.seconds = seconds;
-        self.targets = targets(self, parts);
+        self.targets = targets(&self.results, parts);
     }
 
     pub(super) fn print(&self) {
         self.print_cells();
-        for shares in &self.shares {
+        for shares in &self.results.shares {
             println!(
                 "{}: {:.1} and {:.1} Mbit/s, {} for the first",
                 shares.part,
@@ -96,7 +87,7 @@ impl Report {
                 cell(shares.of_first(), 0, 2)
             );
         }
-        for ramp in &self.resumed {
+        for ramp in &self.results.resumed {
             println!(
                 "{}: of the link {:.2}, {:.2}, {:.2} in the first three round trips, {:.2} from \
                  then on; the bodies {:.1} and {:.1} Mbit/s",
@@ -109,7 +100,7 @@ impl Report {
                 ramp.second_body_mbit_per_s
             );
         }
-        if let Some(mesh) = &self.mesh {
+        if let Some(mesh) = &self.results.mesh {
             println!(
                 "mesh: {} pairs, all up after {} s; in 60 s idle {} ends of connections that were \
                  up (of all {:?}), {} dials, {} up at the end",
@@ -148,13 +139,14 @@ impl Report {
             "rx MiB"
         );
         let mut done: Vec<(&str, &str)> = Vec::new();
-        for first in &self.cells {
+        for first in &self.results.cells {
             let key = (first.part.as_str(), first.contender.as_str());
             if done.contains(&key) {
                 continue;
             }
             done.push(key);
-            let rows: Vec<_> = self.of(key.0, key.1).collect();
+            let is_of_row = |row: &&Cell| (row.part.as_str(), row.contender.as_str()) == key;
+            let rows: Vec<_> = self.results.cells.iter().filter(is_of_row).collect();
             let of = |value: &dyn Fn(&Cell) -> Option<f64>| -> Vec<f64> {
                 rows.iter().filter_map(|row| value(row)).collect()
             };
@@ -180,10 +172,10 @@ impl Report {
 
     /// The worst of the relays: what they dropped themselves, and how late they were.
     fn print_relay(&self) {
-        let relays: Vec<&RelayReport> = (self.cells.iter().map(|cell| &cell.relay))
-            .chain(self.shares.iter().map(|shares| &shares.relay))
-            .chain(self.resumed.iter().map(|ramp| &ramp.relay))
-            .chain(self.mesh.iter().map(|mesh| &mesh.relay))
+        let relays: Vec<&RelayReport> = (self.results.cells.iter().map(|cell| &cell.relay))
+            .chain(self.results.shares.iter().map(|shares| &shares.relay))
+            .chain(self.results.resumed.iter().map(|ramp| &ramp.relay))
+            .chain(self.results.mesh.iter().map(|mesh| &mesh.relay))
             .collect();
         let most = |value: fn(&RelayReport) -> u64| relays.iter().map(|r| value(r)).max();
         let sum = |value: fn(&RelayReport) -> u64| relays.iter().map(|r| value(r)).sum::<u64>();
@@ -202,22 +194,5 @@ impl Report {
                 "; without real-time priority"
             }
         );
-    }
-
-    /// The cells of a contender in a part, by round.
-    pub(super) fn of<'a>(
-        &'a self,
-        part: &'a str,
-        contender: &'a str,
-    ) -> impl Iterator<Item = &'a Cell> {
-        let is_it = move |cell: &&Cell| cell.part == part && cell.contender == contender;
-        self.cells.iter().filter(is_it)
-    }
-}
-
-impl Cell {
-    /// Goodput of a body, by its place on the connection.
-    pub(super) fn rate(&self, body: usize) -> Option<f64> {
-        self.bodies.get(body).map(|body| body.mbit_per_s)
     }
 }

@@ -10,6 +10,26 @@ use super::plan::{Contender, Part};
 use super::relay::RelayReport;
 use crate::Result;
 
+/// All figures of a run.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Results {
+    pub(super) rounds: usize,
+    pub(super) quick: bool,
+    pub(super) cells: Vec<Cell>,
+    pub(super) shares: Vec<Shares>,
+    pub(super) resumed: Vec<Ramp>,
+    pub(super) mesh: Option<MeshCell>,
+}
+
+impl Results {
+    /// The cells of a contender in a part, by round.
+    pub(super) fn of(&self, part: Part, contender: Contender) -> impl Iterator<Item = &Cell> {
+        let names = (part.to_string(), contender.to_string());
+        let is_it = move |cell: &&Cell| cell.part == names.0 && cell.contender == names.1;
+        self.cells.iter().filter(is_it)
+    }
+}
+
 /// A body, or several on one connection.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Cell {
@@ -77,6 +97,13 @@ impl Cell {
             fault,
             relay,
         }
+    }
+}
+
+impl Cell {
+    /// Goodput of a body, by its place on the connection.
+    pub(super) fn rate(&self, body: usize) -> Option<f64> {
+        self.bodies.get(body).map(|body| body.mbit_per_s)
     }
 }
 

@@ -7,8 +7,7 @@ use millrace_perf::report::{Better, Target, median};
 
 use super::child::End;
 use super::plan::{BODY_RTT_MS, Contender, LINK_MBIT_PER_S, Loss, Part, QUEUE};
-use super::report::Report;
-use super::results::Cell;
+use super::results::{Cell, Results};
 use crate::plan::BULK_BYTES;
 
 /// Of the rates at 150 ms: by the link, and by the better of quinn's two.
@@ -21,9 +20,9 @@ fn rate_targets(loss: Loss) -> Option<[f64; 2]> {
     }
 }
 
-pub(super) fn targets(report: &Report, parts: &[Part]) -> Vec<Target> {
+pub(super) fn targets(results: &Results, parts: &[Part]) -> Vec<Target> {
     let mut list = List {
-        report,
+        results,
         targets: Vec::new(),
     };
     for &part in parts {
@@ -40,7 +39,7 @@ pub(super) fn targets(report: &Report, parts: &[Part]) -> Vec<Target> {
 }
 
 struct List<'a> {
-    report: &'a Report,
+    results: &'a Results,
     targets: Vec<Target>,
 }
 
@@ -53,12 +52,12 @@ impl List<'_> {
         self.rpc(part, BODY_RTT_MS, loss);
         let Some([of_link, of_peers]) = rate_targets(loss) else {
             let name = format!("{part}: share of the body that arrived");
-            let arrived = self.cells(part, Contender::Millrace);
+            let arrived = self.results.of(part, Contender::Millrace);
             let arrived = arrived.filter_map(arrived_share).collect();
             return self.add(name, median(arrived), 1.0, Better::Higher);
         };
         let mut after = vec![(Contender::Millrace, "idleness")];
-        if !self.report.is_quick() {
+        if !self.results.quick {
             after.push((Contender::MillraceMessages, "small messages"));
         }
         for (contender, before) in after {
@@ -75,8 +74,8 @@ impl List<'_> {
             let name = format!("{part} after {before}: slowest round / median");
             self.add(name, spread, 0.5, Better::Higher);
         }
-        if !self.report.is_quick() {
-            let cells = self.cells(part, Contender::Millrace);
+        if !self.results.quick {
+            let cells = self.results.of(part, Contender::Millrace);
             // A connection that carried no second body shows nothing of it.
             let ratios = cells.filter_map(|cell| Some(cell.rate(1)? / cell.rate(0)?));
             let ratios = ratios.collect();
@@ -91,7 +90,7 @@ impl List<'_> {
             return;
         }
         let bound_ms = 1.3 * rtt_ms as f64 + QUEUE.as_secs_f64() * 1e3;
-        let cells = self.cells(part, Contender::Millrace);
+        let cells = self.results.of(part, Contender::Millrace);
         let p99s = cells.filter_map(|cell| Some(cell.rpc_p99_ms? / bound_ms));
         let p99s = p99s.collect();
         let name = format!("{part}: RPC p99 beside the body / (1.3 RTT + queue)");
@@ -100,7 +99,7 @@ impl List<'_> {
 
     fn shares(&mut self, part: Part) {
         let name = part.to_string();
-        let shares = self.report.shares.iter().filter(|s| s.part == name);
+        let shares = self.results.shares.iter().filter(|s| s.part == name);
         let smaller = shares.filter_map(|shares| shares.smaller()).collect();
         let name = format!("{part}: smaller share of the goodput");
         self.add(name, median(smaller), 0.3, Better::Higher);
@@ -108,7 +107,7 @@ impl List<'_> {
 
     fn satellite(&mut self, part: Part) {
         // A body that was cut took its time at least; one that was lost has none.
-        let cells = self.cells(part, Contender::Millrace);
+        let cells = self.results.of(part, Contender::Millrace);
         let bodies = cells.filter_map(|cell| cell.bodies.first());
         let bodies = bodies.filter(|body| !matches!(body.end, End::Lost(_)));
         let seconds = bodies.map(|body| body.seconds).collect();
@@ -117,7 +116,7 @@ impl List<'_> {
     }
 
     fn mesh(&mut self) {
-        let mesh = self.report.mesh.as_ref();
+        let mesh = self.results.mesh.as_ref();
         let up = mesh.and_then(|mesh| mesh.full_mesh_s);
         let name = "mesh: seconds until every pair was up";
         self.add(name.into(), up, 15.0, Better::Lower);
@@ -130,30 +129,25 @@ impl List<'_> {
 
     fn resume(&mut self, part: Part) {
         let name = part.to_string();
-        let ramps = self.report.resumed.iter().filter(|r| r.part == name);
+        let ramps = self.results.resumed.iter().filter(|r| r.part == name);
         let second = ramps.map(|ramp| ramp.second_rtt).collect();
         let name = format!("{part}: rate in the second round trip / link");
         self.add(name, median(second), 0.5, Better::Higher);
     }
 
-    fn cells(&self, part: Part, contender: Contender) -> impl Iterator<Item = &Cell> {
-        let names = (part.to_string(), contender.to_string());
-        let is_it = move |cell: &&Cell| cell.part == names.0 && cell.contender == names.1;
-        self.report.cells.iter().filter(is_it)
-    }
-
     /// Of the first bodies. A round without a connection has the rate 0.
     fn rates(&self, part: Part, contender: Contender) -> impl Iterator<Item = f64> {
-        self.cells(part, contender)
+        self.results
+            .of(part, contender)
             .map(|cell| cell.rate(0).unwrap_or_default())
     }
 
     /// Median over the rounds of the rate by the better of quinn's two in the same round.
     fn to_better_quinn(&self, part: Part, contender: Contender) -> Option<f64> {
         let quinn = [Contender::QuinnCubic, Contender::QuinnBbr];
-        let ratios = self.cells(part, contender).filter_map(|ours| {
+        let ratios = self.results.of(part, contender).filter_map(|ours| {
             let theirs = quinn.map(|quinn| {
-                let mut cells = self.cells(part, quinn);
+                let mut cells = self.results.of(part, quinn);
                 cells.find(|cell| cell.round == ours.round)?.rate(0)
             });
             let better = theirs.into_iter().flatten().max_by(f64::total_cmp)?;
@@ -166,4 +160,92 @@ impl List<'_> {
 fn arrived_share(cell: &Cell) -> Option<f64> {
     let body = cell.bodies.first()?;
     Some(body.arrived_bytes as f64 / BULK_BYTES as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wan::relay::RelayReport;
+    use crate::wan::results::BodyFigures;
+
+    const PART: Part = Part::Body(Loss::NONE);
+
+    fn cell(contender: Contender, round: usize, rates: &[f64]) -> Cell {
+        let body = |&mbit_per_s: &f64| BodyFigures {
+            mbit_per_s,
+            arrived_bytes: BULK_BYTES as u64,
+            seconds: 1.0,
+            end: End::Whole,
+        };
+        Cell {
+            part: PART.to_string(),
+            contender: contender.to_string(),
+            round,
+            connected_s: Some(0.2),
+            bodies: rates.iter().map(body).collect(),
+            rpcs: 1,
+            rpc_p50_ms: Some(150.0),
+            rpc_p99_ms: Some(245.0),
+            packets_sent: None,
+            packets_lost: None,
+            sender_rss_mib: 0,
+            receiver_rss_mib: 0,
+            fault: None,
+            relay: RelayReport::default(),
+        }
+    }
+
+    fn value(results: &Results, name: &str) -> Option<f64> {
+        let targets = targets(results, &[PART]);
+        let target = targets.iter().find(|target| target.name.ends_with(name));
+        target.expect("a target of that name").value
+    }
+
+    /// Protects the ratio to quinn from a slow minute of the host, and from a choice of the quinn
+    /// that was the better one in another round.
+    #[test]
+    fn the_better_quinn_is_that_of_the_same_round() {
+        let mut results = Results::default();
+        for (round, [ours, cubic, bbr]) in [
+            [200.0, 100.0, 50.0],
+            [20.0, 5.0, 10.0],
+            [300.0, 100.0, 50.0],
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let contenders = [
+                (Contender::Millrace, ours),
+                (Contender::QuinnCubic, cubic),
+                (Contender::QuinnBbr, bbr),
+            ];
+            for (contender, rate) in contenders {
+                results.cells.push(cell(contender, round, &[rate, rate]));
+            }
+        }
+        assert_eq!(
+            value(&results, "idleness: rate / better of quinn"),
+            Some(2.0)
+        );
+        assert_eq!(
+            value(&results, "idleness: slowest round / median"),
+            Some(0.1)
+        );
+        assert_eq!(value(&results, "second body / first"), Some(1.0));
+        assert_eq!(value(&results, "(1.3 RTT + queue)"), Some(1.0));
+    }
+
+    /// Protects "no run below half of the median": a round that never connected is one.
+    #[test]
+    fn a_round_without_a_connection_has_the_rate_0() {
+        let mut results = Results::default();
+        for (round, rates) in [&[200.0][..], &[], &[200.0]].into_iter().enumerate() {
+            results.cells.push(cell(Contender::Millrace, round, rates));
+        }
+        assert_eq!(
+            value(&results, "idleness: slowest round / median"),
+            Some(0.0)
+        );
+        assert_eq!(value(&results, "small messages: rate / link"), None);
+    }
 }
