@@ -33,7 +33,7 @@ pub use chunk::{
     UNIT_BYTES,
 };
 pub use config::{HugePages, SHARDS_MAX, ShardConfig};
-pub use datapath::{Datagrams, Datapath, Slot, Train, TrainBuffer, Trains, Transmit};
+pub use datapath::{Datagrams, Datapath, Refused, Slot, Train, TrainBuffer, Trains, Transmit};
 pub use local::{Queue, Spawner, in_executor, sleep, yield_now};
 pub use mailbox::{MailError, MailReceiver, MailSender, mailbox};
 pub use runtime::{BoundSocket, ShardContext, ShardHandle, StartError, spawn, spawn_with_mailbox};

@@ -180,7 +180,7 @@ pub fn bind_group(config: &UdpGroupConfig) -> Result<Vec<ShardSocket>, SocketErr
 /// [`attach_steering`] and [`attach_classic_steering`].
 ///
 /// The sockets of a group of several are bound with `SO_REUSEPORT` (socket(7)); none fragments
-/// (`IP_PMTUDISC_DO`, ip(7)), and where the kernel can, it hands over several datagrams as one
+/// (`IP_PMTUDISC_PROBE`, ip(7)), and where the kernel can, it hands over several datagrams as one
 /// message (`UDP_GRO`, udp(7), Linux 5.0). At an open address (`0.0.0.0`, `[::]`) the kernel says
 /// to which of the host's addresses each datagram came (`IP_PKTINFO`, ip(7); `IPV6_PKTINFO`, RFC
 /// 3542, 6).
@@ -273,15 +273,22 @@ fn bind_one(config: &UdpGroupConfig, addr: SocketAddr) -> Result<ShardSocket, So
     if config.shards > 1 {
         set("SO_REUSEPORT", libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
     }
-    // QUIC forbids fragments and finds the path's MTU itself. An IPv6 socket needs both options:
-    // to an IPv4 peer it sends IPv4, by the option of that.
-    let always = libc::IP_PMTUDISC_DO;
+    // QUIC forbids fragments and finds the path's MTU itself (RFC 8899). `PROBE` sets DF like `DO`,
+    // and the device's MTU still bounds packets (`EMSGSIZE`). Unlike `DO` it does not heed the MTU
+    // that the kernel keeps for 10 minutes after an ICMP message: anyone may forge one, which then
+    // forbids even the least packets of QUIC; and a path that recovers could not be probed. An IPv6
+    // socket needs both options: to an IPv4 peer it sends IPv4, by the option of that.
     let option = libc::IP_MTU_DISCOVER;
-    set("IP_MTU_DISCOVER", libc::IPPROTO_IP, option, always)?;
+    set(
+        "IP_MTU_DISCOVER",
+        libc::IPPROTO_IP,
+        option,
+        libc::IP_PMTUDISC_PROBE,
+    )?;
     if addr.is_ipv6() {
-        let always = libc::IPV6_PMTUDISC_DO;
         let option = libc::IPV6_MTU_DISCOVER;
-        set("IPV6_MTU_DISCOVER", libc::IPPROTO_IPV6, option, always)?;
+        let probe = libc::IPV6_PMTUDISC_PROBE;
+        set("IPV6_MTU_DISCOVER", libc::IPPROTO_IPV6, option, probe)?;
     }
     // An open address is several: the kernel says to which of them a datagram came. An IPv6 socket
     // hears it of IPv4 too.

@@ -133,6 +133,12 @@ const OWN: &[Own] = &[
         help: "Congestion window in bytes",
     },
     Own {
+        name: "millrace_path_udp_payload_bytes",
+        kind: Kind::Gauge,
+        label: Some("peer"),
+        help: "UDP payload of the largest packets sent now",
+    },
+    Own {
         name: "millrace_path_sent_packets",
         kind: Kind::Gauge,
         label: Some("peer"),
@@ -456,12 +462,15 @@ fn edge(report: &Report, out: &mut Out<'_>) -> fmt::Result {
 
 /// Those of each peer's first connection.
 fn paths(peers: &[PeerStatus], out: &mut Out<'_>) -> fmt::Result {
-    let values: [(&str, OfPeer); 5] = [
+    let values: [(&str, OfPeer); 6] = [
         ("millrace_path_rtt_seconds", |peer| {
             peer.rtt.map(|rtt| rtt.as_secs_f64())
         }),
         ("millrace_path_congestion_window", |peer| {
             Some(peer.congestion_window_bytes as f64)
+        }),
+        ("millrace_path_udp_payload_bytes", |peer| {
+            Some(peer.udp_payload_bytes as f64)
         }),
         ("millrace_path_sent_packets", |peer| {
             Some(peer.packets_sent as f64)

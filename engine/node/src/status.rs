@@ -70,6 +70,8 @@ pub struct Peer {
     pub probe_rtt_us: Option<u64>,
     /// Congestion window, bytes.
     pub congestion_window_bytes: u64,
+    /// UDP payload bytes of the largest packets sent now.
+    pub udp_payload_bytes: usize,
     /// Packets sent.
     pub packets_sent: u64,
     /// Packets lost.
@@ -194,6 +196,7 @@ fn peers(core: &Core) -> Vec<Peer> {
             rtt_us: peer.rtt.map(micros),
             probe_rtt_us: peer.probe_rtt.map(micros),
             congestion_window_bytes: peer.congestion_window_bytes,
+            udp_payload_bytes: peer.udp_payload_bytes,
             packets_sent: peer.packets_sent,
             packets_lost: peer.packets_lost,
             bytes_sent: peer.bytes_sent,

@@ -74,7 +74,8 @@ pub enum Kind {
     Cancel = 5,
     /// A message without an answer.
     Send = 6,
-    /// Asks for a [`Kind::ProbeReply`] with the same `arg`, the sequence number.
+    /// Asks for a [`Kind::ProbeReply`] with the same `arg`, the sequence number. In a datagram its
+    /// body is padding.
     Probe = 7,
     /// Answers a probe.
     ProbeReply = 8,
@@ -216,6 +217,8 @@ pub enum Carriage {
     Lane,
     /// A stream of its own, for one message.
     Stream,
+    /// A datagram (RFC 9221) of its own.
+    Datagram,
 }
 
 /// The byte that opens every unidirectional stream.
@@ -285,6 +288,9 @@ impl Header {
     /// Bytes of an encoded header.
     pub const BYTES: usize = 16;
 
+    /// The longest body of a probe, in a datagram: it pads one packet, of at most 16,383 bytes.
+    pub const PROBE_BODY_BYTES_MAX: u32 = (16 << 10) - 1;
+
     /// The header as it stands on the wire.
     #[inline]
     pub fn encode(&self) -> [u8; Self::BYTES] {
@@ -339,13 +345,17 @@ impl Header {
     #[inline]
     pub fn check(&self, carriage: Carriage, limits: &Limits) -> Result<(), FrameError> {
         let carried = match carriage {
-            Carriage::Lane => limits.lane_body_bytes_max.min(limits.body_bytes_max),
+            Carriage::Lane | Carriage::Datagram => {
+                limits.lane_body_bytes_max.min(limits.body_bytes_max)
+            }
             Carriage::Stream => limits.body_bytes_max,
         };
         let max_bytes = match self.kind {
             Kind::Request | Kind::Response | Kind::Send | Kind::Failure => carried,
             _ if carriage == Carriage::Stream => return Err(FrameError::PeerMisplaced(self.kind)),
             Kind::Hello => Hello::BYTES_MAX.min(carried),
+            // Padding: the probe asks whether a packet of this size arrives.
+            Kind::Probe if carriage == Carriage::Datagram => Self::PROBE_BODY_BYTES_MAX,
             Kind::Cancel | Kind::Probe | Kind::ProbeReply => 0,
         };
         if self.body_bytes > max_bytes {

@@ -20,6 +20,7 @@ use crate::close_sender::CloseSender;
 use crate::config::TransportConfig;
 use crate::counters::{Counter, Counters};
 use crate::ids::{IdBytes, LiveIds};
+use crate::mtu::PathMtu;
 use crate::phase::Phase;
 use crate::quic::CloseCode;
 use crate::session::{self, Session};
@@ -87,6 +88,10 @@ pub(crate) struct Connection {
     pub(crate) is_dirty: bool,
     /// Sends the last packets once it closes.
     pub(crate) close_sender: CloseSender,
+    /// How large packets may be.
+    pub(crate) mtu: PathMtu,
+    /// Bytes of the packet number in the last probe of the MTU: 1 to 4.
+    pub(crate) packet_number_bytes: usize,
 }
 
 impl Connection {
@@ -123,6 +128,8 @@ impl Connection {
             timer: None,
             is_dirty: false,
             close_sender: CloseSender::default(),
+            mtu: PathMtu::new(config.udp_payload_bytes_max, config.discover_mtu, now),
+            packet_number_bytes: 1,
         }
     }
 
@@ -199,7 +206,7 @@ impl Connection {
             if sent_bytes >= allowed_bytes {
                 break Sent::All;
             }
-            let Some(buffer) = trains.packet(config.udp_payload_bytes_max) else {
+            let Some(buffer) = trains.packet(self.mtu.bytes()) else {
                 break Sent::NoSlot;
             };
             let built = if self.phase == Phase::Closing {
@@ -244,6 +251,7 @@ impl Connection {
             self.phase.next_timeout(),
             session,
             acknowledge,
+            self.mtu.next_timeout(),
         ]
         .into_iter()
         .flatten()

@@ -87,6 +87,12 @@ counters! {
     Retries = "millrace_transport_retries",
     /// Connections whose peer was found at another address, and validated there.
     Migrations = "millrace_transport_migrations",
+    /// Padded probes, which find a path's MTU (RFC 8899).
+    MtuProbes = "millrace_transport_mtu_probes",
+    /// Paths that began to drop packets of the size in use.
+    MtuBlackHoles = "millrace_transport_mtu_reductions" { "cause" = "black_hole" },
+    /// Devices that began to refuse packets of the size in use, for each connection.
+    MtuDevice = "millrace_transport_mtu_reductions" { "cause" = "device" },
     /// Requests that a peer took back before they were answered.
     RequestsCancelled = "millrace_transport_requests_cancelled",
     /// Answers to requests that were no longer waited for.

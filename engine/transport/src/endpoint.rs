@@ -28,7 +28,7 @@ use millrace_protocol::id::NodeId;
 use millrace_protocol::peers::{ConnKey, Peers};
 use millrace_protocol::timer::{TimerId, Wheel};
 use millrace_protocol::topology::Topology;
-use millrace_shards::datapath::{Datagrams, Datapath, Trains, Transmit};
+use millrace_shards::datapath::{Datagrams, Datapath, Refused, Trains, Transmit};
 
 use crate::admission::AdmissionControl;
 use crate::allocator::BodyAllocator;
@@ -270,6 +270,7 @@ impl Endpoint {
         {
             connection.phase.linger(now + connection.linger());
         }
+        connection.send_mtu_probes(trains, &self.parts.state.counters, now);
         let sent =
             connection.transmit(trains, &self.parts.state.config, &self.parts.state.counters);
         // The kernel steers a train by the connection ID of its first packet: trains do not mix
@@ -309,6 +310,7 @@ impl Endpoint {
                 probe_rtt: session.probe_rtt().map(|rtt| rtt.smoothed),
                 queued_bytes: session.queued_bytes(),
                 congestion_window_bytes: path.as_ref().map_or(0, |p| p.cwnd as u64),
+                udp_payload_bytes: connection.mtu.bytes(),
                 packets_sent: stats.sent as u64,
                 packets_lost: stats.lost as u64,
                 bytes_sent: stats.sent_bytes,
@@ -347,6 +349,18 @@ impl Datapath for Endpoint {
         self.counters()
             .add(Counter::DatagramsReceived, datagrams.count() as u64);
         self.receive(datagrams, now);
+    }
+
+    fn on_refused(&mut self, refused: &Refused, now: Instant) {
+        let counters = Arc::clone(&self.parts.state.counters);
+        for slot in 0..self.connections.len() {
+            if let Some(Some(connection)) = self.connections.get_mut(slot)
+                && connection.address.target().0 == refused.to
+            {
+                connection.on_refused(refused.packet_bytes, &counters, now);
+                self.mark_dirty(slot);
+            }
+        }
     }
 
     fn wants_to_send(&self) -> bool {
@@ -416,7 +430,7 @@ impl Datapath for Endpoint {
         let has_abandoned = self.parts.routes.take_abandoned(self.parts.shard);
         for connection in self.connections.iter_mut().flatten() {
             if let Some(session) = &mut connection.session {
-                session.housekeep(&mut connection.quic);
+                let is_lossy = session.housekeep(&mut connection.quic);
                 if matches!(connection.phase, Phase::Draining { .. })
                     && let Some(until) = session.drains_until(&connection.quic, now)
                     && let Some(peers) = self.parts.peers.get_mut(connection.index)
@@ -425,6 +439,9 @@ impl Datapath for Endpoint {
                 }
                 if has_abandoned {
                     session.cancel_abandoned();
+                }
+                if is_lossy {
+                    connection.follow_mtu(&self.parts.state.counters, now);
                 }
             }
         }

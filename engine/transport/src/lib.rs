@@ -26,6 +26,8 @@ pub mod driver;
 mod endpoint;
 mod ids;
 mod inbox;
+mod mtu;
+mod mtu_probe;
 mod outbox;
 mod pair_keys;
 mod path;

@@ -7,6 +7,9 @@ use crate::config::{CongestionControl, TransportConfig};
 use crate::ids::ACTIVE_IDS;
 use crate::tls::{ALPN_NODE, TlsError};
 
+/// Bytes of the longest packet number (RFC 9000, 17.1).
+const PACKET_NUMBER_BYTES_MAX: usize = 4;
+
 /// Application error code of CONNECTION_CLOSE (RFC 9000, 20.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
@@ -101,8 +104,11 @@ pub(crate) fn quic_config(
     // Never `verify_peer` from here on: it would replace the verify mode that the builder set.
     quic.set_application_protos(&[ALPN_NODE])?;
     quic.set_max_idle_timeout(config.idle_timeout.as_millis() as u64);
-    quic.set_max_send_udp_payload_size(config.udp_payload_bytes_max);
-    quic.discover_pmtu(config.discover_mtu);
+    // Our buffers bound packets, and `mtu.rs` discovers what a path carries: see there. quiche
+    // leaves room for the longest packet number when it takes a datagram, so a probe of the largest
+    // size needs a little more.
+    quic.set_max_send_udp_payload_size(config.udp_payload_bytes_max + PACKET_NUMBER_BYTES_MAX - 1);
+    quic.discover_pmtu(false);
     quic.set_max_recv_udp_payload_size(65_527);
     quic.set_initial_max_data(config.connection_window_bytes);
     quic.set_max_connection_window(config.connection_window_bytes);

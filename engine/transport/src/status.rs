@@ -27,6 +27,8 @@ pub struct PeerStatus {
     pub probe_rtt: Option<Duration>,
     /// Congestion window, bytes.
     pub congestion_window_bytes: u64,
+    /// UDP payload bytes of the largest packets sent now: what the path is known to carry.
+    pub udp_payload_bytes: usize,
     /// Bytes that wait to be sent, for each class; small frames of class bulk count as normal.
     pub queued_bytes: PerClass<u64>,
     /// Packets sent since the connection began.

@@ -1,20 +1,26 @@
 //! Paths through network namespaces: hosts of several addresses, both IP versions, an MTU that is
-//! smaller than the nodes' packets. They take root, iproute2 and nftables.
+//! smaller than the nodes' packets, or becomes it. They take root, iproute2 and nftables.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
+#[path = "common/routed.rs"]
+mod routed;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::{Duration, Instant};
 
 use common::*;
 use millrace_protocol::frame::Class;
+use millrace_protocol::id::ConnectionNumber;
 use millrace_protocol::identity::SigningKey;
 use millrace_testkit::netns::Namespace;
 use millrace_testkit::skip::skip;
-use millrace_transport::TransportConfig;
+use millrace_transport::counters::Counter;
+use millrace_transport::{PeerStatus, TransportConfig};
+use routed::Routed;
 
-const POOL_BYTES: u64 = 64 << 20;
+const POOL_BYTES: u64 = 96 << 20;
 const BODY_BYTES: usize = 4 << 20;
 /// Each end of the link, in its namespace.
 const DEVICE: &str = "veth0";
@@ -161,4 +167,220 @@ fn bodies_pass_a_link_with_a_small_mtu_without_fragments() {
         }
         exchange([&near, &far], ["[::]", "[::]"], |host| host.second6);
     }
+}
+
+/// The body during which a path changes.
+const LONG_BODY_BYTES: usize = 64 << 20;
+/// What the narrow link's MTU becomes, and how many bytes of the body are there by then.
+const CHANGES: [(u32, u64); 3] = [(1_400, 12 << 20), (1_300, 28 << 20), (1_500, 44 << 20)];
+/// Rates are taken over so much time.
+const WINDOW: Duration = Duration::from_secs(1);
+/// A rate is what it was, by at least this part, within [`RECOVERED_AFTER`] (issue 8).
+const RECOVERED_PART: f64 = 0.7;
+const RECOVERED_AFTER: Duration = Duration::from_secs(5);
+/// Headers of IP and UDP.
+const HEADERS_BYTES: [usize; 2] = [20 + 8, 40 + 8];
+/// How much smaller than what a path carries its packets may be.
+const SEARCHED_BYTES: usize = 16;
+
+/// Two nodes with a router between them; the near one dials.
+struct Nodes {
+    hosts: Routed,
+    near: Node,
+    far: Node,
+    headers_bytes: usize,
+}
+
+impl Nodes {
+    /// `None` and a skip without the rights for it.
+    fn start(test: &str, is_ipv6: bool, is_silent: bool) -> Option<Self> {
+        if !is_root() {
+            skip(test, "root");
+            return None;
+        }
+        let hosts = Routed::new();
+        hosts.watch_icmp(is_silent);
+        let keys = ordered_keys();
+        let addresses = hosts
+            .addresses(is_ipv6)
+            .map(|ip| SocketAddr::new(ip, 4_100));
+        let members = [0, 1].map(|index| member(&keys[index], addresses[index]));
+        let topology = topology(members, 1);
+        let [near, far] = [(&hosts.near, 0), (&hosts.far, 1)].map(|(host, index)| {
+            let (key, address) = (keys[index].clone(), addresses[index]);
+            let config = TransportConfig::default();
+            host.enter(|| Node::start(key, address, &topology, config, POOL_BYTES))
+        });
+        near.wait_for_peers(&[far.id()]);
+        far.wait_for_peers(&[near.id()]);
+        let nodes = Self {
+            hosts,
+            near,
+            far,
+            headers_bytes: HEADERS_BYTES[usize::from(is_ipv6)],
+        };
+        nodes.wait_for_mtu(1_500);
+        Some(nodes)
+    }
+
+    /// Waits until the near node's packets are as large as this MTU allows.
+    fn wait_for_mtu(&self, mtu: usize) {
+        let largest = (mtu - self.headers_bytes).min(1_452);
+        let fits = |peer: &PeerStatus| {
+            peer.udp_payload_bytes <= largest && peer.udp_payload_bytes + SEARCHED_BYTES > largest
+        };
+        let held = self
+            .near
+            .transport
+            .status()
+            .wait(PATIENCE, |up| up.iter().any(fits));
+        let up = self.near.transport.status().peers();
+        assert!(held, "packets do not fit an MTU of {mtu}: {up:?}");
+    }
+
+    /// Waits until `condition` holds of the bytes that came from the near node, as they are
+    /// published; what it returns.
+    fn watch<T>(
+        &self,
+        timeout: Duration,
+        mut condition: impl FnMut(u64) -> Option<T>,
+    ) -> Option<T> {
+        let mut result = None;
+        self.far.transport.status().wait(timeout, |up| {
+            result = up.first().and_then(|peer| condition(peer.bytes_received));
+            result.is_some()
+        });
+        result
+    }
+
+    /// Bytes a second that came to the far node in a [`WINDOW`] from now on, if they are at least
+    /// `least` in one that ends within the timeout.
+    fn rate(&self, timeout: Duration, least: f64) -> Option<f64> {
+        let mut samples: Vec<(Instant, u64)> = Vec::new();
+        self.watch(timeout, |bytes| {
+            let now = Instant::now();
+            let full = samples.iter().rev().find(|(at, _)| now - *at >= WINDOW);
+            let rate = full.map(|(at, before)| (bytes - before) as f64 / (now - *at).as_secs_f64());
+            samples.push((now, bytes));
+            rate.filter(|rate| *rate >= least)
+        })
+    }
+
+    /// The connection of each node to the other, by its number: another one has another.
+    fn connections(&self) -> [Vec<ConnectionNumber>; 2] {
+        [&self.near, &self.far].map(|node| {
+            let up = node.transport.status().peers();
+            up.iter().map(|peer| peer.connection).collect()
+        })
+    }
+}
+
+/// A body goes on while the path's MTU changes under it, at 0.7 of its rate within 5 s, and its
+/// packets follow the MTU in both directions.
+fn a_body_goes_on(test: &str, is_ipv6: bool, is_silent: bool) {
+    let Some(nodes) = Nodes::start(test, is_ipv6, is_silent) else {
+        return;
+    };
+    let connections = nodes.connections();
+    let body = nodes.near.body(LONG_BODY_BYTES);
+    let request = request(LENGTH, Class::Bulk, body);
+    let answer = nodes.near.transport.request(nodes.far.id(), request);
+    for (mtu, bytes) in CHANGES {
+        let before = nodes.rate(PATIENCE, 0.0).unwrap();
+        nodes
+            .watch(PATIENCE, |received| (received >= bytes).then_some(()))
+            .unwrap();
+        nodes.hosts.set_mtu(mtu);
+        let after = nodes.rate(RECOVERED_AFTER, RECOVERED_PART * before);
+        assert!(
+            after.is_some(),
+            "MTU {mtu}: the rate was {before}, and does not recover"
+        );
+        if mtu < 1_500 {
+            nodes.wait_for_mtu(mtu as usize);
+        }
+    }
+    let answer = answer.wait(PATIENCE).unwrap();
+    assert_eq!(bytes_of(&answer), LONG_BODY_BYTES.to_le_bytes());
+    nodes.wait_for_mtu(1_500);
+    assert_eq!(nodes.connections(), connections);
+    assert!(nodes.hosts.too_large() > 0, "the router dropped nothing");
+    assert_eq!(nodes.near.count(Counter::MtuBlackHoles), 2);
+    assert_eq!(nodes.near.count(Counter::MtuDevice), 0);
+}
+
+/// Protects bodies from a route that changes (RFC 8899; RFC 1191).
+#[test]
+fn a_body_goes_on_when_the_mtu_shrinks_and_a_router_says_so() {
+    a_body_goes_on("a smaller MTU, told", false, false);
+}
+
+/// Protects bodies from a black hole: no message tells the sender.
+#[test]
+fn a_body_goes_on_when_the_mtu_shrinks_and_a_router_is_silent() {
+    a_body_goes_on("a black hole", false, true);
+}
+
+/// As above (RFC 8201).
+#[test]
+fn a_body_goes_on_when_the_mtu_shrinks_and_a_router_says_so_by_ipv6() {
+    a_body_goes_on("a smaller MTU, told, by IPv6", true, false);
+}
+
+/// As above.
+#[test]
+fn a_body_goes_on_when_the_mtu_shrinks_and_a_router_is_silent_by_ipv6() {
+    a_body_goes_on("a black hole by IPv6", true, true);
+}
+
+/// Protects the next body: an idle connection, whose packets are all small, notices a black hole by
+/// a padded probe. A body that comes before it does goes through as well.
+#[test]
+fn an_idle_connection_notices_that_its_mtu_shrank() {
+    for comes_at_once in [false, true] {
+        let Some(nodes) = Nodes::start("an idle black hole", false, true) else {
+            return;
+        };
+        let connections = nodes.connections();
+        nodes.hosts.set_mtu(1_300);
+        if !comes_at_once {
+            nodes.wait_for_mtu(1_300);
+        }
+        let body = request(LENGTH, Class::Bulk, nodes.near.body(BODY_BYTES));
+        let answer = nodes.near.transport.request(nodes.far.id(), body);
+        assert_eq!(
+            bytes_of(&answer.wait(PATIENCE).unwrap()),
+            BODY_BYTES.to_le_bytes()
+        );
+        nodes.wait_for_mtu(1_300);
+        nodes.near.wait_for_count(Counter::MtuBlackHoles, 1);
+        assert_eq!(nodes.near.count(Counter::MtuBlackHoles), 1);
+        assert_eq!(nodes.connections(), connections);
+    }
+}
+
+/// Protects packets of a size that the host's own device refuses: the kernel says so, and the node
+/// heeds it.
+#[test]
+fn a_device_whose_mtu_shrinks_is_followed() {
+    let Some([near, far]) = hosts("a device's MTU", 1_500) else {
+        return;
+    };
+    let keys = ordered_keys();
+    let addresses = [&near, &far].map(|host| SocketAddr::new(host.second4, 4_099));
+    let members = [0, 1].map(|index| (keys[index].clone(), addresses[index]));
+    let dialler = near.start(&keys[0], "0.0.0.0:4099", &members);
+    let listener = far.start(&keys[1], "0.0.0.0:4099", &members);
+    dialler.wait_for_peers(&[listener.id()]);
+    let is_large = |up: &[PeerStatus]| up.iter().any(|peer| peer.udp_payload_bytes == 1_452);
+    assert!(dialler.transport.status().wait(PATIENCE, is_large));
+    near.namespace.ip(&format!("link set {DEVICE} mtu 1400"));
+    let body = request(LENGTH, Class::Bulk, dialler.body(BODY_BYTES));
+    let answer = dialler.transport.request(listener.id(), body);
+    assert_eq!(
+        bytes_of(&answer.wait(PATIENCE).unwrap()),
+        BODY_BYTES.to_le_bytes()
+    );
+    dialler.wait_for_count(Counter::MtuDevice, 1);
+    assert_eq!(dialler.count(Counter::MtuBlackHoles), 0);
 }

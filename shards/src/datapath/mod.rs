@@ -1,9 +1,10 @@
 //! What a protocol plugs into a shard's loop.
 //!
 //! The loop calls, in each turn and in this order: `on_message` for each waiting message,
-//! `on_datagrams` for each receive completion, `on_timeout` if the deadline has passed; then it
-//! runs the local tasks that these woke, then calls `transmit`, then submits everything once. A
-//! request that comes in is answered in the same turn.
+//! `on_refused` for trains that were too large, `on_datagrams` for each receive completion,
+//! `on_timeout` if the deadline has passed; then it runs the local tasks that these woke, then
+//! calls `transmit`, then submits everything once. A request that comes in is answered in the same
+//! turn.
 //!
 //! Nothing here knows the ring: [`Datagrams`] are bytes in memory, and [`Trains`] are built in
 //! memory that a [`TrainBuffer`] lends. A test drives a datapath over a `Vec`.
@@ -18,10 +19,21 @@
 mod datagrams;
 mod trains;
 
+use std::net::SocketAddr;
 use std::time::Instant;
 
 pub use datagrams::Datagrams;
 pub use trains::{SEGMENTS_MAX, Slot, TRAIN_BYTES_MAX, Train, TrainBuffer, Trains};
+
+/// A train that the kernel refused, as its packets are larger than the device's MTU (`EMSGSIZE`,
+/// udp(7)). Nothing of it was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Refused {
+    /// The peer that it was for.
+    pub to: SocketAddr,
+    /// Bytes of its first packet, the largest one.
+    pub packet_bytes: usize,
+}
 
 /// A protocol on a shard.
 ///
@@ -35,6 +47,10 @@ pub trait Datapath: 'static {
 
     /// One receive completion: datagrams from one peer to one socket, to be decrypted in place.
     fn on_datagrams(&mut self, datagrams: Datagrams<'_>, now: Instant);
+
+    /// The kernel refused a train as too large. Of many at once, some are not told; all are counted
+    /// as errors of sending.
+    fn on_refused(&mut self, _refused: &Refused, _now: Instant) {}
 
     /// Puts what is to be sent into trains.
     fn transmit(&mut self, trains: &mut Trains<'_>, now: Instant) -> Transmit;

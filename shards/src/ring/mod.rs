@@ -48,7 +48,7 @@ use std::time::{Duration, Instant};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use crate::config::ShardConfig;
-use crate::datapath::{Datagrams, Slot, Train, TrainBuffer, Trains};
+use crate::datapath::{Datagrams, Refused, Slot, Train, TrainBuffer, Trains};
 use crate::park::{self, Parker};
 use crate::socket::{ShardSocket, SocketId};
 use crate::stats::ShardStats;
@@ -280,6 +280,11 @@ impl Ring {
         }
         rx.give_back(received.slot);
         true
+    }
+
+    /// A train that the kernel refused as too large, once.
+    pub(crate) fn take_refused(&mut self) -> Option<Refused> {
+        self.tx.take_refused()
     }
 
     /// Lets `build` fill trains within this turn's budget, and queues them for the next submit.

@@ -14,13 +14,14 @@
 //! 4. Free slots are reused last in, first out, so that a quiet shard stays on one cached slot.
 
 use std::io;
+use std::net::SocketAddr;
 
 use io_uring::{cqueue, opcode, squeue, types};
 
 use super::token;
 use crate::buf::Mapping;
 use crate::config::{ShardConfig, TX_SLOT_BYTES};
-use crate::datapath::{Slot, Train};
+use crate::datapath::{Refused, Slot, Train};
 use crate::socket::{ShardSocket, SocketId};
 use crate::stats::ShardStats;
 use crate::sys::{self, AddrBytes};
@@ -33,6 +34,9 @@ const REPORT_USAGE: u16 = 1 << 3;
 const USAGE_COPIED: u32 = 1 << 31;
 /// `struct cmsghdr`: a length of a word, level, type.
 const CMSG_HEADER_BYTES: usize = 16;
+/// Refused trains that may wait to be told. A device whose MTU shrank refuses many in a turn. What
+/// is not told is refused again, or missed by the protocol.
+const REFUSED_MAX: usize = 16;
 /// Room for two control messages: the segment size, of 24 bytes with header and padding, and the
 /// source, `struct in6_pktinfo`, of 40.
 const CONTROL_BYTES: usize = 64;
@@ -44,8 +48,10 @@ struct Record {
     iov: libc::iovec,
     control: Control,
     addr: AddrBytes,
+    to: SocketAddr,
     slot: u16,
     segments: u16,
+    segment_bytes: u16,
     socket: SocketId,
     zero_copy: bool,
 }
@@ -109,6 +115,8 @@ pub(super) struct UdpTx {
     left: u16,
     /// By the index of their socket.
     devices: Vec<Device>,
+    /// Trains that the kernel refused as too large, not told yet.
+    refused: Vec<Refused>,
 }
 
 impl UdpTx {
@@ -145,6 +153,7 @@ impl UdpTx {
             per_turn: config.tx_slots_per_turn.max(1),
             left: 0,
             devices: sockets.iter().map(device).collect(),
+            refused: Vec::with_capacity(REFUSED_MAX),
         };
         tx.add_slots(count);
         Ok(tx)
@@ -283,6 +292,12 @@ impl UdpTx {
             if result == -libc::EIO && record.segments > 1 {
                 device.gso = false;
             }
+            if result == -libc::EMSGSIZE && self.refused.len() < REFUSED_MAX {
+                self.refused.push(Refused {
+                    to: record.to,
+                    packet_bytes: usize::from(record.segment_bytes),
+                });
+            }
         }
         // A send without copy completes twice; its bytes are the kernel's until the second.
         if !cqueue::more(flags) {
@@ -290,6 +305,11 @@ impl UdpTx {
             self.free_records.push(index as u32);
             self.release(slot);
         }
+    }
+
+    /// A train that the kernel refused as too large, once.
+    pub(super) fn take_refused(&mut self) -> Option<Refused> {
+        self.refused.pop()
     }
 
     fn release(&mut self, slot: u16) {
@@ -335,8 +355,10 @@ impl Record {
             },
             control: Control::EMPTY,
             addr: AddrBytes::default(),
+            to: sys::NO_ADDR,
             slot: 0,
             segments: 0,
+            segment_bytes: 0,
             socket: SocketId::FIRST,
             zero_copy: false,
         }
@@ -346,6 +368,9 @@ impl Record {
     fn fill(&mut self, start: *mut u8, train: &Train, by_ipv6: bool) -> *const libc::msghdr {
         self.slot = train.slot;
         self.segments = train.segments;
+        // At most 65,507: a train's length.
+        self.segment_bytes = train.segment_bytes as u16;
+        self.to = train.to;
         self.socket = train.socket;
         let (addr, addr_bytes) = sys::encode_addr(train.to);
         self.addr = addr;
@@ -359,8 +384,7 @@ impl Record {
         self.header.msg_iovlen = 1;
         self.control.len_bytes = 0;
         if train.segments > 1 {
-            // At most 65,507: a train's length.
-            let bytes = (train.segment_bytes as u16).to_ne_bytes();
+            let bytes = self.segment_bytes.to_ne_bytes();
             self.control.push(libc::SOL_UDP, libc::UDP_SEGMENT, &bytes);
         }
         if let Some(source) = train.source {

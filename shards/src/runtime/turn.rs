@@ -76,6 +76,10 @@ impl<D: Datapath> Shard<D> {
             // 2. Completions. The submit that ended the turn before ran what was deferred, so a
             //    busy shard finds some here without entering the kernel.
             worked |= self.ring.reap() || (self.ring.poll() && self.ring.reap());
+            while let Some(refused) = self.ring.take_refused() {
+                self.datapath.on_refused(&refused, state.now);
+                worked = true;
+            }
 
             // 3. Datagrams, up to a budget.
             worked |= self.take_datagrams(state.now);

@@ -82,7 +82,7 @@ fn unknown_is_refused() {
 
 #[test]
 fn sizes_are_checked_by_carriage_and_kind() {
-    use Carriage::{Lane, Stream};
+    use Carriage::{Datagram, Lane, Stream};
     let limits = Limits::default();
     let check = |kind, body_bytes, carriage| {
         let header = Header {
@@ -117,6 +117,9 @@ fn sizes_are_checked_by_carriage_and_kind() {
         (Kind::Hello, 15, Stream, Err("peer_misplaced_frame")),
         (Kind::Probe, 0, Lane, Ok(())),
         (Kind::Probe, 1, Lane, Err("peer_body_too_long")),
+        (Kind::Probe, 16_383, Datagram, Ok(())),
+        (Kind::Probe, 16_384, Datagram, Err("peer_body_too_long")),
+        (Kind::ProbeReply, 1, Datagram, Err("peer_body_too_long")),
         (Kind::Cancel, 1, Lane, Err("peer_body_too_long")),
         (Kind::Cancel, 0, Stream, Err("peer_misplaced_frame")),
     ];

@@ -121,6 +121,7 @@ impl Endpoint {
         };
         connection.phase = Phase::Up;
         session.up(&connection.quic, number, now);
+        connection.mtu.start();
         let (peer, hello) = (session.peer(), session.negotiated());
         if let Some(hello) = hello {
             self.router.on_up(peer, number, &hello);

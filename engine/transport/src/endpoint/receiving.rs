@@ -11,6 +11,7 @@ use super::{Arrival, Endpoint};
 use crate::address::PeerAddress;
 use crate::counters::Counter;
 use crate::ids::IdBytes;
+use crate::mtu::PathMtu;
 use crate::phase::Phase;
 use crate::quic::CloseCode;
 
@@ -145,12 +146,15 @@ impl Endpoint {
                     let moved = connection.address.answered(repeated);
                     let counters = &self.parts.state.counters;
                     counters.add(Counter::Migrations, u64::from(moved));
+                } else if PathMtu::is_reply(repeated) {
+                    connection.mtu.on_reply(repeated, now);
                 } else {
                     session.on_probe_reply(repeated, now);
                 }
             }
-            // What quiche says of paths (their MTU) is in their statistics too.
+            // What quiche says of paths is in their statistics too.
             while connection.quic.path_event_next().is_some() {}
+            connection.report_mtu(&self.parts.state.counters);
             if received.fault.is_some() {
                 self.close(slot, CloseCode::Violation);
             }

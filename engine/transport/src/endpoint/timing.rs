@@ -39,6 +39,9 @@ impl Endpoint {
             .is_some_and(|at| at <= now)
         {
             connection.quic.on_timeout();
+            connection.follow_mtu(&self.parts.state.counters, now);
+        } else if connection.mtu.next_timeout().is_some_and(|at| at <= now) {
+            connection.follow_mtu(&self.parts.state.counters, now);
         }
         let mut close = match connection.phase.expired(now) {
             Some(Expired::Handshake) => {

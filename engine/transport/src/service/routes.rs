@@ -289,6 +289,7 @@ mod tests {
                 bulk: 0,
             },
             congestion_window_bytes: 0,
+            udp_payload_bytes: 1_200,
             packets_sent: 0,
             packets_lost: 0,
             bytes_sent: 0,

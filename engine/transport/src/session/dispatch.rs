@@ -106,7 +106,7 @@ impl Delivery<'_> {
             _ => Err("peer_datagram_length"),
         };
         match header {
-            Ok((header, body)) if header.check(Carriage::Lane, limits).is_ok() => {
+            Ok((header, body)) if header.check(Carriage::Datagram, limits).is_ok() => {
                 self.deliver(header, InboundBody::Slice(body));
             }
             Ok(_) => counters.count(Family::Rejected, "peer_datagram_kind"),

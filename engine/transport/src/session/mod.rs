@@ -340,8 +340,9 @@ impl Session {
 
     /// From time to time: takes up whether the path loses packets, and which streams of ours the
     /// peer stopped. quiche frees those, and says so, only when it is asked about them; it says so
-    /// once, so a lane or a message among them hears of it here.
-    pub fn housekeep<P: StreamPath>(&mut self, path: &mut P) {
+    /// once, so a lane or a message among them hears of it here. Whether packets were lost since
+    /// the last time.
+    pub fn housekeep<P: StreamPath>(&mut self, path: &mut P) -> bool {
         let lost = path.stats().lost;
         let is_lossy = std::mem::replace(&mut self.lost_seen, lost) < lost;
         let mut out = self.handle.out.borrow_mut();
@@ -356,6 +357,7 @@ impl Session {
         if has_stopped {
             self.handle.mark_dirty();
         }
+        is_lossy
     }
 
     /// Asks the peer for a sign of life. False when an answer cannot be expected within 400 ms.

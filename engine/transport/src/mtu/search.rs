@@ -1,0 +1,142 @@
+//! A search for the largest packets that a path carries, in rounds of probes.
+//!
+//! Four sizes at a time narrow a range to a quarter in one round trip, where a search by halves
+//! takes two, and the losses of a round are one event for congestion control.
+//!
+//! Invariants
+//! 1. A size is excluded by a round in which a smaller one was answered, or by the second of two in
+//!    which none was although other packets were acknowledged. One is not enough: its probes may
+//!    have left at the end of an outage.
+//! 2. A round with one size excludes nothing: a packet may be lost by chance.
+//! 3. A search for more than a path is known to carry ends with the first round of several sizes
+//!    that is not answered: losses cost the connection more than a few bytes in each packet.
+
+/// Probes of a round. Four, of evenly spaced sizes, find 1,352 between 1,200 and 1,452 in three
+/// rounds, and fit in a congestion window that losses have cut.
+pub(super) const ROUND_PROBES: usize = 4;
+
+/// The search ends when what is left to find is less: a hundredth of a packet.
+pub(super) const PRECISION_BYTES: usize = 16;
+
+/// Rounds in a row without an answer that exclude their sizes.
+const UNANSWERED_MAX: u32 = 2;
+
+/// A search.
+#[derive(Debug)]
+pub(super) struct Search {
+    /// The largest size that may pass.
+    high_bytes: usize,
+    /// The smallest size of this round that was lost.
+    lost_bytes: Option<usize>,
+    /// Whether this round has several sizes.
+    is_burst: bool,
+    /// Whether it ends with a round that is not answered.
+    is_raise: bool,
+    /// Whether a probe of this round was answered.
+    is_answered: bool,
+    /// What QUIC had counted as acknowledged when the round began.
+    acked_bytes: u64,
+    /// Rounds in a row in which nothing at all was acknowledged.
+    silent_rounds: u32,
+    /// Rounds in a row in which no probe was answered, and other packets were.
+    unanswered_rounds: u32,
+}
+
+impl Search {
+    /// A search that begins with `high_bytes` alone, and the sizes of its first round.
+    pub(super) fn up_to(high_bytes: usize, acked_bytes: u64) -> (Self, Vec<usize>) {
+        (Self::new(high_bytes, false, acked_bytes), vec![high_bytes])
+    }
+
+    /// The same, for more than the path is known to carry.
+    pub(super) fn raise(high_bytes: usize, acked_bytes: u64) -> (Self, Vec<usize>) {
+        let (search, due) = Self::up_to(high_bytes, acked_bytes);
+        let is_raise = true;
+        (Self { is_raise, ..search }, due)
+    }
+
+    /// A search that begins with several sizes above `low_bytes`, and these.
+    pub(super) fn among(
+        low_bytes: usize,
+        high_bytes: usize,
+        acked_bytes: u64,
+    ) -> (Self, Vec<usize>) {
+        let search = Self::new(high_bytes, true, acked_bytes);
+        (search, sizes(low_bytes, high_bytes))
+    }
+
+    fn new(high_bytes: usize, is_burst: bool, acked_bytes: u64) -> Self {
+        Self {
+            high_bytes,
+            lost_bytes: None,
+            is_burst,
+            is_raise: false,
+            is_answered: false,
+            acked_bytes,
+            silent_rounds: 0,
+            unanswered_rounds: 0,
+        }
+    }
+
+    /// Rounds in a row, up to now, in which nothing at all was acknowledged.
+    pub(super) fn silent_rounds(&self) -> u32 {
+        self.silent_rounds
+    }
+
+    /// A probe of this round was answered.
+    pub(super) fn on_answer(&mut self) {
+        self.is_answered = true;
+    }
+
+    /// A probe of this round was lost.
+    pub(super) fn on_loss(&mut self, bytes: usize) {
+        let least = self.lost_bytes.unwrap_or(bytes);
+        self.lost_bytes = Some(least.min(bytes));
+    }
+
+    /// The device does not carry packets of `bytes`.
+    pub(super) fn exclude(&mut self, bytes: usize) {
+        self.high_bytes = self.high_bytes.min(bytes.saturating_sub(1));
+    }
+
+    /// All probes of the round are answered or lost. The path carries `low_bytes`, and QUIC has
+    /// counted `acked_bytes`. The sizes of the next round, the largest last; `None` when little is
+    /// left to find.
+    pub(super) fn next_round(&mut self, low_bytes: usize, acked_bytes: u64) -> Option<Vec<usize>> {
+        let is_heard = self.is_answered || acked_bytes > self.acked_bytes;
+        let lost_bytes = self.lost_bytes.take();
+        if self.is_raise && self.is_burst && !self.is_answered && lost_bytes.is_some() {
+            return None;
+        }
+        if let Some(lost_bytes) = lost_bytes {
+            self.silent_rounds = if is_heard { 0 } else { self.silent_rounds + 1 };
+            if self.is_answered || !is_heard {
+                self.unanswered_rounds = 0;
+            } else {
+                self.unanswered_rounds += u32::from(self.is_burst);
+            }
+            let is_certain = self.is_answered || self.unanswered_rounds >= UNANSWERED_MAX;
+            if self.is_burst && is_certain {
+                self.unanswered_rounds = 0;
+                self.exclude(lost_bytes);
+            }
+        }
+        self.is_burst = true;
+        self.is_answered = false;
+        self.acked_bytes = acked_bytes;
+        let is_over = self.high_bytes < low_bytes + PRECISION_BYTES;
+        (!is_over).then(|| sizes(low_bytes, self.high_bytes))
+    }
+}
+
+/// The sizes of a round above `low_bytes`, up to `high_bytes`: the largest last, which is sent
+/// first.
+fn sizes(low_bytes: usize, high_bytes: usize) -> Vec<usize> {
+    let span = high_bytes.saturating_sub(low_bytes);
+    let mut sizes: Vec<_> = (1..=ROUND_PROBES)
+        .map(|step| low_bytes + span * step / ROUND_PROBES)
+        .filter(|bytes| *bytes > low_bytes)
+        .collect();
+    sizes.dedup();
+    sizes
+}
