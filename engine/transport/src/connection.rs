@@ -265,6 +265,9 @@ impl Connection {
 
     /// How long the last bytes and their repeats may take.
     pub(crate) fn linger(&self) -> Duration {
-        session::linger(&self.quic)
+        match &self.session {
+            Some(session) => session.linger(&self.quic),
+            None => session::linger(&self.quic),
+        }
     }
 }

@@ -431,7 +431,7 @@ impl Datapath for Endpoint {
         for connection in self.connections.iter_mut().flatten() {
             if let Some(session) = &mut connection.session {
                 let is_lossy = session.housekeep(&mut connection.quic);
-                if matches!(connection.phase, Phase::Draining { .. })
+                if matches!(connection.phase, Phase::Draining { until: None, .. })
                     && let Some(until) = session.drains_until(&connection.quic, now)
                     && let Some(peers) = self.parts.peers.get_mut(connection.index)
                 {

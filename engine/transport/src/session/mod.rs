@@ -75,6 +75,8 @@ pub struct Session {
     received_seen: usize,
     /// Bytes of messages with streams of their own, in both directions, until the last look.
     moved_seen: u64,
+    /// A body came forward since the connection was replaced.
+    has_drained_bodies: bool,
 }
 
 impl Session {
@@ -103,6 +105,7 @@ impl Session {
             lost_seen: 0,
             received_seen: 0,
             moved_seen: 0,
+            has_drained_bodies: false,
         }
     }
 
@@ -186,9 +189,20 @@ impl Session {
         self.handle.close();
     }
 
-    /// Whether nothing of ours is on its way, and no request waits on either side.
+    /// Whether nothing of ours is on its way, no message of the peer has begun to arrive, and no
+    /// request waits on either side.
     pub fn is_idle(&self) -> bool {
-        self.handle.is_idle()
+        self.handle.is_idle() && self.inbox.unfinished() == 0
+    }
+
+    /// How long the last bytes and their repeats may take. Of a body that went over a connection
+    /// while it drained, the path may hold a window: an interval of progress.
+    pub fn linger<P: StreamPath>(&self, path: &P) -> Duration {
+        if self.has_drained_bodies {
+            progress_interval(self.config(), path.stats().rtt)
+        } else {
+            linger(path)
+        }
     }
 
     /// Until when the connection may go on after its replacement: for an interval of progress, if
@@ -200,6 +214,7 @@ impl Session {
         drop(out);
         let has_moved = std::mem::replace(&mut self.moved_seen, moved) < moved;
         let interval = progress_interval(self.config(), path.stats().rtt);
+        self.has_drained_bodies |= is_carrying && has_moved;
         (is_carrying && has_moved).then(|| now + interval)
     }
 

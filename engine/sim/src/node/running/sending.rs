@@ -34,7 +34,11 @@ impl Running {
         if matches!(connection.phase, Phase::Draining { .. })
             && connection.session.as_ref().is_none_or(Session::is_idle)
         {
-            connection.phase.linger(now + linger(&connection.quic));
+            let time = match &connection.session {
+                Some(session) => session.linger(&connection.quic),
+                None => linger(&connection.quic),
+            };
+            connection.phase.linger(now + time);
         }
         let mut is_more_waiting = false;
         if let Some(session) = &mut connection.session

@@ -84,7 +84,7 @@ impl Running {
     /// A replaced connection goes on while its messages come forward.
     pub(super) fn drain_on(&mut self, slot: usize) {
         if let Some(connection) = self.connections.get_mut(&slot)
-            && matches!(connection.phase, Phase::Draining { .. })
+            && matches!(connection.phase, Phase::Draining { until: None, .. })
             && let Some(session) = &mut connection.session
             && let Some(until) = session.drains_until(&connection.quic, self.now)
         {
