@@ -90,12 +90,14 @@ choice! {
 }
 
 choice! {
-    /// Congestion control of QUIC connections.
-    CongestionControl {
-        /// For a LAN.
-        Cubic = "cubic",
-        /// Paced, for long paths.
-        Bbr2 = "bbr2",
+    /// What connections are tuned for.
+    PathChoice {
+        /// For the RTT of each peer.
+        Auto = "auto",
+        /// For short paths.
+        Lan = "lan",
+        /// For long paths.
+        Wan = "wan",
     }
 }
 
@@ -294,16 +296,27 @@ pub struct TransportSection {
     pub drain_timeout: Period,
     /// Connections to each peer, spread over the shards.
     pub connections_per_peer: u64,
-    /// Congestion control.
-    pub congestion_control: CongestionControl,
+    /// What connections are tuned for.
+    pub path: PathChoice,
+    /// Peers whose connections are tuned for short paths, whatever `path` says.
+    pub lan_peers: Vec<String>,
+    /// Peers whose connections are tuned for long paths, whatever `path` says.
+    pub wan_peers: Vec<String>,
+    /// The longest round trip of a short path.
+    pub lan_rtt_max: Period,
     /// Initial congestion window, in packets.
     pub initial_window_packets: u64,
-    /// Round trip assumed before the first sample.
-    pub initial_rtt: Period,
-    /// Bytes that a peer may have in flight to this node, unread, on a connection.
-    pub connection_window_bytes: ByteSize,
-    /// Bytes that a peer may have in flight to this node, unread, on one stream.
-    pub stream_window_bytes: ByteSize,
+    /// Bytes that a peer may have in flight to this node, unread, on a connection over a short
+    /// path.
+    pub lan_connection_window_bytes: ByteSize,
+    /// Bytes that a peer may have in flight to this node, unread, on one stream over a short path.
+    pub lan_stream_window_bytes: ByteSize,
+    /// As `lan_connection_window_bytes`, over a long path.
+    pub wan_connection_window_bytes: ByteSize,
+    /// As `lan_stream_window_bytes`, over a long path.
+    pub wan_stream_window_bytes: ByteSize,
+    /// Packets of a hundred that may be lost on a long path before it counts as full.
+    pub wan_loss_percent: u64,
     /// Unidirectional streams a peer may have open to us.
     pub streams_max: u64,
     /// Long-lived streams of small messages for the normal class.
@@ -553,11 +566,16 @@ impl Default for TransportSection {
             redial_delay_max: Period::secs(10),
             drain_timeout: Period::secs(2),
             connections_per_peer: 1,
-            congestion_control: CongestionControl::Cubic,
+            path: PathChoice::Auto,
+            lan_peers: Vec::new(),
+            wan_peers: Vec::new(),
+            lan_rtt_max: Period::millis(5),
             initial_window_packets: 128,
-            initial_rtt: Period::millis(2),
-            connection_window_bytes: ByteSize::mib(4),
-            stream_window_bytes: ByteSize::mib(1),
+            lan_connection_window_bytes: ByteSize::mib(4),
+            lan_stream_window_bytes: ByteSize::mib(1),
+            wan_connection_window_bytes: ByteSize::mib(32),
+            wan_stream_window_bytes: ByteSize::mib(16),
+            wan_loss_percent: 5,
             streams_max: 1024,
             lanes: 4,
             lane_queue_latency_bytes: ByteSize::mib(1),

@@ -408,6 +408,7 @@ fn read(kind: Kind, value: &DeValue<'_>) -> Result<Value, Refusal> {
             })
         }
         (Kind::Names, DeValue::Array(list)) => names(list),
+        (Kind::Nodes, DeValue::Array(list)) => nodes(list),
         (Kind::Ports, DeValue::Array(list)) => ports(list),
         (Kind::Cores, DeValue::String(text)) if text == "auto" => Ok(Value::Cores(Cores::Auto)),
         (Kind::Cores, DeValue::Array(list)) => cores(list),
@@ -448,6 +449,39 @@ fn names(list: &[Spanned<DeValue<'_>>]) -> Result<Value, Refusal> {
         names.push(name.to_string());
     }
     bounded(names.len()).map(|()| Value::Names(names))
+}
+
+/// Longest list of nodes: more than the largest subnets have.
+const NODES_MAX: usize = 128;
+
+/// Characters of a node's id: 53 base32 digits in groups of five.
+const NODE_ID_CHARS: usize = 63;
+
+fn nodes(list: &[Spanned<DeValue<'_>>]) -> Result<Value, Refusal> {
+    let mut nodes: Vec<String> = Vec::new();
+    for item in list {
+        let DeValue::String(node) = item.get_ref() else {
+            return Err(Refusal::Type);
+        };
+        let is_digit = |byte: u8| matches!(byte, b'a'..=b'z' | b'2'..=b'7' | b'-');
+        if node.len() != NODE_ID_CHARS || !node.bytes().all(is_digit) {
+            return Err(Refusal::Value {
+                reason: format!("{node:?} is no node id of {NODE_ID_CHARS} characters"),
+                fix: "write it as `millrace status` shows it".into(),
+            });
+        }
+        if nodes.iter().any(|known| known.as_str() == node.as_ref()) {
+            return Err(twice(node));
+        }
+        nodes.push(node.to_string());
+    }
+    if nodes.len() > NODES_MAX {
+        return Err(Refusal::Value {
+            reason: format!("the list has {} nodes, more than {NODES_MAX}", nodes.len()),
+            fix: "set path to what most peers want, and list the others".into(),
+        });
+    }
+    Ok(Value::Names(nodes))
 }
 
 fn ports(list: &[Spanned<DeValue<'_>>]) -> Result<Value, Refusal> {

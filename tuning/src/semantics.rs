@@ -59,14 +59,38 @@ fn timing(config: &NodeConfig, found: &mut Found<'_>) {
 
 fn memory(config: &NodeConfig, found: &mut Found<'_>) {
     let transport = &config.transport;
-    if transport.stream_window_bytes > transport.connection_window_bytes {
+    let windows = [
+        (
+            "lan",
+            transport.lan_stream_window_bytes,
+            transport.lan_connection_window_bytes,
+        ),
+        (
+            "wan",
+            transport.wan_stream_window_bytes,
+            transport.wan_connection_window_bytes,
+        ),
+    ];
+    for (profile, stream, connection) in windows {
+        if stream > connection {
+            found.error(
+                &format!("transport.{profile}_stream_window_bytes"),
+                format!(
+                    "{profile}_stream_window_bytes {stream} is more than {profile}_connection_window_bytes {connection}: one stream can never use it"
+                ),
+                format!("lower it to \"{connection}\" or raise {profile}_connection_window_bytes"),
+            );
+        }
+    }
+    if let Some(both) = transport
+        .lan_peers
+        .iter()
+        .find(|peer| transport.wan_peers.contains(peer))
+    {
         found.error(
-            "transport.stream_window_bytes",
-            format!(
-                "stream_window_bytes {} is more than connection_window_bytes {}: one stream can never use it",
-                transport.stream_window_bytes, transport.connection_window_bytes
-            ),
-            format!("lower it to \"{}\" or raise connection_window_bytes", transport.connection_window_bytes),
+            "transport.wan_peers",
+            format!("{both} is in lan_peers too"),
+            "name it once".into(),
         );
     }
     if transport.handshakes_max >= transport.connections_max {

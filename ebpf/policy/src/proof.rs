@@ -47,6 +47,13 @@ pub fn make(
     id
 }
 
+/// The nonce of an ID that has the length of a proof. What it says holds once the proof does.
+pub fn nonce_of(id: &[u8]) -> Option<[u8; 6]> {
+    let id: &[u8; BYTES] = id.try_into().ok()?;
+    let [_, _, _, _, _, _, n0, n1, n2, n3, n4, n5, ..] = *id;
+    Some([n0, n1, n2, n3, n4, n5])
+}
+
 /// The tag of the node that made this ID for its first packet from `source`; none if it is no valid
 /// proof. `key_of` returns the key of a known node, `wall_ns` is the time since 1970 in
 /// nanoseconds.

@@ -427,6 +427,7 @@ impl NodeSite<'_> {
             versions: registry::versions(&identity.public_key(), config, source)?,
             identity,
             admin_socket: self.admin_socket.clone(),
+            paths_file: None,
             shards: Some(self.shards(&config.shards.defaults)),
             edge: None,
             services: Services::default(),

@@ -77,10 +77,11 @@ fn print(status: &Status) -> Result<(), Failure> {
     }
     for peer in &status.peers {
         output::data(format_args!(
-            "peer       {}  {}  connection {}  rtt {} us  sent {:.1} MiB  received {:.1} MiB",
+            "peer       {}  {}  connection {}  {} {} us  sent {:.1} MiB  received {:.1} MiB",
             peer.node_id,
             peer.address.as_deref().unwrap_or("-"),
             peer.connection,
+            peer.path,
             peer.rtt_us
                 .map_or_else(|| "-".to_owned(), |rtt| rtt.to_string()),
             mib(peer.bytes_sent),

@@ -57,7 +57,7 @@ fn has_code(output: &Output, code: i32) {
 fn check_reports_all_mistakes_of_a_config_at_once() {
     let config = Config::of(&format!(
         "[registry]\npublic_key = \"{KEY}\"\n\n[transport]\nkeep_alve = \"1s\"\nlanes = \"many\"\n\
-         idle_timeout = \"3 parsecs\"\nstreams_max = 3\nstream_window_bytes = \"64MiB\"\n"
+         idle_timeout = \"3 parsecs\"\nstreams_max = 3\nlan_stream_window_bytes = \"64MiB\"\n"
     ));
     let output = config.check(&["--no-environment"]);
     has_code(&output, 78);
@@ -74,7 +74,9 @@ fn check_reports_all_mistakes_of_a_config_at_once() {
             "{file}:7:16: idle_timeout: \"parsecs\" is not a unit (known: ns, us, ms, s, m, h); fix: "
         ),
         format!("{file}:8:15: streams_max = 3 is out of range (8 to 65536); fix: use 8, "),
-        format!("{file}:9:1: stream_window_bytes 64MiB is more than connection_window_bytes 4MiB"),
+        format!(
+            "{file}:9:1: lan_stream_window_bytes 64MiB is more than lan_connection_window_bytes 4MiB"
+        ),
     ] {
         assert!(report.contains(&line), "{line}\nnot in\n{report}");
     }

@@ -26,6 +26,7 @@ pub mod mapping;
 mod metrics;
 mod node;
 mod parts;
+mod path_memory;
 mod paths;
 mod payload;
 mod peers;

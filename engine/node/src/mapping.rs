@@ -1,9 +1,13 @@
 //! From the config's values to the structs of the crates that use them.
 
+use std::collections::BTreeMap;
+
 use millrace_protocol::frame::Limits;
+use millrace_protocol::id::{IdError, NodeId};
+use millrace_protocol::path::{PathConfig, PathProfile};
 use millrace_shards::config::{HugePages, ShardConfig};
 use millrace_shards::socket::UdpGroupConfig;
-use millrace_transport::config::{CongestionControl, PerClass, TransportConfig};
+use millrace_transport::config::{CongestionControl, PerClass, ProfileConfig, TransportConfig};
 use millrace_tuning::NodeConfig;
 use millrace_tuning::config::{self, ShardProfile};
 use millrace_tuning::units::{to_u16, to_u32, to_usize};
@@ -49,6 +53,30 @@ pub fn udp(config: &NodeConfig, shards: usize) -> UdpGroupConfig {
     }
 }
 
+/// The peers with a profile of their own.
+///
+/// # Errors
+/// The first text that is no node id, and why.
+pub fn peer_profiles(
+    config: &NodeConfig,
+) -> Result<BTreeMap<NodeId, PathProfile>, (String, IdError)> {
+    let transport = &config.transport;
+    let lan = transport
+        .lan_peers
+        .iter()
+        .map(|text| (text, PathProfile::Lan));
+    let wan = transport
+        .wan_peers
+        .iter()
+        .map(|text| (text, PathProfile::Wan));
+    lan.chain(wan)
+        .map(|(text, profile)| match text.parse() {
+            Ok(id) => Ok((id, profile)),
+            Err(error) => Err((text.clone(), error)),
+        })
+        .collect()
+}
+
 /// The transport's limits, windows and times.
 pub fn transport(config: &NodeConfig) -> TransportConfig {
     let from = &config.transport;
@@ -62,14 +90,32 @@ pub fn transport(config: &NodeConfig) -> TransportConfig {
         redial_delay_max: from.redial_delay_max.get(),
         drain_timeout: from.drain_timeout.get(),
         connections_per_peer: u8::try_from(from.connections_per_peer).unwrap_or(u8::MAX),
-        congestion_control: match from.congestion_control {
-            config::CongestionControl::Cubic => CongestionControl::Cubic,
-            config::CongestionControl::Bbr2 => CongestionControl::Bbr2,
+        paths: PathConfig {
+            profile: match from.path {
+                config::PathChoice::Auto => None,
+                config::PathChoice::Lan => Some(PathProfile::Lan),
+                config::PathChoice::Wan => Some(PathProfile::Wan),
+            },
+            // `NodeParts` has refused ids that are none.
+            peers: peer_profiles(config).unwrap_or_default(),
+            lan_rtt_max: from.lan_rtt_max.get(),
+            ..PathConfig::default()
         },
-        initial_window_packets: to_usize(from.initial_window_packets),
-        initial_rtt: from.initial_rtt.get(),
-        connection_window_bytes: from.connection_window_bytes.bytes(),
-        stream_window_bytes: from.stream_window_bytes.bytes(),
+        lan: ProfileConfig {
+            initial_window_packets: to_usize(from.initial_window_packets),
+            connection_window_bytes: from.lan_connection_window_bytes.bytes(),
+            stream_window_bytes: from.lan_stream_window_bytes.bytes(),
+            ..ProfileConfig::lan()
+        },
+        wan: ProfileConfig {
+            congestion_control: CongestionControl::Bbr2 {
+                loss_threshold: f32::from(to_u16(from.wan_loss_percent)) / 100.0,
+            },
+            initial_window_packets: to_usize(from.initial_window_packets),
+            connection_window_bytes: from.wan_connection_window_bytes.bytes(),
+            stream_window_bytes: from.wan_stream_window_bytes.bytes(),
+            ..ProfileConfig::wan()
+        },
         streams_max: from.streams_max,
         lanes: u8::try_from(from.lanes).unwrap_or(u8::MAX),
         lane_queue_bytes: PerClass {

@@ -2,8 +2,8 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use millrace_edge_control::EdgeAgent;
 use millrace_protocol::frame::{Class, Method};
@@ -24,6 +24,7 @@ use crate::admin::{self, AdminServer};
 use crate::core::Core;
 use crate::error::{NotConnected, NotReady, StartError, transport_failed};
 use crate::parts::NodeParts;
+use crate::path_memory::{self, PathThread};
 use crate::reference::Artifacts;
 use crate::reference::announced::Announced;
 use crate::reference::service::ArtifactService;
@@ -59,9 +60,17 @@ struct Inner {
     agent: Option<EdgeAgent>,
     admin: Option<AdminServer>,
     registry: Option<FollowThread>,
+    paths: Mutex<Option<PathThread>>,
 }
 
 impl Inner {
+    /// Takes up what the connections have measured: before they are gone. More than once does no
+    /// harm.
+    fn remember_paths(&self) {
+        let mut paths = self.paths.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(paths.take());
+    }
+
     fn apply_topology(&self) {
         if let Some(registry) = self
             .registry
@@ -84,7 +93,8 @@ impl fmt::Debug for Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // First: peers hear of the end, whatever the threads below wait for.
+        self.remember_paths();
+        // Now peers hear of the end, whatever the threads below wait for.
         self.core.transport.close();
         drop(self.admin.take());
         drop(self.agent.take());
@@ -116,12 +126,17 @@ impl Node {
             Some(edge) => (edge.start, Some(edge.report), Some(edge.loops)),
             None => Default::default(),
         };
+        let file = parts.paths_file;
+        let paths = file.as_deref().map_or_else(Default::default, |file| {
+            path_memory::read(file, SystemTime::now())
+        });
         let start = TransportStart {
             identity: parts.identity,
             config: mapping::transport(config),
             udp: mapping::udp(config, shards.len()),
             shards,
             topology,
+            paths: paths.clone().into_iter().collect(),
             edge,
         };
         let events = Events::default();
@@ -152,6 +167,7 @@ impl Node {
             agent: None,
             admin: None,
             registry: None,
+            paths: Mutex::default(),
         };
         let interval = config.registry.poll_interval.get();
         let (applies, versions) = (Arc::clone(&core), Arc::clone(&core.versions));
@@ -159,6 +175,11 @@ impl Node {
         let registry = FollowThread::start(versions, events, interval, apply)
             .map_err(|error| StartError::io("the registry thread", error))?;
         inner.registry = Some(registry);
+        let paths = file.map(|file| PathThread::start(file, paths, inner.core.transport.clone()));
+        let paths = paths
+            .transpose()
+            .map_err(|error| StartError::io("the thread of the paths", error))?;
+        inner.paths = Mutex::new(paths);
         let agent = loops.map(|loops| loops.start(Arc::clone(&core), config));
         inner.agent = agent.transpose()?;
         let admin = parts.admin_socket;
@@ -321,6 +342,7 @@ impl Node {
     /// the shards' threads have ended. The registry's, the admin socket's and the edge's end with
     /// the last handle. Not for a shard's thread.
     pub fn shutdown(&self) {
+        self.inner.remember_paths();
         self.transport().shutdown();
     }
 

@@ -12,6 +12,8 @@ use millrace_tuning::NodeConfig;
 
 use crate::edge::PreparedEdge;
 use crate::error::StartError;
+use crate::mapping;
+use crate::path_memory;
 use crate::paths::Paths;
 use crate::registry::{self, RegistrySource};
 use crate::services::Services;
@@ -25,6 +27,8 @@ pub struct NodeParts {
     pub versions: Versions,
     /// Unix socket of status, metrics and artifacts; none: no such socket, and no thread for it.
     pub admin_socket: Option<PathBuf>,
+    /// File of what the node remembers of the paths to its peers; none: it starts knowing nothing.
+    pub paths_file: Option<PathBuf>,
     /// One entry for each shard; none: as the config says, one for each of its cores.
     pub shards: Option<Vec<ShardConfig>>,
     /// The edge, as [`edge::prepare`](crate::edge::prepare) made it; none: caps and rates of the
@@ -67,6 +71,7 @@ impl NodeParts {
         };
         Ok(Self {
             admin_socket: Some(paths.admin_socket.clone()),
+            paths_file: Some(paths.state_dir.join(path_memory::FILE_NAME)),
             ..Self::with(config, identity, source)?
         })
     }
@@ -92,10 +97,17 @@ impl NodeParts {
         identity: SigningKey,
         source: RegistrySource,
     ) -> Result<Self, StartError> {
+        if let Err((text, error)) = mapping::peer_profiles(config) {
+            return Err(StartError::Config {
+                key: format!("transport.lan_peers or wan_peers: \"{text}\""),
+                reason: format!("is no node id: {error}"),
+            });
+        }
         Ok(Self {
             versions: registry::versions(&identity.public_key(), config, source)?,
             identity,
             admin_socket: None,
+            paths_file: None,
             shards: None,
             edge: None,
             services: Services::default(),

@@ -66,6 +66,10 @@ pub struct Peer {
     pub shard: usize,
     /// Smoothed round trip of the path, microseconds.
     pub rtt_us: Option<u64>,
+    /// What the connection is tuned for: `lan` or `wan`.
+    pub path: String,
+    /// The bandwidth of the path, as the node remembers it; absent while no body has filled it.
+    pub bandwidth_bytes_per_s: Option<u64>,
     /// Smoothed round trip of the health probes, microseconds.
     pub probe_rtt_us: Option<u64>,
     /// Congestion window, bytes.
@@ -194,6 +198,8 @@ fn peers(core: &Core) -> Vec<Peer> {
             address: peer.address.map(|address| address.to_string()),
             shard: peer.shard,
             rtt_us: peer.rtt.map(micros),
+            path: peer.profile.label().to_owned(),
+            bandwidth_bytes_per_s: peer.remembered.and_then(|path| path.bandwidth_bytes_per_s),
             probe_rtt_us: peer.probe_rtt.map(micros),
             congestion_window_bytes: peer.congestion_window_bytes,
             udp_payload_bytes: peer.udp_payload_bytes,

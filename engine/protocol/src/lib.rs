@@ -19,6 +19,7 @@ pub mod health;
 pub mod id;
 pub mod identity;
 pub mod pair;
+pub mod path;
 pub mod peers;
 pub mod registry;
 pub mod rng;

@@ -14,7 +14,9 @@
 //!    no connection and no attempt, a redial is scheduled.
 //! 5. Redials back off from `base` to `cap`; only a connection that was up for `stable_after`
 //!    resets that, so a peer that accepts and closes at once is not dialled in a loop.
-//! 6. A dial request can bring a dial forward and nothing else: see [`crate::dial_request`].
+//! 6. A connection is replaced while it is in use, on the shell's word, by one attempt: one that
+//!    fails leaves the connection as it is.
+//! 7. A dial request can bring a dial forward and nothing else: see [`crate::dial_request`].
 
 mod api;
 mod connection;
@@ -203,6 +205,14 @@ impl Peers {
     pub fn drains_on(&mut self, conn: ConnKey, until: Instant) {
         self.drain_on(conn, until);
         self.invariants();
+    }
+
+    /// The current connection is to be replaced: dials its peer again while it goes on. Nothing
+    /// happens where the peer dials, or where a dial is under way. Whether one began.
+    pub fn replace(&mut self, conn: ConnKey, now: Instant) -> bool {
+        let begun = self.dial_replacement(conn, now);
+        self.invariants();
+        begun
     }
 
     /// Does what is due at `now`.

@@ -17,7 +17,7 @@ use millrace_protocol::{
 use millrace_sim::memnet::LinkConfig;
 use millrace_sim::{Sim, SimConfig};
 use millrace_testkit::for_seeds;
-use millrace_transport::TransportConfig;
+use millrace_transport::{ProfileConfig, TransportConfig};
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -34,7 +34,10 @@ fn config(seed: u64) -> SimConfig {
         transport: TransportConfig {
             // As RFC 9002 begins: a first flight that is lost is repeated after a second, not after
             // the milliseconds of a LAN.
-            initial_rtt: 333 * MS,
+            lan: ProfileConfig {
+                initial_rtt: 333 * MS,
+                ..ProfileConfig::lan()
+            },
             // So that runs stay short: a pair that was cut off, or a connection that only one side
             // believes in, is down after this.
             idle_timeout: 3 * SECOND,

@@ -10,7 +10,7 @@ use millrace_protocol::frame::{Class, FailureCode, Method};
 use millrace_sim::SimConfig;
 use millrace_sim::memnet::LinkConfig;
 use millrace_transport::counters::Family;
-use millrace_transport::{Deadline, Messenger, Request, RpcError, TransportConfig};
+use millrace_transport::{Deadline, Messenger, ProfileConfig, Request, RpcError, TransportConfig};
 
 const SECOND: Duration = Duration::from_secs(1);
 /// Virtual: costs nothing.
@@ -22,7 +22,10 @@ fn testbed(link: LinkConfig, transport: TransportConfig) -> Testbed {
     Testbed::connected(SimConfig {
         link,
         transport: TransportConfig {
-            initial_rtt: 333 * MS,
+            lan: ProfileConfig {
+                initial_rtt: 333 * MS,
+                ..transport.lan
+            },
             ..transport
         },
         pool_bytes: 192 << 20,

@@ -53,7 +53,7 @@ mod tests {
 
     use super::*;
     use crate::buffers::Buffers;
-    use crate::config::TransportConfig;
+    use crate::config::{ProfileConfig, TransportConfig};
     use crate::counters::Counters;
     use crate::quic::quic_config;
     use crate::tls::{Credentials, Members, pin};
@@ -76,12 +76,15 @@ mod tests {
         let members = Members::new(Arc::new(Topology::from_members(members, 1)));
         let counters = Arc::new(Counters::default());
         let config = TransportConfig {
-            initial_rtt: Duration::from_millis(1),
+            lan: ProfileConfig {
+                initial_rtt: Duration::from_millis(1),
+                ..ProfileConfig::lan()
+            },
             ..TransportConfig::default()
         };
         let server = listener.server(&members, &counters).unwrap();
-        let [mut client, mut server] =
-            [dialler.client().unwrap(), server].map(|tls| quic_config(&config, tls).unwrap());
+        let [mut client, mut server] = [dialler.client().unwrap(), server]
+            .map(|tls| quic_config(&config, &config.lan, tls).unwrap());
         let (from, to) = (address(CLIENT), address(SERVER));
         let [first, second] = [[1; 16], [2; 16]];
         let (first, second) = (

@@ -9,16 +9,70 @@ use std::time::Duration;
 use millrace_protocol::body_deadline::BodyDeadlineConfig;
 use millrace_protocol::budget::BudgetConfig;
 use millrace_protocol::frame::{Class, Header, Limits};
+use millrace_protocol::path::{PathConfig, PathProfile};
 use millrace_protocol::rpc::RpcLimits;
 
-/// Congestion control of a path.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Congestion control of a connection.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum CongestionControl {
-    /// RFC 9438, unpaced in quiche: for a LAN, where windows bound what is in flight.
-    #[default]
+    /// RFC 9438, unpaced: for a LAN, where windows bound what is in flight.
     Cubic,
-    /// BBRv2, paced by its release times: for a WAN.
-    Bbr2,
+    /// BBRv2, paced by its release times: for a long path.
+    Bbr2 {
+        /// The part of a round's bytes that may be lost before BBR takes the path for full: above
+        /// the loss that the path has anyway.
+        loss_threshold: f32,
+    },
+}
+
+/// What quiche takes when a connection begins, and does not change after: one of these for each
+/// [`PathProfile`].
+#[derive(Clone, Debug)]
+pub struct ProfileConfig {
+    /// Congestion control.
+    pub congestion_control: CongestionControl,
+    /// Initial congestion window where the path is not known, packets.
+    pub initial_window_packets: usize,
+    /// RTT assumed before the first sample. BBR takes it for a sample: it must not be less than the
+    /// path's.
+    pub initial_rtt: Duration,
+    /// Flow-control window of a connection, bytes: what a peer may have in flight to us, unread.
+    pub connection_window_bytes: u64,
+    /// Flow-control window of one stream, bytes. On a LAN bytes in flight delay those that follow:
+    /// 1 MiB takes 0.6 ms at 14 Gbit/s; jumbo frames want at least 4 MiB. On a long path it bounds
+    /// the rate of a body: window divided by RTT.
+    pub stream_window_bytes: u64,
+}
+
+impl ProfileConfig {
+    /// Whether packets leave at release times.
+    pub fn is_paced(&self) -> bool {
+        matches!(self.congestion_control, CongestionControl::Bbr2 { .. })
+    }
+
+    /// For a LAN.
+    pub fn lan() -> Self {
+        Self {
+            congestion_control: CongestionControl::Cubic,
+            initial_window_packets: 128,
+            initial_rtt: Duration::from_millis(2),
+            connection_window_bytes: 4 << 20,
+            stream_window_bytes: 1 << 20,
+        }
+    }
+
+    /// For a long path.
+    pub fn wan() -> Self {
+        Self {
+            congestion_control: CongestionControl::Bbr2 {
+                loss_threshold: 0.05,
+            },
+            initial_window_packets: 128,
+            initial_rtt: Duration::from_secs(1),
+            connection_window_bytes: 32 << 20,
+            stream_window_bytes: 16 << 20,
+        }
+    }
 }
 
 /// One value for each traffic class.
@@ -67,7 +121,7 @@ pub(crate) struct AnswerBounds {
 /// [`INLINE_BYTES_MAX`]: crate::INLINE_BYTES_MAX
 pub(crate) const PEER_INLINE_BYTES_MAX: u64 = 1 << 20;
 
-/// Limits, windows and times of the transport. See each field; `Default` suits a LAN.
+/// Limits, windows and times of the transport. See each field.
 #[derive(Clone, Debug)]
 pub struct TransportConfig {
     /// Largest UDP payload sent, bytes (1,200..=16,383). 1,452 fits an Ethernet MTU of 1,500 with
@@ -91,18 +145,12 @@ pub struct TransportConfig {
     pub drain_timeout: Duration,
     /// Connections to each peer, spread over the shards (1..=8).
     pub connections_per_peer: u8,
-    /// Congestion control.
-    pub congestion_control: CongestionControl,
-    /// Initial congestion window, packets.
-    pub initial_window_packets: usize,
-    /// RTT assumed before the first sample.
-    pub initial_rtt: Duration,
-    /// Flow-control window of a connection, bytes: what a peer may have in flight to us, unread.
-    pub connection_window_bytes: u64,
-    /// Flow-control window of one stream, bytes. Bytes in flight delay those that follow: 1 MiB
-    /// takes 0.6 ms at 14 Gbit/s. Jumbo frames and long paths want more: bandwidth times RTT, at
-    /// least 4 MiB with payloads of 8,972 bytes on a LAN.
-    pub stream_window_bytes: u64,
+    /// Which connections get which profile.
+    pub paths: PathConfig,
+    /// The profile of short paths.
+    pub lan: ProfileConfig,
+    /// The profile of long and of unknown paths.
+    pub wan: ProfileConfig,
     /// Unidirectional streams that a peer may have open to us.
     pub streams_max: u64,
     /// Lanes (long-lived streams of small frames) for the normal class.
@@ -168,11 +216,9 @@ impl Default for TransportConfig {
             redial_delay_max: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(2),
             connections_per_peer: 1,
-            congestion_control: CongestionControl::Cubic,
-            initial_window_packets: 128,
-            initial_rtt: Duration::from_millis(2),
-            connection_window_bytes: 4 << 20,
-            stream_window_bytes: 1 << 20,
+            paths: PathConfig::default(),
+            lan: ProfileConfig::lan(),
+            wan: ProfileConfig::wan(),
             streams_max: 1_024,
             lanes: 4,
             lane_queue_bytes: PerClass {
@@ -214,6 +260,20 @@ impl Default for TransportConfig {
 }
 
 impl TransportConfig {
+    /// The settings of a profile.
+    pub fn profile(&self, profile: PathProfile) -> &ProfileConfig {
+        match profile {
+            PathProfile::Lan => &self.lan,
+            PathProfile::Wan => &self.wan,
+        }
+    }
+
+    /// The longer of the two profiles' connection windows.
+    fn connection_window_bytes_max(&self) -> u64 {
+        let (lan, wan) = (&self.lan, &self.wan);
+        lan.connection_window_bytes.max(wan.connection_window_bytes)
+    }
+
     /// Bytes that lanes of class latency and of class normal take beyond their bound: the frame
     /// that goes over it, and for refusals and cancellations alone a header for each request that
     /// may be in flight, in either direction. So a full queue never keeps a refusal from the peer
@@ -282,7 +342,7 @@ impl TransportConfig {
         let headroom: usize = self.lane_headroom_bytes().into_iter().sum();
         (queues + headroom) as u64
             + self.answer_queue_bytes
-            + self.connection_window_bytes
+            + self.connection_window_bytes_max()
             + PEER_INLINE_BYTES_MAX
     }
 }

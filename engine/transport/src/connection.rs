@@ -8,6 +8,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use millrace_protocol::path::{PathProfile, PathSample};
 use millrace_protocol::peers::{Attempt, ConnKey};
 use millrace_protocol::timer::TimerId;
 use millrace_shards::datapath::Trains;
@@ -21,6 +22,7 @@ use crate::config::TransportConfig;
 use crate::counters::{Counter, Counters};
 use crate::ids::{IdBytes, LiveIds};
 use crate::mtu::PathMtu;
+use crate::pacing::Pacing;
 use crate::phase::Phase;
 use crate::quic::CloseCode;
 use crate::session::{self, Session};
@@ -74,6 +76,12 @@ pub(crate) struct Connection {
     pub(crate) attempt: Option<Attempt>,
     /// Which of the connections of a pair of nodes this is.
     pub(crate) index: usize,
+    /// When it began, or was last to be replaced.
+    pub(crate) since: Instant,
+    /// What it is tuned for.
+    pub(crate) profile: PathProfile,
+    /// When its packets leave, where the profile paces.
+    pub(crate) pacing: Option<Pacing>,
     /// Bytes received since the last time that something was sent, and when the first of them came.
     pub(crate) unacked_bytes: usize,
     unacked_since: Option<Instant>,
@@ -117,6 +125,9 @@ impl Connection {
             connection_permit: None,
             attempt: None,
             index: 0,
+            since: now,
+            profile: PathProfile::Lan,
+            pacing: None,
             unacked_bytes: 0,
             unacked_since: None,
             must_send: true,
@@ -131,6 +142,13 @@ impl Connection {
             mtu: PathMtu::new(config.udp_payload_bytes_max, config.discover_mtu, now),
             packet_number_bytes: 1,
         }
+    }
+
+    /// The profile that its quiche was configured for.
+    pub(crate) fn tuned_for(mut self, profile: PathProfile, config: &TransportConfig) -> Self {
+        self.profile = profile;
+        self.pacing = config.profile(profile).is_paced().then(Pacing::default);
+        self
     }
 
     /// Closes the connection; the peer hears `code`.
@@ -154,7 +172,8 @@ impl Connection {
             return false;
         };
         let in_body = session.take_in_body();
-        let together = config.stream_window_bytes / ACK_WINDOW_PART;
+        let window_bytes = config.profile(self.profile).stream_window_bytes;
+        let together = window_bytes / ACK_WINDOW_PART;
         if self.phase != Phase::Up
             || self.must_send
             || !in_body
@@ -173,6 +192,7 @@ impl Connection {
         trains: &mut Trains<'_>,
         config: &TransportConfig,
         counters: &Counters,
+        now: Instant,
     ) -> Sent {
         self.unacked_bytes = 0;
         self.unacked_since = None;
@@ -180,6 +200,25 @@ impl Connection {
         let mut more = Sent::All;
         let mut in_short_trains = false;
         let mut failed = false;
+        let mut is_drained = false;
+        let (to, allowed_bytes) = self.address.target();
+        trains.set_source(self.source);
+        let (mut packets, mut sent_bytes) = (0, 0);
+        if let (Some(pacing), Some(session)) = (&mut self.pacing, &self.session)
+            && self.phase != Phase::Closing
+            && !session.has_nothing_to_send()
+            && pacing.marks_idleness(now)
+        {
+            // The mark must be in a packet without data, before the data: see `pacing`.
+            if self.quic.send_ack_eliciting().is_ok()
+                && let Some(buffer) = trains.packet(self.mtu.bytes())
+                && let Ok((len, _)) = self.quic.send(buffer)
+            {
+                trains.push(len, to);
+                packets += 1;
+                sent_bytes += len;
+            }
+        }
         if let Some(session) = &mut self.session
             && self.phase != Phase::Closing
         {
@@ -191,9 +230,6 @@ impl Connection {
                 more = Sent::Budget;
             }
         }
-        let (to, allowed_bytes) = self.address.target();
-        trains.set_source(self.source);
-        let (mut packets, mut sent_bytes) = (0, 0);
         let mut out = self
             .session
             .as_ref()
@@ -205,6 +241,12 @@ impl Connection {
             // Goes on when more has come from that address.
             if sent_bytes >= allowed_bytes {
                 break Sent::All;
+            }
+            if let Some(pacing) = &mut self.pacing
+                && self.phase != Phase::Closing
+                && !pacing.may_send(release_time(&self.quic, now), now)
+            {
+                break more;
             }
             let Some(buffer) = trains.packet(self.mtu.bytes()) else {
                 break Sent::NoSlot;
@@ -226,7 +268,10 @@ impl Connection {
                         trains.finish();
                     }
                 }
-                Err(quiche::Error::Done) => break more,
+                Err(quiche::Error::Done) => {
+                    is_drained = more == Sent::All;
+                    break more;
+                }
                 Err(_) => {
                     failed = true;
                     break Sent::All;
@@ -234,6 +279,9 @@ impl Connection {
             }
         };
         drop(out);
+        if let (Some(pacing), Some(session)) = (&mut self.pacing, &self.session) {
+            pacing.sent(is_drained && session.has_nothing_to_send());
+        }
         self.address.sent(sent_bytes);
         if failed {
             self.close(CloseCode::Violation);
@@ -252,10 +300,21 @@ impl Connection {
             session,
             acknowledge,
             self.mtu.next_timeout(),
+            self.pacing.as_ref().and_then(Pacing::next_timeout),
         ]
         .into_iter()
         .flatten()
         .min()
+    }
+
+    /// What the last housekeeping measured of the path.
+    pub(crate) fn path_sample(&self) -> Option<PathSample> {
+        let path = self.path()?;
+        Some(PathSample {
+            rtt: path.min_rtt?,
+            bandwidth_bytes_per_s: path.max_bandwidth,
+            has_filled: path.startup_exit.is_some(),
+        })
     }
 
     /// The path that is in use; others are where the peer was before.
@@ -270,4 +329,9 @@ impl Connection {
             None => session::linger(&self.quic),
         }
     }
+}
+
+/// When the next packet is to leave, if that is not now.
+fn release_time(quic: &QuicConnection, now: Instant) -> Option<Instant> {
+    quic.get_next_release_time()?.time(now)
 }

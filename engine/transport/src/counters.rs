@@ -93,6 +93,8 @@ counters! {
     MtuBlackHoles = "millrace_transport_mtu_reductions" { "cause" = "black_hole" },
     /// Devices that began to refuse packets of the size in use, for each connection.
     MtuDevice = "millrace_transport_mtu_reductions" { "cause" = "device" },
+    /// Connections that were dialled again because the path was another than they were tuned for.
+    PathsReplaced = "millrace_transport_paths_replaced",
     /// Requests that a peer took back before they were answered.
     RequestsCancelled = "millrace_transport_requests_cancelled",
     /// Answers to requests that were no longer waited for.

@@ -12,6 +12,7 @@
 mod decisions;
 mod established;
 mod opening;
+mod paths;
 mod receiving;
 mod routing;
 mod timing;
@@ -25,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use millrace_edge_policy::cid::SLOTS_MAX;
 use millrace_protocol::id::NodeId;
+use millrace_protocol::path::PathMemory;
 use millrace_protocol::peers::{ConnKey, Peers};
 use millrace_protocol::timer::{TimerId, Wheel};
 use millrace_protocol::topology::Topology;
@@ -37,7 +39,7 @@ use crate::connection::{Connection, EXCHANGE_PACKETS, Sent};
 use crate::counters::{Counter, Counters};
 use crate::pair_keys::DialKeys;
 use crate::phase::Phase;
-use crate::quic::CloseCode;
+use crate::quic::{CloseCode, QuicConfigs};
 use crate::random::random_bytes;
 use crate::service::command::Command;
 use crate::service::handle::ShardState;
@@ -85,8 +87,10 @@ pub(crate) struct EndpointParts {
     /// What hellos say; the node raises it.
     pub(crate) registry_version: Arc<AtomicU64>,
     pub(crate) generation: u8,
-    pub(crate) server: quiche::Config,
-    pub(crate) client: quiche::Config,
+    pub(crate) server: QuicConfigs,
+    pub(crate) client: QuicConfigs,
+    /// What is known of the paths to this shard's peers.
+    pub(crate) paths: PathMemory,
     pub(crate) members: Members,
     /// One machine for each connection of a pair of nodes, by index.
     pub(crate) peers: Vec<Peers>,
@@ -196,6 +200,11 @@ impl Endpoint {
         for peers in &mut self.parts.peers {
             peers.set_topology(Arc::clone(&topology), now);
         }
+        let is_member = |peer: &NodeId| topology.member(peer).is_some();
+        // A node that has no registry version yet knows no members.
+        if topology.iter().next().is_some() {
+            self.parts.paths.retain(is_member);
+        }
         self.topology = topology;
         self.run_actions(now);
     }
@@ -271,8 +280,8 @@ impl Endpoint {
             connection.phase.linger(now + connection.linger());
         }
         connection.send_mtu_probes(trains, &self.parts.state.counters, now);
-        let sent =
-            connection.transmit(trains, &self.parts.state.config, &self.parts.state.counters);
+        let (config, counters) = (&self.parts.state.config, &self.parts.state.counters);
+        let sent = connection.transmit(trains, config, counters, now);
         // The kernel steers a train by the connection ID of its first packet: trains do not mix
         // connections.
         trains.finish();
@@ -306,6 +315,8 @@ impl Endpoint {
                 node_id: session.peer(),
                 connection: session.number(),
                 address: Some(connection.address.current()),
+                profile: connection.profile,
+                remembered: self.parts.paths.get(&session.peer()),
                 rtt: path.as_ref().map(|p| p.rtt),
                 probe_rtt: session.probe_rtt().map(|rtt| rtt.smoothed),
                 queued_bytes: session.queued_bytes(),
@@ -445,6 +456,7 @@ impl Datapath for Endpoint {
                 }
             }
         }
+        self.measure_paths(now);
         self.parts.bodies.settle();
         self.renew_all_ids(now);
         // An orderly stop that was under way.

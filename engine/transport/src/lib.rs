@@ -29,6 +29,7 @@ mod inbox;
 mod mtu;
 mod mtu_probe;
 mod outbox;
+mod pacing;
 mod pair_keys;
 mod path;
 mod phase;
@@ -46,8 +47,9 @@ mod transport;
 
 pub use admission::ConnectionCounts;
 pub use clock::Clock;
-pub use config::{CongestionControl, PerClass, TransportConfig};
+pub use config::{CongestionControl, PerClass, ProfileConfig, TransportConfig};
 pub use millrace_protocol::frame::Negotiated;
+pub use millrace_protocol::path::{PathConfig, PathProfile, RememberedPath};
 pub use millrace_protocol::rpc::RpcError;
 // What a service names, so that it needs no other crate.
 pub use millrace_shards::Queue;

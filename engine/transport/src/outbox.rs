@@ -183,6 +183,11 @@ impl Outbox {
         }
     }
 
+    /// The connection is paced: see [`StreamCarrier::set_paced`].
+    pub(crate) fn set_paced(&mut self) {
+        self.streams.set_paced();
+    }
+
     /// Whether the path lost packets lately.
     pub(crate) fn set_lossy(&mut self, lossy: bool) {
         self.lossy = lossy;

@@ -1,9 +1,11 @@
 //! quiche configured from [`TransportConfig`], and the error codes that we close connections with.
 
+use boring::ssl::SslContextBuilder;
 use millrace_protocol::frame::HelloError;
+use millrace_protocol::path::{PathProfile, RememberedPath, Resume};
 use millrace_protocol::peers::{CloseKind, CloseReason, Refusal};
 
-use crate::config::{CongestionControl, TransportConfig};
+use crate::config::{CongestionControl, ProfileConfig, TransportConfig};
 use crate::ids::ACTIVE_IDS;
 use crate::tls::{ALPN_NODE, TlsError};
 
@@ -95,10 +97,75 @@ impl CloseCode {
     }
 }
 
-/// QUIC settings of one side; `builder` carries its TLS.
+/// What quiche's BBR calls the shortest window, packets: enough for PROBE_RTT to end. Without it the
+/// initial window is the shortest (issue 2698 of quiche).
+const BBR_WINDOW_MIN_PACKETS: usize = 4;
+
+/// QUIC settings of one side: quiche takes them when a connection begins, so there is one set for
+/// each profile.
+pub(crate) struct QuicConfigs {
+    of: [quiche::Config; 2],
+}
+
+impl QuicConfigs {
+    /// `builder` makes the TLS of each set.
+    ///
+    /// # Errors
+    /// When BoringSSL refuses it.
+    pub(crate) fn new(
+        config: &TransportConfig,
+        mut builder: impl FnMut() -> Result<SslContextBuilder, TlsError>,
+    ) -> Result<Self, TlsError> {
+        let mut of = |profile| quic_config(config, config.profile(profile), builder()?);
+        Ok(Self {
+            of: [of(PathProfile::Lan)?, of(PathProfile::Wan)?],
+        })
+    }
+
+    /// The settings for a connection to a peer, of whose path this much is remembered.
+    pub(crate) fn of(
+        &mut self,
+        profile: PathProfile,
+        config: &TransportConfig,
+        remembered: Option<RememberedPath>,
+    ) -> &mut quiche::Config {
+        let quic = &mut self.of[profile.index()];
+        let config = config.profile(profile);
+        if let CongestionControl::Bbr2 { loss_threshold } = config.congestion_control {
+            let resume = remembered.map(|path| path.resume(config.connection_window_bytes));
+            resume_at(quic, config, loss_threshold, resume);
+        }
+        quic
+    }
+}
+
+/// Sets where BBR begins.
+fn resume_at(
+    quic: &mut quiche::Config,
+    config: &ProfileConfig,
+    loss_threshold: f32,
+    resume: Option<Resume>,
+) {
+    let start = resume.and_then(|resume| resume.start);
+    let window = start.map_or(0, |start| start.window_bytes / PACKET_BYTES);
+    let packets = usize::try_from(window).unwrap_or(usize::MAX);
+    quic.set_initial_congestion_window_packets(packets.max(config.initial_window_packets));
+    quic.set_initial_rtt(resume.map_or(config.initial_rtt, |resume| resume.initial_rtt));
+    quic.set_custom_bbr_params(quiche::BbrParams {
+        loss_threshold: Some(loss_threshold),
+        min_cwnd_packets: Some(BBR_WINDOW_MIN_PACKETS),
+        initial_pacing_rate_bytes_per_second: start.map(|start| start.pacing_bytes_per_s),
+        ..quiche::BbrParams::default()
+    });
+}
+
+/// What quiche counts a packet of the initial window as: the least that QUIC allows.
+const PACKET_BYTES: u64 = 1_200;
+
 pub(crate) fn quic_config(
     config: &TransportConfig,
-    builder: boring::ssl::SslContextBuilder,
+    profile: &ProfileConfig,
+    builder: SslContextBuilder,
 ) -> Result<quiche::Config, TlsError> {
     let mut quic = quiche::Config::with_boring_ssl_ctx_builder(quiche::PROTOCOL_VERSION, builder)?;
     // Never `verify_peer` from here on: it would replace the verify mode that the builder set.
@@ -110,17 +177,17 @@ pub(crate) fn quic_config(
     quic.set_max_send_udp_payload_size(config.udp_payload_bytes_max + PACKET_NUMBER_BYTES_MAX - 1);
     quic.discover_pmtu(false);
     quic.set_max_recv_udp_payload_size(65_527);
-    quic.set_initial_max_data(config.connection_window_bytes);
-    quic.set_max_connection_window(config.connection_window_bytes);
-    quic.set_initial_max_stream_data_uni(config.stream_window_bytes);
-    quic.set_max_stream_window(config.stream_window_bytes);
+    quic.set_initial_max_data(profile.connection_window_bytes);
+    quic.set_max_connection_window(profile.connection_window_bytes);
+    quic.set_initial_max_stream_data_uni(profile.stream_window_bytes);
+    quic.set_max_stream_window(profile.stream_window_bytes);
     quic.set_initial_max_streams_uni(config.streams_max);
     quic.set_initial_max_streams_bidi(0);
-    quic.set_initial_congestion_window_packets(config.initial_window_packets);
-    quic.set_initial_rtt(config.initial_rtt);
-    quic.set_cc_algorithm(match config.congestion_control {
+    quic.set_initial_congestion_window_packets(profile.initial_window_packets);
+    quic.set_initial_rtt(profile.initial_rtt);
+    quic.set_cc_algorithm(match profile.congestion_control {
         CongestionControl::Cubic => quiche::CongestionControlAlgorithm::CUBIC,
-        CongestionControl::Bbr2 => quiche::CongestionControlAlgorithm::Bbr2Gcongestion,
+        CongestionControl::Bbr2 { .. } => quiche::CongestionControlAlgorithm::Bbr2Gcongestion,
     });
     quic.enable_dgram(true, 256, 256);
     quic.set_active_connection_id_limit(ACTIVE_IDS);

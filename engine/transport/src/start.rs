@@ -8,7 +8,9 @@ use std::time::Instant;
 use millrace_edge_policy::admission::{Admission, AdmissionConfig};
 use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::settings::{Caps, Limits};
+use millrace_protocol::id::NodeId;
 use millrace_protocol::identity::SigningKey;
+use millrace_protocol::path::{PathMemory, RememberedPath};
 use millrace_protocol::peers::Peers;
 use millrace_protocol::topology::Topology;
 use millrace_shards::config::ShardConfig;
@@ -24,7 +26,7 @@ use crate::counters::Counters;
 use crate::driver::peers_config;
 use crate::endpoint::{Endpoint, EndpointParts};
 use crate::pair_keys::PairKeys;
-use crate::quic::quic_config;
+use crate::quic::QuicConfigs;
 use crate::random::random_bytes;
 use crate::service::handle::ShardState;
 use crate::service::router::{Router, RouterError};
@@ -48,6 +50,9 @@ pub struct TransportStart {
     pub udp: UdpGroupConfig,
     /// The members now.
     pub topology: Arc<Topology>,
+    /// What an earlier run of the node knew of the paths to its peers: it showed that in
+    /// [`PeerStatus::remembered`](crate::PeerStatus::remembered).
+    pub paths: Vec<(NodeId, RememberedPath)>,
     /// What the transport shares with the edge; `Default` for a node without one.
     pub edge: EdgeStart,
 }
@@ -118,6 +123,7 @@ impl Transport {
             shards,
             mut udp,
             topology,
+            paths,
             edge,
         } = start;
         let count = shards.len();
@@ -159,8 +165,9 @@ impl Transport {
         let mut tls = Vec::with_capacity(count);
         for counters in &counters {
             let members = Members::new(Arc::clone(&topology));
-            let server = quic_config(&config, credentials.server(&members, counters)?)?;
-            let client = quic_config(&config, credentials.client()?)?;
+            let server = || credentials.server(&members, counters);
+            let server = QuicConfigs::new(&config, server)?;
+            let client = QuicConfigs::new(&config, || credentials.client())?;
             tls.push((members, server, client));
         }
         let (mut senders, mut receivers) = (Vec::new(), Vec::new());
@@ -192,6 +199,8 @@ impl Transport {
                 (config.clone(), Arc::clone(&board), Arc::clone(&topology));
             let (services, routes) = (services.clone(), Arc::clone(&routes));
             let registry_version = Arc::clone(&registry_version);
+            // A shard asks for those of its own peers only, and drops the rest of the others'.
+            let paths = paths.clone();
             let (control, clock, dial_keys) =
                 (control.clone(), clock.clone(), Arc::clone(&dial_keys));
             let (stop_mode, refusal) = (Arc::clone(&stop_mode), Arc::clone(&refused));
@@ -208,6 +217,7 @@ impl Transport {
                     )
                 };
                 let peers = (0..connections_per_peer).map(machine).collect();
+                let paths = PathMemory::new(config.paths.clone(), paths);
                 let bodies = BodyAllocator::new(config.receive_budget(), context.pool.clone());
                 let state = Rc::new(ShardState::new(config, counters, now));
                 let of_shard = Arc::clone(&routes);
@@ -226,6 +236,7 @@ impl Transport {
                     generation,
                     server,
                     client,
+                    paths,
                     members,
                     peers,
                     bodies,

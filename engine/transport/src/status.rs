@@ -8,6 +8,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use millrace_protocol::id::{ConnectionNumber, NodeId};
+use millrace_protocol::path::{PathProfile, RememberedPath};
 
 use crate::config::PerClass;
 use crate::service::messenger::PathInfo;
@@ -21,6 +22,10 @@ pub struct PeerStatus {
     pub connection: ConnectionNumber,
     /// Where the peer is.
     pub address: Option<SocketAddr>,
+    /// What the connection is tuned for.
+    pub profile: PathProfile,
+    /// What the node remembers of the path, for the next connection.
+    pub remembered: Option<RememberedPath>,
     /// Smoothed RTT of the path, as QUIC measures it (RFC 9002, 5.3).
     pub rtt: Option<Duration>,
     /// Smoothed RTT of the health probes: it includes the delay of the peer's shard.

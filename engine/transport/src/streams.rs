@@ -8,8 +8,10 @@
 //! Invariants
 //! 1. At most `active_max` streams of a class are fed at a time, oldest first; the rest waits in
 //!    order.
-//! 2. A body of class bulk never takes all of the connection's send capacity: half of the rest, up
-//!    to [`RESERVE_BYTES`], is kept for lanes. Bodies of the other classes may take all of it.
+//! 2. Where nothing is paced, a body of class bulk never takes all of the connection's send capacity:
+//!    half of the rest, up to [`RESERVE_BYTES`], is kept for lanes. Bodies of the other classes may
+//!    take all of it. A paced connection keeps nothing: BBR takes capacity that is left unused for
+//!    want of data, and the next acknowledgement makes room for lanes, which are fed first.
 //! 3. Waiting plus active messages of a class never exceed its bound.
 //! 4. Bytes of answers, which a peer may ask for and not take, have bounds of their own
 //!    ([`AnswerBounds`]). An answer counts in full from when it is queued until the path has taken
@@ -181,6 +183,8 @@ pub(crate) struct StreamCarrier {
     queue_max: PerClass<usize>,
     answers: Answers,
     active_max: usize,
+    /// Send capacity that bodies of class bulk leave to lanes, bytes.
+    reserve_bytes: usize,
     next_stream: u64,
     opened: u64,
     /// Bytes that the path has taken.
@@ -225,12 +229,18 @@ impl StreamCarrier {
                 chunk_bytes: 0,
             },
             active_max,
+            reserve_bytes: RESERVE_BYTES,
             next_stream: first_stream,
             opened: 0,
             moved_bytes: 0,
             stopped: Vec::new(),
             prefetcher: Prefetcher::default(),
         }
+    }
+
+    /// The connection is paced: bodies leave no send capacity unused.
+    pub(crate) fn set_paced(&mut self) {
+        self.reserve_bytes = 0;
     }
 
     /// Asks the processor for the body bytes of packets to come. `packet_bytes` have just been
@@ -384,7 +394,12 @@ impl StreamCarrier {
     }
 
     /// Feeds one stream.
-    fn feed<P: StreamPath>(active: &mut Active, path: &mut P, prefetcher: &mut Prefetcher) -> Fed {
+    fn feed<P: StreamPath>(
+        active: &mut Active,
+        path: &mut P,
+        prefetcher: &mut Prefetcher,
+        reserve_bytes: usize,
+    ) -> Fed {
         loop {
             let capacity = match path.stream_capacity(active.stream) {
                 Ok(capacity) => capacity,
@@ -392,7 +407,7 @@ impl StreamCarrier {
                 Err(_) => return Fed::Done,
             };
             let reserve = if active.message.header.class == Class::Bulk {
-                RESERVE_BYTES.min(capacity / 2)
+                reserve_bytes.min(capacity / 2)
             } else {
                 0
             };
@@ -448,10 +463,11 @@ impl Carrier for StreamCarrier {
         let mut finished = false;
         let mut moved_bytes = 0;
         while at < self.active.len() {
+            let reserve_bytes = self.reserve_bytes;
             let active = &mut self.active[at];
             active.before_bytes += moved_bytes;
             let before = active.taken;
-            let fed = Self::feed(active, path, &mut self.prefetcher);
+            let fed = Self::feed(active, path, &mut self.prefetcher, reserve_bytes);
             moved_bytes += active.taken - before;
             if fed == Fed::Blocked {
                 at += 1;

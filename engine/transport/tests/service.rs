@@ -167,6 +167,7 @@ fn start(
             ..Default::default()
         },
         topology: Arc::clone(topology),
+        paths: Vec::new(),
         edge: EdgeStart::default(),
     }
 }

@@ -95,11 +95,11 @@ fn each_mistake_is_named_with_its_place_and_a_fix() {
             "use \"1200B\"",
         ),
         (
-            "[transport]\ncongestion_control = \"cubik\"\n",
+            "[transport]\npath = \"lann\"\n",
             K::BadValue,
-            "4:22",
-            "\"cubik\" is not one of",
-            "did you mean \"cubic\"?",
+            "4:8",
+            "\"lann\" is not one of",
+            "did you mean \"lan\"?",
         ),
         (
             "[listen]\naddress = \"localhost:1\"\n",
@@ -186,10 +186,10 @@ fn each_mistake_is_named_with_its_place_and_a_fix() {
             "raise redial_delay_max",
         ),
         (
-            "[transport]\nstream_window_bytes = \"32MiB\"\n",
+            "[transport]\nlan_stream_window_bytes = \"32MiB\"\n",
             K::Contradiction,
             "4:1",
-            "more than connection_window_bytes",
+            "more than lan_connection_window_bytes",
             "lower it to \"4MiB\"",
         ),
         (
@@ -249,7 +249,7 @@ fn a_section_that_is_no_table_is_the_wrong_type() {
 fn five_mistakes_are_five_problems() {
     let text = with_key(
         "[transport]\nkeep_alve = \"1s\"\nlanes = \"many\"\nidle_timeout = \"3 parsecs\"\nstreams_max = 3\n\
-         stream_window_bytes = \"64MiB\"\n",
+         lan_stream_window_bytes = \"64MiB\"\n",
     );
     let parsed = parse(&text);
     let kinds: Vec<_> = parsed

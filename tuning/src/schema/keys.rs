@@ -3,8 +3,8 @@
 use super::value::Setting;
 use super::{Field, Kind, Presence, SHARDS_NAME, Section};
 use crate::config::{
-    Choice as _, CongestionControl, CoreProfile, DefaultAction, EdgeMode, EdgeScope, HugePages,
-    Mtu, NodeConfig, XdpMode,
+    Choice as _, CoreProfile, DefaultAction, EdgeMode, EdgeScope, HugePages, Mtu, NodeConfig,
+    PathChoice, XdpMode,
 };
 use crate::units::{ByteSize, Period};
 
@@ -254,38 +254,73 @@ pub(super) static SECTIONS: &[Section] = &[
             ),
             field!(
                 NodeConfig,
-                "congestion_control",
-                transport.congestion_control,
-                Kind::Choice(CongestionControl::WORDS),
-                "Congestion control: \"cubic\" for a LAN, \"bbr2\" (paced) for long paths."
+                "path",
+                transport.path,
+                Kind::Choice(PathChoice::WORDS),
+                "What connections are tuned for: \"lan\" is CUBIC with small windows, \"wan\" is paced BBR with large ones, \"auto\" chooses for each peer by the round trip that is remembered of it. An unknown peer counts as far, and is dialled again when it turns out to be near."
+            ),
+            field!(
+                NodeConfig,
+                "lan_peers",
+                transport.lan_peers,
+                Kind::Nodes,
+                "Peers whose connections are tuned for short paths, whatever path says."
+            ),
+            field!(
+                NodeConfig,
+                "wan_peers",
+                transport.wan_peers,
+                Kind::Nodes,
+                "Peers whose connections are tuned for long paths, whatever path says."
+            ),
+            field!(
+                NodeConfig,
+                "lan_rtt_max",
+                transport.lan_rtt_max,
+                duration(Period::micros(100), Period::secs(1)),
+                "Longest round trip that \"auto\" counts as a short path."
             ),
             field!(
                 NodeConfig,
                 "initial_window_packets",
                 transport.initial_window_packets,
                 integer(2, 4096),
-                "Initial congestion window, in packets."
+                "Initial congestion window, in packets, where the bandwidth of the path is not remembered."
             ),
             field!(
                 NodeConfig,
-                "initial_rtt",
-                transport.initial_rtt,
-                duration(Period::micros(10), Period::secs(10)),
-                "Round trip assumed before the first sample."
-            ),
-            field!(
-                NodeConfig,
-                "connection_window_bytes",
-                transport.connection_window_bytes,
+                "lan_connection_window_bytes",
+                transport.lan_connection_window_bytes,
                 bytes(ByteSize::kib(64), ByteSize::gib(1)),
-                "Bytes that a peer may have in flight to this node, unread, on a connection. 4MiB suit a LAN, 8MiB jumbo frames; bandwidth times round trip a WAN."
+                "Bytes that a peer may have in flight to this node, unread, on a connection over a short path. 4MiB suit Ethernet, 8MiB jumbo frames."
             ),
             field!(
                 NodeConfig,
-                "stream_window_bytes",
-                transport.stream_window_bytes,
+                "lan_stream_window_bytes",
+                transport.lan_stream_window_bytes,
                 bytes(ByteSize::kib(64), ByteSize::gib(1)),
-                "Bytes that a peer may have in flight to this node, unread, on one stream; they delay later packets. 1MiB suits a LAN, 4MiB jumbo frames; bandwidth times round trip a WAN."
+                "Bytes that a peer may have in flight to this node, unread, on one stream over a short path; they delay later packets. 1MiB suits Ethernet, 4MiB jumbo frames."
+            ),
+            field!(
+                NodeConfig,
+                "wan_connection_window_bytes",
+                transport.wan_connection_window_bytes,
+                bytes(ByteSize::kib(64), ByteSize::gib(1)),
+                "As lan_connection_window_bytes, over a long path."
+            ),
+            field!(
+                NodeConfig,
+                "wan_stream_window_bytes",
+                transport.wan_stream_window_bytes,
+                bytes(ByteSize::kib(64), ByteSize::gib(1)),
+                "As lan_stream_window_bytes, over a long path: a body comes at most at this divided by the round trip. 16MiB are 895 Mbit/s at 150 ms."
+            ),
+            field!(
+                NodeConfig,
+                "wan_loss_percent",
+                transport.wan_loss_percent,
+                integer(1, 50),
+                "Packets of a hundred that a long path may lose before the node takes it for full and sends less. Above the loss that the path has by itself: 5 suits most, 20 a satellite. A higher value takes more from other traffic on a link that is full."
             ),
             field!(
                 NodeConfig,

@@ -53,6 +53,8 @@ pub enum Kind {
     Cores,
     /// A list of names.
     Names,
+    /// A list of node ids.
+    Nodes,
     /// A list of ports.
     Ports,
 }
@@ -153,6 +155,7 @@ impl Kind {
             Self::Choice(words) => format!("one of {}", quoted(words)),
             Self::Cores => "\"auto\" or a list of core numbers such as [0, 1]".into(),
             Self::Names => "a list of names such as [\"eth0\"]".into(),
+            Self::Nodes => "a list of node ids".into(),
             Self::Ports => "a list of ports such as [443, 8080]".into(),
         }
     }
@@ -182,6 +185,7 @@ impl Kind {
             Self::Choice(_) => "choice",
             Self::Cores => "cores",
             Self::Names => "list of names",
+            Self::Nodes => "list of node ids",
             Self::Ports => "list of ports",
         }
     }

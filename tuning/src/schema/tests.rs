@@ -14,7 +14,7 @@ fn sample(kind: Kind) -> Value {
             address: ([127, 0, 0, 1], 1).into(),
         }]),
         Kind::Cores => Value::Cores(crate::config::Cores::List(vec![3])),
-        Kind::Names => Value::Names(vec!["eth0".into()]),
+        Kind::Names | Kind::Nodes => Value::Names(vec!["eth0".into()]),
         Kind::Ports => Value::Ports(vec![443]),
     }
 }

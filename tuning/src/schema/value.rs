@@ -4,8 +4,7 @@ use std::fmt;
 use std::net::SocketAddr;
 
 use crate::config::{
-    Choice, CongestionControl, Cores, DefaultAction, EdgeMode, EdgeScope, HugePages, Mtu, Seed,
-    XdpMode,
+    Choice, Cores, DefaultAction, EdgeMode, EdgeScope, HugePages, Mtu, PathChoice, Seed, XdpMode,
 };
 use crate::units::{ByteSize, Period};
 
@@ -120,7 +119,7 @@ macro_rules! choice_setting {
 choice_setting!(
     HugePages,
     Mtu,
-    CongestionControl,
+    PathChoice,
     XdpMode,
     EdgeMode,
     EdgeScope,

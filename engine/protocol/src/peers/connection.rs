@@ -165,6 +165,10 @@ impl Peers {
         if stable {
             peer.backoff.reset();
         }
+        // What was to replace the connection goes on, and has a deadline.
+        if peer.dial.attempt().is_some() {
+            return;
+        }
         match kind {
             CloseKind::Clean | CloseKind::Reset if stable => self.dial(id, now),
             _ => self.wait(id, now),

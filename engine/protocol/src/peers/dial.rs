@@ -1,6 +1,6 @@
 //! When to dial, when to request a dial, and when to give up.
 
-use super::{Action, Attempt, CloseReason, Dial, NodeId, Peers, State, Timer};
+use super::{Action, Attempt, CloseReason, ConnKey, Dial, NodeId, Peers, State, Timer};
 use std::time::{Duration, Instant};
 
 /// Dial requests bring dials forward, but not to less than this after the last one.
@@ -45,10 +45,36 @@ impl Peers {
         self.set_peer_timer(id, now + self.config.connect_timeout);
     }
 
+    /// Dials the peer of the current connection `conn` while that goes on.
+    pub(super) fn dial_replacement(&mut self, conn: ConnKey, now: Instant) -> bool {
+        let Some(id) = self.peer_of(conn) else {
+            return false;
+        };
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return false;
+        };
+        let is_free =
+            peer.current == Some(conn) && peer.pending.is_none() && peer.dial == Dial::Idle;
+        if is_free {
+            // The address that was dialled last, not the one after it.
+            let addresses = peer.addresses.len();
+            peer.next_address = (peer.next_address + addresses - 1) % addresses;
+            self.dial(id, now);
+        }
+        is_free
+    }
+
     /// An attempt has failed.
     pub(super) fn redial_later(&mut self, id: NodeId, now: Instant) {
         self.counters.dials_failed += 1;
-        self.wait(id, now);
+        match self.peers.get_mut(&id) {
+            // It was to replace a connection that works.
+            Some(peer) if peer.current.is_some() => {
+                peer.dial = Dial::Idle;
+                self.stop_peer_timer(id);
+            }
+            _ => self.wait(id, now),
+        }
     }
 
     /// Dials after the backoff.

@@ -203,6 +203,45 @@ fn a_replaced_connection_drains_while_its_messages_come_forward() {
     }
 }
 
+// Protects a connection whose path turned out to be another than it was tuned for: it stays in use
+// until its replacement is up, one attempt is made at a time, and one that fails costs nothing.
+#[test]
+fn a_connection_is_replaced_while_it_is_in_use() {
+    let mut testbed = Testbed::new(0, 2);
+    let attempt = testbed.dial();
+    let first = testbed.up(1, 1, Direction::Outbound(attempt));
+    testbed.actions();
+    assert!(!testbed.peers.replace(ConnKey(9), testbed.now));
+    assert!(testbed.peers.replace(ConnKey(1), testbed.now));
+    assert!(!testbed.peers.replace(ConnKey(1), testbed.now));
+    let failed = testbed.dial();
+    testbed.peers.dial_failed(failed, testbed.now);
+    let current = |testbed: &Testbed| testbed.peers.current(&testbed.ids[1]);
+    assert_eq!(current(&testbed), Some((ConnKey(1), first)));
+    assert_eq!(testbed.peers.poll_timeout(), None);
+
+    assert!(testbed.peers.replace(ConnKey(1), testbed.now));
+    let attempt = testbed.dial();
+    testbed.up(2, 1, Direction::Outbound(attempt));
+    let drained = Action::Drain { conn: ConnKey(1) };
+    assert!(testbed.actions().contains(&drained));
+
+    // The connection is lost meanwhile: the attempt that is under way is the only one.
+    assert!(testbed.peers.replace(ConnKey(2), testbed.now));
+    let attempt = testbed.dial();
+    testbed
+        .peers
+        .closed(ConnKey(2), CloseKind::Lost, testbed.now);
+    let dials = testbed.actions();
+    let is_dial = |action: &Action| matches!(action, Action::Dial { .. });
+    assert!(!dials.iter().any(is_dial), "{dials:?}");
+    testbed.up(3, 1, Direction::Outbound(attempt));
+    // Where the peer dials, it replaces.
+    let mut listener = Testbed::new(1, 2);
+    listener.up(1, 0, Direction::Inbound);
+    assert!(!listener.peers.replace(ConnKey(1), listener.now));
+}
+
 #[test]
 fn redial_backs_off_and_a_stable_connection_resets_it() {
     let mut testbed = Testbed::new(0, 2);
@@ -516,7 +555,7 @@ proptest! {
     #[test]
     fn any_reports_keep_the_invariants(
         me in 0usize..4,
-        steps in proptest::collection::vec((0u8..9, 0usize..5, 0u64..12, 0u64..3000), 1..150),
+        steps in proptest::collection::vec((0u8..10, 0usize..5, 0u64..12, 0u64..3000), 1..150),
     ) {
         let mut testbed = Testbed::new(me, 4);
         let mut up: BTreeMap<NodeId, ConnectionNumber> = BTreeMap::new();
@@ -545,6 +584,9 @@ proptest! {
                 7 => {
                     let members = &testbed.all[usize::from(ms % 2 == 0)..peer.max(1)];
                     testbed.peers.set_topology(topology(members), now);
+                }
+                8 => {
+                    testbed.peers.replace(conn, now);
                 }
                 _ => {
                     testbed.now += Duration::from_millis(ms);

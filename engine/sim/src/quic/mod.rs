@@ -123,13 +123,13 @@ impl Connection {
         let is_server = remote.is_some();
         // Both sides have the same config, and so know each other's windows.
         let limits = SendLimits {
-            connection_bytes: config.connection_window_bytes,
-            stream_bytes: config.stream_window_bytes,
+            connection_bytes: config.lan.connection_window_bytes,
+            stream_bytes: config.lan.stream_window_bytes,
             streams: config.streams_max,
         };
         let windows = Windows {
-            connection_bytes: config.connection_window_bytes,
-            stream_bytes: config.stream_window_bytes,
+            connection_bytes: config.lan.connection_window_bytes,
+            stream_bytes: config.lan.stream_window_bytes,
             streams: config.streams_max,
         };
         Self {
@@ -140,7 +140,7 @@ impl Connection {
             initials: Vec::new(),
             owes_accept: None,
             owes_finish: false,
-            recovery: Recovery::new(config.initial_rtt),
+            recovery: Recovery::new(config.lan.initial_rtt),
             received: Ranges::default(),
             packets_received: 0,
             owes_ack: false,
@@ -152,7 +152,7 @@ impl Connection {
             idle_timeout: config.idle_timeout,
             idle_at: now + config.idle_timeout,
             has_asked: false,
-            window_bytes: config.connection_window_bytes,
+            window_bytes: config.lan.connection_window_bytes,
             packet_bytes: config.udp_payload_bytes_max as u64,
             close: None,
             end: None,

@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 
 use millrace_protocol::rng::Rng;
+use millrace_transport::ProfileConfig;
 use proptest::prelude::*;
 
 use super::*;
@@ -21,10 +22,13 @@ struct Pair {
 fn config() -> TransportConfig {
     TransportConfig {
         // Small, so that every limit is met.
-        connection_window_bytes: 8 << 10,
-        stream_window_bytes: 4 << 10,
+        lan: ProfileConfig {
+            connection_window_bytes: 8 << 10,
+            stream_window_bytes: 4 << 10,
+            initial_rtt: 20 * MS,
+            ..ProfileConfig::lan()
+        },
         streams_max: 3,
-        initial_rtt: 20 * MS,
         idle_timeout: LIMIT / 2,
         ..TransportConfig::default()
     }

@@ -6,12 +6,13 @@
 //!    own.
 //! 2. A peer that stays has a session and roaming IDs; one that may not is told why.
 
+use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use millrace_protocol::frame::Hello;
 use millrace_protocol::id::NodeId;
-use millrace_protocol::peers::{Direction, Refusal};
+use millrace_protocol::peers::{Attempt, Direction, Refusal};
 
 use super::Endpoint;
 use crate::connection::Connection;
@@ -21,12 +22,32 @@ use crate::quic::CloseCode;
 use crate::session::Session;
 use crate::tls;
 
+/// What a dial is made again with.
+struct Redial {
+    peer: NodeId,
+    address: SocketAddr,
+    attempt: Attempt,
+}
+
 impl Endpoint {
     /// TLS is done on our side: learns the peer's identity, and asks whether it may stay.
     pub(super) fn on_established(&mut self, slot: usize, now: Instant) {
         let Some(mut connection) = self.connections.get_mut(slot).and_then(Option::take) else {
             return;
         };
+        if let Some(redial) = self.redial(&mut connection) {
+            // Not at once: the peer's handshake is done when our last flight has reached it, and a
+            // peer that never gets it holds the handshake open.
+            connection.phase = Phase::Lingering {
+                until: now + connection.linger(),
+                code: CloseCode::Replaced,
+            };
+            let index = connection.index;
+            self.connections[slot] = Some(connection);
+            self.mark_dirty(slot);
+            self.counters().add(Counter::PathsReplaced, 1);
+            return self.dial(index, redial.peer, redial.address, redial.attempt, now);
+        }
         let judged = self.judge(&mut connection, now);
         if let Ok(peer) = judged {
             self.introduce(slot, &mut connection, peer);
@@ -41,6 +62,24 @@ impl Endpoint {
             self.renew_ids(slot, now);
             self.run_actions(now);
         }
+    }
+
+    /// The dial is to be made again, with the profile that the RTT of its handshake asks for: the
+    /// peer was not known before, so this happens once.
+    fn redial(&mut self, connection: &mut Connection) -> Option<Redial> {
+        let attempt = connection.attempt?;
+        let key = tls::peer_key(connection.quic.as_mut())?;
+        let peer = self.topology.node_of_key(&key)?;
+        if !self.is_other_path(connection, &peer) {
+            return None;
+        }
+        connection.attempt = None;
+        self.end_handshake(connection);
+        Some(Redial {
+            peer,
+            address: connection.address.current(),
+            attempt,
+        })
     }
 
     /// The proven peer, if it may stay; else the code that closes the connection, and the reason
@@ -95,6 +134,9 @@ impl Endpoint {
         let registry_version = self.parts.registry_version.load(Ordering::Relaxed);
         let hello = Hello::new(registry_version, self.parts.shards as u8);
         let session = Session::new(&self.parts.state, slot, peer, connection.is_server, &hello);
+        if connection.pacing.is_some() {
+            session.handle.out.borrow_mut().set_paced();
+        }
         connection.session = Some(session);
     }
 

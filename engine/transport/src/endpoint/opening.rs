@@ -16,8 +16,9 @@ use millrace_edge_policy::admission::{Entitlement, First, Full};
 use millrace_edge_policy::cid::{LocalCid, initial_dcid};
 use millrace_edge_policy::proof;
 use millrace_edge_policy::reason::Reason;
-use millrace_edge_policy::token::{Minted, OriginalId};
+use millrace_edge_policy::token::Minted;
 use millrace_protocol::id::NodeId;
+use millrace_protocol::path::PathProfile;
 use millrace_protocol::peers::Attempt;
 use millrace_shards::socket::source_address;
 use quiche::ConnectionId;
@@ -56,11 +57,7 @@ impl Endpoint {
         match admission.first_packet(&header, from, self.half_open, now_ns, wall_ns()) {
             First::Accept(by) => {
                 let permit = admission.hold(from, by);
-                let original = match by {
-                    Entitlement::Token(original) => Some(original),
-                    Entitlement::Unvalidated | Entitlement::Peer(_) => None,
-                };
-                let slot = self.open(&header, original, arrival, now)?;
+                let slot = self.open(&header, by, arrival, now)?;
                 if let Some(Some(connection)) = self.connections.get_mut(slot) {
                     connection.is_uncharged = by == Entitlement::Unvalidated;
                     connection.handshake_permit = Some(permit);
@@ -116,20 +113,26 @@ impl Endpoint {
         is_supported.then_some(header)
     }
 
-    /// Begins a connection with a client. `original` is the ID of the client's first packet before
-    /// a Retry.
+    /// Begins a connection with a client.
     fn open(
         &mut self,
         header: &quiche::Header<'_>,
-        original: Option<OriginalId>,
+        by: Entitlement,
         arrival: Arrival,
         now: Instant,
     ) -> Option<usize> {
         let from = arrival.from;
+        // The ID of the client's first packet before a Retry.
+        let original = match by {
+            Entitlement::Token(original) => Some(original),
+            Entitlement::Unvalidated | Entitlement::Peer(_) => None,
+        };
+        let (profile, remembered) = self.path_from(by, &header.dcid);
         let slot = self.take_slot();
         let id = self.handshake_id(slot, from, now);
         let scid = ConnectionId::from_ref(&id);
-        let (local, server) = (self.parts.local, &mut self.parts.server);
+        let (local, config) = (self.parts.local, &self.parts.state.config);
+        let server = self.parts.server.of(profile, config, remembered);
         let quic: quiche::Result<QuicConnection> = match &original {
             None => quiche::accept_with_buf_factory::<Buffers>(&scid, None, local, from, server),
             Some(original) => quiche::accept_with_retry::<Buffers>(
@@ -149,8 +152,9 @@ impl Endpoint {
             return None;
         };
         let key = self.new_key(slot);
+        let config = &self.parts.state.config;
         let mut connection =
-            Connection::new(quic, key, id, from, true, &self.parts.state.config, now);
+            Connection::new(quic, key, id, from, true, config, now).tuned_for(profile, config);
         let dcid = header.dcid.to_vec();
         self.initial.insert(dcid.clone(), slot);
         connection.initial = Some(dcid);
@@ -212,13 +216,16 @@ impl Endpoint {
         };
         let slot = self.take_slot();
         let id = self.handshake_id(slot, to, now);
+        let (profile, remembered) = self.path_to(&peer);
+        let first_id = self.first_id(index, &peer, profile, to);
+        let config = &self.parts.state.config;
         let opened = quiche::connect_with_dcid_and_buffer_factory::<Buffers>(
             None,
             &ConnectionId::from_ref(&id),
-            &self.first_id(index, &peer, to),
+            &first_id,
             self.parts.local,
             to,
-            &mut self.parts.client,
+            self.parts.client.of(profile, config, remembered),
         );
         let Ok(mut quic) = opened else {
             self.free.push(slot);
@@ -228,8 +235,9 @@ impl Endpoint {
         };
         tls::pin(quic.as_mut(), public_key, &self.parts.state.counters);
         let key = self.new_key(slot);
+        let config = &self.parts.state.config;
         let mut connection =
-            Connection::new(quic, key, id, to, false, &self.parts.state.config, now);
+            Connection::new(quic, key, id, to, false, config, now).tuned_for(profile, config);
         connection.attempt = Some(attempt);
         connection.index = index;
         self.insert(slot, connection);
@@ -237,8 +245,15 @@ impl Endpoint {
     }
 
     /// The destination ID of a dial's first packets: it steers them to the shard that will own the
-    /// connection, and proves which node dials. Without a proof the dial goes on as any client's.
-    fn first_id(&self, index: usize, peer: &NodeId, to: SocketAddr) -> ConnectionId<'static> {
+    /// connection, proves which node dials, and says by which profile. Without a proof the dial goes
+    /// on as any client's.
+    fn first_id(
+        &self,
+        index: usize,
+        peer: &NodeId,
+        profile: PathProfile,
+        to: SocketAddr,
+    ) -> ConnectionId<'static> {
         let me = self.parts.me;
         let steer = me.spread().wrapping_add(index as u8);
         let key = self.parts.dial_keys.get(peer);
@@ -248,7 +263,7 @@ impl Endpoint {
             Some(proof::make(
                 steer,
                 tag,
-                random_bytes(),
+                Self::nonce(random_bytes(), profile),
                 source,
                 wall_ns(),
                 *key,

@@ -269,6 +269,7 @@ mod tests {
     use super::*;
     use crate::config::PerClass;
     use crate::status::PeerStatus;
+    use millrace_protocol::path::PathProfile;
 
     const SHARDS: u8 = 4;
 
@@ -281,6 +282,8 @@ mod tests {
             node_id: peer(),
             connection: millrace_protocol::id::ConnectionNumber(1),
             address: None,
+            profile: PathProfile::Lan,
+            remembered: None,
             rtt: None,
             probe_rtt: None,
             queued_bytes: PerClass {

@@ -183,6 +183,7 @@ impl Node {
                 ..Default::default()
             },
             topology: Arc::clone(topology),
+            paths: Vec::new(),
             edge,
         };
         Self {

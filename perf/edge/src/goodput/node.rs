@@ -121,6 +121,7 @@ pub(super) fn start<S: Service>(
             ..UdpGroupConfig::default()
         },
         topology,
+        paths: Vec::new(),
         edge,
     };
     let services = move |messenger| Router::new().serve(RPC..=RPC, service(messenger));

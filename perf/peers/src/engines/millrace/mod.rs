@@ -23,7 +23,8 @@ use millrace_shards::chunk::Body;
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
 use millrace_transport::{
-    EdgeStart, Router, Service, ShardMessenger, Transport, TransportConfig, TransportStart,
+    EdgeStart, ProfileConfig, Router, Service, ShardMessenger, Transport, TransportConfig,
+    TransportStart,
 };
 
 pub(super) use drive::drive;
@@ -124,6 +125,7 @@ where
             ..UdpGroupConfig::default()
         },
         topology: Arc::clone(topology),
+        paths: Vec::new(),
         edge: EdgeStart::default(),
     };
     let services = move |messenger| Router::new().serve(METHODS, service(messenger));
@@ -140,8 +142,11 @@ fn transport_config(settings: &Settings) -> TransportConfig {
         return ethernet;
     }
     TransportConfig {
-        stream_window_bytes: 4 << 20,
-        connection_window_bytes: 8 << 20,
+        lan: ProfileConfig {
+            stream_window_bytes: 4 << 20,
+            connection_window_bytes: 8 << 20,
+            ..ProfileConfig::lan()
+        },
         ..ethernet
     }
 }

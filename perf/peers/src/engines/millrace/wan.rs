@@ -17,8 +17,8 @@ use millrace_shards::chunk::{Body, BodyMut, Chunk};
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
 use millrace_transport::{
-    Answer, BodyHead, BodyMode, BodySink, Defer, EdgeStart, Inbound, InboundBody, Payload, Request,
-    Router, Service, Transport, TransportStart,
+    Answer, BodyHead, BodyMode, BodySink, Defer, EdgeStart, Inbound, InboundBody, Payload,
+    PeerStatus, RememberedPath, Request, Router, Service, Transport, TransportStart,
 };
 
 use super::{
@@ -31,6 +31,11 @@ use crate::settings::{Congestion, Settings};
 use crate::wan::child::{Arrivals, Before, BodyOutcome, End, Job, LAST_RPC, Outcome, RpcLog};
 use crate::wan::clock;
 use crate::workloads::{self, pattern};
+
+/// The file of the paths, in the folder of a node.
+const PATHS: &str = "paths.json";
+/// Node, RTT, bytes in a second.
+type PathEntry = (String, Duration, Option<u64>);
 
 static ONEWAY_MESSAGE: [u8; ONEWAY_BYTES] = [9; ONEWAY_BYTES];
 /// Between two small messages.
@@ -93,6 +98,11 @@ pub(crate) fn drive(job: &Job) -> Result<Outcome> {
         outcome.packets = peers
             .first()
             .map(|path| (path.packets_sent, path.packets_lost));
+        if let Some(folder) = remembered
+            && let Err(error) = write_paths(folder, &driver.node)
+        {
+            eprintln!("the paths are not remembered: {error}");
+        }
         let is_whole = |body: &BodyOutcome| body.end == End::Whole;
         if outcome.bodies.iter().all(is_whole) && !rpcs.is_waiting() {
             driver.node.shutdown();
@@ -117,7 +127,7 @@ where
     F: Fn() -> S + Send + Clone + 'static,
 {
     let settings = Settings::wan(Congestion::Bbr);
-    let mut start = TransportStart {
+    let start = TransportStart {
         identity: SigningKey::from_seed(*key.seed()),
         config: transport_config(&settings),
         shards: vec![shard],
@@ -128,18 +138,49 @@ where
             ..UdpGroupConfig::default()
         },
         topology: topology(members, 1),
+        paths: remembered_paths.map_or_else(Vec::new, read_paths),
         edge: EdgeStart::default(),
     };
-    if let Some(folder) = remembered_paths {
-        remember_paths(&mut start, folder);
-    }
     let services = move |_messenger| Router::new().serve(METHODS, service());
     Ok(Transport::start(start, services)?)
 }
 
-/// Gives a node the folder in which it keeps what it knows of paths over a restart. The transport
-/// keeps nothing yet, so the second body of `resume` starts as the first did.
-fn remember_paths(_start: &mut TransportStart, _folder: &Path) {}
+/// What a node knew of paths before it was restarted, from its folder: a whole node keeps the same
+/// in its state folder.
+fn read_paths(folder: &Path) -> Vec<(NodeId, RememberedPath)> {
+    let text = std::fs::read(folder.join(PATHS)).unwrap_or_default();
+    let entries: Vec<PathEntry> = serde_json::from_slice(&text).unwrap_or_default();
+    let path = |(node, rtt, bandwidth_bytes_per_s): PathEntry| {
+        let path = RememberedPath {
+            rtt,
+            bandwidth_bytes_per_s,
+        };
+        Some((node.parse().ok()?, path))
+    };
+    entries.into_iter().filter_map(path).collect()
+}
+
+fn write_paths(folder: &Path, node: &Transport) -> Result<()> {
+    let entry = |peer: PeerStatus| {
+        let path = peer.remembered?;
+        Some((
+            peer.node_id.to_string(),
+            path.rtt,
+            path.bandwidth_bytes_per_s,
+        ))
+    };
+    let entries: Vec<PathEntry> = node
+        .status()
+        .peers()
+        .into_iter()
+        .filter_map(entry)
+        .collect();
+    std::fs::create_dir_all(folder)?;
+    Ok(std::fs::write(
+        folder.join(PATHS),
+        serde_json::to_vec(&entries)?,
+    )?)
+}
 
 /// As it ships, with space for a body.
 pub(super) fn shard(cpu: Option<usize>) -> ShardConfig {
