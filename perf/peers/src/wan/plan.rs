@@ -56,6 +56,11 @@ pub(super) enum Contender {
 }
 
 impl Contender {
+    /// Whether its rows have targets, or are a part of one.
+    pub(super) fn has_targets(self) -> bool {
+        !matches!(self, Self::S2n | Self::Link)
+    }
+
     /// What a peer is given.
     pub(super) fn settings(self, changes: &[String]) -> Result<Settings> {
         let congestion = match self {
@@ -172,8 +177,7 @@ impl Part {
 
     /// Whether a contender takes part in every round, or in the first alone.
     pub(super) fn has_rounds(self, contender: Contender) -> bool {
-        let is_judged = !matches!(contender, Contender::S2n | Contender::Link);
-        matches!(self, Self::Body(loss) if loss != LOSSES[3]) && is_judged
+        matches!(self, Self::Body(loss) if loss != LOSSES[3]) && contender.has_targets()
     }
 
     /// The losses of a round are the same for all contenders, and others in the next.

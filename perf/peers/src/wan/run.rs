@@ -28,6 +28,10 @@ const SATELLITE_BODY_BYTES: usize = 8 << 20;
 /// Over three times its target, so that `--check collapse` can tell a slow body from one that
 /// never comes.
 const SATELLITE_CUT_S: f64 = 100.0;
+/// Of the bodies that targets are for: 128 MiB at 18 Mbit/s.
+const BODY_CUT_S: f64 = 60.0;
+/// Of the others. A rate shows in 20 s, and 60 s for each would not fit into a run.
+const CUT_S: f64 = 20.0;
 const LINK_LASTS_S: f64 = 2.0;
 /// Of the shares: the first sends alone, then both without being measured, then both measured.
 const SHARES_ALONE: Duration = Duration::from_secs(5);
@@ -63,8 +67,8 @@ impl Runner<'_> {
         let cut_s = match part {
             _ if contender == Contender::Link => LINK_LASTS_S,
             Part::Satellite => SATELLITE_CUT_S,
-            Part::Body(_) if !self.run.quick => 60.0,
-            _ => 20.0,
+            Part::Body(_) if contender.has_targets() && !self.run.quick => BODY_CUT_S,
+            _ => CUT_S,
         };
         Job {
             to: relay.addresses[0][0],
