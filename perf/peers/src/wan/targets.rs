@@ -209,7 +209,7 @@ mod tests {
         for (round, [ours, cubic, bbr]) in [
             [200.0, 100.0, 50.0],
             [20.0, 5.0, 10.0],
-            [300.0, 100.0, 50.0],
+            [100.0, 100.0, 50.0],
         ]
         .into_iter()
         .enumerate()
@@ -229,7 +229,7 @@ mod tests {
         );
         assert_eq!(
             value(&results, "idleness: slowest round / median"),
-            Some(0.1)
+            Some(0.2)
         );
         assert_eq!(value(&results, "second body / first"), Some(1.0));
         assert_eq!(value(&results, "(1.3 RTT + queue)"), Some(1.0));
