@@ -17,7 +17,7 @@ use millrace_protocol::identity::SigningKey;
 use millrace_testkit::netns::Namespace;
 use millrace_testkit::skip::skip;
 use millrace_transport::counters::Counter;
-use millrace_transport::{PeerStatus, TransportConfig};
+use millrace_transport::{PathProfile, PeerStatus, TransportConfig};
 use routed::Routed;
 
 const POOL_BYTES: u64 = 96 << 20;
@@ -208,7 +208,13 @@ impl Nodes {
         let topology = topology(members, 1);
         let [near, far] = [(&hosts.near, 0), (&hosts.far, 1)].map(|(host, index)| {
             let (key, address) = (keys[index].clone(), addresses[index]);
-            let config = TransportConfig::default();
+            // Both congestion controllers meet both causes, and no connection is dialled again.
+            let profile = match is_silent {
+                true => PathProfile::Wan,
+                false => PathProfile::Lan,
+            };
+            let mut config = TransportConfig::default();
+            config.paths.profile = Some(profile);
             host.enter(|| Node::start(key, address, &topology, config, POOL_BYTES))
         });
         near.wait_for_peers(&[far.id()]);
