@@ -139,6 +139,12 @@ impl Node {
         running.is_some_and(|running| running.flush(net))
     }
 
+    /// Replaces the current connection to a peer, if this node dials it. Whether that has begun.
+    pub(crate) fn replace(&mut self, peer: &NodeId) -> bool {
+        let running = self.running.as_mut();
+        running.is_some_and(|running| running.replace(peer))
+    }
+
     /// The current connection to a peer: its number, and what both ends call it.
     pub(crate) fn current(
         &self,

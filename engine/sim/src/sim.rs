@@ -252,6 +252,13 @@ impl Sim {
 
     // --- connections ---
 
+    /// Has a node replace its current connection to another while that goes on, as for a path that
+    /// turned out to be another than its connection was made for. False where the other one dials.
+    pub fn replace(&mut self, node: usize, other: usize) -> bool {
+        let peer = self.nodes[other].id;
+        self.nodes[node].replace(&peer)
+    }
+
     /// Whether both nodes count the same connection between them as current.
     pub fn connected(&self, a: usize, b: usize) -> bool {
         let current = |x: usize, y: usize| self.nodes[x].current(&self.nodes[y].id);

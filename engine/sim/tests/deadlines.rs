@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use common::*;
 use millrace_protocol::frame::{Class, FailureCode, Method};
-use millrace_sim::SimConfig;
 use millrace_sim::memnet::LinkConfig;
+use millrace_sim::{Sim, SimConfig};
 use millrace_transport::counters::Family;
 use millrace_transport::{Deadline, Messenger, ProfileConfig, Request, RpcError, TransportConfig};
 
@@ -101,6 +101,35 @@ fn a_body_that_stands_still_is_given_up_after_the_time_for_progress() {
     testbed.sim.run_for(200 * SECOND);
     assert_nothing_held(&testbed.node(1), "the part that had arrived");
     assert_eq!(testbed.sim.number(0, 1), connection);
+}
+
+// Protects a body whose connection is replaced under it: it arrives, a minute after `drain_timeout`;
+// and the node from a replaced connection on which nothing comes forward.
+#[test]
+fn a_replaced_connection_finishes_its_body() {
+    let mut testbed = testbed(slow(150_000), TransportConfig::default());
+    let replace = |testbed: &mut Testbed| {
+        let before = testbed.sim.number(0, 1);
+        assert!(testbed.sim.replace(0, 1));
+        let is_new = |sim: &Sim| sim.connected(0, 1) && sim.number(0, 1) > before;
+        assert!(testbed.sim.run_until(20 * SECOND, is_new));
+    };
+    let len = 8 * MIB;
+    let request = long(&testbed, ECHO, len);
+    let answer = testbed.node(0).request(testbed.id(1), request);
+    testbed.sim.run_for(20 * SECOND);
+    replace(&mut testbed);
+    let replaced_at = testbed.sim.now();
+    let answer = testbed.sim.run(HOURS, answer).expect("it ends");
+    assert_eq!(answer.map(|body| body.len()), Ok(len as u64));
+    assert!(testbed.sim.now() - replaced_at > 60 * SECOND);
+
+    let request = long(&testbed, HANG, MIB);
+    let answer = testbed.node(0).request(testbed.id(1), request);
+    testbed.sim.run_for(20 * SECOND);
+    replace(&mut testbed);
+    let answer = testbed.sim.run(5 * SECOND, answer).expect("it ends");
+    assert_eq!(answer.unwrap_err(), RpcError::ConnectionLost);
 }
 
 // Protects a fetch from a peer that is silent: 128 MiB may take 18 minutes, their first byte not.

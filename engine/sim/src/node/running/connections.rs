@@ -25,6 +25,15 @@ impl Running {
         slot_of(key)
     }
 
+    pub(in crate::node) fn replace(&mut self, peer: &NodeId) -> bool {
+        let Some((key, _)) = self.peers.current(peer) else {
+            return false;
+        };
+        let begun = self.peers.replace(key, self.now);
+        self.run_actions();
+        begun
+    }
+
     fn next_key(&mut self) -> ConnKey {
         self.connections_made += 1;
         ConnKey(u64::from(self.endpoint.0) << KEY_SHIFT | self.connections_made)
