@@ -7,6 +7,7 @@
 
 use std::ops::Range;
 
+use millrace_protocol::address::{AddressError, listen_address, peer_address};
 use toml::Spanned;
 use toml::de::{DeArray, DeString, DeTable, DeValue};
 
@@ -395,7 +396,9 @@ fn read(kind: Kind, value: &DeValue<'_>) -> Result<Value, Refusal> {
             Ok(Value::Text(text.to_string()))
         }
         (Kind::PublicKey, DeValue::String(text)) => public_key(text).map(Value::Text),
-        (Kind::Address, DeValue::String(text)) => address(text).map(Value::Address),
+        (Kind::Address, DeValue::String(text)) => listen_address(text)
+            .map(Value::Address)
+            .map_err(|error| address(text, error)),
         (Kind::Seeds, DeValue::Array(list)) => seeds(list),
         (Kind::Choice(words), DeValue::String(text)) => {
             if let Some(word) = words.iter().find(|word| **word == text.as_ref()) {
@@ -543,11 +546,11 @@ fn public_key(text: &str) -> Result<String, Refusal> {
     })
 }
 
-fn address(text: &str) -> Result<std::net::SocketAddr, Refusal> {
-    text.parse().map_err(|_| Refusal::Value {
-        reason: format!("\"{text}\" is not an IP address with a port"),
-        fix: "write \"192.0.2.1:4100\" or \"[2001:db8::1]:4100\"; names are not looked up".into(),
-    })
+fn address(text: &str, error: AddressError) -> Refusal {
+    Refusal::Value {
+        reason: format!("\"{text}\" {error}"),
+        fix: error.fix().into(),
+    }
 }
 
 fn seeds(list: &DeArray<'_>) -> Result<Value, Refusal> {
@@ -562,7 +565,7 @@ fn seeds(list: &DeArray<'_>) -> Result<Value, Refusal> {
         })?;
         seeds.push(Seed {
             public_key: public_key(key)?,
-            address: address(at)?,
+            address: peer_address(at).map_err(|error| address(at, error))?,
         });
     }
     Ok(Value::Seeds(seeds))

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use millrace_protocol::address::AddressError;
 use millrace_tuning::ByteSize;
 
 use crate::xdp::args::XdpCommand;
@@ -167,7 +168,7 @@ pub(crate) struct RegistryAddArgs {
     #[arg(long, value_name = "HEX")]
     pub(crate) public_key: String,
     /// Where the node listens; may be given several times.
-    #[arg(long, value_name = "IP:PORT", required = true)]
+    #[arg(long, value_name = "IP:PORT", required = true, value_parser = peer_address)]
     pub(crate) address: Vec<SocketAddr>,
     /// The subnet's id; needed when there are several.
     #[arg(long, value_name = "ID")]
@@ -175,6 +176,12 @@ pub(crate) struct RegistryAddArgs {
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// An address that every node can dial.
+fn peer_address(text: &str) -> Result<SocketAddr, String> {
+    let refused = |error: AddressError| format!("it {error}; {}", error.fix());
+    millrace_protocol::address::peer_address(text).map_err(refused)
 }
 
 /// `millrace registry remove-node`

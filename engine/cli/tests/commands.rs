@@ -300,16 +300,34 @@ fn what_nodes_would_skip_is_not_signed() {
     let dir = tempfile::tempdir().unwrap();
     let registry = TestRegistry::init(dir.path());
     let (_, public_key) = keygen(&dir.path().join("n"));
-    let output = registry.add_key(&public_key, "0.0.0.0:4100");
-    has_code(&output, 1);
-    let report = stderr(&output);
-    assert!(report.contains("record_address"), "{report}");
+    for (address, reason) in [
+        ("0.0.0.0:4100", "is unspecified"),
+        ("[fe80::1%eth0]:4100", "has a scope"),
+        ("[fe80::1]:4100", "is link-local"),
+    ] {
+        let output = registry.add_key(&public_key, address);
+        has_code(&output, 2);
+        let report = stderr(&output);
+        assert!(report.contains(reason), "{report}");
+    }
 
     let document = dir.path().join("next.toml");
+    has_code(&registry.add_key(&public_key, "192.0.2.1:4100"), 0);
+    let by_hand = std::fs::read_to_string(registry.dir.join("000000000002.toml")).unwrap();
+    let by_hand = by_hand.replace("number = 2", "number = 3");
+    std::fs::write(&document, by_hand.replace("192.0.2.1", "[fe80::1%2]")).unwrap();
+    let refused = registry.run("sign", &[text(&document)]);
+    has_code(&refused, 1);
+    let report = stderr(&refused);
+    assert!(
+        report.contains("record_address") && report.contains("has a scope"),
+        "{report}"
+    );
+
     std::fs::write(&document, "number = 7\n").unwrap();
     let refused = registry.run("sign", &[text(&document)]);
-    assert!(stderr(&refused).contains("the next one is 2"));
-    std::fs::write(&document, "number = 2\n").unwrap();
+    assert!(stderr(&refused).contains("the next one is 3"));
+    std::fs::write(&document, "number = 3\n").unwrap();
     registry.run_ok("sign", &[text(&document)]);
 }
 

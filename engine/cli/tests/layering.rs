@@ -14,7 +14,7 @@ const TESTKIT: &str = "millrace-testkit";
 /// Our crates, and for each the ones of ours that it may depend on.
 const EDGES: &[(&str, &[&str])] = &[
     ("millrace-protocol", &[]),
-    ("millrace-tuning", &[]),
+    ("millrace-tuning", &["millrace-protocol"]),
     (TESTKIT, &["millrace-protocol"]),
     (
         "millrace-sim",

@@ -10,6 +10,7 @@
 //! 3. Every queue and map has a bound, and the bound is a field of a config struct.
 #![forbid(unsafe_code)]
 
+pub mod address;
 pub mod backoff;
 pub mod body_deadline;
 pub mod budget;

@@ -106,7 +106,14 @@ fn each_mistake_is_named_with_its_place_and_a_fix() {
             K::BadValue,
             "4:11",
             "not an IP address with a port",
-            "names are not looked up",
+            "write \"192.0.2.1:4100\"",
+        ),
+        (
+            "[listen]\naddress = \"[fe80::1%2]:4100\"\n",
+            K::BadValue,
+            "4:11",
+            "has a scope",
+            "unique local",
         ),
         (
             "seeds = [\"192.0.2.1:4100\"]\n",

@@ -4,7 +4,7 @@
 //! Unknown keys are ignored, so that a later registry may add some.
 
 use super::{NUMBER_MAX, NodeRecord, RegistryError, RegistryVersion, SkippedRecord, SubnetRecord};
-use crate::{id::NodeId, identity::PublicKey};
+use crate::{address::peer_address, id::NodeId, identity::PublicKey};
 use std::{collections::BTreeSet, net::SocketAddr};
 use toml::{Table, Value};
 
@@ -130,13 +130,9 @@ fn node(record: &Table) -> Result<NodeRecord, Skip> {
 
 fn address(value: &Value) -> Result<SocketAddr, Skip> {
     let text = value.as_str().unwrap_or_default();
-    let usable =
-        |a: &SocketAddr| a.port() != 0 && !a.ip().is_unspecified() && !a.ip().is_multicast();
-    text.parse().ok().filter(usable).ok_or_else(|| {
-        (
-            "record_address",
-            format!("{value} is not an address and port"),
-        )
+    peer_address(text).map_err(|error| {
+        let fix = error.fix();
+        ("record_address", format!("{value} {error}; {fix}"))
     })
 }
 

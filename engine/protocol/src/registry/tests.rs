@@ -83,6 +83,8 @@ fn bad_records_are_skipped_and_reported() {
         record(&id, &key, "[]"),
         record(&id, &key, "[\"here\"]"),
         record(&id, &key, "[\"0.0.0.0:5\"]"),
+        record(&id, &key, "[\"[fe80::1%2]:5\"]"),
+        record(&id, &key, "[\"127.0.0.1:5\", \"[fe80::1]:5\"]"),
         record(&id, &key, at),
         record(&id, &key, at),
         "[[subnets]]\nname = \"no id\"\n".to_string(),
@@ -105,7 +107,9 @@ fn bad_records_are_skipped_and_reported() {
             ("nodes", 3, "record_addresses"),
             ("nodes", 4, "record_address"),
             ("nodes", 5, "record_address"),
-            ("nodes", 7, "record_duplicate"),
+            ("nodes", 6, "record_address"),
+            ("nodes", 7, "record_address"),
+            ("nodes", 9, "record_duplicate"),
         ]
     );
 }
