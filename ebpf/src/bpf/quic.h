@@ -10,7 +10,7 @@
 #define QUIC_INITIAL_BYTES_MIN 1200
 #define QUIC_ID_BYTES_MAX 20
 #define QUIC_ID_BYTES_MIN 8 /* that a client may choose for its first packet */
-#define DIAL_REQUEST_BYTES 65
+#define DIAL_REQUEST_BYTES 80
 #define LOCAL_ID_BYTES 16
 #define PROOF_BYTES 20
 #define TOKEN_BYTES 32

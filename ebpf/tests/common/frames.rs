@@ -333,7 +333,7 @@ pub fn short(id: &[u8]) -> Vec<u8> {
 }
 
 pub fn dial_request() -> Vec<u8> {
-    let mut dial_request = vec![0x0d; 65];
+    let mut dial_request = vec![0x0d; 80];
     dial_request[2..6].copy_from_slice(b"dial");
     dial_request
 }

@@ -262,7 +262,7 @@ pub fn initial_of_another_version(source: IpAddr) -> Vec<u8> {
 pub fn dial_request(source: IpAddr) -> Vec<u8> {
     let mut payload = vec![0x0d, 0];
     payload.extend(b"dial");
-    payload.resize(65, 0);
+    payload.resize(80, 0);
     frame(source, Some(&payload))
 }
 

@@ -372,7 +372,7 @@ impl Generator {
                     dial_request[at] ^= 1;
                 }
                 if self.once_in(3) {
-                    dial_request.resize(self.one_of(&[1, 2, 5, 6, 7, 64, 66]), 0);
+                    dial_request.resize(self.one_of(&[1, 2, 5, 6, 7, 79, 81]), 0);
                 }
                 dial_request
             }

@@ -16,9 +16,11 @@
 //!    resets that, so a peer that accepts and closes at once is not dialled in a loop.
 //! 6. A connection is replaced while it is in use, on the shell's word, by one attempt: one that
 //!    fails leaves the connection as it is.
-//! 7. A dial request can bring a dial forward and nothing else: see [`crate::dial_request`].
+//! 7. A dial request is authentic: the shell checked its MAC. It can bring a dial forward, name the
+//!    address to dial next, and have a connection proved alive; `candidate.rs` bounds the second.
 
 mod api;
+mod candidate;
 mod connection;
 mod dial;
 mod state;
@@ -32,11 +34,13 @@ pub use api::{
 
 use crate::{
     backoff::{Backoff, BackoffConfig},
+    dial_request::DialRequest,
     id::{ConnectionNumber, NodeId},
     rng::Rng,
     timer::{TimerId, Wheel},
     topology::Topology,
 };
+use candidate::Candidate;
 use state::{Connection, Dial, State};
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -64,8 +68,12 @@ pub struct Peers {
 
 #[derive(Debug)]
 struct Peer {
+    /// Those of the topology; none while no name of the peer is resolved.
     addresses: Vec<SocketAddr>,
     next_address: usize,
+    candidate: Candidate,
+    /// The address that was dialled last.
+    dialled: Option<SocketAddr>,
     current: Option<ConnKey>,
     pending: Option<ConnKey>,
     draining: Option<ConnKey>,
@@ -183,10 +191,26 @@ impl Peers {
         self.invariants();
     }
 
-    /// Takes a dial request of `peer` that is addressed to this node.
-    pub fn dial_requested(&mut self, peer: NodeId, now: Instant) {
-        self.heed_dial_request(peer, now);
+    /// Takes a dial request that came from `from`, is authentic, and is addressed to this node's
+    /// machine of this index. `wall_ms` is the time in milliseconds since 1970.
+    pub fn dial_requested(
+        &mut self,
+        request: &DialRequest,
+        from: SocketAddr,
+        wall_ms: u64,
+        now: Instant,
+    ) {
+        self.heed_dial_request(request, from, wall_ms, now);
         self.invariants();
+    }
+
+    /// Grants the connection that [`Action::Verify`] named this time from now to show a sign of
+    /// life; less than [`PeersConfig::verify_timeout`] changes nothing.
+    pub fn verify_within(&mut self, conn: ConnKey, wait: Duration, now: Instant) {
+        let verifying = self.connections.get(&conn).is_some_and(|c| c.verifying);
+        if verifying && wait > self.config.verify_timeout {
+            self.set_connection_timer(conn, now + wait);
+        }
     }
 
     /// Takes the report that the peer sent something on a connection that [`Action::Verify`] named.
@@ -315,6 +339,7 @@ impl Peers {
             if peer.addresses != addresses {
                 peer.addresses = addresses.to_vec();
                 peer.next_address = 0;
+                peer.candidate.forget();
                 self.addresses_changed(id, now);
             }
             return;
@@ -335,6 +360,8 @@ impl Peers {
         let peer = Peer {
             addresses: addresses.to_vec(),
             next_address: 0,
+            candidate: Candidate::default(),
+            dialled: None,
             current: None,
             pending: None,
             draining: None,

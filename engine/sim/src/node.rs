@@ -31,6 +31,8 @@ use running::{Running, Start};
 pub(crate) struct Node {
     pub(crate) id: NodeId,
     index: usize,
+    /// Where it is from its next start.
+    pub(crate) endpoint: Endpoint,
     pool: ChunkPool,
     /// What its registry folder says: it survives a crash.
     topology: Arc<Topology>,
@@ -46,6 +48,7 @@ impl Node {
         Self {
             id,
             index,
+            endpoint: endpoint(index),
             pool,
             topology,
             versions: Hello::VERSIONS,
@@ -63,6 +66,7 @@ impl Node {
         &mut self,
         config: &TransportConfig,
         seed: u64,
+        origin: Instant,
         now: Instant,
         tasks: &Tasks,
         make: &dyn Fn(SimMessenger) -> Router,
@@ -79,7 +83,7 @@ impl Node {
         });
         let mut running = Running::new(Start {
             id: self.id,
-            endpoint: endpoint(self.index),
+            endpoint: self.endpoint,
             router: make(messenger.clone()),
             state,
             paths,
@@ -87,6 +91,7 @@ impl Node {
             versions: self.versions,
             connections_made: self.connections_made,
             seed,
+            origin,
             now,
         });
         running.set_topology(Arc::clone(&self.topology));

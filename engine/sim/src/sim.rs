@@ -19,7 +19,7 @@ use millrace_shards::chunk::{ChunkPool, PoolError};
 use millrace_shards::config::HugePages;
 use millrace_transport::{Router, TransportConfig};
 
-use crate::memnet::{LinkConfig, MemNet, NetCounters};
+use crate::memnet::{Endpoint, LinkConfig, MemNet, NetCounters};
 use crate::messenger::SimMessenger;
 use crate::node::Node;
 use crate::quic::digest::Digest;
@@ -180,6 +180,16 @@ impl Sim {
         }
     }
 
+    /// Starts a crashed node at an address of its own that no topology of [`Self::topology`] names;
+    /// nothing happens to one that runs. `place` tells its addresses apart; 0 is the one that
+    /// topologies name.
+    pub fn restart_at(&mut self, node: usize, place: usize) {
+        if !self.is_running(node) {
+            self.nodes[node].endpoint = endpoint(node + place * self.nodes.len());
+            self.restart(node);
+        }
+    }
+
     /// Gives a node the release that speaks these versions, from its next start.
     pub fn set_versions(&mut self, node: usize, versions: VersionRange) {
         self.nodes[node].versions = versions;
@@ -188,7 +198,8 @@ impl Sim {
     fn start(&mut self, node: usize) -> SimMessenger {
         let seed = self.rng.next_u64();
         let config = &self.config.transport;
-        self.nodes[node].start(config, seed, self.now, &self.tasks, &*self.make)
+        let (origin, now) = (self.origin, self.now);
+        self.nodes[node].start(config, seed, origin, now, &self.tasks, &*self.make)
     }
 
     // --- membership ---
@@ -197,7 +208,7 @@ impl Sim {
     pub fn topology(&self, members: &[usize], version: u64) -> Topology {
         let members = members.iter().map(|n| Member {
             public_key: self.keys[*n],
-            addresses: vec![address_of(*n)],
+            addresses: vec![address_of(endpoint(*n))],
         });
         Topology::from_members(members, version)
     }
@@ -209,7 +220,7 @@ impl Sim {
             id: public_key.node_id(),
             public_key,
             subnet,
-            addresses: vec![address_of(node)],
+            addresses: vec![address_of(endpoint(node))],
         }
     }
 
@@ -222,12 +233,13 @@ impl Sim {
 
     /// Cuts two nodes off from each other; what is under way between them is lost.
     pub fn cut(&mut self, a: usize, b: usize) {
-        self.net.cut(endpoint(a), endpoint(b));
+        self.net.cut(self.nodes[a].endpoint, self.nodes[b].endpoint);
     }
 
     /// Undoes a cut.
     pub fn heal(&mut self, a: usize, b: usize) {
-        self.net.heal(endpoint(a), endpoint(b));
+        self.net
+            .heal(self.nodes[a].endpoint, self.nodes[b].endpoint);
     }
 
     /// Undoes all cuts.
@@ -237,7 +249,8 @@ impl Sim {
 
     /// Sets one direction between two nodes.
     pub fn set_link(&mut self, from: usize, to: usize, config: LinkConfig) {
-        self.net.set_link(endpoint(from), endpoint(to), config);
+        let (from, to) = (self.nodes[from].endpoint, self.nodes[to].endpoint);
+        self.net.set_link(from, to, config);
     }
 
     /// Sets what links are like that were not set.
@@ -376,10 +389,15 @@ impl Sim {
             return false;
         }
         while let Some(delivery) = self.net.poll(self.now) {
-            let (from, to) = (delivery.from.0 as usize, delivery.to.0 as usize);
+            // A node's endpoints are its index, and that plus multiples of the number of nodes.
+            let node = |endpoint: Endpoint| endpoint.0 as usize % self.nodes.len();
+            let (from, to) = (node(delivery.from), node(delivery.to));
             self.note(to, &delivery.message);
             let sender = self.nodes[from].id;
-            self.nodes[to].receive(delivery.from, sender, delivery.message);
+            // What goes to an address that a node has left is lost.
+            if self.nodes[to].endpoint == delivery.to {
+                self.nodes[to].receive(delivery.from, sender, delivery.message);
+            }
         }
         for node in &mut self.nodes {
             if node.next_timeout().is_some_and(|at| at <= self.now) {

@@ -13,9 +13,9 @@ const NETWORK: u32 = 0x0a00_0000;
 /// stands for congestion control, which the model does not have.
 const TRAIN_BYTES: u64 = 64 << 10;
 
-/// Where node `n` listens.
-pub(crate) fn address_of(n: usize) -> SocketAddr {
-    (Ipv4Addr::from_bits(NETWORK + n as u32), PORT).into()
+/// The address of an endpoint.
+pub(crate) fn address_of(endpoint: Endpoint) -> SocketAddr {
+    (Ipv4Addr::from_bits(NETWORK + endpoint.0), PORT).into()
 }
 
 /// The endpoint at an address that [`address_of`] gave.

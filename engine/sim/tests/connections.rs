@@ -135,6 +135,61 @@ fn restarted_node_is_back_within_a_second_with_a_higher_number() {
     });
 }
 
+// Protects a listener that comes back at an address that no registry has: its diallers find it by
+// its dial requests, whether they have noticed its absence or not.
+#[test]
+fn node_that_restarts_at_another_address_is_back_within_a_second() {
+    for_seeds(200, |seed| {
+        let (mut sim, all) = start(seed);
+        let mut rng = Rng::new(seed);
+        // Node 0 dials all others. One node moves: of two that did and restarted, neither would
+        // know where the other is.
+        let moved = 1 + rng.below(4) as usize;
+        for place in 1..=4 {
+            let away = [50 * MS, 700 * MS, 5 * SECOND, 60 * SECOND][rng.below(4) as usize];
+            let before = sim.number(0, moved).unwrap();
+            sim.crash(moved);
+            sim.run_for(away);
+            sim.restart_at(moved, place);
+            assert!(
+                sim.run_until(SECOND, |sim| sim.all_connected(&all)),
+                "{moved} is not back after {away:?}"
+            );
+            assert!(sim.number(0, moved).unwrap() > before);
+            sim.run_for(rng.duration(2 * SECOND, 5 * SECOND));
+        }
+        // A dialler that restarts knows only the registry. The listener's idle timeout ends what
+        // the dialler has forgotten; then the listener asks again.
+        sim.crash(0);
+        sim.run_for(50 * MS);
+        sim.restart(0);
+        assert!(
+            sim.run_until(20 * SECOND, |sim| sim.all_connected(&all)),
+            "a dialler that restarted does not find all"
+        );
+    });
+}
+
+// Protects a restart on a long path whose idle timeout is long as well: the wait for a sign of life
+// follows the round trip.
+#[test]
+fn restarted_node_is_found_on_a_long_path_before_the_idle_timeout() {
+    for_seeds(20, |seed| {
+        let mut config = config(seed);
+        config.link.latency = 75 * MS;
+        config.transport.idle_timeout = 60 * SECOND;
+        config.transport.probe_failures_max = 60;
+        let mut sim = Testbed::start(config).sim;
+        let all: Vec<usize> = (0..sim.len()).collect();
+        assert!(sim.run_until(5 * SECOND, |sim| sim.all_connected(&all)));
+        sim.run_for(5 * SECOND);
+        sim.crash(4);
+        sim.run_for(50 * MS);
+        sim.restart(4);
+        assert!(sim.run_until(3 * SECOND, |sim| sim.all_connected(&all)));
+    });
+}
+
 // The walk of a member: added; removed but still in a version in use; dropped; added again.
 #[test]
 fn membership_walk() {

@@ -60,6 +60,11 @@ pub(crate) fn wall_ns() -> u64 {
     since.map_or(0, |since| since.as_nanos() as u64)
 }
 
+/// Milliseconds since 1970, as dial requests carry them.
+pub(crate) fn wall_ms() -> u64 {
+    wall_ns() / 1_000_000
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

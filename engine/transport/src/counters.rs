@@ -83,6 +83,8 @@ counters! {
     DatagramsUnroutable = "millrace_transport_datagrams_unroutable",
     /// Datagrams that quiche refused: forged, corrupted or for a connection that is gone.
     DatagramsInvalid = "millrace_transport_datagrams_invalid",
+    /// Dial requests that are not for this node, or whose MAC no member made.
+    DialRequestsRefused = "millrace_transport_dial_requests_refused",
     /// First packets that were answered by a Retry.
     Retries = "millrace_transport_retries",
     /// Connections whose peer was found at another address, and validated there.

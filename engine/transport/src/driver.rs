@@ -30,6 +30,11 @@ use crate::config::TransportConfig;
 use crate::counters::Counters;
 use crate::session::VERIFY_TIMEOUT;
 
+/// The MAC of dial requests.
+pub mod dial_requests {
+    pub use crate::dial_requests::{Key, open, seal};
+}
+
 /// How the machine of one shard and connection index manages connections under `config`.
 pub fn peers_config(config: &TransportConfig, index: u8, shard: u8, shards: u8) -> PeersConfig {
     PeersConfig {

@@ -22,6 +22,7 @@ mod close_sender;
 pub mod config;
 mod connection;
 pub mod counters;
+mod dial_requests;
 pub mod driver;
 mod endpoint;
 mod ids;

@@ -6,7 +6,7 @@ mod common;
 #[path = "common/relay.rs"]
 mod relay;
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::UdpSocket;
 use std::time::Duration;
 
 use common::*;
@@ -33,8 +33,9 @@ impl Testbed {
         keys.sort_by_key(SigningKey::node_id);
         let [a, b] = keys;
         let (at, bt, nat) = (free_addr(), free_addr(), free_addr());
-        let seen = |listener: SocketAddr| topology([member(&a, at), member(&b, listener)], 1);
-        let (inside, outside) = (seen(nat), seen(bt));
+        // The listener does not know where the dialler is: it would request a dial, past the relay.
+        let seen = |at, listener| topology([member(&a, at), member(&b, listener)], 1);
+        let (inside, outside) = (seen(at, nat), seen(free_addr(), bt));
         let clock = Clock::new();
         let start = |key: &SigningKey, at, topology| {
             let shards = vec![shard_config(POOL_BYTES); 2];

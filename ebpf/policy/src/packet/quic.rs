@@ -10,7 +10,7 @@ pub const OUR_ID_BYTES: usize = 16;
 pub const INITIAL_BYTES_MIN: usize = 1_200;
 
 const DIAL_REQUEST_FIRST: u8 = 0x0d;
-const DIAL_REQUEST_BYTES: usize = 65;
+const DIAL_REQUEST_BYTES: usize = 80;
 const LONG_HEADER: u8 = 0x80;
 const FIXED_BIT: u8 = 0x40;
 const VERSION_1: u32 = 1;

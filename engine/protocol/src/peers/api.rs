@@ -40,7 +40,8 @@ pub struct PeersConfig {
     pub stable_after: Duration,
     /// Longest time between two dial requests at a dialler that is not connected.
     pub dial_request_interval: Duration,
-    /// How long a connection may stay silent after its peer requested a dial: above any round trip.
+    /// How long a connection may stay silent after its peer requested a dial; longer on a path
+    /// whose round trip asks for it: see [`super::Peers::verify_within`].
     pub verify_timeout: Duration,
 }
 
@@ -175,7 +176,8 @@ pub enum Action {
         /// Its address.
         address: SocketAddr,
     },
-    /// Send a probe at once and report [`super::Peers::verified`] when anything comes back.
+    /// Send a probe at once, report [`super::Peers::verify_within`] how long its answer may take,
+    /// and [`super::Peers::verified`] when anything comes back.
     Verify {
         /// The connection that may be dead.
         conn: ConnKey,

@@ -64,6 +64,7 @@ impl Peers {
         };
         peer.pending = None;
         peer.dial_request_restarts = 0;
+        peer.candidate.connected();
         match direction {
             Direction::Inbound => peer.backoff.reset(),
             Direction::Outbound(_) => peer.dial = Dial::Idle,

@@ -1,7 +1,12 @@
 //! When to dial, when to request a dial, and when to give up.
 
-use super::{Action, Attempt, CloseReason, ConnKey, Dial, NodeId, Peers, State, Timer};
-use std::time::{Duration, Instant};
+use super::{
+    Action, Attempt, CloseReason, ConnKey, Dial, DialRequest, NodeId, Peer, Peers, State, Timer,
+};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 /// Dial requests bring dials forward, but not to less than this after the last one.
 const DIAL_INTERVAL_MIN: Duration = Duration::from_millis(100);
@@ -9,6 +14,22 @@ const DIAL_INTERVAL_MIN: Duration = Duration::from_millis(100);
 /// QUIC retransmits only after 1, 3 and 7 s. The age doubles with each restart, so that a handshake
 /// on a path with a longer round trip completes.
 const ATTEMPT_PATIENCE: Duration = Duration::from_millis(250);
+
+impl Peer {
+    /// The next address of the topology, each in turn.
+    fn next_listed(&mut self) -> Option<SocketAddr> {
+        let count = self.addresses.len();
+        let address = *self.addresses.get(self.next_address.checked_rem(count)?)?;
+        self.next_address = (self.next_address + 1) % count;
+        Some(address)
+    }
+
+    /// The next address to dial.
+    fn next_to_dial(&mut self) -> Option<SocketAddr> {
+        let candidate = self.candidate.next(!self.addresses.is_empty());
+        candidate.or_else(|| self.next_listed())
+    }
+}
 
 impl Peers {
     /// Handles a peer without a connection: dials it, or requests a dial and waits.
@@ -27,13 +48,24 @@ impl Peers {
         let Some(peer) = self.peers.get_mut(&id) else {
             return;
         };
+        let Some(address) = peer.next_to_dial() else {
+            // It will be dialled when an address is known: by the topology, or by a request.
+            return self.wait(id, now);
+        };
+        self.dial_at(id, address, now);
+    }
+
+    fn dial_at(&mut self, id: NodeId, address: SocketAddr, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
         self.attempts += 1;
         self.counters.dials += 1;
         let attempt = Attempt(self.attempts);
-        let address = peer.addresses[peer.next_address % peer.addresses.len()];
-        peer.next_address = (peer.next_address + 1) % peer.addresses.len();
+        peer.dialled = Some(address);
         peer.dial = Dial::Under {
             attempt,
+            address,
             started: now,
         };
         peer.last_dial = Some(now);
@@ -55,18 +87,20 @@ impl Peers {
         };
         let is_free =
             peer.current == Some(conn) && peer.pending.is_none() && peer.dial == Dial::Idle;
-        if is_free {
-            // The address that was dialled last, not the one after it.
-            let addresses = peer.addresses.len();
-            peer.next_address = (peer.next_address + addresses - 1) % addresses;
-            self.dial(id, now);
-        }
-        is_free
+        // The address that was dialled last, not the one after it.
+        let Some(address) = peer.dialled.filter(|_| is_free) else {
+            return false;
+        };
+        self.dial_at(id, address, now);
+        true
     }
 
     /// An attempt has failed.
     pub(super) fn redial_later(&mut self, id: NodeId, now: Instant) {
         self.counters.dials_failed += 1;
+        if let Some(peer) = self.peers.get_mut(&id) {
+            peer.candidate.failed();
+        }
         match self.peers.get_mut(&id) {
             // It was to replace a connection that works.
             Some(peer) if peer.current.is_some() => {
@@ -109,20 +143,29 @@ impl Peers {
                 self.redial_later(id, now);
             }
             (Dial::Listening, _) => {
-                let address = peer.addresses[peer.next_address % peer.addresses.len()];
-                peer.next_address = (peer.next_address + 1) % peer.addresses.len();
-                self.counters.dial_requests_sent += 1;
-                self.actions
-                    .push_back(Action::RequestDial { peer: id, address });
+                if let Some(address) = peer.next_listed() {
+                    self.counters.dial_requests_sent += 1;
+                    self.actions
+                        .push_back(Action::RequestDial { peer: id, address });
+                }
                 self.seek(id, now);
             }
         }
     }
 
-    pub(super) fn heed_dial_request(&mut self, id: NodeId, now: Instant) {
+    pub(super) fn heed_dial_request(
+        &mut self,
+        request: &DialRequest,
+        from: SocketAddr,
+        wall_ms: u64,
+        now: Instant,
+    ) {
+        let id = request.sender;
         let Some(peer) = self.peers.get_mut(&id) else {
             return;
         };
+        let dials_listed = !peer.candidate.is_dialled();
+        let has_moved = peer.candidate.hear(from, request.sent_ms, wall_ms, now);
         match peer.dial {
             Dial::Listening => {}
             Dial::Idle => self.verify_current(id, now),
@@ -135,9 +178,18 @@ impl Peers {
                     _ => self.dial(id, now),
                 }
             }
-            Dial::Under { attempt, started } => {
-                let patience =
-                    ATTEMPT_PATIENCE.saturating_mul(1 << peer.dial_request_restarts.min(10));
+            Dial::Under {
+                attempt,
+                address,
+                started,
+            } => {
+                // The peer is elsewhere. An attempt of a candidate is left its time, so that a peer
+                // whose address keeps changing gets through.
+                let patience = if has_moved && dials_listed && from != address {
+                    DIAL_INTERVAL_MIN
+                } else {
+                    ATTEMPT_PATIENCE.saturating_mul(1 << peer.dial_request_restarts.min(10))
+                };
                 if peer.pending.is_some() || now < started + patience {
                     return;
                 }
@@ -150,7 +202,7 @@ impl Peers {
         }
     }
 
-    /// Handles a dial request of a connected peer: the peer may have restarted.
+    /// Handles a dial request of a connected peer: the peer may have restarted, or moved.
     fn verify_current(&mut self, id: NodeId, now: Instant) {
         let current = self.peers.get(&id).and_then(|peer| peer.current);
         let Some(conn) = current else { return };

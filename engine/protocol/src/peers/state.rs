@@ -2,7 +2,7 @@
 
 use super::{Attempt, ConnectionNumber, Direction, NodeId};
 use crate::timer::TimerId;
-use std::time::Instant;
+use std::{net::SocketAddr, time::Instant};
 
 /// The state of dialling a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,7 +14,11 @@ pub(super) enum Dial {
     /// The timer will dial.
     Waiting,
     /// A dial is under way; the timer is its deadline.
-    Under { attempt: Attempt, started: Instant },
+    Under {
+        attempt: Attempt,
+        address: SocketAddr,
+        started: Instant,
+    },
 }
 
 impl Dial {

@@ -4,6 +4,13 @@ use proptest::prelude::*;
 use std::collections::BTreeSet;
 
 const MS: Duration = Duration::from_millis(1);
+/// Milliseconds since 1970 when a testbed starts.
+const WALL_MS: u64 = 1_800_000_000_000;
+
+/// An address that no topology has.
+fn elsewhere(host: u8) -> SocketAddr {
+    ([192, 0, 2, host], 4100).into()
+}
 
 /// Members in the order of their ids, so that index 0 dials everyone.
 fn members(count: u8) -> Vec<(NodeId, Member)> {
@@ -34,6 +41,7 @@ fn topology(members: &[(NodeId, Member)]) -> Arc<Topology> {
 struct Testbed {
     peers: Peers,
     now: Instant,
+    start: Instant,
     ids: Vec<NodeId>,
     all: Vec<(NodeId, Member)>,
 }
@@ -47,6 +55,7 @@ impl Testbed {
         Self {
             peers,
             now,
+            start: now,
             ids: all.iter().map(|(id, _)| *id).collect(),
             all,
         }
@@ -54,6 +63,25 @@ impl Testbed {
 
     fn actions(&mut self) -> Vec<Action> {
         std::iter::from_fn(|| self.peers.poll_action()).collect()
+    }
+
+    /// A dial request of `peer` arrives from an address; it was sent now.
+    fn request_from(&mut self, peer: NodeId, from: SocketAddr) {
+        let wall_ms = WALL_MS + (self.now - self.start).as_millis() as u64;
+        let request = DialRequest {
+            sender: peer,
+            target: self.peers.id,
+            index: 0,
+            sent_ms: wall_ms,
+        };
+        self.peers.dial_requested(&request, from, wall_ms, self.now);
+    }
+
+    /// A dial request from where the topology has its sender.
+    fn request(&mut self, peer: NodeId) {
+        let sender = self.all.iter().find(|(id, _)| *id == peer);
+        let from = sender.map_or_else(|| elsewhere(0), |(_, member)| member.addresses[0]);
+        self.request_from(peer, from);
     }
 
     fn dial(&mut self) -> Attempt {
@@ -398,19 +426,19 @@ fn dial_requests_bring_a_dial_forward() {
         attempt = testbed.dial();
     }
     testbed.peers.dial_failed(attempt, testbed.now);
-    testbed.peers.dial_requested(peer, testbed.now);
+    testbed.request(peer);
     assert!(
         testbed.next_timeout() <= 101 * MS,
         "brought forward, but not at once"
     );
     attempt = testbed.dial();
     testbed.now += 200 * MS;
-    testbed.peers.dial_requested(peer, testbed.now);
+    testbed.request(peer);
     assert_eq!(testbed.actions(), [], "the attempt is young");
     // Each restart grants the next attempt twice the time: a slow handshake gets through.
     for patience in [250 * MS, 500 * MS, 1000 * MS, 2000 * MS] {
         testbed.now += patience;
-        testbed.peers.dial_requested(peer, testbed.now);
+        testbed.request(peer);
         let abandoned = Action::Abandon { attempt };
         let actions = testbed.actions();
         assert!(
@@ -421,8 +449,10 @@ fn dial_requests_bring_a_dial_forward() {
             panic!("{actions:?}")
         };
         attempt = next;
-        testbed.peers.dial_requested(peer, testbed.now + patience);
+        testbed.now += patience;
+        testbed.request(peer);
         assert_eq!(testbed.actions(), []);
+        testbed.now -= patience;
     }
 }
 
@@ -433,18 +463,18 @@ fn dial_request_on_a_live_connection_asks_for_proof() {
     let attempt = testbed.dial();
     testbed.up(1, 1, Direction::Outbound(attempt));
     testbed.actions();
-    testbed.peers.dial_requested(peer, testbed.now);
+    testbed.request(peer);
     assert_eq!(testbed.actions(), [], "overtaken by the connection");
     testbed.now += Duration::from_secs(3);
     for _ in 0..2 {
-        testbed.peers.dial_requested(peer, testbed.now);
+        testbed.request(peer);
         assert_eq!(testbed.actions(), [Action::Verify { conn: ConnKey(1) }]);
-        testbed.peers.dial_requested(peer, testbed.now);
+        testbed.request(peer);
         assert_eq!(testbed.actions(), []);
         testbed.peers.verified(ConnKey(1));
         assert_eq!(testbed.peers.poll_timeout(), None);
     }
-    testbed.peers.dial_requested(peer, testbed.now);
+    testbed.request(peer);
     testbed.actions();
     testbed.next_timeout();
     let actions = testbed.actions();
@@ -457,6 +487,128 @@ fn dial_request_on_a_live_connection_asks_for_proof() {
         matches!(actions[1..], [Action::Down { .. }, Action::Dial { .. }]),
         "{actions:?}"
     );
+}
+
+/// What is dialled next; the attempt before it has failed.
+fn dialled_after_failure(testbed: &mut Testbed, attempt: Attempt) -> (SocketAddr, Attempt) {
+    testbed.peers.dial_failed(attempt, testbed.now);
+    testbed.next_timeout();
+    match testbed.actions()[..] {
+        [
+            Action::Dial {
+                address, attempt, ..
+            },
+        ] => (address, attempt),
+        ref other => panic!("no dial in {other:?}"),
+    }
+}
+
+// Protects the listener that has another address than the registry says: it is dialled there at
+// once, and where the registry says again when that fails.
+#[test]
+fn a_listener_is_dialled_where_its_dial_requests_come_from() {
+    let mut testbed = Testbed::new(0, 2);
+    let (peer, listed) = (testbed.ids[1], testbed.all[1].1.addresses[0]);
+    let old = testbed.dial();
+    testbed.now += 100 * MS;
+    testbed.request_from(peer, elsewhere(1));
+    let [
+        Action::Abandon { attempt },
+        Action::Dial {
+            address,
+            attempt: new,
+            ..
+        },
+    ] = testbed.actions()[..]
+    else {
+        panic!("the attempt goes on")
+    };
+    assert_eq!((attempt, address), (old, elsewhere(1)));
+    // It is elsewhere again at once: this attempt is left its time.
+    testbed.now += 200 * MS;
+    testbed.request_from(peer, elsewhere(2));
+    assert_eq!(testbed.actions(), []);
+    let (first, attempt) = dialled_after_failure(&mut testbed, new);
+    let (second, _) = dialled_after_failure(&mut testbed, attempt);
+    assert_eq!([first, second], [listed, listed], "the candidate failed");
+}
+
+#[test]
+fn a_connected_listener_that_moved_is_dialled_there_first() {
+    let mut testbed = Testbed::new(0, 2);
+    let peer = testbed.ids[1];
+    let attempt = testbed.dial();
+    testbed.up(1, 1, Direction::Outbound(attempt));
+    testbed.actions();
+    testbed.now += Duration::from_secs(3);
+    testbed.request_from(peer, elsewhere(1));
+    assert_eq!(testbed.actions(), [Action::Verify { conn: ConnKey(1) }]);
+    // On a long path the answer takes longer than the config grants.
+    let wait = Duration::from_secs(4);
+    testbed.peers.verify_within(ConnKey(1), wait, testbed.now);
+    assert_eq!(testbed.next_timeout(), wait);
+    let [
+        Action::Close { .. },
+        Action::Down { .. },
+        Action::Dial { address, .. },
+    ] = testbed.actions()[..]
+    else {
+        panic!("no dial after the close")
+    };
+    assert_eq!(address, elsewhere(1));
+    // The registry says where it is: nothing else is dialled.
+    testbed.all[1].1.addresses[0].set_port(9);
+    testbed
+        .peers
+        .set_topology(topology(&testbed.all), testbed.now);
+    let [
+        Action::Abandon { .. },
+        Action::Dial {
+            address, attempt, ..
+        },
+    ] = testbed.actions()[..]
+    else {
+        panic!("no dial of the new address")
+    };
+    assert_eq!(address.port(), 9);
+    let (next, _) = dialled_after_failure(&mut testbed, attempt);
+    assert_eq!(next.port(), 9);
+}
+
+// Protects a subnet of names from one that is not resolved: its peer waits, and is dialled where
+// its request comes from, or when it is resolved.
+#[test]
+fn a_peer_without_an_address_waits_for_one() {
+    let mut testbed = Testbed::new(0, 3);
+    testbed.actions();
+    let (peer, other) = (testbed.ids[1], testbed.ids[2]);
+    let mut nameless = testbed.all.clone();
+    nameless[1].1.addresses.clear();
+    nameless[2].1.addresses.clear();
+    testbed.peers.set_topology(topology(&nameless), testbed.now);
+    let gave_up = testbed.actions();
+    assert!(matches!(
+        gave_up[..],
+        [Action::Abandon { .. }, Action::Abandon { .. }]
+    ));
+    testbed.now += Duration::from_secs(9);
+    testbed.peers.handle_timeout(testbed.now);
+    assert_eq!(testbed.actions(), []);
+    testbed.request_from(peer, elsewhere(1));
+    assert!(
+        matches!(testbed.actions()[..], [Action::Dial { address, .. }] if address == elsewhere(1))
+    );
+    nameless[2] = testbed.all[2].clone();
+    testbed.peers.set_topology(topology(&nameless), testbed.now);
+    assert!(matches!(testbed.actions()[..], [Action::Dial { peer, .. }] if peer == other));
+    // A listener that knows no address asks none.
+    let mut listener = Testbed::new(1, 2);
+    listener.all[0].1.addresses.clear();
+    let nowhere = topology(&listener.all);
+    listener.peers.set_topology(nowhere, listener.now);
+    listener.now += Duration::from_secs(2);
+    listener.peers.handle_timeout(listener.now);
+    assert_eq!(listener.actions(), []);
 }
 
 #[test]
@@ -579,7 +731,8 @@ proptest! {
                 2 => testbed.peers.hello_received(conn, now),
                 3 => testbed.peers.closed(conn, CloseKind::Clean, now),
                 4 => testbed.peers.closed(conn, CloseKind::Lost, now),
-                5 => testbed.peers.dial_requested(id, now),
+                5 if ms % 2 == 0 => testbed.request(id),
+                5 => testbed.request_from(id, elsewhere(pick as u8)),
                 6 => testbed.peers.dial_failed(attempts[pick as usize % attempts.len()], now),
                 7 => {
                     let members = &testbed.all[usize::from(ms % 2 == 0)..peer.max(1)];

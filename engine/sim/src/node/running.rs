@@ -21,7 +21,9 @@ use millrace_protocol::timer::{TimerId, Wheel};
 use millrace_protocol::topology::Topology;
 use millrace_shards::chunk::ChunkPool;
 use millrace_transport::Router;
-use millrace_transport::driver::{BodyAllocator, Phase, Session, ShardState, peers_config};
+use millrace_transport::driver::{
+    BodyAllocator, Phase, Session, ShardState, dial_requests, peers_config,
+};
 
 use crate::memnet::Endpoint;
 use crate::messenger::Paths;
@@ -70,6 +72,8 @@ pub(super) struct Start {
     /// By its runs before this one.
     pub(super) connections_made: u64,
     pub(super) seed: u64,
+    /// When the simulation began.
+    pub(super) origin: Instant,
     pub(super) now: Instant,
 }
 
@@ -93,6 +97,7 @@ pub(super) struct Running {
     out: Vec<(Endpoint, Packet)>,
     /// What the actions of `peers` said is current.
     ups: BTreeMap<NodeId, (ConnKey, ConnectionNumber)>,
+    origin: Instant,
     now: Instant,
 }
 
@@ -109,6 +114,7 @@ impl Running {
             versions,
             connections_made,
             seed,
+            origin,
             now,
         } = start;
         let mut wheel = Wheel::new(now);
@@ -131,6 +137,7 @@ impl Running {
             scratch: vec![0; SCRATCH_BYTES],
             out: Vec::new(),
             ups: BTreeMap::new(),
+            origin,
             now,
         }
     }
@@ -155,6 +162,12 @@ impl Running {
     pub(super) fn set_now(&mut self, now: Instant) {
         self.now = now;
         self.state.set_now(now);
+    }
+
+    /// The wall clock of every node, in milliseconds since 1970.
+    fn wall_ms(&self) -> u64 {
+        const WALL_MS: u64 = 1_800_000_000_000;
+        WALL_MS + (self.now - self.origin).as_millis() as u64
     }
 
     pub(super) fn next_timeout(&self) -> Option<Instant> {
@@ -194,6 +207,14 @@ impl Running {
 
 /// A connection's name has its node above, and its slot below this bit.
 const KEY_SHIFT: u32 = 40;
+
+/// A key that two nodes have in common, and no other pair has. No node here forges, so it need be
+/// no secret.
+fn pair_key(a: &NodeId, b: &NodeId) -> dial_requests::Key {
+    let half = |id: &NodeId| id.as_bytes()[..8].try_into().map_or(0, u64::from_le_bytes);
+    let (k0, k1) = (half(a.min(b)), half(a.max(b)));
+    dial_requests::Key { k0, k1 }
+}
 
 fn slot_of(key: ConnKey) -> usize {
     (key.0 & ((1 << KEY_SHIFT) - 1)) as usize

@@ -1,6 +1,6 @@
 //! What crosses the network between two simulated nodes.
 
-use millrace_protocol::dial_request::DialRequest;
+use millrace_protocol::dial_request::Sealed;
 use millrace_protocol::peers::ConnKey;
 use millrace_transport::driver::StreamBuffer;
 
@@ -35,7 +35,7 @@ pub(crate) enum Packet {
     /// CONNECTION_CLOSE with an application code (RFC 9000, 19.19).
     Close { to: ConnKey, code: u64 },
     /// Asks a dialler to dial: a datagram outside of any connection.
-    DialRequest { datagram: [u8; DialRequest::BYTES] },
+    DialRequest { datagram: Sealed },
 }
 
 /// A frame (RFC 9000, 19) of an open connection. Each is acknowledged with its packet.
@@ -113,7 +113,7 @@ impl Packet {
                 OVERHEAD_BYTES + acked + frames
             }
             Self::Close { .. } => OVERHEAD_BYTES + 16,
-            Self::DialRequest { datagram } => 48 + datagram.len() as u64,
+            Self::DialRequest { datagram } => 48 + datagram.as_bytes().len() as u64,
         }
     }
 

@@ -11,8 +11,10 @@ use millrace_protocol::id::ConnectionNumber;
 use millrace_protocol::peers::{Action, CloseKind, ConnKey};
 
 use super::{Arrival, CERTIFICATE_REQUIRED, CERTIFICATE_UNKNOWN, Endpoint, REPLIES_MAX, Timer};
+use crate::clock::wall_ms;
 use crate::connection::Connection;
 use crate::counters::{Family, TlsRefusal};
+use crate::dial_requests;
 use crate::phase::Phase;
 use crate::quic::CloseCode;
 
@@ -53,27 +55,37 @@ impl Endpoint {
                 }
             }
             Action::RequestDial { peer, address } => {
+                let Some(key) = self.parts.dial_keys.get(&peer) else {
+                    return;
+                };
                 let dial_request = DialRequest {
                     sender: self.parts.me,
                     target: peer,
+                    index: index as u8,
+                    sent_ms: wall_ms(),
                 };
+                let sealed = dial_requests::seal(&dial_request, *key);
+                // From the address that the kernel chooses now: the peer dials it.
                 let to = Arrival {
                     from: address,
                     at: None,
                 };
-                self.reply(dial_request.encode(index as u8).to_vec(), to);
+                self.reply(sealed.as_bytes().to_vec(), to);
             }
             Action::Verify { conn } => {
                 if let Some(slot) = self.slot_of(conn)
                     && let Some(Some(connection)) = self.connections.get_mut(slot)
                     && let Some(session) = &mut connection.session
                 {
-                    // A dial request is not signed: it must not end a connection whose answer
-                    // merely takes long. The idle timeout does.
-                    if session.probe_liveness(&mut connection.quic) {
-                        self.mark_dirty(slot);
-                    } else if let Some(peers) = self.parts.peers.get_mut(index) {
-                        peers.verified(conn);
+                    let wait = session.probe_liveness(&mut connection.quic);
+                    let peers = self.parts.peers.get_mut(index);
+                    match (wait, peers) {
+                        (Some(wait), Some(peers)) => {
+                            peers.verify_within(conn, wait, now);
+                            self.mark_dirty(slot);
+                        }
+                        (None, Some(peers)) => peers.verified(conn),
+                        (_, None) => {}
                     }
                 }
             }

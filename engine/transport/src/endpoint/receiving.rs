@@ -1,15 +1,18 @@
 //! Receiving: gives datagrams to their connections, and after the packets of one completion does
 //! everything that they made possible.
 
+use std::net::SocketAddr;
 use std::time::Instant;
 
 use millrace_edge_policy::cid::dcid_of;
-use millrace_protocol::dial_request::DialRequest;
+use millrace_protocol::dial_request::Sealed;
 use millrace_shards::datapath::Datagrams;
 
 use super::{Arrival, Endpoint};
 use crate::address::PeerAddress;
+use crate::clock::wall_ms;
 use crate::counters::Counter;
+use crate::dial_requests;
 use crate::ids::IdBytes;
 use crate::mtu::PathMtu;
 use crate::phase::Phase;
@@ -38,8 +41,8 @@ impl Endpoint {
         };
         let mut touched: Option<Touched> = None;
         for datagram in datagrams.into_segments() {
-            if let Some(dial_request) = DialRequest::decode(datagram) {
-                self.on_dial_request(&dial_request, now);
+            if let Some(sealed) = Sealed::read(datagram) {
+                self.on_dial_request(&sealed, arrival.from, now);
                 continue;
             }
             let is_next = |touched: &Touched| {
@@ -190,11 +193,18 @@ impl Endpoint {
         }
     }
 
-    pub(super) fn on_dial_request(&mut self, dial_request: &DialRequest, now: Instant) {
-        if dial_request.target == self.parts.me {
-            for peers in &mut self.parts.peers {
-                peers.dial_requested(dial_request.sender, now);
-            }
+    pub(super) fn on_dial_request(&mut self, sealed: &Sealed, from: SocketAddr, now: Instant) {
+        let (me, keys) = (self.parts.me, &self.parts.dial_keys);
+        let opened = dial_requests::open(sealed, |claimed| {
+            let key = keys.get(&claimed.sender)?;
+            (claimed.target == me).then_some(*key)
+        });
+        let Some(request) = opened else {
+            self.counters().add(Counter::DialRequestsRefused, 1);
+            return;
+        };
+        if let Some(peers) = self.parts.peers.get_mut(usize::from(request.index)) {
+            peers.dial_requested(&request, from, wall_ms(), now);
             self.run_actions(now);
         }
     }

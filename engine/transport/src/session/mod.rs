@@ -38,7 +38,7 @@ use hello::HelloReader;
 pub use dispatch::Received;
 use dispatch::{Delivery, on_fault};
 
-/// How long a connection may stay silent after its peer requested a dial.
+/// How long a connection may stay silent at least after its peer requested a dial.
 pub(crate) const VERIFY_TIMEOUT: Duration = Duration::from_millis(400);
 
 /// What [`Session::poll_transmit`] moved into the path.
@@ -375,16 +375,14 @@ impl Session {
         is_lossy
     }
 
-    /// Asks the peer for a sign of life. False when an answer cannot be expected within 400 ms.
-    pub fn probe_liveness<P: StreamPath>(&mut self, path: &mut P) -> bool {
+    /// Asks the peer for a sign of life. How long it may take: at least 400 ms, and room for a loss
+    /// and its repeat. None when the connection is over.
+    pub fn probe_liveness<P: StreamPath>(&mut self, path: &mut P) -> Option<Duration> {
         let stats = path.stats();
-        // Room for a loss and its repeat.
-        if stats.rtt.unwrap_or(Duration::ZERO) * 6 > VERIFY_TIMEOUT {
-            return false;
-        }
         self.verify_from = Some(stats.received);
+        let wait = VERIFY_TIMEOUT.max(stats.rtt.unwrap_or(Duration::ZERO) * 6);
         // Repeated by the path until it is acknowledged.
-        path.send_ping()
+        path.send_ping().then_some(wait)
     }
 
     /// Whether the sign of life that was asked for has come; said once.

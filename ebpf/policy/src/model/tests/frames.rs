@@ -161,7 +161,7 @@ pub(super) fn tcp(from: &str, port: u16, flags: u8) -> Vec<u8> {
 }
 
 pub(super) fn dial_request() -> Vec<u8> {
-    let mut dial_request = vec![0x0d; 65];
+    let mut dial_request = vec![0x0d; 80];
     dial_request[2..6].copy_from_slice(b"dial");
     dial_request
 }

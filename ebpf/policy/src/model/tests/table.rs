@@ -194,7 +194,7 @@ fn quic_without_keys() -> Vec<Case> {
         case("fixed bit", quic(&[0x3f; 30]), Reason::QuicFixedBit),
         case(
             "no dial request",
-            quic(&dial_request()[..64]),
+            quic(&dial_request()[..79]),
             Reason::QuicFixedBit,
         ),
         case(

@@ -25,7 +25,7 @@ pub(in crate::packet) fn long(
 #[test]
 fn quic_classes() {
     let dial_request = {
-        let mut dial_request = vec![0x0d; 65];
+        let mut dial_request = vec![0x0d; 80];
         dial_request[2..6].copy_from_slice(b"dial");
         dial_request
     };
@@ -35,8 +35,8 @@ fn quic_classes() {
         ("nothing", vec![], Err(Reason::QuicMalformed)),
         ("dial request", dial_request.clone(), Ok(Quic::DialRequest)),
         (
-            "dial request of 64 bytes",
-            dial_request[..64].to_vec(),
+            "dial request of 79 bytes",
+            dial_request[..79].to_vec(),
             Err(Reason::QuicFixedBit),
         ),
         (

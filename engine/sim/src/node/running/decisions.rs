@@ -4,9 +4,9 @@ use millrace_protocol::dial_request::DialRequest;
 use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_protocol::peers::{Action, ConnKey};
 use millrace_transport::CloseCode;
-use millrace_transport::driver::Phase;
+use millrace_transport::driver::{Phase, dial_requests};
 
-use super::{Connection, Running, Timer, slot_of};
+use super::{Connection, Running, Timer, pair_key, slot_of};
 use crate::quic::packet::Packet;
 use crate::wire::endpoint_of;
 
@@ -39,8 +39,10 @@ impl Running {
                 let request = DialRequest {
                     sender: self.id,
                     target: peer,
+                    index: 0,
+                    sent_ms: self.wall_ms(),
                 };
-                let datagram = request.encode(0);
+                let datagram = dial_requests::seal(&request, pair_key(&self.id, &peer));
                 let packet = Packet::DialRequest { datagram };
                 self.out.push((endpoint_of(address), packet));
             }
@@ -48,14 +50,14 @@ impl Running {
                 let Some(connection) = self.find(conn) else {
                     return;
                 };
-                let asked = connection
-                    .session
-                    .as_mut()
-                    .is_some_and(|session| session.probe_liveness(&mut connection.quic));
-                if asked {
-                    self.mark_dirty(slot_of(conn));
-                } else {
-                    self.peers.verified(conn);
+                let session = connection.session.as_mut();
+                let wait = session.and_then(|s| s.probe_liveness(&mut connection.quic));
+                match wait {
+                    Some(wait) => {
+                        self.peers.verify_within(conn, wait, self.now);
+                        self.mark_dirty(slot_of(conn));
+                    }
+                    None => self.peers.verified(conn),
                 }
             }
             Action::Close { conn, reason } => {

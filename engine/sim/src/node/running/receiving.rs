@@ -2,17 +2,17 @@
 
 use std::sync::Arc;
 
-use millrace_protocol::dial_request::DialRequest;
 use millrace_protocol::frame::Hello;
 use millrace_protocol::id::NodeId;
 use millrace_protocol::peers::{ConnKey, Direction};
 use millrace_transport::CloseCode;
 use millrace_transport::counters::{Counter, Family};
-use millrace_transport::driver::{Phase, Session};
+use millrace_transport::driver::{Phase, Session, dial_requests};
 
-use super::{Connection, Running, slot_of};
+use super::{Connection, Running, pair_key, slot_of};
 use crate::memnet::Endpoint;
 use crate::quic::packet::Packet;
+use crate::wire::address_of;
 
 impl Running {
     pub(in crate::node) fn receive(&mut self, from: Endpoint, sender: NodeId, packet: Packet) {
@@ -72,11 +72,16 @@ impl Running {
                 }
             }
             Packet::DialRequest { datagram } => {
-                let request = DialRequest::decode(&datagram);
-                if let Some(request) = request.filter(|request| request.target == self.id) {
-                    self.peers.dial_requested(request.sender, now);
-                    self.run_actions();
-                }
+                let opened = dial_requests::open(&datagram, |claimed| {
+                    (claimed.target == self.id).then(|| pair_key(&claimed.sender, &self.id))
+                });
+                let Some(request) = opened else {
+                    self.state.counters().add(Counter::DialRequestsRefused, 1);
+                    return;
+                };
+                let (from, wall_ms) = (address_of(from), self.wall_ms());
+                self.peers.dial_requested(&request, from, wall_ms, now);
+                self.run_actions();
             }
         }
     }
