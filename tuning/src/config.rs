@@ -5,6 +5,7 @@
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 
+use millrace_protocol::address::NodeAddress;
 use serde::{Deserialize, Serialize};
 
 use crate::units::{ByteSize, Period};
@@ -197,6 +198,8 @@ pub struct RegistrySection {
     pub seeds: Vec<Seed>,
     /// How often the folder is read.
     pub poll_interval: Period,
+    /// Longest time between two lookups of a name.
+    pub resolve_interval: Period,
     /// Versions held at once.
     pub versions_max: u64,
 }
@@ -218,7 +221,7 @@ pub struct Seed {
     /// Its key: 64 hexadecimal digits. The connection is pinned to it like any other.
     pub public_key: String,
     /// Where it listens.
-    pub address: SocketAddr,
+    pub address: NodeAddress,
 }
 
 impl fmt::Display for Seed {
@@ -532,6 +535,7 @@ impl Default for RegistrySection {
             public_key: String::new(),
             seeds: Vec::new(),
             poll_interval: Period::secs(3),
+            resolve_interval: Period::secs(60),
             versions_max: 32,
         }
     }

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use millrace_protocol::address::{AddressError, listen_address, peer_address};
+use millrace_protocol::address::{AddressError, listen_address};
 use toml::Spanned;
 use toml::de::{DeArray, DeString, DeTable, DeValue};
 
@@ -565,7 +565,7 @@ fn seeds(list: &DeArray<'_>) -> Result<Value, Refusal> {
         })?;
         seeds.push(Seed {
             public_key: public_key(key)?,
-            address: peer_address(at).map_err(|error| address(at, error))?,
+            address: at.parse().map_err(|error| address(at, error))?,
         });
     }
     Ok(Value::Seeds(seeds))

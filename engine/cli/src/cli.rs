@@ -1,10 +1,9 @@
 //! The command line. `docs/reference/cli.md` is generated from it and tested for freshness.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use millrace_protocol::address::AddressError;
+use millrace_protocol::address::{AddressError, NodeAddress};
 use millrace_tuning::ByteSize;
 
 use crate::xdp::args::XdpCommand;
@@ -167,9 +166,10 @@ pub(crate) struct RegistryAddArgs {
     /// The node's public key, as `millrace keygen` printed it.
     #[arg(long, value_name = "HEX")]
     pub(crate) public_key: String,
-    /// Where the node listens; may be given several times.
-    #[arg(long, value_name = "IP:PORT", required = true, value_parser = peer_address)]
-    pub(crate) address: Vec<SocketAddr>,
+    /// Where the node listens, by IP address or name; may be given several times, in the order to
+    /// try.
+    #[arg(long, value_name = "HOST:PORT", required = true, value_parser = node_address)]
+    pub(crate) address: Vec<NodeAddress>,
     /// The subnet's id; needed when there are several.
     #[arg(long, value_name = "ID")]
     pub(crate) subnet: Option<String>,
@@ -179,9 +179,9 @@ pub(crate) struct RegistryAddArgs {
 }
 
 /// An address that every node can dial.
-fn peer_address(text: &str) -> Result<SocketAddr, String> {
-    let refused = |error: AddressError| format!("it {error}; {}", error.fix());
-    millrace_protocol::address::peer_address(text).map_err(refused)
+fn node_address(text: &str) -> Result<NodeAddress, String> {
+    text.parse()
+        .map_err(|error: AddressError| format!("it {error}; {}", error.fix()))
 }
 
 /// `millrace registry remove-node`

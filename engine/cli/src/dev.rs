@@ -8,6 +8,7 @@ mod testbed;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,7 @@ use millrace_node::{
     RegistrySource, Services, ShardConfig, SigningKey, folder, host, keys, mapping, registry,
 };
 use millrace_protocol::rng::Rng;
+use millrace_registry::HostResolver;
 use millrace_shards::chunk::CHUNK_BYTES;
 use millrace_shards::socket::UdpGroupConfig;
 use serde::Serialize;
@@ -121,7 +123,7 @@ impl Subnet {
             };
             sockets.extend(site.admin_socket.clone());
             let node = site.start(identity)?;
-            draft.set_node(public_key, subnet, &[node.address()]);
+            draft.set_node(public_key, subnet, [node.address()]);
             nodes.push(node);
         }
         folder::write(
@@ -430,6 +432,7 @@ impl NodeSite<'_> {
             paths_file: None,
             shards: Some(self.shards(&config.shards.defaults)),
             edge: None,
+            resolver: Arc::new(HostResolver),
             services: Services::default(),
         })
     }

@@ -55,7 +55,7 @@ fn add_node(args: &RegistryAddArgs) -> Result<Exit, Failure> {
     let mut draft = next(&args.dir, &key)?;
     let subnet = subnet_of(&draft, args.subnet.as_deref())?;
     let public_key = keys::public_from_hex(&args.public_key)?;
-    draft.set_node(public_key, subnet, &args.address);
+    draft.set_node(public_key, subnet, args.address.iter().cloned());
     publish(&args.dir, &key, &draft)?;
     report(&key, draft.version(), args.json)?;
     Ok(Exit::Ok)

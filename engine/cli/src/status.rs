@@ -34,6 +34,27 @@ fn print(status: &Status) -> Result<(), Failure> {
         "registry   version {}, {} members",
         status.registry.newest_version, status.registry.members
     ))?;
+    if status.registry.names > 0 {
+        output::data(format_args!(
+            "names      {}, {} of them failing, {} left out",
+            status.registry.names,
+            status.registry.failing_names.len(),
+            status.registry.names_left_out
+        ))?;
+    }
+    for name in &status.registry.failing_names {
+        let kept: Vec<String> = name.addresses.iter().map(ToString::to_string).collect();
+        output::data(format_args!(
+            "           {}: {}; kept: {}",
+            name.host,
+            name.reason,
+            if kept.is_empty() {
+                "none".into()
+            } else {
+                kept.join(" ")
+            }
+        ))?;
+    }
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     output::data(format_args!(
         "artifacts  {} held, {:.1} of {:.1} MiB",

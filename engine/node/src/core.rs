@@ -1,7 +1,7 @@
 //! What all parts of a running node share: transport, artifacts and registry.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use millrace_protocol::identity::PublicKey;
@@ -32,13 +32,25 @@ pub(crate) struct Core {
 impl Core {
     /// Tells the shards which nodes are members now; false when a mailbox was full.
     pub(crate) fn apply_topology(&self) -> bool {
-        self.apply(&Arc::new(self.versions.topology()))
+        let applied = self.applied();
+        // Under the lock: of two threads with one version, the later one knows the newer addresses
+        // of names.
+        let topology = Arc::new(self.versions.topology());
+        self.apply_locked(&topology, applied)
     }
 
     /// As [`Self::apply_topology`]. A topology older than the one in force is ignored: another
     /// thread was faster with the newer one.
+    #[cfg(test)]
     pub(crate) fn apply(&self, topology: &Arc<Topology>) -> bool {
-        let mut applied = self.applied.lock().unwrap_or_else(PoisonError::into_inner);
+        self.apply_locked(topology, self.applied())
+    }
+
+    fn applied(&self) -> MutexGuard<'_, u64> {
+        self.applied.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn apply_locked(&self, topology: &Arc<Topology>, mut applied: MutexGuard<'_, u64>) -> bool {
         if topology.newest_version() < *applied {
             return true;
         }

@@ -97,6 +97,24 @@ const OWN: &[Own] = &[
         help: "Questions to peers for registry versions that failed; peers are asked in turn",
     },
     Own {
+        name: "millrace_registry_names",
+        kind: Kind::Gauge,
+        label: None,
+        help: "Names of hosts that are looked up",
+    },
+    Own {
+        name: "millrace_registry_names_failing",
+        kind: Kind::Gauge,
+        label: None,
+        help: "Names whose last lookup failed; the last known addresses stay in use",
+    },
+    Own {
+        name: "millrace_registry_names_left_out",
+        kind: Kind::Gauge,
+        label: None,
+        help: "Names beyond 4,096, which are not looked up",
+    },
+    Own {
         name: "millrace_topology_members",
         kind: Kind::Gauge,
         label: None,
@@ -427,6 +445,11 @@ fn registry(core: &Core, out: &mut Out<'_>) -> fmt::Result {
         help_of("millrace_registry_questions_failed"),
         failed,
     )?;
+    let failing = summary.names.iter().filter(|name| name.failure.is_some());
+    let failing = failing.count() as u64;
+    out.gauge("millrace_registry_names", summary.names.len() as u64)?;
+    out.gauge("millrace_registry_names_failing", failing)?;
+    out.gauge("millrace_registry_names_left_out", summary.names_left_out)?;
     let members = core.topology.members.load(Ordering::Relaxed);
     out.gauge("millrace_topology_members", members)
 }

@@ -12,7 +12,7 @@ use millrace_protocol::identity::PublicKey;
 use millrace_protocol::registry::{RegistryError, SignedVersion};
 use millrace_registry::follow::OfferSender;
 use millrace_registry::wire::{FIRST_METHOD, LAST_METHOD};
-use millrace_registry::{Events, Exchange, FollowThread, Versions};
+use millrace_registry::{Events, Exchange, Follow, FollowThread, Versions};
 use millrace_shards::chunk::Body;
 use millrace_transport::{
     Payload, RemoteAnswer, Request, Router, RouterError, RpcError, ShardMessenger, Transport,
@@ -169,10 +169,15 @@ impl Node {
             registry: None,
             paths: Mutex::default(),
         };
-        let interval = config.registry.poll_interval.get();
-        let (applies, versions) = (Arc::clone(&core), Arc::clone(&core.versions));
+        let follow = Follow {
+            interval: config.registry.poll_interval.get(),
+            resolver: parts.resolver,
+        };
+        let (applies, asked) = (Arc::clone(&core), Arc::clone(&core));
+        let versions = Arc::clone(&core.versions);
         let apply = move || applies.apply_topology();
-        let registry = FollowThread::start(versions, events, interval, apply)
+        let connected = move || peers::all(&asked.transport);
+        let registry = FollowThread::start(versions, events, follow, connected, apply)
             .map_err(|error| StartError::io("the registry thread", error))?;
         inner.registry = Some(registry);
         let paths = file.map(|file| PathThread::start(file, paths, inner.core.transport.clone()));

@@ -2,10 +2,11 @@
 
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use millrace_protocol::frame::Method;
 use millrace_protocol::identity::{PublicKey, SigningKey};
-use millrace_registry::{Versions, keys};
+use millrace_registry::{HostResolver, Resolver, Versions, keys};
 use millrace_shards::config::ShardConfig;
 use millrace_transport::{Service, ShardMessenger};
 use millrace_tuning::NodeConfig;
@@ -34,6 +35,9 @@ pub struct NodeParts {
     /// The edge, as [`edge::prepare`](crate::edge::prepare) made it; none: caps and rates of the
     /// transport's own alone, and no steering of packets.
     pub edge: Option<PreparedEdge>,
+    /// Says what the names of hosts stand for; as made, the host's own resolver. It is asked on
+    /// threads of its own.
+    pub resolver: Arc<dyn Resolver>,
     /// The embedder's services; see [`serve`](Self::serve).
     pub services: Services,
 }
@@ -110,6 +114,7 @@ impl NodeParts {
             paths_file: None,
             shards: None,
             edge: None,
+            resolver: Arc::new(HostResolver),
             services: Services::default(),
         })
     }

@@ -19,6 +19,12 @@ pub(crate) fn nearest(transport: &Transport) -> Vec<NodeId> {
     peers.into_iter().map(|(peer, _)| peer).collect()
 }
 
+/// The peers that are up.
+pub(crate) fn all(transport: &Transport) -> BTreeSet<NodeId> {
+    let peers = transport.status().peers();
+    peers.iter().map(|peer| peer.node_id).collect()
+}
+
 /// How many peers there are among these connections.
 pub(crate) fn distinct(connections: &[PeerStatus]) -> usize {
     let peers: BTreeSet<NodeId> = connections.iter().map(|one| one.node_id).collect();

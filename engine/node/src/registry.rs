@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use millrace_protocol::identity::PublicKey;
+use millrace_protocol::names::NamesConfig;
 use millrace_protocol::registry::RegistryConfig;
-use millrace_protocol::topology::Member;
-use millrace_registry::{Follower, KeyError, Versions, VersionsConfig, keys};
+use millrace_registry::{Follower, KeyError, KnownNode, Versions, VersionsConfig, keys};
 use millrace_tuning::NodeConfig;
 use millrace_tuning::config::Seed;
 
@@ -43,9 +43,9 @@ pub fn versions(
         None => None,
     };
     let seed = |seed: &Seed| {
-        Ok(Member {
+        Ok(KnownNode {
             public_key: keys::public_from_hex(&seed.public_key)?,
-            addresses: vec![seed.address],
+            addresses: vec![seed.address.clone()],
         })
     };
     let seeds = config.registry.seeds.iter().map(seed);
@@ -53,6 +53,10 @@ pub fn versions(
         subnet,
         seeds: seeds.collect::<Result<_, KeyError>>()?,
         listen: vec![config.listen.address],
+        names: NamesConfig {
+            interval: config.registry.resolve_interval.get(),
+            ..NamesConfig::default()
+        },
     };
     let versions = Versions::new(me, known, follower);
     versions.poll_folder();

@@ -1,9 +1,11 @@
 //! What a node says of itself: `/status`.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::atomic::Ordering;
 
 use millrace_protocol::id::{ArtifactId, NodeId};
+use millrace_protocol::names::NameStatus;
 use serde::{Deserialize, Serialize};
 
 use crate::core::Core;
@@ -51,6 +53,23 @@ pub struct RegistryStatus {
     pub skipped_records: u64,
     /// How many versions were refused, by reason.
     pub refused_versions: BTreeMap<String, u64>,
+    /// Names of hosts that are looked up.
+    pub names: u64,
+    /// Those whose last lookup failed.
+    pub failing_names: Vec<FailingName>,
+    /// Names beyond the bound, which are not looked up.
+    pub names_left_out: u64,
+}
+
+/// A name whose last lookup failed.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct FailingName {
+    /// The name.
+    pub host: String,
+    /// Why.
+    pub reason: String,
+    /// The last known addresses, which stay in use.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// A connection that is up.
@@ -171,6 +190,9 @@ pub(crate) fn of(core: &Core) -> Status {
                 .into_iter()
                 .map(|(reason, count)| (reason.to_owned(), count))
                 .collect(),
+            names: summary.names.len() as u64,
+            failing_names: summary.names.into_iter().filter_map(failing).collect(),
+            names_left_out: summary.names_left_out,
         },
         peers: peers(core),
         shards: shards(core),
@@ -183,6 +205,14 @@ pub(crate) fn of(core: &Core) -> Status {
         edge: core.edge.as_ref().map(Report::status),
         rss_bytes_max: host::peak_rss().map_or(0, |size| size.0),
     }
+}
+
+fn failing(name: NameStatus) -> Option<FailingName> {
+    Some(FailingName {
+        reason: name.failure?,
+        host: name.host.to_string(),
+        addresses: name.addresses,
+    })
 }
 
 fn peers(core: &Core) -> Vec<Peer> {

@@ -53,7 +53,7 @@ fn a_node_that_is_behind_asks_when_it_connects() {
     // Version 3 has both again.
     let mut third = next(&second);
     let (key, address) = record(behind);
-    third.set_node(key, third.only_subnet().unwrap(), &[address]);
+    third.set_node(key, third.only_subnet().unwrap(), [address]);
     ahead.offer_version(third.sign(&registry).unwrap()).unwrap();
     ahead.wait_for_peers(1, PATIENCE).unwrap();
     until("the node has version 3", || behind.versions().newest() == 3);

@@ -19,6 +19,7 @@ pub mod frame;
 pub mod health;
 pub mod id;
 pub mod identity;
+pub mod names;
 pub mod pair;
 pub mod path;
 pub mod peers;

@@ -10,11 +10,12 @@
 //! 4. What is held is bounded: see [`RegistryConfig`].
 
 use crate::{
+    address::NodeAddress,
     id::{NodeId, SubnetId},
     identity::{BadSignature, PublicKey, SIGNATURE_BYTES, SigningKey},
 };
 use data_encoding::HEXLOWER;
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::collections::BTreeMap;
 use thiserror::Error;
 
 mod document;
@@ -123,8 +124,8 @@ pub struct NodeRecord {
     pub public_key: PublicKey,
     /// The subnet that it belongs to.
     pub subnet: SubnetId,
-    /// Addresses at which it listens, in the order to try; never empty.
-    pub addresses: Vec<SocketAddr>,
+    /// Where it listens, in the order to try; never empty.
+    pub addresses: Vec<NodeAddress>,
 }
 
 /// A record that was passed over.

@@ -8,6 +8,7 @@
 use crate::{
     id::{NodeId, SubnetId},
     identity::PublicKey,
+    names::Names,
     registry::RegistryVersion,
 };
 use std::{collections::BTreeMap, net::SocketAddr};
@@ -17,7 +18,8 @@ use std::{collections::BTreeMap, net::SocketAddr};
 pub struct Member {
     /// The key that its certificate must carry.
     pub public_key: PublicKey,
-    /// Addresses at which it listens, in the order to try; never empty.
+    /// Addresses at which it listens, in the order to try; empty while no name that the registry
+    /// gives it is resolved.
     pub addresses: Vec<SocketAddr>,
 }
 
@@ -60,10 +62,12 @@ impl Topology {
         Self::default()
     }
 
-    /// The members of `subnet` over `versions`, which come oldest first.
+    /// The members of `subnet` over `versions`, which come oldest first; hosts' names stand for
+    /// what `names` knows of them.
     pub fn union<'a>(
         subnet: &SubnetId,
         versions: impl IntoIterator<Item = &'a RegistryVersion>,
+        names: &Names,
     ) -> Self {
         let mut topology = Self::default();
         for version in versions {
@@ -72,18 +76,11 @@ impl Topology {
             }
             topology.newest = version.number;
             for node in version.nodes.iter().filter(|node| node.subnet == *subnet) {
-                let Some(member) = topology.members.get_mut(&node.id) else {
-                    let addresses = node.addresses.clone();
-                    topology.members.insert(
-                        node.id,
-                        Member {
-                            public_key: node.public_key,
-                            addresses,
-                        },
-                    );
-                    continue;
+                let member = Member {
+                    public_key: node.public_key,
+                    addresses: names.resolve(&node.addresses),
                 };
-                member.addresses.clone_from(&node.addresses);
+                topology.members.insert(node.id, member);
             }
         }
         topology
@@ -165,7 +162,7 @@ mod tests {
 
     fn node(seed: u8, port: u16) -> NodeRecord {
         let public_key = SigningKey::from_seed([seed; 32]).public_key();
-        let addresses = vec![SocketAddr::from(([127, 0, 0, 1], port))];
+        let addresses = vec![SocketAddr::from(([127, 0, 0, 1], port)).into()];
         NodeRecord {
             id: public_key.node_id(),
             public_key,
@@ -195,14 +192,15 @@ mod tests {
             version(4, vec![node(1, 10), node(2, 20)]),
             version(5, vec![node(1, 11), node(3, 30), elsewhere]),
         ];
-        let both = Topology::union(&subnet(), &versions);
+        let names = Names::default();
+        let both = Topology::union(&subnet(), &versions, &names);
         assert_eq!(
             (both.oldest_version(), both.newest_version(), both.len()),
             (4, 5, 3)
         );
         assert_eq!(
             both.member(&node(1, 0).id).unwrap().addresses,
-            node(1, 11).addresses
+            names.resolve(&node(1, 11).addresses)
         );
         assert_eq!(
             both.node_of_key(&node(2, 0).public_key),
@@ -210,13 +208,13 @@ mod tests {
         );
         assert_eq!(both.node_of_key(&node(9, 0).public_key), None);
 
-        let newest = Topology::union(&subnet(), &versions[1..]);
+        let newest = Topology::union(&subnet(), &versions[1..], &names);
         let diff = newest.diff(&both);
         assert_eq!(
             (diff.added, diff.removed, diff.changed),
             (vec![], vec![node(2, 0).id], vec![])
         );
-        let oldest = Topology::union(&subnet(), &versions[..1]);
+        let oldest = Topology::union(&subnet(), &versions[..1], &names);
         let diff = both.diff(&oldest);
         assert_eq!(
             (diff.added, diff.changed),

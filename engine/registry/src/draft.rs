@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use millrace_protocol::address::NodeAddress;
 use millrace_protocol::id::{NodeId, SubnetId};
 use millrace_protocol::identity::{PublicKey, SigningKey};
 use millrace_protocol::registry::{
@@ -74,7 +75,7 @@ impl Draft {
         let mut draft = Self::first(name)?;
         let subnet = draft.version.subnets[0].id;
         for (public_key, address) in nodes {
-            draft.set_node(*public_key, subnet, &[*address]);
+            draft.set_node(*public_key, subnet, [*address]);
         }
         Ok(draft)
     }
@@ -108,12 +109,17 @@ impl Draft {
     }
 
     /// Adds a node, or replaces its record.
-    pub fn set_node(&mut self, public_key: PublicKey, subnet: SubnetId, addresses: &[SocketAddr]) {
+    pub fn set_node(
+        &mut self,
+        public_key: PublicKey,
+        subnet: SubnetId,
+        addresses: impl IntoIterator<Item = impl Into<NodeAddress>>,
+    ) {
         let record = NodeRecord {
             id: public_key.node_id(),
             public_key,
             subnet,
-            addresses: addresses.to_vec(),
+            addresses: addresses.into_iter().map(Into::into).collect(),
         };
         self.version.nodes.retain(|node| node.id != record.id);
         self.version.nodes.push(record);
@@ -172,7 +178,7 @@ mod tests {
         let node = keys::generate().unwrap().public_key();
         let subnet = draft.only_subnet().unwrap();
         for port in [4100, 4101] {
-            draft.set_node(node, subnet, &[([127, 0, 0, 1], port).into()]);
+            draft.set_node(node, subnet, [SocketAddr::from(([127, 0, 0, 1], port))]);
         }
         let signed = draft.sign(&key).unwrap();
         let read = signed
@@ -180,7 +186,8 @@ mod tests {
             .unwrap();
         assert_eq!(read.number, 1);
         assert_eq!(read.nodes.len(), 1);
-        assert_eq!(read.nodes[0].addresses, [([127, 0, 0, 1], 4101).into()]);
+        let address = SocketAddr::from(([127, 0, 0, 1], 4101));
+        assert_eq!(read.nodes[0].addresses, [address.into()]);
 
         let mut next = Draft::after(read);
         assert_eq!(next.version().number, 2);
@@ -197,7 +204,7 @@ mod tests {
         let (mut draft, key) = draft();
         let subnet = draft.only_subnet().unwrap();
         let node = keys::generate().unwrap().public_key();
-        draft.set_node(node, subnet, &[([127, 0, 0, 1], 0).into()]);
+        draft.set_node(node, subnet, [SocketAddr::from(([127, 0, 0, 1], 0))]);
         let refused = draft.sign(&key).unwrap_err();
         assert!(
             matches!(&refused, DraftError::Skipped(skipped) if skipped.table == "nodes"),

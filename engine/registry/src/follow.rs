@@ -1,6 +1,7 @@
 //! The thread that follows the registry: it reads the folder every poll interval, takes what peers
-//! sent, and tells the node when something changed.
+//! sent, has names looked up, and tells the node when something changed.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,8 +9,13 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use millrace_protocol::address::HostName;
+use millrace_protocol::id::NodeId;
+use millrace_protocol::names::Found;
+
+use crate::lookups::{self, Resolver};
 use crate::questions::Offer;
-use crate::versions::Versions;
+use crate::versions::{Versions, tell};
 
 /// Answers of peers that may wait to be checked, one of each peer. Those of up to 64 KiB take
 /// memory beside the pools; the chunks of longer ones are charged to their peers.
@@ -19,6 +25,8 @@ pub const ANSWERS_MAX: usize = 16;
 enum Event {
     /// A peer sent versions.
     Offer(Offer),
+    /// A lookup has ended.
+    LookedUp(HostName, Result<Found, String>),
     /// A flag was set.
     Wake,
 }
@@ -47,7 +55,7 @@ impl Events {
     pub fn next_offer(&self) -> Option<Offer> {
         self.receiver.try_iter().find_map(|event| match event {
             Event::Offer(offer) => Some(offer),
-            Event::Wake => None,
+            Event::LookedUp(..) | Event::Wake => None,
         })
     }
 }
@@ -78,34 +86,55 @@ pub struct FollowThread {
     thread: Option<JoinHandle<()>>,
 }
 
+/// What the thread asks, and whom.
+#[derive(Debug, Clone)]
+pub struct Follow {
+    /// How often the folder is read.
+    pub interval: Duration,
+    /// Says what names stand for.
+    pub resolver: Arc<dyn Resolver>,
+}
+
 impl FollowThread {
-    /// Starts it. `apply` is called when a newer version is held; while it returns false, it is
-    /// called again every `interval`.
+    /// Starts it. `apply` is called when a newer version is held, or a name stands for other
+    /// addresses; while it returns false, it is called again every `interval`. `connected` says
+    /// which nodes are: names of the others are looked up more often.
     ///
     /// # Errors
     /// The host's, if it gives no thread.
     pub fn start(
         versions: Arc<Versions>,
         events: Events,
-        interval: Duration,
+        follow: Follow,
+        connected: impl Fn() -> BTreeSet<NodeId> + Send + 'static,
         mut apply: impl FnMut() -> bool + Send + 'static,
     ) -> io::Result<Self> {
         let Events { sender, receiver } = events;
         let flags = Arc::new(Flags::default());
         let asked = Arc::clone(&flags);
+        let lookups = Lookups {
+            versions: Arc::clone(&versions),
+            resolver: follow.resolver,
+            events: sender.clone(),
+        };
+        let interval = follow.interval;
         let run = move || {
             let mut is_behind = false;
             let mut poll_at = Instant::now() + interval;
             loop {
-                let left = poll_at.saturating_duration_since(Instant::now());
+                let names_at = lookups.start_due(&connected);
+                let wake_at = names_at.map_or(poll_at, |at| at.min(poll_at));
+                let left = wake_at.saturating_duration_since(Instant::now());
                 let event = receiver.recv_timeout(left);
                 if asked.stop.load(Ordering::Acquire) {
                     return;
                 }
                 let is_new = match event {
                     Ok(Event::Offer(offer)) => versions.take(&offer),
+                    Ok(Event::LookedUp(host, found)) => versions.looked_up(&host, found),
                     Ok(Event::Wake) => false,
                     Err(RecvTimeoutError::Disconnected) => return,
+                    Err(RecvTimeoutError::Timeout) if Instant::now() < poll_at => false,
                     Err(RecvTimeoutError::Timeout) => {
                         poll_at = Instant::now() + interval;
                         versions.poll_folder() || is_behind
@@ -139,6 +168,43 @@ impl FollowThread {
     }
 }
 
+/// Has names looked up for the thread.
+#[derive(Debug)]
+struct Lookups {
+    versions: Arc<Versions>,
+    resolver: Arc<dyn Resolver>,
+    events: SyncSender<Event>,
+}
+
+impl Lookups {
+    /// Starts the lookups that are due; when to come again.
+    fn start_due(&self, connected: &impl Fn() -> BTreeSet<NodeId>) -> Option<Instant> {
+        let now = Instant::now();
+        self.versions.names().poll_timeout()?;
+        let connected = connected();
+        let me = self.versions.node_id();
+        let is_away = |id: &NodeId| *id != me && !connected.contains(id);
+        let away = self.versions.hosts_of(is_away);
+        let mut names = self.versions.names();
+        names.set_urgent(|host| away.contains(host));
+        for (host, change) in names.handle_timeout(now) {
+            tell(&host, &change);
+        }
+        while let Some(host) = names.next_lookup(now) {
+            let events = self.events.clone();
+            // It waits for room in the queue, or finds that the thread has ended.
+            let report = move |host, found| drop(events.send(Event::LookedUp(host, found)));
+            if let Err(error) = lookups::start(&self.resolver, host.clone(), report) {
+                let ended = names.ended(&host, Err(format!("no thread: {error}")), now);
+                if let Some(change) = ended.change {
+                    tell(&host, &change);
+                }
+            }
+        }
+        names.poll_timeout()
+    }
+}
+
 impl Drop for FollowThread {
     fn drop(&mut self) {
         // Waits for one answer to be checked at most, not for all that are in the queue.
@@ -152,14 +218,16 @@ impl Drop for FollowThread {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+    use std::sync::Mutex;
     use std::sync::mpsc::channel;
 
-    use millrace_protocol::id::NodeId;
+    use millrace_protocol::address::NodeAddress;
     use millrace_protocol::identity::SigningKey;
     use millrace_protocol::registry::{RegistryConfig, SignedVersion};
 
     use super::*;
-    use crate::{Draft, Follower, VersionsConfig, keys, wire};
+    use crate::{Draft, Follower, HostResolver, VersionsConfig, keys, wire};
 
     const SOON: Duration = Duration::from_millis(1);
     const NEVER: Duration = Duration::from_secs(3_600);
@@ -169,6 +237,19 @@ mod tests {
         let follower = Follower::new(None, key.public_key(), RegistryConfig::default());
         let me = keys::generate().unwrap().public_key();
         Arc::new(Versions::new(&me, VersionsConfig::default(), follower))
+    }
+
+    fn start(
+        versions: &Arc<Versions>,
+        events: Events,
+        interval: Duration,
+        apply: impl FnMut() -> bool + Send + 'static,
+    ) -> io::Result<FollowThread> {
+        let follow = Follow {
+            interval,
+            resolver: Arc::new(HostResolver),
+        };
+        FollowThread::start(Arc::clone(versions), events, follow, BTreeSet::new, apply)
     }
 
     /// An answer of a peer with these versions.
@@ -192,7 +273,7 @@ mod tests {
             refusals = usize::saturating_sub(refusals, 1);
             is_done
         };
-        let thread = FollowThread::start(Arc::clone(&versions), events, SOON, apply).unwrap();
+        let thread = start(&versions, events, SOON, apply).unwrap();
         let signed = Draft::first("test").unwrap().sign(&key).unwrap();
         assert!(shard.offer(offer(&versions, 1, &[&signed])));
         for _ in 0..3 {
@@ -210,7 +291,7 @@ mod tests {
         let versions = versions(&key);
         let events = Events::default();
         let shard = events.sender();
-        let thread = FollowThread::start(Arc::clone(&versions), events, NEVER, || true).unwrap();
+        let thread = start(&versions, events, NEVER, || true).unwrap();
         drop(thread);
         let is_there = shard.offer(offer(&versions, 1, &[]));
         assert!(!is_there, "the thread is still there");
@@ -230,7 +311,7 @@ mod tests {
             may_go_on.recv().unwrap();
             true
         };
-        let thread = FollowThread::start(Arc::clone(&versions), events, NEVER, apply).unwrap();
+        let thread = start(&versions, events, NEVER, apply).unwrap();
         thread.apply_again();
         applied.recv_timeout(PATIENCE).unwrap();
         // The thread is in `apply`, and does not take what comes.
@@ -256,5 +337,86 @@ mod tests {
         dropped.join().unwrap();
         let checked = versions.summary().questions_failed;
         assert_eq!(checked, [("unreadable", 1)], "what waits is not checked");
+    }
+
+    /// A resolver that the test answers for.
+    #[derive(Debug)]
+    struct Scripted {
+        asked: SyncSender<HostName>,
+        answers: Mutex<Receiver<Result<Found, String>>>,
+    }
+
+    impl Resolver for Scripted {
+        fn lookup(&self, host: &HostName) -> Result<Found, String> {
+            self.asked.send(host.clone()).unwrap();
+            let answers = self.answers.lock().unwrap();
+            answers
+                .recv()
+                .unwrap_or_else(|_| Err("the test has ended".into()))
+        }
+    }
+
+    /// Protects a registry of names: what the resolver says is applied, and the end of the node
+    /// waits for no resolver.
+    #[test]
+    fn names_are_looked_up_and_applied() {
+        let key = keys::generate().unwrap();
+        let [me, peer] = [0, 1].map(|_| keys::generate().unwrap().public_key());
+        let follower = Follower::new(None, key.public_key(), RegistryConfig::default());
+        let versions = Arc::new(Versions::new(&me, VersionsConfig::default(), follower));
+        let mut draft = Draft::with_nodes("test", &[(me, ([127, 0, 0, 1], 1).into())]).unwrap();
+        let subnet = draft.only_subnet().unwrap();
+        let name = |draft: &mut Draft, name: &str| {
+            let address: NodeAddress = name.parse().unwrap();
+            draft.set_node(peer, subnet, [address]);
+            assert!(versions.offer(draft.sign(&key).unwrap()).unwrap());
+        };
+        name(&mut draft, "peer.example:4100");
+        let peers_addresses = || {
+            let topology = versions.topology();
+            topology.member(&peer.node_id()).unwrap().addresses.clone()
+        };
+        assert_eq!(peers_addresses(), []);
+
+        let ((asked, asks), (answer, answers)) = (sync_channel(8), sync_channel(8));
+        let resolver = Arc::new(Scripted {
+            asked,
+            answers: Mutex::new(answers),
+        });
+        let (told, tells) = channel();
+        let apply = move || told.send(()).is_ok();
+        let events = Events::default();
+        let follow = Follow {
+            interval: NEVER,
+            resolver,
+        };
+        let followed = Arc::clone(&versions);
+        let thread = FollowThread::start(followed, events, follow, BTreeSet::new, apply).unwrap();
+        assert_eq!(
+            asks.recv_timeout(PATIENCE).unwrap().as_str(),
+            "peer.example"
+        );
+        let found = Found {
+            addresses: vec![[192, 0, 2, 7].into()],
+            ttl: None,
+        };
+        answer.send(Ok(found)).unwrap();
+        tells.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(peers_addresses(), [([192, 0, 2, 7], 4100).into()]);
+        let firewall = versions.firewall().members;
+        assert_eq!(
+            firewall,
+            [[127, 0, 0, 1].into(), [192, 0, 2, 7].into()] as [IpAddr; 2]
+        );
+
+        draft = Draft::after(draft.version().clone());
+        name(&mut draft, "other.example:4100");
+        thread.apply_again();
+        assert_eq!(
+            asks.recv_timeout(PATIENCE).unwrap().as_str(),
+            "other.example"
+        );
+        drop(thread);
+        drop(answer);
     }
 }

@@ -10,7 +10,8 @@
 //! | `exchange.rs` | the service that asks and answers peers |
 //! | `long_answers.rs` | copies of long answers, shared by peers that ask the same |
 //! | `questions.rs` | questions to peers: under way, answered, failed |
-//! | `follow.rs` | the thread that reads the folder and checks what peers sent |
+//! | `lookups.rs` | hosts' names: a thread for each lookup |
+//! | `follow.rs` | the thread that reads the folder, checks what peers sent, and keeps names fresh |
 //! | `draft.rs` | the next version, before it is signed |
 
 pub mod draft;
@@ -19,6 +20,7 @@ pub mod folder;
 pub mod follow;
 pub mod keys;
 mod long_answers;
+pub mod lookups;
 mod questions;
 pub mod versions;
 pub mod wire;
@@ -26,7 +28,8 @@ pub mod wire;
 pub use draft::{Draft, DraftError};
 pub use exchange::Exchange;
 pub use folder::{Follower, VersionError};
-pub use follow::{Events, FollowThread};
+pub use follow::{Events, Follow, FollowThread};
 pub use keys::KeyError;
+pub use lookups::{HostResolver, Resolver};
 pub use questions::Offer;
-pub use versions::{FirewallRecords, Summary, Versions, VersionsConfig};
+pub use versions::{FirewallRecords, KnownNode, Summary, Versions, VersionsConfig};

@@ -2,19 +2,24 @@
 //! topology out.
 //!
 //! 1. Shards never wait for the folder or for a signature check: what they ask for is a copy.
+//! 2. Who locks both locks the follower before the names.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use bytes::Bytes;
+use millrace_protocol::address::{HostName, NodeAddress};
 use millrace_protocol::id::{NodeId, SubnetId};
 use millrace_protocol::identity::PublicKey;
+use millrace_protocol::names::{Change, Found, NameStatus, Names, NamesConfig};
 use millrace_protocol::registry::{Offered, RegistryError, SignedVersion};
 use millrace_protocol::topology::{Member, Topology};
 
 use crate::folder::Follower;
+use crate::lookups::Resolver;
 use crate::questions::{Offer, Questions};
 use crate::wire::{self, Encoded, Newer};
 
@@ -24,9 +29,20 @@ pub struct VersionsConfig {
     /// The node's subnet; none: the subnet that the newest version puts the node in.
     pub subnet: Option<SubnetId>,
     /// Members to ask for the first version.
-    pub seeds: Vec<Member>,
+    pub seeds: Vec<KnownNode>,
     /// Where this node listens: an address for the seeds to know it by.
     pub listen: Vec<SocketAddr>,
+    /// Bounds and times of the lookups of names.
+    pub names: NamesConfig,
+}
+
+/// A node that is known before any version is held.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KnownNode {
+    /// The key that its certificate must carry.
+    pub public_key: PublicKey,
+    /// Where it listens, in the order to try.
+    pub addresses: Vec<NodeAddress>,
 }
 
 /// The versions that a node holds. The registry thread writes; shards and the admin thread read.
@@ -34,7 +50,7 @@ pub struct VersionsConfig {
 pub struct Versions {
     me: NodeId,
     /// This node and its seeds: the members before the first version.
-    first: Vec<Member>,
+    first: Vec<KnownNode>,
     subnet: Option<SubnetId>,
     follower: Mutex<Follower>,
     newest: AtomicU64,
@@ -42,6 +58,8 @@ pub struct Versions {
     /// follower, which reads files and checks signatures.
     shared: Mutex<Encoded>,
     questions: Arc<Questions>,
+    /// Hosts' names of all held versions and of the seeds.
+    names: Mutex<Names>,
 }
 
 /// What a node shows of the versions it holds.
@@ -55,6 +73,10 @@ pub struct Summary {
     pub refused: Vec<(&'static str, u64)>,
     /// How many questions to peers for newer versions failed, by reason.
     pub questions_failed: Vec<(&'static str, u64)>,
+    /// The names of hosts that versions and seeds have.
+    pub names: Vec<NameStatus>,
+    /// Names beyond the bound, which are not looked up.
+    pub names_left_out: u64,
 }
 
 /// What the registry says about the firewall of a node.
@@ -75,9 +97,9 @@ impl Versions {
     pub fn new(me: &PublicKey, config: VersionsConfig, follower: Follower) -> Self {
         let mut first = config.seeds;
         if !first.is_empty() {
-            first.push(Member {
+            first.push(KnownNode {
                 public_key: *me,
-                addresses: config.listen,
+                addresses: config.listen.into_iter().map(NodeAddress::Ip).collect(),
             });
         }
         let versions = Self {
@@ -88,6 +110,7 @@ impl Versions {
             newest: AtomicU64::new(0),
             shared: Mutex::default(),
             questions: Arc::default(),
+            names: Mutex::new(Names::new(config.names)),
         };
         versions.share(&versions.lock());
         versions
@@ -163,8 +186,14 @@ impl Versions {
         &self.questions
     }
 
-    /// Encodes the newest versions for peers.
+    /// Encodes the newest versions for peers, and takes up which names they have.
     fn share(&self, follower: &Follower) {
+        let listed = self.listed(follower);
+        let hosts = listed.filter_map(|address| match address {
+            NodeAddress::Ip(_) => None,
+            NodeAddress::Name { host, .. } => Some(host),
+        });
+        self.names().want(hosts, Instant::now());
         let held: Vec<_> = follower.registry().newer_than(0).collect();
         let encoded = Encoded::of(&held);
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
@@ -183,9 +212,17 @@ impl Versions {
     pub fn topology(&self) -> Topology {
         let follower = self.lock();
         match self.subnet_in(&follower) {
-            Some(subnet) => Topology::union(&subnet, follower.registry().versions_in_use()),
+            Some(subnet) => {
+                let versions = follower.registry().versions_in_use();
+                Topology::union(&subnet, versions, &self.names())
+            }
             None if follower.registry().newest().is_none() => {
-                Topology::from_members(self.first.iter().cloned(), 0)
+                let names = self.names();
+                let first = self.first.iter().map(|node| Member {
+                    public_key: node.public_key,
+                    addresses: names.resolve(&node.addresses),
+                });
+                Topology::from_members(first, 0)
             }
             // It has the version that removed this node: the transport ignores an older one.
             None => Topology::from_members([], follower.registry().newest_number()),
@@ -195,6 +232,7 @@ impl Versions {
     /// What is held, in numbers.
     pub fn summary(&self) -> Summary {
         let follower = self.lock();
+        let names = self.names();
         Summary {
             newest: follower.registry().newest_number(),
             skipped: follower
@@ -207,21 +245,22 @@ impl Versions {
                 .map(|(reason, count)| (*reason, *count))
                 .collect(),
             questions_failed: self.questions.failed(),
+            names: names.iter().collect(),
+            names_left_out: names.left_out(),
         }
     }
 
     /// What the registry says about this node's firewall.
     pub fn firewall(&self) -> FirewallRecords {
         let follower = self.lock();
-        let seeds = self.first.iter().flat_map(|member| &member.addresses);
-        let members: BTreeSet<IpAddr> = follower
-            .registry()
-            .versions()
-            .flat_map(|version| &version.nodes)
-            .flat_map(|node| &node.addresses)
-            .chain(seeds)
+        let listed: BTreeSet<NodeAddress> = self.listed(&follower).cloned().collect();
+        let names = self.names();
+        let members: BTreeSet<IpAddr> = listed
+            .iter()
+            .flat_map(|address| names.resolve(std::slice::from_ref(address)))
             .map(|address| address.ip())
             .collect();
+        drop(names);
         let newest = follower.registry().newest();
         FirewallRecords {
             version: follower.registry().newest_number(),
@@ -238,8 +277,74 @@ impl Versions {
         self.subnet.or_else(|| mine.map(|node| node.subnet))
     }
 
+    /// All addresses of all held versions, and of the seeds.
+    fn listed<'f>(&'f self, follower: &'f Follower) -> impl Iterator<Item = &'f NodeAddress> {
+        let nodes = follower
+            .registry()
+            .versions()
+            .flat_map(|version| &version.nodes);
+        let seeds = self.first.iter().flat_map(|node| &node.addresses);
+        nodes.flat_map(|node| &node.addresses).chain(seeds)
+    }
+
+    /// Hosts whose names have a node among these, in the newest version or the seeds.
+    pub(crate) fn hosts_of(&self, is_among: impl Fn(&NodeId) -> bool) -> BTreeSet<HostName> {
+        let follower = self.lock();
+        let newest = follower.registry().newest();
+        let nodes = newest.iter().flat_map(|version| &version.nodes);
+        let nodes = nodes.map(|node| (node.id, &node.addresses));
+        let seeds = self.first.iter();
+        let seeds = seeds.map(|node| (node.public_key.node_id(), &node.addresses));
+        let is_asked = |(id, _): &(NodeId, _)| is_among(id);
+        nodes
+            .chain(seeds.filter(|_| newest.is_none()))
+            .filter(is_asked)
+            .flat_map(|(_, addresses)| addresses)
+            .filter_map(|address| match address {
+                NodeAddress::Ip(_) => None,
+                NodeAddress::Name { host, .. } => Some(host.clone()),
+            })
+            .collect()
+    }
+
+    /// Looks up every name once, one after the other: for a program that runs no thread.
+    pub fn resolve_all(&self, resolver: &dyn Resolver) {
+        let count = self.names().iter().count();
+        // Not until none is due: one that fails is due again while the others are looked up.
+        for _ in 0..count {
+            let next = self.names().next_lookup(Instant::now());
+            let Some(host) = next else { return };
+            let found = resolver.lookup(&host);
+            self.looked_up(&host, found);
+        }
+    }
+
+    /// Takes the end of a lookup; whether the addresses are others than before.
+    pub(crate) fn looked_up(&self, host: &HostName, found: Result<Found, String>) -> bool {
+        let ended = self.names().ended(host, found, Instant::now());
+        if let Some(change) = ended.change {
+            tell(host, &change);
+        }
+        ended.is_new
+    }
+
+    /// The names, for the thread that keeps them fresh.
+    pub(crate) fn names(&self) -> MutexGuard<'_, Names> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Follower> {
         self.follower.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Logs that the state of a name is another than before.
+pub(crate) fn tell(host: &HostName, change: &Change) {
+    match change {
+        Change::Failing { reason, kept } => {
+            tracing::warn!(%host, reason, kept, "a node's name does not resolve; the addresses kept stay in use");
+        }
+        Change::Resolved => tracing::info!(%host, "a node's name resolves again"),
     }
 }
 

@@ -220,7 +220,7 @@ impl Sim {
             id: public_key.node_id(),
             public_key,
             subnet,
-            addresses: vec![address_of(endpoint(node))],
+            addresses: vec![address_of(endpoint(node)).into()],
         }
     }
 

@@ -10,6 +10,7 @@ use millrace_protocol::frame::Class;
 use millrace_protocol::{
     id::SubnetId,
     identity::SigningKey,
+    names::Names,
     registry::{Registry, RegistryConfig, RegistryVersion, SignedVersion},
     rng::Rng,
     topology::Topology,
@@ -208,7 +209,11 @@ fn membership_walk() {
             let signed = SignedVersion::sign(version.to_document(), &key);
             registry.offer(signed).unwrap();
             registry.set_oldest_in_use(oldest);
-            let topology = Arc::new(Topology::union(&subnet, registry.versions_in_use()));
+            let topology = Arc::new(Topology::union(
+                &subnet,
+                registry.versions_in_use(),
+                &Names::default(),
+            ));
             for node in 0..sim.len() {
                 // Nodes hear of it one after the other.
                 sim.set_topology(node, Arc::clone(&topology));

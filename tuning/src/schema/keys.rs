@@ -152,7 +152,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "seeds",
                 registry.seeds,
                 Kind::Seeds,
-                "Nodes to ask for registry versions while none is held: \"<public key>@<ip>:<port>\" each."
+                "Nodes to ask for registry versions while none is held: \"<public key>@<host>:<port>\" each, the host by its IP address or name."
             ),
             field!(
                 NodeConfig,
@@ -160,6 +160,13 @@ pub(super) static SECTIONS: &[Section] = &[
                 registry.poll_interval,
                 duration(Period::millis(50), Period::secs(3600)),
                 "How often the folder is read for new versions."
+            ),
+            field!(
+                NodeConfig,
+                "resolve_interval",
+                registry.resolve_interval,
+                duration(Period::secs(5), Period::secs(86_400)),
+                "How long a host's name stands for the addresses of its last lookup. It is looked up every 5 s while a node of it is not connected, or the lookup fails; then the last known addresses stay in use."
             ),
             field!(
                 NodeConfig,

@@ -11,7 +11,7 @@ fn sample(kind: Kind) -> Value {
         Kind::Address => Value::Address(([127, 0, 0, 1], 1).into()),
         Kind::Seeds => Value::Seeds(vec![crate::config::Seed {
             public_key: "ab".repeat(32),
-            address: ([127, 0, 0, 1], 1).into(),
+            address: "node.example:1".parse().unwrap(),
         }]),
         Kind::Cores => Value::Cores(crate::config::Cores::List(vec![3])),
         Kind::Names | Kind::Nodes => Value::Names(vec!["eth0".into()]),

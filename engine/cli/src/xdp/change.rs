@@ -13,6 +13,7 @@ use millrace_edge_policy::rules::{RuleAction, Temporary};
 use millrace_edge_policy::settings::Mode;
 use millrace_node::edge::{self, mode};
 use millrace_node::{Paths, keys};
+use millrace_registry::HostResolver;
 use millrace_tuning::{NodeConfig, Period};
 use serde::Serialize;
 
@@ -174,6 +175,8 @@ fn request(
 fn firewall(config: &NodeConfig, paths: &Paths) -> Result<Firewall, Failure> {
     let identity = keys::read(&paths.key_file)?;
     let versions = versions::of_config(&identity.public_key(), config, &paths.registry_dir)?;
+    // A node that runs keeps the rules of names fresh.
+    versions.resolve_all(&HostResolver);
     Ok(edge::firewall(&versions, &config.edge.roles))
 }
 

@@ -4,8 +4,12 @@
 //! Unknown keys are ignored, so that a later registry may add some.
 
 use super::{NUMBER_MAX, NodeRecord, RegistryError, RegistryVersion, SkippedRecord, SubnetRecord};
-use crate::{address::peer_address, id::NodeId, identity::PublicKey};
-use std::{collections::BTreeSet, net::SocketAddr};
+use crate::{
+    address::{AddressError, NodeAddress},
+    id::NodeId,
+    identity::PublicKey,
+};
+use std::collections::BTreeSet;
 use toml::{Table, Value};
 
 /// Most addresses read of one node; later ones are ignored.
@@ -128,9 +132,9 @@ fn node(record: &Table) -> Result<NodeRecord, Skip> {
     })
 }
 
-fn address(value: &Value) -> Result<SocketAddr, Skip> {
+fn address(value: &Value) -> Result<NodeAddress, Skip> {
     let text = value.as_str().unwrap_or_default();
-    peer_address(text).map_err(|error| {
+    text.parse().map_err(|error: AddressError| {
         let fix = error.fix();
         ("record_address", format!("{value} {error}; {fix}"))
     })

@@ -1,5 +1,6 @@
 use super::*;
 use proptest::prelude::*;
+use std::net::SocketAddr;
 
 fn key() -> SigningKey {
     SigningKey::from_seed([42; 32])
@@ -11,7 +12,10 @@ fn subnet() -> SubnetId {
 
 fn node(seed: u8, port: u16) -> NodeRecord {
     let public_key = SigningKey::from_seed([seed; 32]).public_key();
-    let addresses = vec![SocketAddr::from(([127, 0, 0, 1], port))];
+    let addresses = vec![
+        SocketAddr::from(([127, 0, 0, 1], port)).into(),
+        format!("node{seed}.example:{}", port + 1).parse().unwrap(),
+    ];
     NodeRecord {
         id: public_key.node_id(),
         public_key,
@@ -74,7 +78,7 @@ fn bad_records_are_skipped_and_reported() {
         )
     };
     let (id, key, other) = (id.to_string(), key.to_string(), other.to_string());
-    let at = "[\"127.0.0.1:5\"]";
+    let at = "[\"127.0.0.1:5\", \"NODE1.example.:6\"]";
     let document = [
         "number = 3\n".to_string(),
         record("nobody", &key, at),
