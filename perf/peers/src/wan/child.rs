@@ -110,6 +110,15 @@ pub(crate) struct Outcome {
 }
 
 impl Outcome {
+    /// How its bodies ended, and after how many seconds each.
+    pub(crate) fn ends(&self) -> Vec<(f64, End)> {
+        let bodies = self.bodies.iter();
+        let seconds = |body: &BodyOutcome| (body.ended_ns - body.started_ns) as f64 / 1e9;
+        bodies
+            .map(|body| (seconds(body), body.end.clone()))
+            .collect()
+    }
+
     pub(crate) fn report(mut self) -> Result<()> {
         self.rss_bytes = own_peak_rss_bytes()?;
         println!("{}", serde_json::to_string(&self)?);

@@ -148,6 +148,8 @@ pub(super) struct Shares {
     pub(super) first: String,
     pub(super) first_mbit_per_s: f64,
     pub(super) second_mbit_per_s: f64,
+    /// Of each sender, how its bodies ended, and after how many seconds. The last one is cut.
+    pub(super) ends: Vec<Vec<(f64, End)>>,
     pub(super) faults: Vec<String>,
     pub(super) relay: RelayReport,
 }

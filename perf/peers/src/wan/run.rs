@@ -122,6 +122,8 @@ impl Runner<'_> {
                 bodies: u32::MAX,
                 starts_at_ns: Some(at.as_nanos() as u64),
                 until_ns: Some(over_at.as_nanos() as u64),
+                // Its window ends it, not its length.
+                cut_s: BODY_CUT_S,
                 has_rpcs: false,
                 ..self.job(part, contender, &relay, &link)
             };
@@ -134,17 +136,22 @@ impl Runner<'_> {
         let relay = relay.stop()?;
         let window = [measured_at, over_at].map(|at| at.as_nanos() as u64);
         let mut mbit_per_s = Vec::new();
+        let mut ends = Vec::new();
         let mut faults = Vec::new();
         for (server, outcome) in servers.into_iter().zip(outcomes) {
             let served = server.finish()?;
             mbit_per_s.push(served.mbit_per_s(window));
-            faults.extend(outcome.err().map(|error| error.to_string()));
+            match outcome {
+                Ok(outcome) => ends.push(outcome.ends()),
+                Err(error) => faults.push(error.to_string()),
+            }
         }
         Ok(Shares {
             part: part.to_string(),
             first: first.to_string(),
             first_mbit_per_s: mbit_per_s[0],
             second_mbit_per_s: mbit_per_s[1],
+            ends,
             faults,
             relay,
         })
