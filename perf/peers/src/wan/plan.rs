@@ -177,7 +177,12 @@ impl Part {
 
     /// Whether a contender takes part in every round, or in the first alone.
     pub(super) fn has_rounds(self, contender: Contender) -> bool {
-        matches!(self, Self::Body(loss) if loss != LOSSES[3]) && contender.has_targets()
+        let is_repeated = match self {
+            Self::Body(loss) => loss != LOSSES[3],
+            Self::Shares { .. } => true,
+            _ => false,
+        };
+        is_repeated && contender.has_targets()
     }
 
     /// The losses of a round are the same for all contenders, and others in the next.

@@ -90,12 +90,12 @@ impl Runner<'_> {
     }
 
     /// Bodies of millrace and of quinn with cubic, one after the other each, through one link.
-    pub(super) fn shares(&self, part: Part, first: Contender) -> Result<Shares> {
+    pub(super) fn shares(&self, part: Part, first: Contender, round: usize) -> Result<Shares> {
         let second = match first {
             Contender::Millrace => Contender::QuinnCubic,
             _ => Contender::Millrace,
         };
-        let link = part.link(0);
+        let link = part.link(round);
         let contenders = [first, second];
         let servers = contenders
             .map(|contender| Server::start(self, contender, None))
