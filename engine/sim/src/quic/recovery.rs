@@ -135,15 +135,21 @@ impl Recovery {
         while let Some((_, packet)) = self.overtaken()
             && packet.sent_at + delay <= now
         {
-            self.give_up_oldest(on_frame);
+            self.give_up(self.oldest(), on_frame);
         }
         let is_probe_due = self.probe_at().is_some_and(|at| at <= now);
         if is_probe_due {
             self.probes += 1;
             self.last_sent_at = Some(now);
-            // Two, as RFC 9002, 6.2.4 allows: one of them may be lost too.
-            self.give_up_oldest(on_frame);
-            self.give_up_oldest(on_frame);
+            // Two, as RFC 9002, 6.2.4 allows: one of them may be lost too. The end of the handshake
+            // goes first, in every probe: until it has arrived, the server can read nothing else
+            // (RFC 9002, 6.2.1 arms no probe for application data before).
+            let handshake = self.handshake_in_flight();
+            self.give_up(handshake, on_frame);
+            self.give_up(self.oldest(), on_frame);
+            if handshake.is_none() {
+                self.give_up(self.oldest(), on_frame);
+            }
         }
         is_probe_due
     }
@@ -185,11 +191,57 @@ impl Recovery {
         is_overtaken.then_some((*number, packet))
     }
 
-    fn give_up_oldest(&mut self, on_frame: &mut impl FnMut(Frame)) {
-        if let Some((_, packet)) = self.in_flight.pop_first() {
+    fn oldest(&self) -> Option<u64> {
+        self.in_flight.first_key_value().map(|(number, _)| *number)
+    }
+
+    /// The packet in flight that ends the client's handshake.
+    fn handshake_in_flight(&self) -> Option<u64> {
+        let ends_it = |packet: &InFlight| {
+            let mut frames = packet.frames.iter();
+            frames.any(|frame| matches!(frame, Frame::Finish))
+        };
+        let mut packets = self.in_flight.iter();
+        packets
+            .find(|(_, packet)| ends_it(packet))
+            .map(|(number, _)| *number)
+    }
+
+    fn give_up(&mut self, number: Option<u64>, on_frame: &mut impl FnMut(Frame)) {
+        if let Some(packet) = number.and_then(|number| self.in_flight.remove(&number)) {
             self.bytes_in_flight -= packet.bytes;
             self.lost += 1;
             packet.frames.into_iter().for_each(&mut *on_frame);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Protects a connection on a lossy path: with many packets in flight, the one that lets the
+    // server read the others is repeated by every probe, not by every third.
+    #[test]
+    fn every_probe_repeats_the_end_of_the_handshake() {
+        let mut now = Instant::now();
+        let mut recovery = Recovery::new(Duration::from_millis(20));
+        recovery.on_sent(&[Frame::Finish], 1_000, now);
+        for n in 0..6 {
+            recovery.on_sent(&[Frame::MaxData(n)], 9, now);
+        }
+        for probe in 0..5 {
+            now = recovery.next_timeout().unwrap();
+            let mut lost = Vec::new();
+            assert!(recovery.on_timeout(now, &mut |frame| lost.push(frame)));
+            assert!(
+                matches!(lost[..], [Frame::Finish, Frame::MaxData(_)]),
+                "probe {probe}"
+            );
+            // Each in a packet of its own.
+            for frame in lost {
+                recovery.on_sent(&[frame], 9, now);
+            }
         }
     }
 }
