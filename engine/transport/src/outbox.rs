@@ -370,16 +370,19 @@ impl Outbox {
         std::mem::take(&mut self.exchanges) && self.streams.is_idle()
     }
 
-    /// The peer stopped this stream of ours, as the path says once. Whether that is to be taken up:
-    /// the stream is a lane, or a message is under way on it.
+    /// The peer stopped this stream of ours. Whether a message was under way on it.
     pub(crate) fn on_stopped(&mut self, stream: u64) -> bool {
-        match self.lanes.iter_mut().find(|lane| lane.stream == stream) {
-            Some(lane) => {
-                lane.is_stopped = true;
-                true
-            }
-            None => self.streams.on_stopped(stream),
+        self.streams.on_stopped(stream)
+    }
+
+    /// Asks the path which lanes the peer stopped; whether there is one. Nothing else tells of a
+    /// lane that is idle. The path names it as writable once, and not again when it is stopped; it
+    /// frees it when the peer has acknowledged its end. No lane ends in another way.
+    pub(crate) fn ask_for_stopped_lanes<P: StreamPath>(&mut self, path: &mut P) -> bool {
+        for lane in self.lanes.iter_mut().filter(|lane| lane.opened) {
+            lane.is_stopped |= path.stream_capacity(lane.stream).is_err();
         }
+        self.is_stopped()
     }
 
     /// Whether the peer stopped a lane.

@@ -102,7 +102,8 @@ pub trait StreamPath {
     /// The next stream that became readable, each once until more arrives.
     fn stream_readable_next(&mut self) -> Option<u64>;
 
-    /// The next stream of ours that became writable or was stopped, each once.
+    /// The next stream of ours that became writable, or was stopped while it was not, each once.
+    /// One that was writable is not named again when the peer stops it.
     fn stream_writable_next(&mut self) -> Option<u64>;
 
     /// Unidirectional streams that the peer lets us open now.

@@ -570,21 +570,33 @@ fn an_answer_that_is_reset_in_its_middle_ends_the_request() {
 }
 
 // Protects a node from a peer that takes none of its lanes, and says so while nothing is sent on
-// them: housekeeping is the first to hear of it.
+// them: housekeeping is the first to hear of it, whether or not it has found the lane writable.
 #[test]
 fn a_lane_that_is_stopped_while_it_is_idle_ends_the_connection() {
     /// The store's lane of class latency, which begins with its hello.
     const LANE: u64 = 3;
-    let (bed, mut raw) = store_and_raw(budget(16 * MIB, 8 * MIB));
-    assert!(raw.drive(LIMIT, |quic| {
-        quic.stream_readable(LANE) && bed.store.transport.status().peers().len() == 1
-    }));
-    let stop = raw.quic.stream_shutdown(LANE, quiche::Shutdown::Read, 7);
-    stop.unwrap();
-    assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
-    let error = raw.quic.peer_error().unwrap();
-    let violation = CloseCode::Violation as u64;
-    assert_eq!((error.is_app, error.error_code), (true, violation));
+    for housekeepings in [0, 3] {
+        let (bed, mut raw) = store_and_raw(budget(16 * MIB, 8 * MIB));
+        let status = bed.store.transport.status();
+        assert!(raw.drive(LIMIT, |quic| {
+            quic.stream_readable(LANE) && status.peers().len() == 1
+        }));
+        // Each publishes the status, and nothing else does meanwhile.
+        let mut seen = 0;
+        assert!(status.wait(PATIENCE, |_| {
+            seen += 1;
+            seen > housekeepings
+        }));
+        let stop = raw.quic.stream_shutdown(LANE, quiche::Shutdown::Read, 7);
+        stop.unwrap();
+        assert!(
+            raw.drive(LIMIT, |quic| quic.peer_error().is_some()),
+            "the connection stays after {housekeepings} turns of housekeeping"
+        );
+        let error = raw.quic.peer_error().unwrap();
+        let violation = CloseCode::Violation as u64;
+        assert_eq!((error.is_app, error.error_code), (true, violation));
+    }
 }
 
 // Protects a service's bookkeeping: a sink whose body does not become whole hears why, once.

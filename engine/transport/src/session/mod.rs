@@ -355,13 +355,13 @@ impl Session {
 
     /// From time to time: takes up whether the path loses packets, and which streams of ours the
     /// peer stopped. quiche frees those, and says so, only when it is asked about them; it says so
-    /// once, so a lane or a message among them hears of it here. Whether packets were lost since
-    /// the last time.
+    /// once, so an idle lane or a message among them hears of it here. Whether packets were lost
+    /// since the last time.
     pub fn housekeep<P: StreamPath>(&mut self, path: &mut P) -> bool {
         let lost = path.stats().lost;
         let is_lossy = std::mem::replace(&mut self.lost_seen, lost) < lost;
         let mut out = self.handle.out.borrow_mut();
-        let mut has_stopped = false;
+        let mut has_stopped = out.ask_for_stopped_lanes(path);
         while let Some(stream) = path.stream_writable_next() {
             if path.stream_capacity(stream) == Err(StreamError::Stopped) {
                 has_stopped |= out.on_stopped(stream);
