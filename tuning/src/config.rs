@@ -307,8 +307,10 @@ pub struct TransportSection {
     pub wan_peers: Vec<String>,
     /// The longest round trip of a short path.
     pub lan_rtt_max: Period,
-    /// Initial congestion window, in packets.
-    pub initial_window_packets: u64,
+    /// Initial congestion window over a short path, in packets.
+    pub lan_initial_window_packets: u64,
+    /// Initial congestion window over a long path whose bandwidth is not remembered, in packets.
+    pub wan_initial_window_packets: u64,
     /// Bytes that a peer may have in flight to this node, unread, on a connection over a short
     /// path.
     pub lan_connection_window_bytes: ByteSize,
@@ -574,7 +576,8 @@ impl Default for TransportSection {
             lan_peers: Vec::new(),
             wan_peers: Vec::new(),
             lan_rtt_max: Period::millis(5),
-            initial_window_packets: 128,
+            lan_initial_window_packets: 128,
+            wan_initial_window_packets: 512,
             lan_connection_window_bytes: ByteSize::mib(4),
             lan_stream_window_bytes: ByteSize::mib(1),
             wan_connection_window_bytes: ByteSize::mib(32),

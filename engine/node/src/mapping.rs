@@ -102,7 +102,7 @@ pub fn transport(config: &NodeConfig) -> TransportConfig {
             ..PathConfig::default()
         },
         lan: ProfileConfig {
-            initial_window_packets: to_usize(from.initial_window_packets),
+            initial_window_packets: to_usize(from.lan_initial_window_packets),
             connection_window_bytes: from.lan_connection_window_bytes.bytes(),
             stream_window_bytes: from.lan_stream_window_bytes.bytes(),
             ..ProfileConfig::lan()
@@ -111,7 +111,7 @@ pub fn transport(config: &NodeConfig) -> TransportConfig {
             congestion_control: CongestionControl::Bbr2 {
                 loss_threshold: f32::from(to_u16(from.wan_loss_percent)) / 100.0,
             },
-            initial_window_packets: to_usize(from.initial_window_packets),
+            initial_window_packets: to_usize(from.wan_initial_window_packets),
             connection_window_bytes: from.wan_connection_window_bytes.bytes(),
             stream_window_bytes: from.wan_stream_window_bytes.bytes(),
             ..ProfileConfig::wan()

@@ -28,7 +28,7 @@ pub struct NodeParts {
     pub versions: Versions,
     /// Unix socket of status, metrics and artifacts; none: no such socket, and no thread for it.
     pub admin_socket: Option<PathBuf>,
-    /// File of what the node remembers of the paths to its peers; none: it starts knowing nothing.
+    /// File of the paths that the node remembers; none: all its peers are unknown at the start.
     pub paths_file: Option<PathBuf>,
     /// One entry for each shard; none: as the config says, one for each of its cores.
     pub shards: Option<Vec<ShardConfig>>,

@@ -298,7 +298,7 @@ mod tests {
         }
     }
 
-    // Protects the path: a resumed connection begins with half of what was there, and assumes no
+    // Protects the path: a resumed connection begins with half of the bandwidth, and assumes no
     // RTT below the path's.
     #[test]
     fn a_connection_resumes_with_half_of_the_bandwidth() {

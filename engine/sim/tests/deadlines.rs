@@ -103,8 +103,8 @@ fn a_body_that_stands_still_is_given_up_after_the_time_for_progress() {
     assert_eq!(testbed.sim.number(0, 1), connection);
 }
 
-// Protects a body whose connection is replaced under it: it arrives, a minute after `drain_timeout`;
-// and the node from a replaced connection on which nothing comes forward.
+// Protects a body whose connection is replaced under it: it arrives, a minute after
+// `drain_timeout`; and the node from a replaced connection on which nothing comes forward.
 #[test]
 fn a_replaced_connection_finishes_its_body() {
     let mut testbed = testbed(slow(150_000), TransportConfig::default());

@@ -67,7 +67,7 @@ impl ProfileConfig {
             congestion_control: CongestionControl::Bbr2 {
                 loss_threshold: 0.05,
             },
-            initial_window_packets: 128,
+            initial_window_packets: 512,
             initial_rtt: Duration::from_secs(1),
             connection_window_bytes: 32 << 20,
             stream_window_bytes: 16 << 20,

@@ -1,7 +1,7 @@
 //! When the packets of a paced connection leave, and what tells its BBR that it was idle.
 //!
 //! quiche's BBR says of each packet when it should leave (its release time), and it measures the
-//! path's bandwidth by what is acknowledged. Both need the help of the one who sends:
+//! path's bandwidth by the bytes that are acknowledged. Both need the sender's help:
 //!
 //! 1. A packet is built when its release time is less than [`LEAD`] away. Waiting for each packet's
 //!    own time is worse than not pacing: a wake that comes late is lost for good (63 Mbit/s instead

@@ -97,9 +97,19 @@ impl CloseCode {
     }
 }
 
-/// What quiche's BBR calls the shortest window, packets: enough for PROBE_RTT to end. Without it the
+/// The shortest window of quiche's BBR, packets: enough for PROBE_RTT to end. Without it the
 /// initial window is the shortest (issue 2698 of quiche).
 const BBR_WINDOW_MIN_PACKETS: usize = 4;
+
+// The gains of BBR. Its own (2.0 and 2.773 at the start, 1.25 and 2.25 in probes, else 2.0) let it
+// hold two bandwidth-delay products in flight: where the queue is shorter than one, the rest is
+// lost. With these, 128 MiB over 150 ms, 300 Mbit/s and 50 ms of queue lose a third of the packets
+// that they lost, and come at 237 instead of 203 Mbit/s; at 2 % loss at 162 instead of 139.
+const BBR_STARTUP_CWND_GAIN: f32 = 1.75;
+const BBR_STARTUP_PACING_GAIN: f32 = 2.0;
+const BBR_PROBE_UP_PACING_GAIN: f32 = 1.15;
+const BBR_PROBE_UP_CWND_GAIN: f32 = 1.25;
+const BBR_CWND_GAIN: f32 = 1.05;
 
 /// QUIC settings of one side: quiche takes them when a connection begins, so there is one set for
 /// each profile.
@@ -153,6 +163,11 @@ fn resume_at(
     quic.set_initial_rtt(resume.map_or(config.initial_rtt, |resume| resume.initial_rtt));
     quic.set_custom_bbr_params(quiche::BbrParams {
         loss_threshold: Some(loss_threshold),
+        startup_cwnd_gain: Some(BBR_STARTUP_CWND_GAIN),
+        startup_pacing_gain: Some(BBR_STARTUP_PACING_GAIN),
+        probe_bw_probe_up_pacing_gain: Some(BBR_PROBE_UP_PACING_GAIN),
+        probe_bw_cwnd_gain: Some(BBR_CWND_GAIN),
+        probe_bw_up_cwnd_gain: Some(BBR_PROBE_UP_CWND_GAIN),
         min_cwnd_packets: Some(BBR_WINDOW_MIN_PACKETS),
         initial_pacing_rate_bytes_per_second: start.map(|start| start.pacing_bytes_per_s),
         ..quiche::BbrParams::default()

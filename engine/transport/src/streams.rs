@@ -8,10 +8,11 @@
 //! Invariants
 //! 1. At most `active_max` streams of a class are fed at a time, oldest first; the rest waits in
 //!    order.
-//! 2. Where nothing is paced, a body of class bulk never takes all of the connection's send capacity:
-//!    half of the rest, up to [`RESERVE_BYTES`], is kept for lanes. Bodies of the other classes may
-//!    take all of it. A paced connection keeps nothing: BBR takes capacity that is left unused for
-//!    want of data, and the next acknowledgement makes room for lanes, which are fed first.
+//! 2. Where nothing is paced, a body of class bulk never takes all of the connection's send
+//!    capacity: half of the rest, up to [`RESERVE_BYTES`], is kept for lanes. Bodies of the other
+//!    classes may take all of it. A paced connection keeps nothing: BBR takes capacity that is left
+//!    unused for a want of data, and the next acknowledgement makes room for lanes, which are fed
+//!    first.
 //! 3. Waiting plus active messages of a class never exceed its bound.
 //! 4. Bytes of answers, which a peer may ask for and not take, have bounds of their own
 //!    ([`AnswerBounds`]). An answer counts in full from when it is queued until the path has taken

@@ -133,7 +133,7 @@ impl Settings {
             send_window_bytes: 64 << 20,
             // As millrace: what a sender may burst into a path that it does not know is the
             // operator's choice, not the engine's merit.
-            initial_window_bytes: 128 * 1_452,
+            initial_window_bytes: 512 * 1_452,
             // RFC 9002, 6.2.2.
             initial_rtt: Duration::from_millis(333),
             idle_timeout: Duration::from_secs(60),

@@ -289,10 +289,17 @@ pub(super) static SECTIONS: &[Section] = &[
             ),
             field!(
                 NodeConfig,
-                "initial_window_packets",
-                transport.initial_window_packets,
+                "lan_initial_window_packets",
+                transport.lan_initial_window_packets,
                 integer(2, 4096),
-                "Initial congestion window, in packets, where the bandwidth of the path is not remembered."
+                "Initial congestion window over a short path, in packets."
+            ),
+            field!(
+                NodeConfig,
+                "wan_initial_window_packets",
+                transport.wan_initial_window_packets,
+                integer(2, 4096),
+                "Initial congestion window over a long path whose bandwidth is not remembered, in packets. They leave within one round trip. Lower it to 128 where a path carries less than 20 Mbit/s."
             ),
             field!(
                 NodeConfig,
@@ -327,7 +334,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "wan_loss_percent",
                 transport.wan_loss_percent,
                 integer(1, 50),
-                "Packets of a hundred that a long path may lose before the node takes it for full and sends less. Above the loss that the path has by itself: 5 suits most, 20 a satellite. A higher value takes more from other traffic on a link that is full."
+                "Packets of a hundred that a long path may lose before the node takes it for full and sends less. It must be above the loss that the path has by itself. A lower value starts to send less sooner on a link that is full."
             ),
             field!(
                 NodeConfig,

@@ -245,8 +245,8 @@ impl Endpoint {
     }
 
     /// The destination ID of a dial's first packets: it steers them to the shard that will own the
-    /// connection, proves which node dials, and says by which profile. Without a proof the dial goes
-    /// on as any client's.
+    /// connection, proves which node dials, and says by which profile. Without a proof the dial
+    /// goes on as any client's.
     fn first_id(
         &self,
         index: usize,
