@@ -309,7 +309,7 @@ pub struct TransportSection {
     pub lan_rtt_max: Period,
     /// Initial congestion window over a short path, in packets.
     pub lan_initial_window_packets: u64,
-    /// Initial congestion window over a long path whose bandwidth is not remembered, in packets.
+    /// Least initial congestion window over a long path, in packets.
     pub wan_initial_window_packets: u64,
     /// Bytes that a peer may have in flight to this node, unread, on a connection over a short
     /// path.

@@ -10,6 +10,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use millrace_node::NodeId;
+
 use common::{TestNode, TestRegistry, eventually, json, millrace, ok, own_addresses, stderr, text};
 
 /// A registry folder and nodes `0..count` that share it, all listed, none started.
@@ -274,17 +276,40 @@ fn a_node_joins_with_a_key_and_a_seed() {
     });
 }
 
+/// What a node knew of the path to a peer, it knows after it was killed: a peer that is near is
+/// dialled by the profile of a LAN, and not a second time.
+#[test]
+fn a_killed_node_remembers_its_paths() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, mut nodes) = subnet(dir.path(), &own_addresses(), 2);
+    // The lower id dials.
+    nodes.sort_by_key(|node| node.node_id.parse::<NodeId>().unwrap());
+    for node in &nodes {
+        node.edit("path = \"lan\"", "path = \"auto\"");
+    }
+    nodes.iter_mut().for_each(TestNode::start);
+    connected(&nodes[0], &nodes[1]);
+    let has_replaced = |node: &TestNode, times: u32| {
+        let (_, metrics) = node.get("/metrics");
+        let line = format!("millrace_transport_paths_replaced_total {times}");
+        metrics.lines().any(|had| had == line).then_some(())
+    };
+    eventually("dialled again", || has_replaced(&nodes[0], 1));
+    let file = nodes[0].config.with_file_name("paths.json");
+    eventually("the path is written", || file.exists().then_some(()));
+    nodes[0].kill();
+    nodes[0].start();
+    connected(&nodes[0], &nodes[1]);
+    assert_eq!(has_replaced(&nodes[0], 0), Some(()));
+    let status = nodes[0].status();
+    assert_eq!(status["peers"][0]["path"], "lan");
+}
+
 /// Everything a monitor reads, spoken to with raw HTTP.
 #[test]
 fn the_admin_socket_answers_monitors() {
     let dir = tempfile::tempdir().unwrap();
     let (_, mut nodes) = subnet(dir.path(), &own_addresses(), 2);
-    for node in &nodes {
-        // Known to be near, so that no connection is dialled again, and none has ended.
-        let config = std::fs::read_to_string(&node.config).unwrap();
-        let near = config.replace("[transport]\n", "[transport]\npath = \"lan\"\n");
-        std::fs::write(&node.config, near).unwrap();
-    }
     nodes.iter_mut().for_each(TestNode::start);
     connected(&nodes[0], &nodes[1]);
     let node = &nodes[0];

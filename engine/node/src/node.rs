@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use millrace_edge_control::EdgeAgent;
 use millrace_protocol::frame::{Class, Method};
@@ -24,7 +24,7 @@ use crate::admin::{self, AdminServer};
 use crate::core::Core;
 use crate::error::{NotConnected, NotReady, StartError, transport_failed};
 use crate::parts::NodeParts;
-use crate::path_memory::{self, PathThread};
+use crate::path_memory::{PathFile, PathThread};
 use crate::reference::Artifacts;
 use crate::reference::announced::Announced;
 use crate::reference::service::ArtifactService;
@@ -126,17 +126,14 @@ impl Node {
             Some(edge) => (edge.start, Some(edge.report), Some(edge.loops)),
             None => Default::default(),
         };
-        let file = parts.paths_file;
-        let paths = file.as_deref().map_or_else(Default::default, |file| {
-            path_memory::read(file, SystemTime::now())
-        });
+        let path_file = parts.paths_file.map(PathFile::read);
         let start = TransportStart {
             identity: parts.identity,
             config: mapping::transport(config),
             udp: mapping::udp(config, shards.len()),
             shards,
             topology,
-            paths: paths.clone().into_iter().collect(),
+            paths: path_file.as_ref().map_or_else(Vec::new, PathFile::paths),
             edge,
         };
         let events = Events::default();
@@ -180,7 +177,8 @@ impl Node {
         let registry = FollowThread::start(versions, events, follow, connected, apply)
             .map_err(|error| StartError::io("the registry thread", error))?;
         inner.registry = Some(registry);
-        let paths = file.map(|file| PathThread::start(file, paths, inner.core.transport.clone()));
+        let transport = inner.core.transport.clone();
+        let paths = path_file.map(|file| PathThread::start(file, transport));
         let paths = paths
             .transpose()
             .map_err(|error| StartError::io("the thread of the paths", error))?;

@@ -3,7 +3,7 @@
 //! Invariants
 //! 1. The file is replaced whole: a node that is killed leaves the old one or the new one.
 //! 2. A file that cannot be read is as good as none: connections begin as to unknown peers.
-//! 3. A bandwidth is used for a day: after that the path may be another.
+//! 3. A bandwidth is used for a day after it was last measured: then the path may be another.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -13,40 +13,82 @@ use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use millrace_protocol::id::NodeId;
-use millrace_transport::{RememberedPath, Transport};
+use millrace_transport::{PeerStatus, RememberedPath, Transport};
 use serde::{Deserialize, Serialize};
 
 /// The file in the state folder.
 pub(crate) const FILE_NAME: &str = "paths.json";
 
-/// Longest file that is read: about 8,000 peers.
+/// Longest file that is read.
 const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// Peers that are written: each takes about 180 bytes.
+const PATHS_MAX: usize = 4_096;
 
 /// How often what was measured is written. A node that is killed forgets as much.
 const INTERVAL: Duration = Duration::from_secs(5);
 
 /// How long a bandwidth holds.
-const BANDWIDTH_AGE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+const BANDWIDTH_AGE_MAX_S: u64 = 24 * 60 * 60;
+
+/// How long a peer is remembered that is not met again.
+const PATH_AGE_MAX_S: u64 = 30 * 24 * 60 * 60;
+
+/// How old the file's word on a path becomes at most while the path is in use.
+const REFRESH_S: u64 = 60 * 60;
+
+/// What is known of a path, and since when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Known {
+    path: RememberedPath,
+    /// Seconds since 1970.
+    measured_at_s: u64,
+}
 
 /// What is known, by peer.
-pub(crate) type Paths = BTreeMap<NodeId, RememberedPath>;
+type Paths = BTreeMap<NodeId, Known>;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct File {
-    /// Seconds since 1970.
-    saved_at_s: u64,
     paths: Vec<Entry>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Entry {
     node: String,
+    measured_at_s: u64,
     rtt_us: u64,
     bandwidth_bytes_per_s: Option<u64>,
 }
 
-/// What an earlier run left; nothing where there is no file, or none that can be read.
-pub(crate) fn read(file: &Path, now: SystemTime) -> Paths {
+/// What the file holds, and the file.
+#[derive(Debug)]
+pub(crate) struct PathFile {
+    file: PathBuf,
+    written: Paths,
+}
+
+impl PathFile {
+    /// What an earlier run left; nothing where there is no file, or none that can be read.
+    pub(crate) fn read(file: PathBuf) -> Self {
+        let written = read(&file, now_s());
+        Self { file, written }
+    }
+
+    /// What is known of the paths.
+    pub(crate) fn paths(&self) -> Vec<(NodeId, RememberedPath)> {
+        let paths = self.written.iter();
+        paths.map(|(node, known)| (*node, known.path)).collect()
+    }
+}
+
+/// Seconds since 1970.
+fn now_s() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.unwrap_or_default().as_secs()
+}
+
+fn read(file: &Path, now_s: u64) -> Paths {
     let bytes = match std::fs::metadata(file) {
         Ok(metadata) if metadata.len() <= FILE_BYTES_MAX => std::fs::read(file),
         Ok(_) => Err(io::Error::other("it is longer than 1 MiB")),
@@ -54,7 +96,7 @@ pub(crate) fn read(file: &Path, now: SystemTime) -> Paths {
     };
     let parsed = bytes.and_then(|bytes| Ok(serde_json::from_slice::<File>(&bytes)?));
     match parsed {
-        Ok(held) => paths_of(held, now),
+        Ok(held) => paths_of(held, now_s),
         Err(error) => {
             if error.kind() != io::ErrorKind::NotFound {
                 tracing::warn!(
@@ -67,30 +109,33 @@ pub(crate) fn read(file: &Path, now: SystemTime) -> Paths {
     }
 }
 
-fn paths_of(file: File, now: SystemTime) -> Paths {
-    let saved_at = UNIX_EPOCH.checked_add(Duration::from_secs(file.saved_at_s));
-    let age = saved_at.and_then(|at| now.duration_since(at).ok());
-    let is_fresh = age.is_some_and(|age| age <= BANDWIDTH_AGE_MAX);
+fn paths_of(file: File, now_s: u64) -> Paths {
     let entries = file.paths.into_iter().filter_map(|entry| {
+        // A clock that was set back says nothing of the age.
+        let age_s = now_s.checked_sub(entry.measured_at_s).unwrap_or(u64::MAX);
+        let is_fresh = age_s <= BANDWIDTH_AGE_MAX_S;
         let path = RememberedPath {
             rtt: Duration::from_micros(entry.rtt_us),
             bandwidth_bytes_per_s: entry.bandwidth_bytes_per_s.filter(|_| is_fresh),
         };
-        Some((entry.node.parse().ok()?, path))
+        let known = Known {
+            path,
+            measured_at_s: entry.measured_at_s.min(now_s),
+        };
+        Some((entry.node.parse().ok()?, known))
     });
     entries.collect()
 }
 
-fn write(file: &Path, paths: &Paths, now: SystemTime) -> io::Result<()> {
-    let since = now.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let paths = paths.iter().map(|(node, path)| Entry {
+fn write(file: &Path, paths: &Paths) -> io::Result<()> {
+    let paths = paths.iter().map(|(node, known)| Entry {
         node: node.to_string(),
-        rtt_us: u64::try_from(path.rtt.as_micros()).unwrap_or(u64::MAX),
-        bandwidth_bytes_per_s: path.bandwidth_bytes_per_s,
+        measured_at_s: known.measured_at_s,
+        rtt_us: u64::try_from(known.path.rtt.as_micros()).unwrap_or(u64::MAX),
+        bandwidth_bytes_per_s: known.path.bandwidth_bytes_per_s,
     });
     let held = File {
-        saved_at_s: since.as_secs(),
-        paths: paths.collect(),
+        paths: paths.take(PATHS_MAX).collect(),
     };
     let new = file.with_extension("json.new");
     std::fs::write(&new, serde_json::to_vec_pretty(&held)?)?;
@@ -106,17 +151,16 @@ pub(crate) struct PathThread {
 }
 
 impl PathThread {
-    /// `known` is what the file held.
-    pub(crate) fn start(file: PathBuf, known: Paths, transport: Transport) -> io::Result<Self> {
+    pub(crate) fn start(file: PathFile, transport: Transport) -> io::Result<Self> {
         let (stop, stopped) = channel();
         let thread = std::thread::Builder::new()
             .name("millrace-paths".into())
             .spawn(move || {
-                let mut writer = Writer::new(file, known);
+                let mut writer = Writer::new(file);
                 while stopped.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
-                    writer.update(&transport);
+                    writer.update(&transport.status().peers(), now_s());
                 }
-                writer.update(&transport);
+                writer.update(&transport.status().peers(), now_s());
             })?;
         Ok(Self {
             stop: Some(stop),
@@ -136,43 +180,63 @@ impl Drop for PathThread {
 }
 
 struct Writer {
-    file: PathBuf,
-    known: Paths,
+    held: PathFile,
     has_failed: bool,
 }
 
 impl Writer {
-    fn new(file: PathBuf, known: Paths) -> Self {
+    fn new(held: PathFile) -> Self {
         Self {
-            file,
-            known,
+            held,
             has_failed: false,
         }
     }
 
     /// Takes up what the connections that are up have measured, and writes it if it is news.
-    fn update(&mut self, transport: &Transport) {
-        let mut is_news = false;
-        for peer in transport.status().peers() {
-            if let Some(path) = peer.remembered {
-                let old = self.known.insert(peer.node_id, path);
-                is_news |= old.is_none_or(|old| differ(&old, &path));
+    fn update(&mut self, peers: &[PeerStatus], now_s: u64) {
+        let Some(paths) = news(&self.held.written, peers, now_s) else {
+            return;
+        };
+        match write(&self.held.file, &paths) {
+            Ok(()) => {
+                self.held.written = paths;
+                self.has_failed = false;
+            }
+            Err(error) => {
+                if !self.has_failed {
+                    tracing::warn!(
+                        file = %self.held.file.display(), %error,
+                        "the paths to the peers cannot be remembered for the next start"
+                    );
+                }
+                self.has_failed = true;
             }
         }
-        if !is_news {
-            return;
-        }
-        let written = write(&self.file, &self.known, SystemTime::now());
-        if let Err(error) = &written
-            && !self.has_failed
-        {
-            tracing::warn!(
-                file = %self.file.display(), %error,
-                "the paths to the peers cannot be remembered for the next start"
-            );
-        }
-        self.has_failed = written.is_err();
     }
+}
+
+/// What is to be written now, if that differs enough from what was.
+fn news(written: &Paths, peers: &[PeerStatus], now_s: u64) -> Option<Paths> {
+    let mut paths = written.clone();
+    let mut is_news = false;
+    for peer in peers {
+        let Some(path) = peer.remembered else {
+            continue;
+        };
+        let old = written.get(&peer.node_id);
+        let is_old =
+            |old: &Known| differ(&old.path, &path) || old.measured_at_s + REFRESH_S < now_s;
+        if old.is_none_or(is_old) {
+            is_news = true;
+            let known = Known {
+                path,
+                measured_at_s: now_s,
+            };
+            paths.insert(peer.node_id, known);
+        }
+    }
+    paths.retain(|_, known| known.measured_at_s + PATH_AGE_MAX_S >= now_s);
+    is_news.then_some(paths)
 }
 
 /// Whether a path differs from what was known of it by more than measurements do anyway.
@@ -195,45 +259,58 @@ mod tests {
         }
     }
 
-    /// Protects the start of the next connections: what was written is read, a bandwidth for a day,
-    /// and a file that is broken, too long or absent costs nothing but the memory.
+    const NOW_S: u64 = 1_800_000_000;
+
+    fn known(path: RememberedPath, measured_at_s: u64) -> Known {
+        Known {
+            path,
+            measured_at_s,
+        }
+    }
+
+    /// Protects the start of the next connections: what was written is read, each bandwidth for a
+    /// day after it was measured, and a file that is broken, too long or absent costs nothing but
+    /// the memory.
     #[test]
     fn what_is_written_is_read_and_a_broken_file_is_none() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join(FILE_NAME);
-        let now = UNIX_EPOCH + Duration::from_secs(1_800_000_000);
-        assert_eq!(read(&file, now), Paths::new());
+        assert_eq!(read(&file, NOW_S), Paths::new());
         let [one, two] = [0; 2].map(|_| keys::generate().unwrap().node_id());
-        let known = Paths::from([(one, path(150, Some(37_500_000))), (two, path(1, None))]);
-        write(&file, &known, now).unwrap();
-        assert_eq!(read(&file, now + BANDWIDTH_AGE_MAX), known);
-        let old = read(&file, now + 2 * BANDWIDTH_AGE_MAX);
-        assert_eq!(
-            old,
-            Paths::from([(one, path(150, None)), (two, path(1, None))])
-        );
-        // A clock that was set back says nothing of the age.
-        assert_eq!(read(&file, UNIX_EPOCH), old);
+        let fast = path(150, Some(37_500_000));
+        let written = Paths::from([(one, known(fast, NOW_S - 10)), (two, known(fast, NOW_S))]);
+        write(&file, &written).unwrap();
+        let cases = [
+            (NOW_S, [fast, fast]),
+            (NOW_S + BANDWIDTH_AGE_MAX_S - 5, [path(150, None), fast]),
+            (NOW_S + BANDWIDTH_AGE_MAX_S + 1, [path(150, None); 2]),
+            // A clock that was set back says nothing of the age.
+            (NOW_S - 5, [fast, path(150, None)]),
+        ];
+        for (now_s, paths) in cases {
+            let read = read(&file, now_s);
+            assert_eq!([one, two].map(|node| read[&node].path), paths, "{now_s}");
+        }
 
         let long = format!("{{{}", " ".repeat(1 << 20));
         for broken in ["", "{\"paths\": 3}", &long] {
             std::fs::write(&file, broken).unwrap();
-            assert_eq!(read(&file, now), Paths::new());
+            assert_eq!(read(&file, NOW_S), Paths::new());
         }
     }
 
-    /// Protects the disk: measurements that differ by little are not written each time.
+    /// Protects the disk: measurements that differ by less than a tenth are not written each time.
     #[test]
     fn a_path_is_news_when_it_differs_by_a_tenth() {
-        let known = path(100, Some(1_000));
+        let old = path(100, Some(1_000));
         for (new, is_news) in [
             (path(110, Some(1_100)), false),
             (path(111, Some(1_000)), true),
             (path(100, Some(899)), true),
             (path(100, None), true),
         ] {
-            assert_eq!(differ(&known, &new), is_news, "{new:?}");
+            assert_eq!(differ(&old, &new), is_news, "{new:?}");
         }
-        assert!(differ(&path(100, None), &known));
+        assert!(differ(&path(100, None), &old));
     }
 }

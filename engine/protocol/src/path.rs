@@ -34,7 +34,7 @@ impl PathProfile {
         self as usize
     }
 
-    /// The word in the config, in `status` and in labels of metrics.
+    /// The word in the config, in `status` and in the log.
     pub fn label(self) -> &'static str {
         match self {
             Self::Lan => "lan",
@@ -79,7 +79,7 @@ pub struct RememberedPath {
 /// Where congestion control of a remembered path begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Resume {
-    /// RTT to assume before the first sample: never less than the path's.
+    /// RTT to assume before the first sample: twice the remembered one.
     pub initial_rtt: Duration,
     /// Initial congestion window and pacing rate; `None`: the path's bandwidth is not known.
     pub start: Option<ResumeStart>,
@@ -159,8 +159,8 @@ impl PathMemory {
         })
     }
 
-    /// The profile that the operator named for `peer`.
-    fn fixed(&self, peer: &NodeId) -> Option<PathProfile> {
+    /// The profile that the operator named for `peer`, if there is one.
+    pub fn fixed(&self, peer: &NodeId) -> Option<PathProfile> {
         self.config.peers.get(peer).copied().or(self.config.profile)
     }
 

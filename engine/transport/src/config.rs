@@ -31,7 +31,7 @@ pub enum CongestionControl {
 pub struct ProfileConfig {
     /// Congestion control.
     pub congestion_control: CongestionControl,
-    /// Initial congestion window where the path is not known, packets.
+    /// Initial congestion window, packets; a long path that is known to carry more gets more.
     pub initial_window_packets: usize,
     /// RTT assumed before the first sample. BBR takes it for a sample: it must not be less than the
     /// path's.

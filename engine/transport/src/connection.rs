@@ -34,6 +34,10 @@ const ACK_WINDOW_PART: u64 = 6;
 /// (`max_ack_delay`, 25 ms).
 const ACK_DELAY: Duration = Duration::from_micros(250);
 
+/// How old a connection is at least when it is replaced: its least RTT has been measured by then,
+/// also on a host that was busy when the connection began.
+pub(crate) const REPLACE_AFTER: Duration = Duration::from_secs(1);
+
 /// Requests and answers leave in trains of this many packets, and a shard receives as many before
 /// it sends: so both ends work at the same time. With 64 in flight, one long train each way would
 /// leave each end idle while the other works.
@@ -76,8 +80,9 @@ pub(crate) struct Connection {
     pub(crate) attempt: Option<Attempt>,
     /// Which of the connections of a pair of nodes this is.
     pub(crate) index: usize,
-    /// When it began, or was last to be replaced.
-    pub(crate) since: Instant,
+    /// When it may be replaced, and how long after that again.
+    pub(crate) replace_at: Instant,
+    pub(crate) replace_interval: Duration,
     /// What it is tuned for.
     pub(crate) profile: PathProfile,
     /// When its packets leave, where the profile paces.
@@ -125,7 +130,8 @@ impl Connection {
             connection_permit: None,
             attempt: None,
             index: 0,
-            since: now,
+            replace_at: now + REPLACE_AFTER,
+            replace_interval: REPLACE_AFTER,
             profile: PathProfile::Lan,
             pacing: None,
             unacked_bytes: 0,
@@ -194,6 +200,12 @@ impl Connection {
         counters: &Counters,
         now: Instant,
     ) -> Sent {
+        // RFC 9002, 7.7: what is but an acknowledgement is not paced.
+        let is_acknowledgement = self.unacked_bytes > 0
+            && self
+                .session
+                .as_ref()
+                .is_none_or(Session::has_nothing_to_send);
         self.unacked_bytes = 0;
         self.unacked_since = None;
         self.must_send = false;
@@ -244,6 +256,7 @@ impl Connection {
             }
             if let Some(pacing) = &mut self.pacing
                 && self.phase != Phase::Closing
+                && !(is_acknowledgement && packets == 0)
                 && !pacing.may_send(release_time(&self.quic, now), now)
             {
                 break more;

@@ -2,7 +2,7 @@
 
 use boring::ssl::SslContextBuilder;
 use millrace_protocol::frame::HelloError;
-use millrace_protocol::path::{PathProfile, RememberedPath, Resume};
+use millrace_protocol::path::{PathProfile, RememberedPath, Resume, ResumeStart};
 use millrace_protocol::peers::{CloseKind, CloseReason, Refusal};
 
 use crate::config::{CongestionControl, ProfileConfig, TransportConfig};
@@ -140,10 +140,12 @@ impl QuicConfigs {
         remembered: Option<RememberedPath>,
     ) -> &mut quiche::Config {
         let quic = &mut self.of[profile.index()];
-        let config = config.profile(profile);
-        if let CongestionControl::Bbr2 { loss_threshold } = config.congestion_control {
-            let resume = remembered.map(|path| path.resume(config.connection_window_bytes));
-            resume_at(quic, config, loss_threshold, resume);
+        let profile = config.profile(profile);
+        if let CongestionControl::Bbr2 { loss_threshold } = profile.congestion_control {
+            let resume = remembered.map(|path| path.resume(profile.connection_window_bytes));
+            // quiche counts the initial window in the largest packets that it may send.
+            let packet_bytes = config.udp_payload_bytes_max as u64;
+            resume_at(quic, profile, loss_threshold, resume, packet_bytes);
         }
         quic
     }
@@ -155,11 +157,15 @@ fn resume_at(
     config: &ProfileConfig,
     loss_threshold: f32,
     resume: Option<Resume>,
+    packet_bytes: u64,
 ) {
-    let start = resume.and_then(|resume| resume.start);
-    let window = start.map_or(0, |start| start.window_bytes / PACKET_BYTES);
-    let packets = usize::try_from(window).unwrap_or(usize::MAX);
-    quic.set_initial_congestion_window_packets(packets.max(config.initial_window_packets));
+    let packets = |start: ResumeStart| usize::try_from(start.window_bytes / packet_bytes);
+    // A path that was slower than unknown ones may be begins as an unknown one.
+    let start = resume.and_then(|resume| resume.start).filter(|start| {
+        packets(*start).is_ok_and(|packets| packets > config.initial_window_packets)
+    });
+    let window = start.and_then(|start| packets(start).ok());
+    quic.set_initial_congestion_window_packets(window.unwrap_or(config.initial_window_packets));
     quic.set_initial_rtt(resume.map_or(config.initial_rtt, |resume| resume.initial_rtt));
     quic.set_custom_bbr_params(quiche::BbrParams {
         loss_threshold: Some(loss_threshold),
@@ -173,9 +179,6 @@ fn resume_at(
         ..quiche::BbrParams::default()
     });
 }
-
-/// What quiche counts a packet of the initial window as: the least that QUIC allows.
-const PACKET_BYTES: u64 = 1_200;
 
 pub(crate) fn quic_config(
     config: &TransportConfig,

@@ -10,7 +10,7 @@ use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::settings::{Caps, Limits};
 use millrace_protocol::id::NodeId;
 use millrace_protocol::identity::SigningKey;
-use millrace_protocol::path::{PathMemory, RememberedPath};
+use millrace_protocol::path::{PathConfig, PathMemory, RememberedPath};
 use millrace_protocol::peers::Peers;
 use millrace_protocol::topology::Topology;
 use millrace_shards::config::ShardConfig;
@@ -199,7 +199,6 @@ impl Transport {
                 (config.clone(), Arc::clone(&board), Arc::clone(&topology));
             let (services, routes) = (services.clone(), Arc::clone(&routes));
             let registry_version = Arc::clone(&registry_version);
-            // A shard asks for those of its own peers only, and drops the rest of the others'.
             let paths = paths.clone();
             let (control, clock, dial_keys) =
                 (control.clone(), clock.clone(), Arc::clone(&dial_keys));
@@ -217,7 +216,16 @@ impl Transport {
                     )
                 };
                 let peers = (0..connections_per_peer).map(machine).collect();
-                let paths = PathMemory::new(config.paths.clone(), paths);
+                let is_ours = |id: &NodeId| {
+                    let owner = |pair| id.owner_shard(pair, count as u8);
+                    (0..connections_per_peer).any(|pair| owner(pair) == index as u8)
+                };
+                let paths = paths.into_iter().filter(|(id, _)| is_ours(id));
+                let paths_config = PathConfig {
+                    peers_max: config.connections_max,
+                    ..config.paths.clone()
+                };
+                let paths = PathMemory::new(paths_config, paths);
                 let bodies = BodyAllocator::new(config.receive_budget(), context.pool.clone());
                 let state = Rc::new(ShardState::new(config, counters, now));
                 let of_shard = Arc::clone(&routes);

@@ -299,7 +299,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "wan_initial_window_packets",
                 transport.wan_initial_window_packets,
                 integer(2, 4096),
-                "Initial congestion window over a long path whose bandwidth is not remembered, in packets. They leave within one round trip. Lower it to 128 where a path carries less than 20 Mbit/s."
+                "Initial congestion window over a long path, in packets; a larger one where more bandwidth is remembered. They leave within one round trip. Lower it to 128 where a path carries less than 20 Mbit/s."
             ),
             field!(
                 NodeConfig,

@@ -26,7 +26,7 @@ use millrace_edge_policy::source::Source;
 use millrace_edge_policy::stress::Level;
 use millrace_protocol::identity::SigningKey;
 use millrace_testkit::until;
-use millrace_transport::{ConnectionCounts, EdgeStart, TransportConfig};
+use millrace_transport::{ConnectionCounts, EdgeStart, PathConfig, PathProfile, TransportConfig};
 
 use crate::common::namespace::{NODE, NON_MEMBER, OPERATOR, Pair, Pinned, privileged};
 use crate::transport::{Node, key, member, shard_config, topology};
@@ -264,6 +264,11 @@ impl<'g> ConnectedTestbed<'g> {
 
 pub fn config_of() -> TransportConfig {
     TransportConfig {
+        // On a busy host too, no connection is dialled again for its profile.
+        paths: PathConfig {
+            profile: Some(PathProfile::Lan),
+            ..PathConfig::default()
+        },
         // What was refused is tried again while the test waits.
         connect_timeout: Duration::from_secs(3),
         redial_delay_max: Duration::from_millis(200),

@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 
-use millrace_node::config::{Cores, HugePages};
+use millrace_node::config::{Cores, HugePages, PathChoice};
 use millrace_node::{ByteSize, Draft, Node, NodeConfig, PublicKey, SigningKey};
 use millrace_testkit::PATIENCE;
 
@@ -11,6 +11,8 @@ use millrace_testkit::PATIENCE;
 pub(crate) fn config() -> NodeConfig {
     let mut config = NodeConfig::default();
     config.listen.address = "127.0.0.1:0".parse().unwrap();
+    // On a busy host too, no connection is dialled again for its profile.
+    config.transport.path = PathChoice::Lan;
     config.shards.cores = Cores::List(vec![0]);
     config.shards.defaults.chunk_pool_bytes = ByteSize::mib(8);
     config.shards.defaults.huge_pages = HugePages::Never;

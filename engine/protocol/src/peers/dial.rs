@@ -85,8 +85,11 @@ impl Peers {
         let Some(peer) = self.peers.get_mut(&id) else {
             return false;
         };
-        let is_free =
-            peer.current == Some(conn) && peer.pending.is_none() && peer.dial == Dial::Idle;
+        // One that drains carries a body: a second replacement would cut it.
+        let is_free = peer.current == Some(conn)
+            && peer.pending.is_none()
+            && peer.draining.is_none()
+            && peer.dial == Dial::Idle;
         // The address that was dialled last, not the one after it.
         let Some(address) = peer.dialled.filter(|_| is_free) else {
             return false;

@@ -254,6 +254,11 @@ fn a_connection_is_replaced_while_it_is_in_use() {
     let drained = Action::Drain { conn: ConnKey(1) };
     assert!(testbed.actions().contains(&drained));
 
+    // The first one still carries a body.
+    assert!(!testbed.peers.replace(ConnKey(2), testbed.now));
+    testbed
+        .peers
+        .closed(ConnKey(1), CloseKind::Clean, testbed.now);
     // The connection is lost meanwhile: the attempt that is under way is the only one.
     assert!(testbed.peers.replace(ConnKey(2), testbed.now));
     let attempt = testbed.dial();

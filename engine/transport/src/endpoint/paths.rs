@@ -3,8 +3,10 @@
 //!
 //! Invariants
 //! 1. Only the side that dialled replaces a connection; the first packet's ID tells the other side
-//!    which profile to take.
-//! 2. A connection is replaced once at most in [`REPLACE_INTERVAL`] of its life.
+//!    which profile to take, unless its own config names one.
+//! 2. A connection is replaced at the age of [`REPLACE_AFTER`](crate::connection::REPLACE_AFTER) at
+//!    the earliest. Where the dial fails, the next one comes after twice the time.
+//! 3. A dial is made again only by another profile.
 
 use std::time::{Duration, Instant};
 
@@ -18,9 +20,8 @@ use crate::connection::Connection;
 use crate::counters::Counter;
 use crate::phase::Phase;
 
-/// How old a connection is at least when it is replaced: its least RTT has been measured by then,
-/// also on a host that was busy when the connection began.
-const REPLACE_INTERVAL: Duration = Duration::from_secs(1);
+/// Longest time between two dials that are to replace the same connection.
+const REPLACE_INTERVAL_MAX: Duration = Duration::from_secs(600);
 
 /// A bit of the nonce of a dial's proof: the dialler takes the LAN's profile.
 const LAN_BIT: u8 = 1;
@@ -33,28 +34,31 @@ impl Endpoint {
     }
 
     /// The profile of a connection that a peer opens by `first_id`, and what is remembered of the
-    /// path. The dialler chooses, and a proven ID says what; anyone else has an unknown path.
+    /// path. The dialler chooses, and the ID says what. Without a proof it may be forged,
+    /// which gains nothing: the LAN's profile promises less.
     pub(super) fn path_from(
         &self,
         by: Entitlement,
         first_id: &[u8],
     ) -> (PathProfile, Option<RememberedPath>) {
-        let Entitlement::Peer(tag) = by else {
-            return (PathProfile::Wan, None);
+        let is_peer = |id: &NodeId, tag| proof::node_tag_of(id.as_bytes()) == tag;
+        let (peer, nonce) = match by {
+            Entitlement::Peer(tag) => {
+                let mut ids = self.topology.iter().map(|(id, _)| id);
+                (ids.find(|id| is_peer(id, tag)), proof::nonce_of(first_id))
+            }
+            Entitlement::Token(original) => (None, proof::nonce_of(original.as_bytes())),
+            Entitlement::Unvalidated => (None, proof::nonce_of(first_id)),
         };
-        let is_peer = |id: &NodeId| proof::node_tag_of(id.as_bytes()) == tag;
-        let peer = self
-            .topology
-            .iter()
-            .map(|(id, _)| id)
-            .find(|id| is_peer(id));
-        let is_lan = proof::nonce_of(first_id).is_some_and(|nonce| nonce[0] & LAN_BIT != 0);
-        let profile = if is_lan {
-            PathProfile::Lan
-        } else {
-            PathProfile::Wan
+        let paths = &self.parts.paths;
+        let chosen = match nonce {
+            Some([first, ..]) if first & LAN_BIT != 0 => PathProfile::Lan,
+            _ => PathProfile::Wan,
         };
-        (profile, peer.and_then(|peer| self.parts.paths.get(peer)))
+        let named = peer.and_then(|peer| paths.fixed(peer));
+        let named = named.or(self.parts.state.config.paths.profile);
+        let profile = named.unwrap_or(chosen);
+        (profile, peer.and_then(|peer| paths.get(peer)))
     }
 
     /// The nonce of a dial with this profile.
@@ -84,16 +88,17 @@ impl Endpoint {
                 pacing.set_rtt(sample.rtt);
             }
             self.parts.paths.measured(&peer, sample);
-            let is_due = !connection.is_server && connection.since + REPLACE_INTERVAL <= now;
-            if !is_due {
+            if connection.is_server || connection.replace_at > now {
                 continue;
             }
             let (key, index, has) = (connection.key, connection.index, connection.profile);
             let wanted = self.parts.paths.contradicts(&peer, has, sample.rtt);
+            // A full memory would choose the same again.
+            let wanted = wanted.filter(|wanted| self.parts.paths.profile(&peer) == *wanted);
             if let (Some(wanted), Some(peers)) = (wanted, self.parts.peers.get_mut(index))
                 && peers.replace(key, now)
             {
-                connection.since = now;
+                connection.replace_later(now);
                 self.counters().add(Counter::PathsReplaced, 1);
                 tracing::info!(
                     %peer,
@@ -118,14 +123,22 @@ impl Endpoint {
             .parts
             .paths
             .contradicts(peer, connection.profile, sample.rtt);
-        if is_first && contradicts.is_some() {
-            self.parts.paths.measured(peer, sample);
+        if !is_first || contradicts.is_none() {
+            return false;
         }
-        is_first && contradicts.is_some()
+        self.parts.paths.measured(peer, sample);
+        // A full memory would choose the same again.
+        self.parts.paths.profile(peer) != connection.profile
     }
 }
 
 impl Connection {
+    /// A dial that is to replace it has begun.
+    fn replace_later(&mut self, now: Instant) {
+        self.replace_interval = (2 * self.replace_interval).min(REPLACE_INTERVAL_MAX);
+        self.replace_at = now + self.replace_interval;
+    }
+
     /// The peer, while the connection is in use.
     fn up_peer(&self) -> Option<NodeId> {
         let session = self.session.as_ref()?;

@@ -19,8 +19,9 @@ pub(crate) use millrace_testkit::ids::key;
 pub(crate) use millrace_testkit::{PATIENCE, free_addr};
 use millrace_transport::counters::{Counter, Family};
 use millrace_transport::{
-    Answer, Defer, EdgeStart, Inbound, InboundBody, Payload, Request, Responder, Router,
-    RouterError, Service, ShardMessenger, Transport, TransportConfig, TransportStart,
+    Answer, Defer, EdgeStart, Inbound, InboundBody, PathProfile, Payload, RememberedPath, Request,
+    Responder, Router, RouterError, Service, ShardMessenger, Transport, TransportConfig,
+    TransportStart,
 };
 
 /// Answers with the request's body.
@@ -119,6 +120,13 @@ pub(crate) fn shard_config(pool_bytes: u64) -> ShardConfig {
     }
 }
 
+/// Loopback is a short path, and a busy host must not make it look like a long one: no connection
+/// is dialled again for its profile.
+fn near(mut config: TransportConfig) -> TransportConfig {
+    config.paths.profile.get_or_insert(PathProfile::Lan);
+    config
+}
+
 impl Node {
     pub(crate) fn start(
         key: SigningKey,
@@ -149,6 +157,26 @@ impl Node {
         shards: Vec<ShardConfig>,
         edge: EdgeStart,
     ) -> Self {
+        let config = near(config);
+        Self::start_test(Self::parts(key, addr, topology, config, shards, edge))
+    }
+
+    /// A node that knows this of the paths to its peers, and chooses profiles as its config says.
+    pub(crate) fn start_knowing(
+        key: SigningKey,
+        addr: SocketAddr,
+        topology: &Arc<Topology>,
+        config: TransportConfig,
+        pool_bytes: u64,
+        paths: Vec<(NodeId, RememberedPath)>,
+    ) -> Self {
+        let shards = vec![shard_config(pool_bytes)];
+        let parts = Self::parts(key, addr, topology, config, shards, EdgeStart::default());
+        Self::start_test(TransportStart { paths, ..parts })
+    }
+
+    /// A node with the test's service.
+    fn start_test(start: TransportStart) -> Self {
         let (sender, events) = channel();
         let hellos = Hellos::default();
         let heard = Arc::clone(&hellos);
@@ -159,9 +187,11 @@ impl Node {
             };
             Router::new().serve(METHODS, service)
         };
-        let mut node = Self::start_serving(key, addr, topology, config, shards, edge, services);
-        (node.events, node.hellos) = (events, hellos);
-        node
+        Self {
+            events,
+            hellos,
+            ..Self::start_with(start, services)
+        }
     }
 
     /// A node with services of the test's making.
@@ -174,8 +204,20 @@ impl Node {
         edge: EdgeStart,
         services: impl Fn(ShardMessenger) -> Result<Router, RouterError> + Clone + Send + 'static,
     ) -> Self {
-        let start = TransportStart {
-            identity: SigningKey::from_seed(*key.seed()),
+        let parts = Self::parts(key, addr, topology, near(config), shards, edge);
+        Self::start_with(parts, services)
+    }
+
+    fn parts(
+        key: SigningKey,
+        addr: SocketAddr,
+        topology: &Arc<Topology>,
+        config: TransportConfig,
+        shards: Vec<ShardConfig>,
+        edge: EdgeStart,
+    ) -> TransportStart {
+        TransportStart {
+            identity: key,
             config,
             shards,
             udp: UdpGroupConfig {
@@ -185,7 +227,14 @@ impl Node {
             topology: Arc::clone(topology),
             paths: Vec::new(),
             edge,
-        };
+        }
+    }
+
+    fn start_with(
+        start: TransportStart,
+        services: impl Fn(ShardMessenger) -> Result<Router, RouterError> + Clone + Send + 'static,
+    ) -> Self {
+        let key = SigningKey::from_seed(*start.identity.seed());
         Self {
             transport: Transport::start(start, services).unwrap(),
             key,
