@@ -39,9 +39,9 @@ use crate::{host, mapping, metrics, peers, status};
 ///
 /// # End of life
 /// Dropping the last handle stops the node at once: its admin socket is removed, its peers are told
-/// that their connections close, and within a second its threads (shards, admin, registry, edge)
-/// have ended and the address can be bound again, when the drop returns. It does not wait for what
-/// is under way: requests that hang, here or at a peer, end with
+/// that their connections close, and within a second its threads (shards, admin, registry, paths,
+/// edge) have ended and the address can be bound again, when the drop returns. It does not wait for
+/// what is under way: requests that hang, here or at a peer, end with
 /// [`RpcError::ConnectionLost`] or [`RpcError::LocalShuttingDown`]. A [`Transport`] or a
 /// [`RemoteAnswer`] that outlives the node answers with the latter.
 ///

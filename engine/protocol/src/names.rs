@@ -110,7 +110,7 @@ pub struct Names {
 struct Name {
     addresses: Vec<IpAddr>,
     failure: Option<String>,
-    /// No node of it is connected.
+    /// A node of it is not connected.
     is_urgent: bool,
     /// When the last lookup began, while it is under way; and whether it counts as failed.
     began: Option<(Instant, bool)>,
