@@ -23,6 +23,7 @@ use millrace_protocol::rng::Rng;
 use millrace_registry::HostResolver;
 use millrace_shards::chunk::CHUNK_BYTES;
 use millrace_shards::socket::UdpGroupConfig;
+use millrace_tuning::config::PathChoice;
 use serde::Serialize;
 use signal_hook::consts::TERM_SIGNALS;
 use signal_hook::iterator::Signals;
@@ -415,6 +416,8 @@ impl NodeSite<'_> {
         config.listen.receive_buffer_bytes = ByteSize(buffers.recv_buffer_bytes as u64);
         config.listen.send_buffer_bytes = ByteSize(buffers.send_buffer_bytes as u64);
         let pool_bytes = ByteSize(self.pool_bytes());
+        // All nodes share this host: its load must not make the path look like a long one.
+        config.transport.path = PathChoice::Lan;
         config.transport.connections_per_peer = self.args.shards.into();
         config.transport.receive_budget_peer_bytes = pool_bytes;
         // A peer alone reaches half of it, and is to fill the store.

@@ -13,8 +13,8 @@ use millrace_protocol::topology::{Member, Topology};
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
 use millrace_transport::{
-    Answer, Clock, Defer, EdgeStart, Inbound, Payload, Router, Service, ShardMessenger, Transport,
-    TransportConfig, TransportStart,
+    Answer, Clock, Defer, EdgeStart, Inbound, PathProfile, Payload, Router, Service,
+    ShardMessenger, Transport, TransportConfig, TransportStart,
 };
 
 use super::RoleArgs;
@@ -108,9 +108,12 @@ pub(super) fn start<S: Service>(
     edge: EdgeStart,
     service: impl Fn(ShardMessenger) -> S + Send + Clone + 'static,
 ) -> Result<Transport> {
+    let mut config = TransportConfig::default();
+    // The load of the host must not make loopback look like a long path.
+    config.paths.profile = Some(PathProfile::Lan);
     let start = TransportStart {
         identity: SigningKey::from_seed(*key.seed()),
-        config: TransportConfig::default(),
+        config,
         // Client and node share the core, so neither may spin on the other's time.
         shards: vec![ShardConfig {
             spin: Duration::ZERO,

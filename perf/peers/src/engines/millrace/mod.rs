@@ -23,8 +23,8 @@ use millrace_shards::chunk::Body;
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
 use millrace_transport::{
-    EdgeStart, ProfileConfig, Router, Service, ShardMessenger, Transport, TransportConfig,
-    TransportStart,
+    EdgeStart, PathProfile, ProfileConfig, Router, Service, ShardMessenger, Transport,
+    TransportConfig, TransportStart,
 };
 
 pub(super) use drive::drive;
@@ -114,9 +114,12 @@ where
     S: Service,
     F: Fn(ShardMessenger) -> S + Send + Clone + 'static,
 {
+    let mut config = transport_config(settings);
+    // A node finds this out by itself, within a second; the clock starts sooner.
+    config.paths.profile = Some(PathProfile::Lan);
     let start = TransportStart {
         identity: SigningKey::from_seed(*key.seed()),
-        config: transport_config(settings),
+        config,
         shards: vec![shard],
         udp: UdpGroupConfig {
             local: (Ipv4Addr::LOCALHOST, 0).into(),
