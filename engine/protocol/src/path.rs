@@ -79,7 +79,7 @@ pub struct RememberedPath {
 /// Where congestion control of a remembered path begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Resume {
-    /// RTT to assume before the first sample: twice the remembered one.
+    /// RTT to assume before the first sample: twice the remembered one, 100 ms to 3 s.
     pub initial_rtt: Duration,
     /// Initial congestion window and pacing rate; `None`: the path's bandwidth is not known.
     pub start: Option<ResumeStart>,
@@ -98,6 +98,9 @@ impl RememberedPath {
     /// The shortest RTT that is assumed: a little more than the path's own costs nothing, and one
     /// less than it spoils what BBR measures.
     const INITIAL_RTT_MIN: Duration = Duration::from_millis(100);
+    /// The longest: a peer that acknowledges late must not keep its next handshakes from repeating
+    /// what is lost.
+    const INITIAL_RTT_MAX: Duration = Duration::from_secs(3);
 
     /// Where a new connection begins, with at most `window_bytes_max` in flight.
     pub fn resume(&self, window_bytes_max: u64) -> Resume {
@@ -111,7 +114,10 @@ impl RememberedPath {
             }
         });
         Resume {
-            initial_rtt: (2 * self.rtt).max(Self::INITIAL_RTT_MIN),
+            initial_rtt: self
+                .rtt
+                .saturating_mul(2)
+                .clamp(Self::INITIAL_RTT_MIN, Self::INITIAL_RTT_MAX),
             start,
         }
     }
@@ -318,6 +324,8 @@ mod tests {
         assert_eq!(bounded.window_bytes, 32 << 20);
         let short = path(1, None).resume(32 << 20);
         assert_eq!((short.initial_rtt, short.start), (100 * MS, None));
+        let late = path(60_000, None).resume(32 << 20);
+        assert_eq!(late.initial_rtt, 3_000 * MS);
     }
 
     // Protects the memory of the node.

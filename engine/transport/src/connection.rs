@@ -209,6 +209,9 @@ impl Connection {
         self.unacked_bytes = 0;
         self.unacked_since = None;
         self.must_send = false;
+        if let Some(pacing) = &mut self.pacing {
+            pacing.begin_turn();
+        }
         let mut more = Sent::All;
         let mut in_short_trains = false;
         let mut failed = false;

@@ -45,6 +45,11 @@ impl Default for Pacing {
 }
 
 impl Pacing {
+    /// A turn to send begins: what the last one waited for is over, whether or not this one asks.
+    pub(crate) fn begin_turn(&mut self) {
+        self.release_at = None;
+    }
+
     /// Data is to be sent: whether a mark of idleness goes before it.
     pub(crate) fn marks_idleness(&mut self, now: Instant) -> bool {
         let is_due = self
@@ -108,6 +113,11 @@ mod tests {
             assert_eq!(pacing.next_timeout(), wakes_at, "{release_at:?}");
         }
         assert!(pacing.may_send(None, now) && pacing.next_timeout().is_none());
+        // Protects the shard from a timer that is due again at once: a turn that sends nothing paced
+        // (a connection that closes) asks for no release time.
+        assert!(!pacing.may_send(Some(now + 50 * MS), now));
+        pacing.begin_turn();
+        assert_eq!(pacing.next_timeout(), None);
     }
 
     // Protects BBR's start-up from health probes and small messages: the first data after idleness

@@ -67,7 +67,7 @@ impl Endpoint {
     /// The dial is to be made again, with the profile that the RTT of its handshake asks for: the
     /// peer was not known before, so this happens once.
     fn redial(&mut self, connection: &mut Connection) -> Option<Redial> {
-        let attempt = connection.attempt?;
+        let attempt = connection.attempt.filter(|_| self.stop_at.is_none())?;
         let key = tls::peer_key(connection.quic.as_mut())?;
         let peer = self.topology.node_of_key(&key)?;
         if !self.is_other_path(connection, &peer) {

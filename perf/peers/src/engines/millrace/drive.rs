@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use millrace_perf::report::median;
 use millrace_protocol::frame::{Class, Method, Negotiated};
 use millrace_protocol::id::{ConnectionNumber, NodeId};
-use millrace_shards::chunk::{Body, BodyMut};
+use millrace_shards::chunk::Body;
 use millrace_shards::{Queue, yield_now};
 use millrace_transport::{
     Answer, Defer, Inbound, Messenger, Payload, Request, RpcError, Service, ShardMessenger,
@@ -17,13 +17,13 @@ use millrace_transport::{
 use tokio::sync::oneshot;
 
 use super::{
-    BODY, COUNT, Identities, ONEWAY, RPC, body_bytes, handshakes, member, nowhere, rpc_body, shard,
-    start, topology,
+    BODY, COUNT, Identities, ONEWAY, RPC, body_bytes, handshakes, member, nowhere, pattern_body,
+    rpc_body, shard, start, topology,
 };
 use crate::measure::{Latencies, Measurement, Meter, gbit_per_s};
 use crate::plan::{BULK_BYTES, Engine, FANOUT_BYTES, ONEWAY_BYTES, RPC_BYTES, Workload};
 use crate::settings::Settings;
-use crate::workloads::{self, Job};
+use crate::workloads::Job;
 use crate::{Error, Result};
 
 static ONEWAY_MESSAGE: [u8; ONEWAY_BYTES] = [9; ONEWAY_BYTES];
@@ -308,20 +308,7 @@ impl Run {
 
     /// The body of this workload, in chunks.
     fn body(&self) -> Result<Body> {
-        let length = body_bytes(self.job.workload);
-        let mut body =
-            BodyMut::with_len(self.messenger.pool(), length).ok_or("the pool is too small")?;
-        let mut offset = 0;
-        while !body.is_full() {
-            let spare = body.spare();
-            for (at, byte) in spare.iter_mut().enumerate() {
-                *byte = workloads::pattern(offset + at);
-            }
-            let filled = spare.len();
-            body.advance(filled);
-            offset += filled;
-        }
-        Ok(body.freeze())
+        pattern_body(self.messenger.pool(), body_bytes(self.job.workload))
     }
 
     /// Sends a body and waits until the peer has all of it.

@@ -19,7 +19,7 @@ use bytes::Bytes;
 use millrace_protocol::frame::Method;
 use millrace_protocol::identity::SigningKey;
 use millrace_protocol::topology::{Member, Topology};
-use millrace_shards::chunk::Body;
+use millrace_shards::chunk::{Body, BodyMut, ChunkPool};
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
 use millrace_transport::{
@@ -189,6 +189,22 @@ fn body_bytes(workload: Workload) -> usize {
     } else {
         BULK_BYTES
     }
+}
+
+/// A body of the pattern that the receiving side looks for.
+fn pattern_body(pool: &ChunkPool, length: usize) -> Result<Body> {
+    let mut body = BodyMut::with_len(pool, length).ok_or("the pool is too small")?;
+    let mut offset = 0;
+    while !body.is_full() {
+        let spare = body.spare();
+        for (at, byte) in spare.iter_mut().enumerate() {
+            *byte = workloads::pattern(offset + at);
+        }
+        let filled = spare.len();
+        body.advance(filled);
+        offset += filled;
+    }
+    Ok(body.freeze())
 }
 
 /// Looks at a byte in every page, as for the peers.

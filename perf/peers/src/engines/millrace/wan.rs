@@ -13,7 +13,7 @@ use millrace_protocol::id::{ConnectionNumber, NodeId};
 use millrace_protocol::identity::SigningKey;
 use millrace_protocol::rpc::RpcError;
 use millrace_protocol::topology::Member;
-use millrace_shards::chunk::{Body, BodyMut, Chunk};
+use millrace_shards::chunk::{Body, Chunk};
 use millrace_shards::config::ShardConfig;
 use millrace_shards::socket::UdpGroupConfig;
 use millrace_transport::{
@@ -22,7 +22,7 @@ use millrace_transport::{
 };
 
 use super::{
-    BODY, Identities, METHODS, MIB, ONEWAY, RPC, member, nowhere, rpc_body, topology,
+    BODY, Identities, METHODS, MIB, ONEWAY, RPC, member, nowhere, pattern_body, rpc_body, topology,
     transport_config,
 };
 use crate::Result;
@@ -192,19 +192,7 @@ pub(super) fn shard(cpu: Option<usize>) -> ShardConfig {
 }
 
 fn body(node: &Transport, bytes: usize) -> Result<Body> {
-    let pool = node.pool(0).ok_or("no shard")?;
-    let mut body = BodyMut::with_len(pool, bytes).ok_or("the pool is too small")?;
-    let mut offset = 0;
-    while !body.is_full() {
-        let spare = body.spare();
-        for (at, byte) in spare.iter_mut().enumerate() {
-            *byte = pattern(offset + at);
-        }
-        let filled = spare.len();
-        body.advance(filled);
-        offset += filled;
-    }
-    Ok(body.freeze())
+    pattern_body(node.pool(0).ok_or("no shard")?, bytes)
 }
 
 /// The driving node, from the main thread.
