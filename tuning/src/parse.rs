@@ -8,6 +8,7 @@
 use std::ops::Range;
 
 use millrace_protocol::address::{AddressError, listen_address};
+use millrace_protocol::id::NodeId;
 use toml::Spanned;
 use toml::de::{DeArray, DeString, DeTable, DeValue};
 
@@ -457,19 +458,15 @@ fn names(list: &[Spanned<DeValue<'_>>]) -> Result<Value, Refusal> {
 /// Longest list of nodes: more than the largest subnets have.
 const NODES_MAX: usize = 128;
 
-/// Characters of a node's id: 53 base32 digits in groups of five.
-const NODE_ID_CHARS: usize = 63;
-
 fn nodes(list: &[Spanned<DeValue<'_>>]) -> Result<Value, Refusal> {
     let mut nodes: Vec<String> = Vec::new();
     for item in list {
         let DeValue::String(node) = item.get_ref() else {
             return Err(Refusal::Type);
         };
-        let is_digit = |byte: u8| matches!(byte, b'a'..=b'z' | b'2'..=b'7' | b'-');
-        if node.len() != NODE_ID_CHARS || !node.bytes().all(is_digit) {
+        if let Err(error) = node.parse::<NodeId>() {
             return Err(Refusal::Value {
-                reason: format!("{node:?} is no node id of {NODE_ID_CHARS} characters"),
+                reason: format!("{node:?} is no node id: {error}"),
                 fix: "write it as `millrace status` shows it".into(),
             });
         }

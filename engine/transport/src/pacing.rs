@@ -113,8 +113,8 @@ mod tests {
             assert_eq!(pacing.next_timeout(), wakes_at, "{release_at:?}");
         }
         assert!(pacing.may_send(None, now) && pacing.next_timeout().is_none());
-        // Protects the shard from a timer that is due again at once: a turn that sends nothing paced
-        // (a connection that closes) asks for no release time.
+        // Protects the shard from a timer that is due again at once: a connection that closes asks
+        // for no release time.
         assert!(!pacing.may_send(Some(now + 50 * MS), now));
         pacing.begin_turn();
         assert_eq!(pacing.next_timeout(), None);

@@ -95,6 +95,13 @@ fn each_mistake_is_named_with_its_place_and_a_fix() {
             "use \"1200B\"",
         ),
         (
+            "[transport]\nlan_peers = [\"abc\"]\n",
+            K::BadValue,
+            "4:13",
+            "\"abc\" is no node id",
+            "as `millrace status` shows it",
+        ),
+        (
             "[transport]\npath = \"lann\"\n",
             K::BadValue,
             "4:8",
@@ -249,6 +256,23 @@ fn a_section_that_is_no_table_is_the_wrong_type() {
     assert_eq!(parsed.problems.len(), 1);
     assert_eq!(parsed.problems[0].kind, ProblemKind::WrongType);
     assert!(parsed.problems[0].fix.contains("[admin]"));
+}
+
+/// Protects the operator from a node that is tuned by the other of two lists: a peer is in one.
+#[test]
+fn a_peer_is_near_or_far_and_not_both() {
+    let id = NodeId::from_public_key_der(&[1]);
+    let lists = |lan: &str, wan: &str| {
+        let text = format!("[transport]\nlan_peers = [{lan}]\nwan_peers = [{wan}]\n");
+        parse(&with_key(&text)).problems
+    };
+    let quoted = format!("\"{id}\"");
+    assert_eq!(lists(&quoted, "").len() + lists("", &quoted).len(), 0);
+    let problems = lists(&quoted, &quoted);
+    assert_eq!(problems.len(), 1);
+    assert!(problems[0].reason.contains("is in lan_peers too"));
+    // Twice in one list.
+    assert_eq!(lists(&format!("{quoted}, {quoted}"), "").len(), 1);
 }
 
 /// The walk does not stop: five different mistakes are five problems, in the order of the text.
