@@ -5,7 +5,7 @@
 //! 2. Only a request that was sent within [`FRESH_MS`] of this node's wall clock, and after every
 //!    earlier one, names a candidate: a request that is repeated later names nothing.
 //! 3. A peer's candidate changes at most once in [`CHANGE_INTERVAL_MIN`]. A member that gives other
-//!    hosts' addresses for its own has each of them sent the packets of one dial in that time.
+//!    hosts' addresses for its own has one of them sent the packets of one dial in that time.
 
 use std::{
     net::SocketAddr,
@@ -20,8 +20,10 @@ pub(super) const CHANGE_INTERVAL_MIN: Duration = Duration::from_secs(1);
 /// What a peer's dial requests said of its address.
 #[derive(Debug, Default)]
 pub(super) struct Candidate {
-    /// The last address taken, and when it replaced another.
-    taken: Option<(SocketAddr, Instant)>,
+    /// The last address taken.
+    taken: Option<SocketAddr>,
+    /// When it replaced another: the first address of a peer does not delay the second.
+    changed: Option<Instant>,
     /// No dial of it failed since the last request from there.
     is_live: bool,
     /// The last dial was of it: the next is of an address of the topology.
@@ -44,26 +46,28 @@ impl Candidate {
             return false;
         }
         self.newest_ms = sent_ms;
-        match self.taken {
-            Some((address, _)) if address == from => {
-                self.is_live = true;
-                false
-            }
-            Some((_, at)) if now < at + CHANGE_INTERVAL_MIN => false,
-            _ => {
-                self.taken = Some((from, now));
-                (self.is_live, self.is_dialled) = (true, false);
-                true
-            }
+        if self.taken == Some(from) {
+            self.is_live = true;
+            return false;
         }
+        if self
+            .changed
+            .is_some_and(|at| now < at + CHANGE_INTERVAL_MIN)
+        {
+            return false;
+        }
+        if self.taken.replace(from).is_some() {
+            self.changed = Some(now);
+        }
+        (self.is_live, self.is_dialled) = (true, false);
+        true
     }
 
     /// The address to dial next; none: one of the topology, if the peer `has_others`.
     pub(super) fn next(&mut self, has_others: bool) -> Option<SocketAddr> {
         let is_turn = self.is_live && !(self.is_dialled && has_others);
         self.is_dialled = is_turn;
-        let (address, _) = self.taken?;
-        is_turn.then_some(address)
+        self.taken.filter(|_| is_turn)
     }
 
     /// Whether the last dial was of the candidate.
@@ -109,12 +113,12 @@ mod tests {
             ("too far ahead", at(1), WALL + FRESH_MS + 1, 0, false, None),
             ("port 0", port_0, WALL, 0, false, None),
             ("fresh", at(1), WALL - FRESH_MS, 0, true, Some(at(1))),
-            ("repeated", at(2), WALL - FRESH_MS, 9, false, Some(at(1))),
-            ("earlier", at(2), WALL - FRESH_MS - 5, 9, false, Some(at(1))),
-            ("again", at(1), WALL, 9, false, Some(at(1))),
-            ("moved", at(2), WALL + 1, 9, true, Some(at(2))),
-            ("too soon", at(3), WALL + 2, 9, false, Some(at(2))),
-            ("in time", at(3), WALL + 3, 10, true, Some(at(3))),
+            ("repeated", at(2), WALL - FRESH_MS, 0, false, Some(at(1))),
+            ("earlier", at(2), WALL - FRESH_MS - 5, 0, false, Some(at(1))),
+            ("again", at(1), WALL, 0, false, Some(at(1))),
+            ("moved at once", at(2), WALL + 1, 0, true, Some(at(2))),
+            ("too soon", at(3), WALL + 2, 0, false, Some(at(2))),
+            ("in time", at(3), WALL + 3, 1, true, Some(at(3))),
         ];
         let mut candidate = Candidate::default();
         for (what, from, sent_ms, seconds, changes, dialled) in table {
