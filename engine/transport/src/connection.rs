@@ -22,7 +22,7 @@ use crate::config::TransportConfig;
 use crate::counters::{Counter, Counters};
 use crate::ids::{IdBytes, LiveIds};
 use crate::mtu::PathMtu;
-use crate::pacing::Pacing;
+use crate::pacing::{Pacing, StartUpSample};
 use crate::phase::Phase;
 use crate::quic::CloseCode;
 use crate::session::{self, Session};
@@ -209,9 +209,7 @@ impl Connection {
         self.unacked_bytes = 0;
         self.unacked_since = None;
         self.must_send = false;
-        if let Some(pacing) = &mut self.pacing {
-            pacing.begin_turn();
-        }
+        self.begin_paced_turn(now);
         let mut more = Sent::All;
         let mut in_short_trains = false;
         let mut failed = false;
@@ -277,6 +275,9 @@ impl Connection {
                     trains.push(len, to);
                     packets += 1;
                     sent_bytes += len;
+                    if let Some(pacing) = &mut self.pacing {
+                        pacing.packet_sent(len, now);
+                    }
                     if let Some(out) = &mut out {
                         out.on_packet_sent(len);
                     }
@@ -304,6 +305,27 @@ impl Connection {
         }
         counters.add(Counter::PacketsSent, packets as u64);
         more
+    }
+
+    fn begin_paced_turn(&mut self, now: Instant) {
+        let Some(pacing) = &mut self.pacing else {
+            return;
+        };
+        pacing.begin_turn();
+        if !pacing.is_sample_due(now) {
+            return;
+        }
+        if let Some(path) = self.quic.path_stats().find(|path| path.active) {
+            let sample = StartUpSample {
+                smoothed_rtt: path.rtt,
+                min_rtt: path.min_rtt.unwrap_or(path.rtt),
+                lost_bytes: path.lost_bytes,
+                window_bytes: path.cwnd as u64,
+                bandwidth_bytes_per_s: path.max_bandwidth.unwrap_or_default(),
+                is_over: path.startup_exit.is_some(),
+            };
+            pacing.sample(sample, now);
+        }
     }
 
     /// The earliest thing this connection waits for.

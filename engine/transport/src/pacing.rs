@@ -13,7 +13,12 @@
 //!    again as long as little is sent: BBR takes what leaves until its acknowledgement for limited
 //!    by the application.
 
+mod start_up;
+
 use std::time::{Duration, Instant};
+
+use start_up::StartUp;
+pub(crate) use start_up::StartUpSample;
 
 /// How much earlier than its release time a packet may leave. 1, 2 and 5 ms gave the same rate.
 const LEAD: Duration = Duration::from_millis(2);
@@ -31,6 +36,7 @@ pub(crate) struct Pacing {
     is_idle: bool,
     marked_at: Option<Instant>,
     mark_interval: Duration,
+    start_up: StartUp,
 }
 
 impl Default for Pacing {
@@ -40,6 +46,7 @@ impl Default for Pacing {
             is_idle: true,
             marked_at: None,
             mark_interval: MARK_INTERVAL,
+            start_up: StartUp::default(),
         }
     }
 }
@@ -62,11 +69,22 @@ impl Pacing {
         marks
     }
 
+    /// Whether [`Self::sample`] is to be called.
+    pub(crate) fn is_sample_due(&self, now: Instant) -> bool {
+        self.start_up.is_sample_due(now)
+    }
+
+    /// Takes what quiche says of the path.
+    pub(crate) fn sample(&mut self, sample: StartUpSample, now: Instant) {
+        self.start_up.sample(sample, now);
+    }
+
     /// Whether the next packet may be built now, by its release time; none: at once. If not,
     /// [`Self::next_timeout`] says when.
     pub(crate) fn may_send(&mut self, release_at: Option<Instant>, now: Instant) -> bool {
         // Woken in the middle of the lead, the connection sends half of it at a time.
         self.release_at = release_at
+            .max(self.start_up.release_at())
             .filter(|at| *at > now + LEAD)
             .map(|at| at - LEAD / 2);
         self.release_at.is_none()
@@ -75,6 +93,11 @@ impl Pacing {
     /// The least RTT of the path.
     pub(crate) fn set_rtt(&mut self, rtt: Duration) {
         self.mark_interval = (rtt / 2).max(MARK_INTERVAL);
+    }
+
+    /// A packet has been built.
+    pub(crate) fn packet_sent(&mut self, bytes: usize, now: Instant) {
+        self.start_up.packet_sent(bytes, now);
     }
 
     /// The turn is over: whether the connection has sent all that there was.

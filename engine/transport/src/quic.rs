@@ -101,12 +101,8 @@ impl CloseCode {
 /// initial window is the shortest (issue 2698 of quiche).
 const BBR_WINDOW_MIN_PACKETS: usize = 4;
 
-// The gains of BBR. Its own (2.0 and 2.773 at the start, 1.25 and 2.25 in probes, else 2.0) let it
-// hold two bandwidth-delay products in flight: where the queue is shorter than one, the rest is
-// lost. With these, 128 MiB over 150 ms, 300 Mbit/s and 50 ms of queue lose a third of the packets
-// that they lost, and come at 237 instead of 203 Mbit/s; at 2 % loss at 162 instead of 139.
-const BBR_STARTUP_CWND_GAIN: f32 = 1.75;
-const BBR_STARTUP_PACING_GAIN: f32 = 2.0;
+// The gains of BBR once it has started up. Its own (1.25 and 2.25 in probes, else 2.0) let it hold
+// two bandwidth-delay products in flight: where the queue is shorter than one, the rest is lost.
 const BBR_PROBE_UP_PACING_GAIN: f32 = 1.15;
 const BBR_PROBE_UP_CWND_GAIN: f32 = 1.25;
 const BBR_CWND_GAIN: f32 = 1.05;
@@ -169,8 +165,6 @@ fn resume_at(
     quic.set_initial_rtt(resume.map_or(config.initial_rtt, |resume| resume.initial_rtt));
     quic.set_custom_bbr_params(quiche::BbrParams {
         loss_threshold: Some(loss_threshold),
-        startup_cwnd_gain: Some(BBR_STARTUP_CWND_GAIN),
-        startup_pacing_gain: Some(BBR_STARTUP_PACING_GAIN),
         probe_bw_probe_up_pacing_gain: Some(BBR_PROBE_UP_PACING_GAIN),
         probe_bw_cwnd_gain: Some(BBR_CWND_GAIN),
         probe_bw_up_cwnd_gain: Some(BBR_PROBE_UP_CWND_GAIN),

@@ -49,7 +49,7 @@ impl Stack for S2n {
             .map_err(never)?;
         let mut server = match settings.congestion {
             Congestion::Cubic => builder
-                .with_congestion_controller(congestion_controller::Cubic::default())
+                .with_congestion_controller(cubic(settings)?)
                 .map_err(never)?
                 .start()?,
             Congestion::Bbr => builder
@@ -78,7 +78,7 @@ impl Stack for S2n {
             .map_err(never)?;
         Ok(match settings.congestion {
             Congestion::Cubic => builder
-                .with_congestion_controller(congestion_controller::Cubic::default())
+                .with_congestion_controller(cubic(settings)?)
                 .map_err(never)?
                 .start()?,
             Congestion::Bbr => builder
@@ -236,6 +236,15 @@ fn io(settings: &Settings) -> Result<io::Default> {
         .with_initial_mtu(packet_bytes)?
         .with_base_mtu(packet_bytes)?
         .build()?)
+}
+
+fn cubic(settings: &Settings) -> Result<congestion_controller::Cubic> {
+    let builder = congestion_controller::cubic::Builder::default();
+    let builder = match u32::try_from(settings.initial_window_bytes)? {
+        0 => builder,
+        bytes => builder.with_initial_congestion_window(bytes),
+    };
+    Ok(builder.build())
 }
 
 fn limits(settings: &Settings) -> Result<Limits> {

@@ -195,8 +195,8 @@ fn measure(runner: &Runner<'_>, part: Part, round: usize, report: &mut Report) {
             Part::Body(_) | Part::Grid { .. } | Part::Satellite => runner
                 .body(part, contender, round)
                 .map(|cell| report.add_cell(cell)),
-            Part::Shares { first } => runner
-                .shares(part, first, round)
+            Part::Shares(order) => runner
+                .shares(part, order, round)
                 .map(|shares| report.add_shares(shares)),
             Part::Resume { both } => runner.resume(part, both).map(|ramp| report.add_ramp(ramp)),
             Part::Mesh => runner.mesh().map(|mesh| report.set_mesh(mesh)),

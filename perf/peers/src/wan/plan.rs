@@ -93,6 +93,44 @@ impl fmt::Display for Contender {
     }
 }
 
+/// Who sends through a link that two share, and who begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Order {
+    /// millrace and s2n-quic's cubic begin at once.
+    Together,
+    CubicFirst,
+    MillraceFirst,
+    /// s2n-quic's cubic, and the same 5 s later: how cubic shares with itself.
+    CubicAlone,
+}
+
+impl Order {
+    pub(super) const ALL: [Self; 4] = [
+        Self::Together,
+        Self::CubicFirst,
+        Self::MillraceFirst,
+        Self::CubicAlone,
+    ];
+
+    pub(super) fn contenders(self) -> [Contender; 2] {
+        // quinn's cubic gives up its connection at the losses that two bodies make.
+        match self {
+            Self::Together | Self::MillraceFirst => [Contender::Millrace, Contender::S2n],
+            Self::CubicFirst => [Contender::S2n, Contender::Millrace],
+            Self::CubicAlone => [Contender::S2n; 2],
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Together => "together",
+            Self::CubicFirst => "cubic-first",
+            Self::MillraceFirst => "millrace-first",
+            Self::CubicAlone => "cubic-alone",
+        }
+    }
+}
+
 /// One part of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
@@ -100,8 +138,8 @@ pub(super) enum Part {
     Body(Loss),
     /// One body for each contender.
     Grid { rtt_ms: u64, loss: Loss },
-    /// Bodies of millrace and of quinn with cubic through one link.
-    Shares { first: Contender },
+    /// Bodies of millrace and of cubic through one link.
+    Shares(Order),
     /// 8 MiB over the worst pair of the reference.
     Satellite,
     /// 13 nodes, a link for each pair.
@@ -115,9 +153,7 @@ impl Part {
     pub(super) fn all() -> Vec<Self> {
         let mut all: Vec<_> = LOSSES.map(Self::Body).into();
         all.push(Self::Satellite);
-        for first in [Contender::QuinnCubic, Contender::Millrace] {
-            all.push(Self::Shares { first });
-        }
+        all.extend(Order::ALL.map(Self::Shares));
         all.extend([false, true].map(|both| Self::Resume { both }));
         all.push(Self::Mesh);
         for rtt_ms in GRID_RTTS_MS {
@@ -160,7 +196,7 @@ impl Part {
             }
             Self::Body(_) => vec![Millrace, MillraceMessages, QuinnCubic, QuinnBbr, S2n, Link],
             Self::Grid { .. } => vec![Millrace, QuinnCubic, QuinnBbr, S2n, Link],
-            Self::Shares { .. } | Self::Satellite | Self::Mesh | Self::Resume { .. } => {
+            Self::Shares(_) | Self::Satellite | Self::Mesh | Self::Resume { .. } => {
                 vec![Millrace]
             }
         }
@@ -179,7 +215,7 @@ impl Part {
     pub(super) fn has_rounds(self, contender: Contender) -> bool {
         let is_repeated = match self {
             Self::Body(loss) => loss != LOSSES[3],
-            Self::Shares { .. } => true,
+            Self::Shares(_) => true,
             _ => false,
         };
         is_repeated && contender.has_targets()
@@ -191,7 +227,7 @@ impl Part {
             Self::Body(loss) => (BODY_RTT_MS, LINK_MBIT_PER_S, loss),
             Self::Grid { rtt_ms, loss } => (rtt_ms, LINK_MBIT_PER_S, loss),
             Self::Satellite => (SATELLITE_RTT_MS, SATELLITE_MBIT_PER_S, SATELLITE_LOSS),
-            Self::Shares { .. } | Self::Resume { .. } | Self::Mesh => {
+            Self::Shares(_) | Self::Resume { .. } | Self::Mesh => {
                 (BODY_RTT_MS, LINK_MBIT_PER_S, Loss::NONE)
             }
         };
@@ -210,7 +246,7 @@ impl fmt::Display for Part {
         match self {
             Self::Body(loss) => write!(f, "body-{BODY_RTT_MS}-{loss}"),
             Self::Grid { rtt_ms, loss } => write!(f, "grid-{rtt_ms}-{loss}"),
-            Self::Shares { first } => write!(f, "shares-{first}-first"),
+            Self::Shares(order) => write!(f, "shares-{}", order.name()),
             Self::Satellite => f.write_str("satellite"),
             Self::Mesh => f.write_str("mesh"),
             Self::Resume { both: false } => f.write_str("resume-sender"),

@@ -13,7 +13,7 @@ use millrace_perf::relay::LinkConfig;
 use serde::de::DeserializeOwned;
 
 use super::child::{Before, Job, MeshOutcome, Outcome, Served};
-use super::plan::{Contender, Part};
+use super::plan::{Contender, Order, Part};
 use super::relay::{Path, Relay};
 use super::results::{Cell, MeshCell, Ramp, Shares};
 use super::{WanRun, clock, sites};
@@ -89,14 +89,10 @@ impl Runner<'_> {
         }
     }
 
-    /// Bodies of millrace and of quinn with cubic, one after the other each, through one link.
-    pub(super) fn shares(&self, part: Part, first: Contender, round: usize) -> Result<Shares> {
-        let second = match first {
-            Contender::Millrace => Contender::QuinnCubic,
-            _ => Contender::Millrace,
-        };
+    /// Bodies of two, one after the other each, through one link.
+    pub(super) fn shares(&self, part: Part, order: Order, round: usize) -> Result<Shares> {
         let link = part.link(round);
-        let contenders = [first, second];
+        let contenders = order.contenders();
         let servers = contenders
             .map(|contender| Server::start(self, contender, None))
             .into_iter()
@@ -108,8 +104,12 @@ impl Runner<'_> {
         let relay = Relay::start(&[link], &paths)?;
         // Time for both handshakes.
         let first_at = clock::now() + Duration::from_secs(6);
-        let second_at = first_at + SHARES_ALONE;
-        let measured_at = second_at + SHARES_SETTLE;
+        let (second_at, measured_at) = if order == Order::Together {
+            (first_at, first_at)
+        } else {
+            let second_at = first_at + SHARES_ALONE;
+            (second_at, second_at + SHARES_SETTLE)
+        };
         let over_at = measured_at + SHARES_MEASURED;
         let mut drives = Vec::new();
         for (index, (contender, at)) in contenders
@@ -148,7 +148,7 @@ impl Runner<'_> {
         }
         Ok(Shares {
             part: part.to_string(),
-            first: first.to_string(),
+            first: contenders[0].to_string(),
             first_mbit_per_s: mbit_per_s[0],
             second_mbit_per_s: mbit_per_s[1],
             ends,

@@ -6,7 +6,7 @@
 use millrace_perf::report::{Better, Target, median};
 
 use super::child::End;
-use super::plan::{BODY_RTT_MS, Contender, LINK_MBIT_PER_S, Loss, Part, QUEUE};
+use super::plan::{BODY_RTT_MS, Contender, LINK_MBIT_PER_S, Loss, Order, Part, QUEUE};
 use super::results::{Cell, Results};
 use crate::plan::BULK_BYTES;
 
@@ -29,7 +29,7 @@ pub(super) fn targets(results: &Results, parts: &[Part]) -> Vec<Target> {
         match part {
             Part::Body(loss) => list.body(part, loss),
             Part::Grid { rtt_ms, loss } => list.rpc(part, rtt_ms, loss),
-            Part::Shares { .. } => list.shares(part),
+            Part::Shares(order) => list.shares(part, order),
             Part::Satellite => list.satellite(part),
             Part::Mesh => list.mesh(),
             Part::Resume { .. } => list.resume(part),
@@ -97,7 +97,11 @@ impl List<'_> {
         self.add(name, median(p99s), 1.0, Better::Lower);
     }
 
-    fn shares(&mut self, part: Part) {
+    fn shares(&mut self, part: Part, order: Order) {
+        // CUBIC that comes later than another CUBIC does not have this share either.
+        if !matches!(order, Order::Together | Order::CubicFirst) {
+            return;
+        }
         let name = part.to_string();
         let shares = self.results.shares.iter().filter(|s| s.part == name);
         let smaller = shares.filter_map(|shares| shares.smaller()).collect();
