@@ -4,8 +4,8 @@
 //! loss threshold. Over a bottleneck whose queue a CUBIC neighbour holds, that start-up pushes the
 //! neighbour out before it ends: s2n-quic's CUBIC was left with 0.19 of 300 Mbit/s at 150 ms. So
 //! the first losses in a full queue end the doubling: the connection sends no faster than the
-//! bandwidth that it has measured, until BBR itself sees that nothing grows. CUBIC keeps 0.45 then,
-//! and a body that has the path for itself loses a quarter of the packets that it lost.
+//! bandwidth that it has measured, until BBR itself sees that nothing grows. CUBIC keeps 0.45 then.
+//! A body that has the path for itself loses a quarter of the packets that it lost.
 //!
 //! 1. A loss without a queue is the path's own, and a queue without a loss may be another's: neither
 //!    counts alone.
