@@ -102,10 +102,15 @@ impl RememberedPath {
     /// what is lost.
     const INITIAL_RTT_MAX: Duration = Duration::from_secs(3);
 
+    /// The part of the bandwidth that a connection begins with: nine sixteenths. BBR remembers a
+    /// little less than the path carries, and half of the path is to be used in the second round
+    /// trip.
+    const START_PART: (u64, u64) = (9, 16);
+
     /// Where a new connection begins, with at most `window_bytes_max` in flight.
     pub fn resume(&self, window_bytes_max: u64) -> Resume {
         let start = self.bandwidth_bytes_per_s.map(|bandwidth| {
-            let pacing_bytes_per_s = bandwidth / 2;
+            let pacing_bytes_per_s = bandwidth / Self::START_PART.1 * Self::START_PART.0;
             let in_flight = u128::from(pacing_bytes_per_s) * self.rtt.as_micros() / 1_000_000;
             let window_bytes = u64::try_from(in_flight).unwrap_or(u64::MAX);
             ResumeStart {
@@ -304,10 +309,10 @@ mod tests {
         }
     }
 
-    // Protects the path: a resumed connection begins with half of the bandwidth, and assumes no
+    // Protects the path: a resumed connection begins with a part of the bandwidth, and assumes no
     // RTT below the path's.
     #[test]
-    fn a_connection_resumes_with_half_of_the_bandwidth() {
+    fn a_connection_resumes_with_a_part_of_the_bandwidth() {
         let path = |rtt_ms: u32, bandwidth| RememberedPath {
             rtt: rtt_ms * MS,
             bandwidth_bytes_per_s: bandwidth,
@@ -316,8 +321,8 @@ mod tests {
         let resume = path(150, Some(37_500_000)).resume(32 << 20);
         assert_eq!(resume.initial_rtt, 300 * MS);
         let start = ResumeStart {
-            window_bytes: 2_812_500,
-            pacing_bytes_per_s: 18_750_000,
+            window_bytes: 3_164_062,
+            pacing_bytes_per_s: 21_093_750,
         };
         assert_eq!(resume.start, Some(start));
         let bounded = path(600, Some(u64::MAX)).resume(32 << 20).start.unwrap();

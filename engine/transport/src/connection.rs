@@ -22,7 +22,7 @@ use crate::config::TransportConfig;
 use crate::counters::{Counter, Counters};
 use crate::ids::{IdBytes, LiveIds};
 use crate::mtu::PathMtu;
-use crate::pacing::{Pacing, StartUpSample};
+use crate::pacing::{Pacing, RateSample};
 use crate::phase::Phase;
 use crate::quic::CloseCode;
 use crate::session::{self, Session};
@@ -316,13 +316,13 @@ impl Connection {
             return;
         }
         if let Some(path) = self.quic.path_stats().find(|path| path.active) {
-            let sample = StartUpSample {
+            let sample = RateSample {
                 smoothed_rtt: path.rtt,
                 min_rtt: path.min_rtt.unwrap_or(path.rtt),
                 lost_bytes: path.lost_bytes,
                 window_bytes: path.cwnd as u64,
                 bandwidth_bytes_per_s: path.max_bandwidth.unwrap_or_default(),
-                is_over: path.startup_exit.is_some(),
+                is_starting_up: path.startup_exit.is_none(),
             };
             pacing.sample(sample, now);
         }

@@ -13,12 +13,12 @@
 //!    again as long as little is sent: BBR takes what leaves until its acknowledgement for limited
 //!    by the application.
 
-mod start_up;
+mod rate_limit;
 
 use std::time::{Duration, Instant};
 
-use start_up::StartUp;
-pub(crate) use start_up::StartUpSample;
+use rate_limit::RateLimit;
+pub(crate) use rate_limit::RateSample;
 
 /// How much earlier than its release time a packet may leave. 1, 2 and 5 ms gave the same rate.
 const LEAD: Duration = Duration::from_millis(2);
@@ -36,7 +36,7 @@ pub(crate) struct Pacing {
     is_idle: bool,
     marked_at: Option<Instant>,
     mark_interval: Duration,
-    start_up: StartUp,
+    rate_limit: RateLimit,
 }
 
 impl Default for Pacing {
@@ -46,7 +46,7 @@ impl Default for Pacing {
             is_idle: true,
             marked_at: None,
             mark_interval: MARK_INTERVAL,
-            start_up: StartUp::default(),
+            rate_limit: RateLimit::default(),
         }
     }
 }
@@ -71,12 +71,12 @@ impl Pacing {
 
     /// Whether [`Self::sample`] is to be called.
     pub(crate) fn is_sample_due(&self, now: Instant) -> bool {
-        self.start_up.is_sample_due(now)
+        self.rate_limit.is_sample_due(now)
     }
 
     /// Takes what quiche says of the path.
-    pub(crate) fn sample(&mut self, sample: StartUpSample, now: Instant) {
-        self.start_up.sample(sample, now);
+    pub(crate) fn sample(&mut self, sample: RateSample, now: Instant) {
+        self.rate_limit.sample(sample, now);
     }
 
     /// Whether the next packet may be built now, by its release time; none: at once. If not,
@@ -84,7 +84,7 @@ impl Pacing {
     pub(crate) fn may_send(&mut self, release_at: Option<Instant>, now: Instant) -> bool {
         // Woken in the middle of the lead, the connection sends half of it at a time.
         self.release_at = release_at
-            .max(self.start_up.release_at())
+            .max(self.rate_limit.release_at())
             .filter(|at| *at > now + LEAD)
             .map(|at| at - LEAD / 2);
         self.release_at.is_none()
@@ -97,7 +97,7 @@ impl Pacing {
 
     /// A packet has been built.
     pub(crate) fn packet_sent(&mut self, bytes: usize, now: Instant) {
-        self.start_up.packet_sent(bytes, now);
+        self.rate_limit.packet_sent(bytes, now);
     }
 
     /// The turn is over: whether the connection has sent all that there was.
