@@ -10,12 +10,13 @@
 //! 1. Nothing is shared between shards but bounded queues, chunks and counters.
 //! 2. A busy shard allocates nothing, takes no lock and logs nothing per packet, and enters the
 //!    kernel once per turn.
-//! 3. `unsafe` lives in `buf`, `ring` and `sys`, each of which opens with its argument.
+//! 3. `unsafe` lives in `buf`, `heap`, `ring` and `sys`, each of which opens with its argument.
 
 mod buf;
 pub mod chunk;
 pub mod config;
 pub mod datapath;
+pub mod heap;
 mod local;
 pub mod mailbox;
 mod memory;
@@ -34,6 +35,7 @@ pub use chunk::{
 };
 pub use config::{HugePages, SHARDS_MAX, ShardConfig};
 pub use datapath::{Datagrams, Datapath, Refused, Slot, Train, TrainBuffer, Trains, Transmit};
+pub use heap::CountingAllocator;
 pub use local::{Queue, Spawner, in_executor, sleep, yield_now};
 pub use mailbox::{MailError, MailReceiver, MailSender, mailbox};
 pub use runtime::{BoundSocket, ShardContext, ShardHandle, StartError, spawn, spawn_with_mailbox};

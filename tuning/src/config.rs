@@ -103,6 +103,16 @@ choice! {
 }
 
 choice! {
+    /// Whether the allocator of the program must count for `quic_heap_bytes_max`.
+    HeapCount {
+        /// The node does not start where it does not.
+        Require = "require",
+        /// The node starts, and nothing bounds what peers make QUIC hold.
+        Optional = "optional",
+    }
+}
+
+choice! {
     /// Where in the kernel the edge's program runs.
     XdpMode {
         /// In the driver where it can, else in the kernel's generic code.
@@ -386,6 +396,10 @@ pub struct TransportSection {
     pub connections_max: u64,
     /// Connections of these that have not finished their handshake.
     pub handshakes_max: u64,
+    /// Heap bytes that QUIC may hold for all connections of a shard.
+    pub quic_heap_bytes_max: ByteSize,
+    /// Whether the allocator of the program must count for `quic_heap_bytes_max`.
+    pub heap_count: HeapCount,
     /// Packets one connection may send in a turn of the shard's loop.
     pub packets_per_turn: u64,
 }
@@ -612,6 +626,8 @@ impl Default for TransportSection {
             // 128 whole connections beside the handshakes: three of the largest subnets.
             connections_max: 1152,
             handshakes_max: 1024,
+            quic_heap_bytes_max: ByteSize::mib(512),
+            heap_count: HeapCount::Require,
             packets_per_turn: 180,
         }
     }

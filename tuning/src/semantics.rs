@@ -103,6 +103,20 @@ fn memory(config: &NodeConfig, found: &mut Found<'_>) {
             "lower handshakes_max or raise connections_max".into(),
         );
     }
+    let window = transport
+        .lan_connection_window_bytes
+        .max(transport.wan_connection_window_bytes);
+    let connection = ByteSize(2 * window.bytes() + ByteSize::mib(1).bytes());
+    if connection > transport.quic_heap_bytes_max {
+        found.error(
+            "transport.quic_heap_bytes_max",
+            format!(
+                "quic_heap_bytes_max {} is less than one connection may hold, {connection}: twice the window {window} and 1MiB",
+                transport.quic_heap_bytes_max
+            ),
+            format!("raise it to \"{connection}\" or lower the connection windows"),
+        );
+    }
     if transport.receive_budget_peer_bytes > transport.receive_budget_bytes {
         found.error(
             "transport.receive_budget_peer_bytes",

@@ -22,13 +22,16 @@ mod xdp;
 use std::process::ExitCode;
 
 use clap::Parser;
+use millrace_node::CountingAllocator;
+use mimalloc::MiMalloc;
 
 use cli::{Cli, Command};
 use exit::{Exit, Failure};
 
-// Admin bodies, TOML and quiche's packets are small, short-lived allocations on many threads.
+// Admin bodies, TOML and quiche's packets are small, short-lived allocations on many threads. The
+// count bounds what peers make quiche hold.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: CountingAllocator<MiMalloc> = CountingAllocator::new(MiMalloc);
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {

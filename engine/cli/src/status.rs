@@ -1,5 +1,6 @@
 //! `millrace status`: prints what a node says of itself.
 
+use millrace_node::ByteSize;
 use millrace_node::admin::client;
 use millrace_node::status::Status;
 
@@ -89,9 +90,10 @@ fn print(status: &Status) -> Result<(), Failure> {
     }
     for (index, shard) in status.shards.iter().enumerate() {
         output::data(format_args!(
-            "shard {index}    connections {}, handshakes {}, chunks free {} of {}",
+            "shard {index}    connections {}, handshakes {}, QUIC holds {}, chunks free {} of {}",
             shard.connections.saturating_sub(shard.handshakes),
             shard.handshakes,
+            ByteSize(shard.quic_heap_bytes),
             shard.chunks_free,
             shard.chunks
         ))?;

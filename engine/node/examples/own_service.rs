@@ -8,7 +8,10 @@ use std::time::Duration;
 use millrace_node::{Answer, BodyHead, BodyMode, BodySink, Chunk, Defer, FailureCode, Inbound};
 use millrace_node::{ByteSize, Draft, Node, NodeConfig, NodeParts, Payload, SigningKey};
 use millrace_node::{Class, InboundBody, Messenger, Method, Queue, Request, Service};
-use millrace_node::{ShardMessenger, config::Cores, host, keys};
+use millrace_node::{CountingAllocator, ShardMessenger, config::Cores, host, keys};
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator::new(std::alloc::System);
 
 const SUM: Method = Method(0x1000);
 const HANG: Method = Method(0x1001);

@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use millrace_node::{Answer, Class, Defer, FailureCode, Inbound, InboundBody, Method, Service};
 use millrace_node::{ByteSize, Draft, Node, NodeConfig, NodeParts, SigningKey};
-use millrace_node::{config::Cores, host, keys, reference::of_body};
+use millrace_node::{CountingAllocator, config::Cores, host, keys, reference::of_body};
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator::new(std::alloc::System);
 
 const GREET: Method = Method(0x1000);
 const HASH: Method = Method(0x1001);

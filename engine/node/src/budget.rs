@@ -8,8 +8,8 @@ use millrace_tuning::{ByteSize, MemoryBudget, NodeConfig};
 
 use crate::mapping;
 
-/// A connection before its handshake: quiche's and BoringSSL's state, which nothing of a peer can
-/// enlarge (its crypto stream is bounded). An allowance, not a measurement.
+/// What BoringSSL keeps of a handshake: a peer cannot enlarge it, its messages are bounded. An
+/// allowance, not a measurement.
 const HANDSHAKE_BYTES: ByteSize = ByteSize::kib(128);
 
 /// Code, stacks and allocator of the process itself, before any shard. An allowance.
@@ -60,11 +60,9 @@ pub fn of(config: &NodeConfig, cpus: &[u64]) -> MemoryBudget {
     let handshakes = config.transport.handshakes_max;
     let connections = config.transport.connections_max.saturating_sub(handshakes);
     let connection = ByteSize(transport.connection_budget_bytes());
-    budget.add(
-        "connections: queues and windows",
-        connection,
-        connections * count,
-    );
+    budget.add("connections: queues", connection, connections * count);
+    let heap = config.transport.quic_heap_bytes_max;
+    budget.add("connections: unread packets and QUIC state", heap, count);
     budget.add("handshakes", HANDSHAKE_BYTES, handshakes * count);
     budget.add("socket buffers of the kernel", socket_bytes(config), count);
     let document = RegistryConfig::default().document_bytes_max as u64;

@@ -49,9 +49,9 @@ pub use millrace_protocol::id::{ArtifactId, ConnectionNumber, NodeId, SubnetId};
 pub use millrace_protocol::identity::{PublicKey, SigningKey};
 pub use millrace_protocol::registry::{RegistryError, RegistryVersion, SignedVersion};
 pub use millrace_registry::{Draft, DraftError, KeyError, Versions, folder, keys};
-pub use millrace_shards::Queue;
 pub use millrace_shards::chunk::{BodyMut, Chunk, ChunkPool};
 pub use millrace_shards::config::ShardConfig;
+pub use millrace_shards::{CountingAllocator, Queue};
 pub use millrace_transport::{
     Answer, Body, BodyHead, BodyMode, BodySink, Defer, INLINE_BYTES_MAX, Inbound, InboundBody,
     Messenger, Negotiated, PathInfo, Payload, PeerStatus, PendingAnswer, PerClass, RemoteAnswer,

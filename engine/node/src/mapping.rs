@@ -154,6 +154,7 @@ pub fn transport(config: &NodeConfig) -> TransportConfig {
         probe_failures_max: to_u32(from.probe_failures_max),
         connections_max: to_usize(from.connections_max),
         handshakes_max: to_usize(from.handshakes_max),
+        quic_heap_bytes_max: from.quic_heap_bytes_max.bytes(),
         packets_per_turn: to_usize(from.packets_per_turn),
     }
 }

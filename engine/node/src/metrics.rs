@@ -55,6 +55,12 @@ const OWN: &[Own] = &[
         help: "Handshakes",
     },
     Own {
+        name: "millrace_transport_quic_heap_bytes",
+        kind: Kind::Gauge,
+        label: None,
+        help: "Heap bytes that QUIC holds for connections",
+    },
+    Own {
         name: "millrace_chunks",
         kind: Kind::Gauge,
         label: Some("shard"),
@@ -383,7 +389,9 @@ fn transport(core: &Core, out: &mut Out<'_>) -> fmt::Result {
     let connections = shards.iter().map(|shard| shard.connections as u64).sum();
     let handshakes = shards.iter().map(|shard| shard.handshakes as u64).sum();
     out.gauge("millrace_transport_connections_open", connections)?;
-    out.gauge("millrace_transport_handshakes_open", handshakes)
+    out.gauge("millrace_transport_handshakes_open", handshakes)?;
+    let heap_bytes = shards.iter().map(|shard| shard.quic_heap_bytes).sum();
+    out.gauge("millrace_transport_quic_heap_bytes", heap_bytes)
 }
 
 fn shards(core: &Core, out: &mut Out<'_>) -> fmt::Result {

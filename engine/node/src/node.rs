@@ -14,11 +14,13 @@ use millrace_registry::follow::OfferSender;
 use millrace_registry::wire::{FIRST_METHOD, LAST_METHOD};
 use millrace_registry::{Events, Exchange, Follow, FollowThread, Versions};
 use millrace_shards::chunk::Body;
+use millrace_shards::heap;
 use millrace_transport::{
     Payload, RemoteAnswer, Request, Router, RouterError, RpcError, ShardMessenger, Transport,
     TransportStart,
 };
 use millrace_tuning::NodeConfig;
+use millrace_tuning::config::HeapCount;
 
 use crate::admin::{self, AdminServer};
 use crate::core::Core;
@@ -112,6 +114,14 @@ impl Node {
     /// [`StartError`], by whose fault it is. Nothing is left running then.
     pub fn start(config: &NodeConfig, parts: NodeParts) -> Result<Self, StartError> {
         parts.services.check()?;
+        if !heap::is_counted() && config.transport.heap_count == HeapCount::Require {
+            return Err(StartError::Config {
+                key: "transport.heap_count".into(),
+                reason: "the allocator of this program does not count what peers make QUIC hold: \
+                         make millrace_node::CountingAllocator its global allocator, or set \"optional\""
+                    .into(),
+            });
+        }
         let cpus = host::usable_cpus();
         let shards = parts
             .shards
@@ -398,6 +408,20 @@ mod tests {
 
     use super::*;
 
+    /// Protects the memory of a program that embeds a node: without a count nothing bounds what
+    /// peers make QUIC hold. The tests of this crate run on std's allocator.
+    #[test]
+    fn a_node_does_not_start_where_the_allocator_does_not_count() {
+        let config = NodeConfig::default();
+        let [key, registry] = [0, 1].map(|_| keys::generate().unwrap());
+        let parts = NodeParts::in_memory(&config, key, registry.public_key()).unwrap();
+        let error = Node::start(&config, parts).unwrap_err();
+        assert!(
+            error.to_string().contains("transport.heap_count"),
+            "{error}"
+        );
+    }
+
     /// Protects a node whose threads apply two versions at once: members, counts and what peers
     /// announced follow the newer one, also if the thread with the older one comes last.
     #[test]
@@ -407,6 +431,7 @@ mod tests {
         config.shards.cores = Cores::List(vec![0]);
         config.shards.defaults.chunk_pool_bytes = ByteSize::mib(8);
         config.shards.defaults.huge_pages = HugePages::Never;
+        config.transport.heap_count = HeapCount::Optional;
         let [key, other, registry] = [0, 1, 2].map(|_| keys::generate().unwrap());
         let parts = NodeParts::in_memory(&config, key, registry.public_key()).unwrap();
         let node = Node::start(&config, parts).unwrap();

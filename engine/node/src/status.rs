@@ -112,6 +112,9 @@ pub struct Shard {
     pub connections: usize,
     /// Handshakes.
     pub handshakes: usize,
+    /// Heap bytes that QUIC holds for its connections.
+    #[serde(default)]
+    pub quic_heap_bytes: u64,
     /// Chunks of 1 MiB in the pool.
     pub chunks: usize,
     /// Chunks that are free.
@@ -249,6 +252,7 @@ fn shards(core: &Core) -> Vec<Shard> {
             Shard {
                 connections: shard.connections,
                 handshakes: shard.handshakes,
+                quic_heap_bytes: shard.quic_heap_bytes,
                 chunks: pool.map_or(0, |pool| pool.total_chunks()),
                 chunks_free: pool.map_or(0, |pool| pool.free_chunks()),
                 pages: pool.map_or_else(String::new, |pool| format!("{:?}", pool.page_kind())),

@@ -2,47 +2,94 @@
 //! bytes.
 //!
 //! Invariants
-//! 1. A body is never copied into a buffer: a [`StreamBuffer::Chunk`] keeps its chunk alive until
-//!    the peer acknowledged it.
+//! 1. A body is never copied into a buffer: a buffer of a chunk keeps it alive until the peer
+//!    acknowledged it.
 //! 2. Nothing here allocates per packet: cloning and splitting count references.
+//! 3. The account of quiche's heap bytes (`quic_connection.rs`) leaves out what is on its way to
+//!    the peer: it is taken before quiche gets it, and has bounds of its own.
 
 use bytes::Bytes;
 use millrace_shards::chunk::ChunkSlice;
+use millrace_shards::heap;
 
 /// One piece of stream data on its way out.
+#[derive(Debug, Default)]
+pub struct StreamBuffer {
+    piece: Piece,
+}
+
 #[derive(Clone, Debug)]
-pub enum StreamBuffer {
+enum Piece {
     /// A part of a body.
     Chunk(ChunkSlice),
     /// Frames and headers.
     Small(Bytes),
 }
 
-impl Default for StreamBuffer {
+impl Default for Piece {
     fn default() -> Self {
         Self::Small(Bytes::new())
     }
 }
 
 impl StreamBuffer {
+    /// A part of a body.
+    pub fn chunk(slice: ChunkSlice) -> Self {
+        Self {
+            piece: Piece::Chunk(slice),
+        }
+    }
+
+    /// Frames and headers.
+    pub fn small(bytes: Bytes) -> Self {
+        Self {
+            piece: Piece::Small(bytes),
+        }
+    }
+
+    /// The slice of a chunk that it is, if it is one.
+    pub fn as_chunk(&self) -> Option<&ChunkSlice> {
+        match &self.piece {
+            Piece::Chunk(slice) => Some(slice),
+            Piece::Small(_) => None,
+        }
+    }
+
     /// Keeps the first `at` bytes and returns the rest; no byte is copied.
     ///
     /// # Panics
     /// When there are fewer.
     pub fn split_at(&mut self, at: usize) -> Self {
-        match self {
-            Self::Chunk(slice) => Self::Chunk(slice.split_at(at)),
-            Self::Small(bytes) => Self::Small(bytes.split_off(at)),
-        }
+        heap::uncounted(|| Self {
+            piece: match &mut self.piece {
+                Piece::Chunk(slice) => Piece::Chunk(slice.split_at(at)),
+                Piece::Small(bytes) => Piece::Small(bytes.split_off(at)),
+            },
+        })
+    }
+}
+
+impl Clone for StreamBuffer {
+    fn clone(&self) -> Self {
+        heap::uncounted(|| Self {
+            piece: self.piece.clone(),
+        })
+    }
+}
+
+impl Drop for StreamBuffer {
+    fn drop(&mut self) {
+        let piece = std::mem::take(&mut self.piece);
+        heap::uncounted(|| drop(piece));
     }
 }
 
 impl AsRef<[u8]> for StreamBuffer {
     #[inline]
     fn as_ref(&self) -> &[u8] {
-        match self {
-            Self::Chunk(slice) => slice.as_ref(),
-            Self::Small(bytes) => bytes,
+        match &self.piece {
+            Piece::Chunk(slice) => slice.as_ref(),
+            Piece::Small(bytes) => bytes,
         }
     }
 }
@@ -62,13 +109,10 @@ impl quiche::BufFactory for Buffers {
     type DgramBuf = Vec<u8>;
 
     fn buf_from_slice(slice: &[u8]) -> StreamBuffer {
-        StreamBuffer::Small(Bytes::copy_from_slice(slice))
+        heap::uncounted(|| StreamBuffer::small(Bytes::copy_from_slice(slice)))
     }
 
     fn dgram_buf_from_slice(slice: &[u8]) -> Vec<u8> {
         slice.to_vec()
     }
 }
-
-/// A quiche connection with our buffers.
-pub(crate) type QuicConnection = quiche::Connection<Buffers>;

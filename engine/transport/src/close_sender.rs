@@ -5,7 +5,7 @@
 //! closing connection asks for none, and so it sends acknowledgements without end. It keeps each of
 //! these packets in memory.
 
-use crate::buffers::QuicConnection;
+use crate::quic_connection::QuicConnection;
 
 /// More packets than the rest of a handshake takes, with the probes of its packet number spaces and
 /// the closing frame.
@@ -43,76 +43,8 @@ impl CloseSender {
 
 #[cfg(test)]
 mod tests {
-    use std::net::SocketAddr;
-    use std::sync::Arc;
-    use std::time::Duration;
-
-    use millrace_protocol::identity::SigningKey;
-    use millrace_protocol::topology::{Member, Topology};
-    use quiche::{ConnectionId, RecvInfo};
-
     use super::*;
-    use crate::buffers::Buffers;
-    use crate::config::{ProfileConfig, TransportConfig};
-    use crate::counters::Counters;
-    use crate::quic::quic_config;
-    use crate::tls::{Credentials, Members, pin};
-
-    const CLIENT: &str = "127.0.0.1:1";
-    const SERVER: &str = "127.0.0.1:2";
-
-    fn address(text: &str) -> SocketAddr {
-        text.parse().unwrap()
-    }
-
-    /// A dialler and a listener that have sent nothing yet.
-    fn pair() -> [QuicConnection; 2] {
-        let keys = [1, 2].map(|seed| SigningKey::from_seed([seed; 32]));
-        let [dialler, listener] = keys.each_ref().map(|key| Credentials::new(key).unwrap());
-        let members = keys.each_ref().map(|key| Member {
-            public_key: key.public_key(),
-            addresses: Vec::new(),
-        });
-        let members = Members::new(Arc::new(Topology::from_members(members, 1)));
-        let counters = Arc::new(Counters::default());
-        let config = TransportConfig {
-            lan: ProfileConfig {
-                initial_rtt: Duration::from_millis(1),
-                ..ProfileConfig::lan()
-            },
-            ..TransportConfig::default()
-        };
-        let server = listener.server(&members, &counters).unwrap();
-        let [mut client, mut server] = [dialler.client().unwrap(), server]
-            .map(|tls| quic_config(&config, &config.lan, tls).unwrap());
-        let (from, to) = (address(CLIENT), address(SERVER));
-        let [first, second] = [[1; 16], [2; 16]];
-        let (first, second) = (
-            ConnectionId::from_ref(&first),
-            ConnectionId::from_ref(&second),
-        );
-        let mut client =
-            quiche::connect_with_buffer_factory::<Buffers>(None, &first, from, to, &mut client)
-                .unwrap();
-        pin(client.as_mut(), keys[1].public_key(), &counters);
-        let server =
-            quiche::accept_with_buf_factory::<Buffers>(&second, None, to, from, &mut server)
-                .unwrap();
-        [client, server]
-    }
-
-    /// Sends all that `speaker` has; the listener receives it if there is one.
-    fn say(speaker: &mut QuicConnection, mut listener: Option<&mut QuicConnection>) {
-        let mut packet = [0; 2_000];
-        while let Ok((len, info)) = speaker.send(&mut packet) {
-            let (from, to) = (info.from, info.to);
-            if let Some(listener) = &mut listener {
-                listener
-                    .recv(&mut packet[..len], RecvInfo { from, to })
-                    .unwrap();
-            }
-        }
-    }
+    use crate::quic_pair::{pair, say};
 
     /// Packets of a closing connection.
     fn packets_of(close_sender: &mut CloseSender, quic: &mut QuicConnection) -> u32 {
@@ -136,7 +68,7 @@ mod tests {
             std::thread::sleep(left);
         }
         client.on_timeout();
-        client.close(true, 0, b"done").unwrap();
+        client.close(0, b"done");
         let mut close_sender = CloseSender::default();
         assert_eq!(packets_of(&mut close_sender, &mut client), PACKETS_MAX);
         assert!(close_sender.is_over());
@@ -153,7 +85,7 @@ mod tests {
             say(&mut client, Some(&mut server));
             say(&mut server, Some(&mut client));
         }
-        client.close(true, 0, b"done").unwrap();
+        client.close(0, b"done");
         let mut close_sender = CloseSender::default();
         assert_eq!(packets_of(&mut close_sender, &mut client), 1);
         assert!(!close_sender.is_over() && client.is_draining());

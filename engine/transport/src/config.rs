@@ -200,6 +200,11 @@ pub struct TransportConfig {
     pub connections_max: usize,
     /// Of them, connections that have not finished their handshake.
     pub handshakes_max: usize,
+    /// Heap bytes that QUIC may hold for all connections of a shard: what came and cannot be read
+    /// yet, and its own state. Above it, the connection that holds most is closed; and each above
+    /// twice its window and 1 MiB. It counts only where the program's allocator is a
+    /// [`CountingAllocator`](millrace_shards::CountingAllocator).
+    pub quic_heap_bytes_max: u64,
     /// Packets that one connection may send in a turn; four trains of 45.
     pub packets_per_turn: usize,
 }
@@ -254,6 +259,7 @@ impl Default for TransportConfig {
             probe_failures_max: 10,
             connections_max: 4_096,
             handshakes_max: 1_024,
+            quic_heap_bytes_max: 512 << 20,
             packets_per_turn: 180,
         }
     }
@@ -266,12 +272,6 @@ impl TransportConfig {
             PathProfile::Lan => &self.lan,
             PathProfile::Wan => &self.wan,
         }
-    }
-
-    /// The longer of the two profiles' connection windows.
-    fn connection_window_bytes_max(&self) -> u64 {
-        let (lan, wan) = (&self.lan, &self.wan);
-        lan.connection_window_bytes.max(wan.connection_window_bytes)
     }
 
     /// Bytes that lanes of class latency and of class normal take beyond their bound: the frame
@@ -332,17 +332,14 @@ impl TransportConfig {
         all.into_iter().fold(0, usize::saturating_add)
     }
 
-    /// What one connection may make this node hold besides chunks, bytes: queues at their bounds,
-    /// with the headroom of lanes for refusals, answers that wait, a window of unread data, and
+    /// What one connection may make this node hold besides chunks and `quic_heap_bytes_max`, bytes:
+    /// queues at their bounds, with the headroom of lanes for refusals, answers that wait, and
     /// inline bodies.
     pub fn connection_budget_bytes(&self) -> u64 {
         let queues = self.lane_queue_bytes.latency
             + self.lane_queue_bytes.normal
             + self.lane_queue_bytes.bulk;
         let headroom: usize = self.lane_headroom_bytes().into_iter().sum();
-        (queues + headroom) as u64
-            + self.answer_queue_bytes
-            + self.connection_window_bytes_max()
-            + PEER_INLINE_BYTES_MAX
+        (queues + headroom) as u64 + self.answer_queue_bytes + PEER_INLINE_BYTES_MAX
     }
 }

@@ -15,7 +15,6 @@ use millrace_shards::datapath::Trains;
 
 use crate::address::PeerAddress;
 use crate::admission::{ConnectionPermit, HandshakePermit};
-use crate::buffers::QuicConnection;
 use crate::carrier::Progress;
 use crate::close_sender::CloseSender;
 use crate::config::TransportConfig;
@@ -25,6 +24,7 @@ use crate::mtu::PathMtu;
 use crate::pacing::{Pacing, RateSample};
 use crate::phase::Phase;
 use crate::quic::CloseCode;
+use crate::quic_connection::QuicConnection;
 use crate::session::{self, Session};
 
 /// While a body streams in, a sixth of a stream's window is acknowledged together: three trains of
@@ -57,6 +57,8 @@ pub(crate) enum Sent {
 /// One connection.
 pub(crate) struct Connection {
     pub(crate) quic: QuicConnection,
+    /// Heap bytes that it held when packets last came for it.
+    pub(crate) heap_bytes: u64,
     pub(crate) key: ConnKey,
     /// Where the peer is.
     pub(crate) address: PeerAddress,
@@ -118,6 +120,7 @@ impl Connection {
         now: Instant,
     ) -> Self {
         Self {
+            heap_bytes: 0,
             quic,
             key,
             address: PeerAddress::new(peer),
@@ -163,10 +166,7 @@ impl Connection {
             return;
         }
         self.phase = Phase::Closing;
-        // Already closing or closed for another reason: that reason stands.
-        self.quic
-            .close(true, code as u64, code.reason().as_bytes())
-            .ok();
+        self.quic.close(code as u64, code.reason().as_bytes());
     }
 
     /// Whether the acknowledgements that are due may wait for more packets. They may while a body
@@ -223,7 +223,7 @@ impl Connection {
             && pacing.marks_idleness(now)
         {
             // The mark must be in a packet without data, before the data: see `pacing`.
-            if self.quic.send_ack_eliciting().is_ok()
+            if self.quic.ping()
                 && let Some(buffer) = trains.packet(self.mtu.bytes())
                 && let Ok((len, _)) = self.quic.send(buffer)
             {

@@ -11,6 +11,7 @@
 
 mod decisions;
 mod established;
+mod heap;
 mod opening;
 mod paths;
 mod receiving;
@@ -47,7 +48,7 @@ use crate::service::remote::CallId;
 use crate::service::router::Router;
 use crate::service::routes::Routes;
 use crate::session::Session;
-use crate::status::{PeerStatus, StatusBoard};
+use crate::status::{Load, PeerStatus, StatusBoard};
 use crate::stop::{CLOSE_TIMEOUT, StopMode};
 use crate::tls::Members;
 
@@ -118,6 +119,8 @@ pub(crate) struct Endpoint {
     handshakes: usize,
     /// Of them, those that peers began.
     half_open: usize,
+    /// Heap bytes that quiche holds for all of them.
+    heap_bytes: u64,
     /// Serial number of the last connection, for keys that no two tenants of a slot share.
     opened: u32,
     /// Serial number of the last connection ID.
@@ -174,6 +177,7 @@ impl Endpoint {
             live: 0,
             handshakes: 0,
             half_open: 0,
+            heap_bytes: 0,
             opened: 0,
             issued: u16::from_le_bytes(random_bytes()),
             initial: BTreeMap::new(),
@@ -332,8 +336,11 @@ impl Endpoint {
         self.parts.board.publish(
             self.parts.shard,
             peers.collect(),
-            self.live,
-            self.handshakes,
+            Load {
+                connections: self.live,
+                handshakes: self.handshakes,
+                quic_heap_bytes: self.heap_bytes,
+            },
         );
     }
 }

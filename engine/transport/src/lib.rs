@@ -36,6 +36,9 @@ mod path;
 mod phase;
 mod progress;
 mod quic;
+mod quic_connection;
+#[cfg(test)]
+mod quic_pair;
 mod random;
 mod service;
 mod session;

@@ -48,7 +48,7 @@ impl Connection {
             // datagram quiche prefers a stream. Where nothing waits a PING goes first: BBR takes
             // the packets behind it for what they are, application-limited.
             let sent = self.send_packet(self.mtu.bytes(), trains, counters);
-            if sent.is_none() && is_first && self.quic.send_ack_eliciting().is_ok() {
+            if sent.is_none() && is_first && self.quic.ping() {
                 self.send_packet(self.mtu.bytes(), trains, counters);
             }
             is_first = false;
@@ -70,7 +70,7 @@ impl Connection {
                 // The packet number took more room than the last one did, or the congestion window
                 // is full.
                 _ => {
-                    self.quic.dgram_purge_outgoing(|_| true);
+                    self.quic.drop_datagrams();
                     self.packet_number_bytes = self.packet_number_bytes % 4 + 1;
                     return;
                 }
@@ -93,7 +93,7 @@ impl Connection {
         };
         let mut datagram = vec![0; Header::BYTES + padding];
         datagram[..Header::BYTES].copy_from_slice(&header.encode());
-        self.quic.dgram_send_buf(datagram).is_ok()
+        self.quic.send_datagram(datagram)
     }
 
     /// Builds one packet of at most `bytes`; its length, if there was anything to send.

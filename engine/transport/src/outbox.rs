@@ -85,7 +85,7 @@ impl Lane {
                 }
             };
             // The path drops the buffer with an error: keep a reference.
-            match path.stream_send_buffer(self.stream, StreamBuffer::Small(buffer.clone()), false) {
+            match path.stream_send_buffer(self.stream, StreamBuffer::small(buffer.clone()), false) {
                 Ok(taken) => {
                     flushed += taken;
                     if taken < buffer.len() {

@@ -10,7 +10,7 @@
 
 use std::time::Duration;
 
-use crate::buffers::{QuicConnection, StreamBuffer};
+use crate::buffers::StreamBuffer;
 
 /// Why a stream took or gave nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,95 +120,4 @@ pub trait StreamPath {
 
     /// Packets so far, and the round trip. Not for every packet: it adds up over paths.
     fn stats(&self) -> PathStats;
-}
-
-impl StreamPath for QuicConnection {
-    #[inline]
-    fn stream_priority(&mut self, stream: u64, urgency: u8) -> Result<(), StreamError> {
-        Self::stream_priority(self, stream, urgency, false).map_err(StreamError::from)
-    }
-
-    #[inline]
-    fn stream_send(&mut self, stream: u64, bytes: &[u8], fin: bool) -> Result<usize, StreamError> {
-        Self::stream_send(self, stream, bytes, fin).map_err(StreamError::from)
-    }
-
-    #[inline]
-    fn stream_send_buffer(
-        &mut self,
-        stream: u64,
-        buffer: StreamBuffer,
-        fin: bool,
-    ) -> Result<usize, StreamError> {
-        match self.stream_send_zc(stream, buffer, fin) {
-            Ok((taken, _)) => Ok(taken),
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    #[inline]
-    fn stream_capacity(&mut self, stream: u64) -> Result<usize, StreamError> {
-        Self::stream_capacity(self, stream).map_err(StreamError::from)
-    }
-
-    #[inline]
-    fn stream_reset(&mut self, stream: u64, code: u64) {
-        // Already reset or stopped is as good.
-        self.stream_shutdown(stream, quiche::Shutdown::Write, code)
-            .ok();
-    }
-
-    #[inline]
-    fn stream_recv(&mut self, stream: u64, out: &mut [u8]) -> Result<(usize, bool), StreamError> {
-        Self::stream_recv(self, stream, out).map_err(StreamError::from)
-    }
-
-    #[inline]
-    fn stream_discard(&mut self, stream: u64, len: usize) -> Result<(usize, bool), StreamError> {
-        Self::stream_discard(self, stream, len).map_err(StreamError::from)
-    }
-
-    #[inline]
-    fn stream_readable_next(&mut self) -> Option<u64> {
-        Self::stream_readable_next(self)
-    }
-
-    #[inline]
-    fn stream_writable_next(&mut self) -> Option<u64> {
-        Self::stream_writable_next(self)
-    }
-
-    #[inline]
-    fn streams_left(&self) -> u64 {
-        self.peer_streams_left_uni()
-    }
-
-    #[inline]
-    fn datagram_send(&mut self, datagram: Vec<u8>) {
-        // A full queue, or a peer that takes none.
-        self.dgram_send_buf(datagram).ok();
-    }
-
-    #[inline]
-    fn datagram_recv(&mut self) -> Option<Vec<u8>> {
-        self.dgram_recv_buf().ok()
-    }
-
-    #[inline]
-    fn send_ping(&mut self) -> bool {
-        self.send_ack_eliciting().is_ok()
-    }
-
-    #[inline]
-    fn stats(&self) -> PathStats {
-        let stats = Self::stats(self);
-        // Others are where the peer was before.
-        let active = self.path_stats().find(|path| path.active);
-        PathStats {
-            sent: stats.sent,
-            received: stats.recv,
-            lost: stats.lost,
-            rtt: active.map(|path| path.rtt),
-        }
-    }
 }

@@ -32,6 +32,8 @@ pub enum CloseCode {
     NoRoom = 6,
     /// No version of the protocol is common to both.
     Incompatible = 7,
+    /// The peer's packets made this node hold too much.
+    ExcessiveLoad = 8,
 }
 
 impl CloseCode {
@@ -75,11 +77,12 @@ impl CloseCode {
 
     /// As [`Self::end_by_peer`], for a connection that this side closed.
     pub fn end_by_us(code: u64) -> (&'static str, CloseKind) {
-        if code == Self::Done as u64 {
-            ("done", CloseKind::Clean)
-        } else {
-            ("closed", CloseKind::Clean)
-        }
+        let reason = match code {
+            code if code == Self::Done as u64 => "done",
+            code if code == Self::ExcessiveLoad as u64 => Self::ExcessiveLoad.reason(),
+            _ => "closed",
+        };
+        (reason, CloseKind::Clean)
     }
 
     /// Reason phrase on the wire and label on `/metrics`.
@@ -93,6 +96,7 @@ impl CloseCode {
             Self::Unhealthy => "unhealthy",
             Self::NoRoom => "no_room",
             Self::Incompatible => "incompatible_version",
+            Self::ExcessiveLoad => "excessive_load",
         }
     }
 }

@@ -57,8 +57,18 @@ pub struct ShardStatus {
     pub connections: usize,
     /// Its handshakes.
     pub handshakes: usize,
+    /// Heap bytes that QUIC holds for its connections.
+    pub quic_heap_bytes: u64,
     /// Whether its thread has ended by a panic.
     pub has_panicked: bool,
+}
+
+/// What a shard holds of connections.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Load {
+    pub(crate) connections: usize,
+    pub(crate) handshakes: usize,
+    pub(crate) quic_heap_bytes: u64,
 }
 
 /// The published state of all shards of a node.
@@ -83,18 +93,13 @@ impl StatusBoard {
         self.shards.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn publish(
-        &self,
-        shard: usize,
-        peers: Vec<PeerStatus>,
-        connections: usize,
-        handshakes: usize,
-    ) {
+    pub(crate) fn publish(&self, shard: usize, peers: Vec<PeerStatus>, load: Load) {
         if let Some(held) = self.lock().get_mut(shard) {
             *held = ShardStatus {
                 peers,
-                connections,
-                handshakes,
+                connections: load.connections,
+                handshakes: load.handshakes,
+                quic_heap_bytes: load.quic_heap_bytes,
                 has_panicked: false,
             };
         }

@@ -113,18 +113,18 @@ impl Active {
             opening[0] = StreamKind::Message.encode();
             opening[1..].copy_from_slice(&self.message.header.encode());
             let rest = Bytes::copy_from_slice(&opening[self.taken as usize..]);
-            return (StreamBuffer::Small(rest), self.message.body.is_empty());
+            return (StreamBuffer::small(rest), self.message.body.is_empty());
         }
         let offset = self.taken - OPENING_BYTES as u64;
         match &self.message.body {
-            Payload::Empty => (StreamBuffer::Small(Bytes::new()), true),
-            Payload::Bytes(bytes) => (StreamBuffer::Small(bytes.slice(offset as usize..)), true),
+            Payload::Empty => (StreamBuffer::small(Bytes::new()), true),
+            Payload::Bytes(bytes) => (StreamBuffer::small(bytes.slice(offset as usize..)), true),
             Payload::Chunks(body) => {
                 let Some(slice) = body.slice_at(offset as usize, max.min(SLICE_BYTES)) else {
-                    return (StreamBuffer::Small(Bytes::new()), true);
+                    return (StreamBuffer::small(Bytes::new()), true);
                 };
                 let last = offset as usize + slice.len() == body.len();
-                (StreamBuffer::Chunk(slice), last)
+                (StreamBuffer::chunk(slice), last)
             }
         }
     }
@@ -418,10 +418,7 @@ impl StreamCarrier {
             }
             let (buffer, last) = active.next(room);
             let offered = buffer.as_ref().len();
-            let piece = match &buffer {
-                StreamBuffer::Chunk(slice) => Some(slice.clone()),
-                StreamBuffer::Small(_) => None,
-            };
+            let piece = buffer.as_chunk().cloned();
             match path.stream_send_buffer(active.stream, buffer, last) {
                 Ok(taken) => {
                     active.taken += taken as u64;

@@ -230,7 +230,10 @@ fn a_source_is_charged_once_it_has_shown_its_address() {
         (Some(key(77)), "not_in_registry", 2),
         (None, "no_certificate", 3),
     ] {
-        let mut raw = testbed.dial(&RawOptions { key, session: None });
+        let mut raw = testbed.dial(&RawOptions {
+            key,
+            ..RawOptions::default()
+        });
         assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
         testbed.refused(reason, 1);
         let charged = || testbed.heard.validated_so_far() == n;
@@ -261,7 +264,7 @@ fn a_flood_of_first_packets_leaves_room_for_peers() {
     // Each from a port of its own, none of which ever answers.
     let non_member = RawOptions {
         key: None,
-        session: None,
+        ..RawOptions::default()
     };
     for n in 0..FLOOD {
         let mut random = [3; 15];

@@ -53,7 +53,7 @@ fn patient() -> TransportConfig {
 fn non_member() -> RawOptions {
     RawOptions {
         key: None,
-        session: None,
+        ..RawOptions::default()
     }
 }
 
@@ -209,7 +209,10 @@ fn a_handshake_that_fails_gives_its_place_back() {
     let to = testbed.listener.transport.local_addr();
     for round in 1..=2 * u64::from(BOUND) {
         for (reason, key) in [("not_in_registry", Some(key(77))), ("no_certificate", None)] {
-            let options = RawOptions { key, session: None };
+            let options = RawOptions {
+                key,
+                ..RawOptions::default()
+            };
             let mut raw = client("127.0.0.1:0", to, &options, round as u8);
             assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
             testbed.refused(reason, round);

@@ -106,7 +106,7 @@ impl Attack<'_> {
             self.victim.transport.local_addr(),
             &RawOptions {
                 key: Some(key),
-                session: None,
+                ..RawOptions::default()
             },
         );
         raw.introduce();

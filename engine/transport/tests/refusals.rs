@@ -37,7 +37,7 @@ fn a_non_member_is_refused() {
         node.transport.local_addr(),
         &RawOptions {
             key: Some(key(77)),
-            session: None,
+            ..RawOptions::default()
         },
     );
     assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
@@ -56,7 +56,7 @@ fn a_dialler_without_a_certificate_is_refused() {
         node.transport.local_addr(),
         &RawOptions {
             key: None,
-            session: None,
+            ..RawOptions::default()
         },
     );
     assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
@@ -98,7 +98,7 @@ fn a_dial_in_the_wrong_direction_is_refused() {
         addr,
         &RawOptions {
             key: Some(high),
-            session: None,
+            ..RawOptions::default()
         },
     );
     assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
@@ -114,7 +114,7 @@ fn a_removed_node_cannot_come_back_by_a_session() {
         node.transport.local_addr(),
         &RawOptions {
             key: Some(same()),
-            session: None,
+            ..RawOptions::default()
         },
     );
     raw.establish();
@@ -138,7 +138,7 @@ fn a_removed_node_cannot_come_back_by_a_session() {
         node.transport.local_addr(),
         &RawOptions {
             key: Some(same()),
-            session: None,
+            ..RawOptions::default()
         },
     );
     assert!(again.drive(LIMIT, |quic| quic.peer_error().is_some()));
@@ -153,7 +153,7 @@ fn a_request_dropped_half_way_is_seen_as_reset() {
         node.transport.local_addr(),
         &RawOptions {
             key: Some(dialler),
-            session: None,
+            ..RawOptions::default()
         },
     );
     raw.introduce();
@@ -186,7 +186,7 @@ fn a_request_that_was_cancelled_before_it_arrived_is_not_served() {
         node.transport.local_addr(),
         &RawOptions {
             key: Some(dialler),
-            session: None,
+            ..RawOptions::default()
         },
     );
     raw.introduce();

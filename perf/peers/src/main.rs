@@ -30,8 +30,15 @@ use plan::{Engine, Workload};
 use settings::Settings;
 
 // One allocator for all engines: the comparison is of engines, not of malloc.
+#[cfg(not(feature = "millrace"))]
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+// As millrace's binary has it: it counts.
+#[cfg(feature = "millrace")]
+#[global_allocator]
+static ALLOCATOR: millrace_shards::CountingAllocator<mimalloc::MiMalloc> =
+    millrace_shards::CountingAllocator::new(mimalloc::MiMalloc);
 
 /// A fault of the bench itself; it ends the run.
 pub(crate) type Error = Box<dyn std::error::Error + Send + Sync>;

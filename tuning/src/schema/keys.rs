@@ -3,8 +3,8 @@
 use super::value::Setting;
 use super::{Field, Kind, Presence, SHARDS_NAME, Section};
 use crate::config::{
-    Choice as _, CoreProfile, DefaultAction, EdgeMode, EdgeScope, HugePages, Mtu, NodeConfig,
-    PathChoice, XdpMode,
+    Choice as _, CoreProfile, DefaultAction, EdgeMode, EdgeScope, HeapCount, HugePages, Mtu,
+    NodeConfig, PathChoice, XdpMode,
 };
 use crate::units::{ByteSize, Period};
 
@@ -531,6 +531,20 @@ pub(super) static SECTIONS: &[Section] = &[
                 transport.handshakes_max,
                 integer(1, 65_535),
                 "Connections of these that have not finished their handshake; the last sixteenth is for registry peers that prove themselves. The memory budget counts the others, connections_max less this, in full."
+            ),
+            field!(
+                NodeConfig,
+                "quic_heap_bytes_max",
+                transport.quic_heap_bytes_max,
+                bytes(ByteSize::mib(16), ByteSize::gib(64)),
+                "Heap bytes that QUIC may hold for all connections of a shard: what came and cannot be read yet, and its own state. Above it, the connection that holds most is closed; and each one above twice its window and 1 MiB."
+            ),
+            field!(
+                NodeConfig,
+                "heap_count",
+                transport.heap_count,
+                Kind::Choice(HeapCount::WORDS),
+                "For programs that embed a node: whether their allocator must count what QUIC holds, as that of millrace does. With \"optional\" a node starts where it does not, and quic_heap_bytes_max bounds nothing."
             ),
             field!(
                 NodeConfig,

@@ -4,7 +4,8 @@ use std::fmt;
 use std::net::SocketAddr;
 
 use crate::config::{
-    Choice, Cores, DefaultAction, EdgeMode, EdgeScope, HugePages, Mtu, PathChoice, Seed, XdpMode,
+    Choice, Cores, DefaultAction, EdgeMode, EdgeScope, HeapCount, HugePages, Mtu, PathChoice, Seed,
+    XdpMode,
 };
 use crate::units::{ByteSize, Period};
 
@@ -117,6 +118,7 @@ macro_rules! choice_setting {
 }
 
 choice_setting!(
+    HeapCount,
     HugePages,
     Mtu,
     PathChoice,

@@ -66,6 +66,7 @@ const ENDED: &[(&str, &str)] = &[
     ("transport_error", "transport_error_conn"),
     ("done", "locally_closed_conn"),
     ("closed", "locally_closed_conn"),
+    ("excessive_load", "locally_closed_conn"),
 ];
 
 /// What became of a stream of a peer: our reason, the reference's label.

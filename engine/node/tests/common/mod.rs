@@ -4,8 +4,11 @@
 use std::net::SocketAddr;
 
 use millrace_node::config::{Cores, HugePages, PathChoice};
-use millrace_node::{ByteSize, Draft, Node, NodeConfig, PublicKey, SigningKey};
+use millrace_node::{ByteSize, CountingAllocator, Draft, Node, NodeConfig, PublicKey, SigningKey};
 use millrace_testkit::PATIENCE;
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator::new(std::alloc::System);
 
 /// A node of one shard and little memory, on a port that the kernel chooses.
 pub(crate) fn config() -> NodeConfig {

@@ -443,7 +443,7 @@ impl StreamPath for Connection {
     }
 
     fn stream_send(&mut self, stream: u64, bytes: &[u8], fin: bool) -> Result<usize, StreamError> {
-        let buffer = StreamBuffer::Small(Bytes::copy_from_slice(bytes));
+        let buffer = StreamBuffer::small(Bytes::copy_from_slice(bytes));
         self.stream_send_buffer(stream, buffer, fin)
     }
 

@@ -175,6 +175,7 @@ impl Endpoint {
             return;
         };
         self.free.push(slot);
+        self.drop_heap(&connection);
         self.live -= 1;
         if let Some(id) = connection.timer {
             self.wheel.cancel(id);

@@ -24,10 +24,11 @@ use millrace_shards::socket::source_address;
 use quiche::ConnectionId;
 
 use super::{Arrival, Endpoint};
-use crate::buffers::{Buffers, QuicConnection};
+use crate::buffers::Buffers;
 use crate::clock::wall_ns;
 use crate::connection::Connection;
 use crate::counters::{Counter, Family};
+use crate::quic_connection::QuicConnection;
 use crate::random::random_bytes;
 use crate::tls;
 
@@ -133,7 +134,7 @@ impl Endpoint {
         let scid = ConnectionId::from_ref(&id);
         let (local, config) = (self.parts.local, &self.parts.state.config);
         let server = self.parts.server.of(profile, config, remembered);
-        let quic: quiche::Result<QuicConnection> = match &original {
+        let quic = QuicConnection::new(|| match &original {
             None => quiche::accept_with_buf_factory::<Buffers>(&scid, None, local, from, server),
             Some(original) => quiche::accept_with_retry::<Buffers>(
                 &scid,
@@ -145,7 +146,7 @@ impl Endpoint {
                 from,
                 server,
             ),
-        };
+        });
         let Ok(quic) = quic else {
             self.free.push(slot);
             self.counters().count(Family::Refused, "quic_accept");
@@ -219,14 +220,17 @@ impl Endpoint {
         let (profile, remembered) = self.path_to(&peer);
         let first_id = self.first_id(index, &peer, profile, to);
         let config = &self.parts.state.config;
-        let opened = quiche::connect_with_dcid_and_buffer_factory::<Buffers>(
-            None,
-            &ConnectionId::from_ref(&id),
-            &first_id,
-            self.parts.local,
-            to,
-            self.parts.client.of(profile, config, remembered),
-        );
+        let client = self.parts.client.of(profile, config, remembered);
+        let opened = QuicConnection::new(|| {
+            quiche::connect_with_dcid_and_buffer_factory::<Buffers>(
+                None,
+                &ConnectionId::from_ref(&id),
+                &first_id,
+                self.parts.local,
+                to,
+                client,
+            )
+        });
         let Ok(mut quic) = opened else {
             self.free.push(slot);
             self.counters().count(Family::Refused, "quic_connect");

@@ -155,13 +155,13 @@ impl Endpoint {
                     session.on_probe_reply(repeated, now);
                 }
             }
-            // What quiche says of paths is in their statistics too.
-            while connection.quic.path_event_next().is_some() {}
+            connection.quic.drop_path_events();
             connection.report_mtu(&self.parts.state.counters);
             if received.fault.is_some() {
                 self.close(slot, CloseCode::Violation);
             }
         }
+        self.settle_heap(slot);
         self.mark_received(slot);
     }
 

@@ -70,9 +70,8 @@ impl Endpoint {
             self.issued = self.issued.wrapping_add(1);
             let id = LocalCid::issue_roaming(place, self.issued, &keys, now_ns);
             let reset_token = u128::from_le_bytes(random_bytes());
-            let scid = quiche::ConnectionId::from_ref(&id);
             // It fails only for reasons that `wants_another` has ruled out.
-            if connection.quic.new_scid(&scid, reset_token, true).is_err() {
+            if !connection.quic.issue_id(&id, reset_token) {
                 break;
             }
             connection.ids.push(id, reissue_at(now_ns));
@@ -98,7 +97,7 @@ impl Endpoint {
             return;
         };
         let mut retired = false;
-        while let Some(id) = connection.quic.retired_scid_next() {
+        while let Some(id) = connection.quic.retired_id_next() {
             connection.ids.retire(&id);
             retired = true;
         }

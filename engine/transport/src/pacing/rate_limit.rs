@@ -29,6 +29,8 @@ const START_UP_LOSS_PART: u64 = 1_000;
 /// start-up, and later.
 const START_UP_QUEUE_PART: u32 = 5;
 const QUEUE_PART: u32 = 8;
+/// And by this at least: a busy host delays acknowledgements by some milliseconds.
+const QUEUE_MIN: Duration = Duration::from_millis(5);
 
 /// The queue is not this connection's while its window is at most this, in bandwidth-delay
 /// products.
@@ -111,7 +113,7 @@ impl RateLimit {
     }
 
     fn start_up(&mut self, sample: &RateSample, lost_bytes: u64) {
-        let is_full = queue(sample) > sample.min_rtt / START_UP_QUEUE_PART;
+        let is_full = has_queue(sample, START_UP_QUEUE_PART);
         let is_lossy = lost_bytes > sample.window_bytes / START_UP_LOSS_PART;
         if is_full && is_lossy && sample.bandwidth_bytes_per_s > 0 {
             self.limit_bytes_per_s
@@ -122,7 +124,7 @@ impl RateLimit {
     fn is_queue_of_others(&self, sample: &RateSample) -> bool {
         let held = sample.bandwidth_bytes_per_s as f64 * sample.min_rtt.as_secs_f64();
         let window = self.windows.iter().max().copied().unwrap_or_default();
-        queue(sample) > sample.min_rtt / QUEUE_PART && window as f64 <= OWN_WINDOW_MAX * held
+        has_queue(sample, QUEUE_PART) && window as f64 <= OWN_WINDOW_MAX * held
     }
 
     /// Once for what is lost in two round trips.
@@ -158,8 +160,10 @@ impl RateLimit {
     }
 }
 
-fn queue(sample: &RateSample) -> Duration {
-    sample.smoothed_rtt.saturating_sub(sample.min_rtt)
+/// Whether packets wait for more than this part of the shortest round trip.
+fn has_queue(sample: &RateSample, part: u32) -> bool {
+    let queue = sample.smoothed_rtt.saturating_sub(sample.min_rtt);
+    queue > (sample.min_rtt / part).max(QUEUE_MIN)
 }
 
 #[cfg(test)]
@@ -201,6 +205,11 @@ mod tests {
     #[test]
     fn losses_in_a_full_queue_end_the_doubling_and_nothing_else_does() {
         let now = Instant::now();
+        let short = RateSample {
+            smoothed_rtt: 6 * MS,
+            min_rtt: MS,
+            ..starting(0, 9_000)
+        };
         let nothing_measured = RateSample {
             bandwidth_bytes_per_s: 0,
             ..starting(50, 9_000)
@@ -209,6 +218,7 @@ mod tests {
             ("a queue", starting(50, 0), None),
             ("losses", starting(5, 9_000), None),
             ("few losses in a queue", starting(50, 1_000), None),
+            ("a busy host on a short path", short, None),
             ("nothing is measured", nothing_measured, None),
             ("losses in a queue", starting(50, 1_001), Some(10 * MS)),
         ];

@@ -268,7 +268,7 @@ mod tests {
 
     use super::*;
     use crate::config::PerClass;
-    use crate::status::PeerStatus;
+    use crate::status::{Load, PeerStatus};
     use millrace_protocol::path::PathProfile;
 
     const SHARDS: u8 = 4;
@@ -307,7 +307,7 @@ mod tests {
         let (senders, receivers): (Vec<_>, Vec<_>) = mailboxes.unzip();
         let board = Arc::new(StatusBoard::new(senders.len()));
         for shard in connected {
-            board.publish(*shard, vec![up()], 1, 0);
+            board.publish(*shard, vec![up()], Load::default());
         }
         let counters = senders.iter().map(|_| Arc::default()).collect();
         let count = connected.len() as u8;

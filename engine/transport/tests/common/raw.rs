@@ -34,6 +34,18 @@ pub(crate) struct RawOptions {
     pub(crate) key: Option<SigningKey>,
     /// Accept session tickets, and resume this session.
     pub(crate) session: Option<Vec<u8>>,
+    /// Initial congestion window.
+    pub(crate) window_packets: usize,
+}
+
+impl Default for RawOptions {
+    fn default() -> Self {
+        Self {
+            key: None,
+            session: None,
+            window_packets: 10,
+        }
+    }
 }
 
 fn config(options: &RawOptions) -> quiche::Config {
@@ -68,6 +80,7 @@ fn config(options: &RawOptions) -> quiche::Config {
     config.set_initial_max_stream_data_uni(4 << 20);
     config.set_initial_max_stream_data_bidi_local(4 << 20);
     config.set_initial_max_streams_uni(1_000);
+    config.set_initial_congestion_window_packets(options.window_packets);
     config.enable_dgram(true, 100, 100);
     config
 }
@@ -77,7 +90,7 @@ impl RawOptions {
     pub(crate) fn of(key: &SigningKey) -> Self {
         Self {
             key: Some(key.clone()),
-            session: None,
+            ..Self::default()
         }
     }
 }

@@ -1,0 +1,79 @@
+//! Ends connections that make quiche hold more than they may.
+//!
+//! Invariants
+//! 1. `heap_bytes` is the sum over the connections, as it was when packets last came for each.
+//! 2. An honest peer never reaches the limit of its connection: what is lost and sent again leaves
+//!    gaps of at most a window, and full packets cost quiche 1.3 times their bytes.
+//! 3. Where all of them together hold too much, the one that holds most is ended: a peer that holds
+//!    little never pays for another.
+
+use super::Endpoint;
+use crate::connection::Connection;
+use crate::phase::Phase;
+use crate::quic::CloseCode;
+
+/// What a connection may hold whose peer TLS does not know yet: several times what a handshake
+/// needs. Its peer may send 64 KiB of CRYPTO frames in single bytes.
+const HANDSHAKE_HEAP_BYTES_MAX: u64 = 256 << 10;
+
+/// Room beside two windows: IDs, ranges of acknowledgements, and the connection itself.
+const FIXED_HEAP_BYTES_MAX: u64 = 1 << 20;
+
+impl Endpoint {
+    /// After packets: brings the account of a connection up to date.
+    pub(super) fn settle_heap(&mut self, slot: usize) {
+        let config = &self.parts.state.config;
+        let Some(Some(connection)) = self.connections.get_mut(slot) else {
+            return;
+        };
+        if connection.phase == Phase::Closing {
+            return;
+        }
+        let holds = connection.quic.heap_bytes();
+        self.heap_bytes = self.heap_bytes - connection.heap_bytes + holds;
+        connection.heap_bytes = holds;
+        let limit = if connection.session.is_none() {
+            HANDSHAKE_HEAP_BYTES_MAX
+        } else {
+            let window = config.profile(connection.profile).connection_window_bytes;
+            2 * window + FIXED_HEAP_BYTES_MAX
+        };
+        if holds > limit {
+            self.end_for_heap(slot, "more than twice its window");
+        } else if self.heap_bytes > config.quic_heap_bytes_max
+            && let Some(greatest) = self.holds_most()
+        {
+            self.end_for_heap(greatest, "most of all, and all of them too much");
+        }
+    }
+
+    /// A connection has gone: with it goes what it held.
+    pub(super) fn drop_heap(&mut self, connection: &Connection) {
+        self.heap_bytes -= connection.heap_bytes;
+    }
+
+    fn holds_most(&self) -> Option<usize> {
+        let slots = self.connections.iter().enumerate();
+        let open = slots.filter_map(|(slot, connection)| {
+            let connection = connection.as_deref()?;
+            (connection.phase != Phase::Closing).then_some((slot, connection.heap_bytes))
+        });
+        open.max_by_key(|(_, holds)| *holds).map(|(slot, _)| slot)
+    }
+
+    fn end_for_heap(&mut self, slot: usize, why: &str) {
+        if let Some(Some(connection)) = self.connections.get_mut(slot) {
+            // It is given back within the turn, when the closing frame is out.
+            let holds = std::mem::take(&mut connection.heap_bytes);
+            self.heap_bytes -= holds;
+            let peer = connection.session.as_ref().map(|session| session.peer());
+            tracing::warn!(
+                peer = peer.map(tracing::field::display),
+                address = %connection.address.current(),
+                bytes = holds,
+                "a connection is closed: the packets of its peer make this node hold {why}"
+            );
+        }
+        self.close(slot, CloseCode::ExcessiveLoad);
+    }
+}

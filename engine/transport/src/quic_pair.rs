@@ -1,0 +1,74 @@
+//! Two connections of quiche that exchange packets in memory, for unit tests.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use millrace_protocol::identity::SigningKey;
+use millrace_protocol::topology::{Member, Topology};
+use quiche::{ConnectionId, RecvInfo};
+
+use crate::buffers::Buffers;
+use crate::config::{ProfileConfig, TransportConfig};
+use crate::counters::Counters;
+use crate::quic::quic_config;
+use crate::quic_connection::QuicConnection;
+use crate::tls::{Credentials, Members, pin};
+
+const CLIENT: &str = "127.0.0.1:1";
+const SERVER: &str = "127.0.0.1:2";
+
+fn address(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+/// A dialler and a listener that have sent nothing yet.
+pub(crate) fn pair() -> [QuicConnection; 2] {
+    let keys = [1, 2].map(|seed| SigningKey::from_seed([seed; 32]));
+    let [dialler, listener] = keys.each_ref().map(|key| Credentials::new(key).unwrap());
+    let members = keys.each_ref().map(|key| Member {
+        public_key: key.public_key(),
+        addresses: Vec::new(),
+    });
+    let members = Members::new(Arc::new(Topology::from_members(members, 1)));
+    let counters = Arc::new(Counters::default());
+    let config = TransportConfig {
+        lan: ProfileConfig {
+            initial_rtt: Duration::from_millis(1),
+            ..ProfileConfig::lan()
+        },
+        ..TransportConfig::default()
+    };
+    let server = listener.server(&members, &counters).unwrap();
+    let [mut client, mut server] = [dialler.client().unwrap(), server]
+        .map(|tls| quic_config(&config, &config.lan, tls).unwrap());
+    let (from, to) = (address(CLIENT), address(SERVER));
+    let [first, second] = [[1; 16], [2; 16]];
+    let (first, second) = (
+        ConnectionId::from_ref(&first),
+        ConnectionId::from_ref(&second),
+    );
+    let mut client = QuicConnection::new(|| {
+        quiche::connect_with_buffer_factory::<Buffers>(None, &first, from, to, &mut client)
+    })
+    .unwrap();
+    pin(client.as_mut(), keys[1].public_key(), &counters);
+    let server = QuicConnection::new(|| {
+        quiche::accept_with_buf_factory::<Buffers>(&second, None, to, from, &mut server)
+    })
+    .unwrap();
+    [client, server]
+}
+
+/// Sends all that `speaker` has; the listener receives it if there is one.
+pub(crate) fn say(speaker: &mut QuicConnection, mut listener: Option<&mut QuicConnection>) {
+    let mut packet = [0; 2_000];
+    while let Ok((len, info)) = speaker.send(&mut packet) {
+        let (from, to) = (info.from, info.to);
+        if let Some(listener) = &mut listener {
+            listener
+                .recv(&mut packet[..len], RecvInfo { from, to })
+                .unwrap();
+        }
+    }
+}
