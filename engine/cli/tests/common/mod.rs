@@ -172,7 +172,8 @@ impl TestNode {
                  body_timeout = \"30s\"\nconnections_max = 4\n\
                  [artifacts]\nstore_bytes = \"16MiB\"\n[shards]\ncores = [0]\nspin = \"0s\"\n\
                  chunk_pool_bytes = \"48MiB\"\nhuge_pages = \"never\"\n\
-                 [transport]\npath = \"lan\"\nreceive_budget_bytes = \"32MiB\"\nreceive_budget_peer_bytes = \"32MiB\"\n\
+                 [transport]\npath = \"lan\"\n\
+                 receive_budget_bytes = \"32MiB\"\nreceive_budget_peer_bytes = \"32MiB\"\n\
                  body_bytes_max = \"16MiB\"\n\
                  [registry]\npoll_interval = \"50ms\"\npublic_key = \"{}\"\n{extra}",
                 registry.public_key

@@ -3,7 +3,7 @@
 //! Invariants
 //! 1. `heap_bytes` is the sum over the connections, as it was when packets last came for each.
 //! 2. An honest peer never reaches the limit of its connection: what is lost and sent again leaves
-//!    gaps of at most a window, and full packets cost quiche 1.3 times their bytes.
+//!    gaps of at most a window, and full packets cost quiche 1.2 times their bytes.
 //! 3. Where all of them together hold too much, the one that holds most is ended: a peer that holds
 //!    little never pays for another.
 

@@ -7,11 +7,11 @@
 //!
 //! 1. In the start-up they end the doubling. The connection sends no faster than the bandwidth that
 //!    it has measured, until BBR itself sees that nothing grows.
-//! 2. Later they lower the rate, if the queue is not this connection's own: its window has been no
-//!    larger than what the path holds. The limit grows again in some seconds, and never falls below
-//!    a part of the best bandwidth that there was.
+//! 2. Later they lower the rate, if the queue is not this connection's own: its window has been
+//!    little larger than what the path holds. The limit grows again in some seconds, and never
+//!    falls below a part of the best bandwidth that there was.
 //!
-//! A loss without a queue is the path's own, and a queue without a loss may be a jitter: neither
+//! A loss without a queue is the path's own, and a queue without a loss may be jitter: neither
 //! counts alone.
 
 use std::time::{Duration, Instant};

@@ -98,8 +98,8 @@ impl List<'_> {
     }
 
     fn shares(&mut self, part: Part, order: Order) {
-        // CUBIC that comes later than another CUBIC does not have this share either.
-        if !matches!(order, Order::Together | Order::CubicFirst) {
+        // What the others are compared with.
+        if order == Order::CubicAlone {
             return;
         }
         let name = part.to_string();
