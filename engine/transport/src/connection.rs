@@ -21,7 +21,7 @@ use crate::config::TransportConfig;
 use crate::counters::{Counter, Counters};
 use crate::ids::{IdBytes, LiveIds};
 use crate::mtu::PathMtu;
-use crate::pacing::{Pacing, RateSample};
+use crate::pacing::Pacing;
 use crate::phase::Phase;
 use crate::quic::CloseCode;
 use crate::quic_connection::QuicConnection;
@@ -315,15 +315,7 @@ impl Connection {
         if !pacing.is_sample_due(now) {
             return;
         }
-        if let Some(path) = self.quic.path_stats().find(|path| path.active) {
-            let sample = RateSample {
-                smoothed_rtt: path.rtt,
-                min_rtt: path.min_rtt.unwrap_or(path.rtt),
-                lost_bytes: path.lost_bytes,
-                window_bytes: path.cwnd as u64,
-                bandwidth_bytes_per_s: path.max_bandwidth.unwrap_or_default(),
-                is_starting_up: path.startup_exit.is_none(),
-            };
+        if let Some(sample) = self.quic.rate_sample() {
             pacing.sample(sample, now);
         }
     }

@@ -18,6 +18,7 @@ use millrace_shards::heap;
 
 use crate::buffers::{Buffers, StreamBuffer};
 use crate::ids::IdBytes;
+use crate::pacing::RateSample;
 use crate::path::{PathStats, StreamError, StreamPath};
 
 /// quiche with our buffers. What only looks is quiche's own, by [`Deref`].
@@ -54,6 +55,20 @@ impl QuicConnection {
         Ok(Self {
             quic,
             heap_bytes: heap::taken_bytes() - before,
+        })
+    }
+
+    /// What the path is like now; `None` before there is one.
+    pub(crate) fn rate_sample(&self) -> Option<RateSample> {
+        let path = self.quic.path_stats().find(|path| path.active)?;
+        Some(RateSample {
+            smoothed_rtt: path.rtt,
+            min_rtt: path.min_rtt.unwrap_or(path.rtt),
+            // `path.lost_bytes` stays 0 with BBR: quiche counts there with CUBIC and Reno only.
+            lost_bytes: self.quic.stats().lost_bytes,
+            window_bytes: path.cwnd as u64,
+            bandwidth_bytes_per_s: path.max_bandwidth.unwrap_or_default(),
+            is_starting_up: path.startup_exit.is_none(),
         })
     }
 
@@ -237,7 +252,7 @@ mod tests {
     use millrace_shards::CountingAllocator;
 
     use super::*;
-    use crate::quic_pair::{pair, say};
+    use crate::quic_pair::{paced_pair, pair, say};
 
     // For all unit tests of this crate.
     #[global_allocator]
@@ -274,16 +289,43 @@ mod tests {
         }
     }
 
+    fn shake_hands([client, server]: &mut [QuicConnection; 2]) {
+        for _ in 0..4 {
+            say(client, Some(server));
+            say(server, Some(client));
+        }
+    }
+
+    // Protects what is yielded to others on a path: quiche says what a paced connection loses.
+    #[test]
+    fn a_sample_of_the_path_counts_what_was_lost() {
+        let mut pair = paced_pair();
+        shake_hands(&mut pair);
+        let [client, server] = &mut pair;
+        let mut lost_bytes = |stream, listener: Option<&mut QuicConnection>| {
+            let bytes = Bytes::from(vec![1; STREAM_BYTES]);
+            let sent = client.stream_send_buffer(stream, StreamBuffer::small(bytes), true);
+            assert_eq!(sent, Ok(STREAM_BYTES));
+            say(client, listener);
+            client.rate_sample().unwrap().lost_bytes
+        };
+        assert_eq!(lost_bytes(2, None), 0, "it is not known yet");
+        // Three packets and more that arrive say that those before them are lost.
+        for stream in [6, 10] {
+            lost_bytes(stream, Some(server));
+        }
+        say(server, Some(client));
+        let sample = client.rate_sample().unwrap();
+        assert!(sample.lost_bytes >= STREAM_BYTES as u64, "{sample:?}");
+        assert!(sample.window_bytes > 0 && sample.bandwidth_bytes_per_s > 0);
+    }
+
     // Protects a long connection from its end, and the account from a peer that makes it smaller:
     // what is handed in and out of quiche is on it once.
     #[test]
     fn the_account_does_not_drift() {
         let mut pair = pair();
-        for _ in 0..4 {
-            let [client, server] = &mut pair;
-            say(client, Some(server));
-            say(server, Some(client));
-        }
+        shake_hands(&mut pair);
         for round in 0..100 {
             exchange(&mut pair, round);
         }

@@ -22,8 +22,17 @@ fn address(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
-/// A dialler and a listener that have sent nothing yet.
+/// A dialler and a listener that have sent nothing yet, with the LAN's profile.
 pub(crate) fn pair() -> [QuicConnection; 2] {
+    pair_of(|config| &config.lan)
+}
+
+/// The same with the profile of long paths: BBR, paced.
+pub(crate) fn paced_pair() -> [QuicConnection; 2] {
+    pair_of(|config| &config.wan)
+}
+
+fn pair_of(profile: fn(&TransportConfig) -> &ProfileConfig) -> [QuicConnection; 2] {
     let keys = [1, 2].map(|seed| SigningKey::from_seed([seed; 32]));
     let [dialler, listener] = keys.each_ref().map(|key| Credentials::new(key).unwrap());
     let members = keys.each_ref().map(|key| Member {
@@ -41,7 +50,7 @@ pub(crate) fn pair() -> [QuicConnection; 2] {
     };
     let server = listener.server(&members, &counters).unwrap();
     let [mut client, mut server] = [dialler.client().unwrap(), server]
-        .map(|tls| quic_config(&config, &config.lan, tls).unwrap());
+        .map(|tls| quic_config(&config, profile(&config), tls).unwrap());
     let (from, to) = (address(CLIENT), address(SERVER));
     let [first, second] = [[1; 16], [2; 16]];
     let (first, second) = (

@@ -8,11 +8,12 @@
 //! 1. In the start-up they end the doubling. The connection sends no faster than the bandwidth that
 //!    it has measured, until BBR itself sees that nothing grows.
 //! 2. Later they lower the rate, if the queue is not this connection's own: its window has been
-//!    little larger than what the path holds. The limit grows again in some seconds, and never
+//!    little larger than what the path holds. The limit grows again in half a minute, and never
 //!    falls below a part of the best bandwidth that there was.
 //!
 //! A loss without a queue is the path's own, and a queue without a loss may be jitter: neither
-//! counts alone.
+//! counts alone. What the path loses by itself is measured while there is no queue; losses in a
+//! full queue are those that come on top.
 
 use std::time::{Duration, Instant};
 
@@ -20,8 +21,9 @@ use std::time::{Duration, Instant};
 const SAMPLES_PER_RTT: u32 = 8;
 /// Time between two samples, at least.
 const SAMPLE_INTERVAL_MIN: Duration = Duration::from_millis(2);
-/// Samples whose largest window counts: those of two round trips. What is lost left in the first.
-const WINDOWS: usize = 2 * SAMPLES_PER_RTT as usize;
+/// Round trips whose samples count: what is lost left in the first, and is missed in the second.
+const RECENT_RTTS: u32 = 2;
+const RECENT: usize = (RECENT_RTTS * SAMPLES_PER_RTT) as usize;
 
 /// In the start-up: what is lost between two samples counts from this part of the window.
 const START_UP_LOSS_PART: u64 = 1_000;
@@ -35,13 +37,19 @@ const QUEUE_MIN: Duration = Duration::from_millis(5);
 /// The queue is not this connection's while its window is at most this, in bandwidth-delay
 /// products.
 const OWN_WINDOW_MAX: f64 = 1.3;
-/// What is left of the rate after losses.
-const KEPT: f64 = 0.85;
+/// Losses count from this part of what left in the recent round trips, on top of this many times
+/// what the path loses by itself.
+const LOSS_PART: f64 = 0.001;
+const PATH_LOSSES: f64 = 2.0;
+/// Weight of one sample in the measure of what the path loses by itself: eight round trips.
+const PATH_LOSS_WEIGHT: f64 = 1.0 / (8 * SAMPLES_PER_RTT) as f64;
+/// What is left of the rate after losses: as much as CUBIC keeps (RFC 9438, section 4.6).
+const KEPT: f64 = 0.7;
 /// How much of the best bandwidth is always kept.
 const KEPT_MIN: f64 = 0.45;
-/// Growth of the limit in a second, of the best bandwidth. CUBIC at 150 ms needs about ten seconds
-/// to come back to where it was.
-const GROWTH_PER_S: f64 = 0.02;
+/// Growth of the limit in a second, of the best bandwidth. A CUBIC that left its start-up early
+/// needs about 30 s at 150 ms and 300 Mbit/s to take what was left to it.
+const GROWTH_PER_S: f64 = 0.01;
 /// The limit ends at this part of the best bandwidth: BBR's probes are above it.
 const END: f64 = 1.3;
 
@@ -61,6 +69,14 @@ pub(crate) struct RateSample {
     pub(crate) is_starting_up: bool,
 }
 
+/// What is kept of a sample for two round trips.
+#[derive(Clone, Copy, Debug, Default)]
+struct Recent {
+    window_bytes: u64,
+    /// Since the sample before.
+    lost_bytes: u64,
+}
+
 /// The limit of one connection.
 #[derive(Debug, Default)]
 pub(crate) struct RateLimit {
@@ -68,9 +84,11 @@ pub(crate) struct RateLimit {
     last_sample: Option<Instant>,
     lost_bytes: u64,
     has_started_up: bool,
-    /// Of the last samples, each in its turn.
-    windows: [u64; WINDOWS],
+    /// The last samples, each in its turn.
+    recent: [Recent; RECENT],
     samples: usize,
+    /// The part of what leaves that the path loses by itself.
+    path_loss: f64,
     /// The best since the start-up.
     best_bytes_per_s: f64,
     limit_bytes_per_s: Option<f64>,
@@ -94,7 +112,10 @@ impl RateLimit {
             .map_or(interval, |at| now - at);
         let lost_bytes = sample.lost_bytes.saturating_sub(self.lost_bytes);
         self.lost_bytes = sample.lost_bytes;
-        self.windows[self.samples % WINDOWS] = sample.window_bytes;
+        self.recent[self.samples % RECENT] = Recent {
+            window_bytes: sample.window_bytes,
+            lost_bytes,
+        };
         self.samples += 1;
         if sample.is_starting_up && !self.has_started_up {
             self.start_up(&sample, lost_bytes);
@@ -105,7 +126,10 @@ impl RateLimit {
         }
         let bandwidth = sample.bandwidth_bytes_per_s as f64;
         self.best_bytes_per_s = self.best_bytes_per_s.max(bandwidth);
-        if lost_bytes > 0 && self.is_queue_of_others(&sample) {
+        if !has_queue(&sample, QUEUE_PART) {
+            self.measure_path_loss(lost_bytes, bandwidth * since.as_secs_f64());
+        }
+        if lost_bytes > 0 && self.is_loss_of_queue(&sample) && self.is_queue_of_others(&sample) {
             self.lower(bandwidth, sample.smoothed_rtt, now);
         } else {
             self.grow(since);
@@ -121,15 +145,28 @@ impl RateLimit {
         }
     }
 
+    fn measure_path_loss(&mut self, lost_bytes: u64, sent_bytes: f64) {
+        if sent_bytes > 0.0 {
+            let loss = (lost_bytes as f64 / sent_bytes).min(1.0);
+            self.path_loss += (loss - self.path_loss) * PATH_LOSS_WEIGHT;
+        }
+    }
+
+    fn is_loss_of_queue(&self, sample: &RateSample) -> bool {
+        let lost: u64 = self.recent.iter().map(|recent| recent.lost_bytes).sum();
+        let sent = held_bytes(sample) * f64::from(RECENT_RTTS);
+        has_queue(sample, QUEUE_PART)
+            && lost as f64 > sent * (LOSS_PART + PATH_LOSSES * self.path_loss)
+    }
+
     fn is_queue_of_others(&self, sample: &RateSample) -> bool {
-        let held = sample.bandwidth_bytes_per_s as f64 * sample.min_rtt.as_secs_f64();
-        let window = self.windows.iter().max().copied().unwrap_or_default();
-        has_queue(sample, QUEUE_PART) && window as f64 <= OWN_WINDOW_MAX * held
+        let window = self.recent.iter().map(|recent| recent.window_bytes).max();
+        window.unwrap_or_default() as f64 <= OWN_WINDOW_MAX * held_bytes(sample)
     }
 
     /// Once for what is lost in two round trips.
     fn lower(&mut self, bandwidth: f64, smoothed_rtt: Duration, now: Instant) {
-        let is_new = |at| now.duration_since(at) > 2 * smoothed_rtt;
+        let is_new = |at| now.duration_since(at) > RECENT_RTTS * smoothed_rtt;
         if self.lowered.is_none_or(is_new) {
             self.lowered = Some(now);
             let rate = self.limit_bytes_per_s.unwrap_or(f64::MAX).min(bandwidth);
@@ -158,6 +195,11 @@ impl RateLimit {
             self.release_at = Some(from + takes);
         }
     }
+}
+
+/// The bandwidth-delay product.
+fn held_bytes(sample: &RateSample) -> f64 {
+    sample.bandwidth_bytes_per_s as f64 * sample.min_rtt.as_secs_f64()
 }
 
 /// Whether packets wait for more than this part of the shortest round trip.
@@ -267,7 +309,8 @@ mod tests {
             ("a queue", started(50, 0, HELD_BYTES), None),
             ("losses", started(10, 9_000, HELD_BYTES), None),
             ("its own queue", started(50, 9_000, wide), None),
-            ("another's", started(50, 1_500, HELD_BYTES), Some(0.85)),
+            ("few losses", started(50, 300, HELD_BYTES), None),
+            ("another's", started(50, 1_500, HELD_BYTES), Some(KEPT)),
         ];
         for (what, sample, expected) in table {
             let mut limit = RateLimit::default();
@@ -280,6 +323,28 @@ mod tests {
             limit.sample(sample, now + 19 * MS);
             assert_eq!(limit.limit_bytes_per_s, None, "{what}");
         }
+    }
+
+    // Protects the rate on a path that loses by itself: BBR's probes of the path make a queue, and
+    // what is lost meanwhile is not the queue's until it is more than the path loses.
+    #[test]
+    fn losses_of_the_path_itself_do_not_count() {
+        let mut now = Instant::now();
+        let mut limit = RateLimit::default();
+        let mut lost_bytes = 0;
+        let mut sample = |queue_ms: u32, loss: f64| {
+            now += 150 * MS / SAMPLES_PER_RTT;
+            lost_bytes += (BANDWIDTH as f64 * 0.150 / f64::from(SAMPLES_PER_RTT) * loss) as u64;
+            limit.sample(started(queue_ms, lost_bytes, HELD_BYTES), now);
+            limit.limit_bytes_per_s.is_some()
+        };
+        for _ in 0..4 * 8 * SAMPLES_PER_RTT {
+            assert!(!sample(0, 0.02));
+        }
+        for _ in 0..4 * SAMPLES_PER_RTT {
+            assert!(!sample(50, 0.03));
+        }
+        assert!((0..RECENT).any(|_| sample(50, 0.06)));
     }
 
     // Protects the rate of the connection from losses that go on: it keeps a part of the best
@@ -296,14 +361,14 @@ mod tests {
             rates.push(limit.limit_bytes_per_s.unwrap() / BANDWIDTH as f64);
             now += 150 * MS;
         }
-        assert_eq!(rates[..3], [0.85, 0.85, 0.85]);
-        assert!((rates[3] - 0.85 * 0.85).abs() < 1e-9, "{rates:?}");
-        assert_eq!(*rates.last().unwrap(), 0.45);
-        for second in 0..60 {
+        assert_eq!(rates[..3], [KEPT; 3]);
+        assert!((rates[3] - KEPT * KEPT).abs() < 1e-9, "{rates:?}");
+        assert_eq!(*rates.last().unwrap(), KEPT_MIN);
+        for second in 0..120 {
             now += SECOND;
             limit.sample(started(0, lost_bytes, HELD_BYTES), now);
             let Some(rate) = limit.limit_bytes_per_s else {
-                assert!((40..50).contains(&second), "{second} s");
+                assert!((80..90).contains(&second), "{second} s");
                 return;
             };
             rates.push(rate);
