@@ -8,7 +8,7 @@
 //! 1. In the start-up they end the doubling. The connection sends no faster than the bandwidth that
 //!    it has measured, until BBR itself sees that nothing grows.
 //! 2. Later they lower the rate, if the queue is not this connection's own: its window has been
-//!    little larger than what the path holds. The limit grows again in half a minute, and never
+//!    little larger than what the path holds. The limit grows again as a CUBIC window would, and never
 //!    falls below a part of the best bandwidth that there was.
 //!
 //! A loss without a queue is the path's own, and a queue without a loss may be jitter: neither
@@ -47,9 +47,10 @@ const PATH_LOSS_WEIGHT: f64 = 1.0 / (8 * SAMPLES_PER_RTT) as f64;
 const KEPT: f64 = 0.7;
 /// How much of the best bandwidth is always kept.
 const KEPT_MIN: f64 = 0.45;
-/// Growth of the limit in a second, of the best bandwidth. A CUBIC that left its start-up early
-/// needs about 30 s at 150 ms and 300 Mbit/s to take what was left to it.
-const GROWTH_PER_S: f64 = 0.01;
+/// Growth of a CUBIC window in packets per second cubed (RFC 9438, section 5.1): the limit grows
+/// back in the time in which a CUBIC of the same window would.
+const CUBIC_C: f64 = 0.4;
+const PACKET_BYTES: f64 = 1_350.0;
 /// The limit ends at this part of the best bandwidth: BBR's probes are above it.
 const END: f64 = 1.3;
 
@@ -132,7 +133,7 @@ impl RateLimit {
         if lost_bytes > 0 && self.is_loss_of_queue(&sample) && self.is_queue_of_others(&sample) {
             self.lower(bandwidth, sample.smoothed_rtt, now);
         } else {
-            self.grow(since);
+            self.grow(sample.min_rtt, since);
         }
     }
 
@@ -174,8 +175,11 @@ impl RateLimit {
         }
     }
 
-    fn grow(&mut self, since: Duration) {
-        let growth = self.best_bytes_per_s * GROWTH_PER_S * since.as_secs_f64();
+    fn grow(&mut self, min_rtt: Duration, since: Duration) {
+        let window_packets = self.best_bytes_per_s * min_rtt.as_secs_f64() / PACKET_BYTES;
+        let grows_back_s = (window_packets * (1.0 - KEPT) / CUBIC_C).cbrt().max(1.0);
+        let part = (1.0 - KEPT) * since.as_secs_f64() / grows_back_s;
+        let growth = self.best_bytes_per_s * part;
         let end = self.best_bytes_per_s * END;
         self.limit_bytes_per_s = self
             .limit_bytes_per_s
@@ -364,11 +368,11 @@ mod tests {
         assert_eq!(rates[..3], [KEPT; 3]);
         assert!((rates[3] - KEPT * KEPT).abs() < 1e-9, "{rates:?}");
         assert_eq!(*rates.last().unwrap(), KEPT_MIN);
-        for second in 0..120 {
+        for second in 0..60 {
             now += SECOND;
             limit.sample(started(0, lost_bytes, HELD_BYTES), now);
             let Some(rate) = limit.limit_bytes_per_s else {
-                assert!((80..90).contains(&second), "{second} s");
+                assert!((10..15).contains(&second), "{second} s");
                 return;
             };
             rates.push(rate);
