@@ -98,30 +98,15 @@ impl List<'_> {
     }
 
     fn shares(&mut self, part: Part, order: Order) {
-        let smaller = self.smaller_shares(order);
-        match order {
-            Order::Together | Order::CubicFirst => {
-                let name = format!("{part}: smaller share of the goodput");
-                self.add(name, median(smaller), 0.3, Better::Higher);
-            }
-            // CUBIC that comes later has less than 0.3 beside a CUBIC too.
-            Order::MillraceFirst => {
-                let beside_cubic = self.smaller_shares(Order::CubicAlone);
-                let ratios = smaller.into_iter().zip(beside_cubic);
-                let ratios = ratios.map(|(one, other)| one / other).collect();
-                let name = format!("{part}: smaller share / the same beside a CUBIC");
-                self.add(name, median(ratios), 0.5, Better::Higher);
-            }
-            // What the others are compared with.
-            Order::CubicAlone => {}
+        // CUBIC that comes later has less than 0.3 beside a CUBIC too: the two are printed.
+        if matches!(order, Order::MillraceFirst | Order::CubicAlone) {
+            return;
         }
-    }
-
-    /// One for each round.
-    fn smaller_shares(&self, order: Order) -> Vec<f64> {
-        let name = Part::Shares(order).to_string();
+        let name = part.to_string();
         let shares = self.results.shares.iter().filter(|s| s.part == name);
-        shares.filter_map(|shares| shares.smaller()).collect()
+        let smaller = shares.filter_map(|shares| shares.smaller()).collect();
+        let name = format!("{part}: smaller share of the goodput");
+        self.add(name, median(smaller), 0.3, Better::Higher);
     }
 
     fn satellite(&mut self, part: Part) {
