@@ -7,6 +7,10 @@
 //! 2. The program is attached once per group: to replace one that is in use can crash old kernels.
 //!    Until then the kernel spreads datagrams by a hash of their addresses.
 //! 3. With the classic program, a datagram too short to hold a connection ID goes to shard 0.
+//! 4. No other process joins a group, and no group joins that of another process: it would get a
+//!    part of the other's datagrams. The first socket is bound without `SO_REUSEPORT`, which the
+//!    kernel refuses while any socket has the address; the option that lets the others join it is
+//!    set afterwards.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -179,11 +183,11 @@ pub fn bind_group(config: &UdpGroupConfig) -> Result<Vec<ShardSocket>, SocketErr
 /// Binds one socket per shard to one address, for a caller that then attaches a program: see
 /// [`attach_steering`] and [`attach_classic_steering`].
 ///
-/// The sockets of a group of several are bound with `SO_REUSEPORT` (socket(7)); none fragments
-/// (`IP_PMTUDISC_PROBE`, ip(7)), and where the kernel can, it hands over several datagrams as one
-/// message (`UDP_GRO`, udp(7), Linux 5.0). At an open address (`0.0.0.0`, `[::]`) the kernel says
-/// to which of the host's addresses each datagram came (`IP_PKTINFO`, ip(7); `IPV6_PKTINFO`, RFC
-/// 3542, 6).
+/// The sockets of a group of several share the address by `SO_REUSEPORT` (socket(7)), and with no
+/// socket of another group; none fragments (`IP_PMTUDISC_PROBE`, ip(7)), and where the kernel can,
+/// it hands over several datagrams as one message (`UDP_GRO`, udp(7), Linux 5.0). At an open address
+/// (`0.0.0.0`, `[::]`) the kernel says to which of the host's addresses each datagram came
+/// (`IP_PKTINFO`, ip(7); `IPV6_PKTINFO`, RFC 3542, 6).
 ///
 /// # Errors
 /// [`SocketError::Shards`] for a group of none or of more than [`SHARDS_MAX`];
@@ -198,8 +202,8 @@ pub fn bind_unsteered(config: &UdpGroupConfig) -> Result<Vec<ShardSocket>, Socke
     }
     let mut addr = config.local;
     let mut sockets = Vec::with_capacity(config.shards);
-    for _ in 0..config.shards {
-        let socket = bind_one(config, addr)?;
+    for index in 0..config.shards {
+        let socket = bind_one(config, addr, index == 0)?;
         // The first socket fixes a port left open.
         addr = socket.local;
         sockets.push(socket);
@@ -264,14 +268,19 @@ pub fn source_address(local: IpAddr, to: SocketAddr) -> io::Result<IpAddr> {
     Ok(socket.local_addr()?.ip().to_canonical())
 }
 
-fn bind_one(config: &UdpGroupConfig, addr: SocketAddr) -> Result<ShardSocket, SocketError> {
+fn bind_one(
+    config: &UdpGroupConfig,
+    addr: SocketAddr,
+    is_first: bool,
+) -> Result<ShardSocket, SocketError> {
     let fd = sys::udp_socket(addr).map_err(|source| SocketError::Create { source })?;
     let set = |option: &'static str, level, name, value| {
         sys::set_option(&fd, level, name, value)
             .map_err(|source| SocketError::Option { option, source })
     };
-    if config.shards > 1 {
-        set("SO_REUSEPORT", libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
+    let share = || set("SO_REUSEPORT", libc::SOL_SOCKET, libc::SO_REUSEPORT, 1);
+    if !is_first {
+        share()?;
     }
     // QUIC forbids fragments and finds the path's MTU itself (RFC 8899). `PROBE` sets DF like `DO`,
     // and the device's MTU still bounds packets (`EMSGSIZE`). Unlike `DO` it does not heed the MTU
@@ -313,6 +322,9 @@ fn bind_one(config: &UdpGroupConfig, addr: SocketAddr) -> Result<ShardSocket, So
     // A kernel without GRO delivers each datagram alone: slower, not wrong.
     let gro = config.gro && sys::set_option(&fd, libc::SOL_UDP, libc::UDP_GRO, 1).is_ok();
     sys::bind(&fd, addr).map_err(|source| SocketError::Bind { addr, source })?;
+    if is_first && config.shards > 1 {
+        share()?;
+    }
     let local = sys::local_addr(&fd).map_err(|source| SocketError::Bind { addr, source })?;
     Ok(ShardSocket {
         fd,
@@ -377,5 +389,31 @@ mod tests {
         assert_eq!(source_address(bound, here).unwrap(), bound);
         let mapped = "::ffff:192.0.2.1".parse().unwrap();
         assert_eq!(source_address(mapped, here).unwrap(), bound);
+    }
+
+    /// Protects a node that runs: a second one at its address would get a part of its datagrams,
+    /// and its connections would die.
+    #[test]
+    fn a_group_shares_its_address_with_no_other_group() {
+        let group = |local: SocketAddr| {
+            bind_group(&UdpGroupConfig {
+                local,
+                shards: 2,
+                ..UdpGroupConfig::default()
+            })
+        };
+        for local in ["127.0.0.1:0", "[::1]:0"] {
+            let first = group(local.parse().unwrap()).unwrap();
+            let address = first[0].local_addr();
+            assert_eq!(first[1].local_addr(), address);
+            let any = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), address.port());
+            let tried = [address, any];
+            for address in &tried[..1 + usize::from(address.is_ipv4())] {
+                let error = group(*address).unwrap_err();
+                assert!(matches!(error, SocketError::Bind { .. }), "{error}");
+            }
+            drop(first);
+            group(address).unwrap();
+        }
     }
 }

@@ -432,6 +432,7 @@ impl NodeSite<'_> {
             versions: registry::versions(&identity.public_key(), config, source)?,
             identity,
             admin_socket: self.admin_socket.clone(),
+            state_lock: None,
             paths_file: None,
             shards: Some(self.shards(&config.shards.defaults)),
             edge: None,

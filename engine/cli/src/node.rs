@@ -1,13 +1,11 @@
 //! `millrace node`: a node from its config, until it is told to stop.
 
-use std::io::ErrorKind;
-use std::net::{SocketAddr, UdpSocket};
 use std::process::Command;
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use millrace_node::edge::{self, EdgeHost};
-use millrace_node::{Node, NodeParts, NotReady, Paths, budget, host, mapping};
+use millrace_node::{Node, NodeParts, NotReady, Paths, address, budget, host, mapping};
 use millrace_tuning::NodeConfig;
 use signal_hook::consts::TERM_SIGNALS;
 use signal_hook::iterator::Signals;
@@ -19,10 +17,6 @@ use crate::{log, output};
 
 /// The subcommand that is the edge's helper.
 const HELPER: &str = "edge-helper";
-
-/// How long a node waits for its address.
-const ADDRESS_WAIT: Duration = Duration::from_secs(3);
-const ADDRESS_RETRY: Duration = Duration::from_millis(5);
 
 /// How often the node is asked whether its shards live.
 const HEALTH_INTERVAL: Duration = Duration::from_secs(1);
@@ -79,13 +73,15 @@ fn wait_for_end(
 }
 
 fn start(config: &NodeConfig, paths: &Paths) -> Result<Node, Failure> {
+    // The lock of the state folder, then the address, then the sockets: a second process of this
+    // node ends before the first could notice it.
     let mut parts = NodeParts::of_files(config, paths)?;
     let cpus = host::usable_cpus();
     output::message(format_args!(
         "memory budget {:.0} MiB; `millrace check` lists its parts",
         budget::of(config, &cpus).total().0 as f64 / f64::from(1 << 20)
     ));
-    wait_for_address(config.listen.address);
+    address::wait_until_free(config.listen.address)?;
     let shards = mapping::shards(config, &cpus).len();
     let host = EdgeHost {
         helper: helper(),
@@ -107,19 +103,6 @@ pub(crate) fn helper() -> Option<Command> {
     let mut command = Command::new(program);
     command.arg(HELPER);
     Some(command)
-}
-
-/// The kernel tears an io_uring down after its process has ended, and its socket with it: a node
-/// that is started right after a `kill -9` finds its address in use for some milliseconds. An
-/// address that stays in use is reported by the start.
-fn wait_for_address(address: SocketAddr) {
-    let until = Instant::now() + ADDRESS_WAIT;
-    while Instant::now() < until {
-        match UdpSocket::bind(address) {
-            Err(error) if error.kind() == ErrorKind::AddrInUse => std::thread::sleep(ADDRESS_RETRY),
-            _ => return,
-        }
-    }
 }
 
 #[cfg(test)]

@@ -436,28 +436,3 @@ fn the_admin_socket_is_bounded() {
     drop(uploads);
     chunks_free(node, 47);
 }
-
-/// Two nodes with one state folder would take each other's socket.
-#[test]
-fn a_second_node_does_not_take_the_socket_of_the_first() {
-    let dir = tempfile::tempdir().unwrap();
-    let (_, mut nodes) = subnet(dir.path(), &own_addresses(), 1);
-    nodes[0].start();
-    let second = dir.path().join("node-0").join("second.toml");
-    let config = std::fs::read_to_string(&nodes[0].config).unwrap();
-    std::fs::write(&second, config.replace(":4100\"", ":4101\"")).unwrap();
-    let output = millrace(&["node", "--config", text(&second)]);
-    assert_eq!(output.status.code(), Some(1));
-    assert!(
-        stderr(&output).contains("a node is running with this socket"),
-        "{}",
-        stderr(&output)
-    );
-    assert_eq!(nodes[0].get("/healthz").0, 200);
-
-    // After a kill -9 the file is stale and no obstacle.
-    nodes[0].kill();
-    assert!(nodes[0].socket.exists());
-    nodes[0].start();
-    assert_eq!(nodes[0].get("/healthz").0, 200);
-}

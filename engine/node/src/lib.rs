@@ -14,8 +14,10 @@
 //! | `registry`, `topology`, `peers` | follows the registry; who is a member, who is near |
 //! | `admin`, `status`, `metrics` | the admin socket and what it shows |
 //! | `edge` | what a node gives to its edge and hears from it |
+//! | `state_lock`, `address` | what a node must have for itself alone: its state folder, its address |
 //! | `mapping`, `budget`, `host`, `paths` | from the config to the parts; memory, host and files |
 
+pub mod address;
 pub mod admin;
 pub mod budget;
 mod core;
@@ -33,6 +35,7 @@ mod peers;
 pub mod reference;
 pub mod registry;
 mod services;
+mod state_lock;
 pub mod status;
 mod topology;
 
@@ -42,6 +45,7 @@ pub use parts::NodeParts;
 pub use paths::Paths;
 pub use registry::RegistrySource;
 pub use services::{FIRST_FREE_METHOD, Services};
+pub use state_lock::StateLock;
 
 // What a user of a node needs: one dependency is enough.
 pub use millrace_protocol::frame::{Class, FailureCode, Method};

@@ -33,6 +33,7 @@ use crate::reference::service::ArtifactService;
 use crate::reference::store::Store;
 use crate::reference::wire;
 use crate::services::Services;
+use crate::state_lock::StateLock;
 use crate::status::Status;
 use crate::topology::TopologyChanges;
 use crate::{host, mapping, metrics, peers, status};
@@ -63,6 +64,8 @@ struct Inner {
     admin: Option<AdminServer>,
     registry: Option<FollowThread>,
     paths: Mutex<Option<PathThread>>,
+    /// Last: the threads above use the folder.
+    _state_lock: Option<StateLock>,
 }
 
 impl Inner {
@@ -175,6 +178,7 @@ impl Node {
             admin: None,
             registry: None,
             paths: Mutex::default(),
+            _state_lock: parts.state_lock,
         };
         let follow = Follow {
             interval: config.registry.poll_interval.get(),

@@ -18,6 +18,7 @@ use crate::path_memory;
 use crate::paths::Paths;
 use crate::registry::{self, RegistrySource};
 use crate::services::Services;
+use crate::state_lock::StateLock;
 
 /// What a node is started with, besides its config.
 #[derive(Debug)]
@@ -28,6 +29,9 @@ pub struct NodeParts {
     pub versions: Versions,
     /// Unix socket of status, metrics and artifacts; none: no such socket, and no thread for it.
     pub admin_socket: Option<PathBuf>,
+    /// The lock of the state folder, until the node has ended; none: nothing keeps another node
+    /// from the same files.
+    pub state_lock: Option<StateLock>,
     /// File of the paths that the node remembers; none: all its peers are unknown at the start.
     pub paths_file: Option<PathBuf>,
     /// One entry for each shard; none: as the config says, one for each of its cores.
@@ -61,19 +65,23 @@ impl NodeParts {
     }
 
     /// Parts of a node as `millrace node` starts it: key, registry folder and admin socket are the
-    /// files that the config names. Makes the state folder if there is none.
+    /// files that the config names. Makes the state folder if there is none, and takes its lock
+    /// before anything else.
     ///
     /// # Errors
-    /// [`StartError::Key`] for a key that cannot be used, [`StartError::Config`] for a subnet that
-    /// is none, [`StartError::NotPermitted`] or [`StartError::Host`] for the state folder.
+    /// [`StartError::Taken`] if another node runs in the state folder, [`StartError::Key`] for a
+    /// key that cannot be used, [`StartError::Config`] for a subnet that is none,
+    /// [`StartError::NotPermitted`] or [`StartError::Host`] for the state folder.
     pub fn of_files(config: &NodeConfig, paths: &Paths) -> Result<Self, StartError> {
         make_folder(&paths.state_dir)?;
+        let state_lock = StateLock::take(&paths.state_dir)?;
         let identity = keys::read(&paths.key_file)?;
         let source = RegistrySource {
             public_key: keys::public_from_hex(&config.registry.public_key)?,
             folder: Some(paths.registry_dir.clone()),
         };
         Ok(Self {
+            state_lock: Some(state_lock),
             admin_socket: Some(paths.admin_socket.clone()),
             paths_file: Some(paths.state_dir.join(path_memory::FILE_NAME)),
             ..Self::with(config, identity, source)?
@@ -111,6 +119,7 @@ impl NodeParts {
             versions: registry::versions(&identity.public_key(), config, source)?,
             identity,
             admin_socket: None,
+            state_lock: None,
             paths_file: None,
             shards: None,
             edge: None,
