@@ -16,7 +16,7 @@ use millrace_edge_control::ControlError;
 use millrace_node::edge::{self, EdgeHost};
 use millrace_node::reference::{Delivery, of_body};
 use millrace_node::{
-    ArtifactId, Body, ByteSize, Draft, Node, NodeConfig, NodeId, NodeParts, PeerStatus,
+    ArtifactId, Body, ByteSize, Draft, Kept, Node, NodeConfig, NodeId, NodeParts, PeerStatus,
     RegistrySource, Services, ShardConfig, SigningKey, folder, host, keys, mapping, registry,
 };
 use millrace_protocol::rng::Rng;
@@ -120,6 +120,8 @@ impl Subnet {
                 registry: RegistrySource {
                     public_key: registry_key.public_key(),
                     folder: Some(registry_dir.clone()),
+                    // A subnet of a day: all its nodes end together.
+                    kept: Kept::Nowhere,
                 },
             };
             sockets.extend(site.admin_socket.clone());

@@ -23,6 +23,14 @@ pub(crate) fn run(args: &StatusArgs) -> Result<Exit, Failure> {
     Ok(Exit::Ok)
 }
 
+/// A time in the largest unit that it has two of.
+fn age_text(seconds: f64) -> String {
+    let units = [(86_400.0, "days"), (3_600.0, "hours"), (60.0, "minutes")];
+    let unit = units.into_iter().find(|(unit, _)| seconds >= 2.0 * unit);
+    let (unit, name) = unit.unwrap_or((1.0, "s"));
+    format!("{:.0} {name}", (seconds / unit).floor())
+}
+
 fn print(status: &Status) -> Result<(), Failure> {
     let ready = status.not_ready_because.as_deref().unwrap_or("ready");
     output::data(format_args!("node       {}", status.node_id))?;
@@ -35,6 +43,22 @@ fn print(status: &Status) -> Result<(), Failure> {
         "registry   version {}, {} members",
         status.registry.newest_version, status.registry.members
     ))?;
+    let registry = &status.registry;
+    if let Some(age_s) = registry.age_seconds {
+        let unsure = if status.peers.is_empty() && registry.members != 1 {
+            "; no peer can tell whether there is a newer one"
+        } else {
+            ""
+        };
+        let age = age_text(age_s);
+        output::data(format_args!("           seen first {age} ago{unsure}"))?;
+    }
+    if let Some(why) = &registry.kept_failure {
+        output::data(format_args!("           {why}"))?;
+    }
+    if let Some(why) = &registry.folder_failure {
+        output::data(format_args!("           the folder cannot be read: {why}"))?;
+    }
     if status.registry.names > 0 {
         output::data(format_args!(
             "names      {}, {} of them failing, {} left out",
@@ -112,4 +136,24 @@ fn print(status: &Status) -> Result<(), Failure> {
         ))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_age_has_the_unit_that_it_fills() {
+        let ages = [
+            (0.4, "0 s"),
+            (119.9, "119 s"),
+            (120.0, "2 minutes"),
+            (7_199.0, "119 minutes"),
+            (90_000.0, "25 hours"),
+            (172_800.0, "2 days"),
+        ];
+        for (seconds, text) in ages {
+            assert_eq!(age_text(seconds), text);
+        }
+    }
 }

@@ -78,6 +78,9 @@ impl Core {
         if status.is_stopping() {
             return Err(NotReady::Stopping);
         }
+        if self.versions.folder_failure().is_some() {
+            return Err(NotReady::RegistryFolder);
+        }
         if self.versions.newest() == 0 {
             return Err(NotReady::NoRegistry);
         }

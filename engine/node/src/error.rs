@@ -178,6 +178,9 @@ pub enum NotReady {
     /// The node was asked to stop, or has stopped.
     #[error("the node stops")]
     Stopping,
+    /// The registry folder was there and cannot be read, or hangs.
+    #[error("the registry folder cannot be read; status says why")]
+    RegistryFolder,
     /// The folder and the peers gave no version that verifies.
     #[error("no registry version is held")]
     NoRegistry,

@@ -43,7 +43,7 @@ pub use error::{NotConnected, NotReady, StartError};
 pub use node::Node;
 pub use parts::NodeParts;
 pub use paths::Paths;
-pub use registry::RegistrySource;
+pub use registry::{Kept, RegistrySource};
 pub use services::{FIRST_FREE_METHOD, Services};
 pub use state_lock::StateLock;
 

@@ -85,6 +85,24 @@ const OWN: &[Own] = &[
         help: "Newest registry version held",
     },
     Own {
+        name: "millrace_registry_age_seconds",
+        kind: Kind::Gauge,
+        label: None,
+        help: "Time since the node saw the newest version first, in this run or an earlier one; 0 before the first",
+    },
+    Own {
+        name: "millrace_registry_writes_failed",
+        kind: Kind::Counter,
+        label: None,
+        help: "Times that a newer version could not be written down; it is not in force until it is",
+    },
+    Own {
+        name: "millrace_registry_folder_readable",
+        kind: Kind::Gauge,
+        label: None,
+        help: "0 if the registry folder cannot be read; the node is not ready then",
+    },
+    Own {
         name: "millrace_registry_records_skipped",
         kind: Kind::Gauge,
         label: None,
@@ -434,6 +452,13 @@ fn shards(core: &Core, out: &mut Out<'_>) -> fmt::Result {
 fn registry(core: &Core, out: &mut Out<'_>) -> fmt::Result {
     let summary = core.versions.summary();
     out.gauge("millrace_registry_version", summary.newest)?;
+    out.gauge(
+        "millrace_registry_age_seconds",
+        summary.age.map_or(0, |age| age.as_secs()),
+    )?;
+    out.counter("millrace_registry_writes_failed", summary.writes_failed)?;
+    let is_readable = summary.folder_failure.is_none();
+    out.gauge("millrace_registry_folder_readable", is_readable.into())?;
     out.gauge("millrace_registry_records_skipped", summary.skipped)?;
     let refused = summary
         .refused

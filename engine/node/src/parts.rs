@@ -16,7 +16,7 @@ use crate::error::StartError;
 use crate::mapping;
 use crate::path_memory;
 use crate::paths::Paths;
-use crate::registry::{self, RegistrySource};
+use crate::registry::{self, Kept, RegistrySource};
 use crate::services::Services;
 use crate::state_lock::StateLock;
 
@@ -60,6 +60,7 @@ impl NodeParts {
         let source = RegistrySource {
             public_key: registry,
             folder: None,
+            kept: Kept::Nowhere,
         };
         Self::with(config, identity, source)
     }
@@ -79,6 +80,7 @@ impl NodeParts {
         let source = RegistrySource {
             public_key: keys::public_from_hex(&config.registry.public_key)?,
             folder: Some(paths.registry_dir.clone()),
+            kept: Kept::In(paths.kept_dir()),
         };
         Ok(Self {
             state_lock: Some(state_lock),

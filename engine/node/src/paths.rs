@@ -29,4 +29,9 @@ impl Paths {
             state_dir,
         }
     }
+
+    /// Folder in which the node keeps the newest registry version that it has seen.
+    pub fn kept_dir(&self) -> PathBuf {
+        self.state_dir.join("registry-kept")
+    }
 }

@@ -1,15 +1,21 @@
 //! The registry as a config names it.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use millrace_protocol::identity::PublicKey;
 use millrace_protocol::names::NamesConfig;
 use millrace_protocol::registry::RegistryConfig;
-use millrace_registry::{Follower, KeyError, KnownNode, Versions, VersionsConfig, keys};
+use millrace_registry::{
+    KeptVersion, KeyError, KnownNode, Sources, Versions, VersionsConfig, keys,
+};
 use millrace_tuning::NodeConfig;
 use millrace_tuning::config::Seed;
 
 use crate::error::StartError;
+
+/// How long the registry folder may take to be read at the start of a node.
+const READ_WITHIN: Duration = Duration::from_secs(10);
 
 /// Where a node gets registry versions from, besides its peers.
 #[derive(Debug, Clone)]
@@ -18,13 +24,28 @@ pub struct RegistrySource {
     pub public_key: PublicKey,
     /// A folder that is read every `registry.poll_interval`; none: the embedder offers versions.
     pub folder: Option<PathBuf>,
+    /// Where the newest version is kept, so that a restart goes back to no older one.
+    pub kept: Kept,
 }
 
-/// The versions that a node with the key `me` holds before it starts: the folder is read once.
+/// Where the newest version that a node has seen is kept.
+#[derive(Debug, Clone)]
+pub enum Kept {
+    /// Nowhere: the next run knows what its folder, its peers and its embedder give it.
+    Nowhere,
+    /// In this folder, for the node that holds the lock of the state folder.
+    In(PathBuf),
+    /// In this folder, for a command beside the node: it is read only.
+    ReadOnly(PathBuf),
+}
+
+/// The versions that a node with the key `me` holds before it starts: the one that is kept, and
+/// what the folder has. The folder is read once.
 ///
 /// # Errors
 /// [`StartError::Config`] for a subnet that is none, [`StartError::Key`] for a seed's key that is
-/// none.
+/// none; [`StartError::NotPermitted`] or [`StartError::Host`] if the folder of the kept version
+/// cannot be read or made.
 pub fn versions(
     me: &PublicKey,
     config: &NodeConfig,
@@ -34,7 +55,19 @@ pub fn versions(
         versions_max: usize::try_from(config.registry.versions_max).unwrap_or(usize::MAX),
         ..RegistryConfig::default()
     };
-    let follower = Follower::new(source.folder, source.public_key, limits);
+    let key = source.public_key;
+    let kept = match &source.kept {
+        Kept::Nowhere => None,
+        Kept::In(dir) => Some((dir, KeptVersion::open(dir, &key, &limits))),
+        Kept::ReadOnly(dir) => Some((dir, KeptVersion::read_only(dir, &key, &limits))),
+    };
+    let kept = kept.map(|(dir, kept)| kept.map_err(|error| StartError::io(dir.display(), error)));
+    let sources = Sources {
+        key,
+        config: limits,
+        folder: source.folder,
+        kept: kept.transpose()?,
+    };
     let subnet = match &config.node.subnet {
         Some(text) => Some(text.parse().map_err(|error| StartError::Config {
             key: format!("node.subnet = \"{text}\""),
@@ -58,7 +91,10 @@ pub fn versions(
             ..NamesConfig::default()
         },
     };
-    let versions = Versions::new(me, known, follower);
-    versions.poll_folder();
+    let folder = sources.folder.clone().unwrap_or_default();
+    let versions = Versions::new(me, known, sources);
+    versions
+        .poll_folder_within(READ_WITHIN)
+        .map_err(|error| StartError::io(folder.display(), error))?;
     Ok(versions)
 }

@@ -47,6 +47,14 @@ pub struct Status {
 pub struct RegistryStatus {
     /// Newest version held; 0 before the first.
     pub newest_version: u64,
+    /// Seconds since the node saw the newest version first, in this run or an earlier one; none
+    /// before the first.
+    pub age_seconds: Option<f64>,
+    /// Why the newest version is not kept for the next run, or that of an earlier run cannot be
+    /// read. A version that could not be written is not in force, and is tried again.
+    pub kept_failure: Option<String>,
+    /// Why the registry folder cannot be read.
+    pub folder_failure: Option<String>,
     /// Members of the subnet, this node included.
     pub members: u64,
     /// Records of the newest version that cannot be used.
@@ -186,6 +194,9 @@ pub(crate) fn of(core: &Core) -> Status {
         not_ready_because: readiness.err().map(|why| why.to_string()),
         registry: RegistryStatus {
             newest_version: summary.newest,
+            age_seconds: summary.age.map(|age| age.as_secs_f64()),
+            kept_failure: summary.kept_failure,
+            folder_failure: summary.folder_failure,
             members: core.topology.members.load(Ordering::Relaxed),
             skipped_records: summary.skipped,
             refused_versions: summary

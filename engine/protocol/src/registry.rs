@@ -6,7 +6,8 @@
 //!
 //! 1. Nothing of a document is read before its size is checked and its signature verified.
 //! 2. A record that cannot be used is skipped and reported; the others work.
-//! 3. The newest number never falls, and a number never gets other bytes.
+//! 3. The newest number never falls, and a number never gets other bytes. A caller that knows the
+//!    newest number of an earlier run sets it ([`Registry::set_number_min`]).
 //! 4. What is held is bounded: see [`RegistryConfig`].
 
 use crate::{
@@ -281,6 +282,7 @@ pub struct Registry {
     key: PublicKey,
     config: RegistryConfig,
     held: BTreeMap<u64, (SignedVersion, RegistryVersion)>,
+    number_min: u64,
     oldest_in_use: Option<u64>,
     dropped_in_use: u64,
 }
@@ -292,6 +294,7 @@ impl Registry {
             key,
             config,
             held: BTreeMap::new(),
+            number_min: 0,
             oldest_in_use: None,
             dropped_in_use: 0,
         }
@@ -307,6 +310,20 @@ impl Registry {
     /// version of the same number. The registry does not change then.
     pub fn offer(&mut self, signed: SignedVersion) -> Result<Offered, RegistryError> {
         let version = signed.verify(&self.key, &self.config)?;
+        self.offer_verified(signed, version)
+    }
+
+    /// As [`Self::offer`], for a version that the caller has verified with this registry's key and
+    /// bounds: `version` is what [`SignedVersion::verify`] gave.
+    ///
+    /// # Errors
+    /// When the version is older than the newest held, or differs from the held version of the same
+    /// number. The registry does not change then.
+    pub fn offer_verified(
+        &mut self,
+        signed: SignedVersion,
+        version: RegistryVersion,
+    ) -> Result<Offered, RegistryError> {
         let (number, newest) = (version.number, self.newest_number());
         if let Some((held, _)) = self.held.get(&number) {
             if held.document == signed.document {
@@ -314,7 +331,8 @@ impl Registry {
             }
             return Err(RegistryError::Conflict { number });
         }
-        if number < newest {
+        if number < self.number_min() {
+            let newest = self.number_min();
             return Err(RegistryError::Older { number, newest });
         }
         self.held.insert(number, (signed, version));
@@ -331,6 +349,17 @@ impl Registry {
         let number = self.oldest_in_use.map_or(number, |old| old.max(number));
         self.oldest_in_use = Some(number);
         self.prune();
+    }
+
+    /// Refuses versions below `number` from now on; a lower number than before changes nothing.
+    pub fn set_number_min(&mut self, number: u64) {
+        self.number_min = self.number_min.max(number);
+    }
+
+    /// The lowest number that is not refused: that of the newest version held, or the one that was
+    /// set, whichever is higher.
+    pub fn number_min(&self) -> u64 {
+        self.newest_number().max(self.number_min)
     }
 
     /// Oldest version in use; none means that only the newest counts.

@@ -126,7 +126,7 @@ impl<M: Messenger> Asker<M> {
         let request = Request {
             class: Class::Normal,
             method: wire::NEWER_THAN,
-            body: self.versions.newest().to_le_bytes().to_vec().into(),
+            body: self.versions.known().to_le_bytes().to_vec().into(),
             deadline: DEADLINE.into(),
         };
         let versions = match self.messenger.request(peer, request).await {

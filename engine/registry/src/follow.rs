@@ -1,5 +1,5 @@
-//! The thread that follows the registry: it reads the folder every poll interval, takes what peers
-//! sent, has names looked up, and tells the node when something changed.
+//! The thread that follows the registry: it takes what peers sent, has names looked up, and tells
+//! the node when something changed. Beside it, another one reads the folder (`folder_thread.rs`).
 
 use std::collections::BTreeSet;
 use std::io;
@@ -13,6 +13,8 @@ use millrace_protocol::address::HostName;
 use millrace_protocol::id::NodeId;
 use millrace_protocol::names::Found;
 
+use crate::alone::Alone;
+use crate::folder_thread::FolderThread;
 use crate::lookups::{self, Resolver};
 use crate::questions::Offer;
 use crate::versions::{Versions, tell};
@@ -78,11 +80,12 @@ struct Flags {
     apply: AtomicBool,
 }
 
-/// The thread; it ends when this is dropped.
+/// The threads; they end when this is dropped.
 #[derive(Debug)]
 pub struct FollowThread {
     events: SyncSender<Event>,
     flags: Arc<Flags>,
+    folder: Option<FolderThread>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -96,7 +99,7 @@ pub struct Follow {
 }
 
 impl FollowThread {
-    /// Starts it. `apply` is called when a newer version is held, or a name stands for other
+    /// Starts them. `apply` is called when a newer version is held, or a name stands for other
     /// addresses; while it returns false, it is called again every `interval`. `connected` says
     /// which nodes are: names of the others are looked up more often.
     ///
@@ -118,29 +121,38 @@ impl FollowThread {
             events: sender.clone(),
         };
         let interval = follow.interval;
+        let polled = Arc::clone(&versions);
         let run = move || {
             let mut is_behind = false;
-            let mut poll_at = Instant::now() + interval;
+            let mut alone = Alone::default();
+            let mut look_at = Instant::now() + interval;
             loop {
-                let names_at = lookups.start_due(&connected);
-                let wake_at = names_at.map_or(poll_at, |at| at.min(poll_at));
+                let times = [lookups.start_due(&connected), versions.retry_at()];
+                let wake_at = times.into_iter().flatten().fold(look_at, Instant::min);
                 let left = wake_at.saturating_duration_since(Instant::now());
                 let event = receiver.recv_timeout(left);
                 if asked.stop.load(Ordering::Acquire) {
                     return;
                 }
+                let is_written = versions.retry_write();
                 let is_new = match event {
                     Ok(Event::Offer(offer)) => versions.take(&offer),
                     Ok(Event::LookedUp(host, found)) => versions.looked_up(&host, found),
                     Ok(Event::Wake) => false,
                     Err(RecvTimeoutError::Disconnected) => return,
-                    Err(RecvTimeoutError::Timeout) if Instant::now() < poll_at => false,
+                    Err(RecvTimeoutError::Timeout) if Instant::now() < look_at => false,
                     Err(RecvTimeoutError::Timeout) => {
-                        poll_at = Instant::now() + interval;
-                        versions.poll_folder() || is_behind
+                        look_at = Instant::now() + interval;
+                        if let Some(folder) = versions.folder() {
+                            folder.tell();
+                        }
+                        if alone.tell(!connected().is_empty(), Instant::now()) {
+                            versions.tell_alone();
+                        }
+                        is_behind
                     }
                 };
-                if is_new | asked.apply.swap(false, Ordering::AcqRel) {
+                if is_new | is_written | asked.apply.swap(false, Ordering::AcqRel) {
                     is_behind = !apply();
                 }
             }
@@ -148,24 +160,35 @@ impl FollowThread {
         let thread = std::thread::Builder::new()
             .name("millrace-registry".into())
             .spawn(run)?;
-        Ok(Self {
+        let mut threads = Self {
             events: sender,
             flags,
+            folder: None,
             thread: Some(thread),
-        })
+        };
+        if polled.folder().is_some() {
+            let wake = threads.wake();
+            threads.folder = Some(FolderThread::start(polled, interval, wake)?);
+        }
+        Ok(threads)
     }
 
     /// Has `apply` called again, on the thread. Does not wait.
     pub fn apply_again(&self) {
-        self.set(&self.flags.apply);
+        self.wake()();
     }
 
-    fn set(&self, flag: &AtomicBool) {
-        flag.store(true, Ordering::Release);
-        // A full queue wakes the thread as well, and an error of the other kind means that it has
-        // ended.
-        let _ = self.events.try_send(Event::Wake);
+    fn wake(&self) -> impl Fn() + Send + use<> {
+        let (flags, events) = (Arc::clone(&self.flags), self.events.clone());
+        move || set(&flags.apply, &events)
     }
+}
+
+fn set(flag: &AtomicBool, events: &SyncSender<Event>) {
+    flag.store(true, Ordering::Release);
+    // A full queue wakes the thread as well, and an error of the other kind means that it has
+    // ended.
+    let _ = events.try_send(Event::Wake);
 }
 
 /// Has names looked up for the thread.
@@ -208,7 +231,8 @@ impl Lookups {
 impl Drop for FollowThread {
     fn drop(&mut self) {
         // Waits for one answer to be checked at most, not for all that are in the queue.
-        self.set(&self.flags.stop);
+        set(&self.flags.stop, &self.events);
+        drop(self.folder.take());
         if let Some(thread) = self.thread.take() {
             // A panic there was reported there.
             let _ = thread.join();
@@ -227,16 +251,16 @@ mod tests {
     use millrace_protocol::registry::{RegistryConfig, SignedVersion};
 
     use super::*;
-    use crate::{Draft, Follower, HostResolver, VersionsConfig, keys, wire};
+    use crate::{Draft, HostResolver, Sources, VersionsConfig, keys, wire};
 
     const SOON: Duration = Duration::from_millis(1);
     const NEVER: Duration = Duration::from_secs(3_600);
     const PATIENCE: Duration = Duration::from_secs(30);
 
     fn versions(key: &SigningKey) -> Arc<Versions> {
-        let follower = Follower::new(None, key.public_key(), RegistryConfig::default());
+        let sources = Sources::new(key.public_key(), RegistryConfig::default());
         let me = keys::generate().unwrap().public_key();
-        Arc::new(Versions::new(&me, VersionsConfig::default(), follower))
+        Arc::new(Versions::new(&me, VersionsConfig::default(), sources))
     }
 
     fn start(
@@ -362,8 +386,8 @@ mod tests {
     fn names_are_looked_up_and_applied() {
         let key = keys::generate().unwrap();
         let [me, peer] = [0, 1].map(|_| keys::generate().unwrap().public_key());
-        let follower = Follower::new(None, key.public_key(), RegistryConfig::default());
-        let versions = Arc::new(Versions::new(&me, VersionsConfig::default(), follower));
+        let sources = Sources::new(key.public_key(), RegistryConfig::default());
+        let versions = Arc::new(Versions::new(&me, VersionsConfig::default(), sources));
         let mut draft = Draft::with_nodes("test", &[(me, ([127, 0, 0, 1], 1).into())]).unwrap();
         let subnet = draft.only_subnet().unwrap();
         let name = |draft: &mut Draft, name: &str| {

@@ -1,27 +1,36 @@
 //! The registry versions that a node holds, and the members they make: folder and peers in,
 //! topology out.
 //!
-//! 1. Shards never wait for the folder or for a signature check: what they ask for is a copy.
-//! 2. Who locks both locks the follower before the names.
+//! 1. Shards never wait for a file or for a signature check: what they ask for is a copy. Nor do
+//!    threads that answer an operator: `held` is locked for no file.
+//! 2. The newest version that the node has seen is on disk before it is in force, and no older one
+//!    is taken after that, also not by a later run. A version that cannot be written waits; what is
+//!    in force stays.
+//! 3. Locks are taken in this order: `intake`, `held`, `names`.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use millrace_protocol::address::{HostName, NodeAddress};
 use millrace_protocol::id::{NodeId, SubnetId};
 use millrace_protocol::identity::PublicKey;
 use millrace_protocol::names::{Change, Found, NameStatus, Names, NamesConfig};
-use millrace_protocol::registry::{Offered, RegistryError, SignedVersion};
+use millrace_protocol::registry::RegistryConfig;
 use millrace_protocol::topology::{Member, Topology};
 
-use crate::folder::Follower;
+use crate::held::Held;
+use crate::intake::Intake;
 use crate::lookups::Resolver;
-use crate::questions::{Offer, Questions};
-use crate::wire::{self, Encoded, Newer};
+use crate::questions::Questions;
+use crate::reader::FolderReader;
+use crate::sources::Sources;
+use crate::wire::{Encoded, Newer};
+
+mod taking;
 
 /// What a node knows before it holds a version.
 #[derive(Debug, Clone, Default)]
@@ -45,17 +54,24 @@ pub struct KnownNode {
     pub addresses: Vec<NodeAddress>,
 }
 
-/// The versions that a node holds. The registry thread writes; shards and the admin thread read.
+/// The versions that a node holds. The registry's threads write; shards and the admin thread read.
 #[derive(Debug)]
 pub struct Versions {
     me: NodeId,
     /// This node and its seeds: the members before the first version.
     first: Vec<KnownNode>,
     subnet: Option<SubnetId>,
-    follower: Mutex<Follower>,
+    key: PublicKey,
+    config: RegistryConfig,
+    folder: Option<Arc<FolderReader>>,
+    /// Held while a version is written and put in force.
+    intake: Mutex<Intake>,
+    held: Mutex<Held>,
     newest: AtomicU64,
-    /// The newest versions, for peers. A copy, because shards read it and must not wait for the
-    /// follower, which reads files and checks signatures.
+    /// Peers are asked for versions above this number.
+    known: AtomicU64,
+    /// The newest versions, for peers. A copy, because shards read it and must not wait for what is
+    /// counted and looked up under the lock of `held`.
     shared: Mutex<Encoded>,
     questions: Arc<Questions>,
     /// Hosts' names of all held versions and of the seeds.
@@ -67,6 +83,16 @@ pub struct Versions {
 pub struct Summary {
     /// Number of the newest version; 0 before the first.
     pub newest: u64,
+    /// How long ago the node saw the newest version first, in this run or an earlier one, by the
+    /// host's clock; none before the first version.
+    pub age: Option<Duration>,
+    /// How many writes of the newest version failed.
+    pub writes_failed: u64,
+    /// Why the newest version is not kept for the next run, or that of an earlier run cannot be
+    /// read. A version that could not be written is not in force.
+    pub kept_failure: Option<String>,
+    /// Why the registry folder cannot be read.
+    pub folder_failure: Option<String>,
     /// Records of the newest version that cannot be used.
     pub skipped: u64,
     /// How many versions were refused, by reason.
@@ -93,8 +119,8 @@ pub struct FirewallRecords {
 }
 
 impl Versions {
-    /// The versions of the node with this key; what `follower` holds already counts.
-    pub fn new(me: &PublicKey, config: VersionsConfig, follower: Follower) -> Self {
+    /// The versions of the node with this key: at first the one that is kept.
+    pub fn new(me: &PublicKey, config: VersionsConfig, mut sources: Sources) -> Self {
         let mut first = config.seeds;
         if !first.is_empty() {
             first.push(KnownNode {
@@ -102,12 +128,20 @@ impl Versions {
                 addresses: config.listen.into_iter().map(NodeAddress::Ip).collect(),
             });
         }
+        let held = Held::of_earlier_run(&mut sources);
+        let reader = |dir| FolderReader::new(dir, sources.key, sources.config);
+        let folder = sources.folder.take().map(reader);
         let versions = Self {
             me: me.node_id(),
             first,
             subnet: config.subnet,
-            follower: Mutex::new(follower),
+            key: sources.key,
+            config: sources.config,
+            folder: folder.map(Arc::new),
+            intake: Mutex::new(Intake::new(sources.kept, held.registry.newest_number())),
+            held: Mutex::new(held),
             newest: AtomicU64::new(0),
+            known: AtomicU64::new(0),
             shared: Mutex::default(),
             questions: Arc::default(),
             names: Mutex::new(Names::new(config.names)),
@@ -121,52 +155,15 @@ impl Versions {
         self.me
     }
 
-    /// Takes what is new in the folder; whether something changed. Reads files: not for shards.
-    pub fn poll_folder(&self) -> bool {
-        let mut follower = self.lock();
-        let changed = follower.poll().changed;
-        if changed {
-            self.share(&follower);
-        }
-        changed
+    /// The folder, for the thread that reads it.
+    pub(crate) fn folder(&self) -> Option<&Arc<FolderReader>> {
+        self.folder.as_ref()
     }
 
-    /// Takes a version; whether something changed. Checks a signature: not for shards.
-    ///
-    /// # Errors
-    /// Why the version is refused; it is counted.
-    pub fn offer(&self, version: SignedVersion) -> Result<bool, RegistryError> {
-        let mut follower = self.lock();
-        let offered = follower.offer(version)?;
-        let changed = matches!(offered, Offered::Newest { .. });
-        if changed {
-            self.share(&follower);
-        }
-        Ok(changed)
-    }
-
-    /// Takes an answer that a peer sent, up to its first version that is refused; whether something
-    /// changed. Checks signatures: not for shards.
-    pub fn take(&self, offer: &Offer) -> bool {
-        let peer = offer.peer();
-        let Some(versions) = wire::decode(&wire::contiguous(&offer.versions)) else {
-            self.questions.count_failed("unreadable");
-            tracing::warn!(%peer, "an answer with registry versions cannot be read");
-            return false;
-        };
-        let mut changed = false;
-        for version in versions {
-            match self.offer(version) {
-                Ok(newest) => changed |= newest,
-                Err(error) => {
-                    // An honest peer sends none that is refused. The rest would cost a signature's
-                    // check and a line in the log for each 68 bytes.
-                    tracing::warn!(%peer, reason = error.reason(), "registry version refused");
-                    break;
-                }
-            }
-        }
-        changed
+    /// The number above which peers are asked for versions: those up to it are held, or too old.
+    /// For shards.
+    pub(crate) fn known(&self) -> u64 {
+        self.known.load(Ordering::Acquire)
     }
 
     /// The encoded versions above a number (see [`wire`]): the answer to a peer that holds that
@@ -177,8 +174,7 @@ impl Versions {
 
     /// As [`Self::newer_than`], and what a shorter answer is made from.
     pub(crate) fn newer(&self, number: u64) -> Newer {
-        let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-        shared.newer_than(number)
+        lock(&self.shared).newer_than(number)
     }
 
     /// The questions to peers.
@@ -187,20 +183,23 @@ impl Versions {
     }
 
     /// Encodes the newest versions for peers, and takes up which names they have.
-    fn share(&self, follower: &Follower) {
-        let listed = self.listed(follower);
+    fn share(&self, held: &Held) {
+        let listed = self.listed(held);
         let hosts = listed.filter_map(|address| match address {
             NodeAddress::Ip(_) => None,
             NodeAddress::Name { host, .. } => Some(host),
         });
         self.names().want(hosts, Instant::now());
-        let held: Vec<_> = follower.registry().newer_than(0).collect();
-        let encoded = Encoded::of(&held);
-        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let all: Vec<_> = held.registry.newer_than(0).collect();
+        let encoded = Encoded::of(&all);
+        let mut shared = lock(&self.shared);
         shared.replace(encoded);
         drop(shared);
-        let number = follower.registry().newest_number();
+        let number = held.registry.newest_number();
         self.newest.store(number, Ordering::Release);
+        // Of an earlier run the number may be known, and the version not: that is asked for, too.
+        let known = number.max(held.registry.number_min().saturating_sub(1));
+        self.known.store(known, Ordering::Release);
     }
 
     /// Number of the newest version; 0 before the first. For shards.
@@ -210,13 +209,13 @@ impl Versions {
 
     /// The members now: those of the subnet, or the seeds before the first version.
     pub fn topology(&self) -> Topology {
-        let follower = self.lock();
-        match self.subnet_in(&follower) {
+        let held = self.lock();
+        match self.subnet_in(&held) {
             Some(subnet) => {
-                let versions = follower.registry().versions_in_use();
+                let versions = held.registry.versions_in_use();
                 Topology::union(&subnet, versions, &self.names())
             }
-            None if follower.registry().newest().is_none() => {
+            None if held.registry.newest().is_none() => {
                 let names = self.names();
                 let first = self.first.iter().map(|node| Member {
                     public_key: node.public_key,
@@ -225,22 +224,47 @@ impl Versions {
                 Topology::from_members(first, 0)
             }
             // It has the version that removed this node: the transport ignores an older one.
-            None => Topology::from_members([], follower.registry().newest_number()),
+            None => Topology::from_members([], held.registry.newest_number()),
+        }
+    }
+
+    /// Why the registry folder cannot be read; none if it can, or there is none.
+    pub fn folder_failure(&self) -> Option<String> {
+        self.folder.as_ref()?.failure()
+    }
+
+    /// Logs how old the newest version is, unless this node has no other members to ask.
+    pub(crate) fn tell_alone(&self) {
+        let members = self.topology().len();
+        let held = self.lock();
+        let (number, age) = (held.registry.newest_number(), held.age());
+        drop(held);
+        let age_s = age.map(|age| age.as_secs());
+        if members != 1 {
+            tracing::warn!(
+                number,
+                age_s,
+                "no peer is connected: none can tell whether the registry has a newer version"
+            );
         }
     }
 
     /// What is held, in numbers.
     pub fn summary(&self) -> Summary {
-        let follower = self.lock();
+        let held = self.lock();
         let names = self.names();
         Summary {
-            newest: follower.registry().newest_number(),
-            skipped: follower
-                .registry()
+            newest: held.registry.newest_number(),
+            age: held.age(),
+            writes_failed: held.writes_failed,
+            kept_failure: held.kept_failure.clone(),
+            folder_failure: self.folder_failure(),
+            skipped: held
+                .registry
                 .newest()
                 .map_or(0, |version| version.skipped.len() as u64),
-            refused: follower
-                .refused()
+            refused: held
+                .refused
                 .iter()
                 .map(|(reason, count)| (*reason, *count))
                 .collect(),
@@ -252,8 +276,8 @@ impl Versions {
 
     /// What the registry says about this node's firewall.
     pub fn firewall(&self) -> FirewallRecords {
-        let follower = self.lock();
-        let listed: BTreeSet<NodeAddress> = self.listed(&follower).cloned().collect();
+        let held = self.lock();
+        let listed: BTreeSet<NodeAddress> = self.listed(&held).cloned().collect();
         let names = self.names();
         let members: BTreeSet<IpAddr> = listed
             .iter()
@@ -261,36 +285,33 @@ impl Versions {
             .map(|address| address.ip())
             .collect();
         drop(names);
-        let newest = follower.registry().newest();
+        let newest = held.registry.newest();
         FirewallRecords {
-            version: follower.registry().newest_number(),
+            version: held.registry.newest_number(),
             tables: newest.map_or_else(Vec::new, |version| version.firewall.clone()),
             members: members.into_iter().collect(),
-            subnet: self.subnet_in(&follower),
+            subnet: self.subnet_in(&held),
         }
     }
 
     /// The configured subnet, or the one of this node's record.
-    fn subnet_in(&self, follower: &Follower) -> Option<SubnetId> {
-        let newest = follower.registry().newest()?;
+    fn subnet_in(&self, held: &Held) -> Option<SubnetId> {
+        let newest = held.registry.newest()?;
         let mine = newest.nodes.iter().find(|node| node.id == self.me);
         self.subnet.or_else(|| mine.map(|node| node.subnet))
     }
 
     /// All addresses of all held versions, and of the seeds.
-    fn listed<'f>(&'f self, follower: &'f Follower) -> impl Iterator<Item = &'f NodeAddress> {
-        let nodes = follower
-            .registry()
-            .versions()
-            .flat_map(|version| &version.nodes);
+    fn listed<'f>(&'f self, held: &'f Held) -> impl Iterator<Item = &'f NodeAddress> {
+        let nodes = held.registry.versions().flat_map(|version| &version.nodes);
         let seeds = self.first.iter().flat_map(|node| &node.addresses);
         nodes.flat_map(|node| &node.addresses).chain(seeds)
     }
 
     /// Hosts whose names have a node among these, in the newest version or the seeds.
     pub(crate) fn hosts_of(&self, is_among: impl Fn(&NodeId) -> bool) -> BTreeSet<HostName> {
-        let follower = self.lock();
-        let newest = follower.registry().newest();
+        let held = self.lock();
+        let newest = held.registry.newest();
         let nodes = newest.iter().flat_map(|version| &version.nodes);
         let nodes = nodes.map(|node| (node.id, &node.addresses));
         let seeds = self.first.iter();
@@ -330,12 +351,16 @@ impl Versions {
 
     /// The names, for the thread that keeps them fresh.
     pub(crate) fn names(&self) -> MutexGuard<'_, Names> {
-        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.names)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Follower> {
-        self.follower.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        lock(&self.held)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Logs that the state of a name is another than before.
@@ -349,63 +374,4 @@ pub(crate) fn tell(host: &HostName, change: &Change) {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::net::SocketAddr;
-
-    use millrace_protocol::identity::SigningKey;
-    use millrace_protocol::registry::RegistryConfig;
-
-    use super::*;
-    use crate::{Draft, keys};
-
-    fn versions(key: &SigningKey, me: &PublicKey) -> Versions {
-        let follower = Follower::new(None, key.public_key(), RegistryConfig::default());
-        Versions::new(me, VersionsConfig::default(), follower)
-    }
-
-    /// Protects the removal of this node itself: the transport ignores a topology that is older
-    /// than the one in force, and the empty one of a removed node must not count as older.
-    #[test]
-    fn the_empty_topology_of_a_removed_node_has_the_version_that_removed_it() {
-        let key = keys::generate().unwrap();
-        let nodes = [0, 1].map(|n| {
-            let address: SocketAddr = ([127, 0, 0, 1], 4100 + n).into();
-            (keys::generate().unwrap().public_key(), address)
-        });
-        let versions = versions(&key, &nodes[0].0);
-        let first = Draft::with_nodes("test", &nodes).unwrap();
-        assert!(versions.offer(first.sign(&key).unwrap()).unwrap());
-        let both = versions.topology();
-        assert_eq!((both.len(), both.newest_version()), (2, 1));
-
-        let mut second = Draft::after(first.version().clone());
-        second.remove_node(versions.node_id()).unwrap();
-        assert!(versions.offer(second.sign(&key).unwrap()).unwrap());
-        let none = versions.topology();
-        assert_eq!((none.len(), none.newest_version()), (0, 2));
-    }
-
-    /// Protects the thread that checks signatures from an answer of many refused versions.
-    #[test]
-    fn an_answer_ends_at_its_first_refusal() {
-        let [key, other] = [0, 1].map(|_| keys::generate().unwrap());
-        let versions = versions(&key, &other.public_key());
-        let draft = Draft::first("test").unwrap();
-        let [good, bad] = [&key, &other].map(|key| draft.sign(key).unwrap());
-        let take = |answer: &[&SignedVersion]| {
-            let question = versions.questions().ask(versions.node_id()).unwrap();
-            let answer = wire::encode(answer.iter().copied());
-            versions.take(&Offer::new(question, answer.into()))
-        };
-        assert!(!take(&[&bad, &bad, &good]));
-        let refused: u64 = versions
-            .summary()
-            .refused
-            .iter()
-            .map(|(_, count)| count)
-            .sum();
-        assert_eq!((versions.newest(), refused), (0, 1));
-        assert!(take(&[&good, &bad]));
-        assert_eq!(versions.newest(), 1);
-    }
-}
+mod tests;

@@ -11,7 +11,7 @@ use millrace_protocol::frame::{Class, FailureCode, Method};
 use millrace_protocol::id::NodeId;
 use millrace_protocol::identity::SigningKey;
 use millrace_protocol::registry::{RegistryConfig, SignedVersion};
-use millrace_registry::{Draft, Events, Exchange, Follower, Versions, VersionsConfig, keys, wire};
+use millrace_registry::{Draft, Events, Exchange, Sources, Versions, VersionsConfig, keys, wire};
 use millrace_shards::chunk::{Body, taken_bytes};
 use millrace_sim::memnet::LinkConfig;
 use millrace_sim::{Sim, SimConfig, SimMessenger};
@@ -49,10 +49,10 @@ struct Held {
 
 impl Held {
     fn new(registry: &SigningKey) -> Self {
-        let follower = Follower::new(None, registry.public_key(), RegistryConfig::default());
+        let sources = Sources::new(registry.public_key(), RegistryConfig::default());
         let me = keys::generate().unwrap().public_key();
         Self {
-            versions: Arc::new(Versions::new(&me, VersionsConfig::default(), follower)),
+            versions: Arc::new(Versions::new(&me, VersionsConfig::default(), sources)),
             events: Events::default(),
         }
     }

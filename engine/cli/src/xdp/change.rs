@@ -174,7 +174,7 @@ fn request(
 /// What the registry folder says to this node.
 fn firewall(config: &NodeConfig, paths: &Paths) -> Result<Firewall, Failure> {
     let identity = keys::read(&paths.key_file)?;
-    let versions = versions::of_config(&identity.public_key(), config, &paths.registry_dir)?;
+    let versions = versions::of_config(&identity.public_key(), config, paths)?;
     // A node that runs keeps the rules of names fresh.
     versions.resolve_all(&HostResolver);
     Ok(edge::firewall(&versions, &config.edge.roles))

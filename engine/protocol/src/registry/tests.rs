@@ -286,3 +286,21 @@ proptest! {
         }
     }
 }
+
+/// Protects a node that has lost its newest version but not the number: it does not go back.
+#[test]
+fn no_version_below_the_number_that_was_set_is_taken() {
+    let mut registry = registry(8);
+    registry.set_number_min(3);
+    registry.set_number_min(2);
+    let older = RegistryError::Older {
+        number: 2,
+        newest: 3,
+    };
+    assert_eq!(registry.offer(signed(2, &[1])), Err(older));
+    assert_eq!(registry.newest_number(), 0);
+    let newest = |number| Ok(Offered::Newest { number, missing: 0 });
+    assert_eq!(registry.offer(signed(3, &[1])), newest(3));
+    assert_eq!(registry.offer(signed(4, &[1])), newest(4));
+    assert_eq!(registry.number_min(), 4);
+}
