@@ -21,7 +21,7 @@ ifeq ($(shell id -u),0)
 export MILLRACE_REQUIRE_KERNEL ?= 1
 endif
 
-.PHONY: setup demo test verify test-sim test-stress test-loom test-edge lint gates rustdoc deny docs \
+.PHONY: setup demo test verify test-sim test-stress test-loom test-edge mutants lint gates rustdoc deny docs \
         bench bench-edge bench-quick bench-wan peers perf-gate
 
 setup:
@@ -65,6 +65,11 @@ test: setup
 verify: setup
 	MILLRACE_VERIFY=1 MILLRACE_STRESS_SECONDS=60 $(MAKE) test
 	$(MAKE) test-loom
+	$(MAKE) mutants
+
+# One-line changes, each of which a test must see.
+mutants: setup
+	.ci/mutants $(ARGS)
 
 # Single suites in full, each a part of `make verify`.
 test-sim: setup

@@ -103,6 +103,38 @@ fn check_reports_all_mistakes_of_a_config_at_once() {
     );
 }
 
+/// The memory budget is printed as it was computed: each line is its items' bytes times their
+/// number, and the last one is the sum.
+fn assert_budget(config: &Config, printed: &str) {
+    let output = config.check(&["--no-environment", "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+    let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+    let mut sum = 0;
+    for line in report["memory"].as_array().unwrap() {
+        let name = line["name"].as_str().unwrap();
+        let [each, count] = ["each_bytes", "count"].map(|key| line[key].as_u64().unwrap());
+        sum += each * count;
+        let shown = printed.lines().find(|shown| shown.contains(name)).unwrap();
+        let numbers: String = shown
+            .replacen(name, "", 1)
+            .split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" ");
+        let expected = format!(
+            "{count} x {:.1} KiB = {}",
+            each as f64 / 1024.0,
+            mib(each * count)
+        );
+        assert_eq!(numbers, expected, "{name}");
+    }
+    assert_eq!(report["memory_budget_bytes"], sum);
+    let total = printed.lines().last().unwrap();
+    assert!(
+        total.contains("total") && total.ends_with(&mib(sum)),
+        "{total}"
+    );
+}
+
 /// A good config passes without a look at the host; with it, what is missing there is exit 3 and
 /// names its fix.
 #[test]
@@ -110,10 +142,7 @@ fn check_tells_mistakes_from_obstacles_of_the_host() {
     let config = Config::usable("");
     let output = config.check(&["--no-environment"]);
     has_code(&output, 0);
-    assert!(
-        stdout(&output).contains("total"),
-        "the memory budget is printed"
-    );
+    assert_budget(&config, &stdout(&output));
 
     let output = config.check(&[]);
     has_code(&output, 3);

@@ -131,3 +131,55 @@ fn edge(config: &NodeConfig, budget: &mut MemoryBudget) {
 fn socket_bytes(config: &NodeConfig) -> ByteSize {
     ByteSize(config.listen.receive_buffer_bytes.0 + config.listen.send_buffer_bytes.0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Protects the operator who sizes a host by the sum: what a connection may hold is what the
+    /// keys say, no more and no less. The figures are written out, not computed as the code does.
+    #[test]
+    fn a_connection_is_printed_with_what_its_keys_allow() {
+        let mut config = NodeConfig::default();
+        let transport = &mut config.transport;
+        transport.connections_max = 100;
+        transport.handshakes_max = 60;
+        transport.lane_body_bytes_max = ByteSize(4_096);
+        for requests in [
+            &mut transport.requests_out_latency_max,
+            &mut transport.requests_out_normal_max,
+            &mut transport.requests_out_bulk_max,
+            &mut transport.requests_in_latency_max,
+            &mut transport.requests_in_normal_max,
+            &mut transport.requests_in_bulk_max,
+        ] {
+            *requests = 100;
+        }
+        // Two frames over the bounds of lanes, and a header for each of 600 requests.
+        const HEADROOM: u64 = 2 * (16 + 4_096) + 600 * 16;
+        // Bytes of lanes by class, of answers, of windows; MiB of all, with 1 for inline bodies.
+        for (lanes, answers, windows, mib) in [
+            ([1, 2, 3], 10, [20, 40], 57),
+            ([1, 2, 3], 10, [40, 20], 57),
+            ([100, 2, 3], 10, [1, 1], 117),
+            ([1, 200, 300], 1_000, [1, 1], 1_503),
+        ] {
+            let transport = &mut config.transport;
+            let [latency, normal, bulk] = lanes.map(ByteSize::mib);
+            transport.lane_queue_latency_bytes = latency;
+            transport.lane_queue_normal_bytes = normal;
+            transport.lane_queue_bulk_bytes = bulk;
+            transport.answer_queue_bytes = ByteSize::mib(answers);
+            let [lan, wan] = windows.map(ByteSize::mib);
+            transport.lan_connection_window_bytes = lan;
+            transport.wan_connection_window_bytes = wan;
+            let budget = of(&config, &[0, 1]);
+            let mut lines = budget.lines().iter();
+            let line = lines.find(|line| line.name.starts_with("connections:"));
+            let printed = line.map(|line| (line.each.0, line.count));
+            // Those that are no handshakes, on two shards.
+            let expected = (ByteSize::mib(mib).0 + HEADROOM, 80);
+            assert_eq!(printed, Some(expected), "{lanes:?} {answers} {windows:?}");
+        }
+    }
+}

@@ -103,7 +103,7 @@ impl Service for BodyStore {
     }
 }
 
-/// Two nodes that keep bodies.
+/// Nodes that keep bodies. Node 1 is the store that the tests look at.
 struct Testbed {
     sim: Sim,
     seen: Rc<RefCell<Seen>>,
@@ -126,9 +126,15 @@ impl Testbed {
         Self { sim, seen }
     }
 
-    /// Connected, with these budgets and a path that loses packets.
+    /// Two nodes; see [`Self::of`].
     fn new(total_bytes: usize, peer_bytes_max: usize) -> Self {
+        Self::of(2, total_bytes, peer_bytes_max)
+    }
+
+    /// Connected, with these budgets and paths that lose packets.
+    fn of(nodes: usize, total_bytes: usize, peer_bytes_max: usize) -> Self {
         let mut testbed = Self::start(SimConfig {
+            nodes,
             transport: TransportConfig {
                 receive_budget_bytes: total_bytes as u64,
                 receive_budget_peer_bytes: peer_bytes_max as u64,
@@ -141,29 +147,46 @@ impl Testbed {
             seed: 3,
             ..SimConfig::default()
         });
-        assert!(testbed.sim.run_until(LIMIT, |sim| sim.connected(0, 1)));
+        let all: Vec<usize> = (0..nodes).collect();
+        assert!(testbed.sim.run_until(LIMIT, |sim| sim.all_connected(&all)));
         testbed
     }
 
     fn body(&self, bytes: usize) -> Body {
+        self.body_of(0, bytes)
+    }
+
+    fn body_of(&self, node: usize, bytes: usize) -> Body {
         let content: Vec<u8> = (0..bytes).map(|i| ((i * 31) >> 5) as u8).collect();
-        Body::copy_from_slice(self.sim.messenger(0).pool(), &content).expect("the pool has room")
+        let pool = self.sim.messenger(node).pool();
+        Body::copy_from_slice(pool, &content).expect("the pool has room")
     }
 
     fn ask(&mut self, method: Method, body: Body) -> Result<Payload, RpcError> {
+        self.ask_by(0, method, body)
+    }
+
+    /// What the store answers to `node`.
+    fn ask_by(&mut self, node: usize, method: Method, body: Body) -> Result<Payload, RpcError> {
         let request = Request {
             class: Class::Bulk,
             method,
             body: body.into(),
             deadline: (LIMIT / 2).into(),
         };
-        let answer = self.sim.messenger(0).request(self.sim.id(1), request);
+        let answer = self.sim.messenger(node).request(self.sim.id(1), request);
         let answer = self.sim.run(LIMIT, answer);
         answer.expect("a deadline ends every request")
     }
 
     fn keep(&mut self, bytes: usize) -> Result<(), RpcError> {
-        self.ask(KEEP, self.body(bytes)).map(drop)
+        self.keep_of(0, bytes)
+    }
+
+    /// The store keeps a body of `node`'s.
+    fn keep_of(&mut self, node: usize, bytes: usize) -> Result<(), RpcError> {
+        let body = self.body_of(node, bytes);
+        self.ask_by(node, KEEP, body).map(drop)
     }
 
     fn rejected(&self, reason: &str) -> u64 {
@@ -198,6 +221,25 @@ fn a_body_is_charged_until_its_last_chunk_is_dropped() {
     assert_eq!(testbed.keep(MIB), Err(BUSY));
     drop((first, chunk));
     testbed.keep(4 * MIB).unwrap();
+    testbed.seen.borrow_mut().kept.clear();
+    assert_eq!(testbed.taken_bytes(), 0);
+}
+
+// Protects a peer from another one that fills its share: a body is charged to the peer that sent
+// it, and to no other.
+#[test]
+fn each_peer_has_a_share_of_its_own() {
+    let mut testbed = Testbed::of(3, 16 * MIB, 8 * MIB);
+    testbed.keep_of(0, 8 * MIB).unwrap();
+    assert_eq!(testbed.keep_of(0, MIB), Err(BUSY));
+    assert_eq!(testbed.rejected("budget_peer_share"), 1);
+    testbed.keep_of(2, 4 * MIB).unwrap();
+    // What one peer gets back is not the other's.
+    testbed.seen.borrow_mut().kept.remove(1);
+    assert_eq!(testbed.keep_of(0, MIB), Err(BUSY));
+    testbed.keep_of(2, 4 * MIB).unwrap();
+    testbed.seen.borrow_mut().kept.remove(0);
+    testbed.keep_of(0, 4 * MIB).unwrap();
     testbed.seen.borrow_mut().kept.clear();
     assert_eq!(testbed.taken_bytes(), 0);
 }

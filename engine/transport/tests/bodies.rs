@@ -31,6 +31,9 @@ const REFUSE: Method = Method(22);
 /// Answers with as many bytes as the request's first four say.
 const GIVE: Method = Method(23);
 
+/// The store's first stream after its lanes; the next ones follow by fours.
+const STREAM_OF_MESSAGE: u64 = 23;
+
 /// What services did with bodies, for the test to see.
 #[derive(Clone, Default)]
 struct Seen {
@@ -493,8 +496,6 @@ fn a_flood_of_cancellations_is_dropped_above_its_bound() {
 // that stops a stream (STOP_SENDING) ends that message, and all others go on.
 #[test]
 fn a_peer_that_stops_a_body_ends_that_message_alone() {
-    /// The store's first stream after its lanes, and how they count on.
-    const STREAM_OF_MESSAGE: u64 = 23;
     let (bed, mut raw) = store_and_raw(budget(16 * MIB, 8 * MIB));
     let is_up = || bed.store.transport.status().peers().len() == 1;
     assert!(raw.drive(LIMIT, |_| is_up()));
@@ -537,6 +538,32 @@ fn a_peer_that_stops_a_body_ends_that_message_alone() {
         stop(&mut raw, STREAM_OF_MESSAGE + 8 + 4 * n);
         assert!(raw.drive(LIMIT, |_| stopped() == 2 + n));
     }
+    assert!(raw.drive(LIMIT, |_| bed.taken_bytes() == 0));
+    assert!(is_up());
+}
+
+// Protects the peer's space and the path: what is left of a request whose asker is gone is not
+// sent, and the peer hears so (RESET_STREAM) instead of waiting for it.
+#[test]
+fn a_request_that_is_dropped_half_way_resets_its_stream() {
+    /// The reference's code: the message is not wanted any more.
+    const CANCELLED: u64 = 0x8000_0006;
+    let (bed, mut raw) = store_and_raw(budget(16 * MIB, 8 * MIB));
+    let is_up = || bed.store.transport.status().peers().len() == 1;
+    assert!(raw.drive(LIMIT, |_| is_up()));
+    // More than the window of a stream, and the client reads too little to open it.
+    let body = bed.store.body(6 << 20);
+    let question = request(KEEP, Class::Bulk, body);
+    let answer = bed.store.transport.request(bed.asker.id(), question);
+    assert!(raw.drive(LIMIT, |quic| quic.stream_readable(STREAM_OF_MESSAGE)));
+    drop(answer);
+    let reset = Err(quiche::Error::StreamReset(CANCELLED));
+    assert!(
+        raw.drive(LIMIT, |quic| {
+            quic.stream_recv(STREAM_OF_MESSAGE, &mut [0]) == reset
+        }),
+        "the stream goes on"
+    );
     assert!(raw.drive(LIMIT, |_| bed.taken_bytes() == 0));
     assert!(is_up());
 }

@@ -9,6 +9,7 @@ mod raw;
 use std::time::Duration;
 
 use common::*;
+use millrace_edge_policy::cid::initial_dcid;
 use millrace_protocol::frame::{Class, Header, Kind, Method};
 use millrace_transport::TransportConfig;
 use millrace_transport::counters::{Counter, Family};
@@ -47,6 +48,37 @@ fn a_non_member_is_refused() {
         "certificate_unknown"
     );
     node.wait_for_reason(Family::Refused, "not_in_registry", 1);
+}
+
+// Protects the owner of a forged address, to whom an answer goes: RFC 9000, 14.1 and 6.1. A
+// shorter datagram is counted, and neither begins a handshake nor gets a list of versions.
+#[test]
+fn a_datagram_that_opens_has_1_200_bytes_at_least() {
+    /// A version that no node speaks (RFC 9000, 15).
+    const RESERVED: u32 = 0x1a2a_3a4a;
+    let (node, dialler) = listener_and_dialler();
+    let to = node.transport.local_addr();
+    let cases = [
+        (quiche::PROTOCOL_VERSION, 1_199, false),
+        (quiche::PROTOCOL_VERSION, 1_200, true),
+        (RESERVED, 1_199, false),
+        (RESERVED, 1_200, true),
+    ];
+    let mut unroutable = 0;
+    for (n, (version, len, is_answered)) in (1..).zip(cases) {
+        let id = initial_dcid(0, [n; 15]);
+        let mut raw = Raw::dial_from("127.0.0.1:0", to, &RawOptions::of(&dialler), &id);
+        let (mut datagram, _) = raw.outgoing().swap_remove(0);
+        assert_eq!(datagram.len(), 1_200);
+        datagram[1..5].copy_from_slice(&version.to_be_bytes());
+        raw.send_datagram(&datagram[..len], to);
+        if is_answered {
+            assert!(raw.receive_one(LIMIT).is_some(), "{version:x}, {len} bytes");
+        } else {
+            unroutable += 1;
+            node.wait_for_count(Counter::DatagramsUnroutable, unroutable);
+        }
+    }
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Words and slots, bit by bit as `docs/reference/edge.md` has them.
 
+use std::cell::Cell;
+
 use super::*;
 use crate::limiter::{CLOCK_SLACK_NS, charge_word};
 
@@ -96,6 +98,24 @@ fn a_full_line_refuses_new_keys() {
     // Once its keys are idle, another key may take their slots.
     assert!(sketch.look(KEY, Purpose::Quic, 0, LIMIT, NOW + 100));
     assert!(sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW + 100));
+}
+
+// Protects the limits through a turn: a key that only the other generation knows has no word that
+// it could be charged to.
+#[test]
+fn a_full_line_charges_no_key_of_the_generation_that_is_left() {
+    // Whether the other generation counts; whether a look, which takes nothing, finds a budget.
+    for (old_until_ns, looks) in [(NOW + 30, true), (NOW, false)] {
+        let buckets = OwnedBuckets::new(1);
+        let mut sketch = sketch(&buckets);
+        assert!(sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW));
+        (sketch.active, sketch.old_until_ns) = (1, old_until_ns);
+        fill(buckets.bucket(1), hash(1, KEY, Purpose::Quic, 0) >> 48);
+        let before = words(buckets.bucket(1));
+        assert_eq!(sketch.look(KEY, Purpose::Quic, 0, LIMIT, NOW), looks);
+        assert!(!sketch.charge(KEY, Purpose::Quic, 0, LIMIT, NOW));
+        assert_eq!(words(buckets.bucket(1)), before);
+    }
 }
 
 #[test]
@@ -258,6 +278,60 @@ fn a_key_placed_twice_is_given_back() {
     assert!(!place.keep_only_one(slot, theirs + 1));
     assert_eq!(buckets.bucket(0)[slot].load(Ordering::Relaxed), 0);
     assert_eq!(other.load(Ordering::Relaxed), theirs);
+}
+
+/// Buckets in which another CPU places a key while this one is between its look at the active
+/// generation and its compare-and-swap: when it looks at the other generation.
+struct Contested {
+    buckets: OwnedBuckets,
+    /// The slot of bucket 0 and the word that the other CPU writes there, once.
+    theirs: Cell<Option<(usize, u64)>>,
+}
+
+impl Buckets for Contested {
+    fn count(&self) -> usize {
+        self.buckets.count()
+    }
+
+    fn bucket(&self, index: usize) -> &[AtomicU64; SLOTS] {
+        if index == 1
+            && let Some((slot, word)) = self.theirs.take()
+        {
+            self.buckets.bucket(0)[slot].store(word, Ordering::SeqCst);
+        }
+        self.buckets.bucket(index)
+    }
+}
+
+// Protects a limit from CPUs that place a key at the same moment: the charge that finds a second
+// placement gives its own back, and pays at the other.
+#[test]
+fn a_charge_keeps_no_second_placement() {
+    let hash = hash(0, KEY, Purpose::Quic, 0);
+    let (tag, first) = (hash >> 48, (hash >> 40) as usize & 7);
+    // Admissions that are left beside theirs; whether the charge gets one, and the word then.
+    for (burst, is_admitted, paid_until_ns) in [(1, false, NOW + 10), (2, true, NOW + 20)] {
+        let theirs = ((first + 3) % SLOTS, busy_word(tag, NOW + 10));
+        let contested = Contested {
+            buckets: OwnedBuckets::new(1),
+            theirs: Cell::new(Some(theirs)),
+        };
+        let sketch = Sketch {
+            buckets: &contested,
+            seed: SEED,
+            active: 0,
+            old_until_ns: u64::MAX,
+        };
+        let limit = Limit {
+            interval_ns: 10,
+            tolerance_ns: 10 * (burst - 1),
+        };
+        let admitted = sketch.charge(KEY, Purpose::Quic, 0, limit, NOW);
+        assert_eq!(admitted, is_admitted, "burst {burst}");
+        let mut expected = [0; SLOTS];
+        expected[theirs.0] = busy_word(tag, paid_until_ns);
+        assert_eq!(words(contested.bucket(0)), expected, "burst {burst}");
+    }
 }
 
 #[test]
