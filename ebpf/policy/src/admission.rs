@@ -218,7 +218,8 @@ impl Admission {
     ///
     /// `dcid` is its destination ID, which belongs to no live connection. `token` is its token,
     /// empty if it has none. `half_open` is the number of handshakes that the asking shard has
-    /// begun and not completed. `now_ns` is CLOCK_MONOTONIC, `wall_ns` the time since 1970, both in
+    /// begun and not completed; the largest number, where it has room for registry peers alone.
+    /// `now_ns` is CLOCK_MONOTONIC, `wall_ns` the time since 1970, both in
     /// nanoseconds.
     pub fn first_packet(
         &self,

@@ -6,7 +6,7 @@
 //!
 //! 1. Only members of the topology whose owner is this shard have a connection; the lower id dials.
 //! 2. A peer has at most one current connection, at most one that is not yet up, and at most one
-//!    that drains; so connections are bounded by three per peer.
+//!    that drains: [`CONNECTIONS_PER_PEER_MAX`].
 //! 3. A connection is up at the peer's first hello. It then gets a number above all earlier ones,
 //!    and replaces the current one, which drains: as long as its messages come forward, up to
 //!    `drain_max`, or until the next one is replaced.
@@ -28,8 +28,8 @@ mod state;
 mod tests;
 
 pub use api::{
-    Action, Attempt, CloseKind, CloseReason, ConnKey, Direction, PeersConfig, PeersCounters,
-    Refusal,
+    Action, Attempt, CONNECTIONS_PER_PEER_MAX, CloseKind, CloseReason, ConnKey, Direction,
+    PeersConfig, PeersCounters, Refusal,
 };
 
 use crate::{

@@ -120,6 +120,18 @@ impl Topology {
         self.members.len()
     }
 
+    /// How many peers of `me` each of `shards` shards owns, for the connections of this `index`;
+    /// none while `me` is no member.
+    pub fn peers_by_shard(&self, me: &NodeId, index: u8, shards: u8) -> Vec<usize> {
+        let mut peers = vec![0; usize::from(shards.max(1))];
+        if self.member(me).is_some() {
+            for id in self.members.keys().filter(|id| *id != me) {
+                peers[usize::from(id.owner_shard(index, shards))] += 1;
+            }
+        }
+        peers
+    }
+
     /// Whether there are no members.
     pub fn is_empty(&self) -> bool {
         self.members.is_empty()
@@ -221,5 +233,26 @@ mod tests {
             (vec![node(3, 0).id], vec![node(1, 0).id])
         );
         assert!(both.diff(&both).is_empty() && Topology::empty().is_empty());
+    }
+
+    // Protects the sizes of tables: a peer is counted at the shard that owns it, as its connections
+    // are, and the node itself at none.
+    #[test]
+    fn peers_are_counted_at_their_owners() {
+        let nodes: Vec<_> = (0..40).map(|seed| node(seed, 10)).collect();
+        let me = nodes[0].id;
+        let topology = Topology::union(&subnet(), &[version(1, nodes)], &Names::default());
+        for (index, shards) in [(0, 1), (0, 3), (1, 3), (7, 255)] {
+            let peers = topology.peers_by_shard(&me, index, shards);
+            assert_eq!(peers.len(), usize::from(shards));
+            assert_eq!(peers.iter().sum::<usize>(), 39);
+            for (count, shard) in peers.into_iter().zip(0..) {
+                let is_owned = |id: &&NodeId| **id != me && id.owner_shard(index, shards) == shard;
+                let owned = topology.iter().map(|(id, _)| id).filter(is_owned);
+                assert_eq!(owned.count(), count, "{index} {shards}");
+            }
+        }
+        let non_member = node(99, 10).id;
+        assert_eq!(topology.peers_by_shard(&non_member, 0, 2), [0, 0]);
     }
 }

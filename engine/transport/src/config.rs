@@ -10,7 +10,12 @@ use millrace_protocol::body_deadline::BodyDeadlineConfig;
 use millrace_protocol::budget::BudgetConfig;
 use millrace_protocol::frame::{Class, Header, Limits};
 use millrace_protocol::path::{PathConfig, PathProfile};
+use millrace_protocol::peers::CONNECTIONS_PER_PEER_MAX;
 use millrace_protocol::rpc::RpcLimits;
+
+/// Connections of a shard that its peers leave to clients without a proof. A member has none while
+/// its clock is off, or while a NAT changes its address.
+pub const UNPROVEN_ROOM: usize = 16;
 
 /// Congestion control of a connection.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -196,9 +201,10 @@ pub struct TransportConfig {
     pub probe_interval: Duration,
     /// Probes lost in a row before a connection is given up, if nothing else arrives meanwhile.
     pub probe_failures_max: u32,
-    /// Connections that one shard holds, handshakes included.
+    /// Connections that one shard holds, handshakes included. What its peers need of them
+    /// ([`Self::connections_min`]) is kept for peers.
     pub connections_max: usize,
-    /// Of them, connections that have not finished their handshake.
+    /// Of them, connections that others began and whose handshake is not finished.
     pub handshakes_max: usize,
     /// Heap bytes that QUIC may hold for all connections of a shard: what came and cannot be read
     /// yet, and its own state. Above it, the connection that holds most is closed; and each above
@@ -272,6 +278,26 @@ impl TransportConfig {
             PathProfile::Lan => &self.lan,
             PathProfile::Wan => &self.wan,
         }
+    }
+
+    /// Connections of each pair of nodes, where this one has so many shards.
+    pub fn pair_connections(&self, shards: usize) -> u8 {
+        let max = shards.clamp(1, 8) as u8;
+        self.connections_per_peer.clamp(1, max)
+    }
+
+    /// Peers that one of so many shards keeps connections to, by the machine of one index. Members
+    /// beyond it are left out.
+    pub fn peers_max(&self, shards: usize) -> usize {
+        let pairs = usize::from(self.pair_connections(shards));
+        self.connections_max.saturating_sub(UNPROVEN_ROOM) / (pairs * CONNECTIONS_PER_PEER_MAX)
+    }
+
+    /// What `connections_max` must be for so many peers on one of so many shards: each may have a
+    /// connection, one that is to replace it, and one that drains.
+    pub fn connections_min(&self, peers: usize, shards: usize) -> usize {
+        let pairs = usize::from(self.pair_connections(shards));
+        peers * pairs * CONNECTIONS_PER_PEER_MAX + UNPROVEN_ROOM
     }
 
     /// Bytes that lanes of class latency and of class normal take beyond their bound: the frame

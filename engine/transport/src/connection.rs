@@ -74,6 +74,8 @@ pub(crate) struct Connection {
     /// The source of an inbound connection came without token and proof, and is not charged for it
     /// yet.
     pub(crate) is_uncharged: bool,
+    /// A client without a proof began it, and it is not known to be a member's.
+    pub(crate) is_unproven: bool,
     /// Until the handshake of an inbound connection is over.
     pub(crate) handshake_permit: Option<HandshakePermit>,
     /// From when the handshake of an inbound connection has completed.
@@ -129,6 +131,7 @@ impl Connection {
             initial: None,
             is_server,
             is_uncharged: false,
+            is_unproven: false,
             handshake_permit: None,
             connection_permit: None,
             attempt: None,

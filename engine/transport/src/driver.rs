@@ -41,7 +41,7 @@ pub fn peers_config(config: &TransportConfig, index: u8, shard: u8, shards: u8) 
         shard,
         shards,
         index,
-        peers_max: config.connections_max / 3,
+        peers_max: config.peers_max(shards.into()),
         backoff: BackoffConfig {
             base: config.redial_delay_min,
             cap: config.redial_delay_max,

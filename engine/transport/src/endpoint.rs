@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use millrace_edge_policy::cid::SLOTS_MAX;
 use millrace_protocol::id::NodeId;
 use millrace_protocol::path::PathMemory;
-use millrace_protocol::peers::{ConnKey, Peers};
+use millrace_protocol::peers::{CONNECTIONS_PER_PEER_MAX, ConnKey, Peers};
 use millrace_protocol::timer::{TimerId, Wheel};
 use millrace_protocol::topology::Topology;
 use millrace_shards::datapath::{Datagrams, Datapath, Refused, Trains, Transmit};
@@ -121,6 +121,11 @@ pub(crate) struct Endpoint {
     half_open: usize,
     /// Heap bytes that quiche holds for all of them.
     heap_bytes: u64,
+    /// Connections that clients without a proof began, and that have not been found to be a
+    /// member's.
+    unproven: usize,
+    /// Connections that are kept for peers.
+    kept_for_peers: usize,
     /// Serial number of the last connection, for keys that no two tenants of a slot share.
     opened: u32,
     /// Serial number of the last connection ID.
@@ -178,6 +183,8 @@ impl Endpoint {
             handshakes: 0,
             half_open: 0,
             heap_bytes: 0,
+            unproven: 0,
+            kept_for_peers: 0,
             opened: 0,
             issued: u16::from_le_bytes(random_bytes()),
             initial: BTreeMap::new(),
@@ -204,6 +211,8 @@ impl Endpoint {
         for peers in &mut self.parts.peers {
             peers.set_topology(Arc::clone(&topology), now);
         }
+        let peers: usize = self.parts.peers.iter().map(|of| of.iter().count()).sum();
+        self.kept_for_peers = peers * CONNECTIONS_PER_PEER_MAX;
         let is_member = |peer: &NodeId| topology.member(peer).is_some();
         // A node that has no registry version yet knows no members.
         if topology.iter().next().is_some() {
@@ -220,10 +229,20 @@ impl Endpoint {
         })
     }
 
+    fn connections_max(&self) -> usize {
+        let connections_max = self.parts.state.config.connections_max;
+        connections_max.min(SLOTS_MAX as usize)
+    }
+
     /// Whether one more connection may be held.
     fn has_room(&self) -> bool {
-        let connections_max = self.parts.state.config.connections_max;
-        self.live < connections_max.min(SLOTS_MAX as usize)
+        self.live < self.connections_max()
+    }
+
+    /// Whether a client without a proof may begin a connection: what peers need is kept for them.
+    fn has_room_for_unproven(&self) -> bool {
+        let left = self.connections_max().saturating_sub(self.kept_for_peers);
+        self.unproven < left
     }
 
     fn new_key(&mut self, slot: usize) -> ConnKey {

@@ -145,7 +145,7 @@ impl Transport {
             .first()
             .map_or(udp.local, |socket| socket.local_addr());
         let me = identity.node_id();
-        let connections_per_peer = config.connections_per_peer.clamp(1, count.min(8) as u8);
+        let connections_per_peer = config.pair_connections(count);
         let board = Arc::new(StatusBoard::new(count));
         let counters: Vec<_> = (0..count).map(|_| Arc::new(Counters::default())).collect();
         let clock = edge.clock;

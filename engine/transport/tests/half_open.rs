@@ -18,6 +18,7 @@ use millrace_edge_policy::cid::initial_dcid;
 use millrace_edge_policy::proof::node_tag_of;
 use millrace_edge_policy::source::Source;
 use millrace_edge_policy::stress::{Level, LoadSample, Stress, StressConfig};
+use millrace_protocol::identity::SigningKey;
 use millrace_testkit::until;
 use millrace_transport::TransportConfig;
 use millrace_transport::counters::{Counter, Family};
@@ -201,6 +202,73 @@ fn who_forges_an_address_does_not_shut_its_owner_out() {
     testbed.listener.wait_for_count(Counter::ConnectionsIn, 2);
     assert_eq!(testbed.listener.reason(Family::Refused, FULL), 0);
     assert_eq!(testbed.admission.half_open(here()), BOUND / 2);
+}
+
+/// Places of a shard's table for clients without a proof.
+const OTHERS: u8 = 20;
+
+/// A shard whose table has these, and what its two peers need: for each a connection, its
+/// replacement, and one that drains. No other bound is reached before.
+fn small_table() -> Testbed {
+    let config = TransportConfig {
+        connections_max: 2 * 3 + usize::from(OTHERS),
+        handshakes_max: 4 * usize::from(OTHERS),
+        ..patient()
+    };
+    let admission = AdmissionConfig {
+        half_open_source_max: 0,
+        ..admission()
+    };
+    Testbed::new(admission.with_handshakes(config.handshakes_max), config)
+}
+
+/// Clients that prove nothing and begin a handshake; how many were asked for a token.
+fn begin_others(testbed: &Testbed, count: u8) -> (Vec<Raw>, u8) {
+    let to = testbed.listener.transport.local_addr();
+    let mut asked = 0;
+    let clients = (0..count).map(|n| {
+        let mut raw = client("127.0.0.1:0", to, &non_member(), n);
+        asked += u8::from(begin(&mut raw));
+        raw
+    });
+    (clients.collect(), asked)
+}
+
+// Protects members from clients that fill the table of connections and prove nothing: what members
+// need of it is kept for them.
+#[test]
+fn members_have_room_where_others_have_taken_all_the_rest() {
+    let testbed = small_table();
+    let (_held, asked) = begin_others(&testbed, 2 * OTHERS);
+    assert_eq!(asked, OTHERS);
+    testbed.refused("handshakes_full", u64::from(asked));
+    until("the others have the rest", || {
+        handshakes(&testbed) == usize::from(OTHERS)
+    });
+    let dialler = testbed.start_dialler();
+    dialler.wait_for_peers(&[testbed.listener.id()]);
+    assert_serves(&dialler, &testbed.listener);
+}
+
+// Protects members whose proof does not hold: once the handshake has shown who one is, its place is
+// the next client's.
+#[test]
+fn a_member_without_a_proof_takes_a_place_of_others_for_its_handshake_alone() {
+    let testbed = small_table();
+    let to = testbed.listener.transport.local_addr();
+    let members = testbed.diallers.iter().map(|member| {
+        // The first byte says which of the pair's connections it is.
+        let n = member.node_id().spread();
+        let mut raw = client("127.0.0.1:0", to, &RawOptions::of(member), n);
+        raw.introduce();
+        raw
+    });
+    let _members: Vec<_> = members.collect();
+    let ids = testbed.diallers.each_ref().map(SigningKey::node_id);
+    testbed.listener.wait_for_peers(&ids);
+    let (_held, asked) = begin_others(&testbed, OTHERS + 1);
+    assert_eq!(asked, 1);
+    testbed.refused("handshakes_full", 1);
 }
 
 #[test]

@@ -7,6 +7,10 @@ use crate::{
 use std::{net::SocketAddr, time::Duration};
 use thiserror::Error;
 
+/// The most connections that a machine has with one peer: the current one, one that is to replace
+/// it, and one that drains.
+pub const CONNECTIONS_PER_PEER_MAX: usize = 3;
+
 /// The shell's name for a connection; never used twice within a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConnKey(pub u64);

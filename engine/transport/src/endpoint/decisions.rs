@@ -181,6 +181,7 @@ impl Endpoint {
             self.wheel.cancel(id);
         }
         self.end_handshake(&mut connection);
+        self.end_unproven(&mut connection);
         if was_refused_by_certificate(&connection) {
             self.charge(&mut connection, now);
         }

@@ -50,6 +50,7 @@ impl Endpoint {
         }
         let judged = self.judge(&mut connection, now);
         if let Ok(peer) = judged {
+            self.end_unproven(&mut connection);
             self.introduce(slot, &mut connection, peer);
         }
         if let Err((code, reason)) = judged {
@@ -149,6 +150,11 @@ impl Endpoint {
                 .admission
                 .validated(from, self.parts.clock.ns(now));
         }
+    }
+
+    /// The connection is a peer's, or is gone. More than one call does no harm.
+    pub(super) fn end_unproven(&mut self, connection: &mut Connection) {
+        self.unproven -= usize::from(std::mem::take(&mut connection.is_unproven));
     }
 
     /// Ends the handshake, whether it succeeded or not. More than one call does no harm.

@@ -6,7 +6,7 @@
 //!    accepts it.
 //! 2. Handshakes and connections are bounded before anything is allocated for a new one, for each
 //!    source and each peer too. Non-members get a Retry, which costs no memory, long before the
-//!    bound.
+//!    bound; and they never take the connections that peers need.
 //! 3. A dial proves in its first packet which node it comes from.
 
 use std::net::{IpAddr, SocketAddr};
@@ -49,18 +49,27 @@ impl Endpoint {
     ) -> Option<usize> {
         let from = arrival.from;
         let header = self.first_header(datagram, arrival)?;
-        if self.handshakes >= self.parts.state.config.handshakes_max || !self.has_room() {
+        // Our own dials do not count: they are as many as peers, and the table has room for those.
+        if self.half_open >= self.parts.state.config.handshakes_max || !self.has_room() {
             self.counters().count(Family::Refused, Full::Shard.label());
             return None;
         }
+        // Without room for clients that prove nothing, the shard is full for them alone.
+        let half_open = if self.has_room_for_unproven() {
+            self.half_open
+        } else {
+            usize::MAX
+        };
         let now_ns = self.parts.clock.ns(now);
         let admission = &self.parts.admission;
-        match admission.first_packet(&header, from, self.half_open, now_ns, wall_ns()) {
+        match admission.first_packet(&header, from, half_open, now_ns, wall_ns()) {
             First::Accept(by) => {
                 let permit = admission.hold(from, by);
                 let slot = self.open(&header, by, arrival, now)?;
                 if let Some(Some(connection)) = self.connections.get_mut(slot) {
                     connection.is_uncharged = by == Entitlement::Unvalidated;
+                    connection.is_unproven = !matches!(by, Entitlement::Peer(_));
+                    self.unproven += usize::from(connection.is_unproven);
                     connection.handshake_permit = Some(permit);
                 }
                 Some(slot)
