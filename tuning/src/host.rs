@@ -27,10 +27,43 @@ pub struct HostFacts {
     pub key_file_error: Option<String>,
     /// Why the registry folder cannot be used.
     pub registry_dir_error: Option<String>,
+    /// The members that the registry folder names.
+    pub members: Option<Members>,
     /// `net.core.rmem_max` in bytes, when the process may not exceed it.
     pub receive_buffer_max: Option<ByteSize>,
     /// `net.core.wmem_max` in bytes, when the process may not exceed it.
     pub send_buffer_max: Option<ByteSize>,
+}
+
+/// The members of the node's subnet, and what they need of its shards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Members {
+    /// All, this node included.
+    pub count: u64,
+    /// Those that this node keeps no connection to, for want of room on their shards.
+    pub left_out: u64,
+    /// What `transport.connections_max` must be at least to leave none out.
+    pub connections_min: u64,
+}
+
+impl Members {
+    /// Why a node whose shards hold `connections_max` connections each does not connect to all; and
+    /// what the operator may do.
+    pub fn obstacle(&self, connections_max: u64) -> Option<(String, String)> {
+        let Self {
+            count,
+            left_out,
+            connections_min,
+        } = *self;
+        (left_out > 0).then(|| {
+            (
+                format!(
+                    "connections_max {connections_max} is too small for {count} members: a shard keeps room for the connection to a peer, its replacement and one that drains, and this node would have none to {left_out} of them"
+                ),
+                format!("write connections_max = {connections_min}, or give the node more shards"),
+            )
+        })
+    }
 }
 
 /// Bytes of locked memory per shard below which glommio refuses to start (its own check).
@@ -69,6 +102,11 @@ pub fn check(parsed: &Parsed, facts: &HostFacts, budget: &MemoryBudget) -> Vec<P
             format!("registry folder {}: {error}", parsed.config.registry.dir),
             "copy the folder made by `millrace registry init` here, or correct registry.dir".into(),
         );
+    }
+    let connections_max = parsed.config.transport.connections_max;
+    let obstacle = facts.members.and_then(|all| all.obstacle(connections_max));
+    if let Some((reason, fix)) = obstacle {
+        found.error("transport.connections_max", reason, fix);
     }
     found.problems.sort_by_key(|problem| problem.position);
     found.problems
@@ -283,6 +321,11 @@ mod tests {
             listen_error: Some("address in use".into()),
             key_file_error: Some("no such file".into()),
             registry_dir_error: Some("no such folder".into()),
+            members: Some(Members {
+                count: 60,
+                left_out: 22,
+                connections_min: 193,
+            }),
             receive_buffer_max: Some(ByteSize::kib(208)),
             ..roomy()
         };
@@ -298,6 +341,7 @@ mod tests {
             ("listen.address", Severity::Error),
             ("node.key_file", Severity::Error),
             ("registry.dir", Severity::Error),
+            ("transport.connections_max", Severity::Error),
             ("listen.receive_buffer_bytes", Severity::Warning),
         ] {
             assert!(keys.contains(&expected), "{expected:?} not in {keys:?}");
@@ -305,6 +349,40 @@ mod tests {
         assert!(problems.iter().all(|p| !p.fix.is_empty()));
         let cores = problems.iter().find(|p| p.key == "shards.cores").unwrap();
         assert_eq!(cores.position.line, 4);
+    }
+
+    /// Protects a subnet from falling apart without a word: the operator hears who is left out, and
+    /// the number to set.
+    #[test]
+    fn members_without_room_are_an_error_with_the_number_to_set() {
+        let parsed = parse(&format!(
+            "{KEY}[transport]\nconnections_max = 128\nhandshakes_max = 64\n"
+        ));
+        assert_eq!(parsed.problems, []);
+        let found = |left_out| {
+            let members = Members {
+                count: 60,
+                left_out,
+                connections_min: 193,
+            };
+            let facts = HostFacts {
+                members: Some(members),
+                ..roomy()
+            };
+            check(&parsed, &facts, &MemoryBudget::default())
+        };
+        assert_eq!(found(0), []);
+        let problems = found(22);
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        let Problem { reason, fix, .. } = &problems[0];
+        assert_eq!(problems[0].position.line, 4);
+        assert!(
+            ["128", "60 members", "22 of them"]
+                .iter()
+                .all(|part| reason.contains(part)),
+            "{reason}"
+        );
+        assert!(fix.starts_with("write connections_max = 193"), "{fix}");
     }
 
     /// Protects a node that joins by a seed: it starts without a registry folder.

@@ -76,6 +76,8 @@ fn start(config: &NodeConfig, paths: &Paths) -> Result<Node, Failure> {
     // The lock of the state folder, then the address, then the sockets: a second process of this
     // node ends before the first could notice it.
     let mut parts = NodeParts::of_files(config, paths)?;
+    // Before the edge changes anything in the kernel.
+    parts.obstacles(config)?;
     let cpus = host::usable_cpus();
     output::message(format_args!(
         "memory budget {:.0} MiB; `millrace check` lists its parts",

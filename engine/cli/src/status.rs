@@ -59,6 +59,12 @@ fn print(status: &Status) -> Result<(), Failure> {
     if let Some(why) = &registry.folder_failure {
         output::data(format_args!("           the folder cannot be read: {why}"))?;
     }
+    if status.registry.members_left_out > 0 {
+        output::data(format_args!(
+            "           {} members are left out: connections_max is too small; see the log",
+            status.registry.members_left_out
+        ))?;
+    }
     if status.registry.names > 0 {
         output::data(format_args!(
             "names      {}, {} of them failing, {} left out",

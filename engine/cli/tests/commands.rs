@@ -7,7 +7,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::Output;
 
-use common::{TestRegistry, json, keygen, millrace, ok, stderr, stdout, text};
+use common::{
+    TestNode, TestRegistry, json, keygen, millrace, ok, own_addresses, stderr, stdout, text,
+};
 use tempfile::TempDir;
 
 const KEY: &str = "aa11111111111111111111111111111111111111111111111111111111111111";
@@ -152,6 +154,48 @@ fn check_tells_mistakes_from_obstacles_of_the_host() {
         "{report}"
     );
     assert!(report.contains("registry folder registry"), "{report}");
+}
+
+/// A subnet does not fall apart without a word: who lacks room for all members hears which number to
+/// set, by `check` and by the node, which does not start.
+#[test]
+fn members_without_room_are_an_obstacle() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = TestRegistry::init(dir.path());
+    let node = TestNode::new(
+        &dir.path().join("n"),
+        &registry,
+        &format!("{}1", own_addresses()),
+        "dir = \"../registry\"\n",
+    );
+    node.edit(
+        "[transport]\n",
+        "[transport]\nconnections_max = 21\nhandshakes_max = 8\n",
+    );
+    let config = text(&node.config);
+    let run = |command: &str| {
+        let output = millrace(&[command, "--config", config]);
+        (output.status.code(), stderr(&output))
+    };
+    // Three connections for a peer, and 16 for clients without a proof: one peer has room.
+    registry.add(&node, "127.0.0.1:4100");
+    let [second, third] = ["a", "b"].map(|name| keygen(&dir.path().join(name)).1);
+    has_code(&registry.add_key(&second, "127.0.0.1:4101"), 0);
+    let (code, report) = run("check");
+    assert!(!report.contains("too small for"), "{code:?} {report}");
+    has_code(&registry.add_key(&third, "127.0.0.1:4102"), 0);
+    for (command, code) in [("check", 3), ("node", 78)] {
+        let (ended, report) = run(command);
+        assert_eq!(ended, Some(code), "{command}: {report}");
+        let parts = [
+            "connections_max 21 is too small for 3 members",
+            "write connections_max = 22",
+        ];
+        assert!(
+            parts.iter().all(|part| report.contains(part)),
+            "{command}: {report}"
+        );
+    }
 }
 
 /// What `millrace xdp apply` would refuse is a mistake here already; an interface that is missing

@@ -12,6 +12,7 @@ use millrace_transport::Transport;
 use crate::edge::Report;
 use crate::error::NotReady;
 use crate::reference::Artifacts;
+use crate::room::Room;
 use crate::topology::TopologyChanges;
 
 /// Shared by the threads of a node and by its handle.
@@ -24,6 +25,7 @@ pub(crate) struct Core {
     pub(crate) started: Instant,
     pub(crate) topology: TopologyChanges,
     pub(crate) edge: Option<Report>,
+    pub(crate) room: Room,
     /// The registry version whose topology was applied last; held while one is applied, because
     /// several threads do.
     pub(crate) applied: Mutex<u64>,
@@ -54,8 +56,10 @@ impl Core {
         if topology.newest_version() < *applied {
             return true;
         }
+        let is_other = topology.newest_version() > *applied;
         *applied = topology.newest_version();
         self.topology.count(topology);
+        self.count_left_out(topology, is_other);
         self.artifacts.announced.set_members(topology);
         let told = self.transport.update_topology(topology);
         let version = self.versions.newest();
@@ -63,6 +67,18 @@ impl Core {
         self.transport.set_registry_version(version);
         tracing::info!(version, members = topology.len(), told, "registry changed");
         told
+    }
+
+    /// Counts the members that have no room on this node. A node that runs stays with the peers that
+    /// it has: it says so for each version.
+    fn count_left_out(&self, topology: &Topology, is_other: bool) {
+        let members = self.room.members(&self.transport.node_id(), topology);
+        self.topology
+            .left_out
+            .store(members.left_out, Ordering::Relaxed);
+        if let Some(reason) = self.room.obstacle(&members).filter(|_| is_other) {
+            tracing::error!(%reason, "members are left out");
+        }
     }
 
     /// Whether all shards live that should; otherwise only a restart helps.

@@ -4,9 +4,13 @@ use std::net::UdpSocket;
 use std::path::Path;
 
 use millrace_registry::{folder, keys};
+use millrace_tuning::host::Members;
 use millrace_tuning::{ByteSize, HostFacts, NodeConfig};
 
+use crate::mapping;
 use crate::paths::Paths;
+use crate::registry::{self, RegistrySource};
+use crate::room::Room;
 
 /// The bit of CAP_NET_ADMIN, which lifts the limits of socket buffers.
 const CAP_NET_ADMIN: u64 = 1 << 12;
@@ -37,9 +41,23 @@ pub fn probe(config: &NodeConfig, paths: &Paths) -> HostFacts {
         registry_dir_error: folder::list(&paths.registry_dir)
             .err()
             .map(|e| e.to_string()),
+        members: members(config, paths),
         receive_buffer_max: buffer_max("rmem_max"),
         send_buffer_max: buffer_max("wmem_max"),
     }
+}
+
+/// The members that the registry folder names for the node of the key file.
+fn members(config: &NodeConfig, paths: &Paths) -> Option<Members> {
+    let identity = keys::read(&paths.key_file).ok()?;
+    let source = RegistrySource {
+        public_key: keys::public_from_hex(&config.registry.public_key).ok()?,
+        folder: Some(paths.registry_dir.clone()),
+    };
+    let versions = registry::versions(&identity.public_key(), config, source).ok()?;
+    let shards = config.shards.cpus(&usable_cpus()).len();
+    let room = Room::of(mapping::transport(config), shards);
+    Some(room.members(&versions.node_id(), &versions.topology()))
 }
 
 /// Cores that this process may run on.

@@ -12,6 +12,7 @@
 //! | `core` | what the threads of a node share |
 //! | `reference` | the reference application: artifacts |
 //! | `registry`, `topology`, `peers` | follows the registry; who is a member, who is near |
+//! | `room` | whether all members have room on the shards |
 //! | `admin`, `status`, `metrics` | the admin socket and what it shows |
 //! | `edge` | what a node gives to its edge and hears from it |
 //! | `state_lock`, `address` | what a node must have for itself alone: its state folder, its address |
@@ -34,6 +35,7 @@ mod payload;
 mod peers;
 pub mod reference;
 pub mod registry;
+mod room;
 mod services;
 mod state_lock;
 pub mod status;

@@ -145,6 +145,12 @@ const OWN: &[Own] = &[
         help: "Members of the subnet, this node included",
     },
     Own {
+        name: "millrace_topology_members_left_out",
+        kind: Kind::Gauge,
+        label: None,
+        help: "Members without a connection, because `connections_max` is too small for all",
+    },
+    Own {
         name: "millrace_artifacts_held",
         kind: Kind::Gauge,
         label: None,
@@ -484,7 +490,9 @@ fn registry(core: &Core, out: &mut Out<'_>) -> fmt::Result {
     out.gauge("millrace_registry_names_failing", failing)?;
     out.gauge("millrace_registry_names_left_out", summary.names_left_out)?;
     let members = core.topology.members.load(Ordering::Relaxed);
-    out.gauge("millrace_topology_members", members)
+    out.gauge("millrace_topology_members", members)?;
+    let left_out = core.topology.left_out.load(Ordering::Relaxed);
+    out.gauge("millrace_topology_members_left_out", left_out)
 }
 
 fn artifacts(core: &Core, out: &mut Out<'_>) -> fmt::Result {

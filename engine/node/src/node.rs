@@ -116,7 +116,7 @@ impl Node {
     /// # Errors
     /// [`StartError`], by whose fault it is. Nothing is left running then.
     pub fn start(config: &NodeConfig, parts: NodeParts) -> Result<Self, StartError> {
-        parts.services.check()?;
+        let room = parts.check(config)?;
         if !heap::is_counted() && config.transport.heap_count == HeapCount::Require {
             return Err(StartError::Config {
                 key: "transport.heap_count".into(),
@@ -169,6 +169,7 @@ impl Node {
             started: Instant::now(),
             topology: changes,
             edge: report,
+            room,
             applied: Mutex::default(),
         });
         // From here on, an error drops what was started.

@@ -13,10 +13,12 @@ use millrace_tuning::NodeConfig;
 
 use crate::edge::PreparedEdge;
 use crate::error::StartError;
+use crate::host;
 use crate::mapping;
 use crate::path_memory;
 use crate::paths::Paths;
 use crate::registry::{self, Kept, RegistrySource};
+use crate::room::Room;
 use crate::services::Services;
 use crate::state_lock::StateLock;
 
@@ -104,6 +106,30 @@ impl NodeParts {
     ) -> Self {
         self.services.add(methods, make);
         self
+    }
+
+    /// What stands against a start with this config, before anything of the host is taken:
+    /// services whose methods are not free, and members that have no room. [`Node::start`] asks the
+    /// same.
+    ///
+    /// # Errors
+    /// As [`Node::start`].
+    ///
+    /// [`Node::start`]: crate::Node::start
+    pub fn obstacles(&self, config: &NodeConfig) -> Result<(), StartError> {
+        self.check(config).map(drop)
+    }
+
+    /// As [`Self::obstacles`]; the room for peers.
+    pub(crate) fn check(&self, config: &NodeConfig) -> Result<Room, StartError> {
+        self.services.check()?;
+        let shards = match &self.shards {
+            Some(shards) => shards.len(),
+            None => config.shards.cpus(&host::usable_cpus()).len(),
+        };
+        let room = Room::of(mapping::transport(config), shards);
+        room.check(&self.versions.node_id(), &self.versions.topology())?;
+        Ok(room)
     }
 
     fn with(

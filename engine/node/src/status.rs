@@ -57,6 +57,8 @@ pub struct RegistryStatus {
     pub folder_failure: Option<String>,
     /// Members of the subnet, this node included.
     pub members: u64,
+    /// Those that this node has no connection to, because `connections_max` is too small.
+    pub members_left_out: u64,
     /// Records of the newest version that cannot be used.
     pub skipped_records: u64,
     /// How many versions were refused, by reason.
@@ -198,6 +200,7 @@ pub(crate) fn of(core: &Core) -> Status {
             kept_failure: summary.kept_failure,
             folder_failure: summary.folder_failure,
             members: core.topology.members.load(Ordering::Relaxed),
+            members_left_out: core.topology.left_out.load(Ordering::Relaxed),
             skipped_records: summary.skipped,
             refused_versions: summary
                 .refused

@@ -12,6 +12,8 @@ pub(crate) struct TopologyChanges {
     pub(crate) members: AtomicU64,
     pub(crate) changes: AtomicU64,
     pub(crate) removed: AtomicU64,
+    /// Members that have no room on this node.
+    pub(crate) left_out: AtomicU64,
 }
 
 impl TopologyChanges {
@@ -21,6 +23,7 @@ impl TopologyChanges {
             members: AtomicU64::new(first.len() as u64),
             changes: AtomicU64::new(0),
             removed: AtomicU64::new(0),
+            left_out: AtomicU64::new(0),
         }
     }
 

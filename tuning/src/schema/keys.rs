@@ -523,14 +523,14 @@ pub(super) static SECTIONS: &[Section] = &[
                 "connections_max",
                 transport.connections_max,
                 integer(2, 65_536),
-                "Connections one shard holds, handshakes included."
+                "Connections one shard holds, handshakes included: three for each of its peers (in use, replacing, draining), which are kept for peers, and 16 for others, at the least. `check` says what the registry's members need."
             ),
             field!(
                 NodeConfig,
                 "handshakes_max",
                 transport.handshakes_max,
                 integer(1, 65_535),
-                "Connections of these that have not finished their handshake; the last sixteenth is for registry peers that prove themselves. The memory budget counts the others, connections_max less this, in full."
+                "Connections of these that others began and that have not finished their handshake; the last sixteenth is for registry peers that prove themselves. The memory budget counts the others, connections_max less this, in full."
             ),
             field!(
                 NodeConfig,
