@@ -185,8 +185,8 @@ pub fn bind_group(config: &UdpGroupConfig) -> Result<Vec<ShardSocket>, SocketErr
 ///
 /// The sockets of a group of several share the address by `SO_REUSEPORT` (socket(7)), and with no
 /// socket of another group; none fragments (`IP_PMTUDISC_PROBE`, ip(7)), and where the kernel can,
-/// it hands over several datagrams as one message (`UDP_GRO`, udp(7), Linux 5.0). At an open address
-/// (`0.0.0.0`, `[::]`) the kernel says to which of the host's addresses each datagram came
+/// it hands over several datagrams as one message (`UDP_GRO`, udp(7), Linux 5.0). At an open
+/// address (`0.0.0.0`, `[::]`) the kernel says to which of the host's addresses each datagram came
 /// (`IP_PKTINFO`, ip(7); `IPV6_PKTINFO`, RFC 3542, 6).
 ///
 /// # Errors

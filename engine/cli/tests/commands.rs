@@ -156,8 +156,8 @@ fn check_tells_mistakes_from_obstacles_of_the_host() {
     assert!(report.contains("registry folder registry"), "{report}");
 }
 
-/// A subnet does not fall apart without a word: who lacks room for all members hears which number to
-/// set, by `check` and by the node, which does not start.
+/// A subnet does not fall apart without a word: who lacks room for all members hears which number
+/// to set, by `check` and by the node, which does not start.
 #[test]
 fn members_without_room_are_an_obstacle() {
     let dir = tempfile::tempdir().unwrap();

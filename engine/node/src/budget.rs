@@ -157,12 +157,13 @@ mod tests {
         }
         // Two frames over the bounds of lanes, and a header for each of 600 requests.
         const HEADROOM: u64 = 2 * (16 + 4_096) + 600 * 16;
-        // Bytes of lanes by class, of answers, of windows; MiB of all, with 1 for inline bodies.
+        // MiB of lanes by class, of answers, of windows; of all, with 1 for inline bodies. Bytes
+        // that fill a window are on the line for QUIC.
         for (lanes, answers, windows, mib) in [
-            ([1, 2, 3], 10, [20, 40], 57),
-            ([1, 2, 3], 10, [40, 20], 57),
-            ([100, 2, 3], 10, [1, 1], 117),
-            ([1, 200, 300], 1_000, [1, 1], 1_503),
+            ([1, 2, 3], 10, [20, 40], 17),
+            ([1, 2, 3], 10, [40, 20], 17),
+            ([100, 2, 3], 10, [1, 1], 116),
+            ([1, 200, 300], 1_000, [1, 1], 1_502),
         ] {
             let transport = &mut config.transport;
             let [latency, normal, bulk] = lanes.map(ByteSize::mib);
@@ -173,13 +174,19 @@ mod tests {
             let [lan, wan] = windows.map(ByteSize::mib);
             transport.lan_connection_window_bytes = lan;
             transport.wan_connection_window_bytes = wan;
+            transport.quic_heap_bytes_max = ByteSize::mib(77);
             let budget = of(&config, &[0, 1]);
-            let mut lines = budget.lines().iter();
-            let line = lines.find(|line| line.name.starts_with("connections:"));
-            let printed = line.map(|line| (line.each.0, line.count));
+            let printed = |name| {
+                let mut lines = budget.lines().iter();
+                let line = lines.find(|line| line.name == name);
+                line.map(|line| (line.each.0, line.count))
+            };
             // Those that are no handshakes, on two shards.
             let expected = (ByteSize::mib(mib).0 + HEADROOM, 80);
-            assert_eq!(printed, Some(expected), "{lanes:?} {answers} {windows:?}");
+            let what = (lanes, answers, windows);
+            assert_eq!(printed("connections: queues"), Some(expected), "{what:?}");
+            let held = printed("connections: unread packets and QUIC state");
+            assert_eq!(held, Some((ByteSize::mib(77).0, 2)), "{what:?}");
         }
     }
 }

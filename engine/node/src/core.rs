@@ -69,8 +69,8 @@ impl Core {
         told
     }
 
-    /// Counts the members that have no room on this node. A node that runs stays with the peers that
-    /// it has: it says so for each version.
+    /// Counts the members that have no room on this node. A node that runs stays with the peers
+    /// that it has: it says so for each version.
     fn count_left_out(&self, topology: &Topology, is_other: bool) {
         let members = self.room.members(&self.transport.node_id(), topology);
         self.topology

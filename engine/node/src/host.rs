@@ -9,7 +9,7 @@ use millrace_tuning::{ByteSize, HostFacts, NodeConfig};
 
 use crate::mapping;
 use crate::paths::Paths;
-use crate::registry::{self, RegistrySource};
+use crate::registry::{self, Kept, RegistrySource};
 use crate::room::Room;
 
 /// The bit of CAP_NET_ADMIN, which lifts the limits of socket buffers.
@@ -47,12 +47,14 @@ pub fn probe(config: &NodeConfig, paths: &Paths) -> HostFacts {
     }
 }
 
-/// The members that the registry folder names for the node of the key file.
+/// The members that the registry folder, and the version that is kept, name for the node of the key
+/// file.
 fn members(config: &NodeConfig, paths: &Paths) -> Option<Members> {
     let identity = keys::read(&paths.key_file).ok()?;
     let source = RegistrySource {
         public_key: keys::public_from_hex(&config.registry.public_key).ok()?,
         folder: Some(paths.registry_dir.clone()),
+        kept: Kept::ReadOnly(paths.kept_dir()),
     };
     let versions = registry::versions(&identity.public_key(), config, source).ok()?;
     let shards = config.shards.cpus(&usable_cpus()).len();

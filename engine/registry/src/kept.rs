@@ -65,7 +65,8 @@ impl KeptVersion {
         if !dir.is_dir() {
             std::fs::create_dir(dir)?;
             // Without this a power cut may take the folder with all that is in it.
-            sync_folder(dir.parent().unwrap_or(Path::new("")))?;
+            let above = dir.parent().filter(|above| !above.as_os_str().is_empty());
+            sync_folder(above.unwrap_or_else(|| Path::new(".")))?;
         }
         for entry in std::fs::read_dir(dir)? {
             let entry = entry?;

@@ -18,10 +18,9 @@ use millrace_edge_policy::cid::initial_dcid;
 use millrace_edge_policy::proof::node_tag_of;
 use millrace_edge_policy::source::Source;
 use millrace_edge_policy::stress::{Level, LoadSample, Stress, StressConfig};
-use millrace_protocol::identity::SigningKey;
 use millrace_testkit::until;
-use millrace_transport::TransportConfig;
 use millrace_transport::counters::{Counter, Family};
+use millrace_transport::{PeerStatus, TransportConfig};
 use raw::{Raw, RawOptions};
 use testbed::{LIMIT, Testbed, assert_serves, here};
 
@@ -261,11 +260,13 @@ fn a_member_without_a_proof_takes_a_place_of_others_for_its_handshake_alone() {
         let n = member.node_id().spread();
         let mut raw = client("127.0.0.1:0", to, &RawOptions::of(member), n);
         raw.introduce();
+        // It answers until the listener has taken it for the member.
+        let up = || testbed.listener.transport.status().peers();
+        let is_up = |peer: &PeerStatus| peer.node_id == member.node_id();
+        assert!(raw.drive(LIMIT, |_| up().iter().any(is_up)));
         raw
     });
     let _members: Vec<_> = members.collect();
-    let ids = testbed.diallers.each_ref().map(SigningKey::node_id);
-    testbed.listener.wait_for_peers(&ids);
     let (_held, asked) = begin_others(&testbed, OTHERS + 1);
     assert_eq!(asked, 1);
     testbed.refused("handshakes_full", 1);

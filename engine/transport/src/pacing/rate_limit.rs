@@ -8,8 +8,8 @@
 //! 1. In the start-up they end the doubling. The connection sends no faster than the bandwidth that
 //!    it has measured, until BBR itself sees that nothing grows.
 //! 2. Later they lower the rate, if the queue is not this connection's own: its window has been
-//!    little larger than what the path holds. The limit grows again as a CUBIC window would, and never
-//!    falls below a part of the best bandwidth that there was.
+//!    little larger than what the path holds. The limit grows again as a CUBIC window would, and
+//!    never falls below a part of the best bandwidth that there was.
 //!
 //! A loss without a queue is the path's own, and a queue without a loss may be jitter: neither
 //! counts alone. What the path loses by itself is measured while there is no queue; losses in a
@@ -37,11 +37,11 @@ const QUEUE_MIN: Duration = Duration::from_millis(5);
 /// The queue is not this connection's while its window is at most this, in bandwidth-delay
 /// products.
 const OWN_WINDOW_MAX: f64 = 1.3;
-/// Losses count from this part of what left in the recent round trips, on top of this many times
-/// what the path loses by itself.
+/// Losses count from this part of the bytes that left in the recent round trips, on top of this
+/// many times the path's own losses.
 const LOSS_PART: f64 = 0.001;
 const PATH_LOSSES: f64 = 2.0;
-/// Weight of one sample in the measure of what the path loses by itself: eight round trips.
+/// Weight of one sample in the measure of the path's own losses: eight round trips.
 const PATH_LOSS_WEIGHT: f64 = 1.0 / (8 * SAMPLES_PER_RTT) as f64;
 /// What is left of the rate after losses: as much as CUBIC keeps (RFC 9438, section 4.6).
 const KEPT: f64 = 0.7;
@@ -88,7 +88,7 @@ pub(crate) struct RateLimit {
     /// The last samples, each in its turn.
     recent: [Recent; RECENT],
     samples: usize,
-    /// The part of what leaves that the path loses by itself.
+    /// The part that the path loses by itself.
     path_loss: f64,
     /// The best since the start-up.
     best_bytes_per_s: f64,
