@@ -166,7 +166,7 @@ impl Versions {
         self.known.load(Ordering::Acquire)
     }
 
-    /// The encoded versions above a number (see [`wire`]): the answer to a peer that holds that
+    /// The encoded versions above a number (`wire.rs`): the answer to a peer that holds that
     /// one. A part of one buffer, as long as no newer version comes. For shards.
     pub fn newer_than(&self, number: u64) -> Bytes {
         self.newer(number).bytes
