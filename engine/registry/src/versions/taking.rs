@@ -72,8 +72,8 @@ impl Versions {
     }
 
     /// Takes a version; whether something changed. False also for one that could not be written
-    /// down: it is tried again, and [`Summary::kept_failure`](crate::Summary::kept_failure) says why. Checks a signature and
-    /// writes a file: not for shards.
+    /// down: it is tried again, and [`Summary::kept_failure`](crate::Summary::kept_failure) says
+    /// why. Checks a signature and writes a file: not for shards.
     ///
     /// # Errors
     /// Why the version is refused; it is counted.
