@@ -4,6 +4,7 @@
 //!    appears whole or not at all: a reader never sees a version without its signature.
 //! 2. No file is ever replaced: the series is append-only.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::path::Path;
@@ -72,17 +73,16 @@ impl VersionError {
 /// # Errors
 /// The host's, if the folder cannot be read.
 pub fn list(dir: &Path) -> io::Result<Vec<u64>> {
-    let mut numbers = Vec::new();
-    for entry in std::fs::read_dir(dir)? {
-        numbers.extend(
-            entry?
-                .file_name()
-                .to_str()
-                .and_then(number_of_document_file),
-        );
-    }
+    let mut numbers = numbers(dir)?.collect::<io::Result<Vec<_>>>()?;
     numbers.sort_unstable();
     Ok(numbers)
+}
+
+/// The numbers of the versions in a folder, one by one, in the order of the host.
+pub(crate) fn numbers(dir: &Path) -> io::Result<impl Iterator<Item = io::Result<u64>>> {
+    let number = |name: OsString| name.to_str().and_then(number_of_document_file);
+    let entries = std::fs::read_dir(dir)?;
+    Ok(entries.filter_map(move |entry| entry.map(|entry| number(entry.file_name())).transpose()))
 }
 
 /// Reads a version without verifying it. Lengths are checked first, and only regular files are
@@ -122,7 +122,16 @@ pub fn read_verified(
     key: &PublicKey,
     config: &RegistryConfig,
 ) -> Result<(SignedVersion, RegistryVersion), VersionError> {
-    let signed = read(dir, number, config)?;
+    verify_named(read(dir, number, config)?, number, key, config)
+}
+
+/// Verifies a version whose file is named by `number`.
+pub(crate) fn verify_named(
+    signed: SignedVersion,
+    number: u64,
+    key: &PublicKey,
+    config: &RegistryConfig,
+) -> Result<(SignedVersion, RegistryVersion), VersionError> {
     let version = signed.verify(key, config)?;
     if version.number != number {
         return Err(VersionError::Misnamed {

@@ -17,7 +17,7 @@ use millrace_protocol::identity::PublicKey;
 use millrace_protocol::registry::{RegistryConfig, RegistryVersion, SignedVersion};
 
 use crate::files::read_bytes;
-use crate::folder::VersionError;
+use crate::folder::{VersionError, verify_named};
 use crate::wire;
 
 /// How the names of unfinished files begin.
@@ -194,14 +194,7 @@ fn read_version(
         only.ok_or_else(|| io::Error::other("it holds no version"))
     };
     let [signed] = read().map_err(|error| VersionError::io(path, error))?;
-    let version = signed.verify(key, config)?;
-    if version.number != number {
-        return Err(VersionError::Misnamed {
-            number: version.number,
-            name: number,
-        });
-    }
-    Ok((signed, version))
+    verify_named(signed, number, key, config)
 }
 
 #[cfg(test)]

@@ -12,11 +12,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use millrace_protocol::identity::PublicKey;
 use millrace_protocol::registry::{
-    RegistryConfig, RegistryVersion, SignedVersion, document_file_name, number_of_document_file,
-    signature_file_name,
+    RegistryConfig, RegistryVersion, SignedVersion, document_file_name, signature_file_name,
 };
 
-use crate::folder::read_verified;
+use crate::folder::{self, read_verified};
 
 /// How long the folder may take to be read before it counts as one that cannot.
 const SLOW_AFTER: Duration = Duration::from_secs(10);
@@ -181,13 +180,8 @@ impl State {
 /// worth a signature's check, and a long series takes no memory.
 fn newest_numbers(dir: &Path, count_max: usize) -> io::Result<BTreeSet<u64>> {
     let mut numbers = BTreeSet::new();
-    for entry in std::fs::read_dir(dir)? {
-        numbers.extend(
-            entry?
-                .file_name()
-                .to_str()
-                .and_then(number_of_document_file),
-        );
+    for number in folder::numbers(dir)? {
+        numbers.insert(number?);
         if numbers.len() > count_max {
             numbers.pop_first();
         }
