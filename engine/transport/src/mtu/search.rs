@@ -4,11 +4,15 @@
 //! takes two, and the losses of a round are one event for congestion control.
 //!
 //! Invariants
-//! 1. A size is excluded by a round in which a smaller one was answered, or by the second of two in
-//!    which none was although other packets were acknowledged. One is not enough: its probes may
-//!    have left at the end of an outage.
-//! 2. A round with one size excludes nothing: a packet may be lost by chance.
-//! 3. A search for more than a path is known to carry ends with the first round of several sizes
+//! 1. A size is excluded by the second of two rounds in which no probe was answered although other
+//!    packets were acknowledged. One is not enough: its probes may have left at the end of an
+//!    outage. A device that refuses a size excludes it at once.
+//! 2. A size is doubtful after a round in which it was lost and a smaller one was answered: larger
+//!    ones are left out of the next rounds. Congestion may have lost it, so the search does not end
+//!    before the smallest doubtful size was probed again, alone: it is excluded when that probe is
+//!    lost too, and all doubts are dropped when it is answered.
+//! 3. A first round with one size excludes nothing: a packet may be lost by chance.
+//! 4. A search for more than a path is known to carry ends with the first round of several sizes
 //!    that is not answered: losses cost the connection more than a few bytes in each packet.
 
 /// Probes of a round. Four, of evenly spaced sizes, find 1,352 between 1,200 and 1,452 in three
@@ -24,12 +28,13 @@ const UNANSWERED_MAX: u32 = 2;
 /// A search.
 #[derive(Debug)]
 pub(super) struct Search {
-    /// The largest size that may pass.
+    /// The largest size that is not excluded.
     high_bytes: usize,
+    /// The smallest doubtful size; at most `high_bytes`.
+    doubtful_bytes: Option<usize>,
     /// The smallest size of this round that was lost.
     lost_bytes: Option<usize>,
-    /// Whether this round has several sizes.
-    is_burst: bool,
+    round: Round,
     /// Whether it ends with a round that is not answered.
     is_raise: bool,
     /// Whether a probe of this round was answered.
@@ -42,10 +47,24 @@ pub(super) struct Search {
     unanswered_rounds: u32,
 }
 
+/// What the probes of a round are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Round {
+    /// One size, the largest, as the first of a search.
+    Guess,
+    /// Several sizes, to narrow the range.
+    Burst,
+    /// The smallest doubtful size, alone.
+    Confirm,
+}
+
 impl Search {
     /// A search that begins with `high_bytes` alone, and the sizes of its first round.
     pub(super) fn up_to(high_bytes: usize, acked_bytes: u64) -> (Self, Vec<usize>) {
-        (Self::new(high_bytes, false, acked_bytes), vec![high_bytes])
+        (
+            Self::new(high_bytes, Round::Guess, acked_bytes),
+            vec![high_bytes],
+        )
     }
 
     /// The same, for more than the path is known to carry.
@@ -61,15 +80,16 @@ impl Search {
         high_bytes: usize,
         acked_bytes: u64,
     ) -> (Self, Vec<usize>) {
-        let search = Self::new(high_bytes, true, acked_bytes);
+        let search = Self::new(high_bytes, Round::Burst, acked_bytes);
         (search, sizes(low_bytes, high_bytes))
     }
 
-    fn new(high_bytes: usize, is_burst: bool, acked_bytes: u64) -> Self {
+    fn new(high_bytes: usize, round: Round, acked_bytes: u64) -> Self {
         Self {
             high_bytes,
+            doubtful_bytes: None,
             lost_bytes: None,
-            is_burst,
+            round,
             is_raise: false,
             is_answered: false,
             acked_bytes,
@@ -97,6 +117,7 @@ impl Search {
     /// The device does not carry packets of `bytes`.
     pub(super) fn exclude(&mut self, bytes: usize) {
         self.high_bytes = self.high_bytes.min(bytes.saturating_sub(1));
+        self.doubtful_bytes = self.doubtful_bytes.filter(|doubtful| *doubtful < bytes);
     }
 
     /// All probes of the round are answered or lost. The path carries `low_bytes`, and QUIC has
@@ -105,27 +126,49 @@ impl Search {
     pub(super) fn next_round(&mut self, low_bytes: usize, acked_bytes: u64) -> Option<Vec<usize>> {
         let is_heard = self.is_answered || acked_bytes > self.acked_bytes;
         let lost_bytes = self.lost_bytes.take();
-        if self.is_raise && self.is_burst && !self.is_answered && lost_bytes.is_some() {
+        if self.is_raise && self.round == Round::Burst && !self.is_answered && lost_bytes.is_some()
+        {
             return None;
         }
         if let Some(lost_bytes) = lost_bytes {
-            self.silent_rounds = if is_heard { 0 } else { self.silent_rounds + 1 };
-            if self.is_answered || !is_heard {
-                self.unanswered_rounds = 0;
-            } else {
-                self.unanswered_rounds += u32::from(self.is_burst);
-            }
-            let is_certain = self.is_answered || self.unanswered_rounds >= UNANSWERED_MAX;
-            if self.is_burst && is_certain {
+            self.learn(lost_bytes, is_heard);
+        }
+        // A doubtful size was answered: so may the larger ones be.
+        self.doubtful_bytes = self.doubtful_bytes.filter(|bytes| *bytes > low_bytes);
+        self.is_answered = false;
+        self.acked_bytes = acked_bytes;
+        let narrowed = self
+            .doubtful_bytes
+            .map_or(self.high_bytes, |bytes| bytes - 1);
+        if narrowed >= low_bytes + PRECISION_BYTES {
+            self.round = Round::Burst;
+            return Some(sizes(low_bytes, narrowed));
+        }
+        if self.high_bytes < low_bytes + PRECISION_BYTES {
+            return None;
+        }
+        self.round = Round::Confirm;
+        self.doubtful_bytes.map(|bytes| vec![bytes])
+    }
+
+    /// The smallest probe that the round lost had `lost_bytes`. `is_heard`: something was
+    /// acknowledged since the round began.
+    fn learn(&mut self, lost_bytes: usize, is_heard: bool) {
+        self.silent_rounds = if is_heard { 0 } else { self.silent_rounds + 1 };
+        if self.is_answered || !is_heard {
+            self.unanswered_rounds = 0;
+        } else {
+            self.unanswered_rounds += u32::from(self.round == Round::Burst);
+        }
+        match self.round {
+            Round::Burst if self.is_answered => self.doubtful_bytes = Some(lost_bytes),
+            Round::Burst if self.unanswered_rounds >= UNANSWERED_MAX => {
                 self.unanswered_rounds = 0;
                 self.exclude(lost_bytes);
             }
+            Round::Confirm if is_heard => self.exclude(lost_bytes),
+            Round::Guess | Round::Burst | Round::Confirm => {}
         }
-        self.is_burst = true;
-        self.is_answered = false;
-        self.acked_bytes = acked_bytes;
-        let is_over = self.high_bytes < low_bytes + PRECISION_BYTES;
-        (!is_over).then(|| sizes(low_bytes, self.high_bytes))
     }
 }
 

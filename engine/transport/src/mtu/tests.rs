@@ -18,6 +18,8 @@ struct Path {
     /// Replies on their way.
     replies: Vec<(Instant, u32)>,
     probes: usize,
+    /// The one probe that congestion loses, counted from 0.
+    loses: Option<usize>,
 }
 
 impl Path {
@@ -35,6 +37,7 @@ impl Path {
             traffic,
             replies: Vec::new(),
             probes: 0,
+            loses: None,
         };
         path.mtu.start();
         path
@@ -73,6 +76,9 @@ impl Path {
             assert!(PathMtu::is_reply(number), "{number:#x}");
             self.mtu.on_probe_sent(bytes, PTO, self.now);
             self.probes += 1;
+            if self.loses == Some(self.probes - 1) {
+                continue;
+            }
             if self.carries.is_some_and(|carries| bytes <= carries) {
                 self.replies.push((self.now + RTT, number));
             } else if self.refuses {
@@ -102,11 +108,11 @@ fn finds_what_a_path_carries() {
     for (carries, probes_max) in [
         (9_000, 1),
         (1_452, 1),
-        (1_451, 13),
-        (1_372, 13),
-        (1_352, 13),
-        (1_252, 13),
-        (1_232, 13),
+        (1_451, 14),
+        (1_372, 14),
+        (1_352, 14),
+        (1_252, 14),
+        (1_232, 14),
         (1_200, 17),
     ] {
         let mut path = Path::new(carries);
@@ -115,6 +121,37 @@ fn finds_what_a_path_carries() {
         path.assert_close_to(carries);
         assert!(path.probes <= probes_max, "{carries}: {}", path.probes);
         assert_eq!(path.mtu.take_reduction(), None, "{carries}");
+    }
+}
+
+// Protects the rate for good: congestion loses a probe now and then, whichever it is, and a path is
+// not taken for a smaller one until a search for more.
+#[test]
+fn one_lost_probe_excludes_nothing() {
+    for carries in [1_452, 1_451, 1_420, 1_372, 1_352, 1_300, 1_252, 1_216] {
+        let mut path = Path::new(carries);
+        path.run(SECOND);
+        for loses in 0..path.probes {
+            let mut path = Path::new(carries);
+            path.loses = Some(loses);
+            path.run(2 * SECOND);
+            path.assert_close_to(carries);
+            assert!(
+                matches!(path.mtu.state, State::Settled),
+                "{carries} {loses}"
+            );
+        }
+        // And after a fallback.
+        for loses in 0..2 * path.probes {
+            let mut path = Path::new(MAX);
+            path.run(SECOND);
+            path.carries = Some(carries);
+            path.loses = Some(path.probes + loses);
+            path.time_out();
+            path.time_out();
+            path.run(2 * SECOND);
+            path.assert_close_to(carries);
+        }
     }
 }
 
