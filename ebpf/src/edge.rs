@@ -22,11 +22,10 @@ use std::time::Duration;
 use libbpf_rs::query::LinkTypeInfo;
 use libbpf_rs::{Link, MapHandle};
 use millrace_edge_policy::rules::Compiled;
-use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 
 use crate::abi::{EdgeControl, LAYOUT};
 pub use crate::error::EdgeError;
-use crate::interface::{AttachMode, Interface};
+use crate::interface::{self, AttachMode, Interface};
 use crate::journal::{Journal, Step, reach};
 use crate::lease::make_secrets;
 use crate::load::{LoadOptions, Loaded, Program, build};
@@ -746,12 +745,10 @@ fn clear_unfinished(pins: &Pins) -> Result<(), EdgeError> {
 }
 
 fn index_of(name: &str) -> Result<u32, EdgeError> {
-    let any = socket(AddressFamily::INET, SocketType::DGRAM, None);
-    any.and_then(|any| netdevice::name_to_index(any, name))
-        .map_err(|errno| EdgeError::Interface {
-            name: name.to_owned(),
-            source: errno.into(),
-        })
+    interface::index_of(name).map_err(|source| EdgeError::Interface {
+        name: name.to_owned(),
+        source,
+    })
 }
 
 fn pin(object: BorrowedFd<'_>, path: PathBuf) -> Result<(), EdgeError> {

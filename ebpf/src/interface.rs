@@ -1,14 +1,30 @@
 //! Interfaces that the edge is attached to, and how.
 
-use rustix::net::{AddressFamily, SocketType, netdevice, socket};
+use std::io;
+use std::os::fd::OwnedFd;
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with};
 use serde::{Deserialize, Serialize};
 
 /// Whether the network namespace of the calling thread has an interface of this name.
 #[must_use]
 pub fn exists(name: &str) -> bool {
-    socket(AddressFamily::INET, SocketType::DGRAM, None)
-        .and_then(|any| netdevice::name_to_index(any, name))
-        .is_ok()
+    index_of(name).is_ok()
+}
+
+/// The number of an interface in the network namespace of the calling thread.
+///
+/// # Errors
+///
+/// The kernel's error: most often there is none of this name.
+pub fn index_of(name: &str) -> io::Result<u32> {
+    Ok(netdevice::name_to_index(any_socket()?, name)?)
+}
+
+/// A socket in the network namespace of the calling thread, to ask the kernel by.
+pub(crate) fn any_socket() -> io::Result<OwnedFd> {
+    let (kind, flags) = (SocketType::DGRAM, SocketFlags::CLOEXEC);
+    Ok(socket_with(AddressFamily::INET, kind, flags, None)?)
 }
 
 /// How a program is attached to an interface.

@@ -10,8 +10,8 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{major, minor};
-use rustix::net::{AddressFamily, SocketType, socket};
 
+use crate::interface::any_socket;
 use crate::sys;
 
 /// A network namespace.
@@ -31,7 +31,7 @@ impl NetworkNamespace {
     ///
     /// The kernel's error. It takes Linux 5.14 (`SO_NETNS_COOKIE`) and `/proc`.
     pub fn current() -> io::Result<Self> {
-        let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+        let any = any_socket()?;
         Ok(Self {
             cookie: sys::netns_cookie(any.as_fd())?,
             inode: fs::metadata("/proc/thread-self/ns/net")?.ino(),

@@ -4,9 +4,7 @@ use std::fs;
 use std::io;
 use std::os::fd::AsFd as _;
 
-use rustix::net::{AddressFamily, SocketType, socket};
-
-use crate::interface::{AttachMode, Interface};
+use crate::interface::{AttachMode, Interface, any_socket};
 use crate::sys;
 
 /// The VLAN devices on this interface, in the calling thread's network namespace, whose tags native
@@ -48,7 +46,7 @@ pub fn untagged_warning(interface: &Interface) -> Option<String> {
 ///
 /// The kernel's error.
 pub fn takes_vlan_tags(interface: &str) -> io::Result<bool> {
-    let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    let any = any_socket()?;
     Ok(sys::ethtool_flags(any.as_fd(), interface)? & sys::RX_VLAN_OFFLOAD != 0)
 }
 

@@ -6,7 +6,6 @@ mod common;
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddrV4, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::OwnedFd;
 
 use common::edge::{Home, TCP_PORT, attached, counters, denied, set_of};
 use common::{NODE, PATIENCE, Pair, REMOTE, privileged, until};
@@ -18,7 +17,7 @@ use millrace_edge_policy::model::REPLY_UDP_NS;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::rules::RuleAction;
 use millrace_edge_policy::settings::{Mode, Scope};
-use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
+use millrace_testkit::sockets::connect_from;
 
 /// Not declared.
 const HOST_PORT: u16 = 9_000;
@@ -43,11 +42,8 @@ fn address(host: &str, port: u16) -> SocketAddrV4 {
     SocketAddrV4::new(host.parse().unwrap(), port)
 }
 
-fn connect_from(port: u16, to: SocketAddrV4) -> io::Result<OwnedFd> {
-    let socket = socket(AddressFamily::INET, SocketType::STREAM, None)?;
-    bind(&socket, &address(REMOTE, port))?;
-    connect(&socket, &to)?;
-    Ok(socket)
+fn dial_from(port: u16, to: SocketAddrV4) -> io::Result<TcpStream> {
+    connect_from(address(REMOTE, port).into(), to.into(), PATIENCE)
 }
 
 /// Local ports of the flows that the kernel remembers.
@@ -73,7 +69,7 @@ fn who_was_refused_is_refused_again() {
     for _ in 0..3 {
         let refused = pair
             .remote
-            .enter(|| connect_from(SOURCE_PORT, address(NODE, HOST_PORT)).unwrap_err());
+            .enter(|| dial_from(SOURCE_PORT, address(NODE, HOST_PORT)).unwrap_err());
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
     }
     assert_eq!(counters(&edge).acted_on(Reason::PassReject), 3);
@@ -262,7 +258,7 @@ fn only_what_the_host_opens_is_remembered() {
         .enter(|| TcpListener::bind((NODE, TCP_PORT)).unwrap());
     let _client = pair
         .remote
-        .enter(|| connect_from(SOURCE_PORT, address(NODE, TCP_PORT)).unwrap());
+        .enter(|| dial_from(SOURCE_PORT, address(NODE, TCP_PORT)).unwrap());
     listener.accept().unwrap();
     assert!(remembered(&edge).is_empty());
 

@@ -17,9 +17,10 @@ use millrace_edge_policy::rules::{
 };
 use millrace_edge_policy::settings::{DefaultAction, Kind, Service, Settings};
 use millrace_edge_policy::trie::RULE_DEFAULT;
+use millrace_testkit::sockets::raw_socket;
 use proptest::prelude::RngExt as _;
 use proptest::test_runner::{RngAlgorithm, TestRng};
-use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto, sendto, socket};
+use rustix::net::{AddressFamily, SendFlags, ipproto, sendto};
 
 const LISTS: usize = 1_000;
 /// Lists that one transaction puts into nftables.
@@ -344,7 +345,7 @@ fn send(probe: &Probe) {
         IpAddr::V4(_) => (AddressFamily::INET, SocketAddr::from((HERE4, 0))),
         IpAddr::V6(_) => (AddressFamily::INET6, SocketAddr::from((HERE6, 0))),
     };
-    let socket = socket(family, SocketType::RAW, Some(ipproto::RAW)).unwrap();
+    let socket = raw_socket(family, ipproto::RAW);
     let packet = packet(probe);
     let sent = sendto(&socket, &packet, SendFlags::empty(), &to).unwrap();
     assert_eq!(sent, packet.len());

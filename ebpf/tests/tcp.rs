@@ -25,7 +25,10 @@ use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::settings::{Caps, Limits};
 use millrace_edge_policy::stress::Level;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, socket, sockopt};
+use millrace_testkit::sockets::{connect_from, raw_socket};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, ipproto, socket_with, sockopt,
+};
 
 const ANY4: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
 const ANY6: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
@@ -203,13 +206,11 @@ fn other_connections_are_not_counted() {
         .unwrap();
     let incoming = theirs.accept().unwrap();
     // The node connects from the port of a service.
-    let from_service = node.pair.node.enter(|| {
-        let from = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
-        sockopt::set_socket_reuseaddr(&from, true).unwrap();
-        rustix::net::bind(&from, &SocketAddr::from((ANY4, SILENT_PORT))).unwrap();
-        rustix::net::connect(&from, &SocketAddr::from((REMOTE4, TCP_PORT))).unwrap();
-        from
-    });
+    let (from, to) = ((ANY4, SILENT_PORT).into(), (REMOTE4, TCP_PORT).into());
+    let from_service = node
+        .pair
+        .node
+        .enter(|| connect_from(from, to, PATIENCE).unwrap());
     let second = theirs.accept().unwrap();
     assert_eq!(second.1, (NODE4, SILENT_PORT).into());
     // A port of the node that is no service.
@@ -386,10 +387,7 @@ fn prefix_is_limited(
         node.pair.remote.ip(&command);
     }
     let open = |source, patience| {
-        let stream = node
-            .pair
-            .remote
-            .enter(|| connect_from(source, to, patience));
+        let stream = node.pair.remote.enter(|| dial_from(source, to, patience));
         stream.map(|client| Both {
             client,
             server: listener.accept().unwrap().0,
@@ -410,18 +408,8 @@ fn prefix_is_limited(
 
 /// A connection to [`DUAL_PORT`] from one of several addresses; none if it is not established in
 /// that time.
-fn connect_from(source: IpAddr, to: IpAddr, patience: Duration) -> Option<TcpStream> {
-    let family = if source.is_ipv6() {
-        AddressFamily::INET6
-    } else {
-        AddressFamily::INET
-    };
-    let client = socket(family, SocketType::STREAM, None).unwrap();
-    rustix::net::bind(&client, &SocketAddr::from((source, 0))).unwrap();
-    // Also how long a connection may take.
-    sockopt::set_socket_timeout(&client, sockopt::Timeout::Send, Some(patience)).unwrap();
-    rustix::net::connect(&client, &SocketAddr::from((to, DUAL_PORT))).ok()?;
-    Some(client.into())
+fn dial_from(source: IpAddr, to: IpAddr, patience: Duration) -> Option<TcpStream> {
+    connect_from((source, 0).into(), (to, DUAL_PORT).into(), patience).ok()
 }
 
 // Protects the owner of a spoofed source: a SYN alone costs nothing; only a source that has
@@ -490,7 +478,8 @@ fn connections_complete_through_cookies() {
 /// Room for a few, so that a flood fills it at once.
 fn listen_with_backlog(node: &Node, backlog: i32) -> TcpListener {
     node.pair.node.enter(|| {
-        let listener = socket(AddressFamily::INET6, SocketType::STREAM, None).unwrap();
+        let (kind, flags) = (SocketType::STREAM, SocketFlags::CLOEXEC);
+        let listener = socket_with(AddressFamily::INET6, kind, flags, None).unwrap();
         sockopt::set_ipv6_v6only(&listener, false).unwrap();
         rustix::net::bind(&listener, &SocketAddr::from((ANY6, TCP_PORT))).unwrap();
         rustix::net::listen(&listener, backlog).unwrap();
@@ -683,8 +672,7 @@ impl Forger {
             ] {
                 ok(std::process::Command::new("nft").args(line.split(' ')));
             }
-            let protocol = Some(rustix::net::ipproto::TCP);
-            let socket = socket(AddressFamily::INET, SocketType::RAW, protocol).unwrap();
+            let socket = raw_socket(AddressFamily::INET, ipproto::TCP);
             sockopt::set_ip_ttl(&socket, Self::TTL).unwrap();
             sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(PATIENCE)).unwrap();
             Self { socket, port }

@@ -6,7 +6,6 @@ mod common;
 
 use std::io::{ErrorKind, Read as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -26,7 +25,7 @@ use millrace_edge_policy::limiter::Limit;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::rules::{Bounds, Compiled, compile};
 use millrace_edge_policy::settings::{Caps, DefaultAction, Kind, Limits, Mode, Service, Settings};
-use rustix::net::{AddressFamily, SocketType, socket, sockopt};
+use millrace_testkit::sockets::connect_from;
 
 const ANY4: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
 const ANY6: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
@@ -89,15 +88,9 @@ fn ended(mut stream: &TcpStream) -> bool {
     stream.read(&mut [0; 8]).unwrap() == 0
 }
 
-/// A socket that connects from a port of its own choice.
-fn dial_from(namespace: &Namespace, port: u16, to: SocketAddr) -> OwnedFd {
-    namespace.enter(|| {
-        let from = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
-        sockopt::set_socket_reuseaddr(&from, true).unwrap();
-        rustix::net::bind(&from, &SocketAddr::from((ANY4, port))).unwrap();
-        rustix::net::connect(&from, &to).unwrap();
-        from
-    })
+/// Connects from a port of its own choice.
+fn dial_from(namespace: &Namespace, port: u16, to: SocketAddr) -> TcpStream {
+    namespace.enter(|| connect_from((ANY4, port).into(), to, common::PATIENCE).unwrap())
 }
 
 // Protects the cap from older connections: they count as if the program had seen them open,

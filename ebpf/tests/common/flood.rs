@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 
 use etherparse::PacketBuilder;
 use libbpf_rs::{Link, Map, MapCore as _, MapFlags, Object, ObjectBuilder, ProgramInput};
-use rustix::net::{AddressFamily, SocketType, netdevice, socket};
+use millrace_edge::interface::index_of;
 
 use super::{NODE, Pair, REMOTE};
 
@@ -41,8 +41,7 @@ impl FarEnd {
             .ip(&format!("link set mr1 address {}", mac(WORLD_MAC)));
         let (initial, syn) = (initial(quic_port), syn(tcp_port));
         pair.remote.enter(|| {
-            let any = socket(AddressFamily::INET, SocketType::DGRAM, None).unwrap();
-            let interface = netdevice::name_to_index(any, "mr1").unwrap();
+            let interface = index_of("mr1").unwrap();
             let mut setup = Vec::new();
             // The generator takes its shape by the top bit of a random number.
             for (frame, tcp) in [(&initial, false), (&syn, true)] {

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
+use millrace_edge::interface;
 use millrace_edge_control::policy::EdgePolicy;
 use millrace_edge_policy::settings::{Mode, SettingsError};
 use millrace_node::{budget, host as this_host};
 use millrace_tuning::problem::ProblemKind;
 use millrace_tuning::{HostFacts, MemoryBudget, Parsed, Problem, Severity, host};
-use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 use serde::Serialize;
 
 use crate::cli::CheckArgs;
@@ -100,11 +100,8 @@ fn limits(parsed: &Parsed) -> Option<Problem> {
 
 /// Interfaces that are not there. The check may run on another host, and interfaces come and go.
 fn interfaces(parsed: &Parsed) -> Vec<Problem> {
-    let Ok(any) = socket(AddressFamily::INET, SocketType::DGRAM, None) else {
-        return Vec::new();
-    };
     let names = parsed.config.edge.interfaces.iter();
-    let missing = names.filter(|name| netdevice::name_to_index(&any, name).is_err());
+    let missing = names.filter(|name| !interface::exists(name));
     missing
         .map(|name| Problem {
             position: parsed.origins.nearest("edge.interfaces"),

@@ -3,6 +3,7 @@
 //! - [`wait`]: waits for a condition, with a bound.
 //! - [`skip`]: says that a test cannot run on this host, and fails where it must run.
 //! - [`net`]: addresses that no other test takes.
+//! - [`sockets`]: connections from a chosen address, raw sockets.
 //! - [`netns`]: network namespaces.
 //! - [`ids`]: keys and node ids made from small numbers.
 //! - [`page`]: pages that are generated from the code.
@@ -15,6 +16,7 @@ pub mod netns;
 pub mod page;
 pub mod seeds;
 pub mod skip;
+pub mod sockets;
 pub mod threads;
 pub mod wait;
 

@@ -11,7 +11,9 @@ use std::io::Write as _;
 use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, netlink, recv, send, socket};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with,
+};
 use serde::Deserialize;
 
 use crate::Result;
@@ -149,9 +151,10 @@ pub(crate) fn forget_flows() -> Result<()> {
     let mut request = BYTES.to_ne_bytes().to_vec();
     request.extend([DELETE, FLAGS].map(u16::to_ne_bytes).concat());
     request.resize(BYTES as usize, 0);
-    let netfilter = socket(
+    let netfilter = socket_with(
         AddressFamily::NETLINK,
         SocketType::RAW,
+        SocketFlags::CLOEXEC,
         Some(netlink::NETFILTER),
     )?;
     send(&netfilter, &request, SendFlags::empty())?;

@@ -10,8 +10,7 @@ use std::os::fd::AsFd;
 
 use ipnet::Ipv4Net;
 use libbpf_rs::{Xdp, XdpFlags};
-use rustix::net::netdevice::name_to_index;
-use rustix::net::{AddressFamily, SocketType, socket};
+use millrace_edge::interface::index_of;
 use serde::Deserialize;
 
 use crate::Result;
@@ -223,8 +222,7 @@ fn set_up(
             permanent,
         ],
     )?;
-    let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
-    Ok(name_to_index(any, device)?)
+    Ok(index_of(device)?)
 }
 
 fn text_of(mac: [u8; 6]) -> String {

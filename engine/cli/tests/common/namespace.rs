@@ -8,8 +8,7 @@ use std::time::Duration;
 use millrace_edge::edge::Edge;
 use millrace_edge::pins::Pins;
 pub use millrace_testkit::Namespace;
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
+use millrace_testkit::sockets::connect_from;
 
 use super::{eventually, skip};
 
@@ -77,16 +76,9 @@ impl Pair {
         port: u16,
         patience: Duration,
     ) -> std::io::Result<TcpStream> {
-        self.remote.enter(|| {
-            let from = SocketAddr::new(from.into(), 0);
-            let to = SocketAddr::new(NODE.into(), port);
-            let socket = socket(AddressFamily::INET, SocketType::STREAM, None)?;
-            // Bounds `connect` too.
-            set_socket_timeout(&socket, Timeout::Send, Some(patience))?;
-            bind(&socket, &from)?;
-            connect(&socket, &to)?;
-            Ok(TcpStream::from(socket))
-        })
+        let from = SocketAddr::new(from.into(), 0);
+        let to = SocketAddr::new(NODE.into(), port);
+        self.remote.enter(|| connect_from(from, to, patience))
     }
 }
 

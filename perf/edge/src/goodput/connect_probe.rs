@@ -22,7 +22,7 @@ use boring::x509::X509;
 use millrace_edge_policy::cid::initial_dcid;
 use millrace_protocol::identity::SigningKey;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::load::{BYTES, Latencies, PATIENCE, Window};
@@ -191,7 +191,12 @@ fn send(quic: &mut quiche::Connection, socket: &UdpSocket) -> Result<()> {
 /// Connects from `address`, has one message echoed, closes.
 fn probe_by_tcp(address: Ipv4Addr) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
-    let socket = socket(AddressFamily::INET, SocketType::STREAM, None)?;
+    let socket = socket_with(
+        AddressFamily::INET,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
     bind(&socket, &SocketAddr::from((address, 0)))?;
     // The timeout holds for connect as well.
     set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
