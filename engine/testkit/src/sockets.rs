@@ -1,5 +1,5 @@
 //! Sockets that the standard library does not make: connections from a chosen address, raw ones.
-//! No program that another test starts inherits them.
+//! A program that another test starts does not keep them.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -21,7 +21,7 @@ pub fn connect_from(from: SocketAddr, to: SocketAddr, patience: Duration) -> io:
     };
     let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     if from.port() > 0 {
-        // Such a program holds the port between fork and exec.
+        // A program that another test starts holds the port until it has called exec.
         sockopt::set_socket_reuseaddr(&socket, true)?;
     }
     // Bounds `connect` too.

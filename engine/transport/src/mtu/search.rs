@@ -7,10 +7,10 @@
 //! 1. A size is excluded by the second of two rounds in which no probe was answered although other
 //!    packets were acknowledged. One is not enough: its probes may have left at the end of an
 //!    outage. A device that refuses a size excludes it at once.
-//! 2. A size is doubtful after a round in which it was lost and a smaller one was answered: larger
-//!    ones are left out of the next rounds. Congestion may have lost it, so the search does not end
-//!    before the smallest doubtful size was probed again, alone: it is excluded when that probe is
-//!    lost too, and all doubts are dropped when it is answered.
+//! 2. A size is suspect after a round in which it was lost and a smaller one was answered: it and
+//!    the larger ones are left out of the next rounds. Congestion may have lost it. So the search
+//!    does not end before it was probed again, alone. It is excluded when that probe is lost too;
+//!    when the probe is answered, the larger ones are tried again.
 //! 3. A first round with one size excludes nothing: a packet may be lost by chance.
 //! 4. A search for more than a path is known to carry ends with the first round of several sizes
 //!    that is not answered: losses cost the connection more than a few bytes in each packet.
@@ -30,8 +30,8 @@ const UNANSWERED_MAX: u32 = 2;
 pub(super) struct Search {
     /// The largest size that is not excluded.
     high_bytes: usize,
-    /// The smallest doubtful size; at most `high_bytes`.
-    doubtful_bytes: Option<usize>,
+    /// The smallest suspect size; at most `high_bytes`.
+    suspect_bytes: Option<usize>,
     /// The smallest size of this round that was lost.
     lost_bytes: Option<usize>,
     round: Round,
@@ -54,7 +54,7 @@ enum Round {
     Guess,
     /// Several sizes, to narrow the range.
     Burst,
-    /// The smallest doubtful size, alone.
+    /// The smallest suspect size, alone.
     Confirm,
 }
 
@@ -87,7 +87,7 @@ impl Search {
     fn new(high_bytes: usize, round: Round, acked_bytes: u64) -> Self {
         Self {
             high_bytes,
-            doubtful_bytes: None,
+            suspect_bytes: None,
             lost_bytes: None,
             round,
             is_raise: false,
@@ -117,7 +117,7 @@ impl Search {
     /// The device does not carry packets of `bytes`.
     pub(super) fn exclude(&mut self, bytes: usize) {
         self.high_bytes = self.high_bytes.min(bytes.saturating_sub(1));
-        self.doubtful_bytes = self.doubtful_bytes.filter(|doubtful| *doubtful < bytes);
+        self.suspect_bytes = self.suspect_bytes.filter(|suspect| *suspect < bytes);
     }
 
     /// All probes of the round are answered or lost. The path carries `low_bytes`, and QUIC has
@@ -133,12 +133,12 @@ impl Search {
         if let Some(lost_bytes) = lost_bytes {
             self.learn(lost_bytes, is_heard);
         }
-        // A doubtful size was answered: so may the larger ones be.
-        self.doubtful_bytes = self.doubtful_bytes.filter(|bytes| *bytes > low_bytes);
+        // The suspect size was answered: the larger ones may pass too.
+        self.suspect_bytes = self.suspect_bytes.filter(|bytes| *bytes > low_bytes);
         self.is_answered = false;
         self.acked_bytes = acked_bytes;
         let narrowed = self
-            .doubtful_bytes
+            .suspect_bytes
             .map_or(self.high_bytes, |bytes| bytes - 1);
         if narrowed >= low_bytes + PRECISION_BYTES {
             self.round = Round::Burst;
@@ -148,7 +148,7 @@ impl Search {
             return None;
         }
         self.round = Round::Confirm;
-        self.doubtful_bytes.map(|bytes| vec![bytes])
+        self.suspect_bytes.map(|bytes| vec![bytes])
     }
 
     /// The smallest probe that the round lost had `lost_bytes`. `is_heard`: something was
@@ -161,7 +161,7 @@ impl Search {
             self.unanswered_rounds += u32::from(self.round == Round::Burst);
         }
         match self.round {
-            Round::Burst if self.is_answered => self.doubtful_bytes = Some(lost_bytes),
+            Round::Burst if self.is_answered => self.suspect_bytes = Some(lost_bytes),
             Round::Burst if self.unanswered_rounds >= UNANSWERED_MAX => {
                 self.unanswered_rounds = 0;
                 self.exclude(lost_bytes);

@@ -20,6 +20,8 @@ struct Path {
     probes: usize,
     /// The one probe that congestion loses, counted from 0.
     loses: Option<usize>,
+    /// Whether probes are a little smaller than wanted: a packet number takes 1 to 4 bytes.
+    shortens: bool,
 }
 
 impl Path {
@@ -38,6 +40,7 @@ impl Path {
             replies: Vec::new(),
             probes: 0,
             loses: None,
+            shortens: false,
         };
         path.mtu.start();
         path
@@ -74,6 +77,11 @@ impl Path {
     fn send(&mut self) {
         while let Some((number, bytes)) = self.mtu.next_probe() {
             assert!(PathMtu::is_reply(number), "{number:#x}");
+            let bytes = if self.shortens {
+                bytes - self.probes % 4
+            } else {
+                bytes
+            };
             self.mtu.on_probe_sent(bytes, PTO, self.now);
             self.probes += 1;
             if self.loses == Some(self.probes - 1) {
@@ -152,6 +160,21 @@ fn one_lost_probe_excludes_nothing() {
             path.run(2 * SECOND);
             path.assert_close_to(carries);
         }
+    }
+}
+
+// Protects the path from a search without end: a probe that was smaller than wanted proves less.
+#[test]
+fn probes_that_are_smaller_than_wanted_end_a_search_too() {
+    for carries in 1_216..1_452 {
+        let mut path = Path::new(carries);
+        path.shortens = true;
+        path.run(5 * SECOND);
+        assert!(matches!(path.mtu.state, State::Settled), "{carries}");
+        assert!(path.probes <= 30, "{carries}: {}", path.probes);
+        let bytes = path.mtu.bytes();
+        let is_found = bytes <= carries && bytes + PRECISION_BYTES + 3 > carries;
+        assert!(is_found, "{bytes} on a path that carries {carries}");
     }
 }
 
