@@ -96,6 +96,8 @@ pub(crate) struct Connection {
     unacked_since: Option<Instant>,
     /// Something else than an acknowledgement is to be sent.
     pub(crate) must_send: bool,
+    /// TLS failed, because the peer has no group for the key exchange that we take.
+    pub(crate) has_no_common_group: bool,
     /// Counted among the shard's handshakes.
     pub(crate) is_handshaking: bool,
     pub(crate) phase: Phase,
@@ -143,6 +145,7 @@ impl Connection {
             unacked_bytes: 0,
             unacked_since: None,
             must_send: true,
+            has_no_common_group: false,
             is_handshaking: true,
             phase: Phase::Handshake {
                 until: now + config.connect_timeout,

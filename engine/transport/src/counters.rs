@@ -107,31 +107,6 @@ counters! {
     StreamsOut = "millrace_transport_streams" { "direction" = "out" },
 }
 
-/// Why the TLS callback refused a certificate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TlsRefusal {
-    /// The key is not Ed25519, or the certificate could not be read.
-    NotEd25519,
-    /// The listener: no member of the current registry has this key.
-    NotInRegistry,
-    /// The dialler: the node at that address has another key.
-    WrongKey,
-    /// The peer presented no certificate.
-    NoCertificate,
-}
-
-impl TlsRefusal {
-    /// Label on `/metrics`.
-    pub fn reason(self) -> &'static str {
-        match self {
-            Self::NotEd25519 => "not_ed25519",
-            Self::NotInRegistry => "not_in_registry",
-            Self::WrongKey => "wrong_key",
-            Self::NoCertificate => "no_certificate",
-        }
-    }
-}
-
 /// What a reason belongs to: the metric family of [`Counters::count`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Family {
@@ -228,10 +203,6 @@ impl Counters {
             .iter()
             .map(|(&(family, reason), &n)| (family, reason, n))
             .collect()
-    }
-
-    pub(crate) fn tls_refused(&self, why: TlsRefusal) {
-        self.count(Family::Refused, why.reason());
     }
 
     pub(crate) fn sent(&self, class: Class, body_bytes: usize) {

@@ -37,7 +37,8 @@ use crate::admission::AdmissionControl;
 use crate::allocator::BodyAllocator;
 use crate::clock::Clock;
 use crate::connection::{Connection, EXCHANGE_PACKETS, Sent};
-use crate::counters::{Counter, Counters};
+use crate::counters::{Counter, Counters, Family};
+use crate::log_limit::LogLimit;
 use crate::pair_keys::DialKeys;
 use crate::phase::Phase;
 use crate::quic::{CloseCode, QuicConfigs};
@@ -51,12 +52,6 @@ use crate::session::Session;
 use crate::status::{Load, PeerStatus, StatusBoard};
 use crate::stop::{CLOSE_TIMEOUT, StopMode};
 use crate::tls::Members;
-
-/// TLS alert `certificate_required` as a QUIC error code (RFC 9001, 4.8).
-const CERTIFICATE_REQUIRED: u64 = 0x100 + 116;
-
-/// TLS alert `certificate_unknown`, by which we refuse a certificate, as a QUIC error code.
-const CERTIFICATE_UNKNOWN: u64 = 0x100 + 46;
 
 /// How often the admission is ticked, if that is ours to do.
 const ADMISSION_TICK: Duration = Duration::from_secs(1);
@@ -126,6 +121,7 @@ pub(crate) struct Endpoint {
     unproven: usize,
     /// Connections that are kept for peers.
     kept_for_peers: usize,
+    log_limit: LogLimit,
     /// Serial number of the last connection, for keys that no two tenants of a slot share.
     opened: u32,
     /// Serial number of the last connection ID.
@@ -185,6 +181,7 @@ impl Endpoint {
             heap_bytes: 0,
             unproven: 0,
             kept_for_peers: 0,
+            log_limit: LogLimit::default(),
             opened: 0,
             issued: u16::from_le_bytes(random_bytes()),
             initial: BTreeMap::new(),
@@ -204,6 +201,26 @@ impl Endpoint {
 
     fn counters(&self) -> &Counters {
         &self.parts.state.counters
+    }
+
+    /// Counts and logs a connection that is refused.
+    fn refuse(
+        &mut self,
+        reason: &'static str,
+        source: SocketAddr,
+        peer: Option<NodeId>,
+        now: Instant,
+    ) {
+        self.counters().count(Family::Refused, reason);
+        if let Some(left_out) = self.log_limit.admit(reason, now) {
+            tracing::warn!(
+                reason,
+                %source,
+                peer = peer.map(tracing::field::display),
+                left_out,
+                "a connection is refused"
+            );
+        }
     }
 
     fn set_topology(&mut self, topology: Arc<Topology>, now: Instant) {

@@ -10,7 +10,6 @@ use quiche::{ConnectionId, RecvInfo};
 
 use crate::buffers::Buffers;
 use crate::config::{ProfileConfig, TransportConfig};
-use crate::counters::Counters;
 use crate::quic::quic_config;
 use crate::quic_connection::QuicConnection;
 use crate::tls::{Credentials, Members, pin};
@@ -40,7 +39,6 @@ fn pair_of(profile: fn(&TransportConfig) -> &ProfileConfig) -> [QuicConnection; 
         addresses: Vec::new(),
     });
     let members = Members::new(Arc::new(Topology::from_members(members, 1)));
-    let counters = Arc::new(Counters::default());
     let config = TransportConfig {
         lan: ProfileConfig {
             initial_rtt: Duration::from_millis(1),
@@ -48,7 +46,7 @@ fn pair_of(profile: fn(&TransportConfig) -> &ProfileConfig) -> [QuicConnection; 
         },
         ..TransportConfig::default()
     };
-    let server = listener.server(&members, &counters).unwrap();
+    let server = listener.server(&members).unwrap();
     let [mut client, mut server] = [dialler.client().unwrap(), server]
         .map(|tls| quic_config(&config, profile(&config), tls).unwrap());
     let (from, to) = (address(CLIENT), address(SERVER));
@@ -61,7 +59,7 @@ fn pair_of(profile: fn(&TransportConfig) -> &ProfileConfig) -> [QuicConnection; 
         quiche::connect_with_buffer_factory::<Buffers>(None, &first, from, to, &mut client)
     })
     .unwrap();
-    pin(client.as_mut(), keys[1].public_key(), &counters);
+    pin(client.as_mut(), keys[1].public_key());
     let server = QuicConnection::new(|| {
         quiche::accept_with_buf_factory::<Buffers>(&second, None, to, from, &mut server)
     })

@@ -163,9 +163,9 @@ impl Transport {
         let credentials = Credentials::new(&identity)?;
         // All that may fail comes before the first thread.
         let mut tls = Vec::with_capacity(count);
-        for counters in &counters {
+        for _ in 0..count {
             let members = Members::new(Arc::clone(&topology));
-            let server = || credentials.server(&members, counters);
+            let server = || credentials.server(&members);
             let server = QuicConfigs::new(&config, server)?;
             let client = QuicConfigs::new(&config, || credentials.client())?;
             tls.push((members, server, client));

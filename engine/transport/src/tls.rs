@@ -7,24 +7,23 @@
 //!
 //! Invariants
 //! 1. Both sides present a certificate. A peer without one is refused, and counted apart from a
-//!    peer with a wrong one.
+//!    peer with a wrong one: [`handshake_end`](crate::handshake_end).
 //! 2. No session is resumed: a resumed session skips the callback, and would let a removed node in.
 //! 3. Only Ed25519 signatures, only X25519 (one packet less in each direction than the hybrid
 //!    default).
 
 use std::sync::{Arc, RwLock};
 
+use boring::error::ErrorStack;
 use boring::pkey::{Id, PKey};
 use boring::ssl::{
     SslAlert, SslContextBuilder, SslMethod, SslOptions, SslRef, SslSessionCacheMode,
     SslSignatureAlgorithm, SslVerifyError, SslVerifyMode,
 };
-use boring::x509::X509;
+use boring::x509::{X509, X509Ref};
 use millrace_protocol::id::NodeId;
 use millrace_protocol::identity::{PublicKey, SigningKey};
 use millrace_protocol::topology::Topology;
-
-use crate::counters::{Counters, TlsRefusal};
 
 /// Application protocol of connections between nodes (RFC 7301).
 pub(crate) const ALPN_NODE: &[u8] = b"millrace/1";
@@ -35,7 +34,7 @@ pub(crate) const ALPN_NODE: &[u8] = b"millrace/1";
 pub enum TlsError {
     /// BoringSSL refused the key, the certificate or a setting.
     #[error("TLS set-up failed: {0}")]
-    Boring(#[from] boring::error::ErrorStack),
+    Boring(#[from] ErrorStack),
     /// The certificate could not be made from the key.
     #[error("certificate could not be made: {0}")]
     Certificate(#[from] rcgen::Error),
@@ -110,27 +109,14 @@ impl Credentials {
     }
 
     /// The context of the listening side: any key of `members`.
-    pub(crate) fn server(
-        &self,
-        members: &Members,
-        counters: &Arc<Counters>,
-    ) -> Result<SslContextBuilder, TlsError> {
+    pub(crate) fn server(&self, members: &Members) -> Result<SslContextBuilder, TlsError> {
         let mut builder = self.builder()?;
-        let (members, counters) = (members.clone(), Arc::clone(counters));
+        let members = members.clone();
         builder.set_custom_verify_callback(
             SslVerifyMode::PEER | SslVerifyMode::FAIL_IF_NO_PEER_CERT,
             move |ssl| {
-                let refuse = |why| {
-                    counters.tls_refused(why);
-                    Err(SslVerifyError::Invalid(SslAlert::CERTIFICATE_UNKNOWN))
-                };
-                let Some(key) = peer_key(ssl) else {
-                    return refuse(TlsRefusal::NotEd25519);
-                };
-                if members.node_of(&key).is_none() {
-                    return refuse(TlsRefusal::NotInRegistry);
-                }
-                Ok(())
+                let node = peer_key(ssl).and_then(|key| members.node_of(&key));
+                accept_if(node.is_some())
             },
         );
         Ok(builder)
@@ -140,29 +126,47 @@ impl Credentials {
     pub(crate) fn client(&self) -> Result<SslContextBuilder, TlsError> {
         let mut builder = self.builder()?;
         // Replaced by `pin` before the first packet; a connection that was not pinned must fail.
-        builder.set_custom_verify_callback(SslVerifyMode::PEER, |_| {
-            Err(SslVerifyError::Invalid(SslAlert::CERTIFICATE_UNKNOWN))
-        });
+        builder.set_custom_verify_callback(SslVerifyMode::PEER, |_| accept_if(false));
         Ok(builder)
     }
 }
 
+/// What the verify callback answers. [`handshake_end`](crate::handshake_end) tells by the alert
+/// that it was the callback which refused.
+fn accept_if(is_accepted: bool) -> Result<(), SslVerifyError> {
+    let refusal = SslVerifyError::Invalid(SslAlert::CERTIFICATE_UNKNOWN);
+    if is_accepted { Ok(()) } else { Err(refusal) }
+}
+
 /// Makes `ssl` accept `expected` and nothing else. Call between `connect` and the first packet.
-pub(crate) fn pin(ssl: &mut SslRef, expected: PublicKey, counters: &Arc<Counters>) {
-    let counters = Arc::clone(counters);
+pub(crate) fn pin(ssl: &mut SslRef, expected: PublicKey) {
     ssl.set_custom_verify_callback(SslVerifyMode::PEER, move |ssl| {
-        if peer_key(ssl) == Some(expected) {
-            return Ok(());
-        }
-        counters.tls_refused(TlsRefusal::WrongKey);
-        Err(SslVerifyError::Invalid(SslAlert::CERTIFICATE_UNKNOWN))
+        accept_if(peer_key(ssl) == Some(expected))
     });
+}
+
+/// Whether the handshake that BoringSSL has just given up had no group for the key exchange in
+/// common with the peer. Its alert is that of other mismatches too (RFC 8446, 6.2), so the answer is
+/// in BoringSSL's queue of errors, until the thread's next call of it: ask at once.
+pub(crate) fn has_no_common_group() -> bool {
+    let errors = ErrorStack::get();
+    errors
+        .errors()
+        .iter()
+        .any(|error| error.reason() == Some("NO_SHARED_GROUP"))
 }
 
 /// The Ed25519 key of the peer's certificate; `None` when there is no certificate or its key is of
 /// another kind.
 pub(crate) fn peer_key(ssl: &SslRef) -> Option<PublicKey> {
-    let key = ssl.peer_certificate()?.public_key().ok()?;
+    let certificate = ssl.peer_certificate()?;
+    ed25519_key(&certificate)
+}
+
+/// The key is all that counts of a certificate: it is the same whatever the dates and the signature
+/// of the certificate say.
+fn ed25519_key(certificate: &X509Ref) -> Option<PublicKey> {
+    let key = certificate.public_key().ok()?;
     if key.id() != Id::ED25519 {
         return None;
     }
@@ -171,4 +175,28 @@ pub(crate) fn peer_key(ssl: &SslRef) -> Option<PublicKey> {
         .ok()
         .filter(|bytes| bytes.len() == 32)?;
     Some(PublicKey::from_bytes(raw))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Protects against a key that is taken for a node's and is none.
+    #[test]
+    fn only_an_ed25519_key_is_a_nodes() {
+        let of = |pair: &rcgen::KeyPair| {
+            let parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
+            let certificate = parameters.self_signed(pair).unwrap();
+            ed25519_key(&X509::from_der(certificate.der()).unwrap())
+        };
+        let ed25519 = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
+        let raw: [u8; 32] = ed25519.public_key_raw().try_into().unwrap();
+        assert_eq!(of(&ed25519), Some(PublicKey::from_bytes(raw)));
+        for other in [
+            &rcgen::PKCS_ECDSA_P256_SHA256,
+            &rcgen::PKCS_ECDSA_P384_SHA384,
+        ] {
+            assert_eq!(of(&rcgen::KeyPair::generate_for(other).unwrap()), None);
+        }
+    }
 }

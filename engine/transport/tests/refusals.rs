@@ -1,5 +1,5 @@
 //! Clients that are refused: a wrong key, a non-member, no key at all, a former member with a
-//! ticket; each refused with its counter.
+//! ticket, nothing in common; each refused with its counter.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -13,7 +13,7 @@ use millrace_edge_policy::cid::initial_dcid;
 use millrace_protocol::frame::{Class, Header, Kind, Method};
 use millrace_transport::TransportConfig;
 use millrace_transport::counters::{Counter, Family};
-use raw::{Raw, RawOptions};
+use raw::{Certificate, Raw, RawOptions};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -98,6 +98,78 @@ fn a_dialler_without_a_certificate_is_refused() {
         "certificate_required"
     );
     node.wait_for_reason(Family::Refused, "no_certificate", 1);
+}
+
+// Protects an operator who looks for what is wrong: a client of another protocol, or of a TLS library
+// without our parameters, is counted apart from a client that is nobody.
+#[test]
+fn each_kind_of_mismatch_has_a_reason_of_its_own() {
+    const NO_APPLICATION_PROTOCOL: u64 = 0x100 + 120;
+    const HANDSHAKE_FAILURE: u64 = 0x100 + 40;
+    let (node, dialler) = listener_and_dialler();
+    let cases = [
+        (
+            RawOptions {
+                protocol: b"h3",
+                ..RawOptions::of(&dialler)
+            },
+            NO_APPLICATION_PROTOCOL,
+            "no_common_protocol",
+        ),
+        (
+            RawOptions {
+                groups: "P-256:P-384",
+                ..RawOptions::of(&dialler)
+            },
+            HANDSHAKE_FAILURE,
+            "no_common_group",
+        ),
+    ];
+    for (options, code, reason) in cases {
+        let mut raw = Raw::dial(node.transport.local_addr(), &options);
+        assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
+        let error = raw.quic.peer_error().unwrap();
+        assert!(!error.is_app, "{reason}");
+        assert_eq!(error.error_code, code, "{reason}");
+        node.wait_for_reason(Family::Refused, reason, 1);
+    }
+    // A client whose key is of another type finds that out by itself, and says so.
+    let options = RawOptions {
+        certificate: Certificate::P256,
+        ..RawOptions::of(&dialler)
+    };
+    let mut raw = Raw::dial(node.transport.local_addr(), &options);
+    assert!(raw.drive(LIMIT, |quic| quic.local_error().is_some()));
+    raw.turn();
+    node.wait_for_reason(Family::Refused, "refused_by_peer", 1);
+    // Each was counted once, and by no other reason.
+    let refused = node.transport.counters()[0].reasons();
+    let refused = refused
+        .iter()
+        .filter(|(family, ..)| *family == Family::Refused);
+    assert_eq!(refused.map(|(.., count)| count).sum::<u64>(), 3);
+    assert_eq!(node.count(Counter::ConnectionsIn), 0);
+}
+
+// Protects a member whose clock is wrong, or whose certificate is old: the key is all that counts of
+// a certificate, and the registry says for how long.
+#[test]
+fn neither_dates_nor_the_signature_of_a_certificate_count() {
+    for certificate in [Certificate::Expired, Certificate::BadlySigned] {
+        let (node, dialler) = listener_and_dialler();
+        let options = RawOptions {
+            certificate,
+            ..RawOptions::of(&dialler)
+        };
+        let mut raw = Raw::dial(node.transport.local_addr(), &options);
+        raw.introduce();
+        let peers = || node.transport.status().peers();
+        assert!(
+            raw.drive(LIMIT, |_| !peers().is_empty()),
+            "{certificate:?}: the peer is not up"
+        );
+        assert_eq!(node.count(Counter::ConnectionsIn), 1);
+    }
 }
 
 #[test]

@@ -10,13 +10,15 @@ use millrace_protocol::dial_request::DialRequest;
 use millrace_protocol::id::ConnectionNumber;
 use millrace_protocol::peers::{Action, CloseKind, ConnKey};
 
-use super::{Arrival, CERTIFICATE_REQUIRED, CERTIFICATE_UNKNOWN, Endpoint, REPLIES_MAX, Timer};
+use super::{Arrival, Endpoint, REPLIES_MAX, Timer};
 use crate::clock::wall_ms;
 use crate::connection::Connection;
-use crate::counters::{Family, TlsRefusal};
+use crate::counters::Family;
 use crate::dial_requests;
+use crate::handshake_end::HandshakeEnd;
 use crate::phase::Phase;
 use crate::quic::CloseCode;
+use crate::tls;
 
 impl Endpoint {
     pub(super) fn run_actions(&mut self, now: Instant) {
@@ -182,8 +184,11 @@ impl Endpoint {
         }
         self.end_handshake(&mut connection);
         self.end_unproven(&mut connection);
-        if was_refused_by_certificate(&connection) {
-            self.charge(&mut connection, now);
+        if let Some(refusal) = handshake_end(&mut connection).and_then(HandshakeEnd::refusal) {
+            if refusal.is_of_validated_address() {
+                self.charge(&mut connection, now);
+            }
+            self.refuse(refusal.reason(), connection.address.first(), None, now);
         }
         let kind = self.judge_end(&connection);
         if let Some(session) = connection.session.take() {
@@ -202,13 +207,6 @@ impl Endpoint {
     pub(super) fn judge_end(&self, connection: &Connection) -> CloseKind {
         let counters = self.counters();
         let quic = &connection.quic;
-        if connection.is_server
-            && quic
-                .local_error()
-                .is_some_and(|e| !e.is_app && e.error_code == CERTIFICATE_REQUIRED)
-        {
-            counters.tls_refused(TlsRefusal::NoCertificate);
-        }
         let (reason, kind) = match (quic.peer_error(), quic.local_error()) {
             _ if quic.is_timed_out() => ("timed_out", CloseKind::Lost),
             (Some(error), _) if error.is_app => CloseCode::end_by_peer(error.error_code),
@@ -222,11 +220,20 @@ impl Endpoint {
     }
 }
 
-/// Whether TLS ended because of the peer's certificate. The certificate comes under handshake keys,
-/// so the address of its sender is validated.
-fn was_refused_by_certificate(connection: &Connection) -> bool {
-    let error = connection.quic.local_error();
-    error.is_some_and(|e| {
-        !e.is_app && [CERTIFICATE_REQUIRED, CERTIFICATE_UNKNOWN].contains(&e.error_code)
+/// How the handshake ended of a connection that never came up.
+fn handshake_end(connection: &mut Connection) -> Option<HandshakeEnd> {
+    if !matches!(
+        connection.phase,
+        Phase::Handshake { .. } | Phase::AwaitHello
+    ) {
+        return None;
+    }
+    let code = |error: &quiche::ConnectionError| (!error.is_app).then_some(error.error_code);
+    Some(HandshakeEnd {
+        is_server: connection.is_server,
+        ours: connection.quic.local_error().and_then(code),
+        theirs: connection.quic.peer_error().and_then(code),
+        has_ed25519_key: tls::peer_key(connection.quic.as_mut()).is_some(),
+        has_no_common_group: connection.has_no_common_group,
     })
 }

@@ -16,7 +16,7 @@ use millrace_protocol::peers::{Attempt, Direction, Refusal};
 
 use super::Endpoint;
 use crate::connection::Connection;
-use crate::counters::{Counter, Family};
+use crate::counters::Counter;
 use crate::phase::Phase;
 use crate::quic::CloseCode;
 use crate::session::Session;
@@ -54,7 +54,9 @@ impl Endpoint {
             self.introduce(slot, &mut connection, peer);
         }
         if let Err((code, reason)) = judged {
-            self.counters().count(Family::Refused, reason);
+            let key = tls::peer_key(connection.quic.as_mut());
+            let peer = key.and_then(|key| self.topology.node_of_key(&key));
+            self.refuse(reason, connection.address.first(), peer, now);
             connection.close(code);
         }
         self.connections[slot] = Some(connection);

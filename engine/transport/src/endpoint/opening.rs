@@ -246,7 +246,7 @@ impl Endpoint {
             self.parts.peers[index].dial_failed(attempt, now);
             return;
         };
-        tls::pin(quic.as_mut(), public_key, &self.parts.state.counters);
+        tls::pin(quic.as_mut(), public_key);
         let key = self.new_key(slot);
         let config = &self.parts.state.config;
         let mut connection =

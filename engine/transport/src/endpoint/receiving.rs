@@ -17,6 +17,7 @@ use crate::ids::IdBytes;
 use crate::mtu::PathMtu;
 use crate::phase::Phase;
 use crate::quic::CloseCode;
+use crate::tls;
 
 /// The connection that the last datagram of a receive completion was for.
 struct Touched {
@@ -73,7 +74,9 @@ impl Endpoint {
                 continue;
             };
             connection.unacked_bytes += datagram.len();
-            if connection.quic.recv(datagram, touched.info).is_err() {
+            if let Err(error) = connection.quic.recv(datagram, touched.info) {
+                let is_tls = error == quiche::Error::TlsFail;
+                connection.has_no_common_group |= is_tls && tls::has_no_common_group();
                 self.counters().add(Counter::DatagramsInvalid, 1);
             }
         }

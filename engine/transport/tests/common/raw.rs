@@ -32,6 +32,12 @@ const OUTGOING_MAX: usize = 100_000;
 pub(crate) struct RawOptions {
     /// Present this key's certificate; none at all otherwise.
     pub(crate) key: Option<SigningKey>,
+    /// What that certificate is like.
+    pub(crate) certificate: Certificate,
+    /// Application protocol that is offered.
+    pub(crate) protocol: &'static [u8],
+    /// Groups for the key exchange that are offered, as BoringSSL writes them.
+    pub(crate) groups: &'static str,
     /// Accept session tickets, and resume this session.
     pub(crate) session: Option<Vec<u8>>,
     /// Initial congestion window.
@@ -42,37 +48,69 @@ impl Default for RawOptions {
     fn default() -> Self {
         Self {
             key: None,
+            certificate: Certificate::Sound,
+            protocol: b"millrace/1",
+            groups: "X25519",
             session: None,
             window_packets: 10,
         }
     }
 }
 
+/// What a client's certificate is like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Certificate {
+    /// As a node's.
+    Sound,
+    /// Its dates are past.
+    Expired,
+    /// Its own signature is not right.
+    BadlySigned,
+    /// Of a P-256 key, in place of the node's.
+    P256,
+}
+
+impl Certificate {
+    /// Its private key in PKCS #8, and itself.
+    fn make(self, key: &SigningKey) -> (Vec<u8>, X509) {
+        let der = key.pkcs8_v0_der();
+        let (pair, der) = if self == Self::P256 {
+            let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
+            let der = pair.serialize_der();
+            (pair, der)
+        } else {
+            let algorithm = &rcgen::PKCS_ED25519;
+            let written = der.as_slice().into();
+            let pair = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(&written, algorithm);
+            (pair.unwrap(), der.to_vec())
+        };
+        let mut parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        if self == Self::Expired {
+            parameters.not_after = rcgen::date_time_ymd(2001, 1, 1);
+        }
+        let mut certificate = parameters.self_signed(&pair).unwrap().der().to_vec();
+        if self == Self::BadlySigned {
+            *certificate.last_mut().unwrap() ^= 1;
+        }
+        (der, X509::from_der(&certificate).unwrap())
+    }
+}
+
 fn config(options: &RawOptions) -> quiche::Config {
     let mut tls = SslContextBuilder::new(SslMethod::tls()).unwrap();
     if let Some(key) = &options.key {
-        let der = key.pkcs8_v0_der();
-        let pair = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(
-            &der.as_slice().into(),
-            &rcgen::PKCS_ED25519,
-        )
-        .unwrap();
-        let certificate = rcgen::CertificateParams::new(Vec::new())
-            .unwrap()
-            .self_signed(&pair)
-            .unwrap();
+        let (der, certificate) = options.certificate.make(key);
         tls.set_private_key(&PKey::private_key_from_pkcs8(&der).unwrap())
             .unwrap();
-        tls.set_certificate(&X509::from_der(certificate.der()).unwrap())
-            .unwrap();
+        tls.set_certificate(&certificate).unwrap();
     }
     tls.set_verify_algorithm_prefs(&[SslSignatureAlgorithm::ED25519])
         .unwrap();
-    tls.set_curves_list("X25519").unwrap();
+    tls.set_curves_list(options.groups).unwrap();
     tls.set_custom_verify_callback(SslVerifyMode::PEER, |_| Ok(()));
     let mut config =
         quiche::Config::with_boring_ssl_ctx_builder(quiche::PROTOCOL_VERSION, tls).unwrap();
-    config.set_application_protos(&[b"millrace/1"]).unwrap();
+    config.set_application_protos(&[options.protocol]).unwrap();
     // Longer than any test waits: it is the listener that ends silence.
     config.set_max_idle_timeout(600_000);
     config.set_max_send_udp_payload_size(1_452);
