@@ -272,6 +272,44 @@ fn a_member_without_a_proof_takes_a_place_of_others_for_its_handshake_alone() {
     testbed.refused("handshakes_full", 1);
 }
 
+// Protects clients from noise: bytes behind the header of an Initial that nobody authenticated open
+// nothing, hold nothing, and are answered by nothing.
+#[test]
+fn garbage_behind_the_header_of_an_initial_is_no_connection() {
+    // More than all places that a shard has for clients without a token.
+    const GARBAGE: u8 = 2 * HANDSHAKES_MAX as u8;
+    let testbed = Testbed::new(admission(), patient());
+    let to = testbed.listener.transport.local_addr();
+    let sender = client("127.0.0.1:0", to, &non_member(), 0);
+    for n in 0..GARBAGE {
+        let mut other = client("127.0.0.1:0", to, &non_member(), n);
+        let (mut datagram, _) = other.outgoing().swap_remove(0);
+        // Two IDs of 16 bytes and no token; then the length, of two bytes, and what it is of.
+        let length_at = 1 + 4 + 1 + 16 + 1 + 16 + 1;
+        assert_eq!(datagram[length_at] >> 6, 1);
+        if n % 2 == 0 {
+            datagram[length_at + 30] ^= 1;
+        } else {
+            datagram[length_at] = 0x7f;
+        }
+        sender.send_datagram(&datagram, to);
+        let came = u64::from(n) + 1;
+        testbed
+            .listener
+            .wait_for_count(Counter::DatagramsInvalid, came);
+        assert_eq!(testbed.admission.half_open(here()), 0);
+    }
+    let answers = testbed.listener.count(Counter::PacketsSent);
+    assert_eq!(answers, 0, "nothing is answered");
+    let reasons = testbed.listener.transport.counters()[0].reasons();
+    assert_eq!(reasons, [], "nothing was refused, closed or lost");
+    let retries = testbed.listener.count(Counter::Retries);
+    assert_eq!(retries, 0);
+    let [_, member] = &testbed.diallers;
+    client("127.0.0.1:0", to, &RawOptions::of(member), GARBAGE).establish();
+    testbed.listener.wait_for_count(Counter::ConnectionsIn, 1);
+}
+
 #[test]
 fn a_handshake_that_fails_gives_its_place_back() {
     let testbed = Testbed::on_shards(SHARDS, admission(), patient());

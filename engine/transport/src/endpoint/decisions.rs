@@ -173,17 +173,9 @@ impl Endpoint {
     /// The connection is gone: tell everybody, and free its slot.
     pub(super) fn remove(&mut self, slot: usize, now: Instant) {
         self.take_down(slot);
-        let Some(mut connection) = self.connections.get_mut(slot).and_then(Option::take) else {
+        let Some(mut connection) = self.release(slot) else {
             return;
         };
-        self.free.push(slot);
-        self.drop_heap(&connection);
-        self.live -= 1;
-        if let Some(id) = connection.timer {
-            self.wheel.cancel(id);
-        }
-        self.end_handshake(&mut connection);
-        self.end_unproven(&mut connection);
         if let Some(refusal) = handshake_end(&mut connection).and_then(HandshakeEnd::refusal) {
             if refusal.is_of_validated_address() {
                 self.charge(&mut connection, now);
@@ -201,6 +193,20 @@ impl Endpoint {
             }
         }
         self.run_actions(now);
+    }
+
+    /// Takes a connection out of its slot, and gives back what it held of this shard. Tells nobody.
+    pub(super) fn release(&mut self, slot: usize) -> Option<Box<Connection>> {
+        let mut connection = self.connections.get_mut(slot).and_then(Option::take)?;
+        self.free.push(slot);
+        self.drop_heap(&connection);
+        self.live -= 1;
+        if let Some(id) = connection.timer {
+            self.wheel.cancel(id);
+        }
+        self.end_handshake(&mut connection);
+        self.end_unproven(&mut connection);
+        Some(connection)
     }
 
     /// Counts why a connection ended, and says whether it may be dialled again at once.

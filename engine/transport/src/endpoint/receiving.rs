@@ -1,5 +1,8 @@
 //! Receiving: gives datagrams to their connections, and after the packets of one completion does
 //! everything that they made possible.
+//!
+//! Invariant: a connection whose first packet is not authentic is no connection. It is counted as
+//! an invalid datagram, answered by nothing, and holds no place after its datagram.
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -66,18 +69,24 @@ impl Endpoint {
                     touched.id.copy_from_slice(dcid);
                 }
             }
-            let Some(touched) = &mut touched else {
+            let Some(open) = &mut touched else {
                 continue;
             };
-            touched.bytes += datagram.len();
-            let Some(Some(connection)) = self.connections.get_mut(touched.slot) else {
+            open.bytes += datagram.len();
+            let slot = open.slot;
+            let Some(Some(connection)) = self.connections.get_mut(slot) else {
                 continue;
             };
             connection.unacked_bytes += datagram.len();
-            if let Err(error) = connection.quic.recv(datagram, touched.info) {
+            if let Err(error) = connection.quic.recv(datagram, open.info) {
                 let is_tls = error == quiche::Error::TlsFail;
                 connection.has_no_common_group |= is_tls && tls::has_no_common_group();
+                let is_garbage = is_unauthentic(error) && connection.quic.stats().recv == 0;
                 self.counters().add(Counter::DatagramsInvalid, 1);
+                if is_garbage {
+                    self.release(slot);
+                    touched = None;
+                }
             }
         }
         if let Some(last) = touched {
@@ -211,4 +220,16 @@ impl Endpoint {
             self.run_actions(now);
         }
     }
+}
+
+/// Whether quiche refused a packet before it had authenticated it (RFC 9001, 5.3). Where it is the
+/// first of a connection, nobody began one: any bytes after a header of the right form come so far.
+fn is_unauthentic(error: quiche::Error) -> bool {
+    matches!(
+        error,
+        quiche::Error::CryptoFail
+            | quiche::Error::InvalidPacket
+            | quiche::Error::BufferTooShort
+            | quiche::Error::UnknownVersion
+    )
 }
