@@ -492,13 +492,15 @@ impl Packet<'_> {
         Source::of(self.from.ip())
     }
 
-    /// The original ID in the token, if the packet has a token.
+    /// The original ID in the token, if the packet has one of a node. One of anybody else counts as
+    /// none.
     fn original(&self, keys: &Keys) -> Result<Option<OriginalId>, Reason> {
         if self.token.is_empty() {
             return Ok(None);
         }
         match token::open(self.token, self.dcid, self.from, keys, self.now_ns) {
             Ok(original) => Ok(Some(original)),
+            Err(BadToken::Unknown) => Ok(None),
             Err(BadToken::Forged) => Err(Reason::QuicBadToken),
             Err(BadToken::Expired) => Err(Reason::QuicExpiredToken),
         }

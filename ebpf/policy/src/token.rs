@@ -2,7 +2,12 @@
 //! shows the client's address.
 //!
 //! 1. A token is valid for one address and port, for 17 to 34 seconds.
-//! 2. It carries the client's original destination ID, and determines the destination ID of the
+//! 2. A node gives tokens by Retry alone. A client that brings back one that is not valid would take
+//!    no second Retry, and no handshake without the first one's IDs, so its packet is dropped (RFC
+//!    9000, 8.1.2). The CONNECTION_CLOSE that the RFC recommends would be sealed for each forged
+//!    packet, and an honest client meets the case only when its Retry is too old, or when its
+//!    address changes within the round trip: it times out and dials again.
+//! 3. It carries the client's original destination ID, and determines the destination ID of the
 //!    packet that brings it back: the node that answers with a Retry keeps no state.
 
 use std::fmt;
@@ -67,9 +72,13 @@ pub struct Minted {
     pub retry_id: [u8; RETRY_ID_BYTES],
 }
 
-/// Why a token is refused. The fault is the client's.
+/// Why a token does not show an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadToken {
+    /// It has not the form of a token of any node: somebody else gave it. Its packet is one without
+    /// a token (RFC 9000, 8.1.3).
+    #[error("the token is none of a node")]
+    Unknown,
     /// No node with these keys gave it to this address, or it belongs to another destination ID.
     #[error("the token was not given to this address")]
     Forged,
@@ -101,8 +110,9 @@ pub fn mint(original: &[u8], client: SocketAddr, keys: &Keys, now_ns: u64) -> Op
 ///
 /// # Errors
 ///
-/// [`BadToken::Forged`] if no node with these keys made it for this client and this ID,
-/// [`BadToken::Expired`] if one did and its epoch is over.
+/// [`BadToken::Unknown`] if it has not the form of a token, [`BadToken::Forged`] if no node with
+/// these keys made it for this client and this ID, [`BadToken::Expired`] if one did and its epoch is
+/// over.
 pub fn open(
     token: &[u8],
     destination_id: &[u8],
@@ -110,8 +120,8 @@ pub fn open(
     keys: &Keys,
     now_ns: u64,
 ) -> Result<OriginalId, BadToken> {
-    let token: &[u8; BYTES] = token.try_into().map_err(|_| BadToken::Forged)?;
-    let original = original_of(token).ok_or(BadToken::Forged)?;
+    let token: &[u8; BYTES] = token.try_into().map_err(|_| BadToken::Unknown)?;
+    let original = original_of(token).ok_or(BadToken::Unknown)?;
     let made = Made::of(token[1], now_ns >> HANDSHAKE_EPOCH_SHIFT);
     let tag = tag(token, made.epoch, client, keys);
     if token[24..] != tag.to_le_bytes() || destination_id != retry_id(&original, tag) {

@@ -220,18 +220,23 @@ EDGE_INLINE void token_retry_id(const struct quic_token *token, __u64 id[2])
 	id[1] = tag >> 56 | (tag * RETRY_ID_FACTOR) << 8;
 }
 
+/* Whether it has the form of a token of a node. */
+EDGE_INLINE bool token_formed(const struct quic_token *token)
+{
+	__u32 original_bytes = token->words[0] >> 16 & 0xff;
+
+	return (token->words[0] & 0xff) == TOKEN_FIRST && original_bytes >= QUIC_ID_BYTES_MIN &&
+	       original_bytes <= QUIC_ID_BYTES_MAX && token_padded(token, original_bytes);
+}
+
 /* GO_ON if this node made the token, for this client and this destination ID, and it has not
  * expired. */
 EDGE_INLINE int token_check(struct edge_view *view, const struct edge_packet *packet, const struct quic_token *token,
 			    const __u64 id[2], __u32 id_bytes, const enum edge_program program)
 {
-	__u32 original_bytes = token->words[0] >> 16 & 0xff;
 	struct quic_made made;
 	__u64 expected[2];
 
-	if ((token->words[0] & 0xff) != TOKEN_FIRST || original_bytes < QUIC_ID_BYTES_MIN ||
-	    original_bytes > QUIC_ID_BYTES_MAX || !token_padded(token, original_bytes))
-		return R_QUIC_BAD_TOKEN;
 	made = quic_made_when(view, HANDSHAKE_EPOCH_SHIFT, token_epoch(token), program);
 	if (!token_signed(view->control, packet, token, made.epoch))
 		return R_QUIC_BAD_TOKEN;
@@ -333,6 +338,7 @@ EDGE_INLINE int quic_admit_initial(struct xdp_md *ctx, struct edge_view *view, c
 	struct sketch_ask ask;
 	__u64 token_bytes;
 	__u32 token_at;
+	bool validated;
 	int reason;
 
 	if (packet->payload_bytes < QUIC_INITIAL_BYTES_MIN)
@@ -349,25 +355,28 @@ EDGE_INLINE int quic_admit_initial(struct xdp_md *ctx, struct edge_view *view, c
 	}
 	if (stress == EDGE_STRESS_PEERS)
 		return R_QUIC_PEERS_ONLY;
-	if (token_bytes) {
-		if (token_bytes != TOKEN_BYTES)
-			return R_QUIC_BAD_TOKEN;
+	/* A token that is none of a node counts as no token (RFC 9000, 8.1.3). */
+	validated = false;
+	if (token_bytes == TOKEN_BYTES) {
 		token = (const void *)quic_at(ctx, packet, token_at, TOKEN_BYTES);
 		if (!token)
 			return R_QUIC_MALFORMED;
-		reason = token_check(view, packet, token, id, header->id_bytes, program);
-		if (reason != GO_ON)
-			return reason;
+		validated = token_formed(token);
+		if (validated) {
+			reason = token_check(view, packet, token, id, header->id_bytes, program);
+			if (reason != GO_ON)
+				return reason;
+		}
 	}
 	sketch_ask_source(&ask, view, packet->source, packet->ipv4, EDGE_PURPOSE_QUIC);
 	if (!sketch_look_source(&ask, view, program))
 		return R_QUIC_SOURCE_RATE;
 	/* A client that gets a Retry is checked against its cap when it comes back. */
-	if (!token_bytes && (stress != EDGE_STRESS_NORMAL || !budget_charge(view, EDGE_BUDGET_UNVALIDATED)))
+	if (!validated && (stress != EDGE_STRESS_NORMAL || !budget_charge(view, EDGE_BUDGET_UNVALIDATED)))
 		return packet_is_martian(ctx, packet) ? R_MARTIAN : R_TX_RETRY;
 	if (quic_source_full(view, packet, program))
 		return R_QUIC_SOURCE_CAP;
-	if (!token_bytes)
+	if (!validated)
 		return R_PASS_QUIC_INITIAL;
 	return sketch_take_source(&ask, view) ? R_PASS_QUIC_TOKEN : R_QUIC_SOURCE_RATE;
 }

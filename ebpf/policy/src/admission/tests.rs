@@ -201,6 +201,27 @@ fn a_proof_from_elsewhere_is_any_id() {
     assert_eq!(first(from(1)), First::Drop(Reason::QuicPeersOnly));
 }
 
+// Protects clients that another server at this address gave a token to, or that kept one of a node's
+// last run in another form: RFC 9000, 8.1.3.
+#[test]
+fn a_token_of_somebody_else_is_no_token() {
+    let admission = admission();
+    let unknown: [&[u8]; 3] = [&[7], &[0x4d; 32], &[0; 300]];
+    for token in unknown {
+        let first = admission.first_packet(from(1), &DCID, token, 0, NOW, WALL);
+        assert_eq!(first, accepted(), "{} bytes", token.len());
+        admission.handshake_over(from(1), Entitlement::Unvalidated);
+    }
+    admission.set_stress(Level::Retry);
+    for token in unknown {
+        let first = admission.first_packet(from(1), &DCID, token, 0, NOW, WALL);
+        assert_retry(&admission, first, from(1));
+    }
+    admission.set_stress(Level::Peers);
+    let first = admission.first_packet(from(1), &DCID, unknown[0], 0, NOW, WALL);
+    assert_eq!(first, First::Drop(Reason::QuicPeersOnly));
+}
+
 #[test]
 fn tokens_serve_their_own_address_and_time() {
     let admission = admission();

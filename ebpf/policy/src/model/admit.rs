@@ -75,11 +75,9 @@ impl Case<'_> {
         if self.stress() == STRESS_PEERS {
             return Err(Reason::QuicPeersOnly);
         }
-        if !token.is_empty() {
-            self.check_token(token, initial.destination_id, client)?;
-        }
+        let is_validated = self.check_token(token, initial.destination_id, client)?;
         self.check_rate(packet.source)?;
-        if !token.is_empty() {
+        if is_validated {
             self.check_cap(packet.source)?;
             return self.admit_validated(packet.source);
         }
@@ -111,15 +109,17 @@ impl Case<'_> {
         Ok(Reason::PassQuicPeer)
     }
 
+    /// Whether the packet has a token that shows its source.
     fn check_token(
         &self,
         token: &[u8],
         destination_id: &[u8],
         client: SocketAddr,
-    ) -> Result<(), Reason> {
+    ) -> Result<bool, Reason> {
         let keys = &self.model.keys;
         match token::open(token, destination_id, client, keys, self.environment.now_ns) {
-            Ok(_) => Ok(()),
+            Ok(_) => Ok(true),
+            Err(BadToken::Unknown) => Ok(false),
             Err(BadToken::Forged) => Err(Reason::QuicBadToken),
             Err(BadToken::Expired) => Err(Reason::QuicExpiredToken),
         }

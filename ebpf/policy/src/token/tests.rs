@@ -92,7 +92,7 @@ fn tokens_expire_at_the_end_of_the_epoch_after_their_own() {
     }
 }
 
-// A token that only a holder of the keys could make is refused as well, if it has not the one form.
+// A token that only a holder of the keys could make is none either, if it has not the one form.
 #[test]
 fn form_is_checked_under_a_right_tag() {
     let keys = keys(0);
@@ -105,12 +105,12 @@ fn form_is_checked_under_a_right_tag() {
         open(&token, &retry_id, client(), &keys, 0)
     };
     assert!(opened(|_| ()).is_ok());
-    assert_eq!(opened(|token| token[0] = 0x4c), Err(BadToken::Forged));
-    assert_eq!(opened(|token| token[2] = 7), Err(BadToken::Forged));
-    assert_eq!(opened(|token| token[2] = 21), Err(BadToken::Forged));
-    assert_eq!(opened(|token| token[2] = 255), Err(BadToken::Forged));
-    assert_eq!(opened(|token| token[11] = 1), Err(BadToken::Forged));
-    assert_eq!(opened(|token| token[23] = 1), Err(BadToken::Forged));
+    assert_eq!(opened(|token| token[0] = 0x4c), Err(BadToken::Unknown));
+    assert_eq!(opened(|token| token[2] = 7), Err(BadToken::Unknown));
+    assert_eq!(opened(|token| token[2] = 21), Err(BadToken::Unknown));
+    assert_eq!(opened(|token| token[2] = 255), Err(BadToken::Unknown));
+    assert_eq!(opened(|token| token[11] = 1), Err(BadToken::Unknown));
+    assert_eq!(opened(|token| token[23] = 1), Err(BadToken::Unknown));
 }
 
 proptest! {
@@ -137,7 +137,7 @@ proptest! {
         let Minted { token, retry_id } = mint(&id, client, &keys, now_ns).unwrap();
         for forged in flipped(token) {
             let opened = open(&forged, &retry_id, client, &keys, now_ns);
-            prop_assert_eq!(opened, Err(BadToken::Forged));
+            prop_assert!(matches!(opened, Err(BadToken::Forged | BadToken::Unknown)));
         }
         for other in flipped(retry_id) {
             let opened = open(&token, &other, client, &keys, now_ns);
@@ -157,7 +157,8 @@ proptest! {
         token in prop::collection::vec(any::<u8>(), 0..40),
         id in prop::collection::vec(any::<u8>(), 0..20),
     ) {
-        prop_assert_eq!(open(&token, &id, client(), &keys(0), 0), Err(BadToken::Forged));
+        let opened = open(&token, &id, client(), &keys(0), 0);
+        prop_assert!(matches!(opened, Err(BadToken::Forged | BadToken::Unknown)));
     }
 }
 
@@ -169,7 +170,7 @@ fn another_length_is_refused() {
     for token in [&token[..31], &longer, &[]] {
         assert_eq!(
             open(token, &retry_id, client(), &keys, 0),
-            Err(BadToken::Forged)
+            Err(BadToken::Unknown)
         );
     }
     for id in [&retry_id[..15], &[], &[7; 20]] {

@@ -215,6 +215,25 @@ impl Raw {
         }
     }
 
+    /// Takes a Retry with this token as if the other side had sent it: the next first packet bears
+    /// the token.
+    pub(crate) fn be_retried(&mut self, token: &[u8]) {
+        let (mut first, to) = self.outgoing().swap_remove(0);
+        let header = quiche::Header::from_slice(&mut first, 0).unwrap();
+        // Of this client alone: by it the node finds the connection.
+        let mut retry_id = [5; 16];
+        retry_id[1..3].copy_from_slice(&self.local.port().to_be_bytes());
+        let retry_id = quiche::ConnectionId::from_ref(&retry_id);
+        let mut retry = vec![0; 1_200];
+        let (id, original, version) = (&header.scid, &header.dcid, header.version);
+        let len = quiche::retry(id, original, &retry_id, token, version, &mut retry).unwrap();
+        let info = quiche::RecvInfo {
+            from: to,
+            to: self.local,
+        };
+        self.quic.recv(&mut retry[..len], info).unwrap();
+    }
+
     /// Waits for one datagram and takes it in; its first byte.
     pub(crate) fn receive_one(&mut self, limit: Duration) -> Option<u8> {
         let until = Instant::now() + limit;

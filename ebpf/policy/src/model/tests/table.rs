@@ -363,6 +363,8 @@ fn quic_first_packets() -> Vec<Case> {
     let token = |from| with_token(from, CLIENT, NOW_NS);
     let expired_id = handshake_id(CLIENT, NOW_NS - 2 * HANDSHAKE_EPOCH_NS);
     let late_token = with_token(CLIENT, CLIENT, NOW_NS - 2 * HANDSHAKE_EPOCH_NS);
+    let mut forged_token = [0; 32];
+    forged_token[..3].copy_from_slice(&[0x4d, 0, 8]);
     let cut_token = with(first(CLIENT), 42 + 6 + 8 + 1 + 5, 0x7f);
     let cases = vec![
         case("within the budget", first(CLIENT), Reason::PassQuicInitial),
@@ -399,14 +401,25 @@ fn quic_first_packets() -> Vec<Case> {
         ),
         case(
             "token for another ID",
-            udp(CLIENT, QUIC, &initial(&[1; 16], &[0x4d; 32])),
+            udp(CLIENT, QUIC, &initial(&[1; 16], &forged_token)),
             Reason::QuicBadToken,
+        ),
+        case(
+            "token of 32 bytes, of another server",
+            udp(CLIENT, QUIC, &initial(&[1; 16], &[0x4d; 32])),
+            Reason::PassQuicInitial,
         ),
         case(
             "token of one byte",
             udp(CLIENT, QUIC, &initial(&[1; 8], &[1])),
-            Reason::QuicBadToken,
+            Reason::PassQuicInitial,
         ),
+        case(
+            "token of one byte, stress",
+            udp(CLIENT, QUIC, &initial(&[1; 8], &[1])),
+            Reason::TxRetry,
+        )
+        .when(stress(1)),
         case("expired token", late_token, Reason::QuicExpiredToken),
         case("third connection", token(CLIENT), Reason::QuicSourceRate)
             .after([token(CLIENT), token(CLIENT)]),
