@@ -109,6 +109,35 @@ fn an_artifact_goes_in_at_one_node_and_comes_out_at_another() {
     assert_eq!(status.status.code(), Some(69));
 }
 
+/// Protects long paths, whose connections run BBR: a body moves by it in both directions, and status
+/// says which profile is in use.
+#[test]
+fn an_artifact_moves_between_nodes_of_a_long_path() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, mut nodes) = subnet(dir.path(), &own_addresses(), 2);
+    for node in &mut nodes {
+        node.edit("path = \"lan\"", "path = \"wan\"");
+        node.start();
+    }
+    connected(&nodes[0], &nodes[1]);
+    let (file, out) = (dir.path().join("in"), dir.path().join("out"));
+    for (n, [from, to]) in [[0, 1], [1, 0]].into_iter().enumerate() {
+        let bytes: Vec<u8> = (n..n + 6_000_001).map(|i| (i * 31 % 251) as u8).collect();
+        std::fs::write(&file, &bytes).unwrap();
+        let socket = text(&nodes[from].socket);
+        let put = json(&["put", text(&file), "--socket", socket, "--json"]);
+        assert_eq!(put["peers"][0]["outcome"], "delivered", "{put}");
+        let id = put["id"].as_str().unwrap();
+        let socket = text(&nodes[to].socket);
+        ok(&["get", id, "-o", text(&out), "--socket", socket]);
+        assert!(std::fs::read(&out).unwrap() == bytes);
+    }
+    for node in &nodes {
+        let status = node.status();
+        assert_eq!(status["peers"][0]["path"], "wan", "{status}");
+    }
+}
+
 /// What one node lacks it asks its peers for.
 #[test]
 fn a_node_that_came_later_fetches_from_a_peer() {

@@ -538,6 +538,10 @@ impl Datapath for Endpoint {
                     until: Some(until),
                     code: CloseCode::Done,
                 };
+                // From here on it counts what bodies move: their end is waited for.
+                if let Some(session) = &mut connection.session {
+                    session.drains_until(&connection.quic, now);
+                }
             }
             self.mark_dirty(slot);
         }

@@ -13,7 +13,7 @@ use millrace_edge_policy::cid::initial_dcid;
 use millrace_protocol::frame::{Class, Header, Kind, Method};
 use millrace_transport::TransportConfig;
 use millrace_transport::counters::{Counter, Family};
-use raw::{Certificate, Raw, RawOptions};
+use raw::{Certificate, Raw, RawOptions, session_of_other_server};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -248,6 +248,28 @@ fn a_removed_node_cannot_come_back_by_a_session() {
     assert!(again.drive(LIMIT, |quic| quic.peer_error().is_some()));
     assert!(!again.quic.is_resumed());
     node.wait_for_reason(Family::Refused, "not_in_registry", 1);
+}
+
+// Protects the pinned keys from tickets. A resumed session would skip the callback that looks for the
+// key in the registry, so a node gives no tickets and takes none: whoever offers a real one goes
+// through the whole handshake, and is judged by its key.
+#[test]
+fn a_real_ticket_does_not_replace_the_handshake() {
+    let (node, dialler) = listener_and_dialler();
+    for (key, reason) in [(key(77), Some("not_in_registry")), (dialler, None)] {
+        let options = RawOptions::of(&key);
+        let session = Some(session_of_other_server(&node.key, &options));
+        let options = RawOptions { session, ..options };
+        let mut raw = Raw::dial(node.transport.local_addr(), &options);
+        if let Some(reason) = reason {
+            assert!(raw.drive(LIMIT, |quic| quic.peer_error().is_some()));
+            node.wait_for_reason(Family::Refused, reason, 1);
+        } else {
+            raw.establish();
+            node.wait_for_count(Counter::ConnectionsIn, 1);
+        }
+        assert!(!raw.quic.is_resumed());
+    }
 }
 
 #[test]

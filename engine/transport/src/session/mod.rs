@@ -198,18 +198,23 @@ impl Session {
     /// How long the last bytes and their repeats may take. Of a body that went over a connection
     /// while it drained, the path may hold a window: an interval of progress.
     pub fn linger<P: StreamPath>(&self, path: &P) -> Duration {
-        if self.has_drained_bodies {
+        if self.has_drained_bodies || self.moved_bytes() > self.moved_seen {
             progress_interval(self.config(), path.stats().rtt)
         } else {
             linger(path)
         }
     }
 
+    /// Bytes of messages with streams of their own, both ways.
+    fn moved_bytes(&self) -> u64 {
+        self.handle.out.borrow().moved_bytes() + self.inbox.moved_bytes()
+    }
+
     /// Until when the connection may go on after its replacement: for an interval of progress, if
     /// messages with streams of their own came forward since the last call and are not whole.
     pub fn drains_until<P: StreamPath>(&mut self, path: &P, now: Instant) -> Option<Instant> {
+        let moved = self.moved_bytes();
         let out = self.handle.out.borrow();
-        let moved = out.moved_bytes() + self.inbox.moved_bytes();
         let is_carrying = out.has_streams() || self.inbox.unfinished() > 0;
         drop(out);
         let has_moved = std::mem::replace(&mut self.moved_seen, moved) < moved;

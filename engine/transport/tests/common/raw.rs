@@ -292,6 +292,26 @@ impl Raw {
     /// The first stream that a client opens: a lane, which begins with its hello.
     pub(crate) const LANE: u64 = 2;
 
+    /// Takes turns until a stream of the node has ended, and reads it; what is behind the header of
+    /// the message on it.
+    pub(crate) fn message(&mut self, limit: Duration) -> Option<Vec<u8>> {
+        let mut streams: BTreeMap<u64, Vec<u8>> = BTreeMap::new();
+        let mut ended = None;
+        let mut bytes = vec![0; 65_536];
+        self.drive(limit, |quic| {
+            for stream in quic.readable().collect::<Vec<_>>() {
+                while let Ok((read, is_end)) = quic.stream_recv(stream, &mut bytes) {
+                    streams.entry(stream).or_default().extend(&bytes[..read]);
+                    ended = is_end.then_some(stream).or(ended);
+                }
+            }
+            ended.is_some()
+        });
+        let message = streams.remove(&ended?)?;
+        // The first byte says what the stream is.
+        Some(message[1 + Header::BYTES..].to_vec())
+    }
+
     /// Takes turns until the node has sent a failure; its request's id and its code.
     pub(crate) fn failure(&mut self, limit: Duration) -> Option<(u32, FailureCode)> {
         self.read_until(limit, |raw| raw.failures.pop_front())
@@ -357,6 +377,32 @@ impl Raw {
             sent == bytes.len()
         })
     }
+}
+
+/// A session that a server with this key gives a client with these options. The server gives
+/// tickets, as no node does.
+pub(crate) fn session_of_other_server(key: &SigningKey, options: &RawOptions) -> Vec<u8> {
+    let [from, to] = [1, 2].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+    let [one, two] = [[1; 16], [2; 16]];
+    let [one, two] = [&one, &two].map(|id| quiche::ConnectionId::from_ref(id));
+    let mut client = quiche::connect(None, &one, from, to, &mut config(options)).unwrap();
+    let mut accepting = config(&RawOptions::of(key));
+    let mut server = quiche::accept(&two, None, to, from, &mut accepting).unwrap();
+    let pass = |speaker: &mut quiche::Connection, listener: &mut quiche::Connection| {
+        let mut packet = [0; 1_452];
+        while let Ok((len, info)) = speaker.send(&mut packet) {
+            let info = quiche::RecvInfo {
+                from: info.from,
+                to: info.to,
+            };
+            listener.recv(&mut packet[..len], info).unwrap();
+        }
+    };
+    for _ in 0..4 {
+        pass(&mut client, &mut server);
+        pass(&mut server, &mut client);
+    }
+    client.session().expect("a ticket").to_vec()
 }
 
 /// A lane that begins with a hello of this body.
