@@ -140,6 +140,12 @@ fn print(status: &Status) -> Result<(), Failure> {
             mib(peer.bytes_sent),
             mib(peer.bytes_received),
         ))?;
+        if peer.duplicates_refused > 0 {
+            output::data(format_args!(
+                "           another node has the key of this peer: refused {} times; see the log",
+                peer.duplicates_refused
+            ))?;
+        }
     }
     Ok(())
 }

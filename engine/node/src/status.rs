@@ -113,6 +113,10 @@ pub struct Peer {
     pub bytes_sent: u64,
     /// Bytes received.
     pub bytes_received: u64,
+    /// Connections that were refused because another node has this one's key; 0 while no other
+    /// comes.
+    #[serde(default)]
+    pub duplicates_refused: u64,
 }
 
 /// A shard.
@@ -254,6 +258,7 @@ fn peers(core: &Core) -> Vec<Peer> {
             packets_lost: peer.packets_lost,
             bytes_sent: peer.bytes_sent,
             bytes_received: peer.bytes_received,
+            duplicates_refused: peer.duplicates_refused,
         });
     peers.collect()
 }

@@ -18,10 +18,13 @@
 //!    fails leaves the connection as it is.
 //! 7. A dial request is authentic: the shell checked its MAC. It can bring a dial forward, name the
 //!    address to dial next, and have a connection proved alive; `candidate.rs` bounds the second.
+//! 8. Connections of one peer that come from one address and another in turn are of two nodes with
+//!    one key: the newcomer is refused for longer each time; see `contest.rs`.
 
 mod api;
 mod candidate;
 mod connection;
+mod contest;
 mod dial;
 mod state;
 #[cfg(test)]
@@ -41,6 +44,7 @@ use crate::{
     topology::Topology,
 };
 use candidate::Candidate;
+use contest::Contest;
 use state::{Connection, Dial, State};
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -72,6 +76,7 @@ struct Peer {
     addresses: Vec<SocketAddr>,
     next_address: usize,
     candidate: Candidate,
+    contest: Contest,
     /// The address that was dialled last.
     dialled: Option<SocketAddr>,
     current: Option<ConnKey>,
@@ -155,7 +160,9 @@ impl Peers {
         direction: Direction,
         now: Instant,
     ) -> Result<(), Refusal> {
-        let judged = self.judge(peer, direction);
+        let judged = self
+            .judge(peer, direction)
+            .and_then(|()| self.judge_source(peer, direction, now));
         if let Err(refusal) = judged {
             self.counters.refused += 1;
             return Err(refusal);
@@ -283,6 +290,13 @@ impl Peers {
         self.peers.keys().map(|id| (*id, self.current(id)))
     }
 
+    /// Connections refused as [`Refusal::DuplicateIdentity`] since this peer's address first
+    /// changed, in a time in which that goes on.
+    pub fn duplicates_refused(&self, peer: &NodeId) -> u64 {
+        let peer = self.peers.get(peer);
+        peer.map_or(0, |peer| peer.contest.refused())
+    }
+
     /// Counts of events since the machine was made.
     pub fn counters(&self) -> PeersCounters {
         self.counters
@@ -315,7 +329,8 @@ impl Peers {
         if self.topology.member(&id).is_none() || self.topology.member(&self.id).is_none() {
             return Err(Refusal::NotAMember);
         }
-        if direction == Direction::Inbound && id > self.id {
+        let is_inbound = matches!(direction, Direction::Inbound { .. });
+        if is_inbound && id > self.id {
             return Err(Refusal::WrongDirection);
         }
         if id.owner_shard(index, shards) != shard {
@@ -332,6 +347,31 @@ impl Peers {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Refuses a connection that would take the place of a living one from another address, where
+    /// that has just happened.
+    fn judge_source(
+        &mut self,
+        id: NodeId,
+        direction: Direction,
+        now: Instant,
+    ) -> Result<(), Refusal> {
+        let Direction::Inbound { from } = direction else {
+            return Ok(());
+        };
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return Ok(());
+        };
+        let current = peer.current.and_then(|conn| self.connections.get(&conn));
+        let is_elsewhere = current
+            .and_then(|held| held.from)
+            .is_some_and(|held| held != from);
+        if !is_elsewhere || peer.contest.may_take(now) {
+            return Ok(());
+        }
+        self.verify_current(id, now);
+        Err(Refusal::DuplicateIdentity)
     }
 
     fn update_peer(&mut self, id: NodeId, addresses: &[SocketAddr], now: Instant) {
@@ -361,6 +401,7 @@ impl Peers {
             addresses: addresses.to_vec(),
             next_address: 0,
             candidate: Candidate::default(),
+            contest: Contest::default(),
             dialled: None,
             current: None,
             pending: None,

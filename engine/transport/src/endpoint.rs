@@ -351,6 +351,7 @@ impl Endpoint {
             }
             let path = connection.path();
             let stats = connection.quic.stats();
+            let peers = self.parts.peers.get(connection.index);
             Some(PeerStatus {
                 node_id: session.peer(),
                 connection: session.number(),
@@ -366,6 +367,8 @@ impl Endpoint {
                 packets_lost: stats.lost as u64,
                 bytes_sent: stats.sent_bytes,
                 bytes_received: stats.recv_bytes,
+                duplicates_refused: peers
+                    .map_or(0, |peers| peers.duplicates_refused(&session.peer())),
                 shard: self.parts.shard,
             })
         });

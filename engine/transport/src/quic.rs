@@ -34,6 +34,8 @@ pub enum CloseCode {
     Incompatible = 7,
     /// The peer's packets made this node hold too much.
     ExcessiveLoad = 8,
+    /// Another node has the peer's key.
+    DuplicateIdentity = 9,
 }
 
 impl CloseCode {
@@ -43,6 +45,7 @@ impl CloseCode {
             Refusal::NotAMember => Self::NotAMember,
             Refusal::WrongDirection | Refusal::SelfConnection => Self::WrongDirection,
             Refusal::StaleAttempt => Self::Done,
+            Refusal::DuplicateIdentity => Self::DuplicateIdentity,
             _ => Self::NoRoom,
         }
     }
@@ -71,6 +74,9 @@ impl CloseCode {
         match code {
             code if code == Self::Done as u64 => ("peer_done", CloseKind::Clean),
             code if code == Self::Replaced as u64 => ("peer_replaced", CloseKind::Clean),
+            code if code == Self::DuplicateIdentity as u64 => {
+                (Self::DuplicateIdentity.reason(), CloseKind::Refused)
+            }
             _ => ("peer_closed", CloseKind::Refused),
         }
     }
@@ -97,6 +103,7 @@ impl CloseCode {
             Self::NoRoom => "no_room",
             Self::Incompatible => "incompatible_version",
             Self::ExcessiveLoad => "excessive_load",
+            Self::DuplicateIdentity => "duplicate_identity",
         }
     }
 }

@@ -44,6 +44,8 @@ pub struct PeerStatus {
     pub bytes_sent: u64,
     /// UDP payload bytes received.
     pub bytes_received: u64,
+    /// Connections of another node with the peer's key that are being refused: how many were.
+    pub duplicates_refused: u64,
     /// The shard that owns the connection.
     pub shard: usize,
 }

@@ -71,7 +71,10 @@ impl Default for PeersConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// The peer.
-    Inbound,
+    Inbound {
+        /// From here.
+        from: SocketAddr,
+    },
     /// This node, by this dial.
     Outbound(Attempt),
 }
@@ -111,6 +114,9 @@ pub enum Refusal {
     /// The dial was given up, or was of another peer.
     #[error("the dial was given up")]
     StaleAttempt,
+    /// Another node has the peer's key: connections of the two come in turn.
+    #[error("another node has the same key")]
+    DuplicateIdentity,
 }
 
 impl Refusal {
@@ -123,6 +129,7 @@ impl Refusal {
             Self::WrongShard => "wrong_shard",
             Self::TooMany => "too_many_peers",
             Self::StaleAttempt => "stale_attempt",
+            Self::DuplicateIdentity => "duplicate_identity",
         }
     }
 }

@@ -27,15 +27,20 @@ impl Peers {
             });
         }
         let state = State::Pending(direction);
+        let from = match direction {
+            Direction::Inbound { from } => Some(from),
+            Direction::Outbound(_) => None,
+        };
         let connection = Connection {
             peer: id,
+            from,
             state,
             verifying: false,
             timer: None,
         };
         let reused = self.connections.insert(conn, connection);
         assert!(reused.is_none(), "{conn:?} names two connections");
-        if direction == Direction::Inbound {
+        if from.is_some() {
             // The dialler's attempt has a deadline of its own; a listener's connection has only
             // this one.
             self.stop_peer_timer(id);
@@ -66,7 +71,7 @@ impl Peers {
         peer.dial_request_restarts = 0;
         peer.candidate.connected();
         match direction {
-            Direction::Inbound => peer.backoff.reset(),
+            Direction::Inbound { .. } => peer.backoff.reset(),
             Direction::Outbound(_) => peer.dial = Dial::Idle,
         }
         let older = peer.current.replace(conn);
@@ -138,7 +143,7 @@ impl Peers {
                 peer.pending = None;
                 self.redial_later(id, now);
             }
-            State::Pending(Direction::Inbound) => {
+            State::Pending(Direction::Inbound { .. }) => {
                 peer.pending = None;
                 if peer.current.is_none() {
                     self.seek(id, now);

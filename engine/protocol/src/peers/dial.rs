@@ -171,7 +171,10 @@ impl Peers {
         let has_moved = peer.candidate.hear(from, request.sent_ms, wall_ms, now);
         match peer.dial {
             Dial::Listening => {}
-            Dial::Idle => self.verify_current(id, now),
+            Dial::Idle => {
+                let has_begun = self.verify_current(id, now);
+                self.counters.dial_requests_heeded += u64::from(has_begun);
+            }
             Dial::Waiting => {
                 self.counters.dial_requests_heeded += 1;
                 match peer.last_dial {
@@ -205,24 +208,25 @@ impl Peers {
         }
     }
 
-    /// Handles a dial request of a connected peer: the peer may have restarted, or moved.
-    fn verify_current(&mut self, id: NodeId, now: Instant) {
+    /// Handles a dial request of a connected peer, or a connection from another address: the peer may
+    /// have restarted, or moved. Whether the current connection is asked for a sign of life.
+    pub(super) fn verify_current(&mut self, id: NodeId, now: Instant) -> bool {
         let current = self.peers.get(&id).and_then(|peer| peer.current);
-        let Some(conn) = current else { return };
+        let Some(conn) = current else { return false };
         let Some(connection) = self.connections.get_mut(&conn) else {
-            return;
+            return false;
         };
         let State::Up { since, .. } = connection.state else {
-            return;
+            return false;
         };
         // A dial request that was sent before the connection came up says nothing about it.
         if connection.verifying || now < since + DIAL_INTERVAL_MIN {
-            return;
+            return false;
         }
         connection.verifying = true;
-        self.counters.dial_requests_heeded += 1;
         self.actions.push_back(Action::Verify { conn });
         self.set_connection_timer(conn, now + self.config.verify_timeout);
+        true
     }
 
     pub(super) fn addresses_changed(&mut self, id: NodeId, now: Instant) {

@@ -34,6 +34,8 @@ impl Dial {
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) peer: NodeId,
+    /// Where the peer began it, if the peer did.
+    pub(super) from: Option<SocketAddr>,
     pub(super) state: State,
     pub(super) verifying: bool,
     /// Hello, verification or drain deadline.

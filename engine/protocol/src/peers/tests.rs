@@ -2,10 +2,15 @@ use super::*;
 use crate::{identity::SigningKey, topology::Member};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
 
 const MS: Duration = Duration::from_millis(1);
 /// Milliseconds since 1970 when a testbed starts.
 const WALL_MS: u64 = 1_800_000_000_000;
+
+const INBOUND: Direction = Direction::Inbound {
+    from: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 4_000),
+};
 
 /// An address that no topology has.
 fn elsewhere(host: u8) -> SocketAddr {
@@ -122,14 +127,14 @@ fn lower_id_dials_and_others_are_refused() {
     let (ids, now) = (testbed.ids.clone(), testbed.now);
     let outbound = |n| Direction::Outbound(Attempt(n));
     let cases = [
-        (ids[2], Direction::Inbound, Err(Refusal::WrongDirection)),
-        (ids[1], Direction::Inbound, Err(Refusal::SelfConnection)),
-        (non_member, Direction::Inbound, Err(Refusal::NotAMember)),
+        (ids[2], INBOUND, Err(Refusal::WrongDirection)),
+        (ids[1], INBOUND, Err(Refusal::SelfConnection)),
+        (non_member, INBOUND, Err(Refusal::NotAMember)),
         (ids[2], outbound(77), Err(Refusal::StaleAttempt)),
         (ids[0], outbound(1), Err(Refusal::StaleAttempt)),
         (ids[2], outbound(1), Ok(())),
         (ids[2], outbound(1), Err(Refusal::StaleAttempt)),
-        (ids[0], Direction::Inbound, Ok(())),
+        (ids[0], INBOUND, Ok(())),
     ];
     for (conn, (peer, direction, want)) in cases.into_iter().enumerate() {
         let got = testbed
@@ -147,7 +152,7 @@ fn up_at_hello_and_newer_replaces_older() {
     let peer = testbed.ids[0];
     testbed
         .peers
-        .handshake_done(ConnKey(1), peer, Direction::Inbound, testbed.now)
+        .handshake_done(ConnKey(1), peer, INBOUND, testbed.now)
         .unwrap();
     assert_eq!(testbed.peers.current(&peer), None);
     testbed.peers.hello_received(ConnKey(1), testbed.now);
@@ -160,7 +165,7 @@ fn up_at_hello_and_newer_replaces_older() {
             number: first
         }]
     );
-    let second = testbed.up(2, 0, Direction::Inbound);
+    let second = testbed.up(2, 0, INBOUND);
     assert!(second > first);
     let up = Action::Up {
         peer,
@@ -169,7 +174,7 @@ fn up_at_hello_and_newer_replaces_older() {
     };
     assert_eq!(testbed.actions(), [Action::Drain { conn: ConnKey(1) }, up]);
     // A third before the first has drained: the first has had its time.
-    testbed.up(3, 0, Direction::Inbound);
+    testbed.up(3, 0, INBOUND);
     let closed = Action::Close {
         conn: ConnKey(1),
         reason: CloseReason::Drained,
@@ -206,8 +211,8 @@ fn a_replaced_connection_drains_while_its_messages_come_forward() {
     ];
     for (reports, end) in cases {
         let mut testbed = Testbed::new(1, 2);
-        testbed.up(1, 0, Direction::Inbound);
-        testbed.up(2, 0, Direction::Inbound);
+        testbed.up(1, 0, INBOUND);
+        testbed.up(2, 0, INBOUND);
         testbed.actions();
         let replaced_at = testbed.now;
         for (at, until) in reports {
@@ -271,7 +276,7 @@ fn a_connection_is_replaced_while_it_is_in_use() {
     testbed.up(3, 1, Direction::Outbound(attempt));
     // Where the peer dials, it replaces.
     let mut listener = Testbed::new(1, 2);
-    listener.up(1, 0, Direction::Inbound);
+    listener.up(1, 0, INBOUND);
     assert!(!listener.peers.replace(ConnKey(1), listener.now));
 }
 
@@ -632,7 +637,7 @@ fn listener_requests_dials_until_connected() {
         assert!(last <= 502 * MS);
     }
     assert!(last >= 250 * MS);
-    testbed.up(1, 0, Direction::Inbound);
+    testbed.up(1, 0, INBOUND);
     testbed.actions();
     assert_eq!(testbed.peers.poll_timeout(), None);
     testbed
@@ -705,7 +710,7 @@ fn peers_are_bounded() {
         (peers.iter().count(), peers.counters().members_left_out),
         (2, 2)
     );
-    let judged = peers.handshake_done(ConnKey(1), all[3].0, Direction::Inbound, now);
+    let judged = peers.handshake_done(ConnKey(1), all[3].0, INBOUND, now);
     assert_eq!(judged, Err(Refusal::TooMany));
 }
 
@@ -730,7 +735,7 @@ proptest! {
                 0 | 1 => {
                     let attempt = attempts[attempts.len() - 1 - pick as usize % attempts.len()];
                     let outbound = Direction::Outbound(attempt);
-                    let direction = if kind == 0 { Direction::Inbound } else { outbound };
+                    let direction = if kind == 0 { INBOUND } else { outbound };
                     fresh += 1;
                     if testbed.peers.handshake_done(ConnKey(fresh), id, direction, now).is_ok() {
                         open.push(ConnKey(fresh));
@@ -774,4 +779,75 @@ proptest! {
             prop_assert_eq!(&current, &up);
         }
     }
+}
+
+/// What a listener does with connections of its peer 0 that come from these hosts at these times,
+/// and whether the one in place shows a sign of life when it is asked for one.
+fn contest(arrivals: &[(u8, u64, Result<(), Refusal>)], lives: bool) -> Testbed {
+    let mut testbed = Testbed::new(1, 2);
+    let (peer, start) = (testbed.ids[0], testbed.now);
+    for (conn, (host, at_ms, expected)) in arrivals.iter().enumerate() {
+        testbed.now = start + Duration::from_millis(*at_ms);
+        testbed.peers.handle_timeout(testbed.now);
+        let (conn, from) = (ConnKey(conn as u64), elsewhere(*host));
+        let direction = Direction::Inbound { from };
+        let judged = testbed
+            .peers
+            .handshake_done(conn, peer, direction, testbed.now);
+        assert_eq!(judged, *expected, "from host {host} at {at_ms} ms");
+        testbed.peers.hello_received(conn, testbed.now);
+        for action in testbed.actions() {
+            if let (Action::Verify { conn }, true) = (action, lives) {
+                testbed.peers.verified(conn);
+            }
+        }
+    }
+    testbed
+}
+
+// Protects a pair's connection from two nodes with one key, which would replace it about once a
+// second: they change places after 10, 20, 40 s, and so on.
+#[test]
+fn two_nodes_with_one_key_change_places_ever_more_seldom() {
+    const REFUSED: Result<(), Refusal> = Err(Refusal::DuplicateIdentity);
+    let testbed = contest(
+        &[
+            (1, 0, Ok(())),
+            (2, 1_000, Ok(())),
+            (1, 2_000, REFUSED),
+            (1, 3_000, REFUSED),
+            (1, 11_999, REFUSED),
+            (1, 12_000, Ok(())),
+            (2, 13_000, REFUSED),
+            (2, 31_999, REFUSED),
+            (2, 32_000, Ok(())),
+            (1, 50_000, REFUSED),
+            (1, 71_999, REFUSED),
+            (1, 72_000, Ok(())),
+        ],
+        true,
+    );
+    let (peer, counters) = (testbed.ids[0], testbed.peers.counters());
+    assert_eq!(testbed.peers.duplicates_refused(&peer), 7);
+    assert_eq!((counters.refused, counters.replaced), (7, 4));
+}
+
+// Protects a node that restarts or moves: it is taken at once.
+#[test]
+fn a_node_that_restarts_or_moves_once_is_no_duplicate() {
+    // Restarts at its address, as often as it likes.
+    let restarts = [0, 300, 600, 900, 1_200].map(|at_ms| (1, at_ms, Ok(())));
+    contest(&restarts, true);
+    // Moves, and moves on when it has been there for a while; the old connection may live on.
+    let moves = [(1, 0, Ok(())), (2, 1_000, Ok(())), (3, 31_000, Ok(()))];
+    let testbed = contest(&moves, true);
+    assert_eq!(testbed.peers.duplicates_refused(&testbed.ids[0]), 0);
+    // Moves on at once: its last connection is dead, and makes room within the time of a probe.
+    let moves = [
+        (1, 0, Ok(())),
+        (2, 1_000, Ok(())),
+        (3, 2_000, Err(Refusal::DuplicateIdentity)),
+        (3, 2_700, Ok(())),
+    ];
+    contest(&moves, false);
 }

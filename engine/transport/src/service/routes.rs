@@ -297,6 +297,7 @@ mod tests {
             packets_lost: 0,
             bytes_sent: 0,
             bytes_received: 0,
+            duplicates_refused: 0,
             shard: 0,
         }
     }

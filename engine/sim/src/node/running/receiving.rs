@@ -134,7 +134,10 @@ impl Running {
         };
         let (direction, counter) = match connection.attempt.take() {
             Some(attempt) => (Direction::Outbound(attempt), Counter::ConnectionsOut),
-            None => (Direction::Inbound, Counter::ConnectionsIn),
+            None => {
+                let from = address_of(connection.remote);
+                (Direction::Inbound { from }, Counter::ConnectionsIn)
+            }
         };
         self.state.counters().add(counter, 1);
         let (key, peer) = (connection.key, connection.peer);
