@@ -2,11 +2,11 @@
 //! shows the client's address.
 //!
 //! 1. A token is valid for one address and port, for 17 to 34 seconds.
-//! 2. A node gives tokens by Retry alone. A client that brings back one that is not valid would take
-//!    no second Retry, and no handshake without the first one's IDs, so its packet is dropped (RFC
-//!    9000, 8.1.2). The CONNECTION_CLOSE that the RFC recommends would be sealed for each forged
-//!    packet, and an honest client meets the case only when its Retry is too old, or when its
-//!    address changes within the round trip: it times out and dials again.
+//! 2. A node gives tokens by Retry alone. A client that brings back one that is not valid would
+//!    take no second Retry, and no handshake without the first one's IDs, so its packet is dropped
+//!    (RFC 9000, 8.1.2). The CONNECTION_CLOSE that the RFC recommends would be sealed for each
+//!    forged packet, and an honest client meets the case only when its Retry is too old, or when
+//!    its address changes within the round trip: it times out and dials again.
 //! 3. It carries the client's original destination ID, and determines the destination ID of the
 //!    packet that brings it back: the node that answers with a Retry keeps no state.
 
@@ -111,8 +111,8 @@ pub fn mint(original: &[u8], client: SocketAddr, keys: &Keys, now_ns: u64) -> Op
 /// # Errors
 ///
 /// [`BadToken::Unknown`] if it has not the form of a token, [`BadToken::Forged`] if no node with
-/// these keys made it for this client and this ID, [`BadToken::Expired`] if one did and its epoch is
-/// over.
+/// these keys made it for this client and this ID, [`BadToken::Expired`] if one did and its epoch
+/// is over.
 pub fn open(
     token: &[u8],
     destination_id: &[u8],

@@ -109,8 +109,8 @@ fn an_artifact_goes_in_at_one_node_and_comes_out_at_another() {
     assert_eq!(status.status.code(), Some(69));
 }
 
-/// Protects long paths, whose connections run BBR: a body moves by it in both directions, and status
-/// says which profile is in use.
+/// Protects long paths, whose connections run BBR: a body moves by it in both directions, and
+/// status says which profile is in use.
 #[test]
 fn an_artifact_moves_between_nodes_of_a_long_path() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,9 +1,9 @@
 //! Why a handshake failed: the reason that is counted and logged, from the error by which either
 //! side ended it.
 //!
-//! A TLS alert is a QUIC error of its own range (RFC 9001, 4.8). Each kind of mismatch has a reason,
-//! because each has another cause at the operator: a node that is not in the registry, a client of
-//! another protocol, a TLS library without X25519.
+//! A TLS alert is a QUIC error of its own range (RFC 9001, 4.8). Each kind of mismatch has a
+//! reason, because each has another cause at the operator: a node that is not in the registry, a
+//! client of another protocol, a TLS library without X25519.
 
 /// First QUIC error code of TLS alerts; the alert is the last byte (RFC 9001, 4.8).
 const CRYPTO_ERROR: u64 = 0x100;

@@ -146,8 +146,8 @@ pub(crate) fn pin(ssl: &mut SslRef, expected: PublicKey) {
 }
 
 /// Whether the handshake that BoringSSL has just given up had no group for the key exchange in
-/// common with the peer. Its alert is that of other mismatches too (RFC 8446, 6.2), so the answer is
-/// in BoringSSL's queue of errors, until the thread's next call of it: ask at once.
+/// common with the peer. Its alert is that of other mismatches too (RFC 8446, 6.2), so the answer
+/// is in BoringSSL's queue of errors, until the thread's next call of it: ask at once.
 pub(crate) fn has_no_common_group() -> bool {
     let errors = ErrorStack::get();
     errors

@@ -103,8 +103,8 @@ fn a_token_is_worth_nothing_elsewhere_changed_or_late() {
     testbed.refused("quic_expired_token", 1);
 }
 
-// Protects a client that another server at this address once gave a token to (RFC 9000, 8.1.3): it is
-// asked for one of ours where a client without any would be, and let in where that would be.
+// Protects a client that another server at this address once gave a token to (RFC 9000, 8.1.3): it
+// is asked for one of ours where a client without any would be, and let in where that would be.
 #[test]
 fn a_token_of_another_server_is_no_token() {
     const OF_OTHERS: [&[u8]; 3] = [&[1], &[0x4d; 32], &[9; 500]];

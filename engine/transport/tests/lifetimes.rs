@@ -1,5 +1,5 @@
-//! Connections over their life on real sockets: silence, a stop while a body is under way, members of
-//! another subnet, and two nodes with one key.
+//! Connections over their life on real sockets: silence, a stop while a body is under way, members
+//! of another subnet, and two nodes with one key.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
@@ -103,8 +103,8 @@ fn a_stop_lets_a_body_come_and_its_answer_leave() {
     stop.join().unwrap();
 }
 
-// Protects a subnet from the members of another one in the same registry: their keys are signed, and
-// are nobody's here.
+// Protects a subnet from the members of another one in the same registry: their keys are signed,
+// and are nobody's here.
 #[test]
 fn members_of_two_subnets_in_one_registry_cannot_talk() {
     let ids = [b"A", b"B"].map(|name| SubnetId::from_public_key_der(name));
@@ -164,9 +164,9 @@ fn members_of_two_subnets_in_one_registry_cannot_talk() {
     nodes[0].wait_for_count(Counter::ConnectionsIn, 1);
 }
 
-// Protects a peer's connection from a second node with its key: without a bound the two took it from
-// each other 18 times in 15 s. The first change is taken, because a node that moves looks so; after
-// it the newcomer is refused, which status shows, and requests go on.
+// Protects a peer's connection from a second node with its key: without a bound the two took it
+// from each other 18 times in 15 s. The first change is taken, because a node that moves looks so;
+// after it the newcomer is refused, which status shows, and requests go on.
 #[test]
 fn two_nodes_with_one_key_do_not_take_the_connection_from_each_other() {
     // As `contest.rs` of the protocol has it.

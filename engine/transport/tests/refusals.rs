@@ -100,8 +100,8 @@ fn a_dialler_without_a_certificate_is_refused() {
     node.wait_for_reason(Family::Refused, "no_certificate", 1);
 }
 
-// Protects an operator who looks for what is wrong: a client of another protocol, or of a TLS library
-// without our parameters, is counted apart from a client that is nobody.
+// Protects an operator who looks for what is wrong: a client of another protocol, or of a TLS
+// library without our parameters, is counted apart from a client that is nobody.
 #[test]
 fn each_kind_of_mismatch_has_a_reason_of_its_own() {
     const NO_APPLICATION_PROTOCOL: u64 = 0x100 + 120;
@@ -151,8 +151,8 @@ fn each_kind_of_mismatch_has_a_reason_of_its_own() {
     assert_eq!(node.count(Counter::ConnectionsIn), 0);
 }
 
-// Protects a member whose clock is wrong, or whose certificate is old: the key is all that counts of
-// a certificate, and the registry says for how long.
+// Protects a member whose clock is wrong, or whose certificate is old: the key is all that counts
+// of a certificate, and the registry says for how long.
 #[test]
 fn neither_dates_nor_the_signature_of_a_certificate_count() {
     for certificate in [Certificate::Expired, Certificate::BadlySigned] {
@@ -250,9 +250,9 @@ fn a_removed_node_cannot_come_back_by_a_session() {
     node.wait_for_reason(Family::Refused, "not_in_registry", 1);
 }
 
-// Protects the pinned keys from tickets. A resumed session would skip the callback that looks for the
-// key in the registry, so a node gives no tickets and takes none: whoever offers a real one goes
-// through the whole handshake, and is judged by its key.
+// Protects the pinned keys from tickets. A resumed session would skip the callback that looks for
+// the key in the registry, so a node gives no tickets and takes none: whoever offers a real one
+// goes through the whole handshake, and is judged by its key.
 #[test]
 fn a_real_ticket_does_not_replace_the_handshake() {
     let (node, dialler) = listener_and_dialler();

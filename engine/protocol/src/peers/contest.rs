@@ -2,9 +2,9 @@
 //! other for ever.
 //!
 //! A connection of a peer is replaced by a newer one: so a node that restarts, or moves, is back at
-//! once. Two nodes with one key look the same, but that they keep coming: the one that lost its place
-//! dials again. So one change of the address is taken at once, and what comes from yet another
-//! address soon after waits, longer each time.
+//! once. Two nodes with one key look the same, but that they keep coming: the one that lost its
+//! place dials again. So one change of the address is taken at once, and what comes from yet
+//! another address soon after waits, longer each time.
 //!
 //! 1. Only a connection that would replace a living one from another address is judged here. What
 //!    comes from the same address is the same node.

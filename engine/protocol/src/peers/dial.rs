@@ -208,8 +208,8 @@ impl Peers {
         }
     }
 
-    /// Handles a dial request of a connected peer, or a connection from another address: the peer may
-    /// have restarted, or moved. Whether the current connection is asked for a sign of life.
+    /// Handles a dial request of a connected peer, or a connection from another address: the peer
+    /// may have restarted, or moved. Whether the current connection is asked for a sign of life.
     pub(super) fn verify_current(&mut self, id: NodeId, now: Instant) -> bool {
         let current = self.peers.get(&id).and_then(|peer| peer.current);
         let Some(conn) = current else { return false };
