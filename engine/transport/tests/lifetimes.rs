@@ -76,7 +76,7 @@ fn a_stop_lets_a_body_come_and_its_answer_leave() {
     };
     let testbed = Testbed::new(AdmissionConfig::default(), config);
     let mut raw = introduced(&testbed, &testbed.diallers[0]);
-    let body: Vec<u8> = (0..BODY_BYTES).map(|i| (i * 31 >> 5) as u8).collect();
+    let body: Vec<u8> = (0..BODY_BYTES).map(|i| ((i * 31) >> 5) as u8).collect();
     let header = Header {
         kind: Kind::Request,
         class: Class::Bulk,
