@@ -58,22 +58,35 @@ fn a_datagram_that_opens_has_1_200_bytes_at_least() {
     const RESERVED: u32 = 0x1a2a_3a4a;
     let (node, dialler) = listener_and_dialler();
     let to = node.transport.local_addr();
+    // The first byte says what the packet is in version 1 alone; so do the bytes behind the IDs.
+    const INITIAL: u8 = 0xc0;
     let cases = [
-        (quiche::PROTOCOL_VERSION, 1_199, false),
-        (quiche::PROTOCOL_VERSION, 1_200, true),
-        (RESERVED, 1_199, false),
-        (RESERVED, 1_200, true),
+        (quiche::PROTOCOL_VERSION, INITIAL, 1_199, false),
+        (quiche::PROTOCOL_VERSION, INITIAL, 1_200, true),
+        (RESERVED, INITIAL, 1_199, false),
+        (RESERVED, INITIAL, 1_200, true),
+        (RESERVED, 0xff, 1_200, true),
+        (RESERVED, 0x80, 1_200, true),
     ];
     let mut unroutable = 0;
-    for (n, (version, len, is_answered)) in (1..).zip(cases) {
+    for (n, (version, first, len, is_answered)) in (1..).zip(cases) {
         let id = initial_dcid(0, [n; 15]);
         let mut raw = Raw::dial_from("127.0.0.1:0", to, &RawOptions::of(&dialler), &id);
         let (mut datagram, _) = raw.outgoing().swap_remove(0);
         assert_eq!(datagram.len(), 1_200);
         datagram[1..5].copy_from_slice(&version.to_be_bytes());
+        if version == RESERVED {
+            datagram[0] = first;
+            // As the length of a token it would reach behind the end.
+            let behind_ids = 6 + id.len() + 1 + usize::from(datagram[6 + id.len()]);
+            datagram[behind_ids..].fill(0xff);
+        }
         raw.send_datagram(&datagram[..len], to);
         if is_answered {
-            assert!(raw.receive_one(LIMIT).is_some(), "{version:x}, {len} bytes");
+            assert!(
+                raw.receive_one(LIMIT).is_some(),
+                "{version:x}, {first:x}, {len} bytes"
+            );
         } else {
             unroutable += 1;
             node.wait_for_count(Counter::DatagramsUnroutable, unroutable);

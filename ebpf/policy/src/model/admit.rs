@@ -28,8 +28,10 @@ impl Case<'_> {
                 Ok(Reason::PassDialRequest)
             }
             Quic::DialRequest => Err(Reason::QuicDialRequestBudget),
-            Quic::Version if self.charge_budget(Budget::Version) => Ok(Reason::PassQuicVersion),
-            Quic::Version => Err(Reason::QuicVersionBudget),
+            Quic::Version { .. } if self.charge_budget(Budget::Version) => {
+                Ok(Reason::PassQuicVersion)
+            }
+            Quic::Version { .. } => Err(Reason::QuicVersionBudget),
             Quic::Known(id) => match self.check_id(id, client) {
                 Ok(()) => self.admit_known(id),
                 Err(BadId::Unknown) => Err(Reason::QuicUnknownId),

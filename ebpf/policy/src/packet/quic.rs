@@ -24,8 +24,14 @@ pub enum Quic<'p> {
     DialRequest,
     /// Belongs to a connection, if its destination ID is one that this node issued.
     Known(&'p [u8]),
-    /// A version that this node does not speak, in a datagram long enough for an answer.
-    Version,
+    /// A version that this node does not speak, in a datagram long enough for an answer. The IDs
+    /// are all that can be read of it (RFC 8999).
+    Version {
+        /// The answer's source ID.
+        destination_id: &'p [u8],
+        /// The answer's destination ID.
+        source_id: &'p [u8],
+    },
     /// A long header of type Initial.
     Initial(Initial<'p>),
 }
@@ -107,7 +113,12 @@ fn long(first: u8, payload: &[u8]) -> Result<Quic<'_>, Reason> {
         0 => return Ok(Quic::Known(destination_id)),
         VERSION_1 => {}
         _ if payload.len() < INITIAL_BYTES_MIN => return Err(Reason::QuicShortInitial),
-        _ => return Ok(Quic::Version),
+        _ => {
+            return Ok(Quic::Version {
+                destination_id,
+                source_id,
+            });
+        }
     }
     if first & FIXED_BIT == 0 {
         return Err(Reason::QuicFixedBit);

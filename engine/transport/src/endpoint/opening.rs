@@ -14,6 +14,7 @@ use std::time::Instant;
 
 use millrace_edge_policy::admission::{Entitlement, First, Full};
 use millrace_edge_policy::cid::{LocalCid, initial_dcid};
+use millrace_edge_policy::packet::Quic;
 use millrace_edge_policy::proof;
 use millrace_edge_policy::reason::Reason;
 use millrace_edge_policy::token::Minted;
@@ -105,6 +106,15 @@ impl Endpoint {
         // 1,200 bytes.
         const OPENING_BYTES_MIN: usize = 1_200;
         let len = datagram.len();
+        // quiche reads the token of version 1 in any version, and fails where there is none.
+        if let Ok(Quic::Version {
+            destination_id,
+            source_id,
+        }) = Quic::parse(datagram)
+        {
+            self.negotiate_version(source_id, destination_id, arrival);
+            return None;
+        }
         let header = quiche::Header::from_slice(datagram, LocalCid::BYTES);
         let header = header.ok().filter(|_| len >= OPENING_BYTES_MIN);
         // RFC 9000, 7.2: a client's first ID has at least 8 bytes.
@@ -112,15 +122,13 @@ impl Endpoint {
             self.counters().add(Counter::DatagramsUnroutable, 1);
             return None;
         };
-        let is_supported = quiche::version_is_supported(header.version);
-        if !is_supported && header.ty != quiche::Type::VersionNegotiation {
-            self.negotiate_version(&header, arrival);
-        }
-        if header.ty != quiche::Type::Initial || self.stop_at.is_some() {
+        let is_initial =
+            header.ty == quiche::Type::Initial && quiche::version_is_supported(header.version);
+        if !is_initial || self.stop_at.is_some() {
             self.counters().add(Counter::DatagramsUnroutable, 1);
             return None;
         }
-        is_supported.then_some(header)
+        Some(header)
     }
 
     /// Begins a connection with a client.
@@ -191,9 +199,12 @@ impl Endpoint {
         }
     }
 
-    fn negotiate_version(&mut self, header: &quiche::Header<'_>, to: Arrival) {
+    /// Tells a client which versions this node speaks: `client_id` is the source ID of its packet
+    /// (RFC 8999, section 6).
+    fn negotiate_version(&mut self, client_id: &[u8], first_id: &[u8], to: Arrival) {
         let mut reply = vec![0; 128];
-        if let Ok(len) = quiche::negotiate_version(&header.scid, &header.dcid, &mut reply) {
+        let [client_id, first_id] = [client_id, first_id].map(ConnectionId::from_ref);
+        if let Ok(len) = quiche::negotiate_version(&client_id, &first_id, &mut reply) {
             reply.truncate(len);
             self.reply(reply, to);
         }

@@ -98,7 +98,10 @@ fn quic_classes() {
         (
             "other version, long",
             long(0x80, 2, 16, 3, &body),
-            Ok(Quic::Version),
+            Ok(Quic::Version {
+                destination_id: &id,
+                source_id: &[0x55; 3],
+            }),
         ),
         (
             "no fixed bit",
