@@ -21,7 +21,7 @@ ifeq ($(shell id -u),0)
 export MILLRACE_REQUIRE_KERNEL ?= 1
 endif
 
-.PHONY: setup demo test verify test-sim test-stress test-loom test-edge mutants lint gates rustdoc deny docs \
+.PHONY: setup demo test verify test-sim test-stress test-fuzz test-loom test-edge mutants lint gates rustdoc deny docs \
         bench bench-edge bench-quick bench-wan peers perf-gate
 
 setup:
@@ -61,9 +61,13 @@ test: setup
 	fi; \
 	exit $$status
 
-# All tests in full: every seed of the simulator, 60 s of stress, and loom. About an hour.
+# How long a fuzz target runs in full; bolero reads it, and runs each for a second without it.
+FUZZ_MS := 60000
+
+# All tests in full: every seed of the simulator, 60 s of stress and of each fuzz target, and loom.
+# Over an hour, of which the fuzz targets take ten minutes on two cores.
 verify: setup
-	MILLRACE_VERIFY=1 MILLRACE_STRESS_SECONDS=60 $(MAKE) test
+	MILLRACE_VERIFY=1 MILLRACE_STRESS_SECONDS=60 BOLERO_RANDOM_TEST_TIME_MS=$(FUZZ_MS) $(MAKE) test
 	$(MAKE) test-loom
 	$(MAKE) mutants
 
@@ -77,6 +81,9 @@ test-sim: setup
 
 test-stress: setup
 	MILLRACE_STRESS_SECONDS=60 $(CARGO) test -p millrace-shards --test wakeups
+
+test-fuzz: setup
+	BOLERO_RANDOM_TEST_TIME_MS=$(FUZZ_MS) $(CARGO) test -p millrace-fuzz --test decoders -- --show-output
 
 test-edge: setup
 	$(CARGO) test -p millrace-edge -p millrace-edge-policy -p millrace-edge-control

@@ -17,6 +17,17 @@ const EDGES: &[(&str, &[&str])] = &[
     ("millrace-tuning", &["millrace-protocol"]),
     (TESTKIT, &["millrace-protocol"]),
     (
+        "millrace-fuzz",
+        &[
+            "millrace-edge-policy",
+            "millrace-node",
+            "millrace-protocol",
+            "millrace-registry",
+            "millrace-shards",
+            "millrace-transport",
+        ],
+    ),
+    (
         "millrace-sim",
         &["millrace-protocol", "millrace-shards", "millrace-transport"],
     ),

@@ -79,10 +79,10 @@ impl<M: Messenger> Exchange<M> {
         let InboundBody::Slice(bytes) = body else {
             return Answer::Failure(FailureCode::Malformed);
         };
-        let Ok(number) = <[u8; 8]>::try_from(*bytes) else {
+        let Some(number) = wire::decode_number(bytes) else {
             return Answer::Failure(FailureCode::Malformed);
         };
-        let newer = self.asker.versions.newer(u64::from_le_bytes(number));
+        let newer = self.asker.versions.newer(number);
         if newer.bytes.len() <= INLINE_BYTES_MAX {
             return Answer::Reply(newer.bytes.into());
         }
@@ -126,7 +126,7 @@ impl<M: Messenger> Asker<M> {
         let request = Request {
             class: Class::Normal,
             method: wire::NEWER_THAN,
-            body: self.versions.known().to_le_bytes().to_vec().into(),
+            body: wire::encode_number(self.versions.known()).to_vec().into(),
             deadline: DEADLINE.into(),
         };
         let versions = match self.messenger.request(peer, request).await {

@@ -107,8 +107,18 @@ fn encoded_bytes(version: &SignedVersion) -> usize {
     4 + version.document.len() + SIGNATURE_BYTES
 }
 
+/// The body of a question: the number that the asker holds.
+pub fn encode_number(number: u64) -> [u8; 8] {
+    number.to_le_bytes()
+}
+
+/// Reads a question; `None` when it has another length.
+pub fn decode_number(bytes: &[u8]) -> Option<u64> {
+    bytes.try_into().ok().map(u64::from_le_bytes)
+}
+
 /// All of these versions, one after the other. A document has less than 4 GiB.
-pub(crate) fn encode<'a>(versions: impl Iterator<Item = &'a SignedVersion> + Clone) -> Vec<u8> {
+pub fn encode<'a>(versions: impl Iterator<Item = &'a SignedVersion> + Clone) -> Vec<u8> {
     let mut out = Vec::with_capacity(versions.clone().map(encoded_bytes).sum());
     for version in versions {
         let document = version.document.as_bytes();

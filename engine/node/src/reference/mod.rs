@@ -23,7 +23,7 @@ pub(crate) mod hash;
 mod receiving;
 pub(crate) mod service;
 pub(crate) mod store;
-pub(crate) mod wire;
+pub mod wire;
 
 pub use artifacts::{Artifacts, Delivery, FetchError};
 pub use hash::{Hasher, of_body};

@@ -6,33 +6,37 @@ use millrace_protocol::frame::Method;
 use millrace_protocol::id::ArtifactId;
 
 /// "I have an artifact of this id and length": [`Announce`]; answered by [`WANTED`] or [`HELD`].
-pub(crate) const ANNOUNCE: Method = Method(1);
+pub const ANNOUNCE: Method = Method(1);
 /// The announced body; answered by the id that the peer computed.
-pub(crate) const PUT: Method = Method(2);
+pub const PUT: Method = Method(2);
 /// An id; answered by the body.
-pub(crate) const GET: Method = Method(3);
+pub const GET: Method = Method(3);
 
 /// The methods that are kept for the reference application.
-pub(crate) const METHODS: RangeInclusive<Method> = ANNOUNCE..=Method(0x00ff);
+pub const METHODS: RangeInclusive<Method> = ANNOUNCE..=Method(0x00ff);
 
 /// Answer to an announcement: send it.
-pub(crate) const WANTED: &[u8] = &[0];
+pub const WANTED: &[u8] = &[0];
 /// Answer to an announcement: it is here already.
-pub(crate) const HELD: &[u8] = &[1];
+pub const HELD: &[u8] = &[1];
 
 /// Id and length of an artifact.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Announce {
-    pub(crate) id: ArtifactId,
-    pub(crate) length: u64,
+pub struct Announce {
+    /// SHA-256 of its bytes.
+    pub id: ArtifactId,
+    /// Its bytes.
+    pub length: u64,
 }
 
 impl Announce {
-    pub(crate) fn encode(&self) -> Vec<u8> {
+    /// The body: the id, then the length (u64, little endian).
+    pub fn encode(&self) -> Vec<u8> {
         [self.id.as_bytes().as_slice(), &self.length.to_le_bytes()].concat()
     }
 
-    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
+    /// Reads a body; `None` when it has another length.
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
         let (id, length) = bytes.split_first_chunk::<32>()?;
         let length = u64::from_le_bytes(length.try_into().ok()?);
         Some(Self {
@@ -42,7 +46,8 @@ impl Announce {
     }
 }
 
-pub(crate) fn decode_id(bytes: &[u8]) -> Option<ArtifactId> {
+/// Reads the id of an artifact; `None` when it has another length.
+pub fn decode_id(bytes: &[u8]) -> Option<ArtifactId> {
     bytes.try_into().ok().map(ArtifactId::from_bytes)
 }
 
