@@ -23,13 +23,6 @@ use millrace_transport::{CloseCode, TransportConfig};
 use raw::{Raw, RawOptions};
 use testbed::{LIMIT, POOL_BYTES, Testbed, assert_serves, here};
 
-/// Two keys, the lower id first: it dials.
-fn two_keys() -> [SigningKey; 2] {
-    let mut keys = [key(1), key(2)];
-    keys.sort_by_key(SigningKey::node_id);
-    keys
-}
-
 /// The member as a client, which the listener has up.
 fn introduced(testbed: &Testbed, member: &SigningKey) -> Raw {
     let mut raw = testbed.dial(&RawOptions::of(member));
@@ -104,7 +97,7 @@ fn a_stop_lets_a_body_come_and_its_answer_leave() {
 }
 
 // Protects a subnet from the members of another one in the same registry: their keys are signed,
-// and are nobody's here.
+// and are no member's here.
 #[test]
 fn members_of_two_subnets_in_one_registry_cannot_talk() {
     let ids = [b"A", b"B"].map(|name| SubnetId::from_public_key_der(name));
@@ -136,7 +129,7 @@ fn members_of_two_subnets_in_one_registry_cannot_talk() {
     let nodes = [0, 1].map(|subnet| {
         let topology = Topology::union(&ids[subnet], [&version], &Names::default());
         assert_eq!(topology.len(), 2);
-        // The higher id listens; nobody runs the other one.
+        // The higher id listens; no test node runs the other one.
         let me = keys[subnet].iter().max_by_key(|key| key.node_id()).unwrap();
         let config = TransportConfig::default();
         Node::start(

@@ -6,6 +6,7 @@ mod common;
 #[path = "common/raw.rs"]
 mod raw;
 
+use std::net::UdpSocket;
 use std::time::Duration;
 
 use common::*;
@@ -19,10 +20,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 /// A listener whose topology also has the node of key 1, with a lower id, that the tests play.
 fn listener_and_dialler() -> (Node, millrace_protocol::identity::SigningKey) {
-    let (mut a, mut b) = (key(1), key(2));
-    if b.node_id() < a.node_id() {
-        std::mem::swap(&mut a, &mut b);
-    }
+    let [a, b] = two_keys();
     let addr = free_addr();
     let topology = topology([member(&a, free_addr()), member(&b, addr)], 1);
     (
@@ -114,7 +112,7 @@ fn a_dialler_without_a_certificate_is_refused() {
 }
 
 // Protects an operator who looks for what is wrong: a client of another protocol, or of a TLS
-// library without our parameters, is counted apart from a client that is nobody.
+// library without our parameters, is counted apart from one without a key of a member.
 #[test]
 fn each_kind_of_mismatch_has_a_reason_of_its_own() {
     const NO_APPLICATION_PROTOCOL: u64 = 0x100 + 120;
@@ -185,12 +183,46 @@ fn neither_dates_nor_the_signature_of_a_certificate_count() {
     }
 }
 
+// Protects a dialler from a peer that it cannot talk to yet: an answer that speaks another version
+// ends the dial at once, with a reason, and the node dials again.
+#[test]
+fn a_dial_that_is_answered_by_another_version_is_made_again() {
+    const RESERVED: u32 = 0x1a2a_3a4a;
+    let [dialler, listener] = two_keys();
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.set_read_timeout(Some(LIMIT)).unwrap();
+    let own = free_addr();
+    let to = socket.local_addr().unwrap();
+    let members = [member(&dialler, own), member(&listener, to)];
+    let config = TransportConfig {
+        // No dial ends by its deadline.
+        connect_timeout: 10 * PATIENCE,
+        ..TransportConfig::default()
+    };
+    let node = Node::start(dialler, own, &topology(members, 1), config, 16 << 20);
+    // The IDs of the next first packet: the node's, and the one that it gave us.
+    let next_ids = || {
+        let mut bytes = [0; 2_000];
+        let (len, _) = socket.recv_from(&mut bytes).expect("a dial");
+        let header = quiche::Header::from_slice(&mut bytes[..len], 16).unwrap();
+        [header.scid.to_vec(), header.dcid.to_vec()]
+    };
+    let [first, given] = next_ids();
+    let mut answer = vec![0x80, 0, 0, 0, 0];
+    for id in [&first, &given] {
+        answer.push(id.len() as u8);
+        answer.extend(id);
+    }
+    answer.extend(RESERVED.to_be_bytes());
+    socket.send_to(&answer, own).unwrap();
+    node.wait_for_reason(Family::Refused, "quic_failed", 1);
+    while next_ids()[0] == first {}
+    assert_eq!(node.count(Counter::Dials), 2);
+}
+
 #[test]
 fn a_node_with_another_key_at_a_members_address_is_refused_by_the_dialler() {
-    let (mut a, mut b) = (key(1), key(2));
-    if b.node_id() < a.node_id() {
-        std::mem::swap(&mut a, &mut b);
-    }
+    let [a, b] = two_keys();
     let impostor = key(50);
     let (at, bt) = (free_addr(), free_addr());
     // The impostor listens where b should, and would accept a.
@@ -204,10 +236,7 @@ fn a_node_with_another_key_at_a_members_address_is_refused_by_the_dialler() {
 
 #[test]
 fn a_dial_in_the_wrong_direction_is_refused() {
-    let (mut low, mut high) = (key(1), key(2));
-    if high.node_id() < low.node_id() {
-        std::mem::swap(&mut low, &mut high);
-    }
+    let [low, high] = two_keys();
     let addr = free_addr();
     let topology = topology([member(&low, addr), member(&high, free_addr())], 1);
     let node = Node::start(low, addr, &topology, TransportConfig::default(), 16 << 20);
@@ -264,8 +293,8 @@ fn a_removed_node_cannot_come_back_by_a_session() {
 }
 
 // Protects the pinned keys from tickets. A resumed session would skip the callback that looks for
-// the key in the registry, so a node gives no tickets and takes none: whoever offers a real one
-// goes through the whole handshake, and is judged by its key.
+// the key in the registry, so a node gives no tickets and takes none: a client that offers a real
+// one goes through the whole handshake, and is judged by its key.
 #[test]
 fn a_real_ticket_does_not_replace_the_handshake() {
     let (node, dialler) = listener_and_dialler();

@@ -1,8 +1,8 @@
 //! Receiving: gives datagrams to their connections, and after the packets of one completion does
 //! everything that they made possible.
 //!
-//! Invariant: a connection whose first packet is not authentic is no connection. It is counted as
-//! an invalid datagram, answered by nothing, and holds no place after its datagram.
+//! Invariant: a client whose first packet is not authentic has no connection. The packet is counted
+//! as an invalid datagram, answered by nothing, and holds no place after its datagram.
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -81,7 +81,8 @@ impl Endpoint {
             if let Err(error) = connection.quic.recv(datagram, open.info) {
                 let is_tls = error == quiche::Error::TlsFail;
                 connection.has_no_common_group |= is_tls && tls::has_no_common_group();
-                let is_garbage = is_unauthentic(error) && connection.quic.stats().recv == 0;
+                let has_begun = !connection.is_server || connection.quic.stats().recv > 0;
+                let is_garbage = !has_begun && is_unauthentic(error);
                 self.counters().add(Counter::DatagramsInvalid, 1);
                 if is_garbage {
                     self.release(slot);
@@ -223,7 +224,8 @@ impl Endpoint {
 }
 
 /// Whether quiche refused a packet before it had authenticated it (RFC 9001, 5.3). Where it is the
-/// first of a connection, nobody began one: any bytes after a header of the right form come so far.
+/// first of a client, no client began a connection: any bytes after a header of the right form come
+/// so far.
 fn is_unauthentic(error: quiche::Error) -> bool {
     matches!(
         error,

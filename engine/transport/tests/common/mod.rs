@@ -100,6 +100,13 @@ pub(crate) struct Node {
     pub(crate) hellos: Hellos,
 }
 
+/// Two keys, the lower id first: it dials.
+pub(crate) fn two_keys() -> [SigningKey; 2] {
+    let mut keys = [key(1), key(2)];
+    keys.sort_by_key(SigningKey::node_id);
+    keys
+}
+
 pub(crate) fn member(key: &SigningKey, addr: SocketAddr) -> Member {
     Member {
         public_key: key.public_key(),
