@@ -289,3 +289,82 @@ fn a_registry_folder_out_of_order_is_told_and_holds_up_nothing() {
     );
     assert_eq!(nodes[0].stop(), Some(0));
 }
+
+/// Another node with the key of `node`, at this host of the subnet's addresses, as a copied state
+/// folder makes one.
+fn double_of(node: &TestNode, registry: &TestRegistry, folder: &Path, ip: &str) -> TestNode {
+    let mut double = TestNode::new(folder, registry, ip, "");
+    std::fs::copy(folder_of(node).join("node.key"), folder.join("node.key")).unwrap();
+    (double.node_id, double.public_key) = (node.node_id.clone(), node.public_key.clone());
+    double
+}
+
+/// Lines that a node wrote since its start with these words in them.
+fn lines_with(node: &TestNode, words: &str) -> Vec<String> {
+    let says = node.says.lock().unwrap();
+    says.iter()
+        .filter(|line| line.contains(words))
+        .cloned()
+        .collect()
+}
+
+// Protects operators: of two nodes with one key the peer that refuses one tells once, however many
+// connections a pair has on however many shards, and names both; the refused one tells too.
+#[test]
+fn two_nodes_with_one_key_are_told_of_once() {
+    const REFUSED: u64 = 3;
+    let dir = tempfile::tempdir().unwrap();
+    let (registry, mut nodes) = subnet(dir.path(), 2, "");
+    // The lower id dials.
+    nodes.sort_by_key(|node| node.node_id.parse::<NodeId>().unwrap());
+    let ip = own_addresses() + "3";
+    nodes.push(double_of(
+        &nodes[0],
+        &registry,
+        &dir.path().join("double"),
+        &ip,
+    ));
+    for node in &mut nodes {
+        share_registry(&registry, node);
+        node.edit("[transport]\n", "[transport]\nconnections_per_peer = 2\n");
+        if std::thread::available_parallelism().unwrap().get() > 1 {
+            node.edit("cores = [0]", "cores = [0, 1]");
+        }
+    }
+    let [first, listener, double] = &mut nodes[..] else {
+        panic!("three nodes");
+    };
+    first.start();
+    listener.start();
+    connected(first, listener);
+    double.start();
+    eventually("both connections are contested", || {
+        let status = listener.status();
+        let peers = status["peers"].as_array().unwrap();
+        let refused = |peer: &serde_json::Value| peer["duplicates_refused"].as_u64().unwrap();
+        let is_contested = peers.iter().all(|peer| refused(peer) >= REFUSED);
+        (peers.len() == 2 && is_contested).then_some(())
+    });
+    let told = eventually("the listener tells", || {
+        let told = lines_with(listener, "two nodes have the key of this peer");
+        (!told.is_empty()).then_some(told)
+    });
+    assert_eq!(told.len(), 1, "{told:?}");
+    for named in [&first.node_id, &format!("{ip}:4100")] {
+        assert!(told[0].contains(named), "{told:?}");
+    }
+    assert_eq!(told[0].matches(":4100").count(), 2, "{told:?}");
+    let others = lines_with(listener, "a connection is refused");
+    assert_eq!(others, Vec::<String>::new());
+    for node in [first, double] {
+        eventually("the refused node tells", || {
+            let told = lines_with(node, "a peer refuses this node: another node");
+            (!told.is_empty()).then_some(())
+        });
+    }
+    let printed = common::ok(&["status", "--config", text(&listener.config)]);
+    assert!(
+        printed.contains("another node has the key of this peer"),
+        "{printed}"
+    );
+}

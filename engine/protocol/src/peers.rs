@@ -290,13 +290,6 @@ impl Peers {
         self.peers.keys().map(|id| (*id, self.current(id)))
     }
 
-    /// Connections refused as [`Refusal::DuplicateIdentity`] since this peer's address first
-    /// changed, in a time in which that goes on.
-    pub fn duplicates_refused(&self, peer: &NodeId) -> u64 {
-        let peer = self.peers.get(peer);
-        peer.map_or(0, |peer| peer.contest.refused())
-    }
-
     /// Counts of events since the machine was made.
     pub fn counters(&self) -> PeersCounters {
         self.counters
@@ -347,31 +340,6 @@ impl Peers {
             }
             _ => Ok(()),
         }
-    }
-
-    /// Refuses a connection that would take the place of a living one from another address, where
-    /// that has just happened.
-    fn judge_source(
-        &mut self,
-        id: NodeId,
-        direction: Direction,
-        now: Instant,
-    ) -> Result<(), Refusal> {
-        let Direction::Inbound { from } = direction else {
-            return Ok(());
-        };
-        let Some(peer) = self.peers.get_mut(&id) else {
-            return Ok(());
-        };
-        let current = peer.current.and_then(|conn| self.connections.get(&conn));
-        let is_elsewhere = current
-            .and_then(|held| held.from)
-            .is_some_and(|held| held != from);
-        if !is_elsewhere || peer.contest.may_take(now) {
-            return Ok(());
-        }
-        self.verify_current(id, now);
-        Err(Refusal::DuplicateIdentity)
     }
 
     fn update_peer(&mut self, id: NodeId, addresses: &[SocketAddr], now: Instant) {

@@ -10,6 +10,7 @@
 //! 2. Decisions about who may be connected are [`Peers`]'; this file carries them out.
 
 mod decisions;
+mod duplicates;
 mod established;
 mod heap;
 mod opening;

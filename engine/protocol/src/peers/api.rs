@@ -120,6 +120,32 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::NotAMember,
+        Self::SelfConnection,
+        Self::WrongDirection,
+        Self::WrongShard,
+        Self::TooMany,
+        Self::StaleAttempt,
+        Self::DuplicateIdentity,
+    ];
+
+    /// For operators: what is wrong, in one sentence.
+    pub fn describe(&self) -> &'static str {
+        match self {
+            Self::NotAMember => "The node left the registry while its handshake was under way.",
+            Self::SelfConnection => "The node has the key of this one: it is this node, or a copy.",
+            Self::WrongDirection => "The node with the higher id dialled; the lower one dials.",
+            Self::WrongShard => {
+                "The packets of the dial came to a shard that does not own the node."
+            }
+            Self::TooMany => "This node has no more room for members, or for connections to one.",
+            Self::StaleAttempt => "This node gave the dial up before its handshake was done.",
+            Self::DuplicateIdentity => "Two nodes have the key: see `docs/operating/restarts.md`.",
+        }
+    }
+
     /// Stable label for metrics and logs.
     pub fn reason(&self) -> &'static str {
         match self {

@@ -11,8 +11,13 @@
 //! 2. The first change is always taken.
 //! 3. A newcomer that is refused has the connection in place proved alive: one that is dead makes
 //!    room within the time of a probe, so a node that moves twice is not kept out.
+//! 4. The operator is told of a contest once. It lasts as long as each attempt to take the place
+//!    comes within [`WINDOW`] of the last one.
 
 use std::time::{Duration, Instant};
+
+use super::{Direction, Peers, Refusal};
+use crate::id::NodeId;
 
 /// A change of the address this long after the last one, or after the last attempt at one, is a
 /// first one again. A node that is refused dials again after ten seconds at the latest.
@@ -31,6 +36,7 @@ pub(super) struct Contest {
     until: Option<Instant>,
     interval: Duration,
     refused: u64,
+    is_told: bool,
 }
 
 impl Contest {
@@ -62,9 +68,52 @@ impl Contest {
             }
         }
     }
+}
 
-    /// Connections refused since the first change.
-    pub(super) fn refused(&self) -> u64 {
-        self.refused
+impl Peers {
+    /// Connections refused as [`Refusal::DuplicateIdentity`] since this peer's address first
+    /// changed, in a time in which that goes on.
+    pub fn duplicates_refused(&self, peer: &NodeId) -> u64 {
+        let peer = self.peers.get(peer);
+        peer.map_or(0, |peer| peer.contest.refused)
+    }
+
+    /// Whether connections of this peer are refused as [`Refusal::DuplicateIdentity`], and the
+    /// operator has not been told.
+    pub fn has_untold_duplicate(&self, peer: &NodeId) -> bool {
+        let contest = self.peers.get(peer).map(|peer| &peer.contest);
+        contest.is_some_and(|contest| contest.refused > 0 && !contest.is_told)
+    }
+
+    /// Takes the report that the operator has been told of the two nodes with this peer's key.
+    pub fn duplicate_told(&mut self, peer: &NodeId) {
+        if let Some(peer) = self.peers.get_mut(peer) {
+            peer.contest.is_told = true;
+        }
+    }
+
+    /// Refuses a connection that would take the place of a living one from another address, where
+    /// that has just happened.
+    pub(super) fn judge_source(
+        &mut self,
+        id: NodeId,
+        direction: Direction,
+        now: Instant,
+    ) -> Result<(), Refusal> {
+        let Direction::Inbound { from } = direction else {
+            return Ok(());
+        };
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return Ok(());
+        };
+        let current = peer.current.and_then(|conn| self.connections.get(&conn));
+        let is_elsewhere = current
+            .and_then(|held| held.from)
+            .is_some_and(|held| held != from);
+        if !is_elsewhere || peer.contest.may_take(now) {
+            return Ok(());
+        }
+        self.verify_current(id, now);
+        Err(Refusal::DuplicateIdentity)
     }
 }

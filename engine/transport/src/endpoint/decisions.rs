@@ -183,6 +183,7 @@ impl Endpoint {
             self.refuse(refusal.reason(), connection.address.first(), None, now);
         }
         let kind = self.judge_end(&connection);
+        self.tell_if_duplicate(&connection, now);
         if let Some(session) = connection.session.take() {
             session.close(&mut self.router);
         }
@@ -195,7 +196,8 @@ impl Endpoint {
         self.run_actions(now);
     }
 
-    /// Takes a connection out of its slot, and gives back what it held of this shard. Tells nobody.
+    /// Takes a connection out of its slot, and gives back what it held of this shard. Tells
+    /// neither services nor [`Peers`](millrace_protocol::peers::Peers).
     pub(super) fn release(&mut self, slot: usize) -> Option<Box<Connection>> {
         let mut connection = self.connections.get_mut(slot).and_then(Option::take)?;
         self.free.push(slot);

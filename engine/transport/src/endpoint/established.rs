@@ -56,7 +56,10 @@ impl Endpoint {
         if let Err((code, reason)) = judged {
             let key = tls::peer_key(connection.quic.as_mut());
             let peer = key.and_then(|key| self.topology.node_of_key(&key));
-            self.refuse(reason, connection.address.first(), peer, now);
+            match peer.filter(|_| code == CloseCode::DuplicateIdentity) {
+                Some(peer) => self.refuse_duplicate(&connection, &peer, now),
+                None => self.refuse(reason, connection.address.first(), peer, now),
+            }
             connection.close(code);
         }
         self.connections[slot] = Some(connection);
@@ -127,32 +130,8 @@ impl Endpoint {
             Some(peers) => peers.handshake_done(connection.key, peer, direction, now),
             None => Err(Refusal::TooMany),
         };
-        if allowed == Err(Refusal::DuplicateIdentity) {
-            self.tell_of_duplicate(connection, &peer);
-        }
         allowed.map_err(|refusal| (CloseCode::of_refusal(refusal), refusal.reason()))?;
         Ok(peer)
-    }
-
-    /// Two nodes have the key of this peer: names it and both addresses, once while that goes on.
-    fn tell_of_duplicate(&self, newcomer: &Connection, peer: &NodeId) {
-        let Some(peers) = self.parts.peers.get(newcomer.index) else {
-            return;
-        };
-        if peers.duplicates_refused(peer) != 1 {
-            return;
-        }
-        let current = peers
-            .current(peer)
-            .and_then(|(conn, _)| self.slot_of(conn))
-            .and_then(|slot| self.connections[slot].as_deref());
-        tracing::error!(
-            %peer,
-            connected = current.map(|held| tracing::field::display(held.address.current())),
-            refused = %newcomer.address.first(),
-            "two nodes have the key of this peer, and take its connection from each other; the one \
-             that comes is refused, longer each time; fix: give one of them a key of its own"
-        );
     }
 
     /// Begins the session, with our hello.
