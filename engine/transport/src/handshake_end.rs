@@ -46,6 +46,48 @@ pub enum HandshakeRefusal {
 }
 
 impl HandshakeRefusal {
+    /// All of them, in the order of a handshake.
+    pub const ALL: [Self; 11] = [
+        Self::QuicFailed,
+        Self::TlsFailed,
+        Self::NoCommonParameters,
+        Self::NoCommonGroup,
+        Self::NoCommonProtocol,
+        Self::NoCertificate,
+        Self::NotEd25519,
+        Self::NotInRegistry,
+        Self::WrongKey,
+        Self::BadSignature,
+        Self::RefusedByPeer,
+    ];
+
+    /// For operators: what is wrong, in one sentence.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Self::QuicFailed => {
+                "The packets of the other side break QUIC, or it speaks no version of this node."
+            }
+            Self::TlsFailed => "The TLS messages of the other side are malformed.",
+            Self::NoCommonParameters => {
+                "The client has no cipher suite, signature algorithm or TLS version of a node."
+            }
+            Self::NoCommonGroup => "The client does not offer X25519 for the key exchange.",
+            Self::NoCommonProtocol => {
+                "The client speaks another application protocol (ALPN): it is no node."
+            }
+            Self::NoCertificate => "The client has no certificate: it is no node.",
+            Self::NotEd25519 => "The key of the client's certificate is not Ed25519.",
+            Self::NotInRegistry => {
+                "No member of this subnet has the client's key, in the registry version in force."
+            }
+            Self::WrongKey => "The node at the address that this node dialled has another key.",
+            Self::BadSignature => "The other side does not have the key of its certificate.",
+            Self::RefusedByPeer => {
+                "The other side ended the handshake by a TLS alert; its log says why."
+            }
+        }
+    }
+
     /// Label on `/metrics`.
     pub fn reason(self) -> &'static str {
         match self {
@@ -93,7 +135,7 @@ pub(crate) struct HandshakeEnd {
 }
 
 impl HandshakeEnd {
-    /// `None` when nobody refused anything: it was given up, or timed out.
+    /// `None` when neither side refused anything: it was given up, or timed out.
     pub(crate) fn refusal(self) -> Option<HandshakeRefusal> {
         if let Some(code) = self.ours {
             return Some(match alert_of(code) {
@@ -171,7 +213,7 @@ mod tests {
                 by_code(None, Some(CRYPTO_ERROR + 40)),
                 Some("refused_by_peer"),
             ),
-            // The peer gave up, without an alert; nobody did anything.
+            // The peer gave up, without an alert; neither side did anything.
             (by_code(None, Some(0)), None),
             (by_code(None, Some(0x200)), None),
             (by_code(None, None), None),

@@ -3,7 +3,9 @@
 use std::fmt::Write;
 
 use millrace_edge_policy::reason::Reason;
+use millrace_protocol::peers::Refusal;
 use millrace_shards::stats::ShardStats;
+use millrace_transport::HandshakeRefusal;
 use millrace_transport::counters::{COUNTERS, Family};
 
 use super::reference::{ABSENT, Read, TABLE};
@@ -36,6 +38,18 @@ Left out, because Millrace counts nothing of the kind:
 
 | name, after `quic_transport_` | instead |
 |---|---|
+";
+
+const REFUSED: &str = "
+## Reasons of a refused connection
+
+Labels of `millrace_transport_connections_refused`. Each of these reasons is a line of the log too,
+with the address: one in 10 s on each shard, which says how many were left out. A first packet that
+is refused before its handshake has a reason of the edge (the next section), or the name of a full
+table ([edge.md](edge.md), section 7), and no line.
+
+| reason | when | what |
+|---|---|---|
 ";
 
 const EDGE: &str = "
@@ -107,6 +121,19 @@ fn the_metrics_reference_is_fresh() {
     page.push_str(LEFT_OUT);
     for (names, instead) in ABSENT {
         let _ = writeln!(page, "| {names} | {instead} |");
+    }
+    page.push_str(REFUSED);
+    for refusal in HandshakeRefusal::ALL {
+        let (reason, what) = (refusal.reason(), refusal.describe());
+        let _ = writeln!(page, "| `{reason}` | during the handshake | {what} |");
+    }
+    for refusal in Refusal::ALL {
+        let what = refusal.describe();
+        let _ = writeln!(
+            page,
+            "| `{}` | after the handshake | {what} |",
+            refusal.reason()
+        );
     }
     page.push_str(EDGE);
     for reason in Reason::ALL {
