@@ -75,8 +75,8 @@ pub struct Minted {
 /// Why a token does not show an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadToken {
-    /// It has not the form of a token of any node: somebody else gave it. Its packet is one without
-    /// a token (RFC 9000, 8.1.3).
+    /// It has not the form of a token of any node: another server gave it. Its packet is one
+    /// without a token (RFC 9000, 8.1.3).
     #[error("the token is none of a node")]
     Unknown,
     /// No node with these keys gave it to this address, or it belongs to another destination ID.

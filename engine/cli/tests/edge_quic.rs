@@ -243,7 +243,7 @@ fn a_token_is_worth_nothing_elsewhere_or_forged() {
     other[3] ^= 1;
     client.send(&initial(&other, &token)).unwrap();
     // Its first byte and the 13 that are zero behind an ID of 8 bytes are a token's form: without
-    // it, a token is somebody else's, and so none.
+    // it, a token is another server's, and so none.
     let unknown = 1 + 13;
     let bad = 3 + token.len() as u64 - unknown;
     let sum = |labels: &[&str]| {

@@ -272,7 +272,7 @@ fn a_member_without_a_proof_takes_a_place_of_others_for_its_handshake_alone() {
     testbed.refused("handshakes_full", 1);
 }
 
-// Protects clients from noise: bytes behind the header of an Initial that nobody authenticated open
+// Protects clients from noise: bytes behind the header of an Initial that no client sealed open
 // nothing, hold nothing, and are answered by nothing.
 #[test]
 fn garbage_behind_the_header_of_an_initial_is_no_connection() {

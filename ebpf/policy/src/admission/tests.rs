@@ -201,10 +201,10 @@ fn a_proof_from_elsewhere_is_any_id() {
     assert_eq!(first(from(1)), First::Drop(Reason::QuicPeersOnly));
 }
 
-// Protects clients that another server at this address gave a token to, or that kept one of a node's
-// last run in another form: RFC 9000, 8.1.3.
+// Protects clients that another server at this address gave a token to, or that kept one of an
+// earlier release in another form: RFC 9000, 8.1.3.
 #[test]
-fn a_token_of_somebody_else_is_no_token() {
+fn a_token_of_another_server_is_no_token() {
     let admission = admission();
     let unknown: [&[u8]; 3] = [&[7], &[0x4d; 32], &[0; 300]];
     for token in unknown {
