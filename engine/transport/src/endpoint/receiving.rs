@@ -81,8 +81,8 @@ impl Endpoint {
             if let Err(error) = connection.quic.recv(datagram, open.info) {
                 let is_tls = error == quiche::Error::TlsFail;
                 connection.has_no_common_group |= is_tls && tls::has_no_common_group();
-                let has_begun = !connection.is_server || connection.quic.stats().recv > 0;
-                let is_garbage = !has_begun && is_unauthentic(error);
+                let packets = connection.quic.stats().recv;
+                let is_garbage = is_garbage(connection.is_server, packets, error);
                 self.counters().add(Counter::DatagramsInvalid, 1);
                 if is_garbage {
                     self.release(slot);
@@ -223,15 +223,43 @@ impl Endpoint {
     }
 }
 
-/// Whether quiche refused a packet before it had authenticated it (RFC 9001, 5.3). Where it is the
-/// first of a client, no client began a connection: any bytes after a header of the right form come
-/// so far.
-fn is_unauthentic(error: quiche::Error) -> bool {
-    matches!(
+/// Whether a datagram that quiche refused began no connection: it is a client's, of which quiche has
+/// taken no packet before, and quiche refused it before it had authenticated it (RFC 9001, 5.3). Any
+/// bytes after a header of the right form come so far.
+fn is_garbage(is_server: bool, packets_before: usize, error: quiche::Error) -> bool {
+    let is_unauthentic = matches!(
         error,
         quiche::Error::CryptoFail
             | quiche::Error::InvalidPacket
             | quiche::Error::BufferTooShort
             | quiche::Error::UnknownVersion
-    )
+    );
+    is_server && packets_before == 0 && is_unauthentic
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use quiche::Error;
+
+    // Protects connections that have begun, whose end their services and `Peers` must hear of: a
+    // dial that is answered by another version, a peer whose frames are cut short, a client whose
+    // first flight is wrong.
+    #[test]
+    fn only_a_clients_first_packet_is_garbage() {
+        let cases = [
+            (true, 0, Error::CryptoFail, true),
+            (true, 0, Error::InvalidPacket, true),
+            (true, 0, Error::BufferTooShort, true),
+            (true, 1, Error::BufferTooShort, false),
+            (true, 1, Error::InvalidPacket, false),
+            (true, 0, Error::TlsFail, false),
+            (false, 0, Error::UnknownVersion, false),
+            (false, 0, Error::CryptoFail, false),
+        ];
+        for (is_server, packets, error, expected) in cases {
+            let got = is_garbage(is_server, packets, error);
+            assert_eq!(got, expected, "{is_server}, {packets}, {error}");
+        }
+    }
 }
