@@ -180,6 +180,7 @@ fn ed25519_key(certificate: &X509Ref) -> Option<PublicKey> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rcgen::PublicKeyData;
 
     // Protects against a key that is taken for a node's and is none.
     #[test]
@@ -192,6 +193,16 @@ mod tests {
         let ed25519 = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
         let raw: [u8; 32] = ed25519.public_key_raw().try_into().unwrap();
         assert_eq!(of(&ed25519), Some(PublicKey::from_bytes(raw)));
+        // An X25519 key has as many bytes; the two types differ in the last byte of their OID.
+        let info = ed25519.subject_public_key_info();
+        let parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        let mut other = parameters.self_signed(&ed25519).unwrap().der().to_vec();
+        let at = other.windows(info.len()).position(|window| window == info);
+        let oid_at = at.unwrap() + info.windows(2).position(|two| two == [0x65, 0x70]).unwrap();
+        other[oid_at + 1] = 0x6e;
+        let other = X509::from_der(&other).unwrap();
+        assert_eq!(other.public_key().unwrap().id(), Id::X25519);
+        assert_eq!(ed25519_key(&other), None);
         for other in [
             &rcgen::PKCS_ECDSA_P256_SHA256,
             &rcgen::PKCS_ECDSA_P384_SHA384,
