@@ -9,6 +9,7 @@ mod common;
 #[path = "common/raw.rs"]
 mod raw;
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use common::*;
@@ -62,9 +63,9 @@ fn message(header: Header, body: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The victim, an honest peer of it, and the key of the hostile member, which has the lowest id and
-/// so may dial both.
-fn testbed() -> (Node, Node, SigningKey, TransportConfig) {
+/// The victim, an honest peer of it, and the key and the address of the hostile member, which has
+/// the lowest id and so may dial both.
+fn testbed() -> (Node, Node, (SigningKey, SocketAddr), TransportConfig) {
     let mut keys = [key(1), key(2), key(3)];
     keys.sort_by_key(SigningKey::node_id);
     let [hostile, honest, victim] = keys;
@@ -92,20 +93,23 @@ fn testbed() -> (Node, Node, SigningKey, TransportConfig) {
     let honest = Node::start(honest, addrs[1], &topology, config.clone(), POOL_BYTES);
     let victim = Node::start(victim, addrs[2], &topology, config.clone(), POOL_BYTES);
     honest.wait_for_peers(&[victim.id()]);
-    (victim, honest, hostile, config)
+    (victim, honest, (hostile, addrs[0]), config)
 }
 
 struct Attack<'a> {
     victim: &'a Node,
     honest: &'a Node,
     hostile: &'a SigningKey,
+    /// Where all of its connections come from: from several, it would be two nodes with one key.
+    from: SocketAddr,
     rss_max: u64,
 }
 
 impl Attack<'_> {
     fn connect(&self) -> Raw {
         let key = SigningKey::from_seed(*self.hostile.seed());
-        let mut raw = Raw::dial(
+        let mut raw = Raw::dial_at(
+            &self.from.to_string(),
             self.victim.transport.local_addr(),
             &RawOptions {
                 key: Some(key),
@@ -146,7 +150,7 @@ impl Attack<'_> {
 
 #[test]
 fn a_hostile_member_costs_nobody_anything() {
-    let (victim, honest, hostile, config) = testbed();
+    let (victim, honest, (hostile, from), config) = testbed();
     // Two nodes and the attacker live in this process; what they and the test program take before
     // the attack is the base, and the pools, which are resident from the start, are in it. On top
     // may come what the configuration says a connection may hold.
@@ -155,6 +159,7 @@ fn a_hostile_member_costs_nobody_anything() {
         victim: &victim,
         honest: &honest,
         hostile: &hostile,
+        from,
         rss_max,
     };
 

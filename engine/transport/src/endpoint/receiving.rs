@@ -224,7 +224,7 @@ impl Endpoint {
 }
 
 /// Whether a datagram that quiche refused began no connection: it is a client's, of which quiche
-/// has taken no packet before, and quiche refused it before it had authenticated it (RFC 9001, 5.3).
+/// has taken no packet before, and quiche refused it before it was authenticated (RFC 9001, 5.3).
 /// Any bytes after a header of the right form come so far.
 fn is_garbage(is_server: bool, packets_before: usize, error: quiche::Error) -> bool {
     let is_unauthentic = matches!(

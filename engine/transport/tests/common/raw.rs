@@ -135,10 +135,15 @@ impl RawOptions {
 
 impl Raw {
     pub(crate) fn dial(to: SocketAddr, options: &RawOptions) -> Self {
+        Self::dial_at("127.0.0.1:0", to, options)
+    }
+
+    /// As [`Self::dial`], from an address of the test's choice.
+    pub(crate) fn dial_at(bind: &str, to: SocketAddr, options: &RawOptions) -> Self {
         // The first connection ID steers to the shard that owns the connection; a member knows
         // that.
         let spread = options.key.as_ref().map_or(0, |key| key.node_id().spread());
-        Self::dial_from("127.0.0.1:0", to, options, &initial_dcid(spread, [9; 15]))
+        Self::dial_from(bind, to, options, &initial_dcid(spread, [9; 15]))
     }
 
     /// As [`Self::dial`], from an address and with a first destination ID of the test's choice.
