@@ -6,6 +6,7 @@ use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 
 use millrace_protocol::address::NodeAddress;
+use millrace_protocol::tls_keys::Validity;
 use serde::{Deserialize, Serialize};
 
 use crate::units::{ByteSize, Period};
@@ -184,6 +185,8 @@ pub struct NodeSection {
     pub key_file: String,
     /// Subnet to join; absent: the first one in the registry that lists the node.
     pub subnet: Option<String>,
+    /// How long a certificate says that it is valid.
+    pub certificate_lifetime: Period,
 }
 
 /// The UDP socket of the transport.
@@ -225,18 +228,25 @@ pub struct ShardsSection {
     pub core: Vec<CoreProfile>,
 }
 
-/// A node that is known before any registry version is: written `<public key>@<address>`.
+/// A node that is known before any registry version is: written `<public key>@<address>`, or
+/// `<public key>/<TLS key>@<address>` for a node that has rotated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seed {
-    /// Its key: 64 hexadecimal digits. The connection is pinned to it like any other.
+    /// Its identity key: 64 hexadecimal digits.
     pub public_key: String,
+    /// Its TLS key, to which the connection is pinned like any other; none: the identity key.
+    pub tls_key: Option<String>,
     /// Where it listens.
     pub address: NodeAddress,
 }
 
 impl fmt::Display for Seed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}@{}", self.public_key, self.address)
+        f.write_str(&self.public_key)?;
+        if let Some(tls_key) = &self.tls_key {
+            write!(f, "/{tls_key}")?;
+        }
+        write!(f, "@{}", self.address)
     }
 }
 
@@ -529,6 +539,7 @@ impl Default for NodeSection {
             state_dir: "/var/lib/millrace".into(),
             key_file: "node.key".into(),
             subnet: None,
+            certificate_lifetime: Period::secs(Validity::LIFETIME_DEFAULT.as_secs()),
         }
     }
 }

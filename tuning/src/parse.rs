@@ -560,8 +560,13 @@ fn seeds(list: &DeArray<'_>) -> Result<Value, Refusal> {
             reason: format!("\"{text}\" has no \"@\" between public key and address"),
             fix: "write \"<64 hexadecimal digits>@192.0.2.1:4100\"".into(),
         })?;
+        let (key, tls_key) = match key.split_once('/') {
+            Some((key, tls_key)) => (key, Some(tls_key)),
+            None => (key, None),
+        };
         seeds.push(Seed {
             public_key: public_key(key)?,
+            tls_key: tls_key.map(public_key).transpose()?,
             address: at.parse().map_err(|error| address(at, error))?,
         });
     }

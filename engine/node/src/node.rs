@@ -142,6 +142,7 @@ impl Node {
         let path_file = parts.paths_file.map(PathFile::read);
         let start = TransportStart {
             identity: parts.identity,
+            tls: None,
             config: mapping::transport(config),
             udp: mapping::udp(config, shards.len()),
             shards,

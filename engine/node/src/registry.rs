@@ -6,6 +6,7 @@ use std::time::Duration;
 use millrace_protocol::identity::PublicKey;
 use millrace_protocol::names::NamesConfig;
 use millrace_protocol::registry::RegistryConfig;
+use millrace_protocol::tls_keys::TlsKeys;
 use millrace_registry::{
     KeptVersion, KeyError, KnownNode, Sources, Versions, VersionsConfig, keys,
 };
@@ -76,8 +77,11 @@ pub fn versions(
         None => None,
     };
     let seed = |seed: &Seed| {
+        let public_key = keys::public_from_hex(&seed.public_key)?;
+        let tls_key = seed.tls_key.as_deref().map(keys::public_from_hex);
         Ok(KnownNode {
-            public_key: keys::public_from_hex(&seed.public_key)?,
+            public_key,
+            tls_keys: TlsKeys::one(tls_key.transpose()?.unwrap_or(public_key)),
             addresses: vec![seed.address.clone()],
         })
     };

@@ -75,10 +75,9 @@ mod tests {
         let keys: Vec<_> = (0..60)
             .map(|seed| SigningKey::from_seed([seed; 32]))
             .collect();
-        let members = keys.iter().map(|key| Member {
-            public_key: key.public_key(),
-            addresses: Vec::new(),
-        });
+        let members = keys
+            .iter()
+            .map(|key| Member::new(key.public_key(), Vec::new()));
         let topology = Topology::from_members(members, 1);
         let me = keys[0].node_id();
         let room = |connections_max, connections_per_peer, shards| {

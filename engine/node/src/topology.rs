@@ -49,9 +49,9 @@ mod tests {
     use super::*;
 
     fn topology(seeds: &[u8], version: u64) -> Arc<Topology> {
-        let members = seeds.iter().map(|seed| Member {
-            public_key: SigningKey::from_seed([*seed; 32]).public_key(),
-            addresses: vec![([127, 0, 0, *seed], 4100).into()],
+        let members = seeds.iter().map(|seed| {
+            let public_key = SigningKey::from_seed([*seed; 32]).public_key();
+            Member::new(public_key, vec![([127, 0, 0, *seed], 4100).into()])
         });
         Arc::new(Topology::from_members(members, version))
     }

@@ -28,4 +28,5 @@ pub mod rng;
 pub mod rpc;
 pub mod score;
 pub mod timer;
+pub mod tls_keys;
 pub mod topology;

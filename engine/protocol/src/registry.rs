@@ -5,7 +5,8 @@
 //! `000000000001.sig` (the signature in hex).
 //!
 //! 1. Nothing of a document is read before its size is checked and its signature verified.
-//! 2. A record that cannot be used is skipped and reported; the others work.
+//! 2. A record that cannot be used is skipped and reported; the others work. A version that gives
+//!    one key to two nodes is refused whole: no reader could tell the two apart.
 //! 3. The newest number never falls, and a number never gets other bytes. A caller that knows the
 //!    newest number of an earlier run sets it ([`Registry::set_number_min`]).
 //! 4. What is held is bounded: see [`RegistryConfig`].
@@ -14,6 +15,7 @@ use crate::{
     address::NodeAddress,
     id::{NodeId, SubnetId},
     identity::{BadSignature, PublicKey, SIGNATURE_BYTES, SigningKey},
+    tls_keys::TlsKeys,
 };
 use data_encoding::HEXLOWER;
 use std::collections::BTreeMap;
@@ -59,6 +61,14 @@ pub enum RegistryError {
         /// The number of both.
         number: u64,
     },
+    /// Two nodes have one key, as identity key or as TLS key.
+    #[error("nodes {} and {} have one key, {key}; each node needs its own", .nodes[0], .nodes[1])]
+    SharedKey {
+        /// The key.
+        key: PublicKey,
+        /// The two nodes.
+        nodes: [NodeId; 2],
+    },
     /// The number is 0 or above [`NUMBER_MAX`].
     #[error("version number {0} is not between 1 and {NUMBER_MAX}")]
     Number(u64),
@@ -74,6 +84,7 @@ impl RegistryError {
             Self::Syntax(_) => "registry_syntax",
             Self::Older { .. } => "registry_older",
             Self::Conflict { .. } => "registry_conflict",
+            Self::SharedKey { .. } => "registry_shared_key",
             Self::Number(_) => "registry_number",
         }
     }
@@ -119,14 +130,29 @@ pub struct SubnetRecord {
 /// A node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeRecord {
-    /// Its name, which belongs to the key.
+    /// Its name, which belongs to the identity key.
     pub id: NodeId,
-    /// The key that its certificate must carry.
+    /// Its identity key, which never changes.
     pub public_key: PublicKey,
+    /// The keys that its certificate may carry; the identity key where the document names none.
+    pub tls_keys: TlsKeys,
     /// The subnet that it belongs to.
     pub subnet: SubnetId,
     /// Where it listens, in the order to try; never empty.
     pub addresses: Vec<NodeAddress>,
+}
+
+impl NodeRecord {
+    /// The record of a node that never rotated: its TLS key is its identity key.
+    pub fn new(public_key: PublicKey, subnet: SubnetId, addresses: Vec<NodeAddress>) -> Self {
+        Self {
+            id: public_key.node_id(),
+            public_key,
+            tls_keys: TlsKeys::one(public_key),
+            subnet,
+            addresses,
+        }
+    }
 }
 
 /// A record that was passed over.
@@ -146,8 +172,8 @@ impl RegistryVersion {
     /// Reads a document; the caller has verified its signature.
     ///
     /// # Errors
-    /// When the text is not TOML, or has no usable version number. A bad record is no error: it is
-    /// skipped and listed in [`Self::skipped`].
+    /// When the text is not TOML, has no usable version number, or gives one key to two nodes. A
+    /// bad record is no error: it is skipped and listed in [`Self::skipped`].
     pub fn parse(document: &str) -> Result<Self, RegistryError> {
         document::parse(document)
     }

@@ -3,28 +3,43 @@
 //! 1. A node counts while any version from the oldest in use to the newest names it, so that it is
 //!    not cut off while others still rely on it.
 //! 2. Its addresses are those of the newest version that names it.
-//! 3. A topology never changes: a newer one replaces it whole, and [`Topology::diff`] says how.
+//! 3. Its TLS keys are those of the newest version that names it: a retired key counts no more,
+//!    also while an older version is in use. Where versions give one key to two nodes, the newer
+//!    version decides.
+//! 4. A topology never changes: a newer one replaces it whole, and [`Topology::diff`] says how.
 
 use crate::{
     id::{NodeId, SubnetId},
     identity::PublicKey,
     names::Names,
     registry::RegistryVersion,
+    tls_keys::TlsKeys,
 };
 use std::{collections::BTreeMap, net::SocketAddr};
 
 /// A node of the subnet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
-    /// The key that its certificate must carry.
+    /// Its identity key.
     pub public_key: PublicKey,
+    /// The keys that its certificate may carry.
+    pub tls_keys: TlsKeys,
     /// Addresses at which it listens, in the order to try; empty while no name that the registry
     /// gives it is resolved.
     pub addresses: Vec<SocketAddr>,
 }
 
 impl Member {
-    /// The node's name, which its key determines.
+    /// A member whose TLS key is its identity key.
+    pub fn new(public_key: PublicKey, addresses: Vec<SocketAddr>) -> Self {
+        Self {
+            public_key,
+            tls_keys: TlsKeys::one(public_key),
+            addresses,
+        }
+    }
+
+    /// The node's name, which its identity key determines.
     pub fn id(&self) -> NodeId {
         self.public_key.node_id()
     }
@@ -34,6 +49,8 @@ impl Member {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Topology {
     members: BTreeMap<NodeId, Member>,
+    /// The members by their TLS keys.
+    by_tls_key: BTreeMap<PublicKey, NodeId>,
     oldest: u64,
     newest: u64,
 }
@@ -45,12 +62,12 @@ pub struct TopologyDiff {
     pub added: Vec<NodeId>,
     /// In the older only.
     pub removed: Vec<NodeId>,
-    /// In both, with other addresses.
+    /// In both, with other addresses or TLS keys.
     pub changed: Vec<NodeId>,
 }
 
 impl TopologyDiff {
-    /// Whether both topologies have the same members at the same addresses.
+    /// Whether both topologies have the same members, with the same keys, at the same addresses.
     pub fn is_empty(&self) -> bool {
         self.added.is_empty() && self.removed.is_empty() && self.changed.is_empty()
     }
@@ -76,11 +93,12 @@ impl Topology {
             }
             topology.newest = version.number;
             for node in version.nodes.iter().filter(|node| node.subnet == *subnet) {
+                let addresses = names.resolve(&node.addresses);
                 let member = Member {
-                    public_key: node.public_key,
-                    addresses: names.resolve(&node.addresses),
+                    tls_keys: node.tls_keys,
+                    ..Member::new(node.public_key, addresses)
                 };
-                topology.members.insert(node.id, member);
+                topology.insert(member);
             }
         }
         topology
@@ -88,15 +106,30 @@ impl Topology {
 
     /// A topology of these members, for tests and for a subnet without a registry.
     pub fn from_members(members: impl IntoIterator<Item = Member>, version: u64) -> Self {
-        let members = members
-            .into_iter()
-            .map(|member| (member.id(), member))
-            .collect();
-        Self {
-            members,
+        let mut topology = Self {
             oldest: version,
             newest: version,
+            ..Self::default()
+        };
+        for member in members {
+            topology.insert(member);
         }
+        topology
+    }
+
+    /// Adds a member, in place of its record in an older version.
+    fn insert(&mut self, member: Member) {
+        let id = member.id();
+        let old = self.members.get(&id).map(|old| old.tls_keys);
+        for key in old.iter().flat_map(TlsKeys::iter) {
+            if self.by_tls_key.get(&key) == Some(&id) {
+                self.by_tls_key.remove(&key);
+            }
+        }
+        for key in member.tls_keys.iter() {
+            self.by_tls_key.insert(key, id);
+        }
+        self.members.insert(id, member);
     }
 
     /// The node with this name.
@@ -104,10 +137,9 @@ impl Topology {
         self.members.get(id)
     }
 
-    /// The member whose key this is; a handshake with any other key is refused.
+    /// The member whose TLS key this is; a handshake with any other key is refused.
     pub fn node_of_key(&self, key: &PublicKey) -> Option<NodeId> {
-        let id = key.node_id();
-        self.members.contains_key(&id).then_some(id)
+        self.by_tls_key.get(key).copied()
     }
 
     /// All members, in the order of ids.
@@ -153,7 +185,7 @@ impl Topology {
         for (id, member) in &self.members {
             match older.members.get(id) {
                 None => diff.added.push(*id),
-                Some(old) if old.addresses != member.addresses => diff.changed.push(*id),
+                Some(old) if old != member => diff.changed.push(*id),
                 Some(_) => {}
             }
         }
@@ -175,12 +207,11 @@ mod tests {
     fn node(seed: u8, port: u16) -> NodeRecord {
         let public_key = SigningKey::from_seed([seed; 32]).public_key();
         let addresses = vec![SocketAddr::from(([127, 0, 0, 1], port)).into()];
-        NodeRecord {
-            id: public_key.node_id(),
-            public_key,
-            subnet: subnet(),
-            addresses,
-        }
+        NodeRecord::new(public_key, subnet(), addresses)
+    }
+
+    fn tls_key(seed: u8) -> PublicKey {
+        PublicKey::from_bytes([seed; 32])
     }
 
     fn subnet() -> SubnetId {
@@ -233,6 +264,44 @@ mod tests {
             (vec![node(3, 0).id], vec![node(1, 0).id])
         );
         assert!(both.diff(&both).is_empty() && Topology::empty().is_empty());
+    }
+
+    // Protects the refusal of a retired key: which keys count says the newest version that names
+    // the node, whatever versions are in use.
+    #[test]
+    fn a_member_is_known_by_the_tls_keys_of_the_newest_version() {
+        let identity = node(1, 10).public_key;
+        let of = |seeds: &[u8]| {
+            let keys: Vec<_> = seeds.iter().map(|seed| tls_key(*seed)).collect();
+            let mut record = node(1, 10);
+            record.tls_keys = TlsKeys::of(&keys).unwrap_or(record.tls_keys);
+            record
+        };
+        let mut heir = node(2, 20);
+        heir.tls_keys = TlsKeys::one(tls_key(50));
+        let versions = [
+            version(1, vec![of(&[])]),
+            version(2, vec![of(&[50, 51])]),
+            version(3, vec![of(&[51])]),
+            version(4, vec![of(&[51]), heir.clone()]),
+            version(5, vec![of(&[50]), node(2, 20)]),
+        ];
+        let known = |range: std::ops::Range<usize>| {
+            let topology = Topology::union(&subnet(), &versions[range], &Names::default());
+            [identity, tls_key(50), tls_key(51)].map(|key| topology.node_of_key(&key))
+        };
+        let (none, one, two) = (None, Some(node(1, 10).id), Some(heir.id));
+        assert_eq!(known(0..1), [one, none, none]);
+        assert_eq!(known(1..2), [none, one, one]);
+        assert_eq!(known(0..3), [none, none, one], "both were retired");
+        assert_eq!(known(1..4), [none, two, one], "another node has it now");
+        assert_eq!(known(3..5), [none, one, none], "and gave it back");
+
+        let topology = |number: usize| {
+            Topology::union(&subnet(), &versions[number..=number], &Names::default())
+        };
+        let diff = topology(1).diff(&topology(0));
+        assert_eq!(diff.changed, [node(1, 10).id]);
     }
 
     // Protects the sizes of tables: a peer is counted at the shard that owns it, as its connections

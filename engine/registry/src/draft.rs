@@ -9,6 +9,7 @@ use millrace_protocol::registry::{
     NodeRecord, RegistryConfig, RegistryError, RegistryVersion, SignedVersion, SkippedRecord,
     SubnetRecord,
 };
+use millrace_protocol::tls_keys::{RotationError, TlsKeys};
 
 use crate::keys::{self, KeyError};
 
@@ -22,13 +23,21 @@ pub enum DraftError {
         /// How many there are.
         subnets: usize,
     },
-    /// There is no such node to remove.
+    /// There is no such node to remove, or to rotate a key of.
     #[error("no node {node} in version {version}")]
     NoSuchNode {
         /// The node.
         node: NodeId,
         /// The version that the draft follows.
         version: u64,
+    },
+    /// The node's keys do not allow this step of a rotation.
+    #[error("node {node}: {error}")]
+    Rotation {
+        /// The node.
+        node: NodeId,
+        /// Why.
+        error: RotationError,
     },
     /// The document does not read as a version.
     #[error(transparent)]
@@ -108,21 +117,41 @@ impl Draft {
         }
     }
 
-    /// Adds a node, or replaces its record.
+    /// Adds a node, or gives one another subnet and other addresses; it keeps its TLS keys.
     pub fn set_node(
         &mut self,
         public_key: PublicKey,
         subnet: SubnetId,
         addresses: impl IntoIterator<Item = impl Into<NodeAddress>>,
     ) {
-        let record = NodeRecord {
-            id: public_key.node_id(),
-            public_key,
-            subnet,
-            addresses: addresses.into_iter().map(Into::into).collect(),
-        };
+        let addresses = addresses.into_iter().map(Into::into).collect();
+        let mut record = NodeRecord::new(public_key, subnet, addresses);
+        let known = self.version.nodes.iter().find(|node| node.id == record.id);
+        if let Some(known) = known {
+            record.tls_keys = known.tls_keys;
+        }
         self.version.nodes.retain(|node| node.id != record.id);
         self.version.nodes.push(record);
+    }
+
+    /// Takes a step of a rotation: the node's record gets the TLS keys that `step` makes of those
+    /// it has.
+    ///
+    /// # Errors
+    /// [`DraftError::NoSuchNode`], [`DraftError::Rotation`].
+    pub fn rotate(
+        &mut self,
+        node: NodeId,
+        step: impl FnOnce(&TlsKeys) -> Result<TlsKeys, RotationError>,
+    ) -> Result<(), DraftError> {
+        let version = self.version.number - 1;
+        let mut records = self.version.nodes.iter_mut();
+        let record = records
+            .find(|record| record.id == node)
+            .ok_or(DraftError::NoSuchNode { node, version })?;
+        let keys = step(&record.tls_keys);
+        record.tls_keys = keys.map_err(|error| DraftError::Rotation { node, error })?;
+        Ok(())
     }
 
     /// Removes a node.
@@ -196,6 +225,45 @@ mod tests {
             next.remove_node(node.node_id()),
             Err(DraftError::NoSuchNode { version: 1, .. })
         ));
+    }
+
+    /// Protects a node that moves during a rotation: a new address does not bring an old key back.
+    #[test]
+    fn a_rotation_outlives_a_new_address_and_is_signed_only_for_an_own_key() {
+        let (mut draft, key) = draft();
+        let subnet = draft.only_subnet().unwrap();
+        let [node, other, new] = [0, 1, 2].map(|_| keys::generate().unwrap().public_key());
+        let at = |port| [SocketAddr::from(([127, 0, 0, 1], port))];
+        draft.set_node(node, subnet, at(4100));
+        draft.set_node(other, subnet, at(4101));
+        let absent = new.node_id();
+        assert!(matches!(
+            draft.rotate(absent, |keys| keys.finish()),
+            Err(DraftError::NoSuchNode { .. })
+        ));
+        assert!(matches!(
+            draft.rotate(node.node_id(), |keys| keys.finish()),
+            Err(DraftError::Rotation { .. })
+        ));
+        let mut shared = draft.clone();
+        shared
+            .rotate(node.node_id(), |keys| keys.begin(other))
+            .unwrap();
+        let refused = shared.sign(&key).unwrap_err();
+        assert!(matches!(
+            refused,
+            DraftError::Refused(RegistryError::SharedKey { .. })
+        ));
+
+        draft
+            .rotate(node.node_id(), |keys| keys.begin(new))
+            .unwrap();
+        draft.set_node(node, subnet, at(4102));
+        draft.rotate(node.node_id(), |keys| keys.finish()).unwrap();
+        draft.sign(&key).unwrap();
+        let record = draft.version().nodes.last().unwrap();
+        assert_eq!(record.id, node.node_id());
+        assert_eq!(record.tls_keys, TlsKeys::one(new));
     }
 
     /// A version that nodes would take in part is not signed.

@@ -15,26 +15,32 @@ use rustix::fs::{Mode, OFlags};
 /// [`ErrorKind::FileTooLarge`] for a longer one, [`ErrorKind::InvalidInput`] for what is no regular
 /// file; otherwise the host's.
 pub(crate) fn read_bytes(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+    let file = open(path)?;
+    let length = file.metadata()?.len();
+    if length > bytes_max {
+        let why = format!("it has {length} bytes, at most {bytes_max} are read");
+        return Err(io::Error::new(ErrorKind::FileTooLarge, why));
+    }
+    let mut bytes = Vec::with_capacity(length as usize);
+    // It may have grown since.
+    file.take(bytes_max).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Opens a regular file to read. Does not wait, whatever stands there.
+///
+/// # Errors
+/// [`ErrorKind::InvalidInput`] for what is no regular file; otherwise the host's.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
     // Without NONBLOCK the call waits until a process opens a FIFO to write (open(2)); a terminal
     // is not to become ours.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
-    let metadata = file.metadata()?;
-    if !metadata.is_file() {
+    if !file.metadata()?.is_file() {
         let why = "it is no regular file";
         return Err(io::Error::new(ErrorKind::InvalidInput, why));
     }
-    if metadata.len() > bytes_max {
-        let why = format!(
-            "it has {} bytes, at most {bytes_max} are read",
-            metadata.len()
-        );
-        return Err(io::Error::new(ErrorKind::FileTooLarge, why));
-    }
-    let mut bytes = Vec::with_capacity(metadata.len() as usize);
-    // It may have grown since.
-    file.take(bytes_max).read_to_end(&mut bytes)?;
-    Ok(bytes)
+    Ok(file)
 }
 
 #[cfg(test)]

@@ -2,8 +2,12 @@
 //!
 //! A key file holds a 32-byte Ed25519 seed as 64 hexadecimal digits, with mode 0600.
 //!
+//! A node's TLS keys lie beside its identity key, each in a file of its own that is named by the
+//! public key: so a node finds the secret half of a key that its registry record names.
+//!
 //! 1. A key file is never overwritten.
 //! 2. A key file that others can read is refused.
+//! 3. What a running node reads is a regular file: nothing that stands there makes it wait.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -13,6 +17,8 @@ use std::path::{Path, PathBuf};
 use data_encoding::{HEXLOWER, HEXLOWER_PERMISSIVE};
 use millrace_protocol::identity::{PublicKey, SigningKey};
 use ring::rand::{SecureRandom, SystemRandom};
+
+use crate::files;
 
 /// 64 digits, and white space around them.
 const KEY_FILE_BYTES_MAX: u64 = 256;
@@ -38,6 +44,12 @@ pub enum KeyError {
     /// The file holds something else.
     #[error("{} is not a key file: expected 64 hexadecimal digits", .file.display())]
     NotAKey {
+        /// The file.
+        file: PathBuf,
+    },
+    /// The file's name is that of another key.
+    #[error("{} holds another key than its name says", .file.display())]
+    Other {
         /// The file.
         file: PathBuf,
     },
@@ -74,7 +86,47 @@ pub fn generate() -> Result<SigningKey, KeyError> {
 /// [`KeyError::Exists`] if the file exists, [`KeyError::Io`] if it cannot be written,
 /// [`KeyError::NoRandom`].
 pub fn create(file: &Path) -> Result<SigningKey, KeyError> {
-    let seed = random()?;
+    write_new(file, generate()?)
+}
+
+/// Makes a TLS key for the node whose identity key is `identity_file`, and writes it beside that:
+/// the key and its file.
+///
+/// # Errors
+/// As [`create`].
+pub fn create_tls(identity_file: &Path) -> Result<(SigningKey, PathBuf), KeyError> {
+    let key = generate()?;
+    let file = tls_key_file(identity_file, &key.public_key());
+    Ok((write_new(&file, key)?, file))
+}
+
+/// The file of a TLS key of the node whose identity key is `identity_file`. Its name has the first
+/// 16 digits of the public key.
+pub fn tls_key_file(identity_file: &Path, key: &PublicKey) -> PathBuf {
+    const DIGITS: usize = 16;
+    let digits = &public_hex(key)[..DIGITS];
+    identity_file.with_file_name(format!("tls-{digits}.key"))
+}
+
+/// Reads the secret half of a node's TLS key; none: there is no file for it.
+///
+/// # Errors
+/// As [`read`]; [`KeyError::Other`] if the file holds another key.
+pub fn read_tls(identity_file: &Path, key: &PublicKey) -> Result<Option<SigningKey>, KeyError> {
+    let file = tls_key_file(identity_file, key);
+    let open = match files::open(&file) {
+        Ok(open) => open,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(KeyError::Io { file, error }),
+    };
+    let found = read_opened(&file, open)?;
+    if found.public_key() != *key {
+        return Err(KeyError::Other { file });
+    }
+    Ok(Some(found))
+}
+
+fn write_new(file: &Path, key: SigningKey) -> Result<SigningKey, KeyError> {
     let failed = |error| KeyError::Io {
         file: file.to_owned(),
         error,
@@ -90,11 +142,11 @@ pub fn create(file: &Path) -> Result<SigningKey, KeyError> {
             },
             _ => failed(error),
         })?;
-    let text = format!("{}\n", HEXLOWER.encode(&seed));
+    let text = format!("{}\n", HEXLOWER.encode(key.seed()));
     out.write_all(text.as_bytes())
         .and_then(|()| out.sync_all())
         .map_err(failed)?;
-    Ok(SigningKey::from_seed(seed))
+    Ok(key)
 }
 
 /// Reads a key file.
@@ -107,7 +159,14 @@ pub fn read(file: &Path) -> Result<SigningKey, KeyError> {
         file: file.to_owned(),
         error,
     };
-    let open = File::open(file).map_err(failed)?;
+    read_opened(file, File::open(file).map_err(failed)?)
+}
+
+fn read_opened(file: &Path, open: File) -> Result<SigningKey, KeyError> {
+    let failed = |error| KeyError::Io {
+        file: file.to_owned(),
+        error,
+    };
     let mode = open.metadata().map_err(failed)?.mode() & 0o7777;
     if mode & 0o077 != 0 {
         return Err(KeyError::Exposed {
@@ -186,6 +245,23 @@ mod tests {
             read(&file),
             Err(KeyError::Exposed { mode: 0o644, .. })
         ));
+    }
+
+    /// Protects a rotation: the node finds the key that its record names, and no other one.
+    #[test]
+    fn a_tls_key_is_found_by_its_public_half() {
+        let dir = tempfile::tempdir().unwrap();
+        let identity = dir.path().join("node.key");
+        let (key, file) = create_tls(&identity).unwrap();
+        assert_eq!(file.parent(), identity.parent());
+        let found = read_tls(&identity, &key.public_key()).unwrap().unwrap();
+        assert_eq!(found.public_key(), key.public_key());
+
+        let other = generate().unwrap().public_key();
+        assert!(read_tls(&identity, &other).unwrap().is_none());
+        std::fs::copy(&file, tls_key_file(&identity, &other)).unwrap();
+        let wrong = read_tls(&identity, &other);
+        assert!(matches!(wrong, Err(KeyError::Other { .. })));
     }
 
     #[test]

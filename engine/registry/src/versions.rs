@@ -20,6 +20,7 @@ use millrace_protocol::id::{NodeId, SubnetId};
 use millrace_protocol::identity::PublicKey;
 use millrace_protocol::names::{Change, Found, NameStatus, Names, NamesConfig};
 use millrace_protocol::registry::RegistryConfig;
+use millrace_protocol::tls_keys::TlsKeys;
 use millrace_protocol::topology::{Member, Topology};
 
 use crate::held::Held;
@@ -48,8 +49,10 @@ pub struct VersionsConfig {
 /// A node that is known before any version is held.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KnownNode {
-    /// The key that its certificate must carry.
+    /// Its identity key.
     pub public_key: PublicKey,
+    /// The keys that its certificate may carry.
+    pub tls_keys: TlsKeys,
     /// Where it listens, in the order to try.
     pub addresses: Vec<NodeAddress>,
 }
@@ -125,6 +128,7 @@ impl Versions {
         if !first.is_empty() {
             first.push(KnownNode {
                 public_key: *me,
+                tls_keys: TlsKeys::one(*me),
                 addresses: config.listen.into_iter().map(NodeAddress::Ip).collect(),
             });
         }
@@ -219,6 +223,7 @@ impl Versions {
                 let names = self.names();
                 let first = self.first.iter().map(|node| Member {
                     public_key: node.public_key,
+                    tls_keys: node.tls_keys,
                     addresses: names.resolve(&node.addresses),
                 });
                 Topology::from_members(first, 0)

@@ -206,22 +206,15 @@ impl Sim {
 
     /// A topology of these nodes.
     pub fn topology(&self, members: &[usize], version: u64) -> Topology {
-        let members = members.iter().map(|n| Member {
-            public_key: self.keys[*n],
-            addresses: vec![address_of(endpoint(*n))],
-        });
+        let member = |n: &usize| Member::new(self.keys[*n], vec![address_of(endpoint(*n))]);
+        let members = members.iter().map(member);
         Topology::from_members(members, version)
     }
 
     /// The record of a node in a registry version.
     pub fn record(&self, node: usize, subnet: SubnetId) -> NodeRecord {
-        let public_key = self.keys[node];
-        NodeRecord {
-            id: public_key.node_id(),
-            public_key,
-            subnet,
-            addresses: vec![address_of(endpoint(node)).into()],
-        }
+        let addresses = vec![address_of(endpoint(node)).into()];
+        NodeRecord::new(self.keys[node], subnet, addresses)
     }
 
     /// Tells a node of a topology; it keeps it over a crash.

@@ -8,6 +8,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use millrace_protocol::identity::PublicKey;
 use millrace_protocol::path::{PathProfile, PathSample};
 use millrace_protocol::peers::{Attempt, ConnKey};
 use millrace_protocol::timer::TimerId;
@@ -84,6 +85,9 @@ pub(crate) struct Connection {
     pub(crate) attempt: Option<Attempt>,
     /// Which of the connections of a pair of nodes this is.
     pub(crate) index: usize,
+    /// This node's TLS key in the handshake, and from when that is done the peer's.
+    pub(crate) own_key: Option<PublicKey>,
+    pub(crate) peer_key: Option<PublicKey>,
     /// When it may be replaced, and how long after that again.
     pub(crate) replace_at: Instant,
     pub(crate) replace_interval: Duration,
@@ -138,6 +142,8 @@ impl Connection {
             connection_permit: None,
             attempt: None,
             index: 0,
+            own_key: None,
+            peer_key: None,
             replace_at: now + REPLACE_AFTER,
             replace_interval: REPLACE_AFTER,
             profile: PathProfile::Lan,

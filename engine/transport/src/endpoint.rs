@@ -13,6 +13,7 @@ mod decisions;
 mod duplicates;
 mod established;
 mod heap;
+mod keys;
 mod opening;
 mod paths;
 mod receiving;
@@ -31,6 +32,7 @@ use millrace_protocol::id::NodeId;
 use millrace_protocol::path::PathMemory;
 use millrace_protocol::peers::{CONNECTIONS_PER_PEER_MAX, ConnKey, Peers};
 use millrace_protocol::timer::{TimerId, Wheel};
+use millrace_protocol::tls_keys::KeyReplacements;
 use millrace_protocol::topology::Topology;
 use millrace_shards::datapath::{Datagrams, Datapath, Refused, Trains, Transmit};
 
@@ -42,7 +44,7 @@ use crate::counters::{Counter, Counters, Family};
 use crate::log_limit::LogLimit;
 use crate::pair_keys::DialKeys;
 use crate::phase::Phase;
-use crate::quic::{CloseCode, QuicConfigs};
+use crate::quic::{CloseCode, ShardTls};
 use crate::random::random_bytes;
 use crate::service::command::Command;
 use crate::service::handle::ShardState;
@@ -84,8 +86,7 @@ pub(crate) struct EndpointParts {
     /// What hellos say; the node raises it.
     pub(crate) registry_version: Arc<AtomicU64>,
     pub(crate) generation: u8,
-    pub(crate) server: QuicConfigs,
-    pub(crate) client: QuicConfigs,
+    pub(crate) tls: ShardTls,
     /// What is known of the paths to this shard's peers.
     pub(crate) paths: PathMemory,
     pub(crate) members: Members,
@@ -129,6 +130,8 @@ pub(crate) struct Endpoint {
     issued: u16,
     /// Connections by the ID that a client chose for its first packets.
     initial: BTreeMap<Vec<u8>, usize>,
+    /// When connections are replaced for their keys.
+    key_replacements: KeyReplacements,
     wheel: Wheel<Timer>,
     peers_timers: Vec<Option<TimerId>>,
     due: Vec<Timer>,
@@ -186,6 +189,7 @@ impl Endpoint {
             opened: 0,
             issued: u16::from_le_bytes(random_bytes()),
             initial: BTreeMap::new(),
+            key_replacements: KeyReplacements::default(),
             wheel: Wheel::new(now),
             peers_timers: vec![None; machines],
             due: Vec::new(),
@@ -236,8 +240,10 @@ impl Endpoint {
         if topology.iter().next().is_some() {
             self.parts.paths.retain(is_member);
         }
+        self.key_replacements.retain(is_member);
         self.topology = topology;
         self.run_actions(now);
+        self.end_retired();
     }
 
     fn take_slot(&mut self) -> usize {
@@ -380,6 +386,7 @@ impl Endpoint {
                 connections: self.live,
                 handshakes: self.handshakes,
                 quic_heap_bytes: self.heap_bytes,
+                by_older_key: self.by_older_key(),
             },
         );
     }
@@ -395,6 +402,7 @@ impl Datapath for Endpoint {
                 self.parts.dial_keys = dial_keys;
                 self.set_topology(topology, now);
             }
+            Command::Tls(tls) => self.parts.tls = *tls,
             Command::Request(remote) => self.parts.state.request_remote(*remote),
             Command::Cancel(call) => self.cancel(&call),
             Command::Send(remote) => self.parts.state.send_remote(*remote),
@@ -504,6 +512,7 @@ impl Datapath for Endpoint {
             }
         }
         self.measure_paths(now);
+        self.replace_for_keys(now);
         self.parts.bodies.settle();
         self.renew_all_ids(now);
         // An orderly stop that was under way.

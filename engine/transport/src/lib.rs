@@ -72,5 +72,5 @@ pub use service::router::{Router, RouterError, Service};
 pub use service::shard_messenger::ShardMessenger;
 pub use start::{EdgeStart, StartError, TransportStart};
 pub use status::{PeerStatus, ShardStatus, StatusBoard};
-pub use tls::TlsError;
+pub use tls::{Credentials, TlsError};
 pub use transport::Transport;

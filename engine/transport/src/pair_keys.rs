@@ -75,10 +75,7 @@ mod tests {
     #[test]
     fn both_ends_hold_the_same_key() {
         let [a, b] = [1, 2].map(|n| SigningKey::from_seed([n; 32]));
-        let member = |key: &SigningKey| Member {
-            public_key: key.public_key(),
-            addresses: Vec::new(),
-        };
+        let member = |key: &SigningKey| Member::new(key.public_key(), Vec::new());
         let both = Topology::from_members([member(&a), member(&b)], 1);
         let mut at = [a.clone(), b.clone()].map(PairKeys::new);
         let [dialled, _] = at.each_mut().map(|keys| keys.update(&both));

@@ -1,13 +1,16 @@
 //! quiche configured from [`TransportConfig`], and the error codes that we close connections with.
 
+use std::fmt;
+
 use boring::ssl::SslContextBuilder;
 use millrace_protocol::frame::HelloError;
+use millrace_protocol::identity::PublicKey;
 use millrace_protocol::path::{PathProfile, RememberedPath, Resume, ResumeStart};
 use millrace_protocol::peers::{CloseKind, CloseReason, Refusal};
 
 use crate::config::{CongestionControl, ProfileConfig, TransportConfig};
 use crate::ids::ACTIVE_IDS;
-use crate::tls::{ALPN_NODE, TlsError};
+use crate::tls::{ALPN_NODE, Credentials, Members, TlsError};
 
 /// Bytes of the longest packet number (RFC 9000, 17.1).
 const PACKET_NUMBER_BYTES_MAX: usize = 4;
@@ -36,6 +39,8 @@ pub enum CloseCode {
     ExcessiveLoad = 8,
     /// Another node has the peer's key.
     DuplicateIdentity = 9,
+    /// The registry names the peer, and no longer the TLS key of this connection.
+    KeyRetired = 10,
 }
 
 impl CloseCode {
@@ -77,6 +82,7 @@ impl CloseCode {
             code if code == Self::DuplicateIdentity as u64 => {
                 (Self::DuplicateIdentity.reason(), CloseKind::Refused)
             }
+            code if code == Self::KeyRetired as u64 => ("peer_key_retired", CloseKind::Clean),
             _ => ("peer_closed", CloseKind::Refused),
         }
     }
@@ -86,6 +92,7 @@ impl CloseCode {
         let reason = match code {
             code if code == Self::Done as u64 => "done",
             code if code == Self::ExcessiveLoad as u64 => Self::ExcessiveLoad.reason(),
+            code if code == Self::KeyRetired as u64 => Self::KeyRetired.reason(),
             _ => "closed",
         };
         (reason, CloseKind::Clean)
@@ -104,6 +111,7 @@ impl CloseCode {
             Self::Incompatible => "incompatible_version",
             Self::ExcessiveLoad => "excessive_load",
             Self::DuplicateIdentity => "duplicate_identity",
+            Self::KeyRetired => "key_retired",
         }
     }
 }
@@ -117,6 +125,38 @@ const BBR_WINDOW_MIN_PACKETS: usize = 4;
 const BBR_PROBE_UP_PACING_GAIN: f32 = 1.15;
 const BBR_PROBE_UP_CWND_GAIN: f32 = 1.25;
 const BBR_CWND_GAIN: f32 = 1.05;
+
+/// QUIC settings and TLS of a shard, for the connections to come.
+pub(crate) struct ShardTls {
+    /// The TLS key of this node.
+    pub(crate) key: PublicKey,
+    pub(crate) server: QuicConfigs,
+    pub(crate) client: QuicConfigs,
+}
+
+impl fmt::Debug for ShardTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ShardTls")
+            .field("key", &self.key)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ShardTls {
+    /// # Errors
+    /// When BoringSSL refuses a setting.
+    pub(crate) fn new(
+        config: &TransportConfig,
+        credentials: &Credentials,
+        members: &Members,
+    ) -> Result<Self, TlsError> {
+        Ok(Self {
+            key: credentials.public_key(),
+            server: QuicConfigs::new(config, || credentials.server(members))?,
+            client: QuicConfigs::new(config, || credentials.client())?,
+        })
+    }
+}
 
 /// QUIC settings of one side: quiche takes them when a connection begins, so there is one set for
 /// each profile.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use millrace_protocol::identity::SigningKey;
+use millrace_protocol::tls_keys::{TlsKeys, Validity};
 use millrace_protocol::topology::{Member, Topology};
 use quiche::{ConnectionId, RecvInfo};
 
@@ -33,11 +34,11 @@ pub(crate) fn paced_pair() -> [QuicConnection; 2] {
 
 fn pair_of(profile: fn(&TransportConfig) -> &ProfileConfig) -> [QuicConnection; 2] {
     let keys = [1, 2].map(|seed| SigningKey::from_seed([seed; 32]));
-    let [dialler, listener] = keys.each_ref().map(|key| Credentials::new(key).unwrap());
-    let members = keys.each_ref().map(|key| Member {
-        public_key: key.public_key(),
-        addresses: Vec::new(),
-    });
+    let validity = Validity::starting(0, Duration::from_secs(60));
+    let credentials = |key: &SigningKey| Credentials::new(key, validity).unwrap();
+    let [dialler, listener] = keys.each_ref().map(credentials);
+    let member = |key: &SigningKey| Member::new(key.public_key(), Vec::new());
+    let members = keys.each_ref().map(member);
     let members = Members::new(Arc::new(Topology::from_members(members, 1)));
     let config = TransportConfig {
         lan: ProfileConfig {
@@ -59,7 +60,7 @@ fn pair_of(profile: fn(&TransportConfig) -> &ProfileConfig) -> [QuicConnection; 
         quiche::connect_with_buffer_factory::<Buffers>(None, &first, from, to, &mut client)
     })
     .unwrap();
-    pin(client.as_mut(), keys[1].public_key());
+    pin(client.as_mut(), TlsKeys::one(keys[1].public_key()));
     let server = QuicConnection::new(|| {
         quiche::accept_with_buf_factory::<Buffers>(&second, None, to, from, &mut server)
     })

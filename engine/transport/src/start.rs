@@ -12,6 +12,7 @@ use millrace_protocol::id::NodeId;
 use millrace_protocol::identity::SigningKey;
 use millrace_protocol::path::{PathConfig, PathMemory, RememberedPath};
 use millrace_protocol::peers::Peers;
+use millrace_protocol::tls_keys::Validity;
 use millrace_protocol::topology::Topology;
 use millrace_shards::config::ShardConfig;
 use millrace_shards::mailbox::mailbox;
@@ -20,13 +21,13 @@ use millrace_shards::socket::{ShardSocket, SocketError, UdpGroupConfig, bind_gro
 
 use crate::admission::{AdmissionControl, ConnectionCounts};
 use crate::allocator::BodyAllocator;
-use crate::clock::Clock;
+use crate::clock::{Clock, wall_ms};
 use crate::config::TransportConfig;
 use crate::counters::Counters;
 use crate::driver::peers_config;
 use crate::endpoint::{Endpoint, EndpointParts};
 use crate::pair_keys::PairKeys;
-use crate::quic::QuicConfigs;
+use crate::quic::ShardTls;
 use crate::random::random_bytes;
 use crate::service::handle::ShardState;
 use crate::service::router::{Router, RouterError};
@@ -40,8 +41,11 @@ use crate::transport::{Inner, Shards, Transport};
 /// What a transport is started with.
 #[derive(Debug)]
 pub struct TransportStart {
-    /// The node's key.
+    /// The node's identity key.
     pub identity: SigningKey,
+    /// The node's TLS key, as its registry record names it, and a certificate; none: the identity
+    /// key, with a certificate of 30 days that is made now.
+    pub tls: Option<Credentials>,
     /// Limits, windows and times.
     pub config: TransportConfig,
     /// One entry for each shard.
@@ -119,6 +123,7 @@ impl Transport {
     {
         let TransportStart {
             identity,
+            tls,
             config,
             shards,
             mut udp,
@@ -160,16 +165,21 @@ impl Transport {
             counts: edge.counts,
         };
         let registry_version = Arc::new(AtomicU64::new(topology.newest_version()));
-        let credentials = Credentials::new(&identity)?;
+        let credentials = match tls {
+            Some(credentials) => credentials,
+            None => {
+                let validity = Validity::starting(wall_ms() / 1_000, Validity::LIFETIME_DEFAULT);
+                Credentials::new(&identity, validity)?
+            }
+        };
         // All that may fail comes before the first thread.
-        let mut tls = Vec::with_capacity(count);
-        for _ in 0..count {
-            let members = Members::new(Arc::clone(&topology));
-            let server = || credentials.server(&members);
-            let server = QuicConfigs::new(&config, server)?;
-            let client = QuicConfigs::new(&config, || credentials.client())?;
-            tls.push((members, server, client));
-        }
+        let members: Vec<_> = (0..count)
+            .map(|_| Members::new(Arc::clone(&topology)))
+            .collect();
+        let tls = members.iter();
+        let tls = tls
+            .map(|members| ShardTls::new(&config, &credentials, members))
+            .collect::<Result<Vec<_>, _>>()?;
         let (mut senders, mut receivers) = (Vec::new(), Vec::new());
         for (shard, config) in shards.iter().enumerate() {
             let (sender, receiver) = mailbox(config.mailbox_capacity).map_err(|source| {
@@ -191,9 +201,9 @@ impl Transport {
         let running = Shards::new(Arc::clone(&stop_mode));
         let (mut pools, mut stats) = (Vec::new(), Vec::new());
         let refused = Arc::new(Mutex::new(None));
+        let (kept_config, tls) = (config.clone(), tls.into_iter().zip(members.clone()));
         let parts = shards.into_iter().zip(sockets).zip(receivers).zip(tls);
-        for (index, (((shard, socket), receiver), tls)) in parts.enumerate() {
-            let (members, server, client) = tls;
+        for (index, (((shard, socket), receiver), (tls, members))) in parts.enumerate() {
             let counters = Arc::clone(&counters[index]);
             let (config, board, topology) =
                 (config.clone(), Arc::clone(&board), Arc::clone(&topology));
@@ -242,8 +252,7 @@ impl Transport {
                     shards: count,
                     registry_version,
                     generation,
-                    server,
-                    client,
+                    tls,
                     paths,
                     members,
                     peers,
@@ -294,6 +303,8 @@ impl Transport {
             admission,
             pair_keys: Mutex::new(pair_keys),
             registry_version,
+            config: kept_config,
+            members,
         }))
     }
 }

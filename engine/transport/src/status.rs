@@ -61,6 +61,9 @@ pub struct ShardStatus {
     pub handshakes: usize,
     /// Heap bytes that QUIC holds for its connections.
     pub quic_heap_bytes: u64,
+    /// Its connections by another TLS key of this node than the newest that the registry names,
+    /// drained ones included. While there are any, the older key must not be retired.
+    pub by_older_key: usize,
     /// Whether its thread has ended by a panic.
     pub has_panicked: bool,
 }
@@ -71,6 +74,7 @@ pub(crate) struct Load {
     pub(crate) connections: usize,
     pub(crate) handshakes: usize,
     pub(crate) quic_heap_bytes: u64,
+    pub(crate) by_older_key: usize,
 }
 
 /// The published state of all shards of a node.
@@ -102,6 +106,7 @@ impl StatusBoard {
                 connections: load.connections,
                 handshakes: load.handshakes,
                 quic_heap_bytes: load.quic_heap_bytes,
+                by_older_key: load.by_older_key,
                 has_panicked: false,
             };
         }

@@ -1,9 +1,10 @@
 //! Pinned mutual TLS: which nodes may connect, and which node a connection belongs to.
 //!
-//! A certificate is self-signed by the node's Ed25519 key, and only that key counts. The dialler
-//! accepts exactly the key of the node that it dials. The listener accepts any key of the current
-//! [`Members`]; the node id follows from the key. BoringSSL checks the CertificateVerify signature
-//! (RFC 8446, 4.4.3) after the callback here has accepted the key.
+//! A certificate is self-signed by the node's TLS key (Ed25519), and only that key counts: not the
+//! dates, because a wrong clock must not cut a node off, and not the names. The dialler accepts the
+//! keys that the registry names for the node that it dials. The listener accepts any key of the
+//! current [`Members`], and they say which node has it. BoringSSL checks the CertificateVerify
+//! signature (RFC 8446, 4.4.3) after the callback here has accepted the key.
 //!
 //! Invariants
 //! 1. Both sides present a certificate. A peer without one is refused, and counted apart from a
@@ -11,8 +12,12 @@
 //! 2. No session is resumed: a resumed session skips the callback, and would let a removed node in.
 //! 3. Only Ed25519 signatures, only X25519 (one packet less in each direction than the hybrid
 //!    default).
+//! 4. Contexts never change: a new certificate comes with new ones. A handshake that is under way
+//!    ends with those that it began with.
 
+use std::fmt;
 use std::sync::{Arc, RwLock};
+use std::time::Duration;
 
 use boring::error::ErrorStack;
 use boring::pkey::{Id, PKey};
@@ -23,6 +28,7 @@ use boring::ssl::{
 use boring::x509::{X509, X509Ref};
 use millrace_protocol::id::NodeId;
 use millrace_protocol::identity::{PublicKey, SigningKey};
+use millrace_protocol::tls_keys::{TlsKeys, Validity};
 use millrace_protocol::topology::Topology;
 
 /// Application protocol of connections between nodes (RFC 7301).
@@ -70,15 +76,28 @@ impl Members {
     }
 }
 
-/// The node's own certificate and key, in the forms that BoringSSL takes.
+/// A TLS key of this node and a certificate for it, in the forms that BoringSSL takes.
 #[derive(Clone)]
-pub(crate) struct Credentials {
+pub struct Credentials {
+    public: PublicKey,
     key: PKey<boring::pkey::Private>,
     certificate: X509,
 }
 
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credentials")
+            .field("public", &self.public)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Credentials {
-    pub(crate) fn new(key: &SigningKey) -> Result<Self, TlsError> {
+    /// Makes a certificate for `key`, which says that it is valid then.
+    ///
+    /// # Errors
+    /// [`TlsError`]: when BoringSSL or the maker of certificates refuses the key.
+    pub fn new(key: &SigningKey, validity: Validity) -> Result<Self, TlsError> {
         // Version 0 of PKCS #8, without the public key: BoringSSL refuses version 1, which ring and
         // rcgen write.
         let der = key.pkcs8_v0_der();
@@ -88,11 +107,20 @@ impl Credentials {
         )?;
         let mut parameters = rcgen::CertificateParams::new(Vec::new())?;
         parameters.distinguished_name = rcgen::DistinguishedName::new();
+        let at = |second| rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(second);
+        parameters.not_before = at(validity.not_before_s());
+        parameters.not_after = at(validity.not_after_s());
         let certificate = parameters.self_signed(&pair)?;
         Ok(Self {
+            public: key.public_key(),
             key: PKey::private_key_from_pkcs8(&der)?,
             certificate: X509::from_der(certificate.der())?,
         })
+    }
+
+    /// The key.
+    pub fn public_key(&self) -> PublicKey {
+        self.public
     }
 
     fn builder(&self) -> Result<SslContextBuilder, TlsError> {
@@ -122,7 +150,7 @@ impl Credentials {
         Ok(builder)
     }
 
-    /// The context of the dialling side; [`pin`] then names the one key that a connection accepts.
+    /// The context of the dialling side; [`pin`] then names the keys that a connection accepts.
     pub(crate) fn client(&self) -> Result<SslContextBuilder, TlsError> {
         let mut builder = self.builder()?;
         // Replaced by `pin` before the first packet; a connection that was not pinned must fail.
@@ -138,10 +166,11 @@ fn accept_if(is_accepted: bool) -> Result<(), SslVerifyError> {
     if is_accepted { Ok(()) } else { Err(refusal) }
 }
 
-/// Makes `ssl` accept `expected` and nothing else. Call between `connect` and the first packet.
-pub(crate) fn pin(ssl: &mut SslRef, expected: PublicKey) {
+/// Makes `ssl` accept the `expected` keys and nothing else. Call between `connect` and the first
+/// packet.
+pub(crate) fn pin(ssl: &mut SslRef, expected: TlsKeys) {
     ssl.set_custom_verify_callback(SslVerifyMode::PEER, move |ssl| {
-        accept_if(peer_key(ssl) == Some(expected))
+        accept_if(peer_key(ssl).is_some_and(|key| expected.contains(&key)))
     });
 }
 

@@ -15,14 +15,17 @@ use millrace_shards::chunk::ChunkPool;
 use millrace_shards::runtime::ShardHandle;
 use millrace_shards::stats::ShardStats;
 
+use crate::config::TransportConfig;
 use crate::counters::Counters;
 use crate::pair_keys::PairKeys;
+use crate::quic::ShardTls;
 use crate::service::command::Command;
 use crate::service::message::{Payload, Request};
 use crate::service::remote::RemoteAnswer;
 use crate::service::routes::Routes;
 use crate::status::StatusBoard;
 use crate::stop::StopMode;
+use crate::tls::{Credentials, Members, TlsError};
 
 /// A running transport: a handle that any thread may hold and clone.
 ///
@@ -50,6 +53,9 @@ pub(crate) struct Inner {
     pub(crate) pair_keys: Mutex<PairKeys>,
     /// What hellos say.
     pub(crate) registry_version: Arc<AtomicU64>,
+    /// What new TLS contexts are made from: the settings, and the members as each shard sees them.
+    pub(crate) config: TransportConfig,
+    pub(crate) members: Vec<Members>,
 }
 
 /// The threads of the shards. A drop asks them to stop and does not wait for them.
@@ -158,6 +164,28 @@ impl Transport {
         self.inner.admission.set_peers(pair_keys.by_tag());
         let command = || Command::Topology(Arc::clone(topology), Arc::clone(&dial_keys));
         self.inner.routes.post_to_all(command)
+    }
+
+    /// Replaces the TLS key and certificate of handshakes to come, on either side. Handshakes that
+    /// are under way end with the old ones, and connections go on. Those that this node dialled
+    /// with another key are replaced, one after the other, within seconds; those that peers dialled
+    /// are replaced by the peers, once their topology names the key as the newest of this node.
+    /// False when a shard's mailbox was full, or a shard has stopped; call again then.
+    ///
+    /// # Errors
+    /// When BoringSSL refuses a setting; nothing has changed then.
+    pub fn set_credentials(&self, credentials: &Credentials) -> Result<bool, TlsError> {
+        let Inner {
+            config,
+            members,
+            routes,
+            ..
+        } = &*self.inner;
+        let tls = members
+            .iter()
+            .map(|members| ShardTls::new(config, credentials, members));
+        let tls: Vec<_> = tls.collect::<Result<_, _>>()?;
+        Ok(routes.post_each(tls.into_iter().map(|tls| Command::Tls(Box::new(tls)))))
     }
 
     /// Sets the registry version that this node says it holds, on connections to come; a peer that

@@ -103,11 +103,8 @@ fn members_of_two_subnets_in_one_registry_cannot_talk() {
     let ids = [b"A", b"B"].map(|name| SubnetId::from_public_key_der(name));
     let keys = [[key(1), key(2)], [key(3), key(4)]];
     let listens = [free_addr(), free_addr()];
-    let record = |subnet: usize, key: &SigningKey| NodeRecord {
-        id: key.node_id(),
-        public_key: key.public_key(),
-        subnet: ids[subnet],
-        addresses: vec![listens[subnet].into()],
+    let record = |subnet: usize, key: &SigningKey| {
+        NodeRecord::new(key.public_key(), ids[subnet], vec![listens[subnet].into()])
     };
     let of_subnet = |subnet: usize| keys[subnet].iter().map(move |key| (subnet, key));
     let version = RegistryVersion {

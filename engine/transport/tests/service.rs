@@ -160,6 +160,7 @@ fn start(
 ) -> TransportStart {
     TransportStart {
         identity: SigningKey::from_seed(*key.seed()),
+        tls: None,
         config: config.clone(),
         shards: vec![shard_config(16 << 20); shards],
         udp: UdpGroupConfig {

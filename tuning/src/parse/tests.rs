@@ -333,11 +333,16 @@ fn a_missing_required_key_points_at_its_section() {
 #[test]
 fn written_values_arrive_and_cores_start_from_the_defaults() {
     let parsed = parse(&with_key(
-        &"seeds = [\"KEY@192.0.2.1:4100\", \"KEY@[2001:db8::1]:4100\"]\n[[shards.core]]\ncpu = 1\nspin = \"1h\"\n[shards]\nspin = \"50us\"\nring_entries = 0x80\n".replace("KEY", KEY),
+        &"seeds = [\"KEY@192.0.2.1:4100\", \"KEY/KEY@[2001:db8::1]:4100\"]\n[[shards.core]]\ncpu = 1\nspin = \"1h\"\n[shards]\nspin = \"50us\"\nring_entries = 0x80\n".replace("KEY", KEY),
     ));
     assert_eq!(parsed.problems, []);
     let config = parsed.config;
-    assert_eq!(config.registry.seeds.len(), 2);
+    let tls_keys = config
+        .registry
+        .seeds
+        .iter()
+        .map(|seed| seed.tls_key.as_deref());
+    assert_eq!(tls_keys.collect::<Vec<_>>(), [None, Some(KEY)]);
     assert_eq!(config.registry.public_key, KEY);
     assert_eq!(config.shards.defaults.spin, Period::micros(50));
     assert_eq!(config.shards.profile_of(1).spin, Period::secs(3600));

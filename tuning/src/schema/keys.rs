@@ -89,7 +89,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "key_file",
                 node.key_file,
                 Kind::Path,
-                "The node's secret key, made by `millrace keygen`. A relative path starts at state_dir."
+                "The node's secret identity key, made by `millrace keygen`; its TLS keys lie beside it. A relative path starts at state_dir."
             ),
             field!(
                 NodeConfig,
@@ -98,6 +98,13 @@ pub(super) static SECTIONS: &[Section] = &[
                 Kind::Name,
                 optional "\"<subnet id>\"",
                 "Subnet to join. When absent: the first subnet of the registry that lists this node."
+            ),
+            field!(
+                NodeConfig,
+                "certificate_lifetime",
+                node.certificate_lifetime,
+                duration(Period::secs(3), Period::secs(366 * 86_400)),
+                "How long a TLS certificate says that it is valid. The node makes a new one after two thirds of that. Peers check keys, not dates: this is for programs that check dates."
             ),
         ],
     },
@@ -152,7 +159,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "seeds",
                 registry.seeds,
                 Kind::Seeds,
-                "Nodes to ask for registry versions while none is held: \"<public key>@<host>:<port>\" each, the host by its IP address or name."
+                "Nodes to ask for registry versions while none is held: \"<public key>@<host>:<port>\" each, the host by its IP address or name; \"<public key>/<TLS key>@<host>:<port>\" for a node whose TLS key was rotated."
             ),
             field!(
                 NodeConfig,

@@ -11,6 +11,7 @@ fn sample(kind: Kind) -> Value {
         Kind::Address => Value::Address(([127, 0, 0, 1], 1).into()),
         Kind::Seeds => Value::Seeds(vec![crate::config::Seed {
             public_key: "ab".repeat(32),
+            tls_key: Some("cd".repeat(32)),
             address: "node.example:1".parse().unwrap(),
         }]),
         Kind::Cores => Value::Cores(crate::config::Cores::List(vec![3])),

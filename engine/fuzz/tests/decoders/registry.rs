@@ -29,13 +29,12 @@ fn subnet() -> SubnetId {
 fn version(number: u64) -> RegistryVersion {
     let node = |seed, addresses: &[&str]| {
         let public_key = key(seed).public_key();
-        NodeRecord {
-            id: public_key.node_id(),
-            public_key,
-            subnet: subnet(),
-            addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
-        }
+        let addresses = addresses.iter().map(|text| text.parse().unwrap());
+        NodeRecord::new(public_key, subnet(), addresses.collect())
     };
+    // One whose key rotates.
+    let mut rotating = node(2, &["node.example:4100"]);
+    rotating.tls_keys = rotating.tls_keys.begin(key(3).public_key()).unwrap();
     let settings: toml::Table = "limit = 5\nratio = 0.5\nlist = [1, 2]\n".parse().unwrap();
     let rule = r#"
         scope = "global"
@@ -52,10 +51,7 @@ fn version(number: u64) -> RegistryVersion {
             name: Some("north".into()),
             settings: settings.clone(),
         }],
-        nodes: vec![
-            node(1, &["192.0.2.1:4100", "[2001:db8::1]:4100"]),
-            node(2, &["node.example:4100"]),
-        ],
+        nodes: vec![node(1, &["192.0.2.1:4100", "[2001:db8::1]:4100"]), rotating],
         firewall: vec![rule.parse().unwrap()],
         settings,
         skipped: Vec::new(),

@@ -151,10 +151,10 @@ mod tests {
             .map(|seed| SigningKey::from_seed([*seed; 32]).public_key())
             .collect();
         let ids = keys.iter().map(|key| key.node_id()).collect();
-        let members = keys.into_iter().map(|public_key| Member {
-            public_key,
-            addresses: vec![([127, 0, 0, 1], 4100).into()],
-        });
+        let at = vec![([127, 0, 0, 1], 4100).into()];
+        let members = keys
+            .into_iter()
+            .map(|public_key| Member::new(public_key, at.clone()));
         (Topology::from_members(members, 1), ids)
     }
 

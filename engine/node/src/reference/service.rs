@@ -181,10 +181,7 @@ mod tests {
         let public_key = SigningKey::from_seed([1; 32]).public_key();
         let peer = public_key.node_id();
         let addresses = vec![([127, 0, 0, 1], 4100).into()];
-        let member = Member {
-            public_key,
-            addresses,
-        };
+        let member = Member::new(public_key, addresses);
         let topology = Topology::from_members([member], 1);
         let service = ArtifactService {
             messenger: (),

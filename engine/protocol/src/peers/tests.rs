@@ -25,13 +25,7 @@ fn members(count: u8) -> Vec<(NodeId, Member)> {
         .map(|seed| {
             let public_key = SigningKey::from_seed([seed; 32]).public_key();
             let addresses = vec![SocketAddr::from(([127, 0, 0, 1], 4000 + u16::from(seed)))];
-            (
-                public_key.node_id(),
-                Member {
-                    public_key,
-                    addresses,
-                },
-            )
+            (public_key.node_id(), Member::new(public_key, addresses))
         })
         .collect();
     members.sort_by_key(|(id, _)| *id);

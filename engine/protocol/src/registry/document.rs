@@ -8,8 +8,9 @@ use crate::{
     address::{AddressError, NodeAddress},
     id::NodeId,
     identity::PublicKey,
+    tls_keys::TlsKeys,
 };
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use toml::{Table, Value};
 
 /// Most addresses read of one node; later ones are ignored.
@@ -46,6 +47,7 @@ pub(super) fn parse(document: &str) -> Result<RegistryVersion, RegistryError> {
         let node = node(&record)?;
         unique(&mut names, node.id).map(|()| node)
     });
+    own_keys(&version.nodes)?;
     version.firewall = records(&mut table, "firewall", &mut skipped, Ok);
     version.skipped = skipped;
     Ok(version)
@@ -125,11 +127,40 @@ fn node(record: &Table) -> Result<NodeRecord, Skip> {
     }
     let addresses = values.iter().map(address).collect::<Result<_, _>>()?;
     Ok(NodeRecord {
-        id,
-        public_key,
-        subnet,
-        addresses,
+        tls_keys: tls_keys(record, public_key)?,
+        ..NodeRecord::new(public_key, subnet, addresses)
     })
+}
+
+/// The TLS keys of a record; without any, the identity key.
+fn tls_keys(record: &Table, public_key: PublicKey) -> Result<TlsKeys, Skip> {
+    let refused = |detail: String| ("record_tls_keys", format!("`tls_keys`: {detail}"));
+    let values = match record.get("tls_keys") {
+        None => return Ok(TlsKeys::one(public_key)),
+        Some(Value::Array(values)) => values,
+        Some(_) => return Err(refused("not a list".into())),
+    };
+    let read = |value: &Value| {
+        let key = value.as_str().unwrap_or_default().parse();
+        key.map_err(|error| refused(format!("{value}: {error}")))
+    };
+    let keys = values.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+    TlsKeys::of(&keys).map_err(|error| refused(error.to_string()))
+}
+
+/// Checks that no two nodes share a key: a handshake that proves it would prove either.
+fn own_keys(nodes: &[NodeRecord]) -> Result<(), RegistryError> {
+    let mut owners = BTreeMap::new();
+    for node in nodes {
+        for key in node.tls_keys.iter().chain([node.public_key]) {
+            let owner = owners.insert(key, node.id);
+            if let Some(other) = owner.filter(|owner| *owner != node.id) {
+                let nodes = [other, node.id];
+                return Err(RegistryError::SharedKey { key, nodes });
+            }
+        }
+    }
+    Ok(())
 }
 
 fn address(value: &Value) -> Result<NodeAddress, Skip> {
@@ -181,12 +212,18 @@ pub(super) fn write(version: &RegistryVersion) -> String {
             .iter()
             .map(|a| Value::from(a.to_string()))
             .collect();
-        Value::Table(Table::from_iter([
+        let mut record = Table::from_iter([
             ("id".to_string(), node.id.to_string().into()),
             ("public_key".to_string(), node.public_key.to_string().into()),
             ("subnet".to_string(), node.subnet.to_string().into()),
             ("addresses".to_string(), Value::Array(addresses)),
-        ]))
+        ]);
+        // A node that never rotated has the record that it had before there were TLS keys.
+        if node.tls_keys != TlsKeys::one(node.public_key) {
+            let keys = node.tls_keys.iter().map(|key| key.to_string().into());
+            record.insert("tls_keys".into(), Value::Array(keys.collect()));
+        }
+        Value::Table(record)
     });
     let firewall = version.firewall.iter().cloned().map(Value::Table);
     let lists: [(&str, Vec<Value>); 3] = [

@@ -16,12 +16,7 @@ fn node(seed: u8, port: u16) -> NodeRecord {
         SocketAddr::from(([127, 0, 0, 1], port)).into(),
         format!("node{seed}.example:{}", port + 1).parse().unwrap(),
     ];
-    NodeRecord {
-        id: public_key.node_id(),
-        public_key,
-        subnet: subnet(),
-        addresses,
-    }
+    NodeRecord::new(public_key, subnet(), addresses)
 }
 
 fn version(number: u64, seeds: &[u8]) -> RegistryVersion {
@@ -303,4 +298,121 @@ fn no_version_below_the_number_that_was_set_is_taken() {
     assert_eq!(registry.offer(signed(3, &[1])), newest(3));
     assert_eq!(registry.offer(signed(4, &[1])), newest(4));
     assert_eq!(registry.number_min(), 4);
+}
+
+/// A record with these TLS keys, by their seeds.
+fn rotated(seed: u8, keys: &[u8]) -> NodeRecord {
+    let keys: Vec<_> = keys
+        .iter()
+        .map(|seed| PublicKey::from_bytes([*seed; 32]))
+        .collect();
+    NodeRecord {
+        tls_keys: TlsKeys::of(&keys).unwrap(),
+        ..node(seed, 1000 + u16::from(seed))
+    }
+}
+
+// Protects documents of nodes that never rotated, which older programs read too: their form is the
+// same as before. And the order of the keys, which says which one is newer.
+#[test]
+fn tls_keys_stand_in_the_document_where_they_are_not_the_identity_key() {
+    let with = |node: NodeRecord| RegistryVersion {
+        nodes: vec![node],
+        ..version(7, &[])
+    };
+    let plain = with(node(1, 1001)).to_document();
+    assert!(!plain.contains("tls_keys"), "{plain}");
+    for keys in [&[60][..], &[60, 61], &[61, 60]] {
+        let want = with(rotated(1, keys));
+        let document = want.to_document();
+        assert!(document.contains("tls_keys"), "{document}");
+        assert_eq!(RegistryVersion::parse(&document), Ok(want));
+    }
+}
+
+// Protects a node from a record that no rotation makes: it is skipped, as other bad ones are.
+#[test]
+fn a_record_has_one_or_two_tls_keys_that_differ() {
+    let key = |seed: u8| format!("\"{}\"", PublicKey::from_bytes([seed; 32]));
+    let two = format!("[{}, {}]", key(60), key(61));
+    let document = RegistryVersion {
+        nodes: vec![rotated(1, &[60])],
+        ..version(7, &[])
+    };
+    let document = document.to_document();
+    let start = document.find("tls_keys = ").unwrap() + "tls_keys = ".len();
+    let end = start + document[start..].find(']').unwrap() + 1;
+    let table = [
+        (two.clone(), true),
+        ("[]".into(), false),
+        (format!("[{}, {}, {}]", key(60), key(61), key(62)), false),
+        (format!("[{0}, {0}]", key(60)), false),
+        ("[\"00\"]".into(), false),
+        ("[3]".into(), false),
+        (key(60), false),
+    ];
+    for (written, is_read) in table {
+        let text = format!("{}{written}{}", &document[..start], &document[end..]);
+        let read = RegistryVersion::parse(&text).unwrap();
+        let skipped: Vec<_> = read.skipped.iter().map(|one| one.reason).collect();
+        let (nodes, reasons) = if is_read {
+            (1, vec![])
+        } else {
+            (0, vec!["record_tls_keys"])
+        };
+        assert_eq!((read.nodes.len(), skipped), (nodes, reasons), "{written}");
+    }
+}
+
+// Protects every node's name: a key that two nodes share would prove either. Such a version is
+// refused whole, with both names.
+#[test]
+fn no_two_nodes_share_a_key() {
+    let identity = |seed: u8| *node(seed, 5).public_key.as_bytes();
+    let mut of_another = rotated(2, &[60]);
+    of_another.tls_keys = TlsKeys::one(PublicKey::from_bytes(identity(1)));
+    let mut retired_of_another = rotated(1, &[60]);
+    retired_of_another.tls_keys = TlsKeys::one(PublicKey::from_bytes([70; 32]));
+    let mut own = rotated(1, &[60]);
+    own.tls_keys = TlsKeys::of(&[own.public_key, PublicKey::from_bytes([60; 32])]).unwrap();
+    let table = [
+        (
+            "the newest",
+            vec![rotated(1, &[60]), rotated(2, &[60])],
+            false,
+        ),
+        (
+            "an older",
+            vec![rotated(1, &[60, 61]), rotated(2, &[62, 60])],
+            false,
+        ),
+        ("an identity", vec![node(1, 5), of_another.clone()], false),
+        (
+            "an identity not in use",
+            vec![retired_of_another, of_another],
+            false,
+        ),
+        ("its own", vec![own, rotated(2, &[61])], true),
+        (
+            "none",
+            vec![rotated(1, &[60, 61]), rotated(2, &[62, 63])],
+            true,
+        ),
+    ];
+    for (what, nodes, is_read) in table {
+        let want = RegistryVersion {
+            nodes,
+            ..version(7, &[])
+        };
+        let offered = registry(9).offer(SignedVersion::sign(want.to_document(), &key()));
+        if is_read {
+            assert!(offered.is_ok(), "{what}: {offered:?}");
+            continue;
+        }
+        let error = offered.unwrap_err();
+        assert_eq!(error.reason(), "registry_shared_key", "{what}");
+        for name in want.nodes.iter().map(|node| node.id.to_string()) {
+            assert!(error.to_string().contains(&name), "{what}: {error}");
+        }
+    }
 }

@@ -103,6 +103,7 @@ impl Endpoint {
         self.end_handshake(connection);
         self.charge(connection, now);
         let key = tls::peer_key(connection.quic.as_mut());
+        connection.peer_key = key;
         let Some(peer) = key.and_then(|key| self.topology.node_of_key(&key)) else {
             // The peer passed the callback, and has left the registry since.
             return Err((CloseCode::NotAMember, CloseCode::NotAMember.reason()));

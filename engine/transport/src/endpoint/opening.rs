@@ -150,7 +150,7 @@ impl Endpoint {
         let id = self.handshake_id(slot, from, now);
         let scid = ConnectionId::from_ref(&id);
         let (local, config) = (self.parts.local, &self.parts.state.config);
-        let server = self.parts.server.of(profile, config, remembered);
+        let server = self.parts.tls.server.of(profile, config, remembered);
         let quic = QuicConnection::new(|| match &original {
             None => quiche::accept_with_buf_factory::<Buffers>(&scid, None, local, from, server),
             Some(original) => quiche::accept_with_retry::<Buffers>(
@@ -173,6 +173,7 @@ impl Endpoint {
         let config = &self.parts.state.config;
         let mut connection =
             Connection::new(quic, key, id, from, true, config, now).tuned_for(profile, config);
+        connection.own_key = Some(self.parts.tls.key);
         let dcid = header.dcid.to_vec();
         self.initial.insert(dcid.clone(), slot);
         connection.initial = Some(dcid);
@@ -219,11 +220,11 @@ impl Endpoint {
         now: Instant,
     ) {
         self.counters().add(Counter::Dials, 1);
-        let Some(public_key) = self
+        let Some(expected) = self
             .topology
             .member(&peer)
             .filter(|_| self.has_room())
-            .map(|member| member.public_key)
+            .map(|member| member.tls_keys)
         else {
             self.parts.peers[index].dial_failed(attempt, now);
             return;
@@ -240,7 +241,7 @@ impl Endpoint {
         let (profile, remembered) = self.path_to(&peer);
         let first_id = self.first_id(index, &peer, profile, to);
         let config = &self.parts.state.config;
-        let client = self.parts.client.of(profile, config, remembered);
+        let client = self.parts.tls.client.of(profile, config, remembered);
         let opened = QuicConnection::new(|| {
             quiche::connect_with_dcid_and_buffer_factory::<Buffers>(
                 None,
@@ -257,11 +258,12 @@ impl Endpoint {
             self.parts.peers[index].dial_failed(attempt, now);
             return;
         };
-        tls::pin(quic.as_mut(), public_key);
+        tls::pin(quic.as_mut(), expected);
         let key = self.new_key(slot);
         let config = &self.parts.state.config;
         let mut connection =
             Connection::new(quic, key, id, to, false, config, now).tuned_for(profile, config);
+        connection.own_key = Some(self.parts.tls.key);
         connection.attempt = Some(attempt);
         connection.index = index;
         self.insert(slot, connection);

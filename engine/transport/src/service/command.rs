@@ -9,6 +9,7 @@ use millrace_protocol::topology::Topology;
 use super::message::{Payload, Request};
 use super::remote::{CallId, RemoteCompletion};
 use crate::pair_keys::DialKeys;
+use crate::quic::ShardTls;
 
 /// A message to a shard. Small, since its mailbox holds room for thousands: what is larger is
 /// boxed.
@@ -16,6 +17,8 @@ use crate::pair_keys::DialKeys;
 pub(crate) enum Command {
     /// Who the members are now, and what dials to them prove themselves with.
     Topology(Arc<Topology>, DialKeys),
+    /// The TLS key and certificate of connections to come.
+    Tls(Box<ShardTls>),
     /// Asks a peer.
     Request(Box<RemoteRequest>),
     /// The asker no longer wants the answer.

@@ -218,11 +218,15 @@ impl Routes {
 
     /// Sends `command` to every shard; false when a mailbox was full.
     pub(crate) fn post_to_all(&self, command: impl Fn() -> Command) -> bool {
-        let post = |shard| self.try_post(shard, command()).is_ok();
+        self.post_each((0..self.senders.len()).map(|_| command()))
+    }
+
+    /// Sends one command to each shard, in their order; false when a mailbox was full.
+    pub(crate) fn post_each(&self, commands: impl IntoIterator<Item = Command>) -> bool {
+        let commands = commands.into_iter().enumerate();
+        let post = |(shard, command)| self.try_post(shard, command).is_ok();
         // Every shard, also after one that refused.
-        (0..self.senders.len())
-            .map(post)
-            .fold(true, |all, one| all & one)
+        commands.map(post).fold(true, |all, one| all & one)
     }
 
     fn post(&self, shard: usize, class: Class, command: Command) -> Result<(), RpcError> {

@@ -108,10 +108,7 @@ pub(crate) fn two_keys() -> [SigningKey; 2] {
 }
 
 pub(crate) fn member(key: &SigningKey, addr: SocketAddr) -> Member {
-    Member {
-        public_key: key.public_key(),
-        addresses: vec![addr],
-    }
+    Member::new(key.public_key(), vec![addr])
 }
 
 pub(crate) fn topology(members: impl IntoIterator<Item = Member>, version: u64) -> Arc<Topology> {
@@ -225,6 +222,7 @@ impl Node {
     ) -> TransportStart {
         TransportStart {
             identity: key,
+            tls: None,
             config,
             shards,
             udp: UdpGroupConfig {

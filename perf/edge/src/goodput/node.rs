@@ -65,9 +65,8 @@ impl Identities {
     }
 
     fn topology(&self) -> Arc<Topology> {
-        let member = |key: &SigningKey, address: (Ipv4Addr, u16)| Member {
-            public_key: key.public_key(),
-            addresses: vec![address.into()],
+        let member = |key: &SigningKey, address: (Ipv4Addr, u16)| {
+            Member::new(key.public_key(), vec![address.into()])
         };
         let probes = self.probes.iter().zip(probe_addresses());
         let members = [
@@ -113,6 +112,7 @@ pub(super) fn start<S: Service>(
     config.paths.profile = Some(PathProfile::Lan);
     let start = TransportStart {
         identity: SigningKey::from_seed(*key.seed()),
+        tls: None,
         config,
         // Client and node share the core, so neither may spin on the other's time.
         shards: vec![ShardConfig {

@@ -87,10 +87,7 @@ fn drivers(workload: Workload) -> usize {
 }
 
 fn member(key: &SigningKey, address: SocketAddr) -> Member {
-    Member {
-        public_key: key.public_key(),
-        addresses: vec![address],
-    }
+    Member::new(key.public_key(), vec![address])
 }
 
 /// An address for members that dial us and are never dialled.
@@ -119,6 +116,7 @@ where
     config.paths.profile = Some(PathProfile::Lan);
     let start = TransportStart {
         identity: SigningKey::from_seed(*key.seed()),
+        tls: None,
         config,
         shards: vec![shard],
         udp: UdpGroupConfig {

@@ -129,6 +129,7 @@ where
     let settings = Settings::wan(Congestion::Bbr);
     let start = TransportStart {
         identity: SigningKey::from_seed(*key.seed()),
+        tls: None,
         config: transport_config(&settings),
         shards: vec![shard],
         udp: UdpGroupConfig {
