@@ -25,6 +25,8 @@ pub struct HostFacts {
     pub listen_error: Option<String>,
     /// Why the key file cannot be used.
     pub key_file_error: Option<String>,
+    /// Why the node has none of the TLS keys that the registry names for it.
+    pub tls_key_error: Option<String>,
     /// Why the registry folder cannot be used.
     pub registry_dir_error: Option<String>,
     /// The members that the registry folder names.
@@ -90,6 +92,14 @@ pub fn check(parsed: &Parsed, facts: &HostFacts, budget: &MemoryBudget) -> Vec<P
             "node.key_file",
             format!("key file {}: {error}", parsed.config.node.key_file),
             "make one with `millrace keygen FILE`, or point key_file at it; its mode must be 0600"
+                .into(),
+        );
+    }
+    if let Some(error) = &facts.tls_key_error {
+        found.error(
+            "node.key_file",
+            format!("peers would refuse this node: {error}"),
+            "put the file of the TLS key beside the node's key, as `millrace keygen --tls` made it"
                 .into(),
         );
     }
@@ -320,6 +330,7 @@ mod tests {
             io_uring_error: Some("operation not permitted".into()),
             listen_error: Some("address in use".into()),
             key_file_error: Some("no such file".into()),
+            tls_key_error: Some("no such key".into()),
             registry_dir_error: Some("no such folder".into()),
             members: Some(Members {
                 count: 60,
@@ -347,6 +358,8 @@ mod tests {
             assert!(keys.contains(&expected), "{expected:?} not in {keys:?}");
         }
         assert!(problems.iter().all(|p| !p.fix.is_empty()));
+        let of_key_file = problems.iter().filter(|p| p.key == "node.key_file");
+        assert_eq!(of_key_file.count(), 2, "{problems:?}");
         let cores = problems.iter().find(|p| p.key == "shards.cores").unwrap();
         assert_eq!(cores.position.line, 4);
     }

@@ -433,6 +433,7 @@ impl NodeSite<'_> {
         Ok(NodeParts {
             versions: registry::versions(&identity.public_key(), config, source)?,
             identity,
+            key_file: None,
             admin_socket: self.admin_socket.clone(),
             state_lock: None,
             paths_file: None,

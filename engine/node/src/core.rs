@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use millrace_protocol::identity::PublicKey;
+use millrace_protocol::tls_keys::Standing;
 use millrace_protocol::topology::Topology;
 use millrace_registry::Versions;
 use millrace_transport::Transport;
@@ -13,6 +14,7 @@ use crate::edge::Report;
 use crate::error::NotReady;
 use crate::reference::Artifacts;
 use crate::room::Room;
+use crate::tls_keys::TlsBoard;
 use crate::topology::TopologyChanges;
 
 /// Shared by the threads of a node and by its handle.
@@ -26,6 +28,7 @@ pub(crate) struct Core {
     pub(crate) topology: TopologyChanges,
     pub(crate) edge: Option<Report>,
     pub(crate) room: Room,
+    pub(crate) tls: Arc<TlsBoard>,
     /// The registry version whose topology was applied last; held while one is applied, because
     /// several threads do.
     pub(crate) applied: Mutex<u64>,
@@ -62,6 +65,8 @@ impl Core {
         self.count_left_out(topology, is_other);
         self.artifacts.announced.set_members(topology);
         let told = self.transport.update_topology(topology);
+        let record = topology.member(&self.transport.node_id());
+        self.tls.set_record(record.map(|record| record.tls_keys));
         let version = self.versions.newest();
         // A node that is no member holds a version all the same.
         self.transport.set_registry_version(version);
@@ -99,6 +104,9 @@ impl Core {
         }
         if self.versions.newest() == 0 {
             return Err(NotReady::NoRegistry);
+        }
+        if self.tls.state().standing == Standing::Refused {
+            return Err(NotReady::NoTlsKey);
         }
         let members = self.topology.members.load(Ordering::Relaxed);
         if members == 0 {

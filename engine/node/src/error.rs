@@ -184,6 +184,9 @@ pub enum NotReady {
     /// The folder and the peers gave no version that verifies.
     #[error("no registry version is held")]
     NoRegistry,
+    /// The node's record names TLS keys, and none of them has a secret half here.
+    #[error("the registry names other TLS keys for this node than it has; status says which")]
+    NoTlsKey,
     /// The newest version has no record of this node, or of its subnet.
     #[error("the registry does not list this node")]
     NotListed,

@@ -3,6 +3,8 @@
 use std::net::UdpSocket;
 use std::path::Path;
 
+use millrace_protocol::identity::{PublicKey, SigningKey};
+use millrace_protocol::tls_keys::TlsKeys;
 use millrace_registry::{folder, keys};
 use millrace_tuning::host::Members;
 use millrace_tuning::{ByteSize, HostFacts, NodeConfig};
@@ -23,6 +25,9 @@ pub fn probe(config: &NodeConfig, paths: &Paths) -> HostFacts {
             .then(|| number_in(format!("/proc/sys/net/core/{name}")).map(ByteSize))
             .flatten()
     };
+    let of_registry = of_registry(config, paths);
+    let (members, tls_key_error) =
+        of_registry.map_or((None, None), |(members, error)| (Some(members), error));
     HostFacts {
         cpus: usable_cpus(),
         memory_available: memory_line("/proc/meminfo", "MemAvailable:"),
@@ -41,15 +46,16 @@ pub fn probe(config: &NodeConfig, paths: &Paths) -> HostFacts {
         registry_dir_error: folder::list(&paths.registry_dir)
             .err()
             .map(|e| e.to_string()),
-        members: members(config, paths),
+        tls_key_error,
+        members,
         receive_buffer_max: buffer_max("rmem_max"),
         send_buffer_max: buffer_max("wmem_max"),
     }
 }
 
-/// The members that the registry folder, and the version that is kept, name for the node of the key
-/// file.
-fn members(config: &NodeConfig, paths: &Paths) -> Option<Members> {
+/// What the registry folder, and the version that is kept, say of the node of the key file: the
+/// members, and why the node has none of its TLS keys.
+fn of_registry(config: &NodeConfig, paths: &Paths) -> Option<(Members, Option<String>)> {
     let identity = keys::read(&paths.key_file).ok()?;
     let source = RegistrySource {
         public_key: keys::public_from_hex(&config.registry.public_key).ok()?,
@@ -59,7 +65,29 @@ fn members(config: &NodeConfig, paths: &Paths) -> Option<Members> {
     let versions = registry::versions(&identity.public_key(), config, source).ok()?;
     let shards = config.shards.cpus(&usable_cpus()).len();
     let room = Room::of(mapping::transport(config), shards);
-    Some(room.members(&versions.node_id(), &versions.topology()))
+    let (me, topology) = (versions.node_id(), versions.topology());
+    let record = topology.member(&me).map(|record| record.tls_keys);
+    let tls_key_error = record.and_then(|record| tls_key_error(&identity, &record, paths));
+    Some((room.members(&me, &topology), tls_key_error))
+}
+
+/// Why the newest of the keys cannot be used, if the older one cannot be either.
+fn tls_key_error(identity: &SigningKey, record: &TlsKeys, paths: &Paths) -> Option<String> {
+    let error_of = |key: PublicKey| {
+        if key == identity.public_key() {
+            return None;
+        }
+        match keys::read_tls(&paths.key_file, &key) {
+            Ok(Some(_)) => None,
+            Ok(None) => {
+                let file = keys::tls_key_file(&paths.key_file, &key);
+                Some(format!("{} is not there", file.display()))
+            }
+            Err(error) => Some(error.to_string()),
+        }
+    };
+    let errors = record.iter().map(error_of).collect::<Option<Vec<_>>>()?;
+    errors.into_iter().last()
 }
 
 /// Cores that this process may run on.

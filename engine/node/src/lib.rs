@@ -15,6 +15,7 @@
 //! | `room` | whether all members have room on the shards |
 //! | `admin`, `status`, `metrics` | the admin socket and what it shows |
 //! | `edge` | what a node gives to its edge and hears from it |
+//! | `tls_keys` | the TLS key in use and its certificate: rotated and renewed while the node runs |
 //! | `state_lock`, `address` | what a node must have for itself alone: its state folder, its address |
 //! | `mapping`, `budget`, `host`, `paths` | from the config to the parts; memory, host and files |
 
@@ -39,6 +40,7 @@ mod room;
 mod services;
 mod state_lock;
 pub mod status;
+mod tls_keys;
 mod topology;
 
 pub use error::{NotConnected, NotReady, StartError};

@@ -14,6 +14,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use millrace_protocol::tls_keys::Standing;
 use millrace_transport::PeerStatus;
 use millrace_transport::counters::{COUNTERS, Counter, Family};
 use prometheus_client::collector::Collector;
@@ -24,6 +25,7 @@ use prometheus_client::registry::Registry;
 
 use crate::core::Core;
 use crate::edge::{EdgeSample, Report};
+use crate::status;
 use reference::OfPeer;
 
 /// A metric of ours that is not in the transport's or the shards' tables.
@@ -83,6 +85,30 @@ const OWN: &[Own] = &[
         kind: Kind::Gauge,
         label: None,
         help: "Newest registry version held",
+    },
+    Own {
+        name: "millrace_tls_key_is_newest",
+        kind: Kind::Gauge,
+        label: None,
+        help: "1 if handshakes use the newest TLS key that the registry names for this node",
+    },
+    Own {
+        name: "millrace_tls_connections_by_older_key",
+        kind: Kind::Gauge,
+        label: None,
+        help: "Connections by another TLS key of this node than the newest; while there are any, the older key must not be retired",
+    },
+    Own {
+        name: "millrace_tls_certificate_seconds_left",
+        kind: Kind::Gauge,
+        label: None,
+        help: "Time until the certificate says that it ends; the node renews it before",
+    },
+    Own {
+        name: "millrace_tls_certificates_made",
+        kind: Kind::Counter,
+        label: None,
+        help: "Certificates made since the start, for a new key or because the one before ended",
     },
     Own {
         name: "millrace_registry_age_seconds",
@@ -455,7 +481,19 @@ fn shards(core: &Core, out: &mut Out<'_>) -> fmt::Result {
     )
 }
 
+fn tls(core: &Core, out: &mut Out<'_>) -> fmt::Result {
+    let tls = status::tls(core);
+    let is_newest = tls.standing == Standing::Newest.label();
+    out.gauge("millrace_tls_key_is_newest", is_newest.into())?;
+    let by_older = tls.connections_by_older_key as u64;
+    out.gauge("millrace_tls_connections_by_older_key", by_older)?;
+    let left_s = tls.certificate_seconds_left;
+    out.gauge("millrace_tls_certificate_seconds_left", left_s)?;
+    out.counter("millrace_tls_certificates_made", tls.certificates_made)
+}
+
 fn registry(core: &Core, out: &mut Out<'_>) -> fmt::Result {
+    tls(core, out)?;
     let summary = core.versions.summary();
     out.gauge("millrace_registry_version", summary.newest)?;
     out.gauge(

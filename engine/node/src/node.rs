@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use millrace_edge_control::EdgeAgent;
 use millrace_protocol::frame::{Class, Method};
 use millrace_protocol::id::NodeId;
-use millrace_protocol::identity::PublicKey;
+use millrace_protocol::identity::{PublicKey, SigningKey};
 use millrace_protocol::registry::{RegistryError, SignedVersion};
 use millrace_registry::follow::OfferSender;
 use millrace_registry::wire::{FIRST_METHOD, LAST_METHOD};
@@ -35,6 +35,7 @@ use crate::reference::wire;
 use crate::services::Services;
 use crate::state_lock::StateLock;
 use crate::status::Status;
+use crate::tls_keys::{TlsKeeper, TlsThread};
 use crate::topology::TopologyChanges;
 use crate::{host, mapping, metrics, peers, status};
 
@@ -43,8 +44,8 @@ use crate::{host, mapping, metrics, peers, status};
 /// # End of life
 /// Dropping the last handle stops the node at once: its admin socket is removed, its peers are told
 /// that their connections close, and within a second its threads (shards, admin, registry, paths,
-/// edge) have ended and the address can be bound again, when the drop returns. It does not wait for
-/// what is under way: requests that hang, here or at a peer, end with
+/// keys, edge) have ended and the address can be bound again, when the drop returns. It does not
+/// wait for what is under way: requests that hang, here or at a peer, end with
 /// [`RpcError::ConnectionLost`] or [`RpcError::LocalShuttingDown`]. A [`Transport`] or a
 /// [`RemoteAnswer`] that outlives the node answers with the latter.
 ///
@@ -64,6 +65,7 @@ struct Inner {
     admin: Option<AdminServer>,
     registry: Option<FollowThread>,
     paths: Mutex<Option<PathThread>>,
+    tls: Option<TlsThread>,
     /// Last: the threads above use the folder.
     _state_lock: Option<StateLock>,
 }
@@ -104,6 +106,7 @@ impl Drop for Inner {
         drop(self.admin.take());
         drop(self.agent.take());
         drop(self.registry.take());
+        drop(self.tls.take());
     }
 }
 
@@ -135,6 +138,15 @@ impl Node {
         let announced = Arc::new(Announced::new(&topology));
         let changes = TopologyChanges::new(&topology);
         let public_key = parts.identity.public_key();
+        let record = topology.member(&public_key.node_id());
+        let tls = TlsKeeper::new(
+            parts.identity.clone(),
+            parts.key_file,
+            record.map(|record| record.tls_keys),
+            config.node.certificate_lifetime.get(),
+            config.registry.poll_interval.get(),
+        );
+        let tls = tls.map_err(|error| StartError::host("the node's certificate", error))?;
         let (edge, report, loops) = match parts.edge {
             Some(edge) => (edge.start, Some(edge.report), Some(edge.loops)),
             None => Default::default(),
@@ -142,7 +154,7 @@ impl Node {
         let path_file = parts.paths_file.map(PathFile::read);
         let start = TransportStart {
             identity: parts.identity,
-            tls: None,
+            tls: Some(tls.credentials().clone()),
             config: mapping::transport(config),
             udp: mapping::udp(config, shards.len()),
             shards,
@@ -171,6 +183,7 @@ impl Node {
             topology: changes,
             edge: report,
             room,
+            tls: Arc::clone(tls.board()),
             applied: Mutex::default(),
         });
         // From here on, an error drops what was started.
@@ -180,6 +193,7 @@ impl Node {
             admin: None,
             registry: None,
             paths: Mutex::default(),
+            tls: None,
             _state_lock: parts.state_lock,
         };
         let follow = Follow {
@@ -194,6 +208,8 @@ impl Node {
             .map_err(|error| StartError::io("the registry thread", error))?;
         inner.registry = Some(registry);
         let transport = inner.core.transport.clone();
+        let tls = tls.start(transport.clone());
+        inner.tls = Some(tls.map_err(|error| StartError::io("the thread of the keys", error))?);
         let paths = path_file.map(|file| PathThread::start(file, transport));
         let paths = paths
             .transpose()
@@ -214,7 +230,13 @@ impl Node {
         self.transport().node_id()
     }
 
-    /// The node's public key: what its registry record names.
+    /// Holds a TLS key that no file has: it is used when the node's registry record names it. The
+    /// last two are held. An embedder whose node has no key file rotates by it.
+    pub fn hold_tls_key(&self, key: SigningKey) {
+        self.inner.core.tls.give(key);
+    }
+
+    /// The node's identity key: what its registry record names.
     pub fn public_key(&self) -> PublicKey {
         self.inner.core.public_key
     }

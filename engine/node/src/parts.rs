@@ -25,8 +25,11 @@ use crate::state_lock::StateLock;
 /// What a node is started with, besides its config.
 #[derive(Debug)]
 pub struct NodeParts {
-    /// The node's key.
+    /// The node's identity key.
     pub identity: SigningKey,
+    /// The file of that key: the TLS keys that the node's registry record names lie beside it.
+    /// None: the node has those that [`Node::hold_tls_key`](crate::Node::hold_tls_key) gave it.
+    pub key_file: Option<PathBuf>,
     /// The versions that it holds already, and where it looks for more.
     pub versions: Versions,
     /// Unix socket of status, metrics and artifacts; none: no such socket, and no thread for it.
@@ -86,6 +89,7 @@ impl NodeParts {
         };
         Ok(Self {
             state_lock: Some(state_lock),
+            key_file: Some(paths.key_file.clone()),
             admin_socket: Some(paths.admin_socket.clone()),
             paths_file: Some(paths.state_dir.join(path_memory::FILE_NAME)),
             ..Self::with(config, identity, source)?
@@ -146,6 +150,7 @@ impl NodeParts {
         Ok(Self {
             versions: registry::versions(&identity.public_key(), config, source)?,
             identity,
+            key_file: None,
             admin_socket: None,
             state_lock: None,
             paths_file: None,

@@ -12,6 +12,7 @@ use crate::core::Core;
 use crate::edge::{EdgeStatus, Report};
 use crate::host;
 use crate::reference::Delivery;
+use crate::tls_keys::wall_s;
 
 /// The whole document.
 #[derive(Debug, Serialize, Deserialize)]
@@ -30,6 +31,9 @@ pub struct Status {
     pub not_ready_because: Option<String>,
     /// Registry.
     pub registry: RegistryStatus,
+    /// The TLS key and its certificate.
+    #[serde(default)]
+    pub tls: TlsStatus,
     /// Connections that are up.
     pub peers: Vec<Peer>,
     /// Shards.
@@ -69,6 +73,28 @@ pub struct RegistryStatus {
     pub failing_names: Vec<FailingName>,
     /// Names beyond the bound, which are not looked up.
     pub names_left_out: u64,
+}
+
+/// The TLS key in use, and its certificate.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct TlsStatus {
+    /// The public key of handshakes to come.
+    pub key: String,
+    /// How it stands to the keys that the registry names for this node: `newest`; `older`, and the
+    /// newest is taken up soon; `newest_missing`, because its file is not here; `refused`, because
+    /// none of them is here.
+    pub standing: String,
+    /// The newest key of the registry, if its file is not here.
+    pub missing: Option<String>,
+    /// Why a key or a certificate cannot be used.
+    pub failure: Option<String>,
+    /// Connections that were made with another key of this node than the newest of the registry.
+    /// While there are any, the older key must not be retired.
+    pub connections_by_older_key: usize,
+    /// Seconds until the certificate says that it ends; it is renewed before.
+    pub certificate_seconds_left: u64,
+    /// Certificates made since the start.
+    pub certificates_made: u64,
 }
 
 /// A name whose last lookup failed.
@@ -215,6 +241,7 @@ pub(crate) fn of(core: &Core) -> Status {
             failing_names: summary.names.into_iter().filter_map(failing).collect(),
             names_left_out: summary.names_left_out,
         },
+        tls: tls(core),
         peers: peers(core),
         shards: shards(core),
         artifacts: Artifacts {
@@ -225,6 +252,20 @@ pub(crate) fn of(core: &Core) -> Status {
         },
         edge: core.edge.as_ref().map(Report::status),
         rss_bytes_max: host::peak_rss().map_or(0, |size| size.0),
+    }
+}
+
+pub(crate) fn tls(core: &Core) -> TlsStatus {
+    let state = core.tls.state();
+    let shards = core.transport.status().shards();
+    TlsStatus {
+        key: state.key.to_string(),
+        standing: state.standing.label().to_owned(),
+        missing: state.missing.map(|key| key.to_string()),
+        failure: state.failure,
+        connections_by_older_key: shards.iter().map(|shard| shard.by_older_key).sum(),
+        certificate_seconds_left: state.validity.not_after_s().saturating_sub(wall_s()),
+        certificates_made: state.certificates_made,
     }
 }
 
