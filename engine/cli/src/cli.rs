@@ -114,9 +114,12 @@ pub(crate) struct CheckArgs {
 /// `millrace keygen`
 #[derive(Debug, Args)]
 pub(crate) struct KeygenArgs {
-    /// The key file to make; it must not exist.
+    /// The key file to make; it must not exist. With --tls: the node's key file, which exists.
     #[arg(value_name = "FILE")]
     pub(crate) file: PathBuf,
+    /// Make a TLS key for the node of FILE, in a file beside it, for `millrace registry rotate`.
+    #[arg(long)]
+    pub(crate) tls: bool,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
@@ -131,6 +134,8 @@ pub(crate) enum RegistryCommand {
     AddNode(RegistryAddArgs),
     /// Sign a next version without a node.
     RemoveNode(RegistryRemoveArgs),
+    /// Sign a next version with another TLS key of a node: first beside the one in use, then alone.
+    Rotate(RegistryRotateArgs),
     /// Show the newest version, or check all of them.
     Show(RegistryShowArgs),
     /// Sign a document that was written by hand as the next version.
@@ -199,6 +204,41 @@ pub(crate) struct RegistryRemoveArgs {
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// `millrace registry rotate`
+#[derive(Debug, Args)]
+pub(crate) struct RegistryRotateArgs {
+    /// The registry folder.
+    #[arg(value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+    /// The key that signs versions.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) key: PathBuf,
+    /// The node's id.
+    #[arg(value_name = "NODE_ID")]
+    pub(crate) node: String,
+    #[command(flatten)]
+    pub(crate) step: RotateStep,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A step of a rotation.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct RotateStep {
+    /// Begin: the new TLS key, as `millrace keygen --tls` printed it. Peers accept both.
+    #[arg(long, value_name = "HEX")]
+    pub(crate) tls_key: Option<String>,
+    /// Finish: the older key is refused, and connections by it end. Before that, `millrace status`
+    /// of the node must show the new key, and no connection by an older one.
+    #[arg(long)]
+    pub(crate) finish: bool,
+    /// Go back: the new key is refused, and connections by it end.
+    #[arg(long)]
+    pub(crate) abandon: bool,
 }
 
 /// `millrace registry show`

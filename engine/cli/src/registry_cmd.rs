@@ -5,13 +5,14 @@ use std::path::Path;
 use millrace_protocol::id::{NodeId, SubnetId};
 use millrace_protocol::identity::{PublicKey, SigningKey};
 use millrace_protocol::registry::{RegistryConfig, RegistryVersion, SignedVersion, SubnetRecord};
+use millrace_protocol::tls_keys::TlsKeys;
 use millrace_registry::draft::sign_document;
 use millrace_registry::{Draft, DraftError, folder, keys};
 use serde::Serialize;
 
 use crate::cli::{
-    RegistryAddArgs, RegistryCommand, RegistryInitArgs, RegistryRemoveArgs, RegistryShowArgs,
-    RegistrySignArgs,
+    RegistryAddArgs, RegistryCommand, RegistryInitArgs, RegistryRemoveArgs, RegistryRotateArgs,
+    RegistryShowArgs, RegistrySignArgs,
 };
 use crate::exit::{Exit, Failure};
 use crate::output;
@@ -21,6 +22,7 @@ pub(crate) fn run(command: RegistryCommand) -> Result<Exit, Failure> {
         RegistryCommand::Init(args) => init(&args),
         RegistryCommand::AddNode(args) => add_node(&args),
         RegistryCommand::RemoveNode(args) => remove_node(&args),
+        RegistryCommand::Rotate(args) => rotate(&args),
         RegistryCommand::Show(args) => show(&args),
         RegistryCommand::Sign(args) => sign(&args),
     }
@@ -64,14 +66,39 @@ fn add_node(args: &RegistryAddArgs) -> Result<Exit, Failure> {
 fn remove_node(args: &RegistryRemoveArgs) -> Result<Exit, Failure> {
     let key = keys::read(&args.key)?;
     let mut draft = next(&args.dir, &key)?;
-    let id: NodeId = args
-        .node
-        .parse()
-        .map_err(|error| usage(&format!("\"{}\": {error}", args.node)))?;
-    draft.remove_node(id)?;
+    draft.remove_node(node_id(&args.node)?)?;
     publish(&args.dir, &key, &draft)?;
     report(&key, draft.version(), args.json)?;
     Ok(Exit::Ok)
+}
+
+fn rotate(args: &RegistryRotateArgs) -> Result<Exit, Failure> {
+    let key = keys::read(&args.key)?;
+    let mut draft = next(&args.dir, &key)?;
+    let node = node_id(&args.node)?;
+    let step = &args.step;
+    match &step.tls_key {
+        Some(text) => {
+            let new = keys::public_from_hex(text)?;
+            draft.rotate(node, |keys| keys.begin(new))?;
+        }
+        None if step.finish => draft.rotate(node, TlsKeys::finish)?,
+        None => draft.rotate(node, TlsKeys::abandon)?,
+    }
+    publish(&args.dir, &key, &draft)?;
+    report(&key, draft.version(), args.json)?;
+    if step.tls_key.is_some() && !args.json {
+        output::message(
+            "when `millrace status` of the node shows the key as newest, and no connection by an \
+             older one, run this with --finish",
+        );
+    }
+    Ok(Exit::Ok)
+}
+
+fn node_id(text: &str) -> Result<NodeId, Failure> {
+    text.parse()
+        .map_err(|error| usage(&format!("\"{text}\": {error}")))
 }
 
 fn sign(args: &RegistrySignArgs) -> Result<Exit, Failure> {
@@ -211,6 +238,10 @@ fn print(shown: &Shown, json: bool) -> Result<(), Failure> {
                 node.id,
                 node.addresses.join(" ")
             ))?;
+            if node.tls_keys != [node.public_key.as_str()] {
+                let keys = node.tls_keys.join(" ");
+                output::data(format_args!("    tls keys  {keys}"))?;
+            }
         }
     }
     for skipped in &shown.skipped {
@@ -239,6 +270,8 @@ struct ShownSubnet {
 struct ShownNode {
     id: String,
     public_key: String,
+    /// The older one first.
+    tls_keys: Vec<String>,
     subnet: String,
     addresses: Vec<String>,
 }
@@ -269,6 +302,11 @@ impl Shown {
                 .map(|node| ShownNode {
                     id: node.id.to_string(),
                     public_key: keys::public_hex(&node.public_key),
+                    tls_keys: node
+                        .tls_keys
+                        .iter()
+                        .map(|key| keys::public_hex(&key))
+                        .collect(),
                     subnet: node.subnet.to_string(),
                     addresses: node.addresses.iter().map(ToString::to_string).collect(),
                 })

@@ -65,6 +65,27 @@ fn print(status: &Status) -> Result<(), Failure> {
             status.registry.members_left_out
         ))?;
     }
+    let tls = &status.tls;
+    output::data(format_args!(
+        "tls key    {}  {}, certificate for {}",
+        tls.key,
+        tls.standing,
+        age_text(tls.certificate_seconds_left as f64)
+    ))?;
+    if let Some(missing) = &tls.missing {
+        output::data(format_args!(
+            "           the registry names {missing}, which is not here"
+        ))?;
+    }
+    if let Some(failure) = &tls.failure {
+        output::data(format_args!("           {failure}"))?;
+    }
+    if tls.connections_by_older_key > 0 {
+        output::data(format_args!(
+            "           {} connections by an older key: do not retire it yet",
+            tls.connections_by_older_key
+        ))?;
+    }
     if status.registry.names > 0 {
         output::data(format_args!(
             "names      {}, {} of them failing, {} left out",

@@ -368,6 +368,53 @@ fn registry_versions_are_added_signed_and_checked() {
     assert!(report.contains("registry_bad_signature"), "{report}");
 }
 
+/// The walk of an operator who rotates: each step is one version, and a step out of order is none.
+#[test]
+fn a_tls_key_is_rotated_step_by_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = TestRegistry::init(dir.path());
+    let identity = dir.path().join("node.key");
+    let (id, public_key) = keygen(&identity);
+    let (other_id, other) = keygen(&dir.path().join("other.key"));
+    has_code(&registry.add_key(&public_key, "127.0.0.1:4101"), 0);
+    has_code(&registry.add_key(&other, "127.0.0.1:4102"), 0);
+    let make = || {
+        let made = json(&["keygen", "--tls", text(&identity), "--json"]);
+        assert!(std::path::Path::new(made["key_file"].as_str().unwrap()).exists());
+        made["tls_key"].as_str().unwrap().to_owned()
+    };
+    let [one, two] = [make(), make()];
+    let keys = || {
+        let arguments = ["--public-key", &registry.public_key, "--json"];
+        let shown = json(&[&["registry", "show", text(&registry.dir)], &arguments[..]].concat());
+        let nodes = shown["nodes"].as_array().unwrap();
+        let node = nodes.iter().find(|node| node["id"] == *id).unwrap();
+        node["tls_keys"].clone()
+    };
+    let refused = |arguments: &[&str], code, why: &str| {
+        let output = registry.run("rotate", arguments);
+        has_code(&output, code);
+        assert!(stderr(&output).contains(why), "{}", stderr(&output));
+    };
+    assert_eq!(keys(), serde_json::json!([public_key]));
+    refused(&[&id, "--finish"], 1, "no rotation is under way");
+    refused(&[&id, "--tls-key", &public_key], 1, "TLS key already");
+    refused(&[&id, "--tls-key", &other], 1, &other_id);
+    refused(&[&id], 2, "--finish");
+    refused(&[&id, "--finish", "--abandon"], 2, "cannot be used with");
+
+    registry.run_ok("rotate", &[&id, "--tls-key", &one]);
+    assert_eq!(keys(), serde_json::json!([public_key, one]));
+    refused(&[&id, "--tls-key", &two], 1, "is under way");
+    // Another address does not end the rotation.
+    has_code(&registry.add_key(&public_key, "127.0.0.1:4103"), 0);
+    registry.run_ok("rotate", &[&id, "--abandon"]);
+    assert_eq!(keys(), serde_json::json!([public_key]));
+    registry.run_ok("rotate", &[&id, "--tls-key", &two]);
+    registry.run_ok("rotate", &[&id, "--finish"]);
+    assert_eq!(keys(), serde_json::json!([two]));
+}
+
 #[test]
 fn what_nodes_would_skip_is_not_signed() {
     let dir = tempfile::tempdir().unwrap();

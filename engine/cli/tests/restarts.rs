@@ -7,9 +7,10 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
-use millrace_node::NodeId;
+use millrace_node::{Node, NodeId};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 
+use common::load::{self, Load};
 use common::{TestNode, TestRegistry, eventually, millrace, own_addresses, stderr, text};
 
 /// A registry folder and nodes `0..count` that listen on addresses of their own, all listed, none
@@ -379,4 +380,115 @@ fn two_nodes_with_one_key_are_told_of_once() {
         printed.contains("another node has the key of this peer"),
         "{printed}"
     );
+}
+
+/// The numbers of all connections between the processes and the node of this one.
+fn connections(processes: [&TestNode; 2], here: &Node) -> [u64; 3] {
+    let [a, b] = processes.map(|node| node.node_id.parse::<NodeId>().unwrap());
+    eventually("all are connected", || {
+        let peers = here.transport().status().peers();
+        let number = |id| peers.iter().find(|peer| peer.node_id == id);
+        let between = processes[0].connection_to(processes[1])?;
+        Some([number(a)?.connection.0, number(b)?.connection.0, between])
+    })
+}
+
+/// Rotates the TLS key of the first process, in the steps of an operator, while requests go on.
+fn rotate(registry: &TestRegistry, processes: [&TestNode; 2], here: &Node, load: &Load) {
+    let (rotated, before) = (processes[0], connections(processes, here));
+    let key = rotated.make_tls_key();
+    registry.run_ok("rotate", &[&rotated.node_id, "--tls-key", &key]);
+    eventually(
+        "the new key is in use, and no connection is by the old one",
+        || {
+            let tls = &rotated.status()["tls"];
+            let is_new = tls["key"] == *key && tls["standing"] == "newest";
+            (is_new && tls["connections_by_older_key"] == 0).then_some(())
+        },
+    );
+    let replaced = connections(processes, here);
+    // All but the one between the others, if the rotated node has no part in it.
+    for (old, new) in [0, 2].map(|n| (before[n], replaced[n])) {
+        assert!(new > old, "{before:?} {replaced:?}");
+    }
+
+    registry.run_ok("rotate", &[&rotated.node_id, "--finish"]);
+    let number = std::fs::read_dir(&registry.dir).unwrap().count() as u64 / 2;
+    eventually("all know that it is the only one", || {
+        let told = processes.iter().all(|node| newest_version(node) == number);
+        (told && here.versions().newest() == number).then_some(())
+    });
+    load.go_on_for(1_000);
+    assert_eq!(connections(processes, here), replaced, "one was cut");
+}
+
+// Protects a subnet whose operator rotates keys: no request fails, none of its connections is cut,
+// and certificates are renewed meanwhile. A node that comes back with an older key is refused,
+// until the new one's file is there again.
+#[test]
+fn a_key_rotates_under_load_and_the_older_one_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (registry, mut nodes) = subnet(dir.path(), 3, "");
+    // The lower id dials: the node in the middle is dialled by one process, and dials the other.
+    nodes.sort_by_key(|node| node.node_id.parse::<NodeId>().unwrap());
+    let [low, middle, high] = &mut nodes[..] else {
+        panic!("three nodes");
+    };
+    for node in [&*low, &*middle, &*high] {
+        share_registry(&registry, node);
+    }
+    high.edit("[node]\n", "[node]\ncertificate_lifetime = \"3s\"\n");
+    low.start();
+    high.start();
+    let here = load::start_here(middle);
+    let identity = low.public_key.clone();
+    assert_eq!(low.status()["tls"]["key"], *identity);
+    connections([low, high], &here);
+
+    let peers = [&*low, &*high].map(|node| node.node_id.parse().unwrap());
+    let load = Load::start(&here, &peers);
+    rotate(&registry, [low, high], &here, &load);
+    rotate(&registry, [high, low], &here, &load);
+    // From one TLS key to another.
+    rotate(&registry, [low, high], &here, &load);
+    eventually("one was made for the new key, and two are renewals", || {
+        let status = high.status();
+        let made = status["tls"]["certificates_made"].as_u64().unwrap();
+        (made >= 4).then_some(())
+    });
+    let outcome = load.end();
+    println!("{outcome:?}");
+    assert_eq!(outcome.failures, []);
+    // A thousand a second on an idle host; a tenth of it where others build.
+    let rate = outcome.answered as f64 / outcome.time.as_secs_f64();
+    assert!(rate >= 100.0, "{rate} answers a second");
+
+    let key = low.status()["tls"]["key"].as_str().unwrap().to_owned();
+    let file = folder_of(low).join(format!("tls-{}.key", &key[..16]));
+    let away = dir.path().join("away.key");
+    low.kill();
+    std::fs::rename(&file, &away).unwrap();
+    low.start();
+    eventually("the older key is refused", || {
+        let (_, metrics) = high.get("/metrics");
+        let refused = "millrace_transport_connections_refused_total{reason=\"not_in_registry\"}";
+        metrics.contains(refused).then_some(())
+    });
+    let tls = &low.status()["tls"];
+    assert_eq!(
+        (&tls["standing"], &tls["missing"]),
+        (&"refused".into(), &(*key).into())
+    );
+    assert_eq!(tls["key"], *identity);
+    assert_eq!(low.get("/readyz").0, 503);
+    assert_eq!(low.status()["peers"], serde_json::json!([]));
+    let check = millrace(&["check", "--config", text(&low.config)]);
+    let found = stderr(&check) + &common::stdout(&check);
+    assert!(found.contains(text(&file)), "{found}");
+
+    std::fs::rename(&away, &file).unwrap();
+    eventually("the new one is accepted, without a restart", || {
+        (low.get("/readyz").0 == 200).then_some(())
+    });
+    assert_eq!(low.status()["tls"]["key"], *key);
 }

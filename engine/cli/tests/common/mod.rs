@@ -3,6 +3,7 @@
 #![allow(unreachable_pub, reason = "shared by test crates")]
 #![allow(missing_docs, clippy::unwrap_used, reason = "test code")]
 
+pub mod load;
 pub mod namespace;
 pub mod process;
 
@@ -284,6 +285,14 @@ impl TestNode {
 
     pub fn status(&self) -> serde_json::Value {
         serde_json::from_str(&self.get("/status").1).unwrap()
+    }
+
+    /// Makes a TLS key beside the node's key; the key.
+    pub fn make_tls_key(&self) -> String {
+        let identity = self.config.with_file_name("node.key");
+        let made = json(&["keygen", "--tls", text(&identity), "--json"]);
+        assert_eq!(made["node_id"], *self.node_id);
+        made["tls_key"].as_str().unwrap().to_owned()
     }
 
     /// The connection number of a peer, if it is up.
