@@ -62,7 +62,10 @@ impl Endpoint {
                 && peers.replace(key, now)
             {
                 replacements.began(peer, index, now);
-                tracing::info!(%peer, "a connection is replaced: one of its TLS keys is not the newest");
+                tracing::info!(
+                    %peer,
+                    "a connection is replaced: one of its TLS keys is not the newest"
+                );
                 return self.run_actions(now);
             }
         }
