@@ -410,6 +410,8 @@ pub struct TransportSection {
     pub quic_heap_bytes_max: ByteSize,
     /// Whether the allocator of the program must count for `quic_heap_bytes_max`.
     pub heap_count: HeapCount,
+    /// Frames of a peer that a connection takes in a second.
+    pub frames_per_second_max: u64,
     /// Packets one connection may send in a turn of the shard's loop.
     pub packets_per_turn: u64,
 }
@@ -639,6 +641,7 @@ impl Default for TransportSection {
             handshakes_max: 1024,
             quic_heap_bytes_max: ByteSize::mib(512),
             heap_count: HeapCount::Require,
+            frames_per_second_max: 4_000_000,
             packets_per_turn: 180,
         }
     }

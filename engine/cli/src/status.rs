@@ -148,6 +148,12 @@ fn print(status: &Status) -> Result<(), Failure> {
             shard.chunks_free,
             shard.chunks
         ))?;
+        if shard.floods_cut > 0 {
+            output::data(format_args!(
+                "           closed {} connections whose peers flooded them; see the log",
+                shard.floods_cut
+            ))?;
+        }
     }
     for peer in &status.peers {
         output::data(format_args!(
@@ -165,6 +171,12 @@ fn print(status: &Status) -> Result<(), Failure> {
             output::data(format_args!(
                 "           another node has the key of this peer: refused {} times; see the log",
                 peer.duplicates_refused
+            ))?;
+        }
+        if peer.frames_held > 0 {
+            output::data(format_args!(
+                "           this peer sends faster than frames_per_second_max: held back {} times",
+                peer.frames_held
             ))?;
         }
     }

@@ -7,6 +7,7 @@ use millrace_protocol::id::{IdError, NodeId};
 use millrace_protocol::path::{PathConfig, PathProfile};
 use millrace_shards::config::{HugePages, ShardConfig};
 use millrace_shards::socket::UdpGroupConfig;
+use millrace_transport::FloodRates;
 use millrace_transport::config::{CongestionControl, PerClass, ProfileConfig, TransportConfig};
 use millrace_tuning::NodeConfig;
 use millrace_tuning::config::{self, ShardProfile};
@@ -156,6 +157,8 @@ pub fn transport(config: &NodeConfig) -> TransportConfig {
         handshakes_max: to_usize(from.handshakes_max),
         quic_heap_bytes_max: from.quic_heap_bytes_max.bytes(),
         packets_per_turn: to_usize(from.packets_per_turn),
+        frames_per_second_max: from.frames_per_second_max,
+        flood_rates: FloodRates::default(),
     }
 }
 

@@ -131,6 +131,10 @@ pub struct Peer {
     pub congestion_window_bytes: u64,
     /// UDP payload bytes of the largest packets sent now.
     pub udp_payload_bytes: usize,
+    /// How often frames of the peer were read later, because they came faster than
+    /// `frames_per_second_max`.
+    #[serde(default)]
+    pub frames_held: u64,
     /// Packets sent.
     pub packets_sent: u64,
     /// Packets lost.
@@ -155,6 +159,9 @@ pub struct Shard {
     /// Heap bytes that QUIC holds for its connections.
     #[serde(default)]
     pub quic_heap_bytes: u64,
+    /// Connections that were closed because their peers flooded them.
+    #[serde(default)]
+    pub floods_cut: u64,
     /// Chunks of 1 MiB in the pool.
     pub chunks: usize,
     /// Chunks that are free.
@@ -295,6 +302,7 @@ fn peers(core: &Core) -> Vec<Peer> {
             probe_rtt_us: peer.probe_rtt.map(micros),
             congestion_window_bytes: peer.congestion_window_bytes,
             udp_payload_bytes: peer.udp_payload_bytes,
+            frames_held: peer.frames_held,
             packets_sent: peer.packets_sent,
             packets_lost: peer.packets_lost,
             bytes_sent: peer.bytes_sent,
@@ -313,6 +321,7 @@ fn shards(core: &Core) -> Vec<Shard> {
                 connections: shard.connections,
                 handshakes: shard.handshakes,
                 quic_heap_bytes: shard.quic_heap_bytes,
+                floods_cut: shard.floods_cut,
                 chunks: pool.map_or(0, |pool| pool.total_chunks()),
                 chunks_free: pool.map_or(0, |pool| pool.free_chunks()),
                 pages: pool.map_or_else(String::new, |pool| format!("{:?}", pool.page_kind())),

@@ -15,6 +15,7 @@ pub mod backoff;
 pub mod body_deadline;
 pub mod budget;
 pub mod dial_request;
+pub mod flood;
 pub mod frame;
 pub mod health;
 pub mod id;

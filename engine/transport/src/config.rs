@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use millrace_protocol::body_deadline::BodyDeadlineConfig;
 use millrace_protocol::budget::BudgetConfig;
+use millrace_protocol::flood::{FloodConfig, FloodRates, FloodRoom};
 use millrace_protocol::frame::{Class, Header, Limits};
 use millrace_protocol::path::{PathConfig, PathProfile};
 use millrace_protocol::peers::CONNECTIONS_PER_PEER_MAX;
@@ -213,6 +214,11 @@ pub struct TransportConfig {
     pub quic_heap_bytes_max: u64,
     /// Packets that one connection may send in a turn; four trains of 45.
     pub packets_per_turn: usize,
+    /// Frames of a peer that a connection takes in a second. Above it they are read later; a
+    /// connection that stays above it is closed.
+    pub frames_per_second_max: u64,
+    /// What else a peer may make a connection do, where it is of no use to either side.
+    pub flood_rates: FloodRates,
 }
 
 impl Default for TransportConfig {
@@ -267,6 +273,8 @@ impl Default for TransportConfig {
             handshakes_max: 1_024,
             quic_heap_bytes_max: 512 << 20,
             packets_per_turn: 180,
+            frames_per_second_max: 4_000_000,
+            flood_rates: FloodRates::default(),
         }
     }
 }
@@ -320,6 +328,18 @@ impl TransportConfig {
             bytes_per_second_min: self.body_bytes_per_second_min,
             progress_bytes: self.stream_progress_bytes,
         }
+    }
+
+    /// What a peer may make a connection do before it counts as a flood.
+    pub(crate) fn floods(&self) -> FloodConfig {
+        let windows = [&self.lan, &self.wan].map(|profile| profile.connection_window_bytes);
+        let room = FloodRoom {
+            frames_per_second: self.frames_per_second_max,
+            requests: self.cancellations_max() as u64,
+            streams: self.streams_max,
+            window_bytes: windows[0].max(windows[1]),
+        };
+        FloodConfig::new(&self.flood_rates, &room)
     }
 
     /// Sizes of the receive budget of a shard.

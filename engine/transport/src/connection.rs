@@ -8,6 +8,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use millrace_protocol::flood::Flood;
 use millrace_protocol::identity::PublicKey;
 use millrace_protocol::path::{PathProfile, PathSample};
 use millrace_protocol::peers::{Attempt, ConnKey};
@@ -98,6 +99,12 @@ pub(crate) struct Connection {
     /// Bytes received since the last time that something was sent, and when the first of them came.
     pub(crate) unacked_bytes: usize,
     unacked_since: Option<Instant>,
+    /// Datagrams received since the guard against floods was last asked about packets.
+    pub(crate) unjudged_packets: usize,
+    /// Connection IDs that the peer gave up since then.
+    pub(crate) retired_ids: u64,
+    /// What it was closed for, if its peer flooded it.
+    pub(crate) flood: Option<Flood>,
     /// Something else than an acknowledgement is to be sent.
     pub(crate) must_send: bool,
     /// TLS failed, because the peer has no group for the key exchange that we take.
@@ -150,6 +157,9 @@ impl Connection {
             pacing: None,
             unacked_bytes: 0,
             unacked_since: None,
+            unjudged_packets: 0,
+            retired_ids: 0,
+            flood: None,
             must_send: true,
             has_no_common_group: false,
             is_handshaking: true,

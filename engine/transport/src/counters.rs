@@ -101,6 +101,8 @@ counters! {
     RequestsCancelled = "millrace_transport_requests_cancelled",
     /// Answers to requests that were no longer waited for.
     AnswersLate = "millrace_transport_answers_late",
+    /// Times that frames of a peer were read later, because they came too fast.
+    FramesHeld = "millrace_transport_frames_held",
     /// Streams opened by peers.
     StreamsIn = "millrace_transport_streams" { "direction" = "in" },
     /// Streams opened by us.

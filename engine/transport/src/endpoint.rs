@@ -12,6 +12,7 @@
 mod decisions;
 mod duplicates;
 mod established;
+mod floods;
 mod heap;
 mod keys;
 mod opening;
@@ -28,6 +29,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use millrace_edge_policy::cid::SLOTS_MAX;
+use millrace_protocol::flood::Penalties;
 use millrace_protocol::id::NodeId;
 use millrace_protocol::path::PathMemory;
 use millrace_protocol::peers::{CONNECTIONS_PER_PEER_MAX, ConnKey, Peers};
@@ -128,6 +130,10 @@ pub(crate) struct Endpoint {
     opened: u32,
     /// Serial number of the last connection ID.
     issued: u16,
+    /// Peers whose connections were cut for a flood.
+    penalties: Penalties,
+    /// Connections that were.
+    floods_cut: u64,
     /// Connections by the ID that a client chose for its first packets.
     initial: BTreeMap<Vec<u8>, usize>,
     /// When connections are replaced for their keys.
@@ -188,6 +194,8 @@ impl Endpoint {
             log_limit: LogLimit::default(),
             opened: 0,
             issued: u16::from_le_bytes(random_bytes()),
+            penalties: Penalties::default(),
+            floods_cut: 0,
             initial: BTreeMap::new(),
             key_replacements: KeyReplacements::default(),
             wheel: Wheel::new(now),
@@ -241,6 +249,7 @@ impl Endpoint {
             self.parts.paths.retain(is_member);
         }
         self.key_replacements.retain(is_member);
+        self.penalties.retain(is_member);
         self.topology = topology;
         self.run_actions(now);
         self.end_retired();
@@ -370,6 +379,7 @@ impl Endpoint {
                 queued_bytes: session.queued_bytes(),
                 congestion_window_bytes: path.as_ref().map_or(0, |p| p.cwnd as u64),
                 udp_payload_bytes: connection.mtu.bytes(),
+                frames_held: session.holds(),
                 packets_sent: stats.sent as u64,
                 packets_lost: stats.lost as u64,
                 bytes_sent: stats.sent_bytes,
@@ -387,6 +397,7 @@ impl Endpoint {
                 handshakes: self.handshakes,
                 quic_heap_bytes: self.heap_bytes,
                 by_older_key: self.by_older_key(),
+                floods_cut: self.floods_cut,
             },
         );
     }

@@ -55,6 +55,7 @@ pub use admission::ConnectionCounts;
 pub use clock::Clock;
 pub use config::{CongestionControl, PerClass, ProfileConfig, TransportConfig};
 pub use handshake_end::HandshakeRefusal;
+pub use millrace_protocol::flood::FloodRates;
 pub use millrace_protocol::frame::Negotiated;
 pub use millrace_protocol::path::{PathConfig, PathProfile, RememberedPath};
 pub use millrace_protocol::rpc::RpcError;

@@ -41,6 +41,8 @@ pub enum CloseCode {
     DuplicateIdentity = 9,
     /// The registry names the peer, and no longer the TLS key of this connection.
     KeyRetired = 10,
+    /// The peer makes work without need, or did a short while ago.
+    Flood = 11,
 }
 
 impl CloseCode {
@@ -112,6 +114,7 @@ impl CloseCode {
             Self::ExcessiveLoad => "excessive_load",
             Self::DuplicateIdentity => "duplicate_identity",
             Self::KeyRetired => "key_retired",
+            Self::Flood => "flood",
         }
     }
 }

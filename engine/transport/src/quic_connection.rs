@@ -14,6 +14,7 @@
 use std::ops::Deref;
 
 use boring::ssl::SslRef;
+use millrace_protocol::flood::PacketCounts;
 use millrace_shards::heap;
 
 use crate::buffers::{Buffers, StreamBuffer};
@@ -25,6 +26,10 @@ use crate::path::{PathStats, StreamError, StreamPath};
 pub(crate) struct QuicConnection {
     quic: quiche::Connection<Buffers>,
     heap_bytes: i64,
+    /// Bytes that were read from streams, or thrown away.
+    read_bytes: u64,
+    /// What was counted until the last [`Self::take_packet_counts`].
+    counted: PacketCounts,
 }
 
 impl Deref for QuicConnection {
@@ -55,6 +60,8 @@ impl QuicConnection {
         Ok(Self {
             quic,
             heap_bytes: heap::taken_bytes() - before,
+            read_bytes: 0,
+            counted: PacketCounts::default(),
         })
     }
 
@@ -75,6 +82,30 @@ impl QuicConnection {
     /// Heap bytes that quiche holds for this connection; 0 where the allocator does not count.
     pub(crate) fn heap_bytes(&self) -> u64 {
         self.heap_bytes.try_into().unwrap_or_default()
+    }
+
+    /// Packets and what they brought since the last call, without frames and connection IDs. Not
+    /// for every packet: quiche gathers its numbers for it.
+    pub(crate) fn take_packet_counts(&mut self) -> PacketCounts {
+        let stats = self.quic.stats();
+        let now = PacketCounts {
+            received: stats.recv as u64,
+            sent: stats.sent as u64,
+            acked_bytes: stats.acked_bytes,
+            read_bytes: self.read_bytes,
+            path_challenges: stats.path_challenge_rx_count,
+            frames: 0,
+            retired_ids: 0,
+        };
+        let before = std::mem::replace(&mut self.counted, now);
+        PacketCounts {
+            received: now.received - before.received,
+            sent: now.sent - before.sent,
+            acked_bytes: now.acked_bytes - before.acked_bytes,
+            read_bytes: now.read_bytes - before.read_bytes,
+            path_challenges: now.path_challenges - before.path_challenges,
+            ..PacketCounts::default()
+        }
     }
 
     #[inline]
@@ -190,12 +221,14 @@ impl StreamPath for QuicConnection {
     #[inline]
     fn stream_recv(&mut self, stream: u64, out: &mut [u8]) -> Result<(usize, bool), StreamError> {
         let received = self.account(|quic| quic.stream_recv(stream, out));
+        self.read_bytes += received.as_ref().map_or(0, |(read, _)| *read as u64);
         received.map_err(StreamError::from)
     }
 
     #[inline]
     fn stream_discard(&mut self, stream: u64, len: usize) -> Result<(usize, bool), StreamError> {
         let discarded = self.account(|quic| quic.stream_discard(stream, len));
+        self.read_bytes += discarded.as_ref().map_or(0, |(read, _)| *read as u64);
         discarded.map_err(StreamError::from)
     }
 

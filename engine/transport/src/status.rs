@@ -36,6 +36,8 @@ pub struct PeerStatus {
     pub udp_payload_bytes: usize,
     /// Bytes that wait to be sent, for each class; small frames of class bulk count as normal.
     pub queued_bytes: PerClass<u64>,
+    /// How often frames of the peer were read later, because they came too fast.
+    pub frames_held: u64,
     /// Packets sent since the connection began.
     pub packets_sent: u64,
     /// Of them, packets that were declared lost.
@@ -64,6 +66,8 @@ pub struct ShardStatus {
     /// Its connections by another TLS key of this node than the newest that the registry names,
     /// drained ones included. While there are any, the older key must not be retired.
     pub by_older_key: usize,
+    /// Connections that it closed because their peers flooded them.
+    pub floods_cut: u64,
     /// Whether its thread has ended by a panic.
     pub has_panicked: bool,
 }
@@ -75,6 +79,7 @@ pub(crate) struct Load {
     pub(crate) handshakes: usize,
     pub(crate) quic_heap_bytes: u64,
     pub(crate) by_older_key: usize,
+    pub(crate) floods_cut: u64,
 }
 
 /// The published state of all shards of a node.
@@ -107,6 +112,7 @@ impl StatusBoard {
                 handshakes: load.handshakes,
                 quic_heap_bytes: load.quic_heap_bytes,
                 by_older_key: load.by_older_key,
+                floods_cut: load.floods_cut,
                 has_panicked: false,
             };
         }

@@ -1,11 +1,16 @@
-//! A member with a valid key, by a bare quiche client, makes the QUIC of its victim hold memory:
-//! its connection is ended, and no other one.
+//! A member with a valid key, by a bare quiche client, makes the QUIC of its victim hold memory, or
+//! floods it with work (`hostile_member/floods.rs`): its connection is ended, and no other one.
 #![allow(clippy::unwrap_used)]
 
+#[path = "hostile_member/attacks.rs"]
+mod attacks;
 mod common;
+#[path = "hostile_member/floods.rs"]
+mod floods;
 #[path = "common/raw.rs"]
 mod raw;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use common::*;
@@ -40,15 +45,21 @@ fn config() -> TransportConfig {
     }
 }
 
+/// One test runs at a time: how many bytes QUIC holds depends on how often a shard has its turn.
+static ALONE: Mutex<()> = Mutex::new(());
+
 struct Testbed {
     hostile: Vec<SigningKey>,
     honest: Node,
     victim: Node,
+    // Given back when the nodes are gone.
+    _alone: MutexGuard<'static, ()>,
 }
 
 impl Testbed {
     /// Of four members, the two with the lowest ids are hostile: they may dial both others.
     fn new(config: &TransportConfig) -> Self {
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let mut keys: Vec<_> = (1..=4).map(key).collect();
         keys.sort_by_key(SigningKey::node_id);
         let addrs: Vec<_> = keys.iter().map(|_| free_addr()).collect();
@@ -67,6 +78,7 @@ impl Testbed {
             hostile: keys,
             honest,
             victim,
+            _alone: alone,
         }
     }
 

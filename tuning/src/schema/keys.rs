@@ -555,6 +555,13 @@ pub(super) static SECTIONS: &[Section] = &[
             ),
             field!(
                 NodeConfig,
+                "frames_per_second_max",
+                transport.frames_per_second_max,
+                integer(100_000, 1_000_000_000),
+                "Frames of a peer that a connection takes in a second, where each stream counts as 8. Above it they are read later, and a connection that stays above it is closed within some 10 s. 650,000 requests in a second were measured on one connection."
+            ),
+            field!(
+                NodeConfig,
                 "packets_per_turn",
                 transport.packets_per_turn,
                 integer(1, 4096),

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use millrace_edge_policy::reason::Reason;
+use millrace_protocol::flood::Flood;
 use millrace_protocol::peers::Refusal;
 use millrace_shards::stats::ShardStats;
 use millrace_transport::HandshakeRefusal;
@@ -50,6 +51,17 @@ table ([edge.md](edge.md), section 7), and no line.
 
 | reason | when | what |
 |---|---|---|
+";
+
+const FLOODS: &str = "
+## Reasons of floods
+
+Reasons of `millrace_transport_connections_closed` for work that a peer makes without need;
+[hostile-members.md](../operating/hostile-members.md) says how much is borne. Its next connections
+are refused for a while: `millrace_transport_connections_refused{reason=\"flooded_before\"}`.
+
+| reason | what came too often |
+|---|---|
 ";
 
 const EDGE: &str = "
@@ -134,6 +146,10 @@ fn the_metrics_reference_is_fresh() {
             "| `{}` | after the handshake | {what} |",
             refusal.reason()
         );
+    }
+    page.push_str(FLOODS);
+    for flood in Flood::ALL {
+        let _ = writeln!(page, "| `{}` | {} |", flood.reason(), flood.describe());
     }
     page.push_str(EDGE);
     for reason in Reason::ALL {

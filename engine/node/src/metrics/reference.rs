@@ -67,6 +67,15 @@ const ENDED: &[(&str, &str)] = &[
     ("done", "locally_closed_conn"),
     ("closed", "locally_closed_conn"),
     ("excessive_load", "locally_closed_conn"),
+    ("flood_frames", "locally_closed_conn"),
+    ("flood_answers", "locally_closed_conn"),
+    ("flood_cancellations", "locally_closed_conn"),
+    ("flood_unfinished_messages", "locally_closed_conn"),
+    ("flood_stalled_messages", "locally_closed_conn"),
+    ("flood_probes", "locally_closed_conn"),
+    ("flood_packets", "locally_closed_conn"),
+    ("flood_path_challenges", "locally_closed_conn"),
+    ("flood_retired_ids", "locally_closed_conn"),
 ];
 
 /// What became of a stream of a peer: our reason, the reference's label.

@@ -223,6 +223,11 @@ impl Endpoint {
             (None, Some(_)) => ("transport_error", CloseKind::Lost),
             (None, None) => ("lost", CloseKind::Lost),
         };
+        // The peer hears one code for all floods; what is counted tells them apart.
+        let (reason, kind) = match connection.flood {
+            Some(flood) => (flood.reason(), CloseKind::Refused),
+            None => (reason, kind),
+        };
         counters.count(Family::Closed, reason);
         kind
     }

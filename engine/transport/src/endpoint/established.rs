@@ -22,6 +22,9 @@ use crate::quic::CloseCode;
 use crate::session::Session;
 use crate::tls;
 
+/// Why a connection was refused whose peer flooded one a short while ago.
+const FLOODED_BEFORE: &str = "flooded_before";
+
 /// What a dial is made again with.
 struct Redial {
     peer: NodeId,
@@ -108,6 +111,9 @@ impl Endpoint {
             // The peer passed the callback, and has left the registry since.
             return Err((CloseCode::NotAMember, CloseCode::NotAMember.reason()));
         };
+        if self.penalties.refuses(&peer, now) {
+            return Err((CloseCode::Flood, FLOODED_BEFORE));
+        }
         let direction = match connection.attempt.take() {
             Some(attempt) => {
                 self.counters().add(Counter::ConnectionsOut, 1);

@@ -78,6 +78,7 @@ impl Endpoint {
                 continue;
             };
             connection.unacked_bytes += datagram.len();
+            connection.unjudged_packets += 1;
             if let Err(error) = connection.quic.recv(datagram, open.info) {
                 let is_tls = error == quiche::Error::TlsFail;
                 connection.has_no_common_group |= is_tls && tls::has_no_common_group();
@@ -174,6 +175,7 @@ impl Endpoint {
                 self.close(slot, CloseCode::Violation);
             }
         }
+        self.judge_flood(slot, now);
         self.settle_heap(slot);
         self.mark_received(slot);
     }

@@ -99,6 +99,7 @@ impl Endpoint {
         let mut retired = false;
         while let Some(id) = connection.quic.retired_id_next() {
             connection.ids.retire(&id);
+            connection.retired_ids += 1;
             retired = true;
         }
         if retired {

@@ -43,6 +43,7 @@ impl Endpoint {
         } else if connection.mtu.next_timeout().is_some_and(|at| at <= now) {
             connection.follow_mtu(&self.parts.state.counters, now);
         }
+        let mut is_released = false;
         let mut close = match connection.phase.expired(now) {
             Some(Expired::Handshake) => {
                 let counters = &self.parts.state.counters;
@@ -55,9 +56,15 @@ impl Endpoint {
         if let Some(session) = &mut connection.session {
             let due = session.on_timeout(&mut connection.quic, now);
             close = due.or(close);
+            is_released = session.take_release(now);
         }
         if let Some(code) = close {
             connection.close(code);
+        }
+        if is_released {
+            self.on_packets(slot, now);
+        } else {
+            self.judge_flood(slot, now);
         }
         self.mark_dirty(slot);
     }

@@ -18,6 +18,7 @@ mod inbound;
 mod room;
 mod sending;
 mod shard;
+mod work;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -35,6 +36,7 @@ use super::message::{Deadline, Payload, Request};
 use crate::counters::{Counter, Family};
 use crate::outbox::Outbox;
 use room::Waiter;
+use work::Work;
 
 pub use shard::ShardState;
 
@@ -64,6 +66,8 @@ pub(crate) struct ConnectionHandle {
     /// Requests of the peer that are answered later, with who is to hear that one was cancelled.
     inbound: RefCell<InFlight<Option<Waker>>>,
     early_cancels: RefCell<EarlyCancels>,
+    /// What the peer makes us do.
+    pub(crate) work: Work,
     /// Who waits until a class is writable again.
     writable: RefCell<Vec<(Class, Waiter)>>,
     is_dirty: Cell<bool>,
@@ -92,6 +96,7 @@ impl ConnectionHandle {
             received_bytes: Cell::new(0),
             inbound: RefCell::new(InFlight::new(config.requests_in_max.rpc_limits())),
             early_cancels: RefCell::default(),
+            work: Work::default(),
             writable: RefCell::default(),
             is_dirty: Cell::new(false),
             is_closed: Cell::new(false),
@@ -186,6 +191,7 @@ impl ConnectionHandle {
         }
         let cancelled = self.calls.borrow_mut().cancel(header.id);
         if cancelled.is_some() {
+            self.work.owe();
             self.out.borrow_mut().cancel(header, true);
             self.mark_dirty();
             self.wake_writable();
@@ -195,6 +201,7 @@ impl ConnectionHandle {
     /// Takes back the request `id` if it is still being sent. If it is not, and `tell`, the peer
     /// gets a cancellation.
     fn withdraw(&self, class: Class, id: u32, tell: bool) {
+        self.work.owe();
         self.out
             .borrow_mut()
             .cancel(request_header(class, id), tell);
@@ -238,8 +245,9 @@ impl ConnectionHandle {
     /// was, and `tell`, the peer gets a cancellation. A peer that says so of requests which no one
     /// waits for adds nothing to any queue.
     pub(crate) fn on_no_answer(&self, id: u32, error: RpcError, tell: bool) {
-        if let Some(class) = self.on_answer(id, Err(error)) {
-            self.withdraw(class, id, tell);
+        match self.on_answer(id, Err(error)) {
+            Some(class) => self.withdraw(class, id, tell),
+            None => self.work.late_answer(),
         }
     }
 
@@ -249,6 +257,7 @@ impl ConnectionHandle {
     pub(crate) fn on_stopped(&self, header: &Header) {
         self.state.counters.count(Family::Failed, "peer_stopped");
         if header.kind == Kind::Request {
+            self.work.owe();
             self.on_answer(header.id, Err(RpcError::PeerProtocol));
         }
     }

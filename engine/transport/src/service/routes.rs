@@ -297,6 +297,7 @@ mod tests {
             },
             congestion_window_bytes: 0,
             udp_payload_bytes: 1_200,
+            frames_held: 0,
             packets_sent: 0,
             packets_lost: 0,
             bytes_sent: 0,

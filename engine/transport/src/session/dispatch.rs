@@ -109,8 +109,14 @@ impl Delivery<'_> {
             Ok((header, body)) if header.check(Carriage::Datagram, limits).is_ok() => {
                 self.deliver(header, InboundBody::Slice(body));
             }
-            Ok(_) => counters.count(Family::Rejected, "peer_datagram_kind"),
-            Err(reason) => counters.count(Family::Rejected, reason),
+            Ok(_) => {
+                self.handle.work.probe();
+                counters.count(Family::Rejected, "peer_datagram_kind");
+            }
+            Err(reason) => {
+                self.handle.work.probe();
+                counters.count(Family::Rejected, reason);
+            }
         }
     }
 
@@ -137,9 +143,11 @@ impl Delivery<'_> {
             deadline,
             body,
         };
-        let exchanged = &self.handle.state.exchanged;
+        let (exchanged, work) = (&self.handle.state.exchanged, &self.handle.work);
+        work.frame();
         match header.kind {
             Kind::Request => {
+                work.request();
                 exchanged.set(exchanged.get() + 1);
                 counters.received(header.class, body.len() as usize);
                 if self.handle.take_early_cancel(header.id) {
@@ -175,7 +183,10 @@ impl Delivery<'_> {
             Kind::Response => {
                 exchanged.set(exchanged.get() + 1);
                 counters.received(header.class, body.len() as usize);
-                self.handle.on_answer(header.id, Ok(body.into_payload()));
+                let asked = self.handle.on_answer(header.id, Ok(body.into_payload()));
+                if asked.is_none() {
+                    work.late_answer();
+                }
             }
             Kind::Failure => {
                 // Refused before all of it was there: the rest need not be sent.
@@ -183,12 +194,19 @@ impl Delivery<'_> {
                 self.handle.on_no_answer(header.id, error, false);
             }
             Kind::Cancel => {
+                work.cancellation();
                 if !self.handle.on_cancel(header.id) {
                     self.cancel_arriving(header.id);
                 }
             }
-            Kind::Probe => self.handle.datagram(Kind::ProbeReply, header.arg),
-            Kind::ProbeReply => self.received.probe_replies.push(header.arg),
+            Kind::Probe => {
+                work.probe();
+                self.handle.datagram(Kind::ProbeReply, header.arg);
+            }
+            Kind::ProbeReply => {
+                work.probe();
+                self.received.probe_replies.push(header.arg);
+            }
             // The first was read before anything else. A later version may say it again.
             Kind::Hello => {}
         }
@@ -211,6 +229,7 @@ pub(super) fn on_fault(
         received.fault = Some(fault.reason());
         return;
     }
+    count_work(handle, fault, header.as_ref());
     let Some(header) = header else { return };
     match fault {
         _ if matches!(header.kind, Kind::Response | Kind::Failure) => {
@@ -231,6 +250,25 @@ pub(super) fn on_fault(
                 _ => FailureCode::Malformed,
             };
             handle.answer(header.class, header.id, Err(code));
+        }
+        _ => {}
+    }
+}
+
+/// What a cut stream counts for among the work of its peer. That an answer was cut is counted where
+/// its request ends.
+fn count_work(handle: &ConnectionHandle, fault: StreamFault, header: Option<&Header>) {
+    let work = &handle.work;
+    let is_answer = |header: &Header| matches!(header.kind, Kind::Response | Kind::Failure);
+    if header.is_some_and(wants_answer) {
+        work.request();
+    }
+    match fault {
+        StreamFault::Stalled => work.stalled(),
+        StreamFault::Reset | StreamFault::Short | StreamFault::Long
+            if !header.is_some_and(is_answer) =>
+        {
+            work.unfinished(header.is_none());
         }
         _ => {}
     }

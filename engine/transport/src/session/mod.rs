@@ -9,9 +9,11 @@
 //!    above runs for a connection before.
 //! 2. Nothing else of the peer is read before its hello, which says what the connection speaks.
 //! 3. Services hear `on_up` before anything of a session and `on_down` after all of it.
-//! 4. A session that is closed answers its callers, once, and drops the bodies that are not whole.
+//! 4. While its frames are held back nothing of the peer is read: flow control bounds what waits.
+//! 5. A session that is closed answers its callers, once, and drops the bodies that are not whole.
 
 mod dispatch;
+mod flood;
 mod hello;
 
 use std::rc::Rc;
@@ -37,6 +39,7 @@ use hello::HelloReader;
 
 pub use dispatch::Received;
 use dispatch::{Delivery, on_fault};
+use flood::Flow;
 
 /// How long a connection may stay silent at least after its peer requested a dial.
 pub(crate) const VERIFY_TIMEOUT: Duration = Duration::from_millis(400);
@@ -62,6 +65,8 @@ pub struct Session {
     /// What the two hellos agree on, once the peer's was read.
     negotiated: Option<Negotiated>,
     inbox: Inbox,
+    /// Whether what the peer sends is read.
+    flow: Flow,
     /// From when the connection is up.
     health: Option<Health>,
     /// When silence is judged next, and the packets sent until the last time.
@@ -98,6 +103,7 @@ impl Session {
             hello_reader: HelloReader::new(is_server),
             negotiated: None,
             inbox: Inbox::new(peer, config.limits, config.streams_max),
+            flow: Flow::new(config, state.now.get()),
             health: None,
             keep_alive: None,
             judge_at: None,
@@ -253,7 +259,7 @@ impl Session {
         now: Instant,
     ) -> Received {
         let mut received = Received::default();
-        if self.negotiated.is_none() {
+        if self.negotiated.is_none() || !self.flow.is_open(now) {
             return received;
         }
         let handle = Rc::clone(&self.handle);
@@ -263,7 +269,9 @@ impl Session {
             now,
             received: &mut received,
         };
-        while let Some(stream) = path.stream_readable_next() {
+        while self.flow.goes_on(&handle, now)
+            && let Some(stream) = path.stream_readable_next()
+        {
             let inbox = &mut self.inbox;
             if let Err((fault, header)) = inbox.read(path, stream, scratch, bodies, &mut delivery) {
                 on_fault(&handle, fault, header, delivery.received);
@@ -271,7 +279,9 @@ impl Session {
             // Before another stream brings the rest of a request.
             cancel_arriving(&handle, inbox, path, delivery.received);
         }
-        while let Some(datagram) = path.datagram_recv() {
+        while self.flow.is_open(now)
+            && let Some(datagram) = path.datagram_recv()
+        {
             delivery.on_datagram(&datagram);
             cancel_arriving(&handle, &mut self.inbox, path, delivery.received);
         }
@@ -279,6 +289,7 @@ impl Session {
         let opened = self.inbox.take_opened();
         if opened > 0 {
             handle.state.counters.add(Counter::StreamsIn, opened);
+            handle.work.streams(opened);
             if self.judge_at.is_none() && self.inbox.unfinished() > 0 {
                 self.judge_at = Some(now + progress_interval(self.config(), path.stats().rtt));
             }
@@ -336,7 +347,13 @@ impl Session {
         let calls = self.handle.next_deadline();
         let health = self.health.as_ref().and_then(Health::poll_timeout);
         let keep_alive = self.keep_alive.map(|(at, _)| at);
-        let waits = [calls, health, keep_alive, self.judge_at];
+        let waits = [
+            calls,
+            health,
+            keep_alive,
+            self.judge_at,
+            self.flow.opens_at(),
+        ];
         waits.into_iter().flatten().min()
     }
 
@@ -352,6 +369,11 @@ impl Session {
         });
         self.keep_alive(path, now);
         let mut close = self.probe(path, now).then_some(CloseCode::Unhealthy);
+        // What is held back could not come forward.
+        if let (Some(at), Some(opens_at)) = (&mut self.judge_at, self.flow.opens_at()) {
+            let interval = progress_interval(&self.handle.state.config, path.stats().rtt);
+            *at = (*at).max(opens_at + interval);
+        }
         if self.judge_at.is_some_and(|at| at <= now) && self.judge_streams(path, now) {
             close = Some(CloseCode::Violation);
         }
@@ -451,6 +473,7 @@ impl Session {
         let is_unfinished = self.inbox.unfinished() > 0;
         let interval = progress_interval(config, path.stats().rtt);
         self.judge_at = is_unfinished.then(|| now + interval);
+        self.flow.judge(&handle, now);
         received.fault.is_some()
     }
 }

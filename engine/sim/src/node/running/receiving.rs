@@ -92,7 +92,7 @@ impl Running {
     }
 
     /// After a packet: everything that it made possible.
-    fn on_packets(&mut self, slot: usize) {
+    pub(super) fn on_packets(&mut self, slot: usize) {
         let now = self.now;
         let Some(connection) = self.connections.get(&slot) else {
             return;
@@ -119,8 +119,11 @@ impl Running {
             for sequence in received.probe_replies {
                 session.on_probe_reply(sequence, now);
             }
+            let flood = session.flood();
             if received.fault.is_some() {
                 self.close(slot, CloseCode::Violation);
+            } else if flood.is_some() {
+                self.close(slot, CloseCode::Flood);
             }
         }
         self.mark_dirty(slot);

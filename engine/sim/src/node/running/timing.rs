@@ -62,6 +62,7 @@ impl Running {
             self.remove(slot);
             return;
         }
+        let mut is_released = false;
         let mut close = match connection.phase.expired(now) {
             Some(Expired::Handshake) => {
                 let counters = self.state.counters();
@@ -74,9 +75,14 @@ impl Running {
         if let Some(session) = &mut connection.session {
             let due = session.on_timeout(&mut connection.quic, now);
             close = due.or(close);
+            let flood = session.flood().map(|_| CloseCode::Flood);
+            close = close.or(flood);
+            is_released = session.take_release(now);
         }
         if let Some(code) = close {
             self.close(slot, code);
+        } else if is_released {
+            self.on_packets(slot);
         }
         self.mark_dirty(slot);
     }
