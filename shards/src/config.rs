@@ -55,8 +55,11 @@ pub struct ShardConfig {
     pub mailbox_batch: usize,
     /// Receive completions handled per turn.
     pub receive_batch: usize,
-    /// Bytes of the shard's chunk pool, rounded up to whole chunks.
+    /// Bytes of the shard's chunk pool at most, rounded up to whole chunks.
     pub chunk_pool_bytes: u64,
+    /// Bytes of the pool that are free and present from the start on, while it grows: see
+    /// [`ChunkPool::growing`](crate::chunk::ChunkPool::growing).
+    pub chunk_pool_ahead_bytes: u64,
     /// Where the chunk pool's pages come from.
     pub huge_pages: HugePages,
     /// The longest park in the shard's own ring: the fallback when a wake-up was lost.
@@ -92,6 +95,7 @@ impl Default for ShardConfig {
             // One completion per turn cost 12 % of bulk throughput against several.
             receive_batch: 8,
             chunk_pool_bytes: 256 << 20,
+            chunk_pool_ahead_bytes: 32 << 20,
             huge_pages: HugePages::Auto,
             direct_park_max: Duration::from_millis(50),
             preempt_timer: Duration::from_secs(1),
@@ -107,16 +111,30 @@ impl ShardConfig {
     /// and glommio's file buffers.
     #[must_use]
     pub fn memory_budget_bytes(&self) -> u64 {
-        let rx = u64::from(self.rx_slots_max.max(self.rx_slots)) * RX_SLOT_BYTES as u64;
-        let tx = u64::from(self.tx_slots_max.max(self.tx_slots)) * TX_SLOT_BYTES as u64;
+        let (rx_slots, tx_slots) = (self.rx_slots_max, self.tx_slots_max);
+        let chunks = self.chunk_pool_bytes;
+        self.bytes_with(rx_slots, tx_slots, chunks)
+    }
+
+    /// Of [`Self::memory_budget_bytes`], what this shard takes from the system at its start.
+    #[must_use]
+    pub fn memory_at_start_bytes(&self) -> u64 {
+        let chunks = self.chunk_pool_ahead_bytes.min(self.chunk_pool_bytes);
+        self.bytes_with(0, 0, chunks)
+    }
+
+    /// With so many slots, or those of the start, and so many bytes of chunks.
+    fn bytes_with(&self, rx_slots: u16, tx_slots: u16, chunks: u64) -> u64 {
+        let rx = u64::from(rx_slots.max(self.rx_slots)) * RX_SLOT_BYTES as u64;
+        let tx = u64::from(tx_slots.max(self.tx_slots)) * TX_SLOT_BYTES as u64;
         // 64 B per submission entry, four completions of 16 B each, and of a train a record of 192
         // B and a description of 64 B.
         let ring = u64::from(self.ring_entries) * (64 + 4 * 16 + 192 + 64);
         let mailbox = self.mailbox_capacity as u64 * 64;
-        // With 64 B for each unit of 64 KiB.
-        let chunks = self.chunk_pool_bytes.next_multiple_of(CHUNK_BYTES as u64);
-        let chunks = chunks + chunks / 1024;
-        rx + tx + ring + mailbox + chunks + GLOMMIO_IO_BYTES as u64
+        // 64 B for each unit of 64 KiB that there may be.
+        let headers = self.chunk_pool_bytes.next_multiple_of(CHUNK_BYTES as u64) / 1024;
+        let chunks = chunks.next_multiple_of(CHUNK_BYTES as u64);
+        rx + tx + ring + mailbox + headers + chunks + GLOMMIO_IO_BYTES as u64
     }
 }
 
@@ -134,5 +152,6 @@ mod tests {
         let slots = 256 * (RX_SLOT_BYTES + TX_SLOT_BYTES) as u64;
         assert!(config.memory_budget_bytes() >= slots + CHUNK_BYTES as u64);
         assert!(config.memory_budget_bytes() < slots + 4 * CHUNK_BYTES as u64);
+        assert!(config.memory_at_start_bytes() < 8 * CHUNK_BYTES as u64);
     }
 }

@@ -196,6 +196,18 @@ pub(crate) fn allowed_cpus() -> Vec<usize> {
         .collect()
 }
 
+/// Lets the calling thread run on these cores, as far as the kernel allows them.
+pub(crate) fn allow_cpus(cpus: &[usize]) {
+    // SAFETY: an all-zero set is a valid, empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    for &cpu in cpus.iter().filter(|&&cpu| cpu < libc::CPU_SETSIZE as usize) {
+        // SAFETY: the index is below the set's size.
+        unsafe { libc::CPU_SET(cpu, &mut set) };
+    }
+    // SAFETY: the set lives over the call and its size is passed.
+    unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set) };
+}
+
 /// The soft limit of locked memory.
 pub(crate) fn memlock_bytes() -> u64 {
     let mut limit = libc::rlimit {

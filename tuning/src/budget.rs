@@ -11,6 +11,8 @@ pub struct BudgetLine {
     pub each: ByteSize,
     /// Largest number of items.
     pub count: u64,
+    /// Bytes of all items that the node takes from the system at its start.
+    pub at_start: ByteSize,
 }
 
 impl BudgetLine {
@@ -27,12 +29,24 @@ pub struct MemoryBudget {
 }
 
 impl MemoryBudget {
-    /// Adds `count` times `each`.
+    /// Adds `count` times `each`, which the node takes as it needs them.
     pub fn add(&mut self, name: impl Into<String>, each: ByteSize, count: u64) {
+        self.add_growing(name, ByteSize(0), each, count);
+    }
+
+    /// Adds `count` times `each`, of which the node takes `at_start` at its start.
+    pub fn add_growing(
+        &mut self,
+        name: impl Into<String>,
+        at_start: ByteSize,
+        each: ByteSize,
+        count: u64,
+    ) {
         self.lines.push(BudgetLine {
             name: name.into(),
             each,
             count,
+            at_start,
         });
     }
 
@@ -43,11 +57,17 @@ impl MemoryBudget {
 
     /// Bytes of all lines together; saturates.
     pub fn total(&self) -> ByteSize {
-        ByteSize(
-            self.lines
-                .iter()
-                .fold(0, |sum, line| sum.saturating_add(line.total().0)),
-        )
+        self.sum(BudgetLine::total)
+    }
+
+    /// Bytes that the node takes at its start; saturates.
+    pub fn at_start(&self) -> ByteSize {
+        self.sum(|line| line.at_start)
+    }
+
+    fn sum(&self, bytes: impl Fn(&BudgetLine) -> ByteSize) -> ByteSize {
+        let add = |sum: u64, line| sum.saturating_add(bytes(line).0);
+        ByteSize(self.lines.iter().fold(0, add))
     }
 }
 

@@ -291,8 +291,10 @@ pub struct ShardProfile {
     pub receive_batch: u64,
     /// Messages from other threads that may wait.
     pub mailbox_capacity: u64,
-    /// Memory for bodies.
+    /// Memory for bodies at most.
     pub chunk_pool_bytes: ByteSize,
+    /// Of it, what is there from the start, and kept free ahead of need.
+    pub chunk_pool_ahead_bytes: ByteSize,
     /// Use of 2 MiB pages for the pool.
     pub huge_pages: HugePages,
 }
@@ -366,6 +368,8 @@ pub struct TransportSection {
     pub stream_queue_bulk_max: u64,
     /// Bytes of answers with a stream of their own that may wait for a peer on a connection.
     pub answer_queue_bytes: ByteSize,
+    /// Bytes that may wait for all peers of a shard together.
+    pub queue_bytes_max: ByteSize,
     /// Message streams of one class that are fed at the same time.
     pub streams_active_max: u64,
     /// Our requests of the latency class in flight to a peer.
@@ -384,6 +388,8 @@ pub struct TransportSection {
     pub receive_budget_peer_bytes: ByteSize,
     /// Chunk memory all peers together may hold reserved on a shard for bodies that are arriving.
     pub receive_budget_bytes: ByteSize,
+    /// Bytes of small bodies beside the pool that all peers of a shard may make it hold.
+    pub inline_bytes_max: ByteSize,
     /// What a message stream must bring in each stream_progress_interval, or be done; otherwise it
     /// is refused.
     pub stream_progress_bytes: ByteSize,
@@ -582,6 +588,7 @@ impl Default for ShardProfile {
             receive_batch: 8,
             mailbox_capacity: 4096,
             chunk_pool_bytes: ByteSize::mib(768),
+            chunk_pool_ahead_bytes: ByteSize::mib(32),
             huge_pages: HugePages::Auto,
         }
     }
@@ -619,6 +626,7 @@ impl Default for TransportSection {
             stream_queue_normal_max: 1024,
             stream_queue_bulk_max: 256,
             answer_queue_bytes: ByteSize::mib(8),
+            queue_bytes_max: ByteSize::mib(128),
             streams_active_max: 8,
             requests_out_latency_max: 4096,
             requests_out_normal_max: 4096,
@@ -628,6 +636,7 @@ impl Default for TransportSection {
             requests_in_bulk_max: 256,
             receive_budget_peer_bytes: ByteSize::mib(256),
             receive_budget_bytes: ByteSize::mib(512),
+            inline_bytes_max: ByteSize::mib(32),
             stream_progress_bytes: ByteSize::kib(64),
             stream_progress_interval: Period::secs(5),
             body_patience: Period::secs(30),

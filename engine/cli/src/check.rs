@@ -115,19 +115,22 @@ fn interfaces(parsed: &Parsed) -> Vec<Problem> {
 }
 
 fn print_budget(budget: &MemoryBudget) -> Result<(), Failure> {
-    output::data("memory budget")?;
+    let columns = format_args!("{:>8} {:>29}", "at start", "at most");
+    output::data(format_args!("{:<50} {columns}", "memory budget, MiB"))?;
     for line in budget.lines() {
-        let total = mib(line.total().0);
         output::data(format_args!(
-            "  {:<44} {:>6} x {:>10.1} KiB = {total:>10.1} MiB",
+            "  {:<48} {:>8.1} {:>7} x {:>8.2} = {:>8.1}",
             line.name,
+            mib(line.at_start.0),
             line.count,
-            line.each.0 as f64 / 1024.0
+            mib(line.each.0),
+            mib(line.total().0)
         ))?;
     }
     output::data(format_args!(
-        "  {:<44} {:>35.1} MiB",
+        "  {:<48} {:>8.1} {:>29.1}",
         "total",
+        mib(budget.at_start().0),
         mib(budget.total().0)
     ))
 }
@@ -142,6 +145,7 @@ struct Report {
     exit: u8,
     problems: Vec<ProblemJson>,
     memory_budget_bytes: u64,
+    memory_at_start_bytes: u64,
     memory: Vec<LineJson>,
 }
 
@@ -161,6 +165,7 @@ struct LineJson {
     name: String,
     each_bytes: u64,
     count: u64,
+    at_start_bytes: u64,
 }
 
 impl Report {
@@ -185,6 +190,7 @@ impl Report {
                 })
                 .collect(),
             memory_budget_bytes: budget.total().0,
+            memory_at_start_bytes: budget.at_start().0,
             memory: budget
                 .lines()
                 .iter()
@@ -192,6 +198,7 @@ impl Report {
                     name: line.name.clone(),
                     each_bytes: line.each.0,
                     count: line.count,
+                    at_start_bytes: line.at_start.0,
                 })
                 .collect(),
         }

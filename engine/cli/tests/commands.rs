@@ -106,34 +106,41 @@ fn check_reports_all_mistakes_of_a_config_at_once() {
 }
 
 /// The memory budget is printed as it was computed: each line is its items' bytes times their
-/// number, and the last one is the sum.
+/// number, and the last one is the sum, of what is taken at the start and of what may be at most.
 fn assert_budget(config: &Config, printed: &str) {
     let output = config.check(&["--no-environment", "--json"]);
     let report: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
-    let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
-    let mut sum = 0;
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let shown = |name: &str| {
+        let of_line = |line: &str| {
+            let rest = line.trim_start().strip_prefix(name)?;
+            let rest = rest.strip_prefix(' ')?;
+            Some(rest.split_whitespace().collect::<Vec<_>>().join(" "))
+        };
+        printed.lines().find_map(of_line).expect(name)
+    };
+    let [mut start_sum, mut sum] = [0; 2];
     for line in report["memory"].as_array().unwrap() {
         let name = line["name"].as_str().unwrap();
-        let [each, count] = ["each_bytes", "count"].map(|key| line[key].as_u64().unwrap());
+        let [start, each, count] =
+            ["at_start_bytes", "each_bytes", "count"].map(|key| line[key].as_u64().unwrap());
+        start_sum += start;
         sum += each * count;
-        let shown = printed.lines().find(|shown| shown.contains(name)).unwrap();
-        let numbers: String = shown
-            .replacen(name, "", 1)
-            .split_whitespace()
-            .collect::<Vec<_>>()
-            .join(" ");
-        let expected = format!(
-            "{count} x {:.1} KiB = {}",
-            each as f64 / 1024.0,
-            mib(each * count)
-        );
-        assert_eq!(numbers, expected, "{name}");
+        let (start, each, all) = (mib(start), mib(each), mib(each * count));
+        let expected = format!("{start:.1} {count} x {each:.2} = {all:.1}");
+        assert_eq!(shown(name), expected, "{name}");
     }
     assert_eq!(report["memory_budget_bytes"], sum);
-    let total = printed.lines().last().unwrap();
+    assert_eq!(report["memory_at_start_bytes"], start_sum);
+    let (start_sum, sum) = (mib(start_sum), mib(sum));
+    assert_eq!(shown("total"), format!("{start_sum:.1} {sum:.1}"));
     assert!(
-        total.contains("total") && total.ends_with(&mib(sum)),
-        "{total}"
+        printed
+            .lines()
+            .last()
+            .unwrap()
+            .trim_start()
+            .starts_with("total")
     );
 }
 

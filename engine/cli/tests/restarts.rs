@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 mod common;
+#[path = "restarts/mesh.rs"]
+mod mesh;
 
 use std::path::{Path, PathBuf};
 use std::process::Output;

@@ -34,6 +34,7 @@ pub fn shard(profile: &ShardProfile, cpu: Option<u64>) -> ShardConfig {
         mailbox_capacity: to_usize(profile.mailbox_capacity),
         receive_batch: to_usize(profile.receive_batch),
         chunk_pool_bytes: profile.chunk_pool_bytes.bytes(),
+        chunk_pool_ahead_bytes: profile.chunk_pool_ahead_bytes.bytes(),
         huge_pages: match profile.huge_pages {
             config::HugePages::Auto => HugePages::Auto,
             config::HugePages::Never => HugePages::Never,
@@ -130,6 +131,8 @@ pub fn transport(config: &NodeConfig) -> TransportConfig {
             bulk: to_usize(from.stream_queue_bulk_max),
         },
         answer_queue_bytes: from.answer_queue_bytes.bytes(),
+        queue_bytes_max: from.queue_bytes_max.bytes(),
+        inline_bytes_max: from.inline_bytes_max.bytes(),
         streams_active_max: to_usize(from.streams_active_max),
         requests_out_max: PerClass {
             latency: to_u32(from.requests_out_latency_max),

@@ -63,6 +63,12 @@ const OWN: &[Own] = &[
         help: "Heap bytes that QUIC holds for connections",
     },
     Own {
+        name: "millrace_transport_queue_bytes",
+        kind: Kind::Gauge,
+        label: None,
+        help: "Bytes that wait for peers on lanes, and of answers outside the chunk pool",
+    },
+    Own {
         name: "millrace_chunks",
         kind: Kind::Gauge,
         label: Some("shard"),
@@ -79,6 +85,12 @@ const OWN: &[Own] = &[
         kind: Kind::Gauge,
         label: Some("shard"),
         help: "Bytes of the pool that are free, also in chunks that smaller bodies share",
+    },
+    Own {
+        name: "millrace_chunks_present_bytes",
+        kind: Kind::Gauge,
+        label: Some("shard"),
+        help: "Bytes of the pool that have memory of the system",
     },
     Own {
         name: "millrace_registry_version",
@@ -441,6 +453,8 @@ fn transport(core: &Core, out: &mut Out<'_>) -> fmt::Result {
     out.gauge("millrace_transport_connections_open", connections)?;
     out.gauge("millrace_transport_handshakes_open", handshakes)?;
     let heap_bytes = shards.iter().map(|shard| shard.quic_heap_bytes).sum();
+    let queue_bytes = shards.iter().map(|shard| shard.queue_bytes).sum();
+    out.gauge("millrace_transport_queue_bytes", queue_bytes)?;
     out.gauge("millrace_transport_quic_heap_bytes", heap_bytes)
 }
 
@@ -478,6 +492,11 @@ fn shards(core: &Core, out: &mut Out<'_>) -> fmt::Result {
         "millrace_chunks_free_bytes",
         help_of("millrace_chunks_free_bytes"),
         pools(|p| p.free_bytes()),
+    )?;
+    out.gauges(
+        "millrace_chunks_present_bytes",
+        help_of("millrace_chunks_present_bytes"),
+        pools(|p| p.present_bytes()),
     )
 }
 

@@ -10,9 +10,9 @@
 //!    n together n/(n+1). A peer that holds nothing gets what fits.
 //! 3. What a peer holds is what was reserved for it less what was released for it.
 //! 4. Inline bodies, which are small and given back right after their handler, have an allowance
-//!    beside the total: `peer_inline_bytes_max` for each peer. So a peer whose kept bodies fill its
-//!    share still gets its small messages through. One above the allowance is reserved as any
-//!    other.
+//!    beside the total: `peer_inline_bytes_max` for each peer, and `inline_bytes_max` for all. So a
+//!    peer whose kept bodies fill its share still gets its small messages through. One above the
+//!    allowance is reserved as any other.
 
 use crate::frame::FailureCode;
 use crate::id::NodeId;
@@ -28,6 +28,8 @@ pub struct BudgetConfig {
     pub peer_bytes_max: u64,
     /// For inline bodies of one peer, beside the other two.
     pub peer_inline_bytes_max: u64,
+    /// For inline bodies of all peers, beside the total.
+    pub inline_bytes_max: u64,
 }
 
 impl Default for BudgetConfig {
@@ -36,6 +38,7 @@ impl Default for BudgetConfig {
             total_bytes: 512 << 20,
             peer_bytes_max: 256 << 20,
             peer_inline_bytes_max: 1 << 20,
+            inline_bytes_max: 32 << 20,
         }
     }
 }
@@ -98,6 +101,7 @@ pub struct ReceiveBudget {
     peers: BTreeMap<NodeId, u64>,
     /// Peers that hold something of their allowance.
     inline: BTreeMap<NodeId, u64>,
+    inline_used_bytes: u64,
 }
 
 impl ReceiveBudget {
@@ -108,6 +112,7 @@ impl ReceiveBudget {
             used_bytes: 0,
             peers: BTreeMap::new(),
             inline: BTreeMap::new(),
+            inline_used_bytes: 0,
         }
     }
 
@@ -144,11 +149,14 @@ impl ReceiveBudget {
     #[must_use]
     pub fn reserve_inline(&mut self, peer: NodeId, bytes: u64) -> bool {
         let held_bytes = self.inline_bytes(&peer);
-        if bytes > self.config.peer_inline_bytes_max - held_bytes {
+        let own_bytes = self.config.peer_inline_bytes_max - held_bytes;
+        let all_bytes = self.config.inline_bytes_max - self.inline_used_bytes;
+        if bytes > own_bytes.min(all_bytes) {
             return false;
         }
         if bytes > 0 {
             self.inline.insert(peer, held_bytes + bytes);
+            self.inline_used_bytes += bytes;
         }
         self.invariants();
         true
@@ -163,7 +171,7 @@ impl ReceiveBudget {
 
     /// As [`Self::release`], of the allowance for inline bodies.
     pub fn release_inline(&mut self, peer: &NodeId, bytes: u64) {
-        take_back(&mut self.inline, peer, bytes);
+        self.inline_used_bytes -= take_back(&mut self.inline, peer, bytes);
         self.invariants();
     }
 
@@ -175,6 +183,11 @@ impl ReceiveBudget {
     /// Not reserved.
     pub fn free_bytes(&self) -> u64 {
         self.config.total_bytes - self.used_bytes
+    }
+
+    /// Of the allowances for inline bodies together, not reserved.
+    pub fn inline_free_bytes(&self) -> u64 {
+        self.config.inline_bytes_max - self.inline_used_bytes
     }
 
     /// Reserved by one peer, without inline bodies of its allowance.
@@ -190,6 +203,8 @@ impl ReceiveBudget {
     fn invariants(&self) {
         debug_assert!(self.used_bytes <= self.config.total_bytes);
         debug_assert_eq!(self.used_bytes, self.peers.values().sum::<u64>());
+        debug_assert!(self.inline_used_bytes <= self.config.inline_bytes_max);
+        debug_assert_eq!(self.inline_used_bytes, self.inline.values().sum::<u64>());
         debug_assert!(
             self.peers
                 .values()
@@ -235,6 +250,7 @@ mod tests {
             total_bytes: 100,
             peer_bytes_max: 80,
             peer_inline_bytes_max: 0,
+            inline_bytes_max: 0,
         });
         let refused =
             |result: Result<(), BudgetError>| result.err().map(|e| (e.reason(), e.failure_code()));
@@ -271,6 +287,7 @@ mod tests {
             total_bytes: 100,
             peer_bytes_max: 50,
             peer_inline_bytes_max: 10,
+            inline_bytes_max: 25,
         });
         budget.reserve(peer(1), 50).unwrap();
         budget.reserve(peer(2), 50).unwrap();
@@ -280,6 +297,9 @@ mod tests {
         assert!(budget.reserve_inline(peer(1), 3) && !budget.reserve_inline(peer(1), 1));
         budget.release_inline(&peer(1), 4);
         assert!(!budget.reserve_inline(peer(1), 5) && budget.reserve_inline(peer(1), 4));
+        // All peers together have less than three allowances.
+        assert!(!budget.reserve_inline(peer(3), 6) && budget.reserve_inline(peer(3), 5));
+        assert_eq!(budget.inline_free_bytes(), 0);
     }
 
     #[derive(Clone, Copy, Debug)]
@@ -305,10 +325,12 @@ mod tests {
             const TOTAL: u64 = 100;
             const MAX: u64 = 50;
             const INLINE_MAX: u64 = 70;
+            const ALL_INLINE_MAX: u64 = 150;
             let mut budget = ReceiveBudget::new(BudgetConfig {
                 total_bytes: TOTAL,
                 peer_bytes_max: MAX,
                 peer_inline_bytes_max: INLINE_MAX,
+                inline_bytes_max: ALL_INLINE_MAX,
             });
             let mut held = [0u64; 4];
             let mut inline = [0u64; 4];
@@ -333,7 +355,9 @@ mod tests {
                         held[usize::from(n)] -= bytes;
                     }
                     Step::ReserveInline => {
-                        let granted = mine_inline + bytes <= INLINE_MAX;
+                        let all_inline = inline.iter().sum::<u64>() + bytes;
+                        let granted =
+                            mine_inline + bytes <= INLINE_MAX && all_inline <= ALL_INLINE_MAX;
                         prop_assert_eq!(budget.reserve_inline(peer(n), bytes), granted);
                         inline[usize::from(n)] += if granted { bytes } else { 0 };
                     }

@@ -4,7 +4,7 @@
 //! way, a probe or its reply is lost with 24 %, and three in a row once in about 90 s. So a probe
 //! measures, and silence judges.
 //!
-//! 1. A probe is sent every `interval`, and earlier only on request.
+//! 1. A probe is sent every `interval`, at a time of the grid, and earlier only on request.
 //! 2. The connection fails when `missed_max` probes in a row have been out for an interval without
 //!    a reply, and nothing else of the peer arrived since the first of them was sent; the machine
 //!    reports that once.
@@ -14,6 +14,8 @@ use std::{
     collections::VecDeque,
     time::{Duration, Instant},
 };
+
+use crate::time_grid::TimeGrid;
 
 /// Times and bounds of [`Health`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +65,7 @@ pub struct Rtt {
 #[derive(Debug)]
 pub struct Health {
     config: HealthConfig,
+    grid: TimeGrid,
     next_at: Instant,
     sequence: u32,
     /// The last probes, oldest first.
@@ -83,10 +86,11 @@ struct Probe {
 }
 
 impl Health {
-    /// A machine that sends its first probe at once.
-    pub fn new(config: HealthConfig, now: Instant) -> Self {
+    /// A machine that sends its first probe at once, and the others at times of `grid`.
+    pub fn new(config: HealthConfig, grid: TimeGrid, now: Instant) -> Self {
         Self {
             config,
+            grid,
             next_at: now,
             sequence: 0,
             probes: VecDeque::new(),
@@ -135,8 +139,8 @@ impl Health {
         if now < self.next_at || self.failed {
             return;
         }
-        self.next_at = now + self.config.interval;
-        let judged = |probe: &&Probe| probe.answered || now >= probe.sent + self.config.interval;
+        self.next_at = self.grid.next(now, self.config.interval);
+        let judged = |probe: &&Probe| probe.answered || self.is_overdue(probe, now);
         let latest = self.probes.iter().rev().filter(judged);
         let is_silent =
             |probe: &&Probe| !probe.answered && self.alive_at.is_none_or(|at| at <= probe.sent);
@@ -182,11 +186,16 @@ impl Health {
     pub fn loss_per_mille(&self, now: Instant) -> u32 {
         let (mut lost, mut known) = (0, 0);
         for probe in &self.probes {
-            let overdue = now >= probe.sent + self.config.interval;
+            let overdue = self.is_overdue(probe, now);
             known += u32::from(probe.answered || overdue);
             lost += u32::from(!probe.answered && overdue);
         }
         (lost * 1000_u32).checked_div(known).unwrap_or(0)
+    }
+
+    /// Whether a reply was to be there: at the next time of the grid it was.
+    fn is_overdue(&self, probe: &Probe, now: Instant) -> bool {
+        now >= probe.sent + TimeGrid::least(self.config.interval)
     }
 
     fn invariants(&self) {
@@ -223,7 +232,7 @@ mod tests {
     #[test]
     fn measures_round_trips_and_loss() {
         let start = Instant::now();
-        let mut health = Health::new(THREE, start);
+        let mut health = Health::new(THREE, TimeGrid::through(start), start);
         assert_eq!((health.rtt(), health.loss_per_mille(start)), (None, 0));
         for (n, rtt) in [(0, 20 * MS), (1, 10 * MS), (2, 90 * MS)] {
             let now = start + n * SECOND;
@@ -256,13 +265,13 @@ mod tests {
     #[test]
     fn fails_once_after_the_missed_probes() {
         let start = Instant::now();
-        let mut health = Health::new(THREE, start);
+        let mut health = Health::new(THREE, TimeGrid::through(start), start);
         for n in 0..3 {
             assert!(probe(&mut health, start + n * SECOND).is_some());
         }
         let now = start + 3 * SECOND;
         assert_eq!(probe(&mut health, now), None);
-        let mut told = Health::new(THREE, start);
+        let mut told = Health::new(THREE, TimeGrid::through(start), start);
         for n in 0..=3 {
             told.handle_timeout(start + n * SECOND);
             let action = told.poll_action(start + n * SECOND);
@@ -285,7 +294,7 @@ mod tests {
         ];
         for (heard, failure) in cases {
             let start = Instant::now();
-            let mut health = Health::new(THREE, start);
+            let mut health = Health::new(THREE, TimeGrid::through(start), start);
             let failed = (0..=10).find(|n| {
                 let now = start + *n * SECOND;
                 if heard.contains(n) {
@@ -303,7 +312,7 @@ mod tests {
     #[test]
     fn a_reply_to_an_early_probe_proves_life() {
         let start = Instant::now();
-        let mut health = Health::new(THREE, start);
+        let mut health = Health::new(THREE, TimeGrid::through(start), start);
         for n in 0..3 {
             probe(&mut health, start + n * SECOND).unwrap();
         }
@@ -321,7 +330,7 @@ mod tests {
         #[test]
         fn fails_exactly_after_a_run_of_losses(replies in proptest::collection::vec(any::<bool>(), 1..80)) {
             let mut now = Instant::now();
-            let mut health = Health::new(THREE, now);
+            let mut health = Health::new(THREE, TimeGrid::through(now), now);
             let mut run = 0;
             for replied in replies {
                 let sequence = probe(&mut health, now);

@@ -28,6 +28,7 @@ pub mod registry;
 pub mod rng;
 pub mod rpc;
 pub mod score;
+pub mod time_grid;
 pub mod timer;
 pub mod tls_keys;
 pub mod topology;

@@ -127,6 +127,9 @@ pub(crate) struct AnswerBounds {
 /// [`INLINE_BYTES_MAX`]: crate::INLINE_BYTES_MAX
 pub(crate) const PEER_INLINE_BYTES_MAX: u64 = 1 << 20;
 
+/// Tables, timers, TLS and the buffers of lanes of a connection that is up and idle. An allowance.
+const CONNECTION_BYTES: u64 = 512 << 10;
+
 /// Limits, windows and times of the transport. See each field.
 #[derive(Clone, Debug)]
 pub struct TransportConfig {
@@ -172,6 +175,10 @@ pub struct TransportConfig {
     /// Answers in chunks lie in the pool: as many of their bytes may wait as
     /// `receive_budget_peer_bytes` says, or one of any length.
     pub answer_queue_bytes: u64,
+    /// Bytes that may wait to be sent on all connections of the shard together: on lanes, and
+    /// answers outside the pool. Who holds some gets more only while it holds no more than stays
+    /// free.
+    pub queue_bytes_max: u64,
     /// Message streams of one class that are fed at the same time.
     pub streams_active_max: usize,
     /// Requests of ours in flight to a peer, for each class.
@@ -182,6 +189,9 @@ pub struct TransportConfig {
     /// is 1 MiB for small bodies (`PEER_INLINE_BYTES_MAX`). Counted apart from them, as many bytes
     /// of answers in chunks may wait for a peer on a connection.
     pub receive_budget_peer_bytes: u64,
+    /// Bytes of bodies up to 64 KiB that all peers together may make this shard hold beside the
+    /// chunk pool; further ones lie in the pool.
+    pub inline_bytes_max: u64,
     /// Body bytes that all peers together may make this shard hold; at most its chunk pool. One
     /// peer alone reaches half of it.
     pub receive_budget_bytes: u64,
@@ -249,6 +259,8 @@ impl Default for TransportConfig {
                 bulk: 256,
             },
             answer_queue_bytes: 8 << 20,
+            queue_bytes_max: 128 << 20,
+            inline_bytes_max: 32 << 20,
             streams_active_max: 8,
             requests_out_max: PerClass {
                 latency: 4_096,
@@ -348,6 +360,7 @@ impl TransportConfig {
             total_bytes: self.receive_budget_bytes,
             peer_bytes_max: self.receive_budget_peer_bytes,
             peer_inline_bytes_max: PEER_INLINE_BYTES_MAX,
+            inline_bytes_max: self.inline_bytes_max,
         }
     }
 
@@ -378,14 +391,11 @@ impl TransportConfig {
         all.into_iter().fold(0, usize::saturating_add)
     }
 
-    /// What one connection may make this node hold besides chunks and `quic_heap_bytes_max`, bytes:
-    /// queues at their bounds, with the headroom of lanes for refusals, answers that wait, and
-    /// inline bodies.
+    /// What one connection may make this node hold besides chunks, `quic_heap_bytes_max`,
+    /// `queue_bytes_max` and `inline_bytes_max`, bytes: refusals and cancellations that wait, and
+    /// what the connection itself takes.
     pub fn connection_budget_bytes(&self) -> u64 {
-        let queues = self.lane_queue_bytes.latency
-            + self.lane_queue_bytes.normal
-            + self.lane_queue_bytes.bulk;
         let headroom: usize = self.lane_headroom_bytes().into_iter().sum();
-        (queues + headroom) as u64 + self.answer_queue_bytes + PEER_INLINE_BYTES_MAX
+        headroom as u64 + CONNECTION_BYTES
     }
 }

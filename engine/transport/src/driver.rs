@@ -18,6 +18,7 @@ use std::time::Instant;
 
 use millrace_protocol::backoff::BackoffConfig;
 use millrace_protocol::peers::PeersConfig;
+use millrace_protocol::time_grid::TimeGrid;
 
 pub use crate::allocator::BodyAllocator;
 pub use crate::buffers::StreamBuffer;
@@ -59,7 +60,8 @@ pub fn peers_config(config: &TransportConfig, index: u8, shard: u8, shards: u8) 
 impl ShardState {
     /// The state of a driver without connections.
     pub fn for_driver(config: TransportConfig, now: Instant) -> Rc<Self> {
-        Rc::new(Self::new(config, Arc::new(Counters::default()), now))
+        let grid = TimeGrid::through(now);
+        Rc::new(Self::new(config, Arc::new(Counters::default()), grid, now))
     }
 
     /// Limits, windows and times.

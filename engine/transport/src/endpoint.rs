@@ -120,6 +120,9 @@ pub(crate) struct Endpoint {
     half_open: usize,
     /// Heap bytes that quiche holds for all of them.
     heap_bytes: u64,
+    /// Whether a connection had something to receive or to send since the last housekeeping. An
+    /// idle shard with many peers does not look at all of them ten times a second.
+    is_touched: bool,
     /// Connections that clients without a proof began, and that have not been found to be a
     /// member's.
     unproven: usize,
@@ -189,6 +192,7 @@ impl Endpoint {
             handshakes: 0,
             half_open: 0,
             heap_bytes: 0,
+            is_touched: true,
             unproven: 0,
             kept_for_peers: 0,
             log_limit: LogLimit::default(),
@@ -253,6 +257,7 @@ impl Endpoint {
         self.topology = topology;
         self.run_actions(now);
         self.end_retired();
+        self.is_touched = true;
     }
 
     fn take_slot(&mut self) -> usize {
@@ -302,6 +307,7 @@ impl Endpoint {
 
     /// A connection has received something that is to be acknowledged, now or soon.
     fn mark_received(&mut self, slot: usize) {
+        self.is_touched = true;
         if let Some(Some(connection)) = self.connections.get_mut(slot)
             && !std::mem::replace(&mut connection.is_dirty, true)
         {
@@ -359,6 +365,30 @@ impl Endpoint {
         sent
     }
 
+    /// Takes up what the connections have seen since the last time.
+    fn housekeep_connections(&mut self, has_abandoned: bool, now: Instant) {
+        for connection in self.connections.iter_mut().flatten() {
+            if let Some(session) = &mut connection.session {
+                let is_lossy = session.housekeep(&mut connection.quic);
+                let drains = matches!(connection.phase, Phase::Draining { until: None, .. });
+                // Both end with time.
+                self.is_touched |= drains || is_lossy;
+                if drains
+                    && let Some(until) = session.drains_until(&connection.quic, now)
+                    && let Some(peers) = self.parts.peers.get_mut(connection.index)
+                {
+                    peers.drains_on(connection.key, until);
+                }
+                if has_abandoned {
+                    session.cancel_abandoned();
+                }
+                if is_lossy {
+                    connection.follow_mtu(&self.parts.state.counters, now);
+                }
+            }
+        }
+    }
+
     fn publish(&mut self) {
         let peers = self.connections.iter().flatten().filter_map(|connection| {
             let session = connection.session.as_ref()?;
@@ -398,6 +428,7 @@ impl Endpoint {
                 quic_heap_bytes: self.heap_bytes,
                 by_older_key: self.by_older_key(),
                 floods_cut: self.floods_cut,
+                queue_bytes: self.parts.state.queues.used_bytes(),
             },
         );
     }
@@ -505,24 +536,11 @@ impl Datapath for Endpoint {
     fn on_housekeeping(&mut self, now: Instant) {
         self.parts.state.now.set(now);
         let has_abandoned = self.parts.routes.take_abandoned(self.parts.shard);
-        for connection in self.connections.iter_mut().flatten() {
-            if let Some(session) = &mut connection.session {
-                let is_lossy = session.housekeep(&mut connection.quic);
-                if matches!(connection.phase, Phase::Draining { until: None, .. })
-                    && let Some(until) = session.drains_until(&connection.quic, now)
-                    && let Some(peers) = self.parts.peers.get_mut(connection.index)
-                {
-                    peers.drains_on(connection.key, until);
-                }
-                if has_abandoned {
-                    session.cancel_abandoned();
-                }
-                if is_lossy {
-                    connection.follow_mtu(&self.parts.state.counters, now);
-                }
-            }
+        if std::mem::take(&mut self.is_touched) || has_abandoned {
+            self.housekeep_connections(has_abandoned, now);
+            self.measure_paths(now);
+            self.publish();
         }
-        self.measure_paths(now);
         self.replace_for_keys(now);
         self.parts.bodies.settle();
         self.renew_all_ids(now);
@@ -535,7 +553,6 @@ impl Datapath for Endpoint {
             let now_ns = self.parts.clock.ns(now);
             self.parts.admission.policy.tick(now_ns, random_bytes);
         }
-        self.publish();
     }
 
     fn on_stop(&mut self, now: Instant) {

@@ -37,6 +37,7 @@ mod pair_keys;
 mod path;
 mod phase;
 mod progress;
+mod queue_account;
 mod quic;
 mod quic_connection;
 #[cfg(test)]

@@ -9,7 +9,10 @@
 //! Invariants
 //! 1. `queued[class]` is the number of bytes in `pending` and `blocked` of that class's lanes, and
 //!    never exceeds its bound plus one frame, or plus the headroom for refusals and cancellations.
+//!    The shard's account has as many bytes of this connection, until the outbox is dropped.
 //! 2. A frame is never torn: a lane's bytes are offered to the path in order until all are taken.
+
+use std::rc::Rc;
 
 use bytes::Bytes;
 use millrace_protocol::body_deadline::Sighting;
@@ -19,6 +22,7 @@ use crate::buffers::StreamBuffer;
 use crate::carrier::{Carrier, Outgoing, Progress, QueueFull};
 use crate::config::{PerClass, TransportConfig};
 use crate::path::{StreamError, StreamPath};
+use crate::queue_account::QueueAccount;
 use crate::service::message::Payload;
 use crate::streams::StreamCarrier;
 
@@ -126,6 +130,8 @@ pub(crate) struct Outbox {
     turn_lane: usize,
     queued: [usize; 2],
     queue_max: PerClass<usize>,
+    /// What all connections of the shard hold queued.
+    account: Rc<QueueAccount>,
     /// Room beyond the bound for refusals and cancellations, for each class of lanes.
     headroom: [usize; 2],
     streams_max: PerClass<usize>,
@@ -149,7 +155,11 @@ pub(crate) struct Outbox {
 
 impl Outbox {
     /// `is_server`: which side of the connection we are; it decides our stream ids (RFC 9000, 2.1).
-    pub(crate) fn new(config: &TransportConfig, is_server: bool) -> Self {
+    pub(crate) fn new(
+        config: &TransportConfig,
+        account: &Rc<QueueAccount>,
+        is_server: bool,
+    ) -> Self {
         let first = if is_server { 3 } else { 2 };
         let mut lanes = vec![Lane::new(first, Class::Latency)];
         lanes.extend(
@@ -160,6 +170,7 @@ impl Outbox {
             first_message,
             config.stream_queue_messages,
             config.answer_bounds(),
+            account,
             config.streams_active_max,
         );
         Self {
@@ -167,6 +178,7 @@ impl Outbox {
             turn_lane: 1,
             queued: [0; 2],
             queue_max: config.lane_queue_bytes,
+            account: Rc::clone(account),
             headroom: config.lane_headroom_bytes(),
             streams_max: config.stream_queue_messages,
             lanes_refused: [false; 2],
@@ -244,11 +256,16 @@ impl Outbox {
         } else {
             0
         };
-        if self.queued[class] >= self.queue_max.of(lane.class) + headroom {
+        let frame_bytes = Header::BYTES + body_bytes;
+        let has_room = self.queued[class] < self.queue_max.of(lane.class) + headroom;
+        let (held_bytes, bytes) = (self.queued[class] as u64, frame_bytes as u64);
+        if has_room && is_last_word {
+            self.account.add(bytes);
+        } else if !has_room || self.account.try_add(held_bytes, bytes).is_err() {
             self.lanes_refused[class] = true;
             return Err(QueueFull);
         }
-        self.queued[class] += Header::BYTES + body_bytes;
+        self.queued[class] += frame_bytes;
         self.exchanges |= matches!(header.kind, Kind::Request | Kind::Response);
         lane.pending.extend_from_slice(&header.encode());
         Ok(&mut lane.pending)
@@ -259,6 +276,8 @@ impl Outbox {
         let is_high = |queued: usize, max: usize| 2 * queued >= max.max(1);
         let lane = lane_class(class);
         let (at, max) = (lane.index(), self.queue_max.of(lane));
+        // What others hold may have refused it.
+        let max = max.min(self.account.free_bytes() as usize);
         self.lanes_refused[at] &= is_high(self.queued[at], max);
         let (queued, max) = (self.streams.queued(class), self.streams_max.of(class));
         self.streams_refused[class.index()] &= is_high(queued, max);
@@ -315,7 +334,8 @@ impl Outbox {
         for lane in &mut self.lanes {
             (lane.pending, lane.blocked) = (Vec::new(), None);
         }
-        self.queued = [0; 2];
+        let queued = std::mem::take(&mut self.queued);
+        self.account.remove(queued.iter().sum::<usize>() as u64);
         self.streams.clear();
         self.datagrams.clear();
         self.cancellations.clear();
@@ -333,10 +353,17 @@ impl Outbox {
             let taken = lane.flush(path);
             let queued = &mut self.queued[lane.class as usize];
             *queued = queued.saturating_sub(taken);
+            self.account.remove(taken as u64);
             self.lanes_bytes += taken as u64;
         }
         self.turn_lane = self.turn_lane % (self.lanes.len() - 1) + 1;
         self.streams.poll_transmit(path)
+    }
+
+    /// What this connection holds of the shard's account.
+    #[cfg(test)]
+    fn held_bytes(&self) -> u64 {
+        self.queued.iter().sum::<usize>() as u64 + self.streams.plain_answer_bytes()
     }
 
     fn cancel_all<P: StreamPath>(&mut self, path: &mut P) {
@@ -429,13 +456,26 @@ impl Outbox {
     }
 }
 
+impl Drop for Outbox {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use millrace_protocol::frame::{Limits, Method};
+    use proptest::prelude::*;
 
     use super::*;
 
     const BODY_BYTES: usize = 50;
+
+    fn account() -> Rc<QueueAccount> {
+        Rc::new(QueueAccount::new(
+            TransportConfig::default().queue_bytes_max,
+        ))
+    }
 
     fn header(kind: Kind) -> Header {
         Header {
@@ -477,7 +517,7 @@ mod tests {
         };
         // Classes normal and bulk share the lanes.
         let (cancellations, refusals) = (2, 4);
-        let mut out = Outbox::new(&config, true);
+        let mut out = Outbox::new(&config, &account(), true);
         assert_eq!(taken(&mut out, Kind::Send, &[0; BODY_BYTES]), 2);
         assert!(!out.is_writable(Class::Normal) && out.is_writable(Class::Latency));
         for _ in 0..cancellations {
@@ -489,13 +529,151 @@ mod tests {
         assert!((refusals..=most).contains(&taken), "{taken}");
     }
 
+    /// A path that takes so many bytes.
+    #[derive(Default)]
+    struct Room {
+        bytes: usize,
+    }
+
+    impl StreamPath for Room {
+        fn stream_priority(&mut self, _: u64, _: u8) -> Result<(), StreamError> {
+            Ok(())
+        }
+
+        fn stream_send(&mut self, _: u64, bytes: &[u8], _: bool) -> Result<usize, StreamError> {
+            Ok(bytes.len())
+        }
+
+        fn stream_send_buffer(
+            &mut self,
+            _: u64,
+            buffer: StreamBuffer,
+            _: bool,
+        ) -> Result<usize, StreamError> {
+            let taken = self.bytes.min(buffer.as_ref().len());
+            self.bytes -= taken;
+            if taken == 0 {
+                return Err(StreamError::Blocked);
+            }
+            Ok(taken)
+        }
+
+        fn stream_capacity(&mut self, _: u64) -> Result<usize, StreamError> {
+            Ok(self.bytes)
+        }
+
+        fn stream_reset(&mut self, _: u64, _: u64) {}
+
+        fn stream_recv(&mut self, _: u64, _: &mut [u8]) -> Result<(usize, bool), StreamError> {
+            Err(StreamError::Blocked)
+        }
+
+        fn stream_discard(&mut self, _: u64, _: usize) -> Result<(usize, bool), StreamError> {
+            Err(StreamError::Blocked)
+        }
+
+        fn stream_readable_next(&mut self) -> Option<u64> {
+            None
+        }
+
+        fn stream_writable_next(&mut self) -> Option<u64> {
+            None
+        }
+
+        fn streams_left(&self) -> u64 {
+            8
+        }
+
+        fn datagram_send(&mut self, _: Vec<u8>) {}
+
+        fn datagram_recv(&mut self) -> Option<Vec<u8>> {
+            None
+        }
+
+        fn send_ping(&mut self) -> bool {
+            false
+        }
+
+        fn stats(&self) -> crate::path::PathStats {
+            unreachable!("an outbox asks for none")
+        }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Push(Kind, usize),
+        Transmit(usize),
+        Withdraw(u32),
+        Cancel(u32),
+        Clear,
+    }
+
+    fn any_step() -> impl Strategy<Value = Step> {
+        let kind = prop_oneof![
+            Just(Kind::Request),
+            Just(Kind::Response),
+            Just(Kind::Send),
+            Just(Kind::Failure)
+        ];
+        prop_oneof![
+            8 => (kind, 0usize..60_000).prop_map(|(kind, bytes)| Step::Push(kind, bytes)),
+            4 => (0usize..80_000).prop_map(Step::Transmit),
+            1 => (0u32..40).prop_map(Step::Withdraw),
+            1 => (0u32..40).prop_map(Step::Cancel),
+            1 => Just(Step::Clear),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(100))]
+
+        /// The shard's account has what its connections hold queued, whatever becomes of it, and
+        /// nothing once they are gone. Only refusals take it over its bound.
+        #[test]
+        fn the_account_is_what_the_outboxes_hold(
+            steps in proptest::collection::vec((any_step(), 0usize..2), 1..60),
+        ) {
+            const MAX: u64 = 150_000;
+            let account = Rc::new(QueueAccount::new(MAX));
+            let config = TransportConfig::default();
+            let mut outs = [true, false].map(|side| Outbox::new(&config, &account, side));
+            let mut refusals = 0;
+            for (id, (step, which)) in (0..).zip(steps) {
+                let out = &mut outs[which];
+                match step {
+                    Step::Push(kind, bytes) => {
+                        let bytes = if kind == Kind::Failure { 0 } else { bytes };
+                        refusals += u64::from(kind == Kind::Failure);
+                        let body_bytes = bytes as u32;
+                        let header = Header { id, body_bytes, ..header(kind) };
+                        let _ = out.push(header, Payload::from(vec![0; bytes]));
+                    }
+                    Step::Transmit(bytes) => {
+                        out.poll_transmit(&mut Room { bytes });
+                    }
+                    Step::Withdraw(id) => out.withdraw_answer(id).unwrap(),
+                    Step::Cancel(id) => {
+                        out.cancel(Header { id, ..header(Kind::Request) }, true);
+                        refusals += 1;
+                    }
+                    Step::Clear => out.clear(),
+                }
+                let held: u64 = outs.iter().map(Outbox::held_bytes).sum();
+                prop_assert_eq!(account.used_bytes(), held);
+                prop_assert!(held <= MAX + refusals * Header::BYTES as u64, "{}", held);
+            }
+            drop(outs);
+            prop_assert_eq!(account.used_bytes(), 0);
+        }
+    }
+
     // Protects the node from a peer that takes back what it never asked for: nothing is noted while
     // no answer is under way, and a bounded number otherwise.
     #[test]
     fn answers_that_the_peer_wants_no_more_are_noted_within_a_bound() {
         let config = TransportConfig::default();
         let bound = config.cancellations_max();
-        let mut out = Outbox::new(&config, true);
+        let mut out = Outbox::new(&config, &account(), true);
         let noted = |out: &mut Outbox| {
             let withdraw = |id: &u32| out.withdraw_answer(*id).is_ok();
             let taken = (0..2 * bound as u32).take_while(withdraw).count();

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use millrace_edge_policy::admission::{Admission, AdmissionConfig};
 use millrace_edge_policy::limiter::Limit;
@@ -12,6 +12,7 @@ use millrace_protocol::id::NodeId;
 use millrace_protocol::identity::SigningKey;
 use millrace_protocol::path::{PathConfig, PathMemory, RememberedPath};
 use millrace_protocol::peers::Peers;
+use millrace_protocol::time_grid::TimeGrid;
 use millrace_protocol::tls_keys::Validity;
 use millrace_protocol::topology::Topology;
 use millrace_shards::config::ShardConfig;
@@ -237,7 +238,8 @@ impl Transport {
                 };
                 let paths = PathMemory::new(paths_config, paths);
                 let bodies = BodyAllocator::new(config.receive_budget(), context.pool.clone());
-                let state = Rc::new(ShardState::new(config, counters, now));
+                let grid = TimeGrid::through(whole_minute(now));
+                let state = Rc::new(ShardState::new(config, counters, grid, now));
                 let of_shard = Arc::clone(&routes);
                 let messenger =
                     ShardMessenger::new(me, Rc::clone(&state), context.clone(), of_shard);
@@ -312,6 +314,15 @@ impl Transport {
 /// Admits every source, without a rate, a cap or a bound of handshakes for it. Beyond half of the
 /// handshakes that may be open, non-members show their address first; the last of them are for
 /// peers.
+/// A whole minute of the wall clock, near `now`: nodes whose clocks agree probe each other at the
+/// same times, so that the probes and replies of many peers wake a shard once.
+fn whole_minute(now: Instant) -> Instant {
+    const MINUTE: Duration = Duration::from_secs(60);
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    let past_ns = since.unwrap_or_default().as_nanos() % MINUTE.as_nanos();
+    now + (MINUTE - Duration::from_nanos(past_ns as u64))
+}
+
 fn default_admission(config: &TransportConfig, clock: &Clock) -> Admission {
     let admission = AdmissionConfig {
         limits: Limits {

@@ -68,6 +68,8 @@ pub struct ShardStatus {
     pub by_older_key: usize,
     /// Connections that it closed because their peers flooded them.
     pub floods_cut: u64,
+    /// Bytes that wait for peers on lanes, and of answers outside the chunk pool.
+    pub queue_bytes: u64,
     /// Whether its thread has ended by a panic.
     pub has_panicked: bool,
 }
@@ -80,6 +82,7 @@ pub(crate) struct Load {
     pub(crate) quic_heap_bytes: u64,
     pub(crate) by_older_key: usize,
     pub(crate) floods_cut: u64,
+    pub(crate) queue_bytes: u64,
 }
 
 /// The published state of all shards of a node.
@@ -113,6 +116,7 @@ impl StatusBoard {
                 quic_heap_bytes: load.quic_heap_bytes,
                 by_older_key: load.by_older_key,
                 floods_cut: load.floods_cut,
+                queue_bytes: load.queue_bytes,
                 has_panicked: false,
             };
         }

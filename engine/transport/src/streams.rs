@@ -19,6 +19,7 @@
 //!    all of it, or it is taken back.
 
 use std::collections::VecDeque;
+use std::rc::Rc;
 
 use bytes::Bytes;
 use millrace_protocol::body_deadline::{Sighting, Stage};
@@ -29,6 +30,7 @@ use crate::buffers::StreamBuffer;
 use crate::carrier::{Carrier, Outgoing, Progress, QueueFull};
 use crate::config::{AnswerBounds, PerClass};
 use crate::path::{StreamError, StreamPath};
+use crate::queue_account::QueueAccount;
 use crate::service::message::Payload;
 
 /// RESET_STREAM code: the message is not wanted any more (the reference's value).
@@ -56,6 +58,8 @@ struct Answers {
     bounds: AnswerBounds,
     plain_bytes: u64,
     chunk_bytes: u64,
+    /// What all connections of the shard hold queued, `plain_bytes` among it.
+    account: Rc<QueueAccount>,
 }
 
 impl Answers {
@@ -74,21 +78,41 @@ impl Answers {
     }
 
     fn add(&mut self, message: &Outgoing) -> Result<(), QueueFull> {
-        if let Some((held, max)) = self.of(message) {
-            let sum = *held + message.body.len();
-            if sum > max {
-                return Err(QueueFull);
-            }
-            *held = sum;
+        let account = Rc::clone(&self.account);
+        let bytes = message.body.len();
+        let Some((held, max)) = self.of(message) else {
+            return Ok(());
+        };
+        if *held + bytes > max {
+            return Err(QueueFull);
         }
+        if is_plain(message) {
+            account.try_add(*held, bytes)?;
+        }
+        *held += bytes;
         Ok(())
     }
 
     fn remove(&mut self, message: &Outgoing) {
-        if let Some((held, _)) = self.of(message) {
-            *held -= message.body.len();
+        let bytes = message.body.len();
+        let Some((held, _)) = self.of(message) else {
+            return;
+        };
+        *held -= bytes;
+        if is_plain(message) {
+            self.account.remove(bytes);
         }
     }
+
+    fn clear(&mut self) {
+        self.account.remove(self.plain_bytes);
+        (self.plain_bytes, self.chunk_bytes) = (0, 0);
+    }
+}
+
+/// Whether the body has memory of its own, and not of the pool.
+fn is_plain(message: &Outgoing) -> bool {
+    matches!(message.body, Payload::Bytes(_))
 }
 
 #[derive(Debug)]
@@ -217,6 +241,7 @@ impl StreamCarrier {
         first_stream: u64,
         queue_max: PerClass<usize>,
         answer_bounds: AnswerBounds,
+        account: &Rc<QueueAccount>,
         active_max: usize,
     ) -> Self {
         Self {
@@ -228,6 +253,7 @@ impl StreamCarrier {
                 bounds: answer_bounds,
                 plain_bytes: 0,
                 chunk_bytes: 0,
+                account: Rc::clone(account),
             },
             active_max,
             reserve_bytes: RESERVE_BYTES,
@@ -340,6 +366,12 @@ impl StreamCarrier {
         waiting.chain(active).sum()
     }
 
+    /// Bytes of answers in memory of their own that wait or flow.
+    #[cfg(test)]
+    pub(crate) fn plain_answer_bytes(&self) -> u64 {
+        self.answers.plain_bytes
+    }
+
     /// Whether nothing waits or flows.
     pub(crate) fn is_idle(&self) -> bool {
         self.active.is_empty() && self.waiting.iter().all(VecDeque::is_empty)
@@ -350,7 +382,7 @@ impl StreamCarrier {
         self.waiting.iter_mut().for_each(VecDeque::clear);
         self.active.clear();
         self.active_in = [0; 3];
-        (self.answers.plain_bytes, self.answers.chunk_bytes) = (0, 0);
+        self.answers.clear();
         self.prefetcher.clear();
     }
 
@@ -541,7 +573,8 @@ mod tests {
             normal: 100,
             bulk: 100,
         };
-        let mut carrier = StreamCarrier::new(2, messages, BOUNDS, 8);
+        let account = Rc::new(QueueAccount::new(1 << 20));
+        let mut carrier = StreamCarrier::new(2, messages, BOUNDS, &account, 8);
         let mut send = |kind, body| carrier.enqueue(message(kind, body)).is_ok();
         let pool = ChunkPool::new(16 << 20, HugePages::Never).unwrap();
         let chunks =

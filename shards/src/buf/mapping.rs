@@ -1,10 +1,10 @@
-//! Pages from the system: anonymous, zeroed, faulted in, never given back while in use.
+//! Pages from the system: anonymous, zeroed, never given back while in use.
 //!
 //! Invariants:
 //!
 //! 1. All `len` bytes at `ptr` are mapped, readable, writable and initialised until the drop.
-//! 2. Pages asked for as populated were touched: no first-touch fault on the packet path (one on a
-//!    2 MiB page costs 4.4 ms on a guest whose host reclaims free pages).
+//! 2. Pages asked for as populated were touched, and have no first-touch fault later. Reserved huge
+//!    pages all are: no other program can use them meanwhile.
 
 use std::io;
 use std::ptr::NonNull;
@@ -72,7 +72,7 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps at least `len` bytes for chunks and faults all of them in.
+    /// Maps at least `len` bytes for chunks; the caller populates what it uses.
     pub(crate) fn for_chunks(len: usize, huge: HugePages) -> Result<Self, PoolError> {
         let len = len.max(1).next_multiple_of(HUGE_PAGE_BYTES);
         if huge != HugePages::Never {
@@ -91,12 +91,10 @@ impl Mapping {
         } else {
             Backing::Transparent
         };
-        let mapping = Self::map(len, backing).map_err(|source| PoolError::Map {
+        Self::map(len, backing).map_err(|source| PoolError::Map {
             bytes: len as u64,
             source,
-        })?;
-        mapping.populate(0, len);
-        Ok(mapping)
+        })
     }
 
     /// Maps `len` bytes of address space for slots; the caller populates what it uses.

@@ -10,6 +10,7 @@
 //! [`Account`] that it is charged to.
 
 mod account;
+mod growth;
 mod mapping;
 mod pool;
 mod slice;

@@ -1,15 +1,18 @@
-//! The chunk pool: a fixed number of 1 MiB chunks, refcounted across shards.
+//! The chunk pool: 1 MiB chunks up to a fixed number, refcounted across shards.
 //!
 //! A chunk that is not to be full takes only the units of 64 KiB that it needs: several share the
 //! 1 MiB of one whole chunk. How many bytes a body keeps from others is therefore its length,
 //! rounded up to [`UNIT_BYTES`].
+//!
+//! The pool has the address space of all its chunks, and the pages of those that were needed so far
+//! ([`Growth`]). It gives none back to the system.
 //!
 //! Cost: `take` and the last drop are a push or pop of a lock-free queue for a whole chunk, a short
 //! scan and a compare-and-swap for a smaller one (`units`); a clone is one relaxed add.
 //!
 //! Invariants:
 //!
-//! 1. The units of a chunk are free in `units` exactly when no handle to the chunk exists.
+//! 1. The units of a chunk that is present are free in `units` exactly when no handle to it exists.
 //! 2. Every `ChunkMut` and every group of `Chunk`s sharing one header owns one strong count of
 //!    the pool, and one of its account if it is charged to one.
 //! 3. A chunk that is charged is credited after its units are free again.
@@ -21,6 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence};
 
 use super::account::Account;
+use super::growth::Growth;
 use super::mapping::{Mapping, PageKind, PoolError};
 use super::units::{Run, UNITS_PER_CHUNK, UnitMap};
 use crate::memory::{CHUNK_BYTES, HugePages, UNIT_BYTES};
@@ -36,6 +40,7 @@ struct PoolInner {
     /// One for each unit; a chunk uses that of its first unit.
     headers: Box<[Header]>,
     units: UnitMap,
+    growth: Growth,
 }
 
 /// What a chunk's handles share. One cache line, so that counting one chunk disturbs no other.
@@ -64,11 +69,22 @@ unsafe impl Send for Header {}
 unsafe impl Sync for Header {}
 
 impl ChunkPool {
-    /// Maps and faults in `bytes`, rounded up to whole chunks.
+    /// A pool of `bytes`, rounded up to whole chunks, that has all its pages at once.
     ///
     /// # Errors
     /// When the system has no such memory, or no huge pages although required.
     pub fn new(bytes: u64, huge: HugePages) -> Result<Self, PoolError> {
+        Self::growing(bytes, bytes, huge)
+    }
+
+    /// A pool of at most `bytes_max`, rounded up to whole chunks. It keeps up to `ahead_bytes` of
+    /// free pages from the start on, and asks the system for more when less are left. With reserved
+    /// huge pages it has all at once.
+    ///
+    /// # Errors
+    /// When the system has no such memory, or no huge pages although required.
+    pub fn growing(ahead_bytes: u64, bytes_max: u64, huge: HugePages) -> Result<Self, PoolError> {
+        let bytes = bytes_max;
         let count = bytes.div_ceil(CHUNK_BYTES as u64);
         let chunks = u32::try_from(count).ok();
         let Some((chunks, units)) = chunks.and_then(|chunks| {
@@ -96,11 +112,19 @@ impl ChunkPool {
                 }
             })
             .collect();
+        let ahead = match mapping.kind() {
+            PageKind::Huge => chunks,
+            PageKind::Transparent | PageKind::Ordinary => {
+                u32::try_from(ahead_bytes.div_ceil(CHUNK_BYTES as u64)).unwrap_or(chunks)
+            }
+        };
         let inner = Arc::new(PoolInner {
             mapping,
             headers,
             units: UnitMap::new(chunks),
+            growth: Growth::new(chunks, ahead),
         });
+        inner.growth.fill(&inner.mapping, &inner.units);
         for header in &inner.headers {
             let pool = Arc::as_ptr(&inner).cast_mut();
             header.pool.store(pool, Ordering::Relaxed);
@@ -125,7 +149,10 @@ impl ChunkPool {
     }
 
     fn take_units(&self, units: u32) -> Option<ChunkMut> {
-        let run = self.inner.units.take(units)?;
+        let run = self.inner.take(units)?;
+        if self.inner.growth.begin_ahead(&self.inner.units) {
+            PoolInner::grow_ahead(&self.inner);
+        }
         let header = &self.inner.headers[run.first as usize];
         header.refs.store(1, Ordering::Relaxed);
         header.units.store(run.units, Ordering::Relaxed);
@@ -141,22 +168,30 @@ impl ChunkPool {
     /// among them: see [`Self::free_bytes`].
     #[must_use]
     pub fn free_chunks(&self) -> usize {
-        self.inner.units.whole_chunks()
+        self.inner.units.whole_chunks() + self.inner.growth.absent_chunks() as usize
     }
 
-    /// Chunks of the pool.
+    /// Chunks of the pool at most.
     #[must_use]
     pub fn total_chunks(&self) -> usize {
-        self.inner.units.chunks()
+        self.inner.units.chunks_max()
+    }
+
+    /// Bytes that the pool has pages for by now: those that were needed, and some ahead.
+    #[must_use]
+    pub fn present_bytes(&self) -> u64 {
+        let present = self.total_chunks() - self.inner.growth.absent_chunks() as usize;
+        (present * CHUNK_BYTES) as u64
     }
 
     /// Bytes that are not taken, in whole chunks and beside smaller ones. Looks at every chunk.
     #[must_use]
     pub fn free_bytes(&self) -> u64 {
-        (self.inner.units.free_units() * UNIT_BYTES) as u64
+        let absent_bytes = u64::from(self.inner.growth.absent_chunks()) * CHUNK_BYTES as u64;
+        (self.inner.units.free_units() * UNIT_BYTES) as u64 + absent_bytes
     }
 
-    /// Bytes of the pool.
+    /// Bytes of the pool at most.
     #[must_use]
     pub fn total_bytes(&self) -> u64 {
         (self.total_chunks() * CHUNK_BYTES) as u64
@@ -166,6 +201,33 @@ impl ChunkPool {
     #[must_use]
     pub fn page_kind(&self) -> PageKind {
         self.inner.mapping.kind()
+    }
+}
+
+impl PoolInner {
+    fn take(&self, units: u32) -> Option<Run> {
+        loop {
+            let run = self.units.take(units);
+            // What another thread took meanwhile is another reason to grow.
+            if run.is_some() || !self.growth.step(&self.mapping, &self.units) {
+                return run;
+            }
+        }
+    }
+
+    /// Lets a thread make the next chunks present.
+    fn grow_ahead(pool: &Arc<Self>) {
+        let shared = Arc::clone(pool);
+        let thread = std::thread::Builder::new().name("millrace-pool".into());
+        let started = thread.spawn(move || {
+            shared.growth.leave_core();
+            shared.growth.fill(&shared.mapping, &shared.units);
+            shared.growth.end_ahead();
+        });
+        if started.is_err() {
+            // The shards make chunks present as they need them.
+            pool.growth.end_ahead();
+        }
     }
 }
 
@@ -374,6 +436,10 @@ unsafe fn credit(account: *mut Account, bytes: usize) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use millrace_testkit::until;
+
     use super::*;
     use crate::buf::ChunkSlice;
 
@@ -408,6 +474,54 @@ mod tests {
         assert!(pool.take().is_some());
         let none = ChunkPool::new(0, HugePages::Auto).unwrap();
         assert!(none.take().is_none());
+    }
+
+    /// A pool begins with the pages it is told to keep ahead, asks for more before they are gone,
+    /// and ends at its bound; what it has not asked for counts as free.
+    #[test]
+    fn a_pool_grows_ahead_of_need_up_to_its_bound() {
+        const MIB: u64 = 1 << 20;
+        let pool = ChunkPool::growing(4 * MIB, 11 * MIB, HugePages::Never).unwrap();
+        let free = || (pool.free_chunks(), pool.free_bytes());
+        assert_eq!((pool.present_bytes(), free()), (4 * MIB, (11, 11 * MIB)));
+        let mut held: Vec<_> = (0..2).map(|_| pool.take().unwrap()).collect();
+        assert_eq!(pool.present_bytes(), 4 * MIB);
+        // Less than half of what is kept ahead is left.
+        held.push(pool.take().unwrap());
+        until("pages are there ahead", || {
+            pool.present_bytes() >= 7 * MIB && pool.free_chunks() == 8
+        });
+        // One is missed while its pages are made present.
+        until("all chunks are taken", || {
+            held.extend(std::iter::from_fn(|| pool.take()));
+            held.len() == 11
+        });
+        assert_eq!(free(), (0, 0));
+        assert!(pool.take_bytes(1).is_none());
+        drop(held);
+        assert_eq!((pool.present_bytes(), free()), (11 * MIB, (11, 11 * MIB)));
+    }
+
+    /// Shards that take at once, faster than pages come ahead, get every chunk once.
+    #[test]
+    fn threads_that_outrun_the_growth_get_every_chunk_once() {
+        const CHUNKS: u64 = if cfg!(miri) { 6 } else { 40 };
+        let pool = ChunkPool::growing(1 << 20, CHUNKS << 20, HugePages::Never).unwrap();
+        let takers = std::thread::scope(|scope| {
+            let take_all = || std::iter::from_fn(|| pool.take()).collect::<Vec<_>>();
+            let takers = [(); 3].map(|()| scope.spawn(take_all));
+            takers.map(|taker| taker.join().unwrap())
+        });
+        let mut held: Vec<_> = takers.into_iter().flatten().collect();
+        // A thread gives up while another makes the last pages present.
+        until("all chunks are taken", || {
+            held.extend(std::iter::from_fn(|| pool.take()));
+            held.len() as u64 == CHUNKS
+        });
+        let addresses: BTreeSet<_> = held.iter().map(|chunk| chunk.as_ptr()).collect();
+        assert_eq!(addresses.len() as u64, CHUNKS);
+        drop(held);
+        assert_eq!(pool.free_chunks() as u64, CHUNKS);
     }
 
     /// A chunk takes what it needs, rounded up to units, and neighbours in one chunk do not see

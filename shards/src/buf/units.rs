@@ -72,18 +72,19 @@ pub(super) struct UnitMap {
 }
 
 impl UnitMap {
-    /// All units of `chunks` chunks are free.
-    pub(super) fn new(chunks: u32) -> Self {
-        let count = chunks as usize;
-        let map = Self {
+    /// Room for `chunks_max` chunks, none of which is there yet.
+    pub(super) fn new(chunks_max: u32) -> Self {
+        let count = chunks_max as usize;
+        Self {
             whole: ArrayQueue::new(count.max(1)),
             used: (0..count).map(|_| AtomicU16::new(ALL)).collect(),
             split: (0..count.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
-        };
-        for chunk in 0..chunks {
-            map.push_whole(chunk);
         }
-        map
+    }
+
+    /// Chunk number `chunk` is there, and free. Once for each.
+    pub(super) fn add(&self, chunk: u32) {
+        self.push_whole(chunk);
     }
 
     /// Takes `units` units, 1 to 16, or `None` when there is no such run. Space that another thread
@@ -133,8 +134,8 @@ impl UnitMap {
         self.whole.len() * UNITS_PER_CHUNK as usize + in_split.sum::<usize>()
     }
 
-    /// Chunks of the pool.
-    pub(super) fn chunks(&self) -> usize {
+    /// Chunks that there may be.
+    pub(super) fn chunks_max(&self) -> usize {
         self.used.len()
     }
 
@@ -185,7 +186,7 @@ impl UnitMap {
     }
 
     fn push_whole(&self, chunk: u32) {
-        // Cannot be full: it has room for every chunk, and this one was out.
+        // Cannot be full: it has room for every chunk, and this one was out, or not there yet.
         let _ = self.whole.push(chunk);
     }
 }
@@ -197,6 +198,13 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    /// All units of `chunks` chunks are free.
+    fn full(chunks: u32) -> UnitMap {
+        let map = UnitMap::new(chunks);
+        (0..chunks).for_each(|chunk| map.add(chunk));
+        map
+    }
 
     /// The lowest free run is found, and a run across the end of a chunk is not one.
     #[test]
@@ -221,7 +229,7 @@ mod tests {
     /// units all came back can be taken whole.
     #[test]
     fn small_runs_share_a_chunk_and_leave_it_whole() {
-        let map = UnitMap::new(2);
+        let map = full(2);
         let small: Vec<_> = (0..16).map(|_| map.take(1).unwrap()).collect();
         assert_eq!((map.whole_chunks(), map.free_units()), (1, 16));
         let whole = map.take(16).unwrap();
@@ -235,7 +243,7 @@ mod tests {
     /// The fullest chunk is used first, so that an emptier one can become whole.
     #[test]
     fn the_fullest_chunk_is_used_first() {
-        let map = UnitMap::new(2);
+        let map = full(2);
         let (a, b) = (map.take(4).unwrap(), map.take(13).unwrap());
         assert_ne!(a.chunk(), b.chunk());
         assert_eq!(map.take(2).unwrap().chunk(), b.chunk());
@@ -265,7 +273,7 @@ mod tests {
         #[test]
         fn gives_what_is_free_and_nothing_else(steps in steps()) {
             const CHUNKS: usize = 5;
-            let map = UnitMap::new(CHUNKS as u32);
+            let map = full(CHUNKS as u32);
             let mut taken = [[false; UNITS_PER_CHUNK as usize]; CHUNKS];
             let mut held: Vec<Run> = Vec::new();
             for step in steps {
@@ -311,7 +319,7 @@ mod tests {
         const CHUNKS: u32 = 3;
         const THREADS: u32 = 4;
         let rounds = if cfg!(miri) { 40 } else { 20_000 };
-        let map = UnitMap::new(CHUNKS);
+        let map = full(CHUNKS);
         let owners: Vec<_> = (0..CHUNKS * UNITS_PER_CHUNK)
             .map(|_| AtomicU8::new(0))
             .collect();

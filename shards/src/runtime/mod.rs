@@ -170,7 +170,8 @@ where
     start::check_index(index, shards)?;
     let sockets = start::collect(sockets)?;
     start::check(&config)?;
-    let pool = ChunkPool::new(config.chunk_pool_bytes, config.huge_pages)?;
+    let (ahead, most) = (config.chunk_pool_ahead_bytes, config.chunk_pool_bytes);
+    let pool = ChunkPool::growing(ahead, most, config.huge_pages)?;
     let stats = Arc::new(ShardStats::default());
     let sender = receiver.sender();
     let parker = receiver.parker();

@@ -59,7 +59,9 @@ macro_rules! with_profile {
             field!($config, "mailbox_capacity", $($profile).+.mailbox_capacity, integer(64, 1 << 20),
                 "Messages from other threads that may wait for the shard."),
             field!($config, "chunk_pool_bytes", $($profile).+.chunk_pool_bytes, bytes(ByteSize::mib(2), ByteSize::gib(512)),
-                "Memory for bodies, taken at start and never given back."),
+                "Memory for bodies at most. What was needed once is not given back to the system."),
+            field!($config, "chunk_pool_ahead_bytes", $($profile).+.chunk_pool_ahead_bytes, bytes(ByteSize::mib(1), ByteSize::gib(512)),
+                "Memory of the pool that is there from the start, and kept free ahead of need while the pool grows. With chunk_pool_bytes here the pool has all its memory from the start."),
             field!($config, "huge_pages", $($profile).+.huge_pages, Kind::Choice(HugePages::WORDS),
                 "2 MiB pages for the chunk pool. \"auto\" takes ordinary pages when there are none, \"require\" refuses to start."),
         ]
@@ -408,6 +410,13 @@ pub(super) static SECTIONS: &[Section] = &[
             ),
             field!(
                 NodeConfig,
+                "queue_bytes_max",
+                transport.queue_bytes_max,
+                bytes(ByteSize::mib(1), ByteSize::gib(64)),
+                "Bytes that may wait for all peers of a shard together: on lanes, and answers that do not lie in chunks. A peer for which some wait gets more only while no more than what stays free would wait for it."
+            ),
+            field!(
+                NodeConfig,
                 "streams_active_max",
                 transport.streams_active_max,
                 integer(1, 1024),
@@ -468,6 +477,13 @@ pub(super) static SECTIONS: &[Section] = &[
                 transport.receive_budget_bytes,
                 bytes(ByteSize::mib(1), ByteSize::gib(512)),
                 "Chunk memory that bodies of all peers together may take on a shard, arriving or kept; one peer alone reaches half of it."
+            ),
+            field!(
+                NodeConfig,
+                "inline_bytes_max",
+                transport.inline_bytes_max,
+                bytes(ByteSize::mib(1), ByteSize::gib(64)),
+                "Bytes of bodies up to 64 KiB that all peers together may make a shard hold beside the chunk pool, each of them at most 1 MiB; further ones lie in the pool."
             ),
             field!(
                 NodeConfig,

@@ -134,9 +134,34 @@ impl TestRegistry {
         self.run_ok("remove-node", &[&node.node_id]);
     }
 
+    /// Adds all these nodes in one version, in the registry's only subnet.
+    pub fn add_all(&self, nodes: &[(TestNode, String)]) {
+        self.publish(|document| {
+            let subnet = document["subnets"][0]["id"].clone();
+            let records = nodes.iter().map(|(node, address)| {
+                let mut record = toml::Table::new();
+                record.insert("addresses".into(), vec![address.clone()].into());
+                record.insert("id".into(), node.node_id.clone().into());
+                record.insert("public_key".into(), node.public_key.clone().into());
+                record.insert("subnet".into(), subnet.clone());
+                toml::Value::Table(record)
+            });
+            let records: Vec<toml::Value> = records.collect();
+            document.insert("nodes".into(), records.into());
+        });
+    }
+
     /// Signs a version that differs from the newest by its firewall alone: `[[firewall]]` tables in
     /// TOML. Its number.
     pub fn set_firewall(&self, rules: &str) -> u64 {
+        self.publish(|document| {
+            document.remove("firewall");
+            document.extend(rules.parse::<toml::Table>().unwrap());
+        })
+    }
+
+    /// Signs the newest version with a change. Its number.
+    fn publish(&self, change: impl FnOnce(&mut toml::Table)) -> u64 {
         let documents = std::fs::read_dir(&self.dir)
             .unwrap()
             .map(|e| e.unwrap().path());
@@ -147,12 +172,11 @@ impl TestRegistry {
             })
             .max()
             .unwrap();
-        let read = |text: &str| text.parse::<toml::Table>().unwrap();
-        let mut document = read(&std::fs::read_to_string(newest).unwrap());
+        let newest = std::fs::read_to_string(newest).unwrap();
+        let mut document = newest.parse::<toml::Table>().unwrap();
         let number = document["number"].as_integer().unwrap() + 1;
         document.insert("number".into(), number.into());
-        document.remove("firewall");
-        document.extend(read(rules));
+        change(&mut document);
         let file = self.dir.with_extension("next.toml");
         std::fs::write(&file, document.to_string()).unwrap();
         self.run_ok("sign", &[text(&file)]);
@@ -161,14 +185,11 @@ impl TestRegistry {
 }
 
 impl TestNode {
-    /// Key and config of a node that listens on a free port of `ip`; `extra` follows `[registry]`.
+    /// Key and config of a node that listens on port 4100 of `ip`; `extra` follows `[registry]`.
     pub fn new(folder: &Path, registry: &TestRegistry, ip: &str, extra: &str) -> Self {
-        std::fs::create_dir_all(folder).unwrap();
-        let (node_id, public_key) = keygen(&folder.join("node.key"));
-        let config = folder.join("node.toml");
-        std::fs::write(
-            &config,
-            format!(
+        Self::with_config(
+            folder,
+            &format!(
                 "[node]\nstate_dir = \".\"\n[listen]\naddress = \"{ip}:4100\"\n[admin]\nheader_timeout = \"30s\"\n\
                  body_timeout = \"30s\"\nconnections_max = 4\n\
                  [artifacts]\nstore_bytes = \"16MiB\"\n[shards]\ncores = [0]\nspin = \"0s\"\n\
@@ -180,7 +201,32 @@ impl TestNode {
                 registry.public_key
             ),
         )
-        .unwrap();
+    }
+
+    /// Key and config of a node that follows the shared folder. All but these `sections` are
+    /// defaults.
+    #[allow(dead_code, reason = "shared by test crates")]
+    pub fn with_sections(
+        folder: &Path,
+        registry: &TestRegistry,
+        address: &str,
+        sections: &str,
+    ) -> Self {
+        let (dir, key) = (&registry.dir, &registry.public_key);
+        Self::with_config(
+            folder,
+            &format!(
+                "[node]\nstate_dir = \".\"\n[listen]\naddress = \"{address}\"\n\
+                 [registry]\ndir = {dir:?}\npublic_key = \"{key}\"\n{sections}"
+            ),
+        )
+    }
+
+    fn with_config(folder: &Path, words: &str) -> Self {
+        std::fs::create_dir_all(folder).unwrap();
+        let (node_id, public_key) = keygen(&folder.join("node.key"));
+        let config = folder.join("node.toml");
+        std::fs::write(&config, words).unwrap();
         Self {
             node_id,
             public_key,
@@ -198,6 +244,13 @@ impl TestNode {
         let config = std::fs::read_to_string(&self.config).unwrap();
         assert!(config.contains(from), "{config}");
         std::fs::write(&self.config, config.replace(from, to)).unwrap();
+    }
+
+    /// What `check --json` says of the config.
+    #[allow(dead_code, reason = "shared by test crates")]
+    pub fn check_json(&self) -> serde_json::Value {
+        let output = millrace(&["check", "--config", text(&self.config), "--json"]);
+        serde_json::from_slice(&output.stdout).unwrap()
     }
 
     /// Starts the process and waits until its admin socket answers.

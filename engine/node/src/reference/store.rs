@@ -338,6 +338,7 @@ mod tests {
                     total_bytes: 2 * MAX,
                     peer_bytes_max: MAX,
                     peer_inline_bytes_max: 0,
+                    inline_bytes_max: 0,
                 });
                 for (peer, bytes) in &store.lock().peers {
                     // Each at once: no order of theirs is above its share.

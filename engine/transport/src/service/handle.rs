@@ -88,7 +88,7 @@ impl ConnectionHandle {
             serial: state.next_serial(),
             peer,
             number: Cell::new(ConnectionNumber(0)),
-            out: RefCell::new(Outbox::new(config, is_server)),
+            out: RefCell::new(Outbox::new(config, &state.queues, is_server)),
             calls: RefCell::new(RpcTable::new(
                 config.requests_out_max.rpc_limits(),
                 state.now.get(),

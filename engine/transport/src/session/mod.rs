@@ -168,7 +168,8 @@ impl Session {
     /// The driver then tells the services, by [`Router::on_up`].
     pub fn up<P: StreamPath>(&mut self, path: &P, number: ConnectionNumber, now: Instant) {
         self.start_keep_alive(path, now);
-        self.health = Some(Health::new(health_config(self.config()), now));
+        let (config, grid) = (health_config(self.config()), self.handle.state.grid);
+        self.health = Some(Health::new(config, grid, now));
         self.handle.number.set(number);
         self.handle.state.insert(Rc::clone(&self.handle));
     }
@@ -426,7 +427,8 @@ impl Session {
 
     /// From now on a PING is sent when nothing else was for the interval of the config.
     fn start_keep_alive<P: StreamPath>(&mut self, path: &P, now: Instant) {
-        self.keep_alive = Some((now + self.config().keep_alive, path.stats().sent));
+        let at = self.handle.state.grid.next(now, self.config().keep_alive);
+        self.keep_alive = Some((at, path.stats().sent));
     }
 
     /// Sends a PING (RFC 9000, 10.1.2) if it is time and nothing was sent since the last time.

@@ -109,7 +109,6 @@ fn is_waiting(waiter: &Waiter) -> bool {
 mod tests {
     use std::future::Future;
     use std::pin::Pin;
-    use std::sync::Arc;
     use std::task::{Context, Poll, Waker};
     use std::time::{Duration, Instant};
 
@@ -139,7 +138,7 @@ mod tests {
         fn new() -> Self {
             let mut config = TransportConfig::default();
             config.requests_out_max.bulk = IN_FLIGHT;
-            let state = Rc::new(ShardState::new(config, Arc::default(), Instant::now()));
+            let state = ShardState::for_driver(config, Instant::now());
             let peer = NodeId::from_bytes([1; 29]);
             let handles = [0, 1].map(|slot| ConnectionHandle::new(&state, slot, peer, true));
             for handle in &handles {

@@ -8,10 +8,12 @@ use std::time::Instant;
 
 use millrace_protocol::frame::Class;
 use millrace_protocol::id::NodeId;
+use millrace_protocol::time_grid::TimeGrid;
 
 use super::ConnectionHandle;
 use crate::config::TransportConfig;
 use crate::counters::Counters;
+use crate::queue_account::QueueAccount;
 
 /// What the connections of one shard share: limits, counters, the turn's time, which of them are
 /// up, and which have something to send.
@@ -21,6 +23,8 @@ pub struct ShardState {
     pub(crate) counters: Arc<Counters>,
     /// The time of this turn.
     pub(crate) now: Cell<Instant>,
+    /// When connections are probed, and kept alive.
+    pub(crate) grid: TimeGrid,
     /// Connections with something to send, oldest first, by slot.
     pub(crate) dirty: RefCell<VecDeque<usize>>,
     /// Connections that take new messages.
@@ -28,6 +32,8 @@ pub struct ShardState {
     pub(crate) stopping: Cell<bool>,
     /// Requests and answers that arrived on lanes since packets were last sent.
     pub(crate) exchanged: Cell<usize>,
+    /// What the connections hold queued together.
+    pub(crate) queues: Rc<QueueAccount>,
     /// Serial number of the last connection.
     serial: Cell<u64>,
 }
@@ -42,11 +48,18 @@ struct PeerHandles {
 }
 
 impl ShardState {
-    pub(crate) fn new(config: TransportConfig, counters: Arc<Counters>, now: Instant) -> Self {
+    pub(crate) fn new(
+        config: TransportConfig,
+        counters: Arc<Counters>,
+        grid: TimeGrid,
+        now: Instant,
+    ) -> Self {
         Self {
+            queues: Rc::new(QueueAccount::new(config.queue_bytes_max)),
             config,
             counters,
             now: Cell::new(now),
+            grid,
             dirty: RefCell::default(),
             up: RefCell::default(),
             stopping: Cell::new(false),

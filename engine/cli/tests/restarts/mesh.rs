@@ -1,0 +1,93 @@
+//! Subnets of many nodes, each a process: all find room for each other, in little memory.
+
+use std::path::Path;
+use std::time::Duration;
+
+use millrace_testkit::wait::within;
+
+use crate::common::{TestNode, TestRegistry, own_addresses};
+
+/// How long a subnet may take until each of its nodes is connected to all others. Generous: 60
+/// nodes make 1,770 handshakes on the cores of one host.
+const MESH_PATIENCE: Duration = Duration::from_secs(240);
+
+/// A subnet of `count` nodes in one registry version, none started. `sections` is the config of
+/// each but for its address and the registry.
+fn mesh(folder: &Path, count: u8, sections: &str) -> Vec<TestNode> {
+    let (registry, ip) = (TestRegistry::init(folder), own_addresses());
+    let made = (1..=count).map(|n| {
+        let address = format!("{ip}{n}:4100");
+        let folder = folder.join(format!("node-{n}"));
+        let node = TestNode::with_sections(&folder, &registry, &address, sections);
+        (node, address)
+    });
+    let made: Vec<(TestNode, String)> = made.collect();
+    registry.add_all(&made);
+    made.into_iter().map(|(node, _)| node).collect()
+}
+
+/// Starts all, and waits until each is connected to all others.
+fn assert_meshes(nodes: &mut [TestNode]) {
+    for node in nodes.iter_mut() {
+        node.start();
+    }
+    let others = nodes.len() - 1;
+    for node in nodes.iter() {
+        let peers = || node.status()["peers"].as_array().unwrap().len();
+        let all = within(MESH_PATIENCE, || (peers() == others).then_some(()));
+        assert!(all.is_some(), "{} of {others} peers", peers());
+    }
+}
+
+/// `VmRSS` of a process, bytes.
+fn resident_bytes(node: &TestNode) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", node.pid())).unwrap();
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = kib.unwrap().trim().trim_end_matches(" kB");
+    kib.parse::<u64>().unwrap() * 1_024
+}
+
+// Protects an operator of a small machine: pools start small, and `check` says what a node takes at
+// its start; 60 nodes with the config as it comes run beside each other.
+#[test]
+fn sixty_nodes_mesh_with_the_default_config() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut nodes = mesh(folder.path(), 60, "");
+    nodes[0].start();
+    let at_start = nodes[0].check_json()["memory_at_start_bytes"]
+        .as_u64()
+        .unwrap();
+    let resident = resident_bytes(&nodes[0]);
+    assert!(resident <= at_start, "{resident} bytes, {at_start} printed");
+    nodes[0].kill();
+    assert_meshes(&mut nodes);
+}
+
+// Protects a subnet on few resources: the smallest numbers that `check` accepts leave no member
+// without its peers.
+#[test]
+fn sixty_nodes_mesh_with_the_smallest_config() {
+    let folder = tempfile::tempdir().unwrap();
+    let small = "[artifacts]\nstore_bytes = \"1MiB\"\n[shards]\ncores = [0]\nspin = \"0s\"\n\
+                 chunk_pool_bytes = \"3MiB\"\nchunk_pool_ahead_bytes = \"1MiB\"\n\
+                 rx_slots = 2\ntx_slots = 4\n\
+                 [transport]\nbody_bytes_max = \"1MiB\"\nreceive_budget_bytes = \"2MiB\"\n\
+                 receive_budget_peer_bytes = \"1MiB\"\nqueue_bytes_max = \"4MiB\"\n\
+                 inline_bytes_max = \"1MiB\"\nhandshakes_max = 32\nconnections_max = 33\n";
+    let mut nodes = mesh(folder.path(), 60, small);
+    // It names the least number for these members.
+    let problems = &nodes[0].check_json()["problems"];
+    let fix = problems[0]["fix"].as_str().unwrap();
+    let numbers = fix.split([' ', ',']);
+    let number = numbers.filter_map(|word| word.parse::<u64>().ok()).next();
+    let number = number.unwrap_or_else(|| panic!("{problems}"));
+    for node in &nodes {
+        node.edit(
+            "connections_max = 33",
+            &format!("connections_max = {number}"),
+        );
+    }
+    let accepted = &nodes[0].check_json()["problems"];
+    assert_eq!(accepted.as_array().unwrap().len(), 0, "{accepted}");
+    assert_meshes(&mut nodes);
+}
