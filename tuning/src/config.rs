@@ -438,7 +438,7 @@ pub struct AdminSection {
 /// The store of the reference application.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ArtifactsSection {
-    /// Bodies held; the oldest go first.
+    /// Bodies held; the oldest of the publisher that holds most go first.
     pub store_bytes: ByteSize,
 }
 

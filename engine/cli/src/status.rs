@@ -114,6 +114,17 @@ fn print(status: &Status) -> Result<(), Failure> {
         mib(status.artifacts.bytes),
         mib(status.artifacts.bytes_max)
     ))?;
+    let most = status
+        .artifacts
+        .dropped_of
+        .iter()
+        .max_by_key(|(_, count)| **count);
+    if let Some((publisher, count)) = most {
+        output::data(format_args!(
+            "           {} dropped for new ones, {count} of them of {publisher}",
+            status.artifacts.dropped
+        ))?;
+    }
     if let Some(edge) = &status.edge {
         output::data(format_args!(
             "edge       {}, stress {}, rules of registry version {}, steering {}",
@@ -157,7 +168,7 @@ fn print(status: &Status) -> Result<(), Failure> {
     }
     for peer in &status.peers {
         output::data(format_args!(
-            "peer       {}  {}  connection {}  {} {} us  sent {:.1} MiB  received {:.1} MiB",
+            "peer       {}  {}  connection {}  {} {} us  sent {:.1} MiB  received {:.1} MiB{}",
             peer.node_id,
             peer.address.as_deref().unwrap_or("-"),
             peer.connection,
@@ -166,6 +177,11 @@ fn print(status: &Status) -> Result<(), Failure> {
                 .map_or_else(|| "-".to_owned(), |rtt| rtt.to_string()),
             mib(peer.bytes_sent),
             mib(peer.bytes_received),
+            match (peer.is_banned, peer.is_asked_last) {
+                (true, _) => "  banned: sent other bytes than it was asked for",
+                (_, true) => "  asked last: does not serve",
+                _ => "",
+            },
         ))?;
         if peer.duplicates_refused > 0 {
             output::data(format_args!(

@@ -106,7 +106,7 @@ fn check_reports_all_mistakes_of_a_config_at_once() {
 }
 
 /// The memory budget is printed as it was computed: each line is its items' bytes times their
-/// number, and the last one is the sum, of what is taken at the start and of what may be at most.
+/// number, and the last one is the sum: the bytes that are taken at the start, and at most.
 fn assert_budget(config: &Config, printed: &str) {
     let output = config.check(&["--no-environment", "--json"]);
     let report: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();

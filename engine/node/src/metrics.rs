@@ -13,7 +13,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
+use millrace_protocol::id::NodeId;
+use millrace_protocol::score::AskOrder;
 use millrace_protocol::tls_keys::Standing;
 use millrace_transport::PeerStatus;
 use millrace_transport::counters::{COUNTERS, Counter, Family};
@@ -25,6 +28,7 @@ use prometheus_client::registry::Registry;
 
 use crate::core::Core;
 use crate::edge::{EdgeSample, Report};
+use crate::peers::all;
 use crate::status;
 use reference::OfPeer;
 
@@ -203,8 +207,26 @@ const OWN: &[Own] = &[
     Own {
         name: "millrace_artifacts_dropped",
         kind: Kind::Counter,
+        label: Some("publisher"),
+        help: "Artifacts dropped to make room for new ones, by the node that published them here; `other` beyond 4,096 nodes",
+    },
+    Own {
+        name: "millrace_artifacts_asked",
+        kind: Kind::Counter,
+        label: Some("outcome"),
+        help: "Exchanges with peers about artifacts that count for or against them: `served`, `slow` (another one was asked), `failed`, `stalled` (nothing before the deadline), `invalid` (other bytes)",
+    },
+    Own {
+        name: "millrace_peers_asked_last",
+        kind: Kind::Gauge,
         label: None,
-        help: "Artifacts dropped to make room for new ones",
+        help: "Connected peers that are asked for artifacts after all others, because they lately did not serve",
+    },
+    Own {
+        name: "millrace_peers_banned",
+        kind: Kind::Gauge,
+        label: None,
+        help: "Connected peers that are not asked for artifacts, because they lately sent other bytes",
     },
     Own {
         name: "millrace_path_rtt_seconds",
@@ -556,7 +578,30 @@ fn artifacts(core: &Core, out: &mut Out<'_>) -> fmt::Result {
     let usage = core.artifacts.usage();
     out.gauge("millrace_artifacts_held", usage.artifacts)?;
     out.gauge("millrace_artifacts_bytes", usage.bytes)?;
-    out.counter("millrace_artifacts_dropped", usage.dropped)
+    let own = core.transport.node_id();
+    let of_all: u64 = usage.dropped_of.values().sum();
+    let others = (usage.dropped > of_all).then(|| ("other".to_owned(), usage.dropped - of_all));
+    let dropped = usage.dropped_of.iter();
+    let dropped = dropped.map(|(of, n)| (of.unwrap_or(own).to_string(), *n));
+    let dropped = dropped.chain(others);
+    out.counters(
+        "millrace_artifacts_dropped",
+        help_of("millrace_artifacts_dropped"),
+        dropped.map(|(of, n)| (Some(("publisher", of)), n)),
+    )?;
+    let outcomes = core.artifacts.candidates.outcomes();
+    let outcomes = outcomes.into_iter();
+    out.counters(
+        "millrace_artifacts_asked",
+        help_of("millrace_artifacts_asked"),
+        outcomes.map(|(label, n)| (Some(("outcome", label.to_owned())), n)),
+    )?;
+    let now = Instant::now();
+    let ask_order = |peer: &NodeId| core.artifacts.candidates.ask_order(peer, now);
+    let ask_orders: Vec<_> = all(&core.transport).iter().map(ask_order).collect();
+    let count = |of| ask_orders.iter().filter(|one| **one == of).count() as u64;
+    out.gauge("millrace_peers_asked_last", count(AskOrder::Last))?;
+    out.gauge("millrace_peers_banned", count(AskOrder::Banned))
 }
 
 fn edge(report: &Report, out: &mut Out<'_>) -> fmt::Result {

@@ -1,4 +1,4 @@
-//! Which peers to ask, and in which order.
+//! Which peers are up, and how far they are.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -6,16 +6,21 @@ use std::time::Duration;
 use millrace_protocol::id::NodeId;
 use millrace_transport::{PeerStatus, Transport};
 
+/// The peers that are up, each with the shortest round trip of its connections; none while that is
+/// not measured.
+pub(crate) fn round_trips(transport: &Transport) -> BTreeMap<NodeId, Option<Duration>> {
+    let mut peers: BTreeMap<NodeId, Option<Duration>> = BTreeMap::new();
+    for peer in transport.status().peers() {
+        let held = peers.entry(peer.node_id).or_default();
+        *held = held.iter().copied().chain(peer.rtt).min();
+    }
+    peers
+}
+
 /// The peers that are up, each once, by ascending round trip.
 pub(crate) fn nearest(transport: &Transport) -> Vec<NodeId> {
-    let mut nearest: BTreeMap<NodeId, Duration> = BTreeMap::new();
-    for peer in transport.status().peers() {
-        let rtt = peer.rtt.unwrap_or(Duration::MAX);
-        let held = nearest.entry(peer.node_id).or_insert(rtt);
-        *held = rtt.min(*held);
-    }
-    let mut peers: Vec<_> = nearest.into_iter().collect();
-    peers.sort_by_key(|(_, rtt)| *rtt);
+    let mut peers: Vec<_> = round_trips(transport).into_iter().collect();
+    peers.sort_by_key(|(_, rtt)| rtt.unwrap_or(Duration::MAX));
     peers.into_iter().map(|(peer, _)| peer).collect()
 }
 

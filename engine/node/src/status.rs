@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use millrace_protocol::id::{ArtifactId, NodeId};
 use millrace_protocol::names::NameStatus;
+use millrace_protocol::score::AskOrder;
 use serde::{Deserialize, Serialize};
 
 use crate::core::Core;
@@ -147,6 +149,16 @@ pub struct Peer {
     /// comes.
     #[serde(default)]
     pub duplicates_refused: u64,
+    /// How the peer served when it was asked for artifacts: 1 for each that it gave, less for what
+    /// came late, not at all, or was something else. It halves every minute.
+    #[serde(default)]
+    pub score: f64,
+    /// The peer is asked for artifacts after all others: it lately did not serve.
+    #[serde(default)]
+    pub is_asked_last: bool,
+    /// The peer is not asked for artifacts: it lately sent other bytes than it was asked for.
+    #[serde(default)]
+    pub is_banned: bool,
 }
 
 /// A shard.
@@ -181,6 +193,10 @@ pub struct Artifacts {
     pub bytes_max: u64,
     /// Artifacts dropped to make room for new ones.
     pub dropped: u64,
+    /// Of them, those of each publisher, by its node id; this node is one. Of the first 4,096 that
+    /// lose one.
+    #[serde(default)]
+    pub dropped_of: BTreeMap<String, u64>,
 }
 
 /// The report of a `put`.
@@ -224,8 +240,9 @@ pub(crate) fn of(core: &Core) -> Status {
     let summary = core.versions.summary();
     let readiness = core.readiness();
     let usage = core.artifacts.usage();
+    let node_id = core.transport.node_id();
     Status {
-        node_id: core.transport.node_id().to_string(),
+        node_id: node_id.to_string(),
         address: core.transport.local_addr().to_string(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         uptime_seconds: core.started.elapsed().as_secs_f64(),
@@ -256,6 +273,11 @@ pub(crate) fn of(core: &Core) -> Status {
             bytes: usage.bytes,
             bytes_max: usage.bytes_max,
             dropped: usage.dropped,
+            dropped_of: usage
+                .dropped_of
+                .into_iter()
+                .map(|(of, count)| (of.unwrap_or(node_id).to_string(), count))
+                .collect(),
         },
         edge: core.edge.as_ref().map(Report::status),
         rss_bytes_max: host::peak_rss().map_or(0, |size| size.0),
@@ -285,13 +307,19 @@ fn failing(name: NameStatus) -> Option<FailingName> {
 }
 
 fn peers(core: &Core) -> Vec<Peer> {
+    let candidates = &core.artifacts.candidates;
+    let now = Instant::now();
     let micros = |duration: std::time::Duration| u64::try_from(duration.as_micros()).unwrap_or(0);
     let peers = core
         .transport
         .status()
         .peers()
         .into_iter()
-        .map(|peer| Peer {
+        .map(|peer| (candidates.ask_order(&peer.node_id, now), peer))
+        .map(|(ask_order, peer)| Peer {
+            score: candidates.points(&peer.node_id, now),
+            is_asked_last: ask_order == AskOrder::Last,
+            is_banned: ask_order == AskOrder::Banned,
             node_id: peer.node_id.to_string(),
             connection: peer.connection.0,
             address: peer.address.map(|address| address.to_string()),

@@ -12,7 +12,7 @@
 //!    as much. An answer that is small waits behind none.
 //! 3. Where nothing comes forward: a body that is being sent is given up after an interval;
 //!    otherwise a request is after `patience`, which is what a peer has to store a body before it
-//!    answers.
+//!    answers. An asker that has others to ask says how long it waits instead.
 
 use std::time::{Duration, Instant};
 
@@ -75,6 +75,8 @@ pub enum Verdict {
 pub struct BodyDeadline {
     config: BodyDeadlineConfig,
     has_long_answer: bool,
+    /// What the asker said in place of `patience`.
+    asker_patience: Option<Duration>,
     /// When the stage began, or what it waits for came forward last, and how far that was.
     moved_at: Instant,
     seen: Sighting,
@@ -92,9 +94,17 @@ impl BodyDeadline {
         Self {
             config,
             has_long_answer,
+            asker_patience: None,
             moved_at: now,
             seen,
         }
+    }
+
+    /// Waits for `patience` in place of the configured one, however short that is. Ask it first no
+    /// later than that from now.
+    pub fn with_patience(mut self, patience: Option<Duration>) -> Self {
+        self.asker_patience = patience;
+        self
     }
 
     /// Judges the request. `interval`: the time that a path of this round trip has for
@@ -108,7 +118,9 @@ impl BodyDeadline {
         }
         let limit = match seen.stage {
             Stage::Sending => interval,
-            _ => self.config.patience.max(interval),
+            _ => self
+                .asker_patience
+                .unwrap_or_else(|| self.config.patience.max(interval)),
         };
         let silent_at = self.moved_at + limit;
         if silent_at <= now {
@@ -246,6 +258,28 @@ mod tests {
         for (what, has_long_answer, see, end) in cases {
             assert_eq!(given_up(has_long_answer, INTERVAL, see), end, "{what}");
         }
+    }
+
+    // Protects an asker that has others to ask from the time of an interval, and the peer that has
+    // begun to answer from being left.
+    #[test]
+    fn the_patience_of_an_asker_may_be_shorter_than_an_interval() {
+        const PATIENCE: Duration = Duration::from_millis(300);
+        let start = Instant::now();
+        let judge = |stage, after| {
+            let see = |stage| Sighting {
+                stage,
+                moved_bytes: 0,
+            };
+            let deadline = BodyDeadline::new(CONFIG, true, see(Sent), start);
+            let mut deadline = deadline.with_patience(Some(PATIENCE));
+            deadline.judge(see(stage), INTERVAL, start + after)
+        };
+        let early = PATIENCE - Duration::from_millis(1);
+        assert_eq!(judge(Sent, early), Verdict::Wait(start + PATIENCE));
+        assert_eq!(judge(Sent, PATIENCE), Verdict::GiveUp);
+        let answering = start + PATIENCE + PATIENCE;
+        assert_eq!(judge(Answering, PATIENCE), Verdict::Wait(answering));
     }
 
     // Protects the longest paths: 20 round trips may be longer than the patience.

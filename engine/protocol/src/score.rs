@@ -1,10 +1,13 @@
-//! Scores of peers: from which peer to fetch, and which peers not to ask for a while.
+//! Scores of peers: from which peer to fetch, and which peers to ask last, or not at all, for a
+//! while.
 //!
 //! 1. All points halve every `half_life`, so what a peer did an hour ago does not count.
-//! 2. A ban is for invalid bytes, never for slowness; each further one lasts twice as long, until
-//!    `ban_memory` has passed without any.
-//! 3. The peers kept are bounded: a new one takes the place of the peer that was reported longest
-//!    ago, banned ones last.
+//! 2. A ban is for invalid bytes, never for slowness. A peer that stalls, or is slow or fails again
+//!    and again, is asked last.
+//! 3. Each further penalty of a kind lasts twice as long, until its `memory` has passed without
+//!    one.
+//! 4. The peers kept are bounded: a new one takes the place of the peer that was reported longest
+//!    ago; before one that is asked last, and that before a banned one.
 
 use crate::{id::NodeId, rng::Rng};
 use std::{
@@ -21,12 +24,24 @@ pub struct ScoreConfig {
     pub half_life: Duration,
     /// Number of invalid answers, within about a half-life, that ban a peer.
     pub invalid_max: u32,
-    /// Length of the first ban.
-    pub ban: Duration,
-    /// Length of the longest ban.
-    pub ban_max: Duration,
-    /// Time without a ban after which the next ban is as short as the first.
-    pub ban_memory: Duration,
+    /// Number of slow and failed answers, within about a half-life and beyond those that it served,
+    /// after which a peer is asked last.
+    pub failures_max: u32,
+    /// A ban.
+    pub ban: Penalty,
+    /// That a peer is asked last.
+    pub last: Penalty,
+}
+
+/// How long a penalty lasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Penalty {
+    /// Length of the first one; each further one is twice as long.
+    pub first: Duration,
+    /// Length of the longest one.
+    pub max: Duration,
+    /// Time without one after which the next one is as short as the first.
+    pub memory: Duration,
 }
 
 impl Default for ScoreConfig {
@@ -35,9 +50,19 @@ impl Default for ScoreConfig {
             peers_max: 1024,
             half_life: Duration::from_secs(60),
             invalid_max: 3,
-            ban: Duration::from_secs(60),
-            ban_max: Duration::from_secs(3600),
-            ban_memory: Duration::from_secs(86_400),
+            failures_max: 3,
+            ban: Penalty {
+                first: Duration::from_secs(60),
+                max: Duration::from_secs(3600),
+                memory: Duration::from_secs(86_400),
+            },
+            // A stall can cost a node that waits the patience with bodies, 30 s by default: a peer
+            // that stalls whenever it can costs that once in 10 minutes.
+            last: Penalty {
+                first: Duration::from_secs(30),
+                max: Duration::from_secs(600),
+                memory: Duration::from_secs(3600),
+            },
         }
     }
 }
@@ -47,29 +72,64 @@ impl Default for ScoreConfig {
 pub enum Outcome {
     /// The peer served what was asked for, and it was valid.
     Served,
-    /// The answer came late, or not before its deadline.
+    /// Nothing came within the time after which another peer is asked.
     Slow,
-    /// The peer did not have it, or failed.
+    /// The peer failed.
     Failed,
+    /// Nothing came before the deadline.
+    Stalled,
     /// The answer was invalid: the peer is broken or lies.
     Invalid,
 }
 
 impl Outcome {
+    /// All outcomes.
+    pub const ALL: [Self; 5] = [
+        Self::Served,
+        Self::Slow,
+        Self::Failed,
+        Self::Stalled,
+        Self::Invalid,
+    ];
+
+    /// The outcome as a label.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Served => "served",
+            Self::Slow => "slow",
+            Self::Failed => "failed",
+            Self::Stalled => "stalled",
+            Self::Invalid => "invalid",
+        }
+    }
+
     fn points(self) -> i64 {
         match self {
             Self::Served => 1,
-            Self::Slow => -2,
-            Self::Failed => -1,
+            Self::Slow | Self::Failed => -1,
+            Self::Stalled => -2,
             Self::Invalid => -20,
         }
     }
 }
 
+/// In which order a peer is asked; the first goes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum AskOrder {
+    /// By its points, and by chance.
+    Usual,
+    /// After all others.
+    Last,
+    /// Not at all, for a while.
+    Banned,
+}
+
 /// Points are kept in 2^-20, so that they can halve many times.
 const POINT: i64 = 1 << 20;
 /// Most points that a peer can gain, so that a long good time does not pay for a bad one.
-const POINTS_MAX: i64 = 100 * POINT;
+const CREDIT_MAX: i64 = 10 * POINT;
+/// Most points that a peer can lose.
+const DEBT_MAX: i64 = 100 * POINT;
 
 /// The record of all peers.
 #[derive(Debug)]
@@ -83,8 +143,16 @@ struct Score {
     points: i64,
     invalid: i64,
     updated: Instant,
-    banned_until: Option<Instant>,
-    bans: u32,
+    ban: Spells,
+    last: Spells,
+}
+
+/// The penalties of one kind that a peer got.
+#[derive(Debug, Default)]
+struct Spells {
+    /// The end of the last one.
+    until: Option<Instant>,
+    count: u32,
 }
 
 impl Scores {
@@ -96,8 +164,8 @@ impl Scores {
         }
     }
 
-    /// Notes how an exchange ended; returns whether the peer is banned from now on.
-    pub fn note(&mut self, peer: NodeId, outcome: Outcome, now: Instant) -> bool {
+    /// Notes how an exchange ended; returns the penalty that begins with it, if one does.
+    pub fn note(&mut self, peer: NodeId, outcome: Outcome, now: Instant) -> Option<AskOrder> {
         let config = self.config;
         if !self.peers.contains_key(&peer) {
             self.make_room(now);
@@ -106,38 +174,30 @@ impl Scores {
             points: 0,
             invalid: 0,
             updated: now,
-            banned_until: None,
-            bans: 0,
+            ban: Spells::default(),
+            last: Spells::default(),
         };
         let score = self.peers.entry(peer).or_insert_with(fresh);
         score.decay(&config, now);
-        score.points = (score.points + outcome.points() * POINT).clamp(-POINTS_MAX, POINTS_MAX);
-        if outcome != Outcome::Invalid || score.is_banned(now) {
-            return false;
-        }
-        score.invalid += POINT;
-        // Half a point below: those before it have decayed a little.
-        let banned = score.invalid + POINT / 2 >= i64::from(config.invalid_max) * POINT;
-        if banned {
-            score.ban(&config, now);
-        }
+        let begun = score.note(outcome, &config, now);
         self.invariants();
-        banned
+        begun
     }
 
-    /// The peer is not to be asked now.
-    pub fn is_banned(&self, peer: &NodeId, now: Instant) -> bool {
-        self.peers
-            .get(peer)
-            .is_some_and(|score| score.is_banned(now))
+    /// In which order the peer is to be asked now.
+    pub fn ask_order(&self, peer: &NodeId, now: Instant) -> AskOrder {
+        let score = self.peers.get(peer);
+        score.map_or(AskOrder::Usual, |score| score.ask_order(now))
     }
 
-    /// When the peer may be asked again, if it is banned.
-    pub fn banned_until(&self, peer: &NodeId, now: Instant) -> Option<Instant> {
-        self.peers
-            .get(peer)?
-            .banned_until
-            .filter(|until| now < *until)
+    /// Until when the peer has the order that it has now; none for the usual one.
+    pub fn until(&self, peer: &NodeId, now: Instant) -> Option<Instant> {
+        let score = self.peers.get(peer)?;
+        match score.ask_order(now) {
+            AskOrder::Usual => None,
+            AskOrder::Last => score.last.until,
+            AskOrder::Banned => score.ban.until,
+        }
     }
 
     /// Points of a peer, in thousandths; 0 for an unknown peer.
@@ -156,7 +216,7 @@ impl Scores {
     ) -> Option<NodeId> {
         let usable: Vec<NodeId> = candidates
             .into_iter()
-            .filter(|peer| !self.is_banned(peer, now))
+            .filter(|peer| self.ask_order(peer, now) != AskOrder::Banned)
             .collect();
         let count = usable.len() as u64;
         let first = *usable.get(rng.below(count) as usize)?;
@@ -186,7 +246,7 @@ impl Scores {
             let oldest = self
                 .peers
                 .iter()
-                .min_by_key(|(_, score)| (score.is_banned(now), score.updated));
+                .min_by_key(|(_, score)| (score.ask_order(now), score.updated));
             let Some(oldest) = oldest.map(|(id, _)| *id) else {
                 return;
             };
@@ -199,14 +259,20 @@ impl Scores {
         debug_assert!(
             self.peers
                 .values()
-                .all(|score| score.points.abs() <= POINTS_MAX)
+                .all(|score| (-DEBT_MAX..=CREDIT_MAX).contains(&score.points))
         );
     }
 }
 
 impl Score {
-    fn is_banned(&self, now: Instant) -> bool {
-        self.banned_until.is_some_and(|until| now < until)
+    fn ask_order(&self, now: Instant) -> AskOrder {
+        if self.ban.is_in_force(now) {
+            AskOrder::Banned
+        } else if self.last.is_in_force(now) {
+            AskOrder::Last
+        } else {
+            AskOrder::Usual
+        }
     }
 
     fn decay(&mut self, config: &ScoreConfig, now: Instant) {
@@ -216,20 +282,49 @@ impl Score {
         self.updated = self.updated.max(now);
     }
 
-    fn ban(&mut self, config: &ScoreConfig, now: Instant) {
-        if self
-            .banned_until
-            .is_some_and(|until| now > until + config.ban_memory)
-        {
-            self.bans = 0;
+    fn note(&mut self, outcome: Outcome, config: &ScoreConfig, now: Instant) -> Option<AskOrder> {
+        let points = self.points + outcome.points() * POINT;
+        self.points = points.clamp(-DEBT_MAX, CREDIT_MAX);
+        // Half a point below: those before it have decayed a little.
+        let is_reached = |points: i64, max: u32| points + POINT / 2 >= i64::from(max) * POINT;
+        match outcome {
+            Outcome::Invalid if !self.ban.is_in_force(now) => {
+                self.invalid += POINT;
+                if !is_reached(self.invalid, config.invalid_max) {
+                    return None;
+                }
+                self.invalid = 0;
+                self.ban.begin(&config.ban, now);
+                Some(AskOrder::Banned)
+            }
+            Outcome::Slow | Outcome::Failed | Outcome::Stalled
+                if self.ask_order(now) == AskOrder::Usual =>
+            {
+                let is_last = outcome == Outcome::Stalled
+                    || is_reached(self.points.saturating_neg(), config.failures_max);
+                is_last.then(|| {
+                    self.last.begin(&config.last, now);
+                    AskOrder::Last
+                })
+            }
+            _ => None,
         }
-        let ban = config
-            .ban
-            .saturating_mul(1 << self.bans.min(20))
-            .min(config.ban_max);
-        self.bans += 1;
-        self.invalid = 0;
-        self.banned_until = Some(now + ban);
+    }
+}
+
+impl Spells {
+    fn is_in_force(&self, now: Instant) -> bool {
+        self.until.is_some_and(|until| now < until)
+    }
+
+    fn begin(&mut self, penalty: &Penalty, now: Instant) {
+        let is_forgotten = |until: Instant| now > until + penalty.memory;
+        if self.until.is_some_and(is_forgotten) {
+            self.count = 0;
+        }
+        let length = penalty.first.saturating_mul(1 << self.count.min(20));
+        self.count = self.count.saturating_add(1);
+        self.until = Some(now + length.min(penalty.max));
     }
 }
 
@@ -245,118 +340,4 @@ fn decayed(points: i64, age: Duration, config: &ScoreConfig) -> i64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::rng::Rng;
-    use proptest::prelude::*;
-
-    const SECOND: Duration = Duration::from_secs(1);
-
-    fn peer(n: u8) -> NodeId {
-        NodeId::from_bytes([n; 29])
-    }
-
-    #[test]
-    fn points_decay() {
-        let (mut scores, now) = (Scores::new(ScoreConfig::default()), Instant::now());
-        for _ in 0..8 {
-            scores.note(peer(1), Outcome::Served, now);
-        }
-        let points = |seconds| scores.points_milli(&peer(1), now + seconds * SECOND);
-        assert_eq!(
-            [0, 30, 60, 120, 7200].map(points),
-            [8000, 6000, 4000, 2000, 0]
-        );
-        assert_eq!(scores.points_milli(&peer(2), now), 0);
-    }
-
-    // Protects downloads from a liar, and a peer from one broken disk read long ago.
-    #[test]
-    fn bans_grow_and_are_remembered() {
-        let config = ScoreConfig::default();
-        let (mut scores, mut now) = (Scores::new(config), Instant::now());
-        for n in [1, 2, 4, 8, 16, 32, 60, 60] {
-            assert!(!scores.note(peer(1), Outcome::Invalid, now));
-            assert!(!scores.note(peer(1), Outcome::Invalid, now + SECOND));
-            assert!(scores.note(peer(1), Outcome::Invalid, now + 2 * SECOND));
-            now += 2 * SECOND;
-            assert!(
-                !scores.note(peer(1), Outcome::Invalid, now),
-                "banned already"
-            );
-            let until = scores.banned_until(&peer(1), now).unwrap();
-            assert_eq!(until - now, n * config.ban);
-            assert!(scores.is_banned(&peer(1), until - SECOND));
-            assert!(!scores.is_banned(&peer(1), until));
-            now = until;
-        }
-        now += config.ban_memory + SECOND;
-        let banned = [0; 3].map(|_| scores.note(peer(1), Outcome::Invalid, now));
-        assert_eq!(banned, [false, false, true]);
-        assert_eq!(scores.banned_until(&peer(1), now), Some(now + config.ban));
-        // Once an hour is an accident, however often.
-        for n in 0..50 {
-            assert!(!scores.note(peer(2), Outcome::Invalid, now + n * 3600 * SECOND));
-        }
-    }
-
-    #[test]
-    fn slow_and_failing_peers_are_not_banned() {
-        let (mut scores, now) = (Scores::new(ScoreConfig::default()), Instant::now());
-        for outcome in [Outcome::Slow, Outcome::Failed, Outcome::Served].repeat(500) {
-            assert!(!scores.note(peer(1), outcome, now));
-        }
-        assert!(!scores.is_banned(&peer(1), now));
-    }
-
-    #[test]
-    fn chooses_good_peers_and_spreads() {
-        let (mut scores, now) = (Scores::new(ScoreConfig::default()), Instant::now());
-        let mut rng = Rng::new(1);
-        scores.note(peer(1), Outcome::Slow, now);
-        for n in [2, 3] {
-            scores.note(peer(n), Outcome::Served, now);
-        }
-        for _ in 0..3 {
-            scores.note(peer(4), Outcome::Invalid, now);
-        }
-        let mut chosen = [0; 5];
-        for _ in 0..600 {
-            let all = (1..=4).map(peer);
-            chosen[scores.choose(all, &mut rng, now).unwrap().as_bytes()[0] as usize] += 1;
-        }
-        assert_eq!(
-            (chosen[1], chosen[4]),
-            (0, 0),
-            "the worst of three is never the better of two"
-        );
-        assert!(chosen[2] > 200 && chosen[3] > 200, "{chosen:?}");
-        assert_eq!(scores.choose([peer(4)], &mut rng, now), None);
-        assert_eq!(scores.choose([peer(1)], &mut rng, now), Some(peer(1)));
-        assert_eq!(
-            scores.choose([peer(1), peer(1)], &mut rng, now),
-            Some(peer(1))
-        );
-    }
-
-    proptest! {
-        #[test]
-        fn records_are_bounded_and_bans_outlive_the_rest(
-            notes in proptest::collection::vec((5u8..40, 0u8..4, 0u64..9), 1..100),
-        ) {
-            let config = ScoreConfig { peers_max: 8, ..ScoreConfig::default() };
-            let (mut scores, mut now) = (Scores::new(config), Instant::now());
-            let start = now;
-            for _ in 0..3 {
-            scores.note(peer(0), Outcome::Invalid, now);
-        }
-            for (n, outcome, seconds) in notes {
-                now += Duration::from_secs(seconds);
-                let outcomes = [Outcome::Served, Outcome::Slow, Outcome::Failed, Outcome::Served];
-                scores.note(peer(n), outcomes[usize::from(outcome)], now);
-                prop_assert!(scores.len() <= 8);
-                prop_assert_eq!(scores.is_banned(&peer(0), now), now < start + config.ban);
-            }
-        }
-    }
-}
+mod tests;

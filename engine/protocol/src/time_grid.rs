@@ -34,7 +34,7 @@ impl TimeGrid {
         least + Duration::from_nanos(ahead_ns as u64)
     }
 
-    /// The least time between two times of what is done every `interval`.
+    /// The least time between two of its times for something that is done every `interval`.
     pub fn least(interval: Duration) -> Duration {
         interval - interval / 8
     }

@@ -486,7 +486,7 @@ mod tests {
         assert_eq!((pool.present_bytes(), free()), (4 * MIB, (11, 11 * MIB)));
         let mut held: Vec<_> = (0..2).map(|_| pool.take().unwrap()).collect();
         assert_eq!(pool.present_bytes(), 4 * MIB);
-        // Less than half of what is kept ahead is left.
+        // Less than half of the chunks that are kept ahead is left.
         held.push(pool.take().unwrap());
         until("pages are there ahead", || {
             pool.present_bytes() >= 7 * MIB && pool.free_chunks() == 8

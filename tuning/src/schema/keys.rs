@@ -627,7 +627,7 @@ pub(super) static SECTIONS: &[Section] = &[
             "store_bytes",
             artifacts.store_bytes,
             bytes(ByteSize::mib(1), ByteSize::gib(512)),
-            "Bodies held in chunks of the pool; the oldest are dropped for new ones."
+            "Bodies held in chunks of the pool; for new ones, the oldest of the publisher that holds most are dropped."
         )],
     },
     Section {

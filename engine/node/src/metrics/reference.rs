@@ -12,7 +12,7 @@ use millrace_transport::counters::{Counter, Family};
 
 use super::{Label, Out, reasons, total};
 use crate::core::Core;
-use crate::peers::nearest;
+use crate::peers::all;
 
 /// One of the reference's metrics.
 pub(super) struct Row {
@@ -95,7 +95,7 @@ pub(super) const TABLE: &[Row] = &[
         name: "peer_map_size",
         help: "Peers that are connected",
         from: "`/status`, different `node_id`s of `peers`",
-        read: Read::Gauge(|core| nearest(&core.transport).len() as u64),
+        read: Read::Gauge(|core| all(&core.transport).len() as u64),
     },
     // The reference spells it so.
     Row {

@@ -7,7 +7,7 @@ use millrace_protocol::id::{ArtifactId, NodeId};
 use millrace_shards::Queue;
 use millrace_shards::chunk::Body;
 use millrace_transport::{
-    Answer, BodyHead, BodyMode, Defer, Inbound, InboundBody, Messenger, Responder, Service,
+    Answer, BodyHead, BodyMode, Defer, Inbound, InboundBody, Messenger, Payload, Responder, Service,
 };
 
 use super::announced::Announced;
@@ -106,15 +106,17 @@ impl<M: Messenger> ArtifactService<M> {
         Answer::Deferred
     }
 
-    fn get(&self, body: &InboundBody<'_>) -> Answer {
-        let InboundBody::Slice(bytes) = body else {
-            return Answer::Failure(FailureCode::Malformed);
+    /// Answers a question whose body is an id with what `answer` makes of the artifact.
+    fn ask(&self, body: &InboundBody<'_>, answer: impl FnOnce(Body) -> Payload) -> Answer {
+        let id = match body {
+            InboundBody::Slice(bytes) => wire::decode_id(bytes),
+            _ => None,
         };
-        let Some(id) = wire::decode_id(bytes) else {
+        let Some(id) = id else {
             return Answer::Failure(FailureCode::Malformed);
         };
         match self.store.get(&id) {
-            Some(body) => Answer::Reply(payload_of(body)),
+            Some(body) => Answer::Reply(answer(body)),
             None => Answer::Failure(FailureCode::NotFound),
         }
     }
@@ -148,7 +150,10 @@ impl<M: Messenger> Service for ArtifactService<M> {
         match request.method {
             wire::ANNOUNCE => self.announce(&request.peer, &request.body),
             wire::PUT => self.put(request.peer, request.body, &defer),
-            wire::GET => self.get(&request.body),
+            wire::GET => self.ask(&request.body, payload_of),
+            wire::LOOK_UP => self.ask(&request.body, |body| {
+                wire::encode_length(body.len() as u64).into()
+            }),
             _ => Answer::Failure(FailureCode::UnknownMethod),
         }
     }

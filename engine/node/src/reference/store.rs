@@ -1,4 +1,9 @@
-//! Artifacts that this node holds: bodies in chunks, bounded, the oldest dropped for new ones.
+//! Artifacts that this node holds: bodies in chunks, bounded, old ones dropped for new ones.
+//!
+//! A new body takes the place of the oldest of the publisher that would hold most, its own first;
+//! this node is a publisher too. So one that sends without end drops its own bodies once it holds
+//! most. Others lose to it what they hold beyond an equal share of the store, and at most as much
+//! as one body more: a body may be longer than a share.
 //!
 //! What the store holds is charged to the peers that sent it (`millrace_transport`). So a body that
 //! is about to come is expected: the store drops old bodies of the same peer at once, until the
@@ -12,8 +17,8 @@
 //!
 //! 1. What all bodies take is at most `bytes_max`; a body counts in units of 64 KiB, as in the
 //!    pool.
-//! 2. `order` lists exactly the ids of `bodies` and who sent them, oldest first.
-//! 3. `peers` has what the bodies of each peer take, and those that are expected of it; no zeros.
+//! 2. The ids of all publishers are exactly those of `bodies`, each once.
+//! 3. A publisher that holds nothing, and of which nothing is expected, has no entry.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,67 +36,96 @@ pub struct TooLarge {
     pub bytes_max: u64,
 }
 
+/// The peer that sent a body; none: published at this node, and charged to no peer.
+type Publisher = Option<NodeId>;
+
+/// Publishers whose drops are counted apart: more than a subnet has members, and a bound for a node
+/// that sees members come and go for years.
+const DROPPED_OF_MAX: usize = 4_096;
+
 #[derive(Debug, Default)]
 struct Held {
     bodies: BTreeMap<ArtifactId, Body>,
-    /// Without a peer: published at this node, and charged to none.
-    order: VecDeque<(ArtifactId, Option<NodeId>)>,
     bytes: u64,
-    peers: BTreeMap<NodeId, PeerBytes>,
+    publishers: BTreeMap<Publisher, Share>,
+    /// Bodies that were dropped, by publisher; at most [`DROPPED_OF_MAX`] of them.
+    dropped_of: BTreeMap<Publisher, u64>,
+    /// Bodies that were dropped, of all.
     dropped: u64,
 }
 
-/// Bytes of one peer.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-struct PeerBytes {
+/// What the store holds of one publisher.
+#[derive(Debug, Default)]
+struct Share {
+    /// Its bodies, the oldest first.
+    ids: VecDeque<ArtifactId>,
+    /// What they take.
     held: u64,
     /// What bodies that are about to come will take.
     expected: u64,
 }
 
 impl Held {
-    /// Drops the oldest bodies until `bytes` more fit, or none is left.
-    fn make_room(&mut self, bytes: u64, bytes_max: u64) {
-        while self.bytes + bytes > bytes_max && self.drop_at(0) {}
+    /// Drops bodies until `bytes` more of `publisher` fit, or none is left.
+    fn make_room(&mut self, publisher: Publisher, bytes: u64, bytes_max: u64) {
+        while self.bytes + bytes > bytes_max {
+            // With what is to come: otherwise equal ones would take from each other in turns.
+            let would_hold = |(of, share): &(&Publisher, &Share)| {
+                let is_own = **of == publisher;
+                (share.held + if is_own { bytes } else { 0 }, is_own)
+            };
+            let holding = self.publishers.iter().filter(|(_, of)| of.held > 0);
+            let most = holding.max_by_key(would_hold).map(|(of, _)| *of);
+            if !most.is_some_and(|of| self.drop_oldest_of(of)) {
+                return;
+            }
+        }
     }
 
     /// Drops the oldest bodies of `peer` until the receive budget has space for `bytes` more of it,
     /// beside those that are expected of it; or none of its own is left.
     fn make_own_room(&mut self, peer: NodeId, bytes: u64, bytes_max: u64) {
-        let others = self.peers.iter().filter(|(of, _)| **of != peer);
+        let is_other_peer = |of: &Publisher| of.is_some() && *of != Some(peer);
+        let others = self.publishers.iter().filter(|(of, _)| is_other_peer(of));
         let others: u64 = others.map(|(_, of_peer)| of_peer.held).sum();
         loop {
-            let own = self.peers.get(&peer).copied().unwrap_or_default();
-            if own.held + own.expected + bytes + others / 2 <= bytes_max {
-                return;
-            }
-            let oldest = self.order.iter().position(|(_, of)| *of == Some(peer));
-            if !oldest.is_some_and(|at| self.drop_at(at)) {
+            let own = self.publishers.get(&Some(peer));
+            let own = own.map_or(0, |own| own.held + own.expected);
+            let fits = own + bytes + others / 2 <= bytes_max;
+            if fits || !self.drop_oldest_of(Some(peer)) {
                 return;
             }
         }
     }
 
-    fn drop_at(&mut self, at: usize) -> bool {
-        let Some((id, from)) = self.order.remove(at) else {
+    /// Whether there was one.
+    fn drop_oldest_of(&mut self, publisher: Publisher) -> bool {
+        let share = self.publishers.get_mut(&publisher);
+        let Some(id) = share.and_then(|share| share.ids.pop_front()) else {
             return false;
         };
         if let Some(body) = self.bodies.remove(&id) {
             let bytes = in_units(body.len() as u64);
             self.bytes -= bytes;
-            self.dropped += 1;
-            if let Some(peer) = from {
-                self.count(peer, |of_peer| of_peer.held -= bytes);
-            }
+            self.change(publisher, |share| share.held -= bytes);
+            self.count_dropped(publisher);
         }
         true
     }
 
-    fn count(&mut self, peer: NodeId, change: impl FnOnce(&mut PeerBytes)) {
-        let of_peer = self.peers.entry(peer).or_default();
-        change(of_peer);
-        if *of_peer == PeerBytes::default() {
-            self.peers.remove(&peer);
+    fn change(&mut self, publisher: Publisher, change: impl FnOnce(&mut Share)) {
+        let share = self.publishers.entry(publisher).or_default();
+        change(share);
+        if share.ids.is_empty() && share.expected == 0 {
+            self.publishers.remove(&publisher);
+        }
+    }
+
+    fn count_dropped(&mut self, publisher: Publisher) {
+        self.dropped += 1;
+        let has_room = self.dropped_of.len() < DROPPED_OF_MAX;
+        if has_room || self.dropped_of.contains_key(&publisher) {
+            *self.dropped_of.entry(publisher).or_default() += 1;
         }
     }
 }
@@ -107,7 +141,7 @@ pub(crate) struct Expected {
 impl Drop for Expected {
     fn drop(&mut self) {
         let mut held = self.store.lock();
-        held.count(self.peer, |of_peer| of_peer.expected -= self.bytes);
+        held.change(Some(self.peer), |share| share.expected -= self.bytes);
     }
 }
 
@@ -118,7 +152,7 @@ pub(crate) struct Store {
 }
 
 /// How full the store is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Usage {
     /// Artifacts held.
     pub artifacts: u64,
@@ -128,6 +162,9 @@ pub struct Usage {
     pub bytes_max: u64,
     /// Artifacts that were dropped to make room for new ones.
     pub dropped: u64,
+    /// Of them, those of each publisher: a peer, or this node (none). For the first 4,096 that lose
+    /// one.
+    pub dropped_of: BTreeMap<Option<NodeId>, u64>,
 }
 
 impl Store {
@@ -152,7 +189,7 @@ impl Store {
         }
         let mut held = store.lock();
         held.make_own_room(peer, bytes, store.bytes_max);
-        held.count(peer, |of_peer| of_peer.expected += bytes);
+        held.change(Some(peer), |share| share.expected += bytes);
         Some(Expected {
             store: Arc::clone(store),
             peer,
@@ -182,11 +219,13 @@ impl Store {
         if let Some(peer) = from {
             // What is expected of the peer keeps its space.
             held.make_own_room(peer, needed_bytes, self.bytes_max);
-            held.count(peer, |of_peer| of_peer.held += needed_bytes);
         }
-        held.make_room(needed_bytes, self.bytes_max);
+        held.make_room(from, needed_bytes, self.bytes_max);
         held.bytes += needed_bytes;
-        held.order.push_back((id, from));
+        held.change(from, |share| {
+            share.held += needed_bytes;
+            share.ids.push_back(id);
+        });
         held.bodies.insert(id, body);
         Ok(())
     }
@@ -206,6 +245,7 @@ impl Store {
             bytes: held.bytes,
             bytes_max: self.bytes_max,
             dropped: held.dropped,
+            dropped_of: held.dropped_of.clone(),
         }
     }
 
@@ -221,160 +261,4 @@ fn in_units(length: u64) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use millrace_protocol::budget::{BudgetConfig, ReceiveBudget};
-    use millrace_shards::chunk::{ChunkPool, UNIT_BYTES};
-    use millrace_shards::config::HugePages;
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn peer(n: u8) -> NodeId {
-        NodeId::from_bytes([n; 29])
-    }
-
-    fn id(n: u8) -> ArtifactId {
-        ArtifactId::from_bytes([n; 32])
-    }
-
-    /// The oldest goes first, what it took returns to the pool, and the bound counts units.
-    #[test]
-    fn the_oldest_bodies_make_room_and_give_their_chunks_back() {
-        let pool = ChunkPool::new(4 << 20, HugePages::Never).unwrap();
-        let store = Store::new(2 * UNIT_BYTES as u64);
-        for n in 1..=3 {
-            store
-                .insert(None, id(n), Body::copy_from_slice(&pool, &[n; 10]).unwrap())
-                .unwrap();
-        }
-        assert!(!store.contains(&id(1)) && store.contains(&id(2)) && store.contains(&id(3)));
-        assert_eq!(store.get(&id(3)).unwrap().chunks()[0][..], [3; 10]);
-        assert_eq!(
-            pool.total_bytes() - pool.free_bytes(),
-            2 * UNIT_BYTES as u64
-        );
-        let usage = Usage {
-            artifacts: 2,
-            bytes: 2 * UNIT_BYTES as u64,
-            bytes_max: 2 * UNIT_BYTES as u64,
-            dropped: 1,
-        };
-        assert_eq!(store.usage(), usage);
-    }
-
-    /// Room is made when a body is announced, and what is expected is not given to another body.
-    #[test]
-    fn an_expected_body_makes_room_before_it_comes() {
-        const UNIT: u64 = UNIT_BYTES as u64;
-        let pool = ChunkPool::new(4 << 20, HugePages::Never).unwrap();
-        let store = Arc::new(Store::new(3 * UNIT));
-        let insert = |n| {
-            let body = Body::copy_from_slice(&pool, &[n; 10]).unwrap();
-            store.insert(Some(peer(1)), id(n), body).unwrap();
-        };
-        (1..=3).for_each(insert);
-        let expected = Store::expect(&store, peer(1), UNIT + 1).unwrap();
-        assert_eq!(pool.total_bytes() - pool.free_bytes(), UNIT);
-        assert!(store.contains(&id(3)) && !store.contains(&id(2)));
-        insert(4);
-        assert_eq!(store.usage().artifacts, 1, "two are kept free");
-        drop(expected);
-        (5..=6).for_each(insert);
-        assert_eq!(store.usage().artifacts, 3);
-        assert!(Store::expect(&store, peer(1), 3 * UNIT + 1).is_none());
-        assert_eq!(store.usage().artifacts, 3, "what never fits drops nothing");
-    }
-
-    /// A peer whose bodies never come drops none of another; one that comes whole drops the oldest.
-    #[test]
-    fn what_never_comes_drops_nothing_of_other_peers() {
-        const UNIT: u64 = UNIT_BYTES as u64;
-        let pool = ChunkPool::new(4 << 20, HugePages::Never).unwrap();
-        let store = Arc::new(Store::new(6 * UNIT));
-        let insert = |from: Option<NodeId>, n: u8| {
-            let body = Body::copy_from_slice(&pool, &[n; 10]).unwrap();
-            store.insert(from, id(n), body).unwrap();
-        };
-        insert(None, 1);
-        (2..=4).for_each(|n| insert(Some(peer(1)), n));
-        (5..=6).for_each(|n| insert(Some(peer(2)), n));
-        let holds = |ids: &[u8]| {
-            assert!(ids.iter().all(|n| store.contains(&id(*n))), "{ids:?}");
-            assert_eq!(store.usage().artifacts, ids.len() as u64);
-        };
-        holds(&[1, 2, 3, 4, 5, 6]);
-        // Two of its own, two to come and half of three are not more than six.
-        let begun = Store::expect(&store, peer(2), 2 * UNIT);
-        holds(&[1, 2, 3, 4, 5, 6]);
-        let stalled: Vec<_> = (0..100)
-            .map(|_| Store::expect(&store, peer(2), 6 * UNIT).unwrap())
-            .collect();
-        holds(&[1, 2, 3, 4]);
-        // Another peer has its room all the same.
-        insert(Some(peer(1)), 7);
-        insert(Some(peer(3)), 8);
-        holds(&[1, 2, 3, 4, 7, 8]);
-        drop((stalled, begun));
-        insert(Some(peer(2)), 9);
-        holds(&[2, 3, 4, 7, 8, 9]);
-        assert_eq!(store.lock().peers[&peer(1)].held, 4 * UNIT);
-    }
-
-    proptest! {
-        /// A receive budget of twice the store's size has space for a body that is expected,
-        /// however the peers share the store.
-        #[test]
-        fn the_receive_budget_has_space_for_what_is_expected(
-            steps in proptest::collection::vec((0u8..4, 1u64..=8), 1..60),
-        ) {
-            const UNIT: u64 = UNIT_BYTES as u64;
-            const MAX: u64 = 16 * UNIT;
-            let pool = ChunkPool::new(4 << 20, HugePages::Never).unwrap();
-            let store = Arc::new(Store::new(MAX));
-            for (n, (from, units)) in (0..).zip(steps) {
-                let from = (from > 0).then(|| peer(from));
-                let expected = from.map(|peer| Store::expect(&store, peer, units * UNIT).unwrap());
-                let mut budget = ReceiveBudget::new(BudgetConfig {
-                    total_bytes: 2 * MAX,
-                    peer_bytes_max: MAX,
-                    peer_inline_bytes_max: 0,
-                    inline_bytes_max: 0,
-                });
-                for (peer, bytes) in &store.lock().peers {
-                    // Each at once: no order of theirs is above its share.
-                    prop_assert_eq!(budget.reserve(*peer, bytes.held), Ok(()));
-                }
-                if let Some(peer) = from {
-                    prop_assert_eq!(budget.reserve(peer, units * UNIT), Ok(()));
-                }
-                drop(expected);
-                let body = Body::copy_from_slice(&pool, &vec![n; (units * UNIT) as usize]);
-                store.insert(from, id(n), body.unwrap()).unwrap();
-                let held = store.lock();
-                let bytes = held.bodies.values().map(|body| body.len() as u64);
-                prop_assert_eq!(bytes.sum::<u64>(), held.bytes);
-                prop_assert!(held.bytes <= MAX && held.order.len() == held.bodies.len());
-            }
-        }
-    }
-
-    #[test]
-    fn a_body_is_held_once_and_one_that_never_fits_is_refused() {
-        let pool = ChunkPool::new(4 << 20, HugePages::Never).unwrap();
-        let store = Store::new(1 << 20);
-        let body = Body::copy_from_slice(&pool, &[1; 10]).unwrap();
-        store.insert(None, id(1), body.clone()).unwrap();
-        store.insert(Some(peer(1)), id(1), body).unwrap();
-        assert_eq!(store.usage().artifacts, 1);
-        let large = Body::copy_from_slice(&pool, &vec![0; (1 << 20) + 1]).unwrap();
-        assert_eq!(
-            store
-                .insert(Some(peer(1)), id(2), large)
-                .unwrap_err()
-                .needed_bytes,
-            (1 << 20) + UNIT_BYTES as u64
-        );
-        assert!(store.contains(&id(1)), "what is refused drops nothing");
-        assert!(!store.fits((1 << 20) + 1) && store.fits(1 << 20));
-    }
-}
+mod tests;

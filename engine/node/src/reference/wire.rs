@@ -11,6 +11,9 @@ pub const ANNOUNCE: Method = Method(1);
 pub const PUT: Method = Method(2);
 /// An id; answered by the body.
 pub const GET: Method = Method(3);
+/// An id: "do you hold it?"; answered by the body's length, as [`encode_length`] writes it, or by
+/// [`FailureCode::NotFound`](millrace_protocol::frame::FailureCode::NotFound).
+pub const LOOK_UP: Method = Method(4);
 
 /// The methods that are kept for the reference application.
 pub const METHODS: RangeInclusive<Method> = ANNOUNCE..=Method(0x00ff);
@@ -51,6 +54,15 @@ pub fn decode_id(bytes: &[u8]) -> Option<ArtifactId> {
     bytes.try_into().ok().map(ArtifactId::from_bytes)
 }
 
+/// Answer to [`LOOK_UP`]: 8 bytes, little endian.
+pub(crate) fn encode_length(length: u64) -> Vec<u8> {
+    length.to_le_bytes().to_vec()
+}
+
+pub(crate) fn decode_length(bytes: &[u8]) -> Option<u64> {
+    bytes.try_into().ok().map(u64::from_le_bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -65,5 +77,7 @@ mod tests {
         assert_eq!(Announce::decode(&announce.encode()[1..]), None);
         assert_eq!(decode_id(&[1; 32]), Some(ArtifactId::from_bytes([1; 32])));
         assert_eq!(decode_id(&[1; 33]), None);
+        assert_eq!(decode_length(&encode_length(1 << 27)), Some(1 << 27));
+        assert_eq!(decode_length(&[1; 7]), None);
     }
 }

@@ -136,10 +136,14 @@ impl ConnectionHandle {
         let config = &self.state.config;
         let (told, first) = match request.deadline {
             Deadline::After(after) => (after, after),
-            Deadline::Progress { answer_bytes_max } => {
+            Deadline::Progress {
+                answer_bytes_max,
+                patience,
+            } => {
                 let bytes = answer_bytes_max.saturating_add(body_bytes.into());
                 let told = config.body_deadline().time_for(bytes);
-                (told, config.stream_progress_interval)
+                let interval = config.stream_progress_interval;
+                (told, patience.map_or(interval, |time| time.min(interval)))
             }
         };
         let [arg, first_ms] =
@@ -171,10 +175,15 @@ impl ConnectionHandle {
                 None => Ok(header),
             };
         }
-        if let Deadline::Progress { answer_bytes_max } = request.deadline {
+        if let Deadline::Progress {
+            answer_bytes_max,
+            patience,
+        } = request.deadline
+        {
             let has_long_answer = answer_bytes_max > config.limits.lane_body_bytes_max.into();
             let seen = self.sighting(&header, false);
-            let body = BodyDeadline::new(config.body_deadline(), has_long_answer, seen, now);
+            let body = BodyDeadline::new(config.body_deadline(), has_long_answer, seen, now)
+                .with_patience(patience);
             if let Some(call) = self.calls.borrow_mut().get_mut(id) {
                 call.body = Some(Box::new(body));
             }

@@ -85,6 +85,9 @@ pub enum Deadline {
     Progress {
         /// Longest body that the answer may have, bytes; 0 where it is small.
         answer_bytes_max: u64,
+        /// What counts in place of `body_patience`, for an asker that has other peers to ask. It
+        /// may be as short as a few round trips: it ends with the answer's first bytes.
+        patience: Option<Duration>,
     },
 }
 
