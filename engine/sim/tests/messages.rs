@@ -219,6 +219,34 @@ fn the_server_sees_what_is_taken_back() {
     drop(kept);
 }
 
+// Protects a peer that sends a little too fast: reading that was held back goes on by its own
+// timer, when nothing else happens on the connection, and nothing is lost.
+#[test]
+fn frames_that_were_held_back_are_read_when_their_time_has_come() {
+    const SENT: u32 = 10_000;
+    const PER_SECOND: u64 = 4_000;
+    let mut config = SimConfig::default();
+    config.transport.frames_per_second_max = PER_SECOND;
+    config.transport.probe_interval = PATIENCE;
+    config.transport.keep_alive = PATIENCE;
+    let mut testbed = Testbed::connected(config);
+    let (node, peer) = (testbed.node(0), testbed.id(1));
+    for number in 0..SENT {
+        let number = &number.to_le_bytes();
+        node.send_slice(peer, Class::Normal, ECHO, number).unwrap();
+    }
+    let came = |testbed: &Testbed| testbed.with(1, |heard| heard.sends.len());
+    testbed.sim.run_for(500 * MS);
+    assert!(came(&testbed) < SENT as usize, "they are held back");
+    assert_eq!(testbed.node(1).counters().get(Counter::FramesHeld), 1);
+    let time = Duration::from_secs(u64::from(SENT) / PER_SECOND);
+    testbed.sim.run_for(time);
+    assert_eq!(came(&testbed), SENT as usize);
+    testbed.with(1, |heard| {
+        assert!((0..SENT).eq(heard.sends.iter().copied()));
+    });
+}
+
 /// Requests and messages of all sizes over a bad network, in half of the runs with a cut that lasts
 /// longer than an idle connection; returns the trace and how many requests failed.
 fn storm(seed: u64, pool: &ChunkPool) -> (Vec<String>, usize) {

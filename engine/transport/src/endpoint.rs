@@ -120,8 +120,8 @@ pub(crate) struct Endpoint {
     half_open: usize,
     /// Heap bytes that quiche holds for all of them.
     heap_bytes: u64,
-    /// Whether a connection had something to receive or to send since the last housekeeping. An
-    /// idle shard with many peers does not look at all of them ten times a second.
+    /// Whether a packet, a command or a timer came, or a connection had something to send, since
+    /// the last housekeeping. An idle shard does not look at all its peers ten times a second.
     is_touched: bool,
     /// Connections that clients without a proof began, and that have not been found to be a
     /// member's.
@@ -438,6 +438,7 @@ impl Datapath for Endpoint {
     type Message = Command;
 
     fn on_message(&mut self, command: Command, now: Instant) {
+        self.is_touched = true;
         self.parts.state.now.set(now);
         match command {
             Command::Topology(topology, dial_keys) => {
@@ -453,6 +454,8 @@ impl Datapath for Endpoint {
     }
 
     fn on_datagrams(&mut self, datagrams: Datagrams<'_>, now: Instant) {
+        // Also where no connection takes them: who waits for a count of refusals is woken.
+        self.is_touched = true;
         self.parts.state.now.set(now);
         self.counters()
             .add(Counter::DatagramsReceived, datagrams.count() as u64);
@@ -476,6 +479,7 @@ impl Datapath for Endpoint {
     }
 
     fn on_timeout(&mut self, now: Instant) {
+        self.is_touched = true;
         self.parts.state.now.set(now);
         let mut due = std::mem::take(&mut self.due);
         self.wheel.poll(now, &mut |timer| due.push(timer));

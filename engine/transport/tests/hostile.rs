@@ -16,6 +16,7 @@ use common::*;
 use millrace_protocol::frame::{Class, Header, Kind};
 use millrace_protocol::identity::SigningKey;
 use millrace_protocol::rng::Rng;
+use millrace_shards::config::ShardConfig;
 use millrace_transport::counters::{Counter, Family};
 use millrace_transport::{PerClass, TransportConfig};
 use raw::{Raw, RawOptions};
@@ -152,9 +153,10 @@ impl Attack<'_> {
 fn a_hostile_member_costs_nobody_anything() {
     let (victim, honest, (hostile, from), config) = testbed();
     // Two nodes and the attacker live in this process; what they and the test program take before
-    // the attack is the base, and the pools, which are resident from the start, are in it. On top
-    // may come what the configuration says a connection may hold.
-    let rss_max = rss_bytes() + 3 * config.connection_budget_bytes() + 32 * MIB;
+    // the attack is the base. On top may come the part of the victim's pool that is not resident
+    // yet, and what the configuration says a connection may hold.
+    let absent_bytes = POOL_BYTES - ShardConfig::default().chunk_pool_ahead_bytes;
+    let rss_max = rss_bytes() + absent_bytes + 3 * config.connection_budget_bytes() + 32 * MIB;
     let attack = Attack {
         victim: &victim,
         honest: &honest,
