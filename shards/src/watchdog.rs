@@ -11,6 +11,8 @@
 //!    kernel, and it had not announced a park or has runnable tasks.
 //! 2. The thread runs while a shard is watched: the end of the last one ends it.
 //! 3. A look allocates nothing: a busy machine makes many of them.
+//! 4. While all shards are parked and idle, the looks are up to [`IDLE_TICKS_MAX`] ticks apart, so
+//!    that an idle process does not wake for them.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -20,6 +22,9 @@ use std::time::Duration;
 
 use crate::park::Parker;
 use crate::stats::ShardStats;
+
+/// Ticks between two looks at most. A wake-up that is lost while all sleep costs as many.
+const IDLE_TICKS_MAX: u32 = 8;
 
 /// The thread, while it runs. Locked before [`Watchdog::state`].
 static RUNNING: Mutex<Option<Running>> = Mutex::new(None);
@@ -132,22 +137,31 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Watchdog {
     fn run(&self, tick: Duration) {
         let mut state = lock(&self.state);
+        let mut ticks = 1;
         loop {
             let waited = self
                 .ended
-                .wait_timeout_while(state, tick, |state| !state.is_ended);
+                .wait_timeout_while(state, tick * ticks, |state| !state.is_ended);
             (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
             if state.is_ended {
                 return;
             }
-            state.shards.iter_mut().for_each(Watched::look);
+            let mut is_idle = true;
+            for watched in &mut state.shards {
+                is_idle &= watched.look();
+            }
+            ticks = if is_idle {
+                IDLE_TICKS_MAX.min(2 * ticks)
+            } else {
+                1
+            };
         }
     }
 }
 
 impl Watched {
-    /// Wakes the shard if it sleeps with work to do.
-    fn look(&mut self) {
+    /// Wakes the shard if it sleeps with work to do. Whether it slept without, since the last look.
+    fn look(&mut self) -> bool {
         let beat = self.parker.heartbeat();
         let stood_still = std::mem::replace(&mut self.beat, beat) == beat;
         let should_run = !self.parker.is_parked() || self.parker.any_runnable();
@@ -155,6 +169,7 @@ impl Watched {
             self.stats.watchdog_wakes.add_shared(1);
             self.parker.wake_executor();
         }
+        stood_still && !should_run
     }
 }
 

@@ -410,6 +410,10 @@ pub struct TransportSection {
     pub probe_failures_max: u64,
     /// Connections one shard holds, handshakes included.
     pub connections_max: u64,
+    /// Probes that a shard sends in a second to all its peers together.
+    pub probes_per_second_max: u64,
+    /// Dials of a shard under way that are not slow.
+    pub dials_max: u64,
     /// Connections of these that have not finished their handshake.
     pub handshakes_max: u64,
     /// Heap bytes that QUIC may hold for all connections of a shard.
@@ -647,6 +651,8 @@ impl Default for TransportSection {
             probe_failures_max: 10,
             // 128 whole connections beside the handshakes: three of the largest subnets.
             connections_max: 1152,
+            probes_per_second_max: 64,
+            dials_max: 32,
             handshakes_max: 1024,
             quic_heap_bytes_max: ByteSize::mib(512),
             heap_count: HeapCount::Require,

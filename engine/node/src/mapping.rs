@@ -157,6 +157,8 @@ pub fn transport(config: &NodeConfig) -> TransportConfig {
         probe_interval: from.probe_interval.get(),
         probe_failures_max: to_u32(from.probe_failures_max),
         connections_max: to_usize(from.connections_max),
+        probes_per_second_max: to_u32(from.probes_per_second_max),
+        dials_max: to_usize(from.dials_max),
         handshakes_max: to_usize(from.handshakes_max),
         quic_heap_bytes_max: from.quic_heap_bytes_max.bytes(),
         packets_per_turn: to_usize(from.packets_per_turn),

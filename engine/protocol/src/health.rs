@@ -102,6 +102,11 @@ impl Health {
         }
     }
 
+    /// Takes another interval, from the next probe on.
+    pub fn set_interval(&mut self, interval: Duration) {
+        self.config.interval = interval;
+    }
+
     /// Sends a probe now, whatever the interval: the caller doubts the connection.
     pub fn probe_now(&mut self) {
         self.probe_due = true;

@@ -12,6 +12,7 @@
 //!    `drain_max`, or until the next one is replaced.
 //! 4. A dialler has at most one attempt under way per peer, always with a deadline; when it has
 //!    no connection and no attempt, a redial is scheduled.
+//!    At most `dials_max` attempts that are not slow are under way; further peers are queued.
 //! 5. Redials back off from `base` to `cap`; only a connection that was up for `stable_after`
 //!    resets that, so a peer that accepts and closes at once is not dialled in a loop.
 //! 6. A connection is replaced while it is in use, on the shell's word, by one attempt: one that
@@ -145,6 +146,7 @@ impl Peers {
                 self.update_peer(*id, &member.addresses, now);
             }
         }
+        self.dial_queued(now);
         self.invariants();
     }
 
@@ -175,12 +177,14 @@ impl Peers {
     /// Takes the peer's hello: the connection is up.
     pub fn hello_received(&mut self, conn: ConnKey, now: Instant) {
         self.bring_up(conn, now);
+        self.dial_queued(now);
         self.invariants();
     }
 
     /// Takes the report that a connection has ended.
     pub fn closed(&mut self, conn: ConnKey, kind: CloseKind, now: Instant) {
         self.forget(conn, kind, now);
+        self.dial_queued(now);
         self.invariants();
     }
 
@@ -195,6 +199,7 @@ impl Peers {
         if let Some(peer) = found {
             self.redial_later(peer, now);
         }
+        self.dial_queued(now);
         self.invariants();
     }
 
@@ -208,6 +213,7 @@ impl Peers {
         now: Instant,
     ) {
         self.heed_dial_request(request, from, wall_ms, now);
+        self.dial_queued(now);
         self.invariants();
     }
 
@@ -256,6 +262,7 @@ impl Peers {
                 Timer::Connection(conn) => self.connection_timeout(conn, now),
             }
         }
+        self.dial_queued(now);
         self.invariants();
     }
 

@@ -212,6 +212,11 @@ pub struct TransportConfig {
     pub probe_interval: Duration,
     /// Probes lost in a row before a connection is given up, if nothing else arrives meanwhile.
     pub probe_failures_max: u32,
+    /// Probes that the shard sends in a second to all its peers together: with more peers each is
+    /// probed, and kept alive, less often, down to four times in [`Self::idle_timeout`].
+    pub probes_per_second_max: u32,
+    /// Dials under way, but for those that have taken two seconds.
+    pub dials_max: usize,
     /// Connections that one shard holds, handshakes included. What its peers need of them
     /// ([`Self::connections_min`]) is kept for peers.
     pub connections_max: usize,
@@ -282,6 +287,8 @@ impl Default for TransportConfig {
             probe_interval: Duration::from_secs(1),
             probe_failures_max: 10,
             connections_max: 4_096,
+            probes_per_second_max: 64,
+            dials_max: 32,
             handshakes_max: 1_024,
             quic_heap_bytes_max: 512 << 20,
             packets_per_turn: 180,
@@ -292,6 +299,14 @@ impl Default for TransportConfig {
 }
 
 impl TransportConfig {
+    /// How often a connection is probed, or kept alive, that would be every `interval`, where a
+    /// shard has so many `peers`: often enough for [`Self::idle_timeout`] in any case.
+    pub(crate) fn idle_interval(&self, interval: Duration, peers: usize) -> Duration {
+        let peers = u32::try_from(peers).unwrap_or(u32::MAX);
+        let shared = Duration::from_secs(1) * peers / self.probes_per_second_max.max(1);
+        interval.max(shared.min(self.idle_timeout / 4))
+    }
+
     /// The settings of a profile.
     pub fn profile(&self, profile: PathProfile) -> &ProfileConfig {
         match profile {
@@ -397,5 +412,34 @@ impl TransportConfig {
     pub fn connection_budget_bytes(&self) -> u64 {
         let headroom: usize = self.lane_headroom_bytes().into_iter().sum();
         headroom as u64 + CONNECTION_BYTES
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Protects an idle node with many peers, and its connections from their idle timeout.
+    #[test]
+    fn many_peers_are_probed_less_often_but_often_enough() {
+        let config = TransportConfig {
+            probes_per_second_max: 10,
+            idle_timeout: Duration::from_secs(20),
+            ..TransportConfig::default()
+        };
+        let cases = [
+            (0, 1_000),
+            (10, 1_000),
+            (25, 2_500),
+            (50, 5_000),
+            (1_000, 5_000),
+        ];
+        for (peers, interval_ms) in cases {
+            let interval = config.idle_interval(Duration::from_secs(1), peers);
+            assert_eq!(interval, Duration::from_millis(interval_ms), "{peers}");
+        }
+        // An operator's longer interval stands.
+        let interval = config.idle_interval(Duration::from_secs(30), 1_000);
+        assert_eq!(interval, Duration::from_secs(30));
     }
 }

@@ -43,6 +43,7 @@ pub fn peers_config(config: &TransportConfig, index: u8, shard: u8, shards: u8) 
         shards,
         index,
         peers_max: config.peers_max(shards.into()),
+        dials_max: config.dials_max,
         backoff: BackoffConfig {
             base: config.redial_delay_min,
             cap: config.redial_delay_max,

@@ -550,6 +550,20 @@ pub(super) static SECTIONS: &[Section] = &[
             ),
             field!(
                 NodeConfig,
+                "probes_per_second_max",
+                transport.probes_per_second_max,
+                integer(1, 1_000_000),
+                "Probes that a shard sends in a second to all its peers together. With more peers each is probed, and kept alive, less often, down to four times in idle_timeout."
+            ),
+            field!(
+                NodeConfig,
+                "dials_max",
+                transport.dials_max,
+                integer(1, 65_535),
+                "Dials of a shard under way, but for those that have taken two seconds; further peers wait for their turn."
+            ),
+            field!(
+                NodeConfig,
                 "handshakes_max",
                 transport.handshakes_max,
                 integer(1, 65_535),

@@ -30,6 +30,9 @@ pub struct PeersConfig {
     pub index: u8,
     /// Largest number of peers that get a connection; members beyond it are counted and left out.
     pub peers_max: usize,
+    /// Attempts under way, but for those that have been slow; further peers wait for their turn.
+    /// Many nodes that start on few cores would otherwise all time out.
+    pub dials_max: usize,
     /// Delays between dials.
     pub backoff: BackoffConfig,
     /// Longest time from the dial to the peer's hello; on the listener, from the handshake to the
@@ -56,6 +59,7 @@ impl Default for PeersConfig {
             shards: 1,
             index: 0,
             peers_max: 1024,
+            dials_max: 32,
             backoff: BackoffConfig::default(),
             connect_timeout: Duration::from_secs(20),
             drain_timeout: Duration::from_secs(5),

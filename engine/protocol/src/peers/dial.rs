@@ -14,6 +14,9 @@ const DIAL_INTERVAL_MIN: Duration = Duration::from_millis(100);
 /// QUIC retransmits only after 1, 3 and 7 s. The age doubles with each restart, so that a handshake
 /// on a path with a longer round trip completes.
 const ATTEMPT_PATIENCE: Duration = Duration::from_millis(250);
+/// For this time an attempt holds one of [`super::PeersConfig::dials_max`]. One at a peer that is
+/// down takes until `connect_timeout`, and must not keep those that are up waiting.
+const DIAL_TURN: Duration = Duration::from_secs(2);
 
 impl Peer {
     /// The next address of the topology, each in turn.
@@ -44,15 +47,49 @@ impl Peers {
         self.set_peer_timer(id, now + delay);
     }
 
+    /// Queues a peer for a dial. Every input ends with [`Self::dial_queued`].
     pub(super) fn dial(&mut self, id: NodeId, now: Instant) {
-        let Some(peer) = self.peers.get_mut(&id) else {
-            return;
-        };
-        let Some(address) = peer.next_to_dial() else {
+        self.queue(id, false, now);
+    }
+
+    fn queue(&mut self, id: NodeId, is_asked: bool, now: Instant) {
+        if let Some(peer) = self.peers.get_mut(&id) {
+            peer.dial = Dial::Queued { is_asked };
+            // By then an attempt that holds a turn now does not any more.
+            self.set_peer_timer(id, now + DIAL_TURN);
+        }
+    }
+
+    fn begin_dial(&mut self, id: NodeId, now: Instant) {
+        match self.peers.get_mut(&id).and_then(Peer::next_to_dial) {
+            Some(address) => self.dial_at(id, address, now),
             // It will be dialled when an address is known: by the topology, or by a request.
-            return self.wait(id, now);
+            None => self.wait(id, now),
+        }
+    }
+
+    /// Whether one more attempt may begin.
+    fn has_turn(&self, now: Instant) -> bool {
+        let holds_turn = |peer: &&Peer| match peer.dial {
+            Dial::Under { started, .. } => now < started + DIAL_TURN,
+            _ => false,
         };
-        self.dial_at(id, address, now);
+        self.peers.values().filter(holds_turn).count() < self.config.dials_max
+    }
+
+    /// Dials peers that are queued while there are turns, those that asked for it first. Each
+    /// node begins with the id that follows its own, so that not all dial the same peer at once.
+    pub(super) fn dial_queued(&mut self, now: Instant) {
+        while self.has_turn(now) {
+            let queued = |asked: bool| {
+                let is_next = move |(_, peer): &(&NodeId, &Peer)| matches!(peer.dial, Dial::Queued { is_asked } if is_asked == asked);
+                self.peers.iter().find(is_next).map(|(id, _)| *id)
+            };
+            let Some(id) = queued(true).or_else(|| queued(false)) else {
+                return;
+            };
+            self.begin_dial(id, now);
+        }
     }
 
     fn dial_at(&mut self, id: NodeId, address: SocketAddr, now: Instant) {
@@ -132,6 +169,7 @@ impl Peers {
         match (peer.dial, peer.pending) {
             (Dial::Idle, _) => {}
             (Dial::Waiting, _) => self.dial(id, now),
+            (Dial::Queued { is_asked }, _) => self.queue(id, is_asked, now),
             (Dial::Under { attempt, .. }, None) => {
                 self.actions.push_back(Action::Abandon { attempt });
                 self.redial_later(id, now);
@@ -181,9 +219,10 @@ impl Peers {
                     Some(last) if now < last + DIAL_INTERVAL_MIN => {
                         self.set_peer_timer(id, last + DIAL_INTERVAL_MIN);
                     }
-                    _ => self.dial(id, now),
+                    _ => self.queue(id, true, now),
                 }
             }
+            Dial::Queued { .. } => peer.dial = Dial::Queued { is_asked: true },
             Dial::Under {
                 attempt,
                 address,
@@ -203,7 +242,7 @@ impl Peers {
                 self.counters.dial_requests_heeded += 1;
                 self.counters.dials_failed += 1;
                 self.actions.push_back(Action::Abandon { attempt });
-                self.dial(id, now);
+                self.queue(id, true, now);
             }
         }
     }

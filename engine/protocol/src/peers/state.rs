@@ -13,6 +13,11 @@ pub(super) enum Dial {
     Idle,
     /// The timer will dial.
     Waiting,
+    /// Its turn comes when an attempt at another peer ends, or is slow; the timer looks again.
+    Queued {
+        /// The peer has asked for the dial, so it is there.
+        is_asked: bool,
+    },
     /// A dial is under way; the timer is its deadline.
     Under {
         attempt: Attempt,

@@ -1,4 +1,5 @@
 mod contest;
+mod dial_queue;
 
 use super::*;
 use crate::{identity::SigningKey, topology::Member};
@@ -50,8 +51,12 @@ struct Testbed {
 impl Testbed {
     /// Node `me` of `count`; its first dials are drained.
     fn new(me: usize, count: u8) -> Self {
+        Self::with_config(me, count, PeersConfig::default())
+    }
+
+    fn with_config(me: usize, count: u8, config: PeersConfig) -> Self {
         let (all, now) = (members(count), Instant::now());
-        let mut peers = Peers::new(all[me].0, PeersConfig::default(), 0, 1, now);
+        let mut peers = Peers::new(all[me].0, config, 0, 1, now);
         peers.set_topology(topology(&all), now);
         Self {
             peers,

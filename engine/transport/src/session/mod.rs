@@ -427,7 +427,9 @@ impl Session {
 
     /// From now on a PING is sent when nothing else was for the interval of the config.
     fn start_keep_alive<P: StreamPath>(&mut self, path: &P, now: Instant) {
-        let at = self.handle.state.grid.next(now, self.config().keep_alive);
+        let state = &self.handle.state;
+        let interval = state.idle_interval(state.config.keep_alive);
+        let at = state.grid.next(now, interval);
         self.keep_alive = Some((at, path.stats().sent));
     }
 
@@ -452,6 +454,8 @@ impl Session {
             if std::mem::replace(&mut self.received_seen, received) < received {
                 health.alive(now);
             }
+            let state = &self.handle.state;
+            health.set_interval(state.idle_interval(state.config.probe_interval));
         }
         health.handle_timeout(now);
         while let Some(action) = health.poll_action(now) {

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use millrace_protocol::frame::Class;
 use millrace_protocol::id::NodeId;
@@ -71,6 +71,11 @@ impl ShardState {
     pub(super) fn next_serial(&self) -> u64 {
         self.serial.set(self.serial.get() + 1);
         self.serial.get()
+    }
+
+    /// How often a connection is probed, or kept alive, that would be every `interval`.
+    pub(crate) fn idle_interval(&self, interval: Duration) -> Duration {
+        self.config.idle_interval(interval, self.up.borrow().len())
     }
 
     /// A connection is up: it takes new messages.
