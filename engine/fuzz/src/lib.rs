@@ -16,7 +16,7 @@
 //! | `protocol::registry::RegistryVersion`, `edge_policy::rules::RuleSet` | the document of a version and its firewall rules | `registry_document` |
 //! | `protocol::address::NodeAddress` | an address in a document | `node_address` |
 //! | `protocol::id`, `protocol::identity::PublicKey` | an id or a key as text | `name` |
-//! | `node::reference::wire` | an announcement, the id of an artifact | `announcement`, `artifact_id` |
+//! | `node::reference::wire` | an announcement, the id of an artifact, its length | `announcement`, `artifact_id`, `artifact_length` |
 //! | `edge_policy::packet` | a frame of Ethernet, IP, UDP or TCP | `packet` |
 //! | `edge_policy::model` | the same, up to the decision and the answer | `edge_decision` |
 //! | `edge_policy::packet::Quic`, `edge_policy::cid::dcid_of`, `quiche::Header` | the header of a QUIC packet: the edge and the transport read the same | `quic_header` |

@@ -2,7 +2,7 @@
 
 use millrace_fuzz::{Seed, target};
 use millrace_node::ArtifactId;
-use millrace_node::reference::wire::{Announce, decode_id};
+use millrace_node::reference::wire::{Announce, decode_id, decode_length, encode_length};
 
 fn announcements() -> Vec<Seed> {
     let seed = |name, length| {
@@ -38,5 +38,21 @@ target!(
             assert_eq!(id.to_string().parse(), Ok(id));
         }
         id.is_some()
+    }
+);
+
+fn lengths() -> Vec<Seed> {
+    vec![Seed::new("length", encode_length(1 << 27))]
+}
+
+target!(
+    /// Protects a fetch: the answer to a small question has exactly its form.
+    artifact_length, lengths, |bytes| {
+        let length = decode_length(bytes);
+        assert_eq!(length.is_some(), bytes.len() == 8);
+        if let Some(length) = length {
+            assert_eq!(encode_length(length), bytes);
+        }
+        length.is_some()
     }
 );

@@ -55,11 +55,12 @@ pub fn decode_id(bytes: &[u8]) -> Option<ArtifactId> {
 }
 
 /// Answer to [`LOOK_UP`]: 8 bytes, little endian.
-pub(crate) fn encode_length(length: u64) -> Vec<u8> {
+pub fn encode_length(length: u64) -> Vec<u8> {
     length.to_le_bytes().to_vec()
 }
 
-pub(crate) fn decode_length(bytes: &[u8]) -> Option<u64> {
+/// Reads an answer to [`LOOK_UP`]; `None` when it has another length.
+pub fn decode_length(bytes: &[u8]) -> Option<u64> {
     bytes.try_into().ok().map(u64::from_le_bytes)
 }
 
