@@ -2,7 +2,8 @@
 //!
 //! A body takes from its pool what its length is, rounded up to units of 64 KiB. It may be charged
 //! to an [`Account`]: each chunk gives its part of the charge back when its last handle is dropped,
-//! be that the body, a clone of it, the chunk alone or a slice of it, on whatever thread.
+//! be that the body, a clone of it, the chunk alone or a slice of it, on whatever thread; or when
+//! its owner ends the charge ([`Body::uncharge`]).
 //!
 //! Invariants:
 //!
@@ -87,6 +88,11 @@ impl Body {
     #[must_use]
     pub fn chunks(&self) -> &[Chunk] {
         &self.chunks
+    }
+
+    /// Ends its charge, although others hold some of it: see [`Chunk::uncharge`].
+    pub fn uncharge(&self) {
+        self.chunks.iter().for_each(Chunk::uncharge);
     }
 
     /// The body as slices of at most `max_bytes`, none across a chunk's end.

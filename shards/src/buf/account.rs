@@ -6,7 +6,8 @@
 //!
 //! Invariants:
 //!
-//! 1. Every charge is credited once, when the space it stands for can be taken again.
+//! 1. Every charge is credited once, when the space it stands for can be taken again, or when the
+//!    one that is charged gives the space up and others hold it still.
 //! 2. An account lives until its last charge is credited, whether or not its owner still does.
 
 use std::sync::Arc;

@@ -15,7 +15,8 @@
 //! 1. The units of a chunk that is present are free in `units` exactly when no handle to it exists.
 //! 2. Every `ChunkMut` and every group of `Chunk`s sharing one header owns one strong count of
 //!    the pool, and one of its account if it is charged to one.
-//! 3. A chunk that is charged is credited after its units are free again.
+//! 3. A chunk that is charged is credited after its units are free again, or when its owner says
+//!    so.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -337,6 +338,16 @@ unsafe impl Send for Chunk {}
 unsafe impl Sync for Chunk {}
 
 impl Chunk {
+    /// Credits the account that is charged for the chunk now, although handles live on: the caller
+    /// knows that they have another bound. Nothing happens when no account is charged.
+    pub fn uncharge(&self) {
+        let header = self.header();
+        let account = header.account.swap(std::ptr::null_mut(), Ordering::Relaxed);
+        let units = header.units.load(Ordering::Relaxed) as usize;
+        // SAFETY: the pointer was in the header, and is not any more.
+        unsafe { credit(account, units * UNIT_BYTES) };
+    }
+
     fn header(&self) -> &Header {
         // SAFETY: the header lives as long as this handle's count.
         unsafe { self.header.as_ref() }
@@ -585,6 +596,29 @@ mod tests {
         // The next owner of the same memory is charged to no account.
         drop(pool.take());
         assert_eq!((first.settle(), second.settle()), (0, 0));
+    }
+
+    /// Protects a budget from a charge that comes back twice, and who is charged next from one that
+    /// ends early.
+    #[test]
+    fn a_charge_that_is_ended_early_comes_back_once() {
+        let pool = pool(1);
+        let account = Account::new();
+        let mut chunk = pool.take_bytes(100_000).unwrap();
+        chunk.charge(&account);
+        let bytes = chunk.len() as u64;
+        let chunk = chunk.freeze(100_000);
+        let other = chunk.clone();
+        std::thread::scope(|scope| {
+            for chunk in [&chunk, &other] {
+                scope.spawn(|| chunk.uncharge());
+            }
+        });
+        assert_eq!(account.settle(), bytes);
+        assert_eq!(pool.free_bytes(), CHUNK_BYTES as u64 - bytes, "it is held");
+        drop((chunk, other));
+        assert_eq!(account.settle(), 0);
+        assert_eq!(pool.free_bytes(), CHUNK_BYTES as u64);
     }
 
     /// Chunks outlive every handle of their pool.

@@ -5,10 +5,11 @@
 //! most. Others lose to it what they hold beyond an equal share of the store, and at most as much
 //! as one body more: a body may be longer than a share.
 //!
-//! What the store holds is charged to the peers that sent it (`millrace_transport`). So a body that
-//! is about to come is expected: the store drops old bodies of the same peer at once, until the
-//! receive budget has space for it. Bodies of other peers are dropped when it is whole and
-//! verified: a peer whose bodies never come drops nothing but its own.
+//! What the store holds is charged to the peers that sent it (`millrace_transport`), until it drops
+//! it: a publisher does not pay for those who read its bodies and do not end. So a body that is
+//! about to come is expected: the store drops old bodies of the same peer at once, until the
+//! receive budget has space for it. Bodies of other peers are dropped when it is whole and verified:
+//! a peer whose bodies never come drops nothing but its own.
 //!
 //! The receive budget is at least twice `bytes_max` (a check of the config), and gives a peer that
 //! holds something more only while it would hold no more than what stays free. So a peer has space
@@ -105,6 +106,8 @@ impl Held {
             return false;
         };
         if let Some(body) = self.bodies.remove(&id) {
+            // What peers read of it still is theirs: they have a bound for that.
+            body.uncharge();
             let bytes = in_units(body.len() as u64);
             self.bytes -= bytes;
             self.change(publisher, |share| share.held -= bytes);
