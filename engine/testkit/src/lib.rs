@@ -25,4 +25,4 @@ pub use netns::Namespace;
 pub use seeds::for_seeds;
 pub use skip::has_all;
 pub use threads::{threads, threads_with};
-pub use wait::{PATIENCE, eventually, until};
+pub use wait::{PATIENCE, eventually, until, within};

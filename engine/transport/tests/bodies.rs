@@ -12,6 +12,7 @@ use std::time::Duration;
 use common::*;
 use millrace_protocol::frame::{Class, FailureCode, Header, Kind, Limits, Method};
 use millrace_shards::chunk::{Body, CHUNK_BYTES, Chunk};
+use millrace_testkit::within;
 use millrace_transport::counters::{Counter, Family};
 use millrace_transport::{
     Answer, BodyHead, BodyMode, BodySink, CloseCode, Defer, EdgeStart, Inbound, InboundBody,
@@ -679,4 +680,40 @@ fn a_sink_of_a_body_that_ends_early_is_cut_once() {
     bed.store.wait_for_peers(&[]);
     assert_eq!(bed.seen.ends(), wanted);
     assert_eq!(bed.taken_bytes(), 0, "what a cut body took is free");
+}
+
+// Protects the pool from a sender that is killed: no packet says that it is gone, and what its
+// bodies reserved is free after the idle timeout all the same.
+#[test]
+fn what_a_killed_sender_reserved_is_free_after_the_idle_timeout() {
+    const IDLE: Duration = Duration::from_secs(1);
+    // Nothing else ends them first.
+    let never = Duration::from_secs(3_600);
+    let config = TransportConfig {
+        idle_timeout: IDLE,
+        stream_progress_interval: never,
+        probe_interval: never,
+        ..budget(32 * MIB, 16 * MIB)
+    };
+    let (bed, mut raw) = store_and_raw(config);
+    for (n, method) in [KEEP, STREAM].into_iter().enumerate() {
+        let head = header(Kind::Request, method, n as u32, 3 * MIB).encode();
+        let opening = [&[2], &head[..], &[0; 70_000]].concat();
+        assert!(raw.send(Raw::stream(n as u64), &opening, false));
+    }
+    let is_reserved = |raw: &mut Raw| raw.drive(LIMIT, |_| bed.taken_bytes() == 6 * MIB);
+    assert!(is_reserved(&mut raw), "{} bytes", bed.taken_bytes());
+    drop(raw);
+    let free = within(IDLE + PATIENCE, || (bed.taken_bytes() == 0).then_some(()));
+    assert!(free.is_some(), "{} bytes are held", bed.taken_bytes());
+    assert_eq!(bed.store.reason(Family::Closed, "timed_out"), 1);
+    assert_eq!(bed.seen.ends(), [(3 * MIB, "connection_lost")]);
+    // And no peer is charged for it.
+    let to = bed.store.transport.local_addr();
+    let mut raw = Raw::dial(to, &RawOptions::of(&bed.asker.key));
+    raw.introduce();
+    let head = header(Kind::Request, KEEP, 1, 16 * MIB).encode();
+    let opening = [&[2], &head[..], &[0; 70_000]].concat();
+    assert!(raw.send(Raw::stream(0), &opening, false));
+    assert!(raw.drive(LIMIT, |_| bed.taken_bytes() == 16 * MIB));
 }
