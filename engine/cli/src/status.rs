@@ -159,6 +159,12 @@ fn print(status: &Status) -> Result<(), Failure> {
             shard.chunks_free,
             shard.chunks
         ))?;
+        if shard.unread_answer_bytes > 0 {
+            output::data(format_args!(
+                "           answers that peers have not read hold {}",
+                ByteSize(shard.unread_answer_bytes)
+            ))?;
+        }
         if shard.floods_cut > 0 {
             output::data(format_args!(
                 "           closed {} connections whose peers flooded them; see the log",

@@ -73,6 +73,12 @@ const OWN: &[Own] = &[
         help: "Bytes that wait for peers on lanes, and of answers outside the chunk pool",
     },
     Own {
+        name: "millrace_transport_unread_answer_bytes",
+        kind: Kind::Gauge,
+        label: None,
+        help: "Bytes of the chunk pool that answers hold which their peers have not read",
+    },
+    Own {
         name: "millrace_chunks",
         kind: Kind::Gauge,
         label: Some("shard"),
@@ -477,6 +483,8 @@ fn transport(core: &Core, out: &mut Out<'_>) -> fmt::Result {
     let heap_bytes = shards.iter().map(|shard| shard.quic_heap_bytes).sum();
     let queue_bytes = shards.iter().map(|shard| shard.queue_bytes).sum();
     out.gauge("millrace_transport_queue_bytes", queue_bytes)?;
+    let unread_bytes = shards.iter().map(|shard| shard.unread_answer_bytes).sum();
+    out.gauge("millrace_transport_unread_answer_bytes", unread_bytes)?;
     out.gauge("millrace_transport_quic_heap_bytes", heap_bytes)
 }
 

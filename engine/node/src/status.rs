@@ -174,6 +174,9 @@ pub struct Shard {
     /// Connections that were closed because their peers flooded them.
     #[serde(default)]
     pub floods_cut: u64,
+    /// Bytes of the chunk pool that answers hold which their peers have not read.
+    #[serde(default)]
+    pub unread_answer_bytes: u64,
     /// Chunks of 1 MiB in the pool.
     pub chunks: usize,
     /// Chunks that are free.
@@ -350,6 +353,7 @@ fn shards(core: &Core) -> Vec<Shard> {
                 handshakes: shard.handshakes,
                 quic_heap_bytes: shard.quic_heap_bytes,
                 floods_cut: shard.floods_cut,
+                unread_answer_bytes: shard.unread_answer_bytes,
                 chunks: pool.map_or(0, |pool| pool.total_chunks()),
                 chunks_free: pool.map_or(0, |pool| pool.free_chunks()),
                 pages: pool.map_or_else(String::new, |pool| format!("{:?}", pool.page_kind())),

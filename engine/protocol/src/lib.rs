@@ -32,3 +32,4 @@ pub mod time_grid;
 pub mod timer;
 pub mod tls_keys;
 pub mod topology;
+pub mod unread;

@@ -64,16 +64,32 @@ fn ask(testbed: &mut Testbed, request: Request) -> (Result<u64, RpcError>, Durat
 }
 
 // Protects what is slow: 128 MiB take 15 minutes at 1.2 Mbit/s; and on a path of a quarter of the
-// least rate a body takes as long as it takes, there and back.
+// least rate a body takes as long as it takes, there and back. And what is long: a round trip of
+// 150 ms at 300 Mbit/s. No answer is taken for one that is not read.
 #[test]
 fn a_body_that_comes_forward_arrives() {
-    for (bytes_per_second, len) in [(150_000, 128 * MIB), (31_250, 24 * MIB)] {
-        let mut testbed = testbed(slow(bytes_per_second), TransportConfig::default());
+    let long_path = LinkConfig {
+        latency: 75 * MS,
+        queue_bytes_max: 4 << 20,
+        ..slow(37_500_000)
+    };
+    for (link, len) in [
+        (slow(150_000), 128 * MIB),
+        (slow(31_250), 24 * MIB),
+        (long_path, 128 * MIB),
+    ] {
+        let bytes_per_second = link.bytes_per_second.unwrap();
+        let mut testbed = testbed(link, TransportConfig::default());
         let request = long(&testbed, ECHO, len);
         let (answer, took) = ask(&mut testbed, request);
         assert_eq!(answer, Ok(len as u64));
         let least = Duration::from_secs(2 * len as u64 / bytes_per_second);
         assert!(took > least, "{took:?}");
+        let unread = testbed
+            .node(1)
+            .counters()
+            .reason(Family::Failed, "answer_unread");
+        assert_eq!(unread, 0);
     }
 }
 
@@ -197,6 +213,10 @@ fn a_body_that_waits_behind_others_is_not_given_up() {
             .node(node)
             .counters()
             .reason(Family::Rejected, "peer_stalled");
-        assert_eq!(stalled, 0);
+        let unread = testbed
+            .node(node)
+            .counters()
+            .reason(Family::Failed, "answer_unread");
+        assert_eq!((stalled, unread), (0, 0));
     }
 }

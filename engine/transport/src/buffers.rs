@@ -8,9 +8,13 @@
 //! 3. The account of quiche's heap bytes (`quic_connection.rs`) leaves out what is on its way to
 //!    the peer: it is taken before quiche gets it, and has bounds of its own.
 
+use std::rc::Rc;
+
 use bytes::Bytes;
 use millrace_shards::chunk::ChunkSlice;
 use millrace_shards::heap;
+
+use crate::unread::UnreadSlice;
 
 /// One piece of stream data on its way out.
 #[derive(Debug, Default)]
@@ -22,6 +26,8 @@ pub struct StreamBuffer {
 enum Piece {
     /// A part of a body.
     Chunk(ChunkSlice),
+    /// A part of an answer's body, which counts until the peer acknowledged it.
+    Unread(ChunkSlice, Rc<UnreadSlice>),
     /// Frames and headers.
     Small(Bytes),
 }
@@ -40,6 +46,13 @@ impl StreamBuffer {
         }
     }
 
+    /// A part of an answer's body.
+    pub(crate) fn unread(slice: ChunkSlice, unread: Rc<UnreadSlice>) -> Self {
+        Self {
+            piece: Piece::Unread(slice, unread),
+        }
+    }
+
     /// Frames and headers.
     pub fn small(bytes: Bytes) -> Self {
         Self {
@@ -50,7 +63,7 @@ impl StreamBuffer {
     /// The slice of a chunk that it is, if it is one.
     pub fn as_chunk(&self) -> Option<&ChunkSlice> {
         match &self.piece {
-            Piece::Chunk(slice) => Some(slice),
+            Piece::Chunk(slice) | Piece::Unread(slice, _) => Some(slice),
             Piece::Small(_) => None,
         }
     }
@@ -63,6 +76,11 @@ impl StreamBuffer {
         heap::uncounted(|| Self {
             piece: match &mut self.piece {
                 Piece::Chunk(slice) => Piece::Chunk(slice.split_at(at)),
+                Piece::Unread(slice, unread) => {
+                    let [first, rest] = unread.split(at);
+                    *unread = first;
+                    Piece::Unread(slice.split_at(at), rest)
+                }
                 Piece::Small(bytes) => Piece::Small(bytes.split_off(at)),
             },
         })
@@ -88,7 +106,7 @@ impl AsRef<[u8]> for StreamBuffer {
     #[inline]
     fn as_ref(&self) -> &[u8] {
         match &self.piece {
-            Piece::Chunk(slice) => slice.as_ref(),
+            Piece::Chunk(slice) | Piece::Unread(slice, _) => slice.as_ref(),
             Piece::Small(bytes) => bytes,
         }
     }

@@ -5,10 +5,14 @@
 //! plane (datagrams keyed by the TLS exporter of the connection) is to be a second way; nothing
 //! above knows which one is at work.
 
+use std::rc::Rc;
+
 use millrace_protocol::frame::{Class, Header};
+use millrace_protocol::unread::UnreadError;
 
 use crate::path::StreamPath;
 use crate::service::message::Payload;
+use crate::unread::UnreadAnswer;
 
 /// A message on its way out.
 #[derive(Debug)]
@@ -17,6 +21,19 @@ pub struct Outgoing {
     pub header: Header,
     /// The body.
     pub body: Payload,
+    /// What counts it while it is an answer in chunks.
+    pub(crate) unread: Option<Rc<UnreadAnswer>>,
+}
+
+impl Outgoing {
+    /// A message that no queue holds yet.
+    pub fn new(header: Header, body: Payload) -> Self {
+        Self {
+            header,
+            body,
+            unread: None,
+        }
+    }
 }
 
 /// What stopped a [`Carrier::poll_transmit`].
@@ -28,16 +45,21 @@ pub enum Progress {
     More,
 }
 
-/// Why a message was not taken: its class's queue is at its bound.
+/// Why a message was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QueueFull;
+pub enum QueueFull {
+    /// The queue of its class is at its bound, or those of all connections are.
+    Queue,
+    /// It is an answer, and the answers that are not read leave it no room.
+    Unread(UnreadError),
+}
 
 /// Carries outgoing messages of one connection over its path.
 pub trait Carrier {
     /// Queues a message.
     ///
     /// # Errors
-    /// When the queue of the message's class is at its bound.
+    /// When there is no room for it now: see [`QueueFull`].
     fn enqueue(&mut self, message: Outgoing) -> Result<(), QueueFull>;
 
     /// Moves as many bytes as the path takes now, higher classes first.

@@ -111,15 +111,6 @@ impl PerClass<u32> {
     }
 }
 
-/// Bytes of answers that may wait for their peer on one connection, by where they lie.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct AnswerBounds {
-    /// In memory of their own: never more.
-    pub(crate) plain_bytes: u64,
-    /// In chunks of the pool. An answer that is longer is taken while no other in chunks waits.
-    pub(crate) chunk_bytes: u64,
-}
-
 /// Bytes of bodies up to [`INLINE_BYTES_MAX`], on streams of their own, that one peer may have
 /// arriving at a shard besides its share of the receive budget: 16 of the longest. They are given
 /// back right after their handler, so kept bodies that fill the share never stop them.
@@ -172,8 +163,8 @@ pub struct TransportConfig {
     pub stream_queue_messages: PerClass<usize>,
     /// Bytes of answers to a peer that may wait to be sent on streams of their own, on a
     /// connection: the next one is refused with `Busy`, and one that is longer with `TooLarge`.
-    /// Answers in chunks lie in the pool: as many of their bytes may wait as
-    /// `receive_budget_peer_bytes` says, or one of any length.
+    /// Answers in chunks lie in the pool, and have a bound of their own
+    /// ([`Self::unread_answers_bytes`]).
     pub answer_queue_bytes: u64,
     /// Bytes that may wait to be sent on all connections of the shard together: on lanes, and
     /// answers outside the pool. Who holds some gets more only while it holds no more than stays
@@ -186,8 +177,8 @@ pub struct TransportConfig {
     /// Requests of a peer in flight at us, for each class.
     pub requests_in_max: PerClass<u32>,
     /// Body bytes that one peer may make this shard hold at a time, arriving or kept; beside them
-    /// is 1 MiB for small bodies (`PEER_INLINE_BYTES_MAX`). Counted apart from them, as many bytes
-    /// of answers in chunks may wait for a peer on a connection.
+    /// is 1 MiB for small bodies (`PEER_INLINE_BYTES_MAX`). Counted apart from them, the bodies of
+    /// answers that no peer has read may take as many bytes.
     pub receive_budget_peer_bytes: u64,
     /// Bytes of bodies up to 64 KiB that all peers together may make this shard hold beside the
     /// chunk pool; further ones lie in the pool.
@@ -379,12 +370,12 @@ impl TransportConfig {
         }
     }
 
-    /// Bytes of answers that may wait for a peer on a connection.
-    pub(crate) fn answer_bounds(&self) -> AnswerBounds {
-        AnswerBounds {
-            plain_bytes: self.answer_queue_bytes,
-            chunk_bytes: self.receive_budget_peer_bytes,
-        }
+    /// What the bodies of unread answers of a shard may take of its chunk pool: as much as the
+    /// bodies that one peer may send. So the bodies of all peers have at least half of the receive
+    /// budget, whatever is not read.
+    pub fn unread_answers_bytes(&self) -> u64 {
+        let half = self.receive_budget_bytes / 2;
+        self.receive_budget_peer_bytes.min(half)
     }
 
     /// The longest answer in memory of its own. One on a lane counts against the bound of lanes.

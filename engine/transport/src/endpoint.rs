@@ -429,6 +429,7 @@ impl Endpoint {
                 by_older_key: self.by_older_key(),
                 floods_cut: self.floods_cut,
                 queue_bytes: self.parts.state.queues.used_bytes(),
+                unread_answer_bytes: self.parts.state.unread.borrow().used_bytes(),
             },
         );
     }

@@ -15,6 +15,7 @@
 mod address;
 mod admission;
 mod allocator;
+mod answers;
 mod buffers;
 pub mod carrier;
 mod clock;
@@ -43,6 +44,8 @@ mod quic_connection;
 #[cfg(test)]
 mod quic_pair;
 mod random;
+#[cfg(test)]
+mod room;
 mod service;
 mod session;
 mod start;
@@ -51,6 +54,7 @@ mod stop;
 mod streams;
 mod tls;
 mod transport;
+mod unread;
 
 pub use admission::ConnectionCounts;
 pub use clock::Clock;

@@ -13,18 +13,20 @@
 //! 2. A frame is never torn: a lane's bytes are offered to the path in order until all are taken.
 
 use std::rc::Rc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use millrace_protocol::body_deadline::Sighting;
 use millrace_protocol::frame::{Class, Header, Kind, StreamKind};
 
+use crate::answers::Answers;
 use crate::buffers::StreamBuffer;
 use crate::carrier::{Carrier, Outgoing, Progress, QueueFull};
 use crate::config::{PerClass, TransportConfig};
 use crate::path::{StreamError, StreamPath};
 use crate::queue_account::QueueAccount;
 use crate::service::message::Payload;
-use crate::streams::StreamCarrier;
+use crate::streams::{StreamCarrier, Terms};
 
 const LATENCY_URGENCY: u8 = 0;
 const NORMAL_URGENCY: u8 = 64;
@@ -143,6 +145,8 @@ pub(crate) struct Outbox {
     streams: StreamCarrier,
     /// Bytes of lanes that the path has taken.
     lanes_bytes: u64,
+    /// Of them, those until unread answers were last judged.
+    lanes_judged_bytes: u64,
     /// Requests or answers were put on lanes since the last feed.
     exchanges: bool,
     datagrams: Vec<Vec<u8>>,
@@ -158,6 +162,7 @@ impl Outbox {
     pub(crate) fn new(
         config: &TransportConfig,
         account: &Rc<QueueAccount>,
+        answers: Answers,
         is_server: bool,
     ) -> Self {
         let first = if is_server { 3 } else { 2 };
@@ -169,8 +174,7 @@ impl Outbox {
         let streams = StreamCarrier::new(
             first_message,
             config.stream_queue_messages,
-            config.answer_bounds(),
-            account,
+            answers,
             config.streams_active_max,
         );
         Self {
@@ -187,6 +191,7 @@ impl Outbox {
             lossy: false,
             streams,
             lanes_bytes: 0,
+            lanes_judged_bytes: 0,
             exchanges: false,
             datagrams: Vec::new(),
             cancellations: Vec::new(),
@@ -211,7 +216,7 @@ impl Outbox {
             && header.class == Class::Normal
             && matches!(header.kind, Kind::Request | Kind::Response);
         if body.len() > self.lane_body_max as u64 || alone {
-            let enqueued = self.streams.enqueue(Outgoing { header, body });
+            let enqueued = self.streams.enqueue(Outgoing::new(header, body));
             self.streams_refused[header.class.index()] |= enqueued.is_err();
             return enqueued;
         }
@@ -263,7 +268,7 @@ impl Outbox {
             self.account.add(bytes);
         } else if !has_room || self.account.try_add(held_bytes, bytes).is_err() {
             self.lanes_refused[class] = true;
-            return Err(QueueFull);
+            return Err(QueueFull::Queue);
         }
         self.queued[class] += frame_bytes;
         self.exchanges |= matches!(header.kind, Kind::Request | Kind::Response);
@@ -323,7 +328,7 @@ impl Outbox {
             return Ok(());
         }
         if self.unwanted.len() >= self.unwanted_max {
-            return Err(QueueFull);
+            return Err(QueueFull::Queue);
         }
         self.unwanted.push(id);
         Ok(())
@@ -435,6 +440,24 @@ impl Outbox {
         seen
     }
 
+    /// Whether there may be an answer that the peer has not read.
+    #[inline]
+    pub(crate) fn may_have_answers(&self) -> bool {
+        self.streams.may_have_answers()
+    }
+
+    /// Cuts the answers that the peer does not read: see [`StreamCarrier::cut_unread`].
+    pub(crate) fn cut_unread<P: StreamPath>(
+        &mut self,
+        path: &mut P,
+        terms: &Terms,
+        now: Instant,
+    ) -> Option<Vec<Header>> {
+        let lanes_bytes = self.lanes_bytes - self.lanes_judged_bytes;
+        self.lanes_judged_bytes = self.lanes_bytes;
+        self.streams.cut_unread(path, lanes_bytes, terms, now)
+    }
+
     /// Whether a message with a stream of its own waits or is under way.
     pub(crate) fn has_streams(&self) -> bool {
         !self.streams.is_idle()
@@ -464,10 +487,15 @@ impl Drop for Outbox {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+
     use millrace_protocol::frame::{Limits, Method};
+    use millrace_protocol::id::NodeId;
+    use millrace_protocol::unread::UnreadAnswers;
     use proptest::prelude::*;
 
     use super::*;
+    use crate::room::Room;
 
     const BODY_BYTES: usize = 50;
 
@@ -475,6 +503,13 @@ mod tests {
         Rc::new(QueueAccount::new(
             TransportConfig::default().queue_bytes_max,
         ))
+    }
+
+    fn outbox(config: &TransportConfig, account: &Rc<QueueAccount>, is_server: bool) -> Outbox {
+        let unread = Rc::new(RefCell::new(UnreadAnswers::new(1 << 20)));
+        let peer = NodeId::from_bytes([1; 29]);
+        let answers = Answers::new(peer, config.answer_queue_bytes, account, &unread);
+        Outbox::new(config, account, answers, is_server)
     }
 
     fn header(kind: Kind) -> Header {
@@ -517,7 +552,7 @@ mod tests {
         };
         // Classes normal and bulk share the lanes.
         let (cancellations, refusals) = (2, 4);
-        let mut out = Outbox::new(&config, &account(), true);
+        let mut out = outbox(&config, &account(), true);
         assert_eq!(taken(&mut out, Kind::Send, &[0; BODY_BYTES]), 2);
         assert!(!out.is_writable(Class::Normal) && out.is_writable(Class::Latency));
         for _ in 0..cancellations {
@@ -527,76 +562,6 @@ mod tests {
         let frame = Header::BYTES + BODY_BYTES;
         let most = refusals + frame.div_ceil(Header::BYTES);
         assert!((refusals..=most).contains(&taken), "{taken}");
-    }
-
-    /// A path that takes so many bytes.
-    #[derive(Default)]
-    struct Room {
-        bytes: usize,
-    }
-
-    impl StreamPath for Room {
-        fn stream_priority(&mut self, _: u64, _: u8) -> Result<(), StreamError> {
-            Ok(())
-        }
-
-        fn stream_send(&mut self, _: u64, bytes: &[u8], _: bool) -> Result<usize, StreamError> {
-            Ok(bytes.len())
-        }
-
-        fn stream_send_buffer(
-            &mut self,
-            _: u64,
-            buffer: StreamBuffer,
-            _: bool,
-        ) -> Result<usize, StreamError> {
-            let taken = self.bytes.min(buffer.as_ref().len());
-            self.bytes -= taken;
-            if taken == 0 {
-                return Err(StreamError::Blocked);
-            }
-            Ok(taken)
-        }
-
-        fn stream_capacity(&mut self, _: u64) -> Result<usize, StreamError> {
-            Ok(self.bytes)
-        }
-
-        fn stream_reset(&mut self, _: u64, _: u64) {}
-
-        fn stream_recv(&mut self, _: u64, _: &mut [u8]) -> Result<(usize, bool), StreamError> {
-            Err(StreamError::Blocked)
-        }
-
-        fn stream_discard(&mut self, _: u64, _: usize) -> Result<(usize, bool), StreamError> {
-            Err(StreamError::Blocked)
-        }
-
-        fn stream_readable_next(&mut self) -> Option<u64> {
-            None
-        }
-
-        fn stream_writable_next(&mut self) -> Option<u64> {
-            None
-        }
-
-        fn streams_left(&self) -> u64 {
-            8
-        }
-
-        fn datagram_send(&mut self, _: Vec<u8>) {}
-
-        fn datagram_recv(&mut self) -> Option<Vec<u8>> {
-            None
-        }
-
-        fn send_ping(&mut self) -> bool {
-            false
-        }
-
-        fn stats(&self) -> crate::path::PathStats {
-            unreachable!("an outbox asks for none")
-        }
     }
 
     #[derive(Clone, Debug)]
@@ -636,7 +601,7 @@ mod tests {
             const MAX: u64 = 150_000;
             let account = Rc::new(QueueAccount::new(MAX));
             let config = TransportConfig::default();
-            let mut outs = [true, false].map(|side| Outbox::new(&config, &account, side));
+            let mut outs = [true, false].map(|side| outbox(&config, &account, side));
             let mut refusals = 0;
             for (id, (step, which)) in (0..).zip(steps) {
                 let out = &mut outs[which];
@@ -649,7 +614,7 @@ mod tests {
                         let _ = out.push(header, Payload::from(vec![0; bytes]));
                     }
                     Step::Transmit(bytes) => {
-                        out.poll_transmit(&mut Room { bytes });
+                        out.poll_transmit(&mut Room::of(bytes));
                     }
                     Step::Withdraw(id) => out.withdraw_answer(id).unwrap(),
                     Step::Cancel(id) => {
@@ -673,7 +638,7 @@ mod tests {
     fn answers_that_the_peer_wants_no_more_are_noted_within_a_bound() {
         let config = TransportConfig::default();
         let bound = config.cancellations_max();
-        let mut out = Outbox::new(&config, &account(), true);
+        let mut out = outbox(&config, &account(), true);
         let noted = |out: &mut Outbox| {
             let withdraw = |id: &u32| out.withdraw_answer(*id).is_ok();
             let taken = (0..2 * bound as u32).take_while(withdraw).count();

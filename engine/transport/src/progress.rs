@@ -1,9 +1,12 @@
-//! Which arriving messages stand still, and how long a message has to come forward.
+//! Which arriving messages stand still, which answers are not read, and how long either has to come
+//! forward.
 //!
 //! Invariants
 //! 1. A peer that keeps messages open sends `progress_bytes` for each of them in each interval.
-//! 2. A message that waits behind others of its connection is not taken for one that stands still,
-//!    as long as those bring bytes beyond what they need themselves.
+//! 2. An arriving message that waits behind others of its connection is not taken for one that
+//!    stands still, as long as those bring bytes beyond what they need themselves.
+//! 3. An answer that is sent behind others is not taken for one that is not read, as long as those
+//!    come forward.
 
 use std::time::Duration;
 
@@ -49,6 +52,19 @@ pub(crate) fn standing_still(mut turns: Vec<Turn>, progress_bytes: u64) -> Vec<u
         // One that is cut takes nothing from those behind it.
         spare_bytes = left.unwrap_or(spare_bytes);
         left.is_none()
+    });
+    turns.iter().map(|turn| turn.place.1).collect()
+}
+
+/// The streams of the answers that a peer does not read. One waits for its own bytes and for those
+/// of all that go before it, in the order of places; as long as they bring `progress_bytes`
+/// together, it is not given up, as no request is (`millrace_protocol::body_deadline`).
+pub(crate) fn unread(mut turns: Vec<Turn>, progress_bytes: u64) -> Vec<u64> {
+    turns.sort_unstable_by_key(|turn| turn.place);
+    let mut moved_bytes = 0_u64;
+    turns.retain(|turn| {
+        moved_bytes += turn.bytes;
+        turn.is_judged && moved_bytes < progress_bytes
     });
     turns.iter().map(|turn| turn.place.1).collect()
 }

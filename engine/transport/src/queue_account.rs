@@ -38,7 +38,7 @@ impl QueueAccount {
     pub(crate) fn try_add(&self, held_bytes: u64, bytes: u64) -> Result<(), QueueFull> {
         let free_bytes = self.free_bytes();
         if bytes > free_bytes || held_bytes > 0 && held_bytes + bytes > free_bytes - bytes {
-            return Err(QueueFull);
+            return Err(QueueFull::Queue);
         }
         self.add(bytes);
         Ok(())
@@ -112,9 +112,9 @@ mod tests {
     #[test]
     fn the_whole_is_a_bound() {
         let account = QueueAccount::new(100);
-        assert_eq!(account.try_add(0, 101), Err(QueueFull));
+        assert_eq!(account.try_add(0, 101), Err(QueueFull::Queue));
         assert_eq!(account.try_add(0, 100), Ok(()));
-        assert_eq!(account.try_add(0, 1), Err(QueueFull));
+        assert_eq!(account.try_add(0, 1), Err(QueueFull::Queue));
         account.add(16);
         assert_eq!((account.used_bytes(), account.free_bytes()), (116, 0));
         account.remove(116);

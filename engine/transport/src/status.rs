@@ -70,6 +70,8 @@ pub struct ShardStatus {
     pub floods_cut: u64,
     /// Bytes that wait for peers on lanes, and of answers outside the chunk pool.
     pub queue_bytes: u64,
+    /// Bytes of the chunk pool that answers hold which their peers have not read; each body once.
+    pub unread_answer_bytes: u64,
     /// Whether its thread has ended by a panic.
     pub has_panicked: bool,
 }
@@ -83,6 +85,7 @@ pub(crate) struct Load {
     pub(crate) by_older_key: usize,
     pub(crate) floods_cut: u64,
     pub(crate) queue_bytes: u64,
+    pub(crate) unread_answer_bytes: u64,
 }
 
 /// The published state of all shards of a node.
@@ -117,6 +120,7 @@ impl StatusBoard {
                 by_older_key: load.by_older_key,
                 floods_cut: load.floods_cut,
                 queue_bytes: load.queue_bytes,
+                unread_answer_bytes: load.unread_answer_bytes,
                 has_panicked: false,
             };
         }

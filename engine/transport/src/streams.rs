@@ -14,24 +14,29 @@
 //!    unused for a want of data, and the next acknowledgement makes room for lanes, which are fed
 //!    first.
 //! 3. Waiting plus active messages of a class never exceed its bound.
-//! 4. Bytes of answers, which a peer may ask for and not take, have bounds of their own
-//!    ([`AnswerBounds`]). An answer counts in full from when it is queued until the path has taken
-//!    all of it, or it is taken back.
+//! 4. Bytes of answers, which a peer may ask for and not read, have bounds of their own
+//!    ([`Answers`]), and an answer that is not read is cut.
+
+mod cutting;
 
 use std::collections::VecDeque;
-use std::rc::Rc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use millrace_protocol::body_deadline::{Sighting, Stage};
 use millrace_protocol::frame::{Class, Header, Kind, StreamKind};
 use millrace_shards::chunk::ChunkSlice;
 
+use crate::answers::{Answers, Look};
 use crate::buffers::StreamBuffer;
 use crate::carrier::{Carrier, Outgoing, Progress, QueueFull};
-use crate::config::{AnswerBounds, PerClass};
+use crate::config::PerClass;
 use crate::path::{StreamError, StreamPath};
-use crate::queue_account::QueueAccount;
+use crate::progress::Turn;
 use crate::service::message::Payload;
+use crate::unread::UnreadSlice;
+
+pub(crate) use cutting::Terms;
 
 /// RESET_STREAM code: the message is not wanted any more (the reference's value).
 pub(crate) const CODE_CANCELLED: u64 = 0x8000_0006;
@@ -52,69 +57,6 @@ fn urgency(class: Class) -> u8 {
     }
 }
 
-/// Bytes of answers that wait.
-#[derive(Debug)]
-struct Answers {
-    bounds: AnswerBounds,
-    plain_bytes: u64,
-    chunk_bytes: u64,
-    /// What all connections of the shard hold queued, `plain_bytes` among it.
-    account: Rc<QueueAccount>,
-}
-
-impl Answers {
-    /// What counts `message`, if it is an answer, and its bound as things are.
-    fn of(&mut self, message: &Outgoing) -> Option<(&mut u64, u64)> {
-        if message.header.kind != Kind::Response {
-            return None;
-        }
-        match message.body {
-            Payload::Empty => None,
-            Payload::Bytes(_) => Some((&mut self.plain_bytes, self.bounds.plain_bytes)),
-            // The pool holds it already: the first one is taken, however long.
-            Payload::Chunks(_) if self.chunk_bytes == 0 => Some((&mut self.chunk_bytes, u64::MAX)),
-            Payload::Chunks(_) => Some((&mut self.chunk_bytes, self.bounds.chunk_bytes)),
-        }
-    }
-
-    fn add(&mut self, message: &Outgoing) -> Result<(), QueueFull> {
-        let account = Rc::clone(&self.account);
-        let bytes = message.body.len();
-        let Some((held, max)) = self.of(message) else {
-            return Ok(());
-        };
-        if *held + bytes > max {
-            return Err(QueueFull);
-        }
-        if is_plain(message) {
-            account.try_add(*held, bytes)?;
-        }
-        *held += bytes;
-        Ok(())
-    }
-
-    fn remove(&mut self, message: &Outgoing) {
-        let bytes = message.body.len();
-        let Some((held, _)) = self.of(message) else {
-            return;
-        };
-        *held -= bytes;
-        if is_plain(message) {
-            self.account.remove(bytes);
-        }
-    }
-
-    fn clear(&mut self) {
-        self.account.remove(self.plain_bytes);
-        (self.plain_bytes, self.chunk_bytes) = (0, 0);
-    }
-}
-
-/// Whether the body has memory of its own, and not of the pool.
-fn is_plain(message: &Outgoing) -> bool {
-    matches!(message.body, Payload::Bytes(_))
-}
-
 #[derive(Debug)]
 struct Active {
     message: Outgoing,
@@ -123,11 +65,30 @@ struct Active {
     taken: u64,
     /// Bytes that it took meanwhile of the messages that are fed before this one.
     before_bytes: u64,
+    look: Look,
 }
 
 impl Active {
     fn total(&self) -> u64 {
         OPENING_BYTES as u64 + u64::from(self.message.header.body_bytes)
+    }
+
+    fn is_answer(&self) -> bool {
+        self.message.header.kind == Kind::Response
+    }
+
+    /// What came of it in the last interval: bytes that the path has taken, and those of an answer
+    /// that the peer acknowledged.
+    fn take_turn(&mut self) -> Turn {
+        let of_body = self.taken.saturating_sub(OPENING_BYTES as u64);
+        let unread = self.message.unread.as_ref();
+        let acknowledged = unread.map_or(0, |answer| answer.acknowledged_bytes(of_body));
+        let place = (self.message.header.class.index(), self.stream);
+        let turn = self.look.take_turn(place, self.taken + acknowledged);
+        Turn {
+            is_judged: turn.is_judged && self.is_answer(),
+            ..turn
+        }
     }
 
     /// The next bytes, at most `max`, and whether they are the last.
@@ -148,7 +109,14 @@ impl Active {
                     return (StreamBuffer::small(Bytes::new()), true);
                 };
                 let last = offset as usize + slice.len() == body.len();
-                (StreamBuffer::chunk(slice), last)
+                let buffer = match &self.message.unread {
+                    Some(answer) => {
+                        let unread = UnreadSlice::new(answer, slice.len());
+                        StreamBuffer::unread(slice, unread)
+                    }
+                    None => StreamBuffer::chunk(slice),
+                };
+                (buffer, last)
             }
         }
     }
@@ -207,6 +175,8 @@ pub(crate) struct StreamCarrier {
     active_in: [usize; 3],
     queue_max: PerClass<usize>,
     answers: Answers,
+    /// When unread answers last came forward, or began to be judged.
+    moved_at: Option<Instant>,
     active_max: usize,
     /// Send capacity that bodies of class bulk leave to lanes, bytes.
     reserve_bytes: usize,
@@ -240,8 +210,7 @@ impl StreamCarrier {
     pub(crate) fn new(
         first_stream: u64,
         queue_max: PerClass<usize>,
-        answer_bounds: AnswerBounds,
-        account: &Rc<QueueAccount>,
+        answers: Answers,
         active_max: usize,
     ) -> Self {
         Self {
@@ -249,12 +218,8 @@ impl StreamCarrier {
             active: Vec::with_capacity(3 * active_max),
             active_in: [0; 3],
             queue_max,
-            answers: Answers {
-                bounds: answer_bounds,
-                plain_bytes: 0,
-                chunk_bytes: 0,
-                account: Rc::clone(account),
-            },
+            answers,
+            moved_at: None,
             active_max,
             reserve_bytes: RESERVE_BYTES,
             next_stream: first_stream,
@@ -369,7 +334,7 @@ impl StreamCarrier {
     /// Bytes of answers in memory of their own that wait or flow.
     #[cfg(test)]
     pub(crate) fn plain_answer_bytes(&self) -> u64 {
-        self.answers.plain_bytes
+        self.answers.plain_bytes()
     }
 
     /// Whether nothing waits or flows.
@@ -394,6 +359,17 @@ impl StreamCarrier {
         active.stream
     }
 
+    /// The path has taken all of an active message, or takes no more of it.
+    fn finish_active(&mut self, at: usize) {
+        let active = &self.active[at];
+        if active.taken == active.total() {
+            let (total, look) = (active.total(), active.look);
+            self.answers
+                .on_sent(&active.message, active.stream, total, look);
+        }
+        self.remove_active(at);
+    }
+
     /// Opens streams for waiting messages while their class and the peer's stream limit allow.
     fn activate<P: StreamPath>(&mut self, path: &mut P) {
         for class in [Class::Latency, Class::Normal, Class::Bulk] {
@@ -416,6 +392,7 @@ impl StreamCarrier {
                     stream,
                     taken: 0,
                     before_bytes: 0,
+                    look: Look::default(),
                 };
                 // Kept in order of class, then age: `poll_transmit` feeds from the front.
                 let at = self
@@ -473,12 +450,12 @@ impl StreamCarrier {
 }
 
 impl Carrier for StreamCarrier {
-    fn enqueue(&mut self, message: Outgoing) -> Result<(), QueueFull> {
+    fn enqueue(&mut self, mut message: Outgoing) -> Result<(), QueueFull> {
         let class = message.header.class;
         if self.queued(class) >= self.queue_max.of(class) {
-            return Err(QueueFull);
+            return Err(QueueFull::Queue);
         }
-        self.answers.add(&message)?;
+        self.answers.add(&mut message)?;
         self.waiting[class as usize].push_back(message);
         Ok(())
     }
@@ -506,7 +483,7 @@ impl Carrier for StreamCarrier {
             if fed == Fed::Stopped {
                 self.stop_active(at);
             } else {
-                self.remove_active(at);
+                self.finish_active(at);
             }
             finished = true;
         }
@@ -540,59 +517,4 @@ impl Carrier for StreamCarrier {
 }
 
 #[cfg(test)]
-mod tests {
-    use millrace_protocol::frame::Method;
-    use millrace_shards::chunk::{Body, ChunkPool};
-    use millrace_shards::config::HugePages;
-
-    use super::*;
-
-    const BOUNDS: AnswerBounds = AnswerBounds {
-        plain_bytes: 1_000,
-        chunk_bytes: 200_000,
-    };
-
-    fn message(kind: Kind, body: Payload) -> Outgoing {
-        let header = Header {
-            kind,
-            class: Class::Bulk,
-            method: Method(0),
-            id: 0,
-            body_bytes: body.len() as u32,
-            arg: 0,
-        };
-        Outgoing { header, body }
-    }
-
-    // Protects the pool and the memory of the node from a peer that asks and does not take: where
-    // an answer lies decides which bound it counts against.
-    #[test]
-    fn answers_have_bounds_of_bytes_and_requests_have_not() {
-        let messages = PerClass {
-            latency: 100,
-            normal: 100,
-            bulk: 100,
-        };
-        let account = Rc::new(QueueAccount::new(1 << 20));
-        let mut carrier = StreamCarrier::new(2, messages, BOUNDS, &account, 8);
-        let mut send = |kind, body| carrier.enqueue(message(kind, body)).is_ok();
-        let pool = ChunkPool::new(16 << 20, HugePages::Never).unwrap();
-        let chunks =
-            |len: usize| Payload::Chunks(Body::copy_from_slice(&pool, &vec![0; len]).unwrap());
-        let plain = |len: usize| Payload::from(vec![0; len]);
-        for body in [plain(2_000), chunks(400_000)] {
-            for kind in [Kind::Request, Kind::Send] {
-                assert!(send(kind, body.clone()) && send(kind, body.clone()));
-            }
-        }
-        // Up to the bound; the first one in chunks, however long.
-        assert!(!send(Kind::Response, plain(1_001)));
-        assert!(send(Kind::Response, plain(600)));
-        assert!(!send(Kind::Response, plain(401)));
-        assert!(send(Kind::Response, plain(400)));
-        assert!(!send(Kind::Response, plain(1)));
-        assert!(send(Kind::Response, chunks(400_000)));
-        assert!(!send(Kind::Response, chunks(70_000)));
-        assert!(send(Kind::Response, Payload::Empty));
-    }
-}
+mod tests;

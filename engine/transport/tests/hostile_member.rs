@@ -1,5 +1,6 @@
 //! A member with a valid key, by a bare quiche client, makes the QUIC of its victim hold memory, or
-//! floods it with work (`hostile_member/floods.rs`): its connection is ended, and no other one.
+//! floods it with work (`hostile_member/floods.rs`): its connection is ended, and no other one. Or
+//! it asks for bodies and does not read them (`hostile_member/unread.rs`): they are cut.
 #![allow(clippy::unwrap_used)]
 
 #[path = "hostile_member/attacks.rs"]
@@ -9,6 +10,8 @@ mod common;
 mod floods;
 #[path = "common/raw.rs"]
 mod raw;
+#[path = "hostile_member/unread.rs"]
+mod unread;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;

@@ -406,7 +406,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "answer_queue_bytes",
                 transport.answer_queue_bytes,
                 bytes(ByteSize::kib(64), ByteSize::gib(1)),
-                "Bytes of answers with a stream of their own that may wait for a peer on a connection; the next one is refused as Busy, and one that is longer as TooLarge. Those that lie in chunks, as artifacts do, are counted apart, with receive_budget_peer_bytes as their bound; one of any length may wait alone."
+                "Bytes of answers with a stream of their own that may wait for a peer on a connection; the next one is refused as Busy, and one that is longer as TooLarge. Those that lie in chunks, as artifacts do, are counted apart: see receive_budget_peer_bytes."
             ),
             field!(
                 NodeConfig,
@@ -469,7 +469,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "receive_budget_peer_bytes",
                 transport.receive_budget_peer_bytes,
                 bytes(ByteSize::mib(1), ByteSize::gib(512)),
-                "Chunk memory that bodies of one peer may take on a shard, arriving or kept; and, counted apart, bytes of answers in chunks that may wait for it on a connection."
+                "Chunk memory that bodies of one peer may take on a shard, arriving or kept. Counted apart, the bodies of answers that peers have not read may take as much on a shard, each body once, at most half of receive_budget_bytes; one peer alone reaches half of that, and the next answer is refused as Busy. One answer of any length may wait alone."
             ),
             field!(
                 NodeConfig,
@@ -490,7 +490,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "stream_progress_bytes",
                 transport.stream_progress_bytes,
                 bytes(ByteSize(1), ByteSize::mib(128)),
-                "Bytes that a message stream must bring in each stream_progress_interval unless it ends; otherwise it is refused."
+                "Bytes that a message stream must bring in each stream_progress_interval unless it ends; otherwise it is refused. As many of an answer must be taken by its peer, or it is cut."
             ),
             field!(
                 NodeConfig,

@@ -57,6 +57,18 @@ impl Endpoint {
             let due = session.on_timeout(&mut connection.quic, now);
             close = due.or(close);
             is_released = session.take_release(now);
+            let cut = session.take_unread_cut();
+            if cut > 0
+                && let Some(left_out) = self.log_limit.admit("answer_unread", now)
+            {
+                tracing::warn!(
+                    peer = %session.peer(),
+                    address = %connection.address.current(),
+                    answers = cut,
+                    left_out,
+                    "answers are cut: their peer asked for them, and does not read them"
+                );
+            }
         }
         if let Some(code) = close {
             connection.close(code);

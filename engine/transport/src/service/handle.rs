@@ -33,6 +33,7 @@ use millrace_protocol::rpc::{InFlight, RpcError, RpcTable};
 use super::completion::Completion;
 use super::early_cancels::EarlyCancels;
 use super::message::{Deadline, Payload, Request};
+use crate::answers::Answers;
 use crate::counters::{Counter, Family};
 use crate::outbox::Outbox;
 use room::Waiter;
@@ -82,13 +83,15 @@ impl ConnectionHandle {
         is_server: bool,
     ) -> Rc<Self> {
         let config = &state.config;
+        let plain_bytes_max = config.answer_queue_bytes;
+        let answers = Answers::new(peer, plain_bytes_max, &state.queues, &state.unread);
         Rc::new(Self {
             state: Rc::clone(state),
             slot,
             serial: state.next_serial(),
             peer,
             number: Cell::new(ConnectionNumber(0)),
-            out: RefCell::new(Outbox::new(config, &state.queues, is_server)),
+            out: RefCell::new(Outbox::new(config, &state.queues, answers, is_server)),
             calls: RefCell::new(RpcTable::new(
                 config.requests_out_max.rpc_limits(),
                 state.now.get(),

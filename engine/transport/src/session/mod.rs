@@ -34,6 +34,7 @@ use crate::quic::CloseCode;
 use crate::service::handle::{ConnectionHandle, ShardState};
 use crate::service::remote::CallId;
 use crate::service::router::Router;
+use crate::streams::Terms;
 
 use hello::HelloReader;
 
@@ -73,6 +74,10 @@ pub struct Session {
     keep_alive: Option<(Instant, usize)>,
     /// When the progress of unfinished messages is judged next.
     judge_at: Option<Instant>,
+    /// When it is judged next whether the peer reads its answers.
+    judge_answers_at: Option<Instant>,
+    /// Answers that were cut because the peer did not read them.
+    unread_cut: u64,
     /// A sign of life was asked for when this many packets had been received.
     verify_from: Option<usize>,
     lost_seen: usize,
@@ -107,6 +112,8 @@ impl Session {
             health: None,
             keep_alive: None,
             judge_at: None,
+            judge_answers_at: None,
+            unread_cut: 0,
             verify_from: None,
             lost_seen: 0,
             received_seen: 0,
@@ -324,6 +331,10 @@ impl Session {
             self.handle.state.counters.add(Counter::StreamsOut, opened);
         }
         let stopped = out.take_stopped();
+        if self.judge_answers_at.is_none() && out.may_have_answers() {
+            let interval = progress_interval(self.config(), path.stats().rtt);
+            self.judge_answers_at = Some(self.handle.state.now.get() + interval);
+        }
         drop(out);
         stopped
             .iter()
@@ -353,6 +364,7 @@ impl Session {
             health,
             keep_alive,
             self.judge_at,
+            self.judge_answers_at,
             self.flow.opens_at(),
         ];
         waits.into_iter().flatten().min()
@@ -377,6 +389,9 @@ impl Session {
         }
         if self.judge_at.is_some_and(|at| at <= now) && self.judge_streams(path, now) {
             close = Some(CloseCode::Violation);
+        }
+        if self.judge_answers_at.is_some_and(|at| at <= now) {
+            self.judge_answers(path, now);
         }
         close
     }
@@ -465,6 +480,28 @@ impl Session {
             }
         }
         false
+    }
+
+    /// Cuts the answers that the peer does not read.
+    fn judge_answers<P: StreamPath>(&mut self, path: &mut P, now: Instant) {
+        let config = self.config();
+        let interval = progress_interval(config, path.stats().rtt);
+        let terms = Terms {
+            progress_bytes: config.stream_progress_bytes,
+            patience: config.body_patience.max(interval),
+        };
+        let cut = self.handle.out.borrow_mut().cut_unread(path, &terms, now);
+        self.judge_answers_at = cut.is_some().then(|| now + interval);
+        for header in cut.iter().flatten() {
+            self.unread_cut += 1;
+            self.handle.on_unread(header);
+        }
+        self.flow.judge(&self.handle, now);
+    }
+
+    /// Answers that were cut since the last call, because the peer did not read them.
+    pub fn take_unread_cut(&mut self) -> u64 {
+        std::mem::take(&mut self.unread_cut)
     }
 
     /// Cuts messages that do not come forward. True when the connection is to be closed for it.

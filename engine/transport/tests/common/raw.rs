@@ -42,6 +42,8 @@ pub(crate) struct RawOptions {
     pub(crate) session: Option<Vec<u8>>,
     /// Initial congestion window.
     pub(crate) window_packets: usize,
+    /// What the node may send before the test reads it: on one stream, and on all.
+    pub(crate) windows_bytes: [u64; 2],
 }
 
 impl Default for RawOptions {
@@ -53,6 +55,7 @@ impl Default for RawOptions {
             groups: "X25519",
             session: None,
             window_packets: 10,
+            windows_bytes: [4 << 20, 16 << 20],
         }
     }
 }
@@ -114,9 +117,10 @@ fn config(options: &RawOptions) -> quiche::Config {
     // Longer than any test waits: it is the listener that ends silence.
     config.set_max_idle_timeout(600_000);
     config.set_max_send_udp_payload_size(1_452);
-    config.set_initial_max_data(16 << 20);
-    config.set_initial_max_stream_data_uni(4 << 20);
-    config.set_initial_max_stream_data_bidi_local(4 << 20);
+    let [stream_bytes, all_bytes] = options.windows_bytes;
+    config.set_initial_max_data(all_bytes);
+    config.set_initial_max_stream_data_uni(stream_bytes);
+    config.set_initial_max_stream_data_bidi_local(stream_bytes);
     config.set_initial_max_streams_uni(1_000);
     config.set_initial_congestion_window_packets(options.window_packets);
     config.enable_dgram(true, 100, 100);
@@ -297,6 +301,9 @@ impl Raw {
     /// The first stream that a client opens: a lane, which begins with its hello.
     pub(crate) const LANE: u64 = 2;
 
+    /// The last of the node's lanes, which are its first streams (RFC 9000, 2.1).
+    const LAST_LANE: u64 = 3 + 4 * 4;
+
     /// Takes turns until a stream of the node has ended, and reads it; what is behind the header of
     /// the message on it.
     pub(crate) fn message(&mut self, limit: Duration) -> Option<Vec<u8>> {
@@ -343,10 +350,11 @@ impl Raw {
         }
     }
 
-    /// Reads the node's lanes; what is on its other streams is thrown away.
+    /// Reads the node's lanes, and nothing of its other streams.
     fn read_lanes(&mut self) {
         let mut bytes = [0; 4_096];
-        for stream in self.quic.readable().collect::<Vec<_>>() {
+        let is_lane = |stream: &u64| *stream <= Self::LAST_LANE;
+        for stream in self.quic.readable().filter(is_lane).collect::<Vec<_>>() {
             while let Ok((read, _)) = self.quic.stream_recv(stream, &mut bytes) {
                 let lane = self.lanes.entry(stream).or_insert_with(|| {
                     // The first byte says what the stream is.

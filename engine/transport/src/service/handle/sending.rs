@@ -4,6 +4,7 @@ use millrace_protocol::frame::{Class, FailureCode, Header, Kind, Method};
 use millrace_protocol::rpc::RpcError;
 
 use super::{ConnectionHandle, too_large};
+use crate::carrier::QueueFull;
 use crate::counters::Family;
 use crate::service::message::Payload;
 
@@ -146,9 +147,13 @@ impl ConnectionHandle {
             body_bytes,
             arg: 0,
         };
-        if self.out.borrow_mut().push(header, body).is_err() {
-            let counters = &self.state.counters;
-            counters.count(Family::Failed, RpcError::LocalBusy(class).reason());
+        let pushed = self.out.borrow_mut().push(header, body);
+        if let Err(full) = pushed {
+            let reason = match full {
+                QueueFull::Queue => RpcError::LocalBusy(class).reason(),
+                QueueFull::Unread(error) => error.reason(),
+            };
+            self.state.counters.count(Family::Failed, reason);
             return self.fail(class, id, FailureCode::Busy);
         }
         self.state.counters.sent(class, body_bytes as usize);
@@ -162,6 +167,14 @@ impl ConnectionHandle {
             Payload::Empty | Payload::Chunks(_) => config.limits.body_bytes_max,
             Payload::Bytes(_) => config.plain_answer_bytes_max(),
         }
+    }
+
+    /// The answer with this header was cut, because the peer did not read it: it is told, in case
+    /// that it still waits.
+    pub(crate) fn on_unread(&self, answer: &Header) {
+        self.state.counters.count(Family::Failed, "answer_unread");
+        self.work.stalled();
+        self.fail(answer.class, answer.id, FailureCode::DeadlineExceeded);
     }
 
     /// Refuses the peer's request `id`.

@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 use millrace_protocol::frame::Class;
 use millrace_protocol::id::NodeId;
 use millrace_protocol::time_grid::TimeGrid;
+use millrace_protocol::unread::UnreadAnswers;
 
 use super::ConnectionHandle;
 use crate::config::TransportConfig;
 use crate::counters::Counters;
 use crate::queue_account::QueueAccount;
+use crate::unread::SharedUnread;
 
 /// What the connections of one shard share: limits, counters, the turn's time, which of them are
 /// up, and which have something to send.
@@ -34,6 +36,8 @@ pub struct ShardState {
     pub(crate) exchanged: Cell<usize>,
     /// What the connections hold queued together.
     pub(crate) queues: Rc<QueueAccount>,
+    /// What the answers hold that the peers have not read.
+    pub(crate) unread: SharedUnread,
     /// Serial number of the last connection.
     serial: Cell<u64>,
 }
@@ -56,6 +60,9 @@ impl ShardState {
     ) -> Self {
         Self {
             queues: Rc::new(QueueAccount::new(config.queue_bytes_max)),
+            unread: Rc::new(RefCell::new(UnreadAnswers::new(
+                config.unread_answers_bytes(),
+            ))),
             config,
             counters,
             now: Cell::new(now),
