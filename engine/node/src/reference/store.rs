@@ -8,8 +8,8 @@
 //! What the store holds is charged to the peers that sent it (`millrace_transport`), until it drops
 //! it: a publisher does not pay for those who read its bodies and do not end. So a body that is
 //! about to come is expected: the store drops old bodies of the same peer at once, until the
-//! receive budget has space for it. Bodies of other peers are dropped when it is whole and verified:
-//! a peer whose bodies never come drops nothing but its own.
+//! receive budget has space for it. Bodies of other peers are dropped when it is whole and
+//! verified: a peer whose bodies never come drops nothing but its own.
 //!
 //! The receive budget is at least twice `bytes_max` (a check of the config), and gives a peer that
 //! holds something more only while it would hold no more than what stays free. So a peer has space
