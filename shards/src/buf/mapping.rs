@@ -157,26 +157,27 @@ impl Mapping {
         Ok(Self { ptr, len, kind })
     }
 
-    /// Faults `len` bytes from `offset` in; the range must be unused by others.
+    /// Faults `len` bytes from `offset` in, also while others use them. Where the kernel refuses,
+    /// each page comes at its first touch.
     pub(crate) fn populate(&self, offset: usize, len: usize) {
         let end = (offset + len).min(self.len);
         let start = offset.min(end) / PAGE_BYTES * PAGE_BYTES;
         // SAFETY: start lies within the mapping.
         let at = unsafe { self.ptr.as_ptr().add(start) };
         // SAFETY: the range is mapped by this value; populating changes no contents.
-        let done = unsafe { libc::madvise(at.cast(), end - start, libc::MADV_POPULATE_WRITE) };
-        if done == 0 {
-            return;
-        }
-        // Kernels before 5.14: touch each page. A volatile read-and-write keeps the contents.
-        for page in (start..end).step_by(PAGE_BYTES) {
-            // SAFETY: page lies within the mapping.
-            let at = unsafe { self.ptr.as_ptr().add(page) };
-            // SAFETY: the byte is mapped and initialised.
-            let byte = unsafe { at.read_volatile() };
-            // SAFETY: the byte is mapped, and the caller says that it has no other user.
-            unsafe { at.write_volatile(byte) };
-        }
+        unsafe { libc::madvise(at.cast(), end - start, libc::MADV_POPULATE_WRITE) };
+    }
+}
+
+#[cfg(all(test, not(miri)))]
+impl Mapping {
+    /// Bytes of pages that the system has given.
+    pub(super) fn resident_bytes(&self) -> usize {
+        let mut pages = vec![0_u8; self.len.div_ceil(PAGE_BYTES)];
+        // SAFETY: the range is this mapping's, and there is a byte for each of its pages.
+        let done = unsafe { libc::mincore(self.ptr.as_ptr().cast(), self.len, pages.as_mut_ptr()) };
+        assert_eq!(done, 0);
+        pages.iter().filter(|page| **page & 1 == 1).count() * PAGE_BYTES
     }
 }
 

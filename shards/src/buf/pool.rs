@@ -181,8 +181,7 @@ impl ChunkPool {
     /// Bytes that the pool has pages for by now: those that were needed, and some ahead.
     #[must_use]
     pub fn present_bytes(&self) -> u64 {
-        let present = self.total_chunks() - self.inner.growth.absent_chunks() as usize;
-        (present * CHUNK_BYTES) as u64
+        u64::from(self.inner.growth.present_chunks()) * CHUNK_BYTES as u64
     }
 
     /// Bytes that are not taken, in whole chunks and beside smaller ones. Looks at every chunk.
@@ -210,13 +209,13 @@ impl PoolInner {
         loop {
             let run = self.units.take(units);
             // What another thread took meanwhile is another reason to grow.
-            if run.is_some() || !self.growth.step(&self.mapping, &self.units) {
+            if run.is_some() || !self.growth.step(&self.units) {
                 return run;
             }
         }
     }
 
-    /// Lets a thread make the next chunks present.
+    /// Lets a thread make pages present.
     fn grow_ahead(pool: &Arc<Self>) {
         let shared = Arc::clone(pool);
         let thread = std::thread::Builder::new().name("millrace-pool".into());
@@ -226,7 +225,7 @@ impl PoolInner {
             shared.growth.end_ahead();
         });
         if started.is_err() {
-            // The shards make chunks present as they need them.
+            // A shard gets the pages at its first write to each.
             pool.growth.end_ahead();
         }
     }
@@ -502,7 +501,7 @@ mod tests {
         until("pages are there ahead", || {
             pool.present_bytes() >= 7 * MIB && pool.free_chunks() == 8
         });
-        // One is missed while its pages are made present.
+        // One is missed while the thread publishes it.
         until("all chunks are taken", || {
             held.extend(std::iter::from_fn(|| pool.take()));
             held.len() == 11
@@ -524,7 +523,7 @@ mod tests {
             takers.map(|taker| taker.join().unwrap())
         });
         let mut held: Vec<_> = takers.into_iter().flatten().collect();
-        // A thread gives up while another makes the last pages present.
+        // A thread gives up while another publishes the last chunks.
         until("all chunks are taken", || {
             held.extend(std::iter::from_fn(|| pool.take()));
             held.len() as u64 == CHUNKS
