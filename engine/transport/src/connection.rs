@@ -28,6 +28,7 @@ use crate::phase::Phase;
 use crate::quic::CloseCode;
 use crate::quic_connection::QuicConnection;
 use crate::session::{self, Session};
+use crate::status::PeerStatus;
 
 /// While a body streams in, a sixth of a stream's window is acknowledged together: three trains of
 /// a window of 1 MiB.
@@ -116,6 +117,10 @@ pub(crate) struct Connection {
     pub(crate) session: Option<Session>,
     pub(crate) timer: Option<TimerId>,
     pub(crate) is_dirty: bool,
+    /// Something came or was sent since the last housekeeping.
+    pub(crate) is_touched: bool,
+    /// What was published of it then.
+    pub(crate) seen: Option<PeerStatus>,
     /// Sends the last packets once it closes.
     pub(crate) close_sender: CloseSender,
     /// How large packets may be.
@@ -169,6 +174,8 @@ impl Connection {
             session: None,
             timer: None,
             is_dirty: false,
+            is_touched: true,
+            seen: None,
             close_sender: CloseSender::default(),
             mtu: PathMtu::new(config.udp_payload_bytes_max, config.discover_mtu, now),
             packet_number_bytes: 1,

@@ -332,6 +332,7 @@ impl Endpoint {
             return Sent::All;
         };
         connection.is_dirty = false;
+        connection.is_touched = true;
         if connection.may_delay_ack(&self.parts.state.config, now) {
             self.arm(slot);
             return Sent::All;
@@ -365,58 +366,81 @@ impl Endpoint {
         sent
     }
 
-    /// Takes up what the connections have seen since the last time.
+    /// Takes up what the connections have seen since the last time, and what is published of them.
     fn housekeep_connections(&mut self, has_abandoned: bool, now: Instant) {
-        for connection in self.connections.iter_mut().flatten() {
-            if let Some(session) = &mut connection.session {
-                let is_lossy = session.housekeep(&mut connection.quic);
-                let drains = matches!(connection.phase, Phase::Draining { until: None, .. });
-                // Both end with time.
-                self.is_touched |= drains || is_lossy;
-                if drains
-                    && let Some(until) = session.drains_until(&connection.quic, now)
-                    && let Some(peers) = self.parts.peers.get_mut(connection.index)
-                {
-                    peers.drains_on(connection.key, until);
-                }
-                if has_abandoned {
-                    session.cancel_abandoned();
-                }
-                if is_lossy {
-                    connection.follow_mtu(&self.parts.state.counters, now);
-                }
+        for slot in 0..self.connections.len() {
+            let Some(Some(connection)) = self.connections.get_mut(slot) else {
+                continue;
+            };
+            if has_abandoned && let Some(session) = &mut connection.session {
+                session.cancel_abandoned();
             }
+            let drains = matches!(connection.phase, Phase::Draining { until: None, .. });
+            // With many peers, most of them are idle: asking quiche about them costs more than all
+            // else that an idle node does.
+            if !std::mem::take(&mut connection.is_touched) && !drains {
+                continue;
+            }
+            let Some(session) = &mut connection.session else {
+                continue;
+            };
+            let is_lossy = session.housekeep(&mut connection.quic);
+            // Both end with time.
+            connection.is_touched = is_lossy;
+            self.is_touched |= drains || is_lossy;
+            if drains
+                && let Some(until) = session.drains_until(&connection.quic, now)
+                && let Some(peers) = self.parts.peers.get_mut(connection.index)
+            {
+                peers.drains_on(connection.key, until);
+            }
+            if is_lossy {
+                connection.follow_mtu(&self.parts.state.counters, now);
+            }
+            self.measure_path(slot, now);
+            self.look_at(slot);
         }
+    }
+
+    /// Takes down what is published of a connection.
+    fn look_at(&mut self, slot: usize) {
+        let Some(Some(connection)) = self.connections.get_mut(slot) else {
+            return;
+        };
+        let Some(session) = &connection.session else {
+            return;
+        };
+        let (peer, path) = (session.peer(), connection.path());
+        let stats = connection.quic.stats();
+        connection.seen = Some(PeerStatus {
+            node_id: peer,
+            connection: session.number(),
+            address: Some(connection.address.current()),
+            profile: connection.profile,
+            remembered: self.parts.paths.get(&peer),
+            rtt: path.as_ref().map(|p| p.rtt),
+            probe_rtt: session.probe_rtt().map(|rtt| rtt.smoothed),
+            queued_bytes: session.queued_bytes(),
+            congestion_window_bytes: path.as_ref().map_or(0, |p| p.cwnd as u64),
+            udp_payload_bytes: connection.mtu.bytes(),
+            frames_held: session.holds(),
+            packets_sent: stats.sent as u64,
+            packets_lost: stats.lost as u64,
+            bytes_sent: stats.sent_bytes,
+            bytes_received: stats.recv_bytes,
+            duplicates_refused: 0,
+            shard: self.parts.shard,
+        });
     }
 
     fn publish(&mut self) {
         let peers = self.connections.iter().flatten().filter_map(|connection| {
-            let session = connection.session.as_ref()?;
-            if connection.phase != Phase::Up {
-                return None;
-            }
-            let path = connection.path();
-            let stats = connection.quic.stats();
+            let seen = connection.seen.as_ref()?;
             let peers = self.parts.peers.get(connection.index);
-            Some(PeerStatus {
-                node_id: session.peer(),
-                connection: session.number(),
-                address: Some(connection.address.current()),
-                profile: connection.profile,
-                remembered: self.parts.paths.get(&session.peer()),
-                rtt: path.as_ref().map(|p| p.rtt),
-                probe_rtt: session.probe_rtt().map(|rtt| rtt.smoothed),
-                queued_bytes: session.queued_bytes(),
-                congestion_window_bytes: path.as_ref().map_or(0, |p| p.cwnd as u64),
-                udp_payload_bytes: connection.mtu.bytes(),
-                frames_held: session.holds(),
-                packets_sent: stats.sent as u64,
-                packets_lost: stats.lost as u64,
-                bytes_sent: stats.sent_bytes,
-                bytes_received: stats.recv_bytes,
+            (connection.phase == Phase::Up).then(|| PeerStatus {
                 duplicates_refused: peers
-                    .map_or(0, |peers| peers.duplicates_refused(&session.peer())),
-                shard: self.parts.shard,
+                    .map_or(0, |peers| peers.duplicates_refused(&seen.node_id)),
+                ..seen.clone()
             })
         });
         self.parts.board.publish(
@@ -543,7 +567,6 @@ impl Datapath for Endpoint {
         let has_abandoned = self.parts.routes.take_abandoned(self.parts.shard);
         if std::mem::take(&mut self.is_touched) || has_abandoned {
             self.housekeep_connections(has_abandoned, now);
-            self.measure_paths(now);
             self.publish();
         }
         self.replace_for_keys(now);

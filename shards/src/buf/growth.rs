@@ -12,7 +12,7 @@
 //!
 //! 1. A chunk is claimed once, by one thread, which then publishes it as free.
 //! 2. At most one thread makes pages present. It goes through the pool in order, and first to the
-//!    end of what is claimed.
+//!    end of the claimed ones.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 

@@ -141,6 +141,7 @@ impl Endpoint {
             self.router.on_up(peer, number, &hello);
         }
         // After the services have heard of it: a thread that waits for the peer finds them ready.
+        self.look_at(slot);
         self.publish();
     }
 

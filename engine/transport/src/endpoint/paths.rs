@@ -72,43 +72,39 @@ impl Endpoint {
         [first & !LAN_BIT | bit, b1, b2, b3, b4, b5]
     }
 
-    /// In every housekeeping: remembers the paths, and replaces connections with a wrong profile.
-    pub(super) fn measure_paths(&mut self, now: Instant) {
-        for slot in 0..self.connections.len() {
-            let Some(Some(connection)) = self.connections.get_mut(slot) else {
-                continue;
-            };
-            let Some(peer) = connection.up_peer() else {
-                continue;
-            };
-            let Some(sample) = connection.path_sample() else {
-                continue;
-            };
-            if let Some(pacing) = &mut connection.pacing {
-                pacing.set_rtt(sample.rtt);
-            }
-            self.parts.paths.measured(&peer, sample);
-            if connection.is_server || connection.replace_at > now {
-                continue;
-            }
-            let (key, index, has) = (connection.key, connection.index, connection.profile);
-            let wanted = self.parts.paths.contradicts(&peer, has, sample.rtt);
-            // A full memory would choose the same again.
-            let wanted = wanted.filter(|wanted| self.parts.paths.profile(&peer) == *wanted);
-            if let (Some(wanted), Some(peers)) = (wanted, self.parts.peers.get_mut(index))
-                && peers.replace(key, now)
-            {
-                connection.replace_later(now);
-                self.counters().add(Counter::PathsReplaced, 1);
-                tracing::info!(
-                    %peer,
-                    rtt = ?sample.rtt,
-                    from = has.label(),
-                    to = wanted.label(),
-                    "a connection is replaced: its path is another than it was tuned for"
-                );
-                self.run_actions(now);
-            }
+    /// In housekeeping, after packets: remembers the path, and replaces a connection with a wrong
+    /// profile.
+    pub(super) fn measure_path(&mut self, slot: usize, now: Instant) {
+        let Some(Some(connection)) = self.connections.get_mut(slot) else {
+            return;
+        };
+        let (Some(peer), Some(sample)) = (connection.up_peer(), connection.path_sample()) else {
+            return;
+        };
+        if let Some(pacing) = &mut connection.pacing {
+            pacing.set_rtt(sample.rtt);
+        }
+        self.parts.paths.measured(&peer, sample);
+        if connection.is_server || connection.replace_at > now {
+            return;
+        }
+        let (key, index, has) = (connection.key, connection.index, connection.profile);
+        let wanted = self.parts.paths.contradicts(&peer, has, sample.rtt);
+        // A full memory would choose the same again.
+        let wanted = wanted.filter(|wanted| self.parts.paths.profile(&peer) == *wanted);
+        if let (Some(wanted), Some(peers)) = (wanted, self.parts.peers.get_mut(index))
+            && peers.replace(key, now)
+        {
+            connection.replace_later(now);
+            self.counters().add(Counter::PathsReplaced, 1);
+            tracing::info!(
+                %peer,
+                rtt = ?sample.rtt,
+                from = has.label(),
+                to = wanted.label(),
+                "a connection is replaced: its path is another than it was tuned for"
+            );
+            self.run_actions(now);
         }
     }
 
