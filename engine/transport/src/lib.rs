@@ -27,6 +27,7 @@ mod dial_requests;
 pub mod driver;
 mod endpoint;
 mod handshake_end;
+mod heap_excess;
 mod ids;
 mod inbox;
 mod log_limit;

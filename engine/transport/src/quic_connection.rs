@@ -18,6 +18,7 @@ use millrace_protocol::flood::PacketCounts;
 use millrace_shards::heap;
 
 use crate::buffers::{Buffers, StreamBuffer};
+use crate::heap_excess::HeapExcess;
 use crate::ids::IdBytes;
 use crate::pacing::RateSample;
 use crate::path::{PathStats, StreamError, StreamPath};
@@ -26,6 +27,7 @@ use crate::path::{PathStats, StreamError, StreamPath};
 pub(crate) struct QuicConnection {
     quic: quiche::Connection<Buffers>,
     heap_bytes: i64,
+    heap_excess: HeapExcess,
     /// Bytes that were read from streams, or thrown away.
     read_bytes: u64,
     /// What was counted until the last [`Self::take_packet_counts`].
@@ -60,6 +62,7 @@ impl QuicConnection {
         Ok(Self {
             quic,
             heap_bytes: heap::taken_bytes() - before,
+            heap_excess: HeapExcess::default(),
             read_bytes: 0,
             counted: PacketCounts::default(),
         })
@@ -82,6 +85,12 @@ impl QuicConnection {
     /// Heap bytes that quiche holds for this connection; 0 where the allocator does not count.
     pub(crate) fn heap_bytes(&self) -> u64 {
         self.heap_bytes.try_into().unwrap_or_default()
+    }
+
+    /// Of them, what the peer's packets made quiche hold beyond what they pay for.
+    pub(crate) fn heap_excess_bytes(&self) -> u64 {
+        // What was given back otherwise than by reading is in the account alone.
+        self.heap_excess.bytes().min(self.heap_bytes())
     }
 
     /// Packets and what they brought since the last call, without frames and connection IDs. Not
@@ -122,7 +131,19 @@ impl QuicConnection {
         datagram: &mut [u8],
         info: quiche::RecvInfo,
     ) -> quiche::Result<usize> {
-        self.account(|quic| quic.recv(datagram, info))
+        let (before, packet_bytes) = (self.heap_bytes, datagram.len());
+        let received = self.account(|quic| quic.recv(datagram, info));
+        let held_bytes = self.heap_bytes - before;
+        self.heap_excess.on_packet(packet_bytes, held_bytes);
+        received
+    }
+
+    #[inline]
+    fn account_read<T>(&mut self, read: impl FnOnce(&mut quiche::Connection<Buffers>) -> T) -> T {
+        let before = self.heap_bytes;
+        let result = self.account(read);
+        self.heap_excess.on_read(self.heap_bytes - before);
+        result
     }
 
     #[inline]
@@ -220,14 +241,14 @@ impl StreamPath for QuicConnection {
 
     #[inline]
     fn stream_recv(&mut self, stream: u64, out: &mut [u8]) -> Result<(usize, bool), StreamError> {
-        let received = self.account(|quic| quic.stream_recv(stream, out));
+        let received = self.account_read(|quic| quic.stream_recv(stream, out));
         self.read_bytes += received.as_ref().map_or(0, |(read, _)| *read as u64);
         received.map_err(StreamError::from)
     }
 
     #[inline]
     fn stream_discard(&mut self, stream: u64, len: usize) -> Result<(usize, bool), StreamError> {
-        let discarded = self.account(|quic| quic.stream_discard(stream, len));
+        let discarded = self.account_read(|quic| quic.stream_discard(stream, len));
         self.read_bytes += discarded.as_ref().map_or(0, |(read, _)| *read as u64);
         discarded.map_err(StreamError::from)
     }

@@ -1,13 +1,18 @@
 //! A member with a valid key, by a bare quiche client, makes the QUIC of its victim hold memory, or
 //! floods it with work (`hostile_member/floods.rs`): its connection is ended, and no other one. Or
-//! it asks for bodies and does not read them (`hostile_member/unread.rs`): they are cut.
+//! it asks for bodies and does not read them (`hostile_member/unread.rs`): they are cut. A node as a
+//! process with the default config is attacked in `engine/cli/tests/hostile_member.rs`.
 #![allow(clippy::unwrap_used)]
 
+#[path = "common/attacker.rs"]
+mod attacker;
 #[path = "hostile_member/attacks.rs"]
 mod attacks;
 mod common;
 #[path = "hostile_member/floods.rs"]
 mod floods;
+#[path = "common/packets.rs"]
+mod packets;
 #[path = "common/raw.rs"]
 mod raw;
 #[path = "hostile_member/unread.rs"]
@@ -20,7 +25,7 @@ use common::*;
 use millrace_protocol::frame::Class;
 use millrace_protocol::identity::SigningKey;
 use millrace_shards::CountingAllocator;
-use millrace_testkit::PATIENCE;
+use millrace_testkit::{PATIENCE, until};
 use millrace_transport::counters::{Counter, Family};
 use millrace_transport::{ProfileConfig, TransportConfig};
 use raw::{Raw, RawOptions};
@@ -162,6 +167,43 @@ fn a_member_that_sends_single_bytes_with_a_gap_loses_its_connection() {
         sent += FRAGMENTS;
     }
     assert_eq!(testbed.ended(), 1);
+    testbed.check();
+    testbed.wait_for_held(|bytes| bytes < MIB);
+}
+
+// Protects the time of its shard from one that puts 200 of them in each packet: it is ended long
+// before the bound of its connection, and refused for a while. One in each packet is what an honest
+// peer may send (the test above goes on until the bound).
+#[test]
+fn a_member_that_sends_many_single_bytes_in_a_packet_is_cut_early_and_refused() {
+    /// Less than the bound of a connection: twice its window of 4 MiB and 1 MiB.
+    const SENT_BYTES_MAX: u64 = 6 * MIB / FRAGMENT_BYTES;
+    let testbed = Testbed::new(&TransportConfig::default());
+    let refused = || testbed.victim.reason(Family::Refused, "flooded_before");
+    // The penalty is longer each time: a slow host dials again in time in the end.
+    let mut ends = 0;
+    while refused() == 0 {
+        assert!(ends < 7, "it is never refused");
+        let raw = testbed.connect(0);
+        let mut fragments = packets::Fragments::new(&raw, 900, 1, usize::MAX);
+        while testbed.ended() == ends {
+            let sent = fragments.sent_bytes;
+            assert!(sent < SENT_BYTES_MAX, "{sent} fragments were taken");
+            let before = testbed.victim.count(Counter::DatagramsReceived);
+            raw.send_datagram(&fragments.packet(), testbed.victim.transport.local_addr());
+            until("it came", || {
+                testbed.victim.count(Counter::DatagramsReceived) > before
+            });
+        }
+        ends += 1;
+        let mut again = Raw::dial(
+            testbed.victim.transport.local_addr(),
+            &RawOptions::of(&testbed.hostile[0]),
+        );
+        again.drive(PATIENCE, |quic| {
+            quic.peer_error().is_some() || quic.readable().next().is_some()
+        });
+    }
     testbed.check();
     testbed.wait_for_held(|bytes| bytes < MIB);
 }

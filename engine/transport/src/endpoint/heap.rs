@@ -4,8 +4,12 @@
 //! 1. `heap_bytes` is the sum over the connections, as it was when packets last came for each.
 //! 2. An honest peer never reaches the limit of its connection: what is lost and sent again leaves
 //!    gaps of at most a window, and full packets cost quiche 1.2 times their bytes.
-//! 3. Where all of them together hold too much, the one that holds most is ended: a peer that holds
+//! 3. A peer whose own connection is ended is refused for a while, as after a flood: otherwise it
+//!    would begin anew at once.
+//! 4. Where all of them together hold too much, the one that holds most is ended: a peer that holds
 //!    little never pays for another.
+
+use std::time::Instant;
 
 use super::Endpoint;
 use crate::connection::Connection;
@@ -19,9 +23,13 @@ const HANDSHAKE_HEAP_BYTES_MAX: u64 = 256 << 10;
 /// Room beside two windows: IDs, ranges of acknowledgements, and the connection itself.
 const FIXED_HEAP_BYTES_MAX: u64 = 1 << 20;
 
+/// What the packets of a peer may make a connection hold beyond what they pay for: 28,000 bytes
+/// that come in frames of their own. A node's packets pay for all of it.
+const EXCESS_HEAP_BYTES_MAX: u64 = 4 << 20;
+
 impl Endpoint {
     /// After packets: brings the account of a connection up to date.
-    pub(super) fn settle_heap(&mut self, slot: usize) {
+    pub(super) fn settle_heap(&mut self, slot: usize, now: Instant) {
         let config = &self.parts.state.config;
         let Some(Some(connection)) = self.connections.get_mut(slot) else {
             return;
@@ -38,7 +46,11 @@ impl Endpoint {
             let window = config.profile(connection.profile).connection_window_bytes;
             2 * window + FIXED_HEAP_BYTES_MAX
         };
-        if holds > limit {
+        if connection.quic.heap_excess_bytes() > EXCESS_HEAP_BYTES_MAX {
+            self.penalize_for_heap(slot, now);
+            self.end_for_heap(slot, "much more than they bring");
+        } else if holds > limit {
+            self.penalize_for_heap(slot, now);
             self.end_for_heap(slot, "more than twice its window");
         } else if self.heap_bytes > config.quic_heap_bytes_max
             && let Some(greatest) = self.holds_most()
@@ -59,6 +71,13 @@ impl Endpoint {
             (connection.phase != Phase::Closing).then_some((slot, connection.heap_bytes))
         });
         open.max_by_key(|(_, holds)| *holds).map(|(slot, _)| slot)
+    }
+
+    fn penalize_for_heap(&mut self, slot: usize, now: Instant) {
+        let connection = self.connections.get(slot).and_then(Option::as_ref);
+        if let Some(session) = connection.and_then(|connection| connection.session.as_ref()) {
+            self.penalties.cut(session.peer(), now);
+        }
     }
 
     fn end_for_heap(&mut self, slot: usize, why: &str) {

@@ -176,7 +176,7 @@ impl Endpoint {
             }
         }
         self.judge_flood(slot, now);
-        self.settle_heap(slot);
+        self.settle_heap(slot, now);
         self.mark_received(slot);
     }
 

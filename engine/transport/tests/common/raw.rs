@@ -3,7 +3,9 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use std::collections::{BTreeMap, VecDeque};
+use std::io;
 use std::net::{SocketAddr, UdpSocket};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use boring::pkey::PKey;
@@ -24,6 +26,29 @@ pub(crate) struct Raw {
     lanes: BTreeMap<u64, (bool, LaneParser)>,
     failures: VecDeque<(u32, FailureCode)>,
     requests: VecDeque<(u32, Method)>,
+    /// Its TLS secrets, as lines of NSS's key log.
+    pub(crate) secrets: Secrets,
+}
+
+/// What BoringSSL says of the keys of one connection.
+#[derive(Clone, Default)]
+pub(crate) struct Secrets(Arc<Mutex<Vec<u8>>>);
+
+impl Secrets {
+    /// The lines so far.
+    pub(crate) fn lines(&self) -> String {
+        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+    }
+}
+
+impl io::Write for Secrets {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// More packets than any window of a test allows at once.
@@ -124,6 +149,7 @@ fn config(options: &RawOptions) -> quiche::Config {
     config.set_initial_max_streams_uni(1_000);
     config.set_initial_congestion_window_packets(options.window_packets);
     config.enable_dgram(true, 100, 100);
+    config.log_keys();
     config
 }
 
@@ -161,10 +187,13 @@ impl Raw {
         let dcid = quiche::ConnectionId::from_ref(dcid);
         let mut quic =
             quiche::connect_with_dcid(None, &scid, &dcid, local, to, &mut config(options)).unwrap();
+        let secrets = Secrets::default();
+        quic.set_keylog(Box::new(secrets.clone()));
         if let Some(session) = &options.session {
             quic.set_session(session).unwrap();
         }
         Self {
+            secrets,
             quic,
             socket,
             local,

@@ -1,12 +1,9 @@
-//! What floods are made of: a config that forgives nothing, and a client that sends the same again
-//! and again while the honest peer works.
+//! A config that forgives nothing, and a flood while the honest peer works.
 
 use std::time::Duration;
 
 use millrace_protocol::flood::Flood;
-use millrace_protocol::frame::{Header, Kind, Method};
 use millrace_protocol::id::NodeId;
-use millrace_testkit::until;
 use millrace_transport::{CloseCode, FloodRates};
 
 use super::*;
@@ -55,9 +52,9 @@ impl Testbed {
     /// connection for this flood. Nothing is refused to the honest peer meanwhile.
     pub(super) fn flood(&self, raw: &mut Raw, flood: Flood, mut send: impl FnMut(&mut Raw)) {
         let before = self.cut(flood);
-        let until = Instant::now() + FLOOD_TIME_MAX;
+        let end = Instant::now() + FLOOD_TIME_MAX;
         while self.cut(flood) == before {
-            assert!(Instant::now() < until, "{flood:?} is borne");
+            assert!(Instant::now() < end, "{flood:?} is borne");
             let error = raw.quic.peer_error();
             assert!(error.is_none(), "{flood:?}: it ended for {error:?}");
             send(raw);
@@ -92,53 +89,6 @@ impl Testbed {
 
     pub(super) fn hostile_id(&self) -> NodeId {
         self.hostile[0].node_id()
-    }
-}
-
-pub(super) fn header(kind: Kind, method: Method, id: u32, body_bytes: u32) -> Header {
-    Header {
-        kind,
-        class: Class::Normal,
-        method,
-        id,
-        body_bytes,
-        arg: 60_000,
-    }
-}
-
-/// The same frame again and again on a lane, as fast as it goes.
-pub(super) struct Lane {
-    pub(super) stream: u64,
-    bytes: Vec<u8>,
-    /// What is sent first.
-    at: usize,
-}
-
-impl Lane {
-    /// Frames that one write brings at most.
-    const FRAMES: usize = 4_096;
-
-    pub(super) fn of(frame: Header) -> Self {
-        let mut bytes = vec![1];
-        bytes.extend(frame.encode().repeat(Self::FRAMES));
-        Self {
-            stream: Raw::stream(0),
-            bytes,
-            at: 0,
-        }
-    }
-
-    pub(super) fn send(&mut self, raw: &mut Raw) {
-        if let Ok(sent) = raw
-            .quic
-            .stream_send(self.stream, &self.bytes[self.at..], false)
-        {
-            self.at += sent;
-        }
-        if self.at == self.bytes.len() {
-            // Behind the byte that says what the stream is.
-            self.at = 1;
-        }
     }
 }
 
@@ -186,16 +136,5 @@ impl Standing {
                 raw.quic.stream_send(*stream, &[7], false).ok();
             }
         }
-    }
-}
-
-/// Gives up the oldest connection ID, if the victim has given another one.
-pub(super) fn retire_one(raw: &mut Raw, oldest: &mut u64) {
-    if raw.quic.available_dcids() == 0 {
-        return;
-    }
-    let retired = (*oldest..*oldest + 4).find(|seq| raw.quic.retire_dcid(*seq).is_ok());
-    if let Some(seq) = retired {
-        *oldest = seq + 1;
     }
 }

@@ -10,6 +10,7 @@ use millrace_protocol::flood::Flood;
 use millrace_protocol::frame::{Header, Kind, Method};
 use millrace_transport::Payload;
 
+use super::attacker::{Lane, header, retire_one};
 use super::attacks::*;
 use super::*;
 
