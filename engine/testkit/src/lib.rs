@@ -5,11 +5,13 @@
 //! - [`net`]: addresses that no other test takes.
 //! - [`sockets`]: connections from a chosen address, raw sockets.
 //! - [`netns`]: network namespaces.
+//! - [`cgroup`]: control groups, for a bound on memory or a quota of the CPU.
 //! - [`ids`]: keys and node ids made from small numbers.
 //! - [`page`]: pages that are generated from the code.
 //! - [`mod@threads`]: the threads of a test's own process.
 //! - [`seeds`]: how many seeds a simulation runs, and which one failed.
 
+pub mod cgroup;
 pub mod ids;
 pub mod net;
 pub mod netns;
@@ -20,6 +22,7 @@ pub mod sockets;
 pub mod threads;
 pub mod wait;
 
+pub use cgroup::Cgroup;
 pub use net::free_addr;
 pub use netns::Namespace;
 pub use seeds::for_seeds;

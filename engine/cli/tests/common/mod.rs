@@ -136,13 +136,22 @@ impl TestRegistry {
 
     /// Adds all these nodes in one version, in the registry's only subnet.
     pub fn add_all(&self, nodes: &[(TestNode, String)]) {
+        let members = nodes.iter().map(|(node, address)| {
+            let (id, key) = (node.node_id.clone(), node.public_key.clone());
+            (id, key, address.clone())
+        });
+        self.add_members(members);
+    }
+
+    /// As [`Self::add_all`], by node id, public key and address.
+    pub fn add_members(&self, members: impl IntoIterator<Item = (String, String, String)>) {
         self.publish(|document| {
             let subnet = document["subnets"][0]["id"].clone();
-            let records = nodes.iter().map(|(node, address)| {
+            let records = members.into_iter().map(|(id, public_key, address)| {
                 let mut record = toml::Table::new();
-                record.insert("addresses".into(), vec![address.clone()].into());
-                record.insert("id".into(), node.node_id.clone().into());
-                record.insert("public_key".into(), node.public_key.clone().into());
+                record.insert("addresses".into(), vec![address].into());
+                record.insert("id".into(), id.into());
+                record.insert("public_key".into(), public_key.into());
                 record.insert("subnet".into(), subnet.clone());
                 toml::Value::Table(record)
             });
