@@ -22,6 +22,8 @@ use millrace_transport::{
 const KEEP: Method = Method(20);
 /// Takes the body by a sink, and answers with what the sink got.
 const STREAM: Method = Method(21);
+/// Keeps the body until its peer needs the space.
+const SHELVE: Method = Method(22);
 
 const MIB: usize = 1 << 20;
 const MS: Duration = Duration::from_millis(1);
@@ -35,6 +37,7 @@ const TOO_LARGE: RpcError = RpcError::Peer(FailureCode::TooLarge);
 #[derive(Default)]
 struct Seen {
     kept: Vec<Body>,
+    shelved: Vec<(NodeId, Body)>,
     /// Announced length of a body for a sink, and how it ended.
     ends: Vec<(u64, &'static str)>,
     /// A node, a peer that it is connected with, and what the two agreed on.
@@ -71,6 +74,10 @@ impl Service for BodyStore {
                 self.seen.borrow_mut().kept.push(body);
                 Answer::Reply(Payload::Empty)
             }
+            (SHELVE, InboundBody::Chunks(body)) => {
+                self.seen.borrow_mut().shelved.push((request.peer, body));
+                Answer::Reply(Payload::Empty)
+            }
             (STREAM, InboundBody::Streamed(body)) => {
                 let sink = body.into_sink::<Sink>().expect("what on_body gave");
                 let end = (sink.announced, "whole");
@@ -84,6 +91,12 @@ impl Service for BodyStore {
 
     fn on_send(&mut self, message: Inbound<'_>) {
         panic!("{message:?}");
+    }
+
+    fn make_room(&mut self, peer: NodeId) -> bool {
+        let mut seen = self.seen.borrow_mut();
+        let oldest = seen.shelved.iter().position(|(of, _)| *of == peer);
+        oldest.map(|at| seen.shelved.remove(at)).is_some()
     }
 
     fn on_body(&mut self, head: &BodyHead) -> BodyMode {
@@ -115,7 +128,7 @@ impl Testbed {
         let of_nodes = Rc::clone(&seen);
         let services = move |messenger: SimMessenger| {
             let seen = Rc::clone(&of_nodes);
-            let router = Router::new().serve(KEEP..=STREAM, BodyStore { messenger, seen });
+            let router = Router::new().serve(KEEP..=SHELVE, BodyStore { messenger, seen });
             router.expect("one service overlaps none")
         };
         let config = SimConfig {
@@ -391,4 +404,36 @@ fn two_neighbouring_releases_talk_and_others_do_not() {
             "{heard:?}"
         );
     }
+}
+
+// Protects a peer whose kept bodies fill its share, which is the smaller the more others have under
+// way: the service lets go of as many of its bodies as the next one needs, of no others, and of
+// none for one that is too long in any case.
+#[test]
+fn a_service_lets_go_of_what_a_peer_needs_the_space_of() {
+    let mut testbed = Testbed::of(3, 8 * MIB, 8 * MIB);
+    let others = testbed.body_of(2, 2 * MIB);
+    assert!(testbed.ask_by(2, SHELVE, others).is_ok());
+    let (own, other) = (testbed.sim.id(0), testbed.sim.id(2));
+    let shelved = |testbed: &Testbed| -> Vec<(NodeId, usize)> {
+        let seen = testbed.seen.borrow();
+        let shelved = seen.shelved.iter().map(|(of, body)| (*of, body.len()));
+        shelved.collect()
+    };
+    // With 3 MiB, as many stay free.
+    for bytes in [MIB, 2 * MIB] {
+        let body = testbed.body(bytes);
+        assert!(testbed.ask(SHELVE, body).is_ok());
+    }
+    let before = shelved(&testbed);
+    assert_eq!(before, [(other, 2 * MIB), (own, MIB), (own, 2 * MIB)]);
+
+    let body = testbed.body(7 * MIB);
+    assert_eq!(testbed.ask(SHELVE, body).unwrap_err(), BUSY);
+    assert_eq!(shelved(&testbed), before);
+
+    let body = testbed.body(MIB);
+    assert!(testbed.ask(SHELVE, body).is_ok());
+    let after = [(other, 2 * MIB), (own, 2 * MIB), (own, MIB)];
+    assert_eq!(shelved(&testbed), after);
 }

@@ -121,6 +121,12 @@ impl BodyAllocator {
         })
     }
 
+    /// Whether [`Self::allocate`] would find space if all were let go of that `peer` holds.
+    pub(crate) fn may_fit(&self, peer: &NodeId, bytes: u32) -> bool {
+        let held_bytes = self.budget.held_bytes(peer);
+        held_bytes > 0 && taken_bytes(bytes.into()) <= self.budget.free_bytes() + held_bytes
+    }
+
     /// Counts what came back, for every peer that holds something. To be called now and then: until
     /// then a peer that holds nothing any more keeps its account.
     pub fn settle(&mut self) {

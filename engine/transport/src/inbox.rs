@@ -99,6 +99,10 @@ pub(crate) trait Arrivals {
     /// into one body; or that it is refused.
     fn on_head(&mut self, header: &Header) -> Result<Option<OpenSink>, Refusal>;
 
+    /// There is no space for a message's body: the service that takes it lets go of something that
+    /// it keeps of the peer. Whether it did.
+    fn make_room(&mut self, header: &Header) -> bool;
+
     /// That message is whole.
     fn on_message(&mut self, header: Header, body: InboundBody<'static>);
 }
@@ -548,7 +552,14 @@ impl<A: Arrivals> Read<'_, A> {
         } else {
             None
         };
-        match self.bodies.allocate(self.peer, header.body_bytes) {
+        let mut space = self.bodies.allocate(self.peer, header.body_bytes);
+        while space.is_err()
+            && self.bodies.may_fit(&self.peer, header.body_bytes)
+            && self.arrivals.make_room(&header)
+        {
+            space = self.bodies.allocate(self.peer, header.body_bytes);
+        }
+        match space {
             Ok(Space::Inline(body, charge)) => Ok(State::Small {
                 header,
                 body,

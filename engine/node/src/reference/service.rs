@@ -158,6 +158,10 @@ impl<M: Messenger> Service for ArtifactService<M> {
         }
     }
 
+    fn make_room(&mut self, peer: NodeId) -> bool {
+        self.store.drop_oldest_of_peer(peer)
+    }
+
     fn on_body(&mut self, head: &BodyHead) -> BodyMode {
         match head.method {
             wire::PUT => self.receive(head.peer, head.body_bytes),

@@ -14,7 +14,9 @@
 //! The receive budget is at least twice `bytes_max` (a check of the config), and gives a peer that
 //! holds something more only while it would hold no more than what stays free. So a peer has space
 //! for a body of `n` bytes when `n`, the bytes that it holds, and half of those that the other
-//! peers hold are at most `bytes_max`; or when it holds nothing.
+//! peers hold are at most `bytes_max`; or when it holds nothing. Other peers may hold more than the
+//! store knows of, in bodies that are under way: where there is no space for a body of a peer, the
+//! transport has the store drop the oldest of that peer.
 //!
 //! 1. What all bodies take is at most `bytes_max`; a body counts in units of 64 KiB, as in the
 //!    pool.
@@ -198,6 +200,11 @@ impl Store {
             peer,
             bytes,
         })
+    }
+
+    /// Drops the oldest body that this peer sent; whether there was one.
+    pub(crate) fn drop_oldest_of_peer(&self, peer: NodeId) -> bool {
+        self.lock().drop_oldest_of(Some(peer))
     }
 
     /// Holds a body under the id that its bytes have; the caller computed it. `from`: the peer that

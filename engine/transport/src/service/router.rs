@@ -35,6 +35,15 @@ pub trait Service: 'static {
         BodyMode::Whole
     }
 
+    /// A peer announced a body for one of this service's methods, and it holds so much of this
+    /// node's memory already that there is no space for it: lets go of something that the service
+    /// keeps of `peer`. Whether it did: then space is looked for again, and the service asked again
+    /// while there is none. Not asked where nothing that it let go of could be enough.
+    fn make_room(&mut self, peer: NodeId) -> bool {
+        let _ = peer;
+        false
+    }
+
     /// A connection to `peer` that this shard owns is up: its hello arrived. `connection` is larger
     /// than any before; `hello` says which version the connection speaks, and which registry
     /// version the peer holds. Called for every service.

@@ -52,6 +52,12 @@ impl Arrivals for Delivery<'_> {
         wants_answer(header) && self.handle.take_early_cancel(header.id)
     }
 
+    fn make_room(&mut self, header: &Header) -> bool {
+        let asks = matches!(header.kind, Kind::Request | Kind::Send);
+        let service = self.router.service_of(header.method).filter(|_| asks);
+        service.is_some_and(|service| service.make_room(self.handle.peer))
+    }
+
     fn on_head(&mut self, header: &Header) -> Result<Option<OpenSink>, Refusal> {
         let deadline = match header.kind {
             Kind::Request => Some(self.deadline_of(header)),
