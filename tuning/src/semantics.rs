@@ -106,12 +106,14 @@ fn memory(config: &NodeConfig, found: &mut Found<'_>) {
     let window = transport
         .lan_connection_window_bytes
         .max(transport.wan_connection_window_bytes);
-    let connection = ByteSize(2 * window.bytes() + ByteSize::mib(1).bytes());
+    // And a quarter for what the allocator rounds up.
+    let connection = (2 * window.bytes() + ByteSize::mib(1).bytes()) / 4 * 5;
+    let connection = ByteSize(connection);
     if connection > transport.quic_heap_bytes_max {
         found.error(
             "transport.quic_heap_bytes_max",
             format!(
-                "quic_heap_bytes_max {} is less than one connection may hold, {connection}: twice the window {window} and 1MiB",
+                "quic_heap_bytes_max {} is less than one connection may hold, {connection}: twice the window {window} and 1MiB, and a quarter for the allocator",
                 transport.quic_heap_bytes_max
             ),
             format!("raise it to \"{connection}\" or lower the connection windows"),

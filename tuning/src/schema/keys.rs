@@ -574,7 +574,7 @@ pub(super) static SECTIONS: &[Section] = &[
                 "quic_heap_bytes_max",
                 transport.quic_heap_bytes_max,
                 bytes(ByteSize::mib(16), ByteSize::gib(64)),
-                "Heap bytes that QUIC may hold for all connections of a shard: what came and cannot be read yet, and its own state. Above it, the connection that holds most is closed; and each one above twice its window and 1 MiB."
+                "Heap bytes that QUIC may hold for all connections of a shard: what came and cannot be read yet, its own state, and a quarter more for what the allocator rounds up. Above it, the connection that holds most is closed; and each one above twice its window and 1 MiB."
             ),
             field!(
                 NodeConfig,
