@@ -9,8 +9,9 @@
 //! 1. A run is a function of the seed, of the configuration and of the calls made: no clock, no
 //!    threads, no hash order.
 //! 2. Time moves only when nothing is left to do at the present.
-//! 3. After every step the nodes are checked: what `Peers` holds current is what its actions said,
-//!    what it holds exists, and numbers of connections rise.
+//! 3. After every step the nodes to which something happened are checked, where there are up to 32:
+//!    what `Peers` holds current is what its actions said, what it holds exists, and numbers of
+//!    connections rise. More nodes are checked after some of their steps.
 #![forbid(unsafe_code)]
 
 pub mod memnet;

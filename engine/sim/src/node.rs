@@ -27,6 +27,9 @@ use crate::tasks::Tasks;
 use crate::wire::endpoint;
 use running::{Running, Start};
 
+/// Peers that are checked for each step.
+const PEERS_CHECKED: usize = 32;
+
 /// A node, running or not.
 pub(crate) struct Node {
     pub(crate) id: NodeId,
@@ -41,6 +44,8 @@ pub(crate) struct Node {
     /// Connections that the node ever had, so that no two have a name in common.
     connections_made: u64,
     running: Option<Running>,
+    /// Steps in which something happened since the last check.
+    unchecked_steps: usize,
 }
 
 impl Node {
@@ -54,6 +59,7 @@ impl Node {
             versions: Hello::VERSIONS,
             connections_made: 0,
             running: None,
+            unchecked_steps: 0,
         }
     }
 
@@ -96,6 +102,7 @@ impl Node {
         });
         running.set_topology(Arc::clone(&self.topology));
         self.running = Some(running);
+        self.unchecked_steps += 1;
         messenger
     }
 
@@ -109,6 +116,7 @@ impl Node {
 
     pub(crate) fn set_topology(&mut self, topology: Arc<Topology>) {
         self.topology = Arc::clone(&topology);
+        self.unchecked_steps += 1;
         if let Some(running) = &mut self.running {
             running.set_topology(topology);
         }
@@ -126,6 +134,7 @@ impl Node {
     }
 
     pub(crate) fn on_timeout(&mut self) {
+        self.unchecked_steps += 1;
         if let Some(running) = &mut self.running {
             running.on_timeout();
         }
@@ -133,6 +142,7 @@ impl Node {
 
     /// Takes a packet. `sender` is what the sender's key proves, where a key is involved.
     pub(crate) fn receive(&mut self, from: Endpoint, sender: NodeId, packet: Packet) {
+        self.unchecked_steps += 1;
         if let Some(running) = &mut self.running {
             running.receive(from, sender, packet);
         }
@@ -141,11 +151,14 @@ impl Node {
     /// Sends what is to be sent; false when there was nothing.
     pub(crate) fn flush(&mut self, net: &mut MemNet<Packet>) -> bool {
         let running = self.running.as_mut();
-        running.is_some_and(|running| running.flush(net))
+        let has_sent = running.is_some_and(|running| running.flush(net));
+        self.unchecked_steps += usize::from(has_sent);
+        has_sent
     }
 
     /// Replaces the current connection to a peer, if this node dials it. Whether that has begun.
     pub(crate) fn replace(&mut self, peer: &NodeId) -> bool {
+        self.unchecked_steps += 1;
         let running = self.running.as_mut();
         running.is_some_and(|running| running.replace(peer))
     }
@@ -158,8 +171,13 @@ impl Node {
         self.running.as_ref()?.current(peer)
     }
 
-    /// What must hold after every step.
-    pub(crate) fn check(&self) {
+    /// What must hold after every step. It looks at all peers: of a node with more than
+    /// [`PEERS_CHECKED`], after some steps only.
+    pub(crate) fn check(&mut self, nodes: usize) {
+        if self.unchecked_steps == 0 || self.unchecked_steps * PEERS_CHECKED < nodes {
+            return;
+        }
+        self.unchecked_steps = 0;
         if let Some(running) = &self.running {
             running.check();
         }

@@ -1,7 +1,8 @@
 //! The simulation: nodes, network, virtual clock.
 //!
 //! 1. Events happen in the order of their times; messages before timers, lower nodes first.
-//! 2. After every step all nodes are checked.
+//! 2. After every step the nodes to which something happened are checked; where they are more than
+//!    32, each after some of its steps.
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -366,8 +367,9 @@ impl Sim {
                 break;
             }
         }
-        for node in &self.nodes {
-            node.check();
+        let count = self.nodes.len();
+        for node in &mut self.nodes {
+            node.check(count);
         }
     }
 

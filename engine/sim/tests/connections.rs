@@ -15,9 +15,12 @@ use millrace_protocol::{
     rng::Rng,
     topology::Topology,
 };
+use millrace_shards::chunk::ChunkPool;
+use millrace_shards::config::HugePages;
 use millrace_sim::memnet::LinkConfig;
 use millrace_sim::{Sim, SimConfig};
 use millrace_testkit::for_seeds;
+use millrace_testkit::seeds::is_full;
 use millrace_transport::{ProfileConfig, TransportConfig};
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -373,6 +376,41 @@ fn no_connection_ends_in_an_hour_on_the_worst_path() {
         sim.run_for(3_600 * SECOND);
         assert_eq!(numbers(&sim), before);
     });
+}
+
+// Protects large subnets: all find each other at the default config and stay connected; a node with
+// nothing to do sends no more than `probes_per_second_max` allows, however many peers it has.
+#[test]
+fn hundreds_of_nodes_mesh_and_are_quiet() {
+    const QUIET: Duration = Duration::from_secs(30);
+    let nodes = if is_full() { 300 } else { 100 };
+    let transport = TransportConfig::default();
+    // A probe, its reply, a PING when nothing else was sent, and an acknowledgement of each.
+    let packets_per_second_max = 6 * u64::from(transport.probes_per_second_max);
+    let mut sim = Testbed::start(SimConfig {
+        nodes,
+        link: LinkConfig {
+            latency: 5 * MS,
+            ..LinkConfig::default()
+        },
+        transport,
+        shared_pool: Some(ChunkPool::new(1 << 20, HugePages::Never).unwrap()),
+        seed: 1,
+        ..SimConfig::default()
+    })
+    .sim;
+    let all: Vec<usize> = (0..nodes).collect();
+    sim.run_for(10 * SECOND);
+    assert!(sim.all_connected(&all));
+    let numbers = |sim: &Sim| {
+        let numbers = pairs(&all).into_iter().map(|(a, b)| sim.number(a, b));
+        numbers.collect::<Vec<_>>()
+    };
+    let (before, sent) = (numbers(&sim), sim.net_counters().delivered);
+    sim.run_for(QUIET);
+    assert_eq!(numbers(&sim), before);
+    let packets = (sim.net_counters().delivered - sent) / QUIET.as_secs() / nodes as u64;
+    assert!(packets <= packets_per_second_max, "{packets} in a second");
 }
 
 #[test]

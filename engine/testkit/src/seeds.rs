@@ -23,11 +23,16 @@ pub fn for_seeds(count: u64, test: impl Fn(u64)) {
     let replay = env::var(REPLAY)
         .ok()
         .map(|seed| seed.parse().expect("SIM_SEED is a number"));
-    let full = env::var_os(FULL).is_some_and(|value| value == "1");
-    for seed in range(count, full, replay) {
+    for seed in range(count, is_full(), replay) {
         let _guard = Printed(seed);
         test(seed);
     }
+}
+
+/// Whether tests run in full: see [`FULL`].
+#[must_use]
+pub fn is_full() -> bool {
+    env::var_os(FULL).is_some_and(|value| value == "1")
 }
 
 fn range(count: u64, full: bool, replay: Option<u64>) -> std::ops::Range<u64> {
