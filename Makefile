@@ -22,7 +22,7 @@ export MILLRACE_REQUIRE_KERNEL ?= 1
 endif
 
 .PHONY: setup demo test verify test-sim test-stress test-fuzz test-loom test-edge mutants lint gates rustdoc deny docs \
-        bench bench-edge bench-quick bench-wan peers perf-gate
+        bench bench-edge bench-hostile bench-quick bench-wan peers perf-gate
 
 setup:
 	@missing=""; \
@@ -127,6 +127,11 @@ peers: setup
 # ARGS=--quick for the 150 ms row in 3 minutes.
 bench-wan: setup
 	$(CARGO) run --profile dist -p millrace-peers -- wan $(ARGS)
+
+# What an honest peer's work takes while members attack, and while they do not. Needs root.
+# ARGS="--rounds 1" for a look.
+bench-hostile: setup
+	$(CARGO) bench --profile dist -p millrace --bench hostile -- $(ARGS)
 
 # The cost of a hostile packet: the edge, nftables, xdp-filter on one testbed. Needs root.
 # ARGS=--quick for a look of under 50 s.

@@ -15,6 +15,8 @@
 mod attacker;
 #[path = "hostile_member/attacks.rs"]
 mod attacks;
+#[path = "hostile_member/cases.rs"]
+mod cases;
 mod common;
 #[path = "hostile_member/floods.rs"]
 mod floods;
@@ -28,18 +30,12 @@ mod testbed;
 use std::sync::{Mutex, PoisonError};
 
 use attacks::Attack;
-use millrace_testkit::{cgroup, has_all};
-use testbed::{Testbed, Work};
+use cases::Case;
+use millrace_testkit::{cgroup, cpu_share, has_all};
+use testbed::{CPU_PERCENT, Testbed, Work};
 
 /// Rounds of the honest peer that must follow an attack.
 const ROUNDS_AFTER: u64 = 3;
-
-struct Case {
-    name: &'static str,
-    members: usize,
-    /// Returns when the victim has seen through it.
-    attack: fn(&Attack<'_>),
-}
 
 /// One at a time: each has half of a core for the victim and half for the members.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -49,21 +45,19 @@ fn run(case: &Case) {
         return;
     }
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let testbed = Testbed::start(case.members);
+    let testbed = Testbed::start(case.members, CPU_PERCENT);
     let work = Work::start(&testbed.honest);
     work.go_on_for(1);
     let before = testbed.honest.reasons();
-    testbed.victim.memory.forget_peak();
-    let at_start = testbed.victim.memory.peak_bytes();
+    let at_start = testbed.victim.group.peak_bytes();
     let rounds_before = work.rounds();
     std::thread::scope(|scope| {
         let attack = Attack {
             victim: &testbed.victim,
             members: &testbed.hostile,
         };
-        let cpu = &testbed.hostile_cpu;
         let attack = scope.spawn(move || {
-            cpu.enter();
+            cpu_share::enter(CPU_PERCENT);
             (case.attack)(&attack);
         });
         if let Err(panic) = attack.join() {
@@ -86,7 +80,7 @@ fn run(case: &Case) {
         "{}: {} MiB at most, {} before, of {}; in {:.1?}, {rounds_meanwhile} puts during the attack, \
          {slowest_ms} ms the slowest with its gets, {} answers",
         case.name,
-        mib(testbed.victim.memory.peak_bytes()),
+        mib(testbed.victim.group.peak_bytes()),
         mib(at_start),
         mib(testbed.victim.memory_max_bytes),
         asked.time,
@@ -97,68 +91,40 @@ fn run(case: &Case) {
 // Protects the node's memory, and its time, from single bytes that cannot be read yet.
 #[test]
 fn single_bytes_in_full_packets() {
-    run(&Case {
-        name: "single_bytes_in_full_packets",
-        members: 1,
-        attack: attacks::single_bytes,
-    });
+    run(&cases::SINGLE_BYTES);
 }
 
 #[test]
 fn single_bytes_in_packets_of_their_own() {
-    run(&Case {
-        name: "single_bytes_in_packets_of_their_own",
-        members: 1,
-        attack: attacks::single_bytes_alone,
-    });
+    run(&cases::SINGLE_BYTES_ALONE);
 }
 
 // Protects its memory from members of which none is over its own bound.
 #[test]
 fn pieces_of_many_members() {
-    run(&Case {
-        name: "pieces_of_many_members",
-        members: 36,
-        attack: attacks::pieces,
-    });
+    run(&cases::PIECES);
 }
 
 // Protects the artifacts of others.
 #[test]
 fn puts_without_end() {
-    run(&Case {
-        name: "puts_without_end",
-        members: 1,
-        attack: attacks::puts,
-    });
+    run(&cases::PUTS);
 }
 
 // Protects the memory for bodies.
 #[test]
 fn small_bodies_that_do_not_end() {
-    run(&Case {
-        name: "small_bodies_that_do_not_end",
-        members: 20,
-        attack: attacks::unfinished_bodies,
-    });
+    run(&cases::UNFINISHED_BODIES);
 }
 
 // Protects it from answers that are asked for and not read.
 #[test]
 fn answers_that_are_not_read() {
-    run(&Case {
-        name: "answers_that_are_not_read",
-        members: 4,
-        attack: attacks::unread_answers,
-    });
+    run(&cases::UNREAD_ANSWERS);
 }
 
 // Protects the time of the shards.
 #[test]
 fn floods() {
-    run(&Case {
-        name: "floods",
-        members: floods::FLOODS.len(),
-        attack: floods::all,
-    });
+    run(&cases::FLOODS);
 }

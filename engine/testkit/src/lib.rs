@@ -5,13 +5,15 @@
 //! - [`net`]: addresses that no other test takes.
 //! - [`sockets`]: connections from a chosen address, raw sockets.
 //! - [`netns`]: network namespaces.
-//! - [`cgroup`]: control groups, for a bound on memory or a quota of the CPU.
+//! - [`cgroup`]: control groups, for a bound on memory and a quota of the CPU.
+//! - [`cpu_share`]: a share of a core for a thread.
 //! - [`ids`]: keys and node ids made from small numbers.
 //! - [`page`]: pages that are generated from the code.
 //! - [`mod@threads`]: the threads of a test's own process.
 //! - [`seeds`]: how many seeds a simulation runs, and which one failed.
 
 pub mod cgroup;
+pub mod cpu_share;
 pub mod ids;
 pub mod net;
 pub mod netns;

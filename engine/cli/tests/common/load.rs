@@ -88,6 +88,23 @@ impl Load {
     }
 }
 
+fn question() -> Request {
+    Request {
+        class: Class::Normal,
+        method: QUESTION,
+        body: Payload::from(NEWEST.to_le_bytes().to_vec()),
+        deadline: PATIENCE.into(),
+    }
+}
+
+/// One request, and its answer.
+pub fn ask(transport: &Transport, peer: NodeId) -> Result<(), RpcError> {
+    transport
+        .request(peer, question())
+        .wait(PATIENCE)
+        .map(|_| ())
+}
+
 fn ask_on(
     transport: &Transport,
     peer: NodeId,
@@ -95,15 +112,7 @@ fn ask_on(
     answered: &AtomicU64,
 ) -> Result<(), RpcError> {
     while !is_over.load(Ordering::Relaxed) {
-        let asked = [(); IN_FLIGHT].map(|()| {
-            let request = Request {
-                class: Class::Normal,
-                method: QUESTION,
-                body: Payload::from(NEWEST.to_le_bytes().to_vec()),
-                deadline: PATIENCE.into(),
-            };
-            transport.request(peer, request)
-        });
+        let asked = [(); IN_FLIGHT].map(|()| transport.request(peer, question()));
         for answer in asked {
             answer.wait(PATIENCE)?;
             answered.fetch_add(1, Ordering::Relaxed);

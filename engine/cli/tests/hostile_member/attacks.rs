@@ -9,6 +9,7 @@ use millrace_node::reference::wire;
 use millrace_node::{Class, FailureCode, Method, SigningKey};
 use millrace_protocol::flood::Flood;
 use millrace_protocol::frame::{Header, Kind, LaneParser, Limits, StreamKind};
+use millrace_testkit::cpu_share;
 use millrace_transport::CloseCode;
 use millrace_transport::counters::Family;
 use ring::digest::{SHA256, digest};
@@ -98,6 +99,7 @@ impl<'a> Look<'a> {
 
     /// Looks again, if that is due.
     fn refresh(&mut self) {
+        cpu_share::pace();
         if self.looked.is_none_or(|at| at.elapsed() >= LOOK_INTERVAL) {
             self.page = self.victim.node.get("/metrics").1;
             self.looked = Some(Instant::now());
@@ -259,6 +261,7 @@ impl Asker {
     }
 
     fn turn(&mut self) {
+        cpu_share::pace();
         self.raw.turn();
         let mut bytes = [0; 4_096];
         for stream in SERVER_LANES {

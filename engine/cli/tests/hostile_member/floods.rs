@@ -5,12 +5,14 @@ use std::time::{Duration, Instant};
 use millrace_node::Method;
 use millrace_protocol::flood::Flood;
 use millrace_protocol::frame::{Kind, StreamKind};
+use millrace_testkit::cpu_share;
 use millrace_transport::CloseCode;
 use millrace_transport::counters::Family;
 
 use crate::attacker::{Lane, header, retire_one};
 use crate::attacks::{ATTACK_TIME_MAX, Attack};
 use crate::raw::Raw;
+use crate::testbed::CPU_PERCENT;
 
 /// Packets that are sent before the client looks what came.
 const PACKETS_IN_A_ROUND: usize = 200;
@@ -92,7 +94,10 @@ pub const FLOODS: [FloodCase; 8] = [
 pub fn all(attack: &Attack<'_>) {
     std::thread::scope(|scope| {
         for (member, case) in FLOODS.iter().enumerate() {
-            scope.spawn(move || case.run(attack, member));
+            scope.spawn(move || {
+                cpu_share::enter((CPU_PERCENT / FLOODS.len() as u32).max(1));
+                case.run(attack, member);
+            });
         }
     });
     for case in &FLOODS {
@@ -122,6 +127,7 @@ impl FloodCase {
         while raw.quic.peer_error().is_none() {
             assert!(Instant::now() < until, "{} is borne", self.name);
             assert!(!raw.quic.is_closed(), "{} ended otherwise", self.name);
+            cpu_share::pace();
             send(&mut raw);
             raw.turn();
         }

@@ -22,8 +22,8 @@ use crate::common::{PATIENCE, TestNode, TestRegistry, eventually, own_addresses}
 
 /// What the victim may have beyond what `check` prints.
 const MEMORY_ROOM_BYTES: u64 = 32 << 20;
-/// Of a core, for the victim, and for all attackers together.
-const CPU_PERCENT: u32 = 50;
+/// Of a core, for all attackers together; the tests give the victim as much.
+pub const CPU_PERCENT: u32 = 50;
 /// Body of the artifacts that the honest peer puts and gets: in chunks.
 const ARTIFACT_BYTES: usize = 100_000;
 /// From a round of the honest peer to its next: what it has put stays far below its share.
@@ -45,32 +45,29 @@ pub fn reason_sample(family: Family, reason: &str) -> String {
 pub struct Victim {
     pub node: TestNode,
     pub address: SocketAddr,
-    pub memory: Cgroup,
+    pub group: Cgroup,
     pub memory_max_bytes: u64,
-    _cpu: Cgroup,
 }
 
 impl Victim {
-    fn start(mut node: TestNode, address: &str) -> Self {
+    fn start(mut node: TestNode, address: &str, cpu_percent: u32) -> Self {
         let printed = node.check_json()["memory_budget_bytes"].as_u64().unwrap();
         let memory_max_bytes = printed + MEMORY_ROOM_BYTES;
-        let memory = Cgroup::of_memory(memory_max_bytes);
-        let cpu = Cgroup::of_cpu(CPU_PERCENT);
+        let group = Cgroup::new(memory_max_bytes, cpu_percent);
         let mut shell = Command::new("sh");
         shell
             .args([
                 "-c",
                 "echo $$ >\"$0\" && echo $$ >\"$1\" && shift && exec \"$@\"",
             ])
-            .args([memory.tasks(), cpu.tasks()])
+            .args(group.procs())
             .arg(env!("CARGO_BIN_EXE_millrace"));
         node.start_by(shell);
         Self {
             node,
             address: address.parse().unwrap(),
-            memory,
+            group,
             memory_max_bytes,
-            _cpu: cpu,
         }
     }
 
@@ -101,7 +98,7 @@ impl Victim {
 
     /// It is the process that was started, and has not met its bound.
     pub fn assert_lives(&self) {
-        let (killed, failures) = (self.memory.killed(), self.memory.failures());
+        let (killed, failures) = (self.group.killed(), self.group.failures());
         assert_eq!(killed, 0, "the kernel killed it");
         assert_eq!(failures, 0, "it met its bound");
         assert_eq!(self.node.get("/healthz").0, 200);
@@ -114,7 +111,7 @@ type Reasons = Vec<(Family, &'static str, u64)>;
 /// A node in the test's process.
 pub struct Honest {
     pub node: Node,
-    victim: NodeId,
+    pub victim: NodeId,
 }
 
 impl Honest {
@@ -123,8 +120,8 @@ impl Honest {
         shards.iter().flat_map(|shard| shard.reasons()).collect()
     }
 
-    /// Puts an artifact.
-    fn put(&self, bytes: &[u8]) -> Result<Vec<u8>, String> {
+    /// Puts an artifact; its id.
+    pub fn put(&self, bytes: &[u8]) -> Result<Vec<u8>, String> {
         let body = self.node.body(bytes).ok_or("no room at the honest peer")?;
         let id = of_body(&body);
         let put = block_on(self.node.artifacts().publish(id, body));
@@ -137,7 +134,7 @@ impl Honest {
     }
 
     /// Gets it from the victim, and from nowhere else.
-    fn get(&self, id: &[u8]) -> Result<Vec<u8>, String> {
+    pub fn get(&self, id: &[u8]) -> Result<Vec<u8>, String> {
         let request = Request {
             class: Class::Bulk,
             method: wire::GET,
@@ -160,7 +157,7 @@ impl Honest {
 }
 
 /// An artifact for each number.
-fn artifact(number: u64) -> Vec<u8> {
+pub fn artifact(number: u64) -> Vec<u8> {
     let words = (0..ARTIFACT_BYTES as u64 / 8).map(|at| (number << 32) + at);
     words.flat_map(u64::to_le_bytes).collect()
 }
@@ -246,12 +243,12 @@ pub struct Testbed {
     pub victim: Victim,
     /// They have no node. They may dial both others: their ids are lower.
     pub hostile: Vec<SigningKey>,
-    pub hostile_cpu: Cgroup,
     _folder: TempDir,
 }
 
 impl Testbed {
-    pub fn start(hostile: usize) -> Self {
+    /// The victim has so many hundredths of a core.
+    pub fn start(hostile: usize, victim_cpu_percent: u32) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (registry, ip) = (TestRegistry::init(folder.path()), own_addresses());
         let address = |n: usize| format!("{ip}{n}:4100");
@@ -282,7 +279,7 @@ impl Testbed {
             (id.to_string(), public_key.to_string(), address(3 + n))
         }));
         registry.add_members(members);
-        let victim = Victim::start(victim, &address(1));
+        let victim = Victim::start(victim, &address(1), victim_cpu_percent);
         let node = load::start_here(&honest);
         node.wait_for_peer(victim.id(), PATIENCE).unwrap();
         Self {
@@ -292,7 +289,6 @@ impl Testbed {
             }),
             victim,
             hostile,
-            hostile_cpu: Cgroup::of_cpu(CPU_PERCENT),
             _folder: folder,
         }
     }
