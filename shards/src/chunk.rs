@@ -90,6 +90,12 @@ impl Body {
         &self.chunks
     }
 
+    /// Whether an account is charged for any of it.
+    #[must_use]
+    pub fn is_charged(&self) -> bool {
+        self.chunks.iter().any(Chunk::is_charged)
+    }
+
     /// Ends its charge, although others hold some of it: see [`Chunk::uncharge`].
     pub fn uncharge(&self) {
         self.chunks.iter().for_each(Chunk::uncharge);

@@ -144,6 +144,24 @@ impl ReceiveBudget {
         Ok(())
     }
 
+    /// What `peer` would have to hold less for [`Self::reserve`] to grant it `bytes`. None where it
+    /// is granted as it is, and where nothing that the peer holds is enough.
+    pub fn shortfall_bytes(&self, peer: &NodeId, bytes: u64) -> Option<u64> {
+        let max_bytes = self.config.peer_bytes_max.min(self.config.total_bytes);
+        let (held_bytes, free_bytes) = (self.held_bytes(peer), self.free_bytes());
+        if bytes > max_bytes || bytes > free_bytes + held_bytes {
+            return None;
+        }
+        // What it lets go of is free for it, and counts twice in its share.
+        let for_room = bytes.saturating_sub(free_bytes);
+        let for_share = (held_bytes + 2 * bytes)
+            .saturating_sub(free_bytes)
+            .div_ceil(2);
+        let for_bound = (held_bytes + bytes).saturating_sub(max_bytes);
+        let least = for_room.max(for_share).max(for_bound).min(held_bytes);
+        (least > 0).then_some(least)
+    }
+
     /// Reserves `bytes` of the allowance of `peer` for an inline body. False when the allowance has
     /// not as much left; nothing changes then.
     #[must_use]
@@ -300,6 +318,41 @@ mod tests {
         // All peers together have less than three allowances.
         assert!(!budget.reserve_inline(peer(3), 6) && budget.reserve_inline(peer(3), 5));
         assert_eq!(budget.inline_free_bytes(), 0);
+    }
+
+    proptest! {
+        // Protects what a service keeps of a peer: it lets go of as much as is needed, of no byte
+        // more, and of nothing where that is not enough.
+        #[test]
+        fn a_shortfall_is_the_least_that_helps(
+            held in 0..100_u64, others in 0..100_u64, bytes in 1..120_u64, max in 1..120_u64,
+        ) {
+            let config = BudgetConfig {
+                total_bytes: 100,
+                peer_bytes_max: max,
+                ..BudgetConfig::default()
+            };
+            let with = |held: u64| {
+                let mut budget = ReceiveBudget::new(config);
+                // Two others, who take what fits.
+                for (n, bytes) in [(2, others / 2), (3, others - others / 2), (1, held)] {
+                    if budget.reserve(peer(n), bytes).is_err() {
+                        return None;
+                    }
+                }
+                Some(budget)
+            };
+            let Some(mut budget) = with(held) else {
+                return Ok(());
+            };
+            let shortfall = budget.shortfall_bytes(&peer(1), bytes);
+            let granted_after = |released: u64| {
+                with(held - released).is_some_and(|mut budget| budget.reserve(peer(1), bytes).is_ok())
+            };
+            let least = (0..=held).find(|released| granted_after(*released));
+            prop_assert_eq!(shortfall, least.filter(|least| *least > 0));
+            prop_assert_eq!(budget.reserve(peer(1), bytes).is_ok(), least == Some(0));
+        }
     }
 
     #[derive(Clone, Copy, Debug)]

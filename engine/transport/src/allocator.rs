@@ -121,10 +121,10 @@ impl BodyAllocator {
         })
     }
 
-    /// Whether [`Self::allocate`] would find space if all were let go of that `peer` holds.
-    pub(crate) fn may_fit(&self, peer: &NodeId, bytes: u32) -> bool {
-        let held_bytes = self.budget.held_bytes(peer);
-        held_bytes > 0 && taken_bytes(bytes.into()) <= self.budget.free_bytes() + held_bytes
+    /// What `peer` would have to hold less for a body of `bytes` to be granted: see
+    /// [`ReceiveBudget::shortfall_bytes`].
+    pub(crate) fn shortfall_bytes(&self, peer: &NodeId, bytes: u32) -> Option<u64> {
+        self.budget.shortfall_bytes(peer, taken_bytes(bytes.into()))
     }
 
     /// Counts what came back, for every peer that holds something. To be called now and then: until

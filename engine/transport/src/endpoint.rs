@@ -333,6 +333,7 @@ impl Endpoint {
         };
         connection.is_dirty = false;
         connection.is_touched = true;
+        self.is_touched = true;
         if connection.may_delay_ack(&self.parts.state.config, now) {
             self.arm(slot);
             return Sent::All;

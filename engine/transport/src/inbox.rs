@@ -99,9 +99,9 @@ pub(crate) trait Arrivals {
     /// into one body; or that it is refused.
     fn on_head(&mut self, header: &Header) -> Result<Option<OpenSink>, Refusal>;
 
-    /// There is no space for a message's body: the service that takes it lets go of something that
-    /// it keeps of the peer. Whether it did.
-    fn make_room(&mut self, header: &Header) -> bool;
+    /// There is no space for a message's body: the service that takes it lets go of `bytes` that it
+    /// keeps of the peer. Whether it did.
+    fn make_room(&mut self, header: &Header, bytes: u64) -> bool;
 
     /// That message is whole.
     fn on_message(&mut self, header: Header, body: InboundBody<'static>);
@@ -553,9 +553,9 @@ impl<A: Arrivals> Read<'_, A> {
             None
         };
         let mut space = self.bodies.allocate(self.peer, header.body_bytes);
-        while space.is_err()
-            && self.bodies.may_fit(&self.peer, header.body_bytes)
-            && self.arrivals.make_room(&header)
+        if space.is_err()
+            && let Some(bytes) = self.bodies.shortfall_bytes(&self.peer, header.body_bytes)
+            && self.arrivals.make_room(&header, bytes)
         {
             space = self.bodies.allocate(self.peer, header.body_bytes);
         }
@@ -577,6 +577,15 @@ impl<A: Arrivals> Read<'_, A> {
 
     fn finish_large(&mut self, stream: &mut Incoming) -> Result<(), StreamFault> {
         match std::mem::replace(&mut stream.state, State::Opening) {
+            // One of a length that is inline otherwise: services have it as they always do.
+            State::Large { header, body, .. }
+                if body.is_full() && header.body_bytes as usize <= INLINE_BYTES_MAX =>
+            {
+                let body = body.freeze();
+                let bytes = body.chunks().first().map_or(&[][..], |chunk| chunk);
+                self.arrivals.on_frame(header, bytes);
+                Ok(())
+            }
             State::Large { header, body, sink } if body.is_full() => {
                 let body = match sink.map(|sink| sink.finish(body.len() as u64)) {
                     None => InboundBody::Chunks(body.freeze()),

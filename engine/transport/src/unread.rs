@@ -11,7 +11,7 @@ use std::rc::Rc;
 
 use millrace_protocol::id::NodeId;
 use millrace_protocol::unread::{BodyKey, UnreadAnswers, UnreadError};
-use millrace_shards::chunk::{Body, taken_bytes};
+use millrace_shards::chunk::{Body, Chunk, taken_bytes};
 
 /// The unread answers of a shard, which its connections share.
 pub(crate) type SharedUnread = Rc<RefCell<UnreadAnswers>>;
@@ -22,6 +22,8 @@ pub(crate) struct UnreadAnswer {
     unread: SharedUnread,
     peer: NodeId,
     body: BodyKey,
+    /// The chunk that names the body: nothing else lies there while the answer is counted.
+    _first: Option<Chunk>,
     /// What quiche holds of it.
     in_flight_bytes: Cell<u64>,
     is_sent: Cell<bool>,
@@ -53,6 +55,7 @@ impl UnreadAnswer {
             unread: Rc::clone(unread),
             peer,
             body: key,
+            _first: body.chunks().first().cloned(),
             in_flight_bytes: Cell::new(0),
             is_sent: Cell::new(false),
         }))

@@ -80,9 +80,9 @@ impl Growth {
         if present == self.chunks_max {
             return false;
         }
-        let is_behind = present < self.claimed.load(Ordering::Relaxed);
+        let is_behind = present < self.claimed.load(Ordering::SeqCst);
         let is_due = is_behind || units.whole_chunks() < (self.ahead_chunks / 2) as usize;
-        is_due && !self.is_ahead_running.swap(true, Ordering::Acquire)
+        is_due && !self.is_ahead_running.swap(true, Ordering::SeqCst)
     }
 
     /// Makes pages present until all claimed chunks have theirs and enough chunks are free. One
@@ -112,15 +112,17 @@ impl Growth {
         sys::allow_cpus(&self.cpus);
     }
 
-    /// No thread runs ahead any more.
+    /// No thread runs ahead any more. The caller looks once more whether one should: a shard that
+    /// claimed chunks a moment before has seen this one run. (One order for flag and count: either
+    /// the shard sees the flag gone, or the caller sees the claim.)
     pub(super) fn end_ahead(&self) {
-        self.is_ahead_running.store(false, Ordering::Release);
+        self.is_ahead_running.store(false, Ordering::SeqCst);
     }
 
     /// Claims the chunks after `claimed`, unless another thread did.
     fn claim(&self, claimed: u32, units: &UnitMap) {
         let end = self.chunks_max.min(claimed + STEP_CHUNKS);
-        let ordering = Ordering::Relaxed;
+        let ordering = Ordering::SeqCst;
         let claim = self
             .claimed
             .compare_exchange(claimed, end, ordering, ordering);

@@ -221,8 +221,14 @@ impl PoolInner {
         let thread = std::thread::Builder::new().name("millrace-pool".into());
         let started = thread.spawn(move || {
             shared.growth.leave_core();
-            shared.growth.fill(&shared.mapping, &shared.units);
-            shared.growth.end_ahead();
+            loop {
+                shared.growth.fill(&shared.mapping, &shared.units);
+                shared.growth.end_ahead();
+                // What was taken since the last look started no thread.
+                if !shared.growth.begin_ahead(&shared.units) {
+                    break;
+                }
+            }
         });
         if started.is_err() {
             // A shard gets the pages at its first write to each.
@@ -345,6 +351,12 @@ impl Chunk {
         let units = header.units.load(Ordering::Relaxed) as usize;
         // SAFETY: the pointer was in the header, and is not any more.
         unsafe { credit(account, units * UNIT_BYTES) };
+    }
+
+    /// Whether an account is charged for the chunk.
+    #[must_use]
+    pub fn is_charged(&self) -> bool {
+        !self.header().account.load(Ordering::Relaxed).is_null()
     }
 
     fn header(&self) -> &Header {

@@ -158,8 +158,8 @@ impl<M: Messenger> Service for ArtifactService<M> {
         }
     }
 
-    fn make_room(&mut self, peer: NodeId) -> bool {
-        self.store.drop_oldest_of_peer(peer)
+    fn make_room(&mut self, peer: NodeId, bytes: u64) -> bool {
+        self.store.drop_charged(peer, bytes)
     }
 
     fn on_body(&mut self, head: &BodyHead) -> BodyMode {

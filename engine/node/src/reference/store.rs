@@ -16,7 +16,7 @@
 //! for a body of `n` bytes when `n`, the bytes that it holds, and half of those that the other
 //! peers hold are at most `bytes_max`; or when it holds nothing. Other peers may hold more than the
 //! store knows of, in bodies that are under way: where there is no space for a body of a peer, the
-//! transport has the store drop the oldest of that peer.
+//! transport has the store drop as many of the oldest that are charged to that peer as are enough.
 //!
 //! 1. What all bodies take is at most `bytes_max`; a body counts in units of 64 KiB, as in the
 //!    pool.
@@ -103,11 +103,21 @@ impl Held {
 
     /// Whether there was one.
     fn drop_oldest_of(&mut self, publisher: Publisher) -> bool {
-        let share = self.publishers.get_mut(&publisher);
-        let Some(id) = share.and_then(|share| share.ids.pop_front()) else {
+        let share = self.publishers.get(&publisher);
+        let Some(id) = share.and_then(|share| share.ids.front().copied()) else {
             return false;
         };
-        if let Some(body) = self.bodies.remove(&id) {
+        self.drop_of(publisher, &id);
+        true
+    }
+
+    fn drop_of(&mut self, publisher: Publisher, id: &ArtifactId) {
+        if let Some(share) = self.publishers.get_mut(&publisher)
+            && let Some(at) = share.ids.iter().position(|its| its == id)
+        {
+            share.ids.remove(at);
+        }
+        if let Some(body) = self.bodies.remove(id) {
             // What peers read of it still is theirs: they have a bound for that.
             body.uncharge();
             let bytes = in_units(body.len() as u64);
@@ -115,7 +125,6 @@ impl Held {
             self.change(publisher, |share| share.held -= bytes);
             self.count_dropped(publisher);
         }
-        true
     }
 
     fn change(&mut self, publisher: Publisher, change: impl FnOnce(&mut Share)) {
@@ -202,9 +211,30 @@ impl Store {
         })
     }
 
-    /// Drops the oldest body that this peer sent; whether there was one.
-    pub(crate) fn drop_oldest_of_peer(&self, peer: NodeId) -> bool {
-        self.lock().drop_oldest_of(Some(peer))
+    /// Drops the oldest bodies that are charged to this peer, until they take `bytes` together; or
+    /// none, where all of them take less. Whether it did.
+    pub(crate) fn drop_charged(&self, peer: NodeId, bytes: u64) -> bool {
+        let mut held = self.lock();
+        let held = &mut *held;
+        let Some(share) = held.publishers.get(&Some(peer)) else {
+            return false;
+        };
+        let mut dropped = 0;
+        let mut ids = Vec::new();
+        for id in &share.ids {
+            if dropped >= bytes {
+                break;
+            }
+            if let Some(body) = held.bodies.get(id).filter(|body| body.is_charged()) {
+                dropped += in_units(body.len() as u64);
+                ids.push(*id);
+            }
+        }
+        if dropped < bytes {
+            return false;
+        }
+        ids.iter().for_each(|id| held.drop_of(Some(peer), id));
+        true
     }
 
     /// Holds a body under the id that its bytes have; the caller computed it. `from`: the peer that

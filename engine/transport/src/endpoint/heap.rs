@@ -23,8 +23,10 @@ const HANDSHAKE_HEAP_BYTES_MAX: u64 = 256 << 10;
 /// Room beside two windows: IDs, ranges of acknowledgements, and the connection itself.
 const FIXED_HEAP_BYTES_MAX: u64 = 1 << 20;
 
-/// What the packets of a peer may make a connection hold beyond what they pay for: 28,000 bytes
-/// that come in frames of their own. A node's packets pay for all of it.
+/// What the packets of a peer may make a connection hold beyond what they pay for, beside a quarter
+/// of its window: 28,000 bytes that come in frames of their own. A node's packets pay for what they
+/// bring; an acknowledgement of a whole window makes quiche's recovery grow by 128 bytes for each
+/// packet of it, a tenth of the window, and twice that where as many were lost.
 const EXCESS_HEAP_BYTES_MAX: u64 = 4 << 20;
 
 /// A fourth is added to the bytes that are counted: the allocator rounds blocks up, and has pages
@@ -44,13 +46,13 @@ impl Endpoint {
         let holds = connection.quic.heap_bytes();
         self.heap_bytes = self.heap_bytes - connection.heap_bytes + holds;
         connection.heap_bytes = holds;
+        let window = config.profile(connection.profile).connection_window_bytes;
         let limit = if connection.session.is_none() {
             HANDSHAKE_HEAP_BYTES_MAX
         } else {
-            let window = config.profile(connection.profile).connection_window_bytes;
             2 * window + FIXED_HEAP_BYTES_MAX
         };
-        if connection.quic.heap_excess_bytes() > EXCESS_HEAP_BYTES_MAX {
+        if connection.quic.heap_excess_bytes() > EXCESS_HEAP_BYTES_MAX + window / 4 {
             self.penalize_for_heap(slot, now);
             self.end_for_heap(slot, "much more than they bring");
         } else if holds > limit {

@@ -36,11 +36,12 @@ pub trait Service: 'static {
     }
 
     /// A peer announced a body for one of this service's methods, and it holds so much of this
-    /// node's memory already that there is no space for it: lets go of something that the service
-    /// keeps of `peer`. Whether it did: then space is looked for again, and the service asked again
-    /// while there is none. Not asked where nothing that it let go of could be enough.
-    fn make_room(&mut self, peer: NodeId) -> bool {
-        let _ = peer;
+    /// node's memory already that there is no space for it: lets go of bodies of `peer` that the
+    /// service keeps and that are charged to it (`Body::is_charged`), `bytes` together as they take
+    /// them in the pool; or of none, where it does not keep as much. Whether it did: then space is
+    /// looked for once more.
+    fn make_room(&mut self, peer: NodeId, bytes: u64) -> bool {
+        let _ = (peer, bytes);
         false
     }
 

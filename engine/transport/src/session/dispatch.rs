@@ -52,10 +52,10 @@ impl Arrivals for Delivery<'_> {
         wants_answer(header) && self.handle.take_early_cancel(header.id)
     }
 
-    fn make_room(&mut self, header: &Header) -> bool {
+    fn make_room(&mut self, header: &Header, bytes: u64) -> bool {
         let asks = matches!(header.kind, Kind::Request | Kind::Send);
         let service = self.router.service_of(header.method).filter(|_| asks);
-        service.is_some_and(|service| service.make_room(self.handle.peer))
+        service.is_some_and(|service| service.make_room(self.handle.peer, bytes))
     }
 
     fn on_head(&mut self, header: &Header) -> Result<Option<OpenSink>, Refusal> {

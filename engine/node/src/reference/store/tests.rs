@@ -1,7 +1,7 @@
 //! What is held, what makes room for it, and whose is dropped.
 
 use millrace_protocol::budget::{BudgetConfig, ReceiveBudget};
-use millrace_shards::chunk::{ChunkPool, UNIT_BYTES};
+use millrace_shards::chunk::{Account, BodyMut, ChunkPool, UNIT_BYTES};
 use millrace_shards::config::HugePages;
 use proptest::prelude::*;
 
@@ -211,4 +211,45 @@ fn a_body_is_held_once_and_one_that_never_fits_is_refused() {
     );
     assert!(store.contains(&id(1)), "what is refused drops nothing");
     assert!(!store.fits((1 << 20) + 1) && store.fits(1 << 20));
+}
+
+/// What is charged to a peer goes where that is enough, oldest first; what is not charged, and
+/// bodies of others, stay.
+#[test]
+fn charged_bodies_go_where_they_are_enough() {
+    const UNIT: u64 = UNIT_BYTES as u64;
+    let pool = ChunkPool::new(4 << 20, HugePages::Never).unwrap();
+    let account = Arc::new(Account::default());
+    let store = Store::new(16 * UNIT);
+    for (n, of, is_charged) in [
+        (1, 1, false),
+        (2, 1, true),
+        (3, 2, true),
+        (4, 1, true),
+        (5, 1, true),
+    ] {
+        let mut body = BodyMut::with_len(&pool, 10).unwrap();
+        if is_charged {
+            body.charge(&account);
+        }
+        body.spare().copy_from_slice(&[n; 10]);
+        body.advance(10);
+        store.insert(Some(peer(of)), id(n), body.freeze()).unwrap();
+    }
+    let held = || {
+        (1..=5)
+            .filter(|n| store.contains(&id(*n)))
+            .collect::<Vec<_>>()
+    };
+    for (bytes, is_done, left) in [
+        (3 * UNIT + 1, false, vec![1, 2, 3, 4, 5]),
+        (UNIT + 1, true, vec![1, 3, 5]),
+        (2 * UNIT, false, vec![1, 3, 5]),
+        (1, true, vec![1, 3]),
+    ] {
+        assert_eq!(store.drop_charged(peer(1), bytes), is_done, "{bytes}");
+        assert_eq!(held(), left, "{bytes}");
+    }
+    assert!(!store.drop_charged(peer(9), 1));
+    assert_eq!(store.usage().dropped_of, [(Some(peer(1)), 3)].into());
 }
