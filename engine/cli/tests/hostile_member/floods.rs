@@ -9,7 +9,7 @@ use millrace_testkit::cpu_share;
 use millrace_transport::CloseCode;
 use millrace_transport::counters::Family;
 
-use crate::attacker::{Lane, header, retire_one};
+use crate::attacker::{Lane, header, open_and_reset, retire_one};
 use crate::attacks::{ATTACK_TIME_MAX, Attack};
 use crate::raw::Raw;
 use crate::testbed::CPU_PERCENT;
@@ -169,25 +169,7 @@ fn standing() -> Send {
 
 fn opens_and_resets() -> Send {
     let mut next = 0;
-    Box::new(move |raw| {
-        let mut open = Vec::new();
-        while raw.quic.peer_streams_left_uni() > 0 {
-            let stream = Raw::stream(next);
-            next += 1;
-            let header = header(Kind::Request, Method(2), next as u32, 20_000);
-            let begin = [&[StreamKind::Message.encode()][..], &header.encode()].concat();
-            let taken = if next % 2 == 0 { begin.len() } else { 0 };
-            raw.quic.stream_send(stream, &begin[..taken], false).ok();
-            open.push(stream);
-        }
-        for (packet, to) in raw.outgoing() {
-            raw.send_datagram(&packet, to);
-        }
-        for stream in open {
-            let write = quiche::Shutdown::Write;
-            raw.quic.stream_shutdown(stream, write, 0).ok();
-        }
-    })
+    Box::new(move |raw| open_and_reset(raw, Method(2), &mut next))
 }
 
 /// Packets with what `add` adds to each.

@@ -81,9 +81,12 @@ impl Peers {
     /// node begins with the id that follows its own, so that not all dial the same peer at once.
     pub(super) fn dial_queued(&mut self, now: Instant) {
         while self.has_turn(now) {
-            let queued = |asked: bool| {
-                let is_next = move |(_, peer): &(&NodeId, &Peer)| matches!(peer.dial, Dial::Queued { is_asked } if is_asked == asked);
-                self.peers.iter().find(is_next).map(|(id, _)| *id)
+            let queued = |is_asked: bool| {
+                let wanted = Dial::Queued { is_asked };
+                let mut peers = self.peers.iter();
+                peers
+                    .find(|(_, peer)| peer.dial == wanted)
+                    .map(|(id, _)| *id)
             };
             let Some(id) = queued(true).or_else(|| queued(false)) else {
                 return;

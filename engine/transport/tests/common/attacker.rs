@@ -1,7 +1,7 @@
 //! What floods are made of: frames, streams and IDs that a bare client sends again and again.
 #![allow(dead_code, reason = "each test crate uses a part of it")]
 
-use millrace_protocol::frame::{Class, Header, Kind, Method};
+use millrace_protocol::frame::{Class, Header, Kind, Method, StreamKind};
 
 use super::raw::Raw;
 
@@ -60,5 +60,31 @@ pub(crate) fn retire_one(raw: &mut Raw, oldest: &mut u64) {
     let retired = (*oldest..*oldest + 4).find(|seq| raw.quic.retire_dcid(*seq).is_ok());
     if let Some(seq) = retired {
         *oldest = seq + 1;
+    }
+}
+
+/// Opens all streams that the victim allows, from number `next` on, and resets them: half of them
+/// in the middle of a message, the others before their first byte.
+pub(crate) fn open_and_reset(raw: &mut Raw, method: Method, next: &mut u64) {
+    let mut open = Vec::new();
+    while raw.quic.peer_streams_left_uni() > 0 {
+        let stream = Raw::stream(*next);
+        *next += 1;
+        let header = header(Kind::Request, method, *next as u32, 20_000);
+        let begin = [&[StreamKind::Message.encode()][..], &header.encode()].concat();
+        let taken = if next.is_multiple_of(2) {
+            begin.len()
+        } else {
+            0
+        };
+        raw.quic.stream_send(stream, &begin[..taken], false).ok();
+        open.push(stream);
+    }
+    for (packet, to) in raw.outgoing() {
+        raw.send_datagram(&packet, to);
+    }
+    for stream in open {
+        let write = quiche::Shutdown::Write;
+        raw.quic.stream_shutdown(stream, write, 0).ok();
     }
 }

@@ -10,7 +10,7 @@ use millrace_protocol::flood::Flood;
 use millrace_protocol::frame::{Header, Kind, Method};
 use millrace_transport::Payload;
 
-use super::attacker::{Lane, header, retire_one};
+use super::attacker::{Lane, header, open_and_reset, retire_one};
 use super::attacks::*;
 use super::*;
 
@@ -57,23 +57,7 @@ fn streams_that_are_opened_and_reset_end_the_connection() {
     let mut raw = testbed.connect(0);
     let mut next = 0;
     testbed.flood(&mut raw, Flood::Unfinished, |raw| {
-        let mut open = Vec::new();
-        while raw.quic.peer_streams_left_uni() > 0 {
-            let stream = Raw::stream(next);
-            next += 1;
-            let header = header(Kind::Request, LENGTH, next as u32, 20_000);
-            let begin = [&[2][..], &header.encode()].concat();
-            let taken = if next % 2 == 0 { begin.len() } else { 0 };
-            raw.quic.stream_send(stream, &begin[..taken], false).ok();
-            open.push(stream);
-        }
-        for (packet, to) in raw.outgoing() {
-            raw.send_datagram(&packet, to);
-        }
-        for stream in open {
-            let write = quiche::Shutdown::Write;
-            raw.quic.stream_shutdown(stream, write, 0).ok();
-        }
+        open_and_reset(raw, LENGTH, &mut next);
     });
     assert!(testbed.victim.reason(Family::Rejected, "peer_reset") > 0);
 }
